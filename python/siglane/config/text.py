@@ -1,0 +1,84 @@
+"""The facts of a Qwen2 or Qwen3 language model: one architecture, its differences as flags (formats.md section 8)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from siglane.config.reader import ConfigReader, RawConfig
+from siglane.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageConfig:
+    """qkv_bias, output_bias: biases of the attention projections; qk_norm: RMSNorm over each head of q and k before
+    the rotation (Qwen3); tie_embeddings: the output head is the embedding table."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    qkv_bias: bool
+    output_bias: bool
+    qk_norm: bool
+    tie_embeddings: bool
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"{self.num_attention_heads} query heads do not divide by {self.num_key_value_heads} key/value heads"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim {self.head_dim} must be even for rotary positions")
+
+    @classmethod
+    def from_hf(cls, raw: RawConfig, name: str = "text_config") -> LanguageConfig:
+        """A `Qwen2Config` or `Qwen3Config` as transformers writes it (old `rope_theta` or new `rope_parameters`)."""
+        reader = ConfigReader(raw, name)
+        qwen3 = reader.choice("model_type", {"qwen2": False, "qwen3": True})
+        if (
+            not qwen3
+            and reader.has("head_dim") is False
+            and reader.size("hidden_size") % reader.size("num_attention_heads")
+        ):
+            raise ConfigError(f"{name}: hidden_size is not divisible by num_attention_heads and head_dim is missing")
+        if reader.value("use_sliding_window", bool, False) and reader.has("sliding_window"):
+            raise ConfigError(f"{name}: use_sliding_window is not supported; set it to false to attend to everything")
+        heads = reader.size("num_attention_heads", 32)
+        hidden_size = reader.size("hidden_size", 4096)
+        attention_bias = reader.value("attention_bias", bool, False) if qwen3 else False
+        if reader.value("hidden_act", str, "silu") != "silu":
+            raise ConfigError(f"{name}: hidden_act {raw['hidden_act']!r} is not known; Qwen models use silu")
+        return cls(
+            hidden_size=hidden_size,
+            intermediate_size=reader.size("intermediate_size", 22016),
+            num_hidden_layers=reader.size("num_hidden_layers", 32),
+            num_attention_heads=heads,
+            num_key_value_heads=reader.size("num_key_value_heads", 32),
+            head_dim=reader.size("head_dim", 128 if qwen3 else hidden_size // heads),
+            vocab_size=reader.size("vocab_size", 151936),
+            max_position_embeddings=reader.size("max_position_embeddings", 32768),
+            rms_norm_eps=reader.value("rms_norm_eps", float, 1e-6),
+            rope_theta=_rope_theta(reader),
+            qkv_bias=attention_bias if qwen3 else True,
+            output_bias=attention_bias,
+            qk_norm=qwen3,
+            tie_embeddings=reader.value("tie_word_embeddings", bool, False),
+        )
+
+
+def _rope_theta(reader: ConfigReader) -> float:
+    for key in ("rope_parameters", "rope_scaling"):
+        if reader.has(key):
+            section = reader.section(key)
+            kind = section.value("rope_type", str, section.value("type", str, "default"))
+            if kind != "default":
+                raise ConfigError(f"{section.name}: rope_type {kind!r} is not supported; siglane knows 'default'")
+            if section.has("rope_theta"):
+                return section.value("rope_theta", float)
+    return reader.value("rope_theta", float, 10000.0)

@@ -1,0 +1,103 @@
+"""The facts of a SigLIP tower. Each one changes the numbers, none has a silent default (docs/model_facts.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from siglane.config.reader import ConfigReader, RawConfig
+from siglane.errors import ConfigError
+from siglane.types import Activation, Grid
+
+# names in `hidden_act` of transformers' configs -> what is computed (transformers/activations.py)
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu": "gelu_erf",
+    "quick_gelu": "quick_gelu",
+    "silu": "silu",
+}
+
+PatchLayout = Literal["channel_first", "channel_last"]
+PositionResize = Literal["never", "bilinear_antialias", "bicubic"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionConfig:
+    """One tower.
+
+    patch_layout: order of the elements of a flattened patch, (c, y, x) or (y, x, c);
+    position_grid: the grid the learned position table covers; position_resize: how other grids are served;
+    depth: blocks that are run, at most num_hidden_layers (VILA skips the last); post_norm: whether the features pass
+    `post_layernorm`; use_head: whether the MAP pooling head exists.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_channels: int
+    patch_size: int
+    position_grid: Grid
+    hidden_act: Activation
+    layer_norm_eps: float
+    patch_layout: PatchLayout
+    position_resize: PositionResize
+    depth: int
+    post_norm: bool
+    use_head: bool
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"vision hidden_size {self.hidden_size} is not divisible by {self.num_attention_heads} heads"
+            )
+        if not 0 < self.depth <= self.num_hidden_layers:
+            raise ConfigError(f"vision depth {self.depth} is outside 1..{self.num_hidden_layers}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def patch_dim(self) -> int:
+        return self.num_channels * self.patch_size**2
+
+    @classmethod
+    def from_hf(
+        cls, raw: RawConfig, *, feature_layer: int, post_norm: bool, name: str = "vision_config"
+    ) -> VisionConfig:
+        """A `SiglipVisionConfig` as transformers writes it; absent keys take that class's defaults.
+
+        feature_layer: index into transformers' `hidden_states` (-1: all blocks, -2: without the last).
+        """
+        reader = ConfigReader(raw, name)
+        layers = reader.size("num_hidden_layers", 12)
+        patch_size = reader.size("patch_size", 16)
+        side = reader.size("image_size", 224) // patch_size
+        if side == 0:
+            raise ConfigError(f"{name}: image_size is smaller than patch_size {patch_size}")
+        return cls(
+            hidden_size=reader.size("hidden_size", 768),
+            intermediate_size=reader.size("intermediate_size", 3072),
+            num_hidden_layers=layers,
+            num_attention_heads=reader.size("num_attention_heads", 12),
+            num_channels=reader.size("num_channels", 3),
+            patch_size=patch_size,
+            position_grid=Grid(side, side),
+            hidden_act=reader.choice("hidden_act", ACTIVATIONS, "gelu_pytorch_tanh"),
+            layer_norm_eps=reader.value("layer_norm_eps", float, 1e-6),
+            patch_layout="channel_first",
+            position_resize="never",
+            depth=resolve_layer(feature_layer, layers, name),
+            post_norm=post_norm,
+            use_head=reader.value("vision_use_head", bool, True),
+        )
+
+
+def resolve_layer(feature_layer: int, layers: int, name: str) -> int:
+    """How many blocks to run for `hidden_states[feature_layer]` of a tower with `layers` blocks."""
+    depth = feature_layer if feature_layer >= 0 else layers + 1 + feature_layer
+    if not 0 < depth <= layers:
+        raise ConfigError(f"{name}: feature layer {feature_layer} does not exist in a tower of {layers} blocks")
+    return depth

@@ -1,0 +1,78 @@
+"""What can go wrong, by whose fault. Every message is one line: what is wrong, which input, what to do."""
+
+from __future__ import annotations
+
+
+class SiglaneError(Exception):
+    """Base of every error siglane raises on purpose. `exit_code` is what the CLI returns for it."""
+
+    exit_code = 1
+
+
+class UserError(SiglaneError, ValueError):
+    """The caller's input is at fault. HTTP 400 unless `status` says otherwise, CLI exit code 2.
+
+    code: a short machine-readable name (`image_decode_failed`); param: the offending field
+    (`messages[0].content[1]`), None when the whole request is at fault.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, code: str, param: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
+        self.param = param
+        self.status = status
+
+    def at(self, param: str) -> UserError:
+        """The same error, blamed on `param`."""
+        return UserError(self.message, code=self.code, param=param, status=self.status)
+
+    def __reduce__(self) -> tuple[object, ...]:  # keyword-only fields survive a process boundary
+        return (_rebuild_user_error, (self.message, self.code, self.param, self.status))
+
+
+def _rebuild_user_error(message: str, code: str, param: str | None, status: int) -> UserError:
+    return UserError(message, code=code, param=param, status=status)
+
+
+class ImageError(UserError):
+    """An image that cannot be used (undecodable, too large, forbidden source)."""
+
+
+class ConfigError(UserError):
+    """A model's configuration is missing, unknown or contradictory. Names the key and the value."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="bad_model_config")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (ConfigError, (self.message,))
+
+
+class WeightError(UserError):
+    """A checkpoint's tensors do not match the model: missing, left over, duplicated or of another shape."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="bad_checkpoint")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (WeightError, (self.message,))
+
+
+class EngineError(SiglaneError):
+    """The engine failed at one request (HTTP 5xx). `code` as in `UserError`."""
+
+    def __init__(self, message: str, *, code: str = "engine_error", status: int = 500) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
+        self.status = status
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild_engine_error, (self.message, self.code, self.status))
+
+
+def _rebuild_engine_error(message: str, code: str, status: int) -> EngineError:
+    return EngineError(message, code=code, status=status)

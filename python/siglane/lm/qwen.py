@@ -1,0 +1,115 @@
+"""Qwen2 and Qwen3: one decoder, their differences are flags of `LanguageConfig` (formats.md section 8)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from siglane.config.text import LanguageConfig
+from siglane.nn.act import activate
+from siglane.nn.attention import LayerAttention
+from siglane.nn.embedding import VocabParallelEmbedding
+from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear, attention_parallel
+from siglane.nn.norm import RMSNorm
+from siglane.nn.parallel import TensorParallel
+from siglane.nn.rope import rotary_tables, rotate
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; Qwen3 normalises each head of q and k before the rotation."""
+
+    def __init__(self, config: LanguageConfig, layer: int, tp: TensorParallel) -> None:
+        super().__init__()
+        self.layer = layer
+        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        tp = attention_parallel(tp, heads, kv_heads)
+        self.qkv = QKVParallelLinear(config.hidden_size, heads, kv_heads, head_dim, bias=config.qkv_bias, tp=tp)
+        self.o_proj = RowParallelLinear(heads * head_dim, config.hidden_size, bias=config.output_bias, tp=tp)
+        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, x: torch.Tensor, rotary: Rotary, attention: LayerAttention) -> torch.Tensor:
+        q, k, v = self.qkv(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        attended = attention(self.layer, rotate(q, *rotary), rotate(k, *rotary), v)
+        return self.o_proj(attended.flatten(1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, config: LanguageConfig, tp: TensorParallel) -> None:
+        super().__init__()
+        sections = {"gate": config.intermediate_size, "up": config.intermediate_size}
+        self.gate_up = ColumnParallelLinear(config.hidden_size, sections, bias=False, tp=tp)
+        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, bias=False, tp=tp)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down_proj(activate(gate, "silu") * up)
+
+
+class Block(nn.Module):
+    """`x += attention(norm(x)); x += mlp(norm(x))`."""
+
+    def __init__(self, config: LanguageConfig, layer: int, tp: TensorParallel) -> None:
+        super().__init__()
+        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config, layer, tp)
+        self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config, tp)
+
+    def forward(self, x: torch.Tensor, rotary: Rotary, attention: LayerAttention) -> torch.Tensor:
+        x = x + self.attention(self.input_norm(x), rotary, attention)
+        return x + self.mlp(self.post_attention_norm(x))
+
+
+class QwenModel(nn.Module):
+    """The decoder with its embedding table and output head. A step's metadata comes in through `attention`."""
+
+    def __init__(self, config: LanguageConfig, tp: TensorParallel | None = None) -> None:
+        super().__init__()
+        tp = tp or TensorParallel.single()
+        self.config = config
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
+        self.blocks = nn.ModuleList(Block(config, layer, tp) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        untied = not config.tie_embeddings
+        self.lm_head = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp) if untied else None
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """`[T]` -> `[T, hidden_size]`. Ids outside the table (placeholders of some families) read row 0."""
+        inside = (token_ids >= 0) & (token_ids < self.config.vocab_size)
+        rows: torch.Tensor = self.embed_tokens(torch.where(inside, token_ids, 0))
+        return rows
+
+    def forward(
+        self,
+        embeds: torch.Tensor,
+        positions: torch.Tensor,
+        attention: LayerAttention,
+        taps: dict[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """embeds `[T, hidden_size]`, positions i64 `[T]` -> normalised hidden states `[T, hidden_size]`."""
+        rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, embeds.dtype)
+        x = embeds
+        for number, block in enumerate(self.blocks):
+            x = block(x, rotary, attention)
+            if taps is not None:
+                taps[f"lm.block.{number}"] = x
+        hidden: torch.Tensor = self.norm(x)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[T, hidden_size]` -> `[T, vocab_size]`, whole on every rank."""
+        return (self.lm_head or self.embed_tokens).logits(hidden)
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads this rank holds."""
+        attention = self.blocks[0].attention
+        assert isinstance(attention, Attention)
+        return attention.qkv.kv_heads

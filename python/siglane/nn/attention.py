@@ -1,0 +1,207 @@
+"""Attention over packed sequences: `[N, heads, head_dim]` holds many images or texts, each attends to itself only.
+
+The cost follows the real lengths on every device: no padding, no mask tensor. Backends give the same numbers; `auto`
+takes the fastest that the machine has.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Literal, Protocol, assert_never
+
+import torch
+import torch.nn.functional as F
+
+from siglane.types import cu_seqlens_of
+
+logger = logging.getLogger(__name__)
+
+AttentionBackend = Literal["sdpa", "torch_varlen", "flash_attn", "flashinfer"]
+BackendChoice = Literal["auto", "sdpa", "torch_varlen", "flash_attn", "flashinfer"]
+
+FLASHINFER_HEAD_DIMS = (64, 128, 256)
+KERNEL_HEAD_DIM_STEP = 8  # flash kernels take head dims that are multiples of 8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segments:
+    """Lengths of the sequences packed in a tensor, with what the backends need derived once per forward.
+
+    cu_seqlens: i32 `[B + 1]` on the device (None on CPU, where nothing reads it); max_len on the host.
+    """
+
+    lengths: tuple[int, ...]
+    max_len: int
+    cu_seqlens: torch.Tensor | None
+    runs: tuple[tuple[int, int], ...] = field(default=())
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> Segments:
+        cu_seqlens = None if device.type == "cpu" else cu_seqlens_of(lengths, device)
+        runs = tuple((length, sum(1 for _ in group)) for length, group in groupby(lengths))
+        return cls(tuple(lengths), max(lengths, default=0), cu_seqlens, runs)
+
+
+PackedAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Segments, float, bool], torch.Tensor]
+
+
+def packed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    segments: Segments,
+    *,
+    scale: float,
+    backend: AttentionBackend,
+    causal: bool = False,
+) -> torch.Tensor:
+    """q `[N, heads, head_dim]`, k and v `[N, kv_heads, head_dim]` -> `[N, heads, head_dim]`.
+
+    Segment by segment softmax(q k^T * scale) v; `heads` a multiple of `kv_heads`.
+    """
+    match backend:
+        case "sdpa":
+            return _sdpa(q, k, v, segments, scale, causal)
+        case "torch_varlen":
+            return _padded(_torch_varlen, q, k, v, segments, scale, causal, KERNEL_HEAD_DIM_STEP)
+        case "flash_attn":
+            return _padded(_flash_attn, q, k, v, segments, scale, causal, KERNEL_HEAD_DIM_STEP)
+        case "flashinfer":
+            step = next((size for size in FLASHINFER_HEAD_DIMS if size >= q.shape[-1]), FLASHINFER_HEAD_DIMS[-1])
+            return _padded(_flashinfer, q, k, v, segments, scale, causal, step)
+        case _:
+            assert_never(backend)
+
+
+def _sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float, causal: bool
+) -> torch.Tensor:
+    """One call per run of equal lengths, each a batch of its own."""
+    grouped = q.shape[1] != k.shape[1]
+    outputs = []
+    start = 0
+    for length, count in segments.runs:
+        stop = start + length * count
+        qs, ks, vs = (x[start:stop].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
+        attended = F.scaled_dot_product_attention(qs, ks, vs, is_causal=causal, scale=scale, enable_gqa=grouped)
+        outputs.append(attended.transpose(1, 2).flatten(0, 1))
+        start = stop
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _padded(
+    kernel: PackedAttention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    segments: Segments,
+    scale: float,
+    causal: bool,
+    step: int,
+) -> torch.Tensor:
+    """Runs a kernel that wants head_dim a multiple of `step`: zeros are appended, the scale stays the true one."""
+    head_dim = q.shape[-1]
+    extra = -head_dim % step
+    if extra:
+        q, k, v = (F.pad(x, (0, extra)) for x in (q, k, v))
+    return kernel(q, k, v, segments, scale, causal)[..., :head_dim]
+
+
+def _torch_varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float, causal: bool
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    k, v = _repeat_heads(k, v, q.shape[1])
+    # the oldest supported signature has no scale: it is head_dim ** -0.5, so the true one is folded into q
+    q = q * (scale * q.shape[-1] ** 0.5)
+    cu_seqlens, longest = segments.cu_seqlens, segments.max_len
+    window = (-1, 0) if causal else (-1, -1)
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=window)  # type: ignore[arg-type]
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+def _flash_attn(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float, causal: bool
+) -> torch.Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    cu_seqlens, longest = segments.cu_seqlens, segments.max_len
+    out: torch.Tensor = flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, longest, longest, softmax_scale=scale, causal=causal
+    )
+    return out
+
+
+def _flashinfer(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float, causal: bool
+) -> torch.Tensor:
+    import flashinfer
+
+    workspace = torch.empty(128 << 20, dtype=torch.uint8, device=q.device)
+    wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace)
+    wrapper.plan(
+        segments.cu_seqlens,
+        segments.cu_seqlens,
+        q.shape[1],
+        k.shape[1],
+        q.shape[2],
+        causal=causal,
+        sm_scale=scale,
+        q_data_type=q.dtype,
+    )
+    out: torch.Tensor = wrapper.run(q, k, v)
+    return out
+
+
+def _repeat_heads(k: torch.Tensor, v: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    times = heads // k.shape[1]
+    return (k, v) if times == 1 else (k.repeat_interleave(times, 1), v.repeat_interleave(times, 1))
+
+
+def choose_backend(choice: BackendChoice, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+    """The backend to use for packed attention; logs what was chosen and why.
+
+    Kernels for half precision on CUDA are preferred in the order flash-attn, torch. float32 and CPU take SDPA, one
+    call per run of equal lengths. ValueError when an explicit choice cannot run here.
+    """
+    half_on_cuda = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    available: dict[AttentionBackend, bool] = {
+        "flash_attn": half_on_cuda and importlib.util.find_spec("flash_attn") is not None,
+        "torch_varlen": half_on_cuda and importlib.util.find_spec("torch.nn.attention.varlen") is not None,
+        "flashinfer": half_on_cuda and importlib.util.find_spec("flashinfer") is not None,
+        "sdpa": True,
+    }
+    if choice == "auto":
+        order: tuple[AttentionBackend, ...] = ("flash_attn", "torch_varlen", "sdpa")
+        chosen = next(backend for backend in order if available[backend])
+    elif available[choice]:
+        chosen = choice
+    else:
+        raise ValueError(f"attention backend {choice!r} cannot run on {device} in {dtype}; use 'auto'")
+    logger.info("vision attention: %s (%s, %s, asked for %s)", chosen, device, dtype, choice)
+    return chosen
+
+
+class LayerAttention(Protocol):
+    """What a language model's layer calls: remembers k and v of this step and attends to all the past.
+
+    q `[T, heads, head_dim]`, k and v `[T, kv_heads, head_dim]` of the step's T tokens -> `[T, heads, head_dim]`.
+    """
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor: ...
+
+
+class CausalSegments:
+    """`LayerAttention` without a cache: whole sequences packed one after another (training, reference runs)."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | None = None) -> None:
+        self.segments = Segments.of(lengths, device or torch.device("cpu"))
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return _sdpa(q, k, v, self.segments, q.shape[-1] ** -0.5, True)

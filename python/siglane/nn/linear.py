@@ -1,0 +1,154 @@
+"""Linear layers cut over tensor-parallel ranks, and how the checkpoint's whole tensors become their shards.
+
+Column parallel cuts the output, row parallel the input; a column layer followed by a row layer needs one all-reduce.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from siglane.nn.parallel import TensorParallel
+
+
+class ShardedModule(nn.Module):
+    """A module whose parameters are filled from named parts of whole checkpoint tensors.
+
+    `parts(name)` lists the parts parameter `name` is made of ("" when it is one tensor) and `load_part` copies this
+    rank's share of one part. ValueError when the shape is not the whole tensor's.
+    """
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        return ("",)
+
+    def load_part(self, name: str, part: str, tensor: torch.Tensor) -> None:
+        raise NotImplementedError
+
+
+def copy_checked(target: torch.Tensor, source: torch.Tensor, whole: torch.Size) -> None:
+    if source.shape != whole:
+        raise ValueError(f"has shape {list(source.shape)}, the model needs {list(whole)}")
+    with torch.no_grad():
+        target.copy_(source if source.shape == target.shape else source.reshape(target.shape))
+
+
+class ColumnParallelLinear(ShardedModule):
+    """`y = x W^T + b`, the rows of W (outputs) cut over ranks. `sections` names outputs stored as separate tensors.
+
+    x: `[..., input_size]` -> `[..., output_size / tp.size]`, or the whole output on every rank with gather_output.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        sections: dict[str, int],
+        *,
+        bias: bool,
+        tp: TensorParallel,
+        gather_output: bool = False,
+    ) -> None:
+        super().__init__()
+        self.tp = tp.fits(*sections.values())
+        self.input_size, self.sections, self.gather_output = input_size, sections, gather_output
+        local = sum(sections.values()) // self.tp.size
+        self.weight = nn.Parameter(torch.empty(local, input_size))
+        self.bias = nn.Parameter(torch.empty(local)) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        return self.tp.all_gather(y) if self.gather_output else y
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        return tuple(self.sections)
+
+    def load_part(self, name: str, part: str, tensor: torch.Tensor) -> None:
+        rows = self.sections[part]
+        whole = torch.Size((rows, self.input_size) if name == "weight" else (rows,))
+        if tensor.shape != whole:
+            raise ValueError(f"has shape {list(tensor.shape)}, the model needs {list(whole)}")
+        start = sum(size for other, size in _before(self.sections, part)) // self.tp.size
+        shard = self.tp.cut(tensor, 0)
+        with torch.no_grad():
+            self.get_parameter(name).narrow(0, start, shard.shape[0]).copy_(shard)
+
+
+def _before(sections: dict[str, int], part: str) -> list[tuple[str, int]]:
+    names = list(sections)
+    return [(name, sections[name]) for name in names[: names.index(part)]]
+
+
+class RowParallelLinear(ShardedModule):
+    """`y = x W^T + b`, the columns of W (inputs) cut over ranks, partial sums added by an all-reduce.
+
+    x: `[..., input_size / tp.size]` -> `[..., output_size]`. The bias is added once, after the sum.
+    """
+
+    def __init__(self, input_size: int, output_size: int, *, bias: bool, tp: TensorParallel) -> None:
+        super().__init__()
+        self.tp = tp.fits(input_size)
+        self.input_size, self.output_size = input_size, output_size
+        self.weight = nn.Parameter(torch.empty(output_size, input_size // self.tp.size))
+        self.bias = nn.Parameter(torch.empty(output_size)) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.tp.size == 1:
+            return F.linear(x, self.weight, self.bias)
+        y = self.tp.all_reduce(F.linear(x, self.weight))
+        return y if self.bias is None else y + self.bias
+
+    def load_part(self, name: str, part: str, tensor: torch.Tensor) -> None:
+        if name == "bias":
+            copy_checked(self.get_parameter("bias"), tensor, torch.Size((self.output_size,)))
+            return
+        if tensor.shape != (self.output_size, self.input_size):
+            raise ValueError(f"has shape {list(tensor.shape)}, the model needs {[self.output_size, self.input_size]}")
+        with torch.no_grad():
+            self.weight.copy_(self.tp.cut(tensor, 1))
+
+
+class QKVParallelLinear(ShardedModule):
+    """Query, key and value projections in one matrix, cut by heads.
+
+    With fewer key/value heads than ranks, each is kept on `tp.size / kv_heads` ranks. `heads` and `kv_heads` are this
+    rank's counts. x: `[T, hidden]` -> q `[T, heads, head_dim]`, k and v `[T, kv_heads, head_dim]`. The caller passes a
+    `tp` its heads divide by (`attention_parallel`).
+    """
+
+    def __init__(
+        self, hidden_size: int, heads: int, kv_heads: int, head_dim: int, *, bias: bool, tp: TensorParallel
+    ) -> None:
+        super().__init__()
+        self.tp, self.input_size, self.head_dim = tp, hidden_size, head_dim
+        self.heads, self.kv_heads = heads // tp.size, max(1, kv_heads // tp.size)
+        self.whole = {"q": heads, "k": kv_heads, "v": kv_heads}
+        self.copies = max(1, tp.size // kv_heads)
+        local = (self.heads + 2 * self.kv_heads) * head_dim
+        self.weight = nn.Parameter(torch.empty(local, hidden_size))
+        self.bias = nn.Parameter(torch.empty(local)) if bias else None
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        qkv = F.linear(x, self.weight, self.bias).unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=-2)
+        return q, k, v
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        return ("q", "k", "v")
+
+    def load_part(self, name: str, part: str, tensor: torch.Tensor) -> None:
+        rows = self.whole[part] * self.head_dim
+        whole = torch.Size((rows, self.input_size) if name == "weight" else (rows,))
+        if tensor.shape != whole:
+            raise ValueError(f"has shape {list(tensor.shape)}, the model needs {list(whole)}")
+        count = self.heads if part == "q" else self.kv_heads
+        first = self.tp.rank * self.heads if part == "q" else self.tp.rank // self.copies * self.kv_heads
+        start = {"q": 0, "k": self.heads, "v": self.heads + self.kv_heads}[part]
+        with torch.no_grad():
+            shard = tensor.narrow(0, first * self.head_dim, count * self.head_dim)
+            self.get_parameter(name).narrow(0, start * self.head_dim, count * self.head_dim).copy_(shard)
+
+
+def attention_parallel(tp: TensorParallel, heads: int, kv_heads: int) -> TensorParallel:
+    """The group over which attention with these heads can be cut; a group of one where it cannot (16 heads on 3)."""
+    kv_fits = kv_heads % tp.size == 0 or tp.size % kv_heads == 0
+    return tp if heads % tp.size == 0 and kv_fits else TensorParallel.single()

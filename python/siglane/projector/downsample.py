@@ -1,0 +1,44 @@
+"""Merging neighbouring patches before the projector's linear layers."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from siglane.config.projector import ProjectorConfig
+from siglane.config.tokens import projected_grid
+from siglane.types import Grid
+
+
+def merge_patches(maps: torch.Tensor, config: ProjectorConfig) -> torch.Tensor:
+    """Feature maps `[B, h, w, c]` of one grid -> rows `[B, rows, merged]`, `rows` as `projected_grid` counts them."""
+    match config.merge:
+        case "none":
+            rows = maps.flatten(1, 2)
+        case "average":
+            rows = average(maps, projected_grid(Grid(maps.shape[1], maps.shape[2]), config))
+        case "blocks" | "pixel_shuffle":
+            rows = concatenate_blocks(maps, config)
+    return rows
+
+
+def concatenate_blocks(maps: torch.Tensor, config: ProjectorConfig) -> torch.Tensor:
+    """factor x factor neighbours side by side on the channel axis, in the order (row, column, channel).
+
+    Grids that do not divide are padded with zeros at the bottom and right. This is not torch's pixel_unshuffle, whose
+    order is (channel, row, column).
+    """
+    factor = config.factor
+    grid = projected_grid(Grid(maps.shape[1], maps.shape[2]), config)
+    below, right = grid.h * factor - maps.shape[1], grid.w * factor - maps.shape[2]
+    if below or right:
+        maps = F.pad(maps, (0, 0, 0, right, 0, below))
+    blocks = maps.unflatten(2, (grid.w, factor)).unflatten(1, (grid.h, factor))  # [B, H, dr, W, dc, c]
+    order = (0, 3, 1, 2, 4, 5) if config.column_major else (0, 1, 3, 2, 4, 5)
+    return blocks.permute(order).flatten(3).flatten(1, 2)
+
+
+def average(maps: torch.Tensor, target: Grid) -> torch.Tensor:
+    """Adaptive average pooling to any target grid; windows as torch's adaptive_avg_pool2d cuts them."""
+    pooled = F.adaptive_avg_pool2d(maps.permute(0, 3, 1, 2), target)
+    return pooled.permute(0, 2, 3, 1).flatten(1, 2)

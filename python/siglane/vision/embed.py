@@ -1,0 +1,38 @@
+"""Patches to embeddings: the reference's strided convolution is a linear layer on flattened patches."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from siglane.config.vision import VisionConfig
+from siglane.nn.linear import ShardedModule, copy_checked
+
+
+class PatchEmbedding(ShardedModule):
+    """`[N, patch_dim]` -> `[N, hidden_size]`.
+
+    The checkpoint stores either a convolution `[hidden, channels, P, P]` or a linear `[hidden, patch_dim]`; a
+    convolution is brought into the order of `patch_layout` when it is loaded.
+    """
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, config.patch_dim))
+        self.bias = nn.Parameter(torch.empty(config.hidden_size))
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        return F.linear(patches, self.weight, self.bias)
+
+    def load_part(self, name: str, part: str, tensor: torch.Tensor) -> None:
+        config = self.config
+        if name == "weight" and tensor.ndim == 4:
+            convolution = (config.hidden_size, config.num_channels, config.patch_size, config.patch_size)
+            if tensor.shape != convolution:
+                raise ValueError(f"has shape {list(tensor.shape)}, the model needs {list(convolution)}")
+            if config.patch_layout == "channel_last":
+                tensor = tensor.permute(0, 2, 3, 1)
+            tensor = tensor.flatten(1)
+        copy_checked(self.get_parameter(name), tensor, self.get_parameter(name).shape)

@@ -1,0 +1,57 @@
+"""The pre-LN transformer blocks of SigLIP."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from siglane.config.vision import VisionConfig
+from siglane.nn.act import activate
+from siglane.nn.attention import AttentionBackend, Segments, packed_attention
+from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear, attention_parallel
+from siglane.nn.parallel import TensorParallel
+
+
+class Attention(nn.Module):
+    """Full self-attention within each image."""
+
+    def __init__(self, config: VisionConfig, tp: TensorParallel) -> None:
+        super().__init__()
+        heads, head_dim, hidden_size = config.num_attention_heads, config.head_dim, config.hidden_size
+        tp = attention_parallel(tp, heads, heads)
+        self.scale = head_dim**-0.5
+        self.qkv = QKVParallelLinear(hidden_size, heads, heads, head_dim, bias=True, tp=tp)
+        self.out_proj = RowParallelLinear(hidden_size, hidden_size, bias=True, tp=tp)
+
+    def forward(self, x: torch.Tensor, segments: Segments, backend: AttentionBackend) -> torch.Tensor:
+        q, k, v = self.qkv(x)
+        attended = packed_attention(q, k, v, segments, scale=self.scale, backend=backend)
+        return self.out_proj(attended.flatten(1))
+
+
+class MLP(nn.Module):
+    """Two linear layers. A width that does not divide by the group's size (4304 on 3) is kept whole on every rank."""
+
+    def __init__(self, config: VisionConfig, tp: TensorParallel) -> None:
+        super().__init__()
+        self.activation = config.hidden_act
+        self.fc1 = ColumnParallelLinear(config.hidden_size, {"": config.intermediate_size}, bias=True, tp=tp)
+        self.fc2 = RowParallelLinear(config.intermediate_size, config.hidden_size, bias=True, tp=tp)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(activate(self.fc1(x), self.activation))
+
+
+class Block(nn.Module):
+    """`x += attention(norm1(x)); x += mlp(norm2(x))`."""
+
+    def __init__(self, config: VisionConfig, tp: TensorParallel) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.attention = Attention(config, tp)
+        self.norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = MLP(config, tp)
+
+    def forward(self, x: torch.Tensor, segments: Segments, backend: AttentionBackend) -> torch.Tensor:
+        x = x + self.attention(self.norm1(x), segments, backend)
+        return x + self.mlp(self.norm2(x))

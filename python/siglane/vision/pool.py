@@ -1,0 +1,50 @@
+"""SigLIP's MAP head: one learned probe attends to an image's patches and becomes its embedding (arXiv:2303.15343)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from siglane.config.vision import VisionConfig
+from siglane.nn.act import activate
+from siglane.nn.attention import Segments
+
+
+class MapHead(nn.Module):
+    """Features `[N, hidden_size]` of B images -> `[B, hidden_size]`.
+
+    The residual is the attention's output, not the probe. The head runs once per image on one query, so it is kept
+    whole on every rank.
+    """
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        hidden_size = config.hidden_size
+        self.heads, self.activation = config.num_attention_heads, config.hidden_act
+        self.probe = nn.Parameter(torch.empty(1, 1, hidden_size))
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * hidden_size, hidden_size))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * hidden_size))
+        self.out_proj = nn.Linear(hidden_size, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size, config.layer_norm_eps)
+        self.fc1 = nn.Linear(hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, hidden_size)
+
+    def forward(self, features: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        wq, wk, wv = self.in_proj_weight.chunk(3)
+        bq, bk, bv = self.in_proj_bias.chunk(3)
+        q = F.linear(self.probe[0], wq, bq).unflatten(-1, (self.heads, -1))
+        k = F.linear(features, wk, bk).unflatten(-1, (self.heads, -1))
+        v = F.linear(features, wv, bv).unflatten(-1, (self.heads, -1))
+        pooled = []
+        start = 0
+        for length, count in Segments.of(lengths, torch.device("cpu")).runs:
+            stop = start + length * count
+            ks, vs = (x[start:stop].unflatten(0, (count, length)).transpose(1, 2) for x in (k, v))
+            qs = q.transpose(0, 1).expand(count, -1, -1, -1)
+            pooled.append(F.scaled_dot_product_attention(qs, ks, vs).transpose(1, 2).flatten(1))
+            start = stop
+        attended = self.out_proj(torch.cat(pooled))
+        return attended + self.fc2(activate(self.fc1(self.norm(attended)), self.activation))

@@ -1,0 +1,76 @@
+"""`SiglipVisionModel` over packed patches: every image of every request in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from siglane.config.vision import VisionConfig
+from siglane.nn.attention import AttentionBackend, BackendChoice, Segments, choose_backend
+from siglane.nn.parallel import TensorParallel
+from siglane.types import Grid, PackedPatches
+from siglane.vision.embed import PatchEmbedding
+from siglane.vision.encoder import Block
+from siglane.vision.pool import MapHead
+from siglane.vision.position import PositionEmbedding
+
+Taps = dict[str, torch.Tensor]
+
+
+class SiglipVisionModel(nn.Module):
+    """Packed patches -> features of the layer that `config` asks for.
+
+    Only the blocks that are used exist: a tower that VILA reads at layer -2 has no last block and no post_norm.
+    """
+
+    def __init__(
+        self, config: VisionConfig, tp: TensorParallel | None = None, attention_backend: BackendChoice = "auto"
+    ) -> None:
+        super().__init__()
+        tp = tp or TensorParallel.single()
+        self.config, self.attention_backend = config, attention_backend
+        self._backends: dict[tuple[torch.device, torch.dtype], AttentionBackend] = {}
+        self.patch_embedding = PatchEmbedding(config)
+        self.position_embedding = PositionEmbedding(config)
+        self.blocks = nn.ModuleList(Block(config, tp) for _ in range(config.depth))
+        self.post_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.post_norm else None
+        self.head = MapHead(config) if config.use_head else None
+
+    def forward(self, packed: PackedPatches, taps: Taps | None = None) -> torch.Tensor:
+        """pixels `[N, patch_dim]` -> features `[N, hidden_size]`, raster order inside each grid.
+
+        taps, when given, receives every intermediate: patch_embedding, positions, block.0, ..., features.
+        """
+        backend = self._backend(packed.pixels)
+        segments = Segments.of([grid.area for grid in packed.grids], packed.pixels.device)
+        x = self.patch_embedding(packed.pixels)
+        _tap(taps, "patch_embedding", x)
+        x = self.position_embedding(x, packed.grids)
+        _tap(taps, "positions", x)
+        for number, block in enumerate(self.blocks):
+            x = block(x, segments, backend)
+            _tap(taps, f"block.{number}", x)
+        if self.post_norm is not None:
+            x = self.post_norm(x)
+        _tap(taps, "features", x)
+        return x
+
+    def pool(self, features: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
+        """The image embeddings `[B, hidden_size]` of features `[N, hidden_size]`. ValueError without a MAP head."""
+        if self.head is None:
+            raise ValueError("this checkpoint has no pooling head (vision_use_head is false)")
+        pooled: torch.Tensor = self.head(features, [grid.area for grid in grids])
+        return pooled
+
+    def _backend(self, pixels: torch.Tensor) -> AttentionBackend:
+        key = (pixels.device, pixels.dtype)
+        if key not in self._backends:
+            self._backends[key] = choose_backend(self.attention_backend, *key)
+        return self._backends[key]
+
+
+def _tap(taps: Taps | None, name: str, value: torch.Tensor) -> None:
+    if taps is not None:
+        taps[name] = value
