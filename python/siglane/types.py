@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -151,6 +151,14 @@ class ImagePatches:
             raise ValueError(f"pixels must be [{self.layout.patches}, patch_dim], got {tuple(self.pixels.shape)}")
         _check_digest(self.digest)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Crosses process boundaries as plain bytes; torch's own pickling would share memory by file descriptor."""
+        return (_patches_of, (self.pixels.numpy(), self.layout, self.digest))
+
+
+def _patches_of(pixels: npt.NDArray[Any], layout: ImageLayout, digest: bytes) -> ImagePatches:
+    return ImagePatches(torch.from_numpy(pixels), layout, digest)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedPatches:
@@ -209,6 +217,8 @@ class Prompt:
         for span in self.spans:
             if not position <= span.start < span.stop <= len(self.token_ids):
                 raise ValueError(f"{span} overlaps its predecessor or leaves the prompt of {len(self.token_ids)} ids")
+            if not 0 <= span.image < len(rows):
+                raise ValueError(f"{span} belongs to no image of {len(rows)}")
             position = span.stop
             rows[span.image] += span.stop - span.start
         expected = [image.layout.image_tokens for image in self.images]

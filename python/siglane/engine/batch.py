@@ -1,0 +1,125 @@
+"""What the engine knows of one request while it runs, and what one step computes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from siglane.engine.radix import Node
+from siglane.types import Request, Timings
+
+
+class ImageRows(NamedTuple):
+    """Prompt positions `start..stop` hold rows `row..row + stop - start` of image `image`."""
+
+    start: int
+    stop: int
+    image: int
+    row: int
+
+
+def image_rows(request: Request) -> tuple[ImageRows, ...]:
+    """The prompt's spans, each with its first row inside its image."""
+    seen = [0] * len(request.prompt.images)
+    rows = []
+    for start, stop, image in request.prompt.spans:
+        rows.append(ImageRows(start, stop, image, seen[image]))
+        seen[image] += stop - start
+    return tuple(rows)
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request on its way. `computed` tokens are in the KV cache, in `pages`; the first of them in locked `nodes`.
+
+    features: rows of the images that the rest of the prompt still needs, by image number.
+    """
+
+    request: Request
+    order: int
+    token_ids: list[int]
+    cache_ids: list[int]
+    spans: tuple[ImageRows, ...]
+    generator: torch.Generator
+    computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    features: dict[int, torch.Tensor] = field(default_factory=dict)
+    cached_tokens: int = 0
+    encoded_images: int = 0
+    arrived: float = field(default_factory=time.monotonic)
+    started: float = 0.0
+    prefilled: float = 0.0
+    encode_seconds: float = 0.0
+
+    @classmethod
+    def of(cls, request: Request, order: int, generator: torch.Generator) -> Sequence:
+        prompt = request.prompt
+        return cls(request, order, list(prompt.token_ids), list(prompt.cache_ids()), image_rows(request), generator)
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.request.prompt.token_ids)
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.token_ids[self.prompt_length :]
+
+    @property
+    def remaining(self) -> int:
+        """Tokens whose keys and values are still to be computed; 1 while decoding."""
+        return len(self.token_ids) - self.computed
+
+    def images_in(self, start: int, stop: int) -> list[int]:
+        """Images with rows in positions `start..stop`, in order."""
+        return list(dict.fromkeys(span.image for span in self.spans if span.start < stop and start < span.stop))
+
+    def append(self, token_id: int) -> None:
+        self.token_ids.append(token_id)
+        self.cache_ids.append(token_id)
+
+    def drop_used_features(self) -> None:
+        """Features of images whose last row has been computed are not needed again."""
+        needed = {span.image for span in self.spans if span.stop > self.computed}
+        self.features = {image: rows for image, rows in self.features.items() if image in needed}
+
+    def timings(self, now: float) -> Timings:
+        started = self.started or now
+        prefilled = self.prefilled or now
+        return Timings(
+            queue=started - self.arrived,
+            encode=self.encode_seconds,
+            prefill=prefilled - started - self.encode_seconds,
+            decode=now - prefilled,
+        )
+
+
+class Chunk(NamedTuple):
+    """Positions `start..stop` of one sequence; `start` is its first not yet computed token."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+
+    @property
+    def tokens(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def samples(self) -> bool:
+        """Whether the chunk ends the known tokens, so that the next one is to be chosen."""
+        return self.stop == len(self.sequence.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """One forward of the language model: chunks in the order of their rows."""
+
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(chunk.tokens for chunk in self.chunks)

@@ -1,0 +1,85 @@
+"""Everything that can be set about the engine; flags and environment variables are generated from these fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from siglane.config.text import LanguageConfig
+from siglane.errors import ConfigError
+from siglane.nn.attention import BackendChoice
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KV_BYTES_ON_CPU = 1 << 30
+KV_SHARE_OF_FREE_GPU = 0.8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N"})
+    dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16; auto: float32 on CPU"})
+    vision_dtype: str = field(default="auto", metadata={"help": "dtype of the vision tower; auto: as dtype"})
+    attention_backend: BackendChoice = field(
+        default="auto", metadata={"help": "packed vision attention: auto, sdpa, torch_varlen, flash_attn, flashinfer"}
+    )
+    paged_backend: str = field(
+        default="auto", metadata={"help": "paged attention of the language model: auto, torch or flashinfer"}
+    )
+    page_size: int = field(default=16, metadata={"help": "tokens per KV page"})
+    kv_tokens: int = field(default=0, metadata={"help": "tokens the KV cache holds; 0 sizes it by the free memory"})
+    max_running: int = field(default=64, metadata={"help": "requests that are computed at the same time"})
+    max_batch_tokens: int = field(
+        default=0, metadata={"help": "tokens of one step, longer prompts are chunked; 0: 512 on CPU, 4096 on CUDA"}
+    )
+    max_patches: int = field(
+        default=0,
+        metadata={"help": "patches encoded in one step (a larger image runs alone); 0: 1024 on CPU, 16384 on CUDA"},
+    )
+    feature_cache_bytes: int = field(
+        default=256 << 20, metadata={"help": "bytes of encoded images kept, so that a known image is not encoded again"}
+    )
+    prefix_cache: bool = field(default=True, metadata={"help": "reuse the KV pages of prompts that begin alike"})
+    threads: int = field(default=0, metadata={"help": "CPU threads of the engine; 0 leaves torch's choice"})
+
+    def __post_init__(self) -> None:
+        for name in ("page_size", "max_running"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("kv_tokens", "max_batch_tokens", "max_patches", "feature_cache_bytes", "threads"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("dtype", "vision_dtype"):
+            if getattr(self, name) != "auto" and getattr(self, name) not in DTYPES:
+                raise ConfigError(f"{name} {getattr(self, name)!r} is not known; use auto, {', '.join(DTYPES)}")
+        if self.paged_backend not in ("auto", "torch", "flashinfer"):
+            raise ConfigError(f"paged_backend {self.paged_backend!r} is not known; use auto, torch or flashinfer")
+
+    def resolve_device(self) -> torch.device:
+        """ConfigError when the device is not known or not there."""
+        name = self.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            raise ConfigError(f"device {self.device!r} is not known; use auto, cpu, cuda or cuda:N") from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"device {self.device!r} was asked for, but torch finds no CUDA here; use cpu")
+        return device
+
+    def resolve_dtypes(self, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+        """dtype of the language model and of the vision tower."""
+        language = DTYPES.get(self.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        return language, DTYPES.get(self.vision_dtype, language)
+
+    def resolve_pages(self, language: LanguageConfig, kv_heads: int, dtype: torch.dtype, device: torch.device) -> int:
+        """Pages of the KV cache: as asked, else by free memory; never more than all running requests can fill."""
+        if self.kv_tokens:
+            return max(1, self.kv_tokens // self.page_size)
+        token_bytes = 2 * language.num_hidden_layers * kv_heads * language.head_dim * dtype.itemsize
+        free = KV_BYTES_ON_CPU
+        if device.type == "cuda":
+            free = int(torch.cuda.mem_get_info(device)[0] * KV_SHARE_OF_FREE_GPU)
+        most = self.max_running * language.max_position_embeddings
+        return max(1, min(free // token_bytes, most) // self.page_size)

@@ -1,0 +1,66 @@
+"""Token ids to text as they come: whole characters only, stop strings cut exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class Decoder(Protocol):
+    """The part of a transformers tokenizer that is used here."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
+
+
+class TextStream:
+    """Turns one answer's tokens into text that may be sent.
+
+    Text is held back while it ends inside a UTF-8 character or could be the beginning of a stop string. After a stop
+    string was met, `stopped` names it, the text before it has been returned, and nothing follows.
+    """
+
+    def __init__(self, tokenizer: Decoder, stop: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._ids: list[int] = []
+        self._context, self._read = 0, 0  # ids before _context are settled, before _read already returned as text
+        self._held = ""
+        self.stopped: str | None = None
+
+    def push(self, token_ids: Sequence[int], finished: bool = False) -> str:
+        """Adds tokens, returns the new text; `finished` releases what is held back."""
+        if self.stopped is not None:
+            return ""
+        self._ids.extend(token_ids)
+        self._held += self._new_text(finished)
+        cut = min(((self._held.find(stop), stop) for stop in self._stop if stop in self._held), default=None)
+        if cut is not None:
+            position, self.stopped = cut
+            text, self._held = self._held[:position], ""
+            return text
+        keep = 0 if finished else self._beginning_of_stop()
+        text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return text
+
+    def _new_text(self, finished: bool) -> str:
+        """A token's text depends on its neighbours (spaces, split characters): decode with context, subtract that."""
+        before = self._decode(self._ids[self._context : self._read])
+        now = self._decode(self._ids[self._context :])
+        if len(now) <= len(before) or (now.endswith("\ufffd") and not finished):
+            return now[len(before) :] if finished else ""
+        self._context, self._read = self._read, len(self._ids)
+        return now[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _beginning_of_stop(self) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        longest = max((len(stop) for stop in self._stop), default=0)
+        return next(
+            (
+                length
+                for length in range(min(longest - 1, len(self._held)), 0, -1)
+                if any(stop.startswith(self._held[-length:]) for stop in self._stop)
+            ),
+            0,
+        )

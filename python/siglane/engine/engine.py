@@ -1,0 +1,248 @@
+"""The engine: requests in, token deltas out, one step at a time. Runs in the caller's thread (`process.py` gives it a
+process of its own)."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from dataclasses import dataclass
+
+import torch
+
+from siglane.engine.batch import Chunk, Sequence, StepBatch
+from siglane.engine.config import EngineConfig
+from siglane.engine.features import FeatureCache
+from siglane.engine.kv import PageAllocator, PagedKV
+from siglane.engine.paged import choose_paged_backend
+from siglane.engine.radix import PrefixCache
+from siglane.engine.runner import Runner
+from siglane.engine.sampler import Choice, sample
+from siglane.engine.scheduler import Budget, Scheduler
+from siglane.errors import EngineError, UserError
+from siglane.families.model import VisionLanguageModel
+from siglane.types import FinishReason, ImagePatches, Request, TokenDelta
+
+logger = logging.getLogger(__name__)
+
+# what one step may cost where the configuration says 0: a CPU gains nothing from larger steps and makes others wait
+STEP_TOKENS = {"cpu": 512, "cuda": 4096}
+STEP_PATCHES = {"cpu": 1024, "cuda": 16384}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot for /metrics and tests; counters only grow."""
+
+    running: int
+    waiting: int
+    pages_total: int
+    pages_free: int
+    pages_cached: int
+    feature_bytes: int
+    feature_hits: int
+    feature_misses: int
+    encoded_images: int
+    cached_tokens: int
+    computed_tokens: int
+    steps: int
+
+
+class Engine:
+    """Continuous batching over a paged cache. A request that fails ends alone, with an "error" delta."""
+
+    def __init__(self, model: VisionLanguageModel, config: EngineConfig, eos_token_ids: tuple[int, ...]) -> None:
+        language = model.language
+        parameter = language.norm.weight
+        device, dtype = parameter.device, parameter.dtype
+        pages = config.resolve_pages(language.config, language.kv_heads, dtype, device)
+        kv = PagedKV(
+            language.config, language.kv_heads, pages=pages, page_size=config.page_size, dtype=dtype, device=device
+        )
+        self.config, self.eos_token_ids = config, frozenset(eos_token_ids)
+        self.allocator = PageAllocator(pages)
+        self.prefix_cache = PrefixCache(self.allocator, config.page_size) if config.prefix_cache else None
+        self.features = FeatureCache(config.feature_cache_bytes)
+        budget = Budget(
+            tokens=config.max_batch_tokens or STEP_TOKENS[device.type],
+            patches=config.max_patches or STEP_PATCHES[device.type],
+            running=config.max_running,
+        )
+        self.scheduler = Scheduler(budget, self.allocator, self.prefix_cache, self.features, config.page_size)
+        self.runner = Runner(model, kv, choose_paged_backend(config.paged_backend, device, dtype))
+        self.context_length = min(language.config.max_position_embeddings, self.scheduler.capacity)
+        self._sequences: dict[str, Sequence] = {}
+        self._arrivals = 0
+        self._encoded_images = self._cached_tokens = self._computed_tokens = self._steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    def add(self, request: Request) -> None:
+        """Queues a request. UserError when it can never run: the prompt leaves no room for an answer."""
+        length = len(request.prompt.token_ids)
+        if request.request_id in self._sequences:
+            raise ValueError(f"request id {request.request_id!r} is in use")
+        if length == 0:
+            raise UserError("the prompt is empty; give it at least one token", code="empty_prompt")
+        if length >= self.context_length:
+            raise UserError(
+                f"the prompt has {length} tokens, the context holds {self.context_length}; shorten it",
+                code="context_length_exceeded",
+            )
+        generator = torch.Generator()
+        seed = request.sampling.seed
+        generator.manual_seed(secrets.randbits(63) if seed is None else seed)
+        sequence = Sequence.of(request, self._arrivals, generator)
+        self._arrivals += 1
+        self._sequences[request.request_id] = sequence
+        self.scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> TokenDelta | None:
+        """Ends a request now and frees its pages. None when it has already ended."""
+        sequence = self._sequences.get(request_id)
+        return None if sequence is None else self._end(sequence, "abort")
+
+    @torch.inference_mode()
+    def step(self) -> list[TokenDelta]:
+        """One forward: what it adds to each request, in the order of the batch."""
+        step = self.scheduler.plan()
+        self._note_start(step.chunks)
+        deltas = self._encode(step.misses)
+        chunks = [chunk for chunk in step.chunks if chunk.sequence.request.request_id in self._sequences]
+        computed, logits, failed = self._forward(chunks)
+        deltas += failed
+        sampling = [chunk.sequence for chunk in computed if chunk.samples]
+        choices = sample(logits, sampling, self.eos_token_ids) if sampling else []
+        self.scheduler.commit(computed)
+        self._computed_tokens += sum(chunk.tokens for chunk in computed)
+        self._steps += 1
+        return deltas + [self._extend(*pair) for pair in zip(sampling, choices, strict=True)]
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            pages_total=self.allocator.total,
+            pages_free=self.allocator.free,
+            pages_cached=self.prefix_cache.pages if self.prefix_cache else 0,
+            feature_bytes=self.features.bytes,
+            feature_hits=self.features.hits,
+            feature_misses=self.features.misses,
+            encoded_images=self._encoded_images,
+            cached_tokens=self._cached_tokens,
+            computed_tokens=self._computed_tokens,
+            steps=self._steps,
+        )
+
+    def _note_start(self, chunks: list[Chunk]) -> None:
+        now = time.monotonic()
+        for chunk in chunks:
+            if not chunk.sequence.started:
+                chunk.sequence.started = now
+                chunk.sequence.cached_tokens = chunk.start
+                self._cached_tokens += chunk.start
+
+    def _encode(self, misses: dict[bytes, list[tuple[Sequence, int]]]) -> list[TokenDelta]:
+        """Gives every miss its features; returns the deltas of requests whose image cannot be encoded."""
+        if not misses:
+            return []
+        begin = time.monotonic()
+        images = [wanting[0][0].request.prompt.images[wanting[0][1]] for wanting in misses.values()]
+        encoded = self._encode_isolated(images)
+        seconds = time.monotonic() - begin
+        failed: list[TokenDelta] = []
+        for (digest, wanting), rows in zip(misses.items(), encoded, strict=True):
+            if isinstance(rows, torch.Tensor):
+                self.features.put(digest, rows)
+                self._encoded_images += 1
+                wanting[0][0].encoded_images += 1
+            for sequence, image in wanting:
+                sequence.encode_seconds += seconds
+                if isinstance(rows, torch.Tensor):
+                    sequence.features[image] = rows
+                elif sequence.request.request_id in self._sequences:
+                    failed.append(self._end(sequence, "error", rows))
+        return failed
+
+    def _encode_isolated(self, images: list[ImagePatches]) -> list[torch.Tensor | EngineError]:
+        """All images together; when that raises, each alone, so that one image never takes others with it."""
+        try:
+            return [_finite(rows) for rows in self.runner.encode(images)]
+        except Exception:
+            logger.exception("encoding %d images failed; trying each alone", len(images))
+        encoded: list[torch.Tensor | EngineError] = []
+        for image in images:
+            try:
+                encoded.append(_finite(self.runner.encode([image])[0]))
+            except Exception as error:
+                logger.exception("encoding one image failed")
+                encoded.append(EngineError(f"an image could not be encoded ({type(error).__name__})"))
+        return encoded
+
+    def _forward(self, chunks: list[Chunk]) -> tuple[list[Chunk], torch.Tensor, list[TokenDelta]]:
+        """The chunks that were computed, their logits, and the deltas of requests that failed."""
+        if not chunks:
+            return [], torch.empty(0), []
+        try:
+            return chunks, self.runner.forward(StepBatch(tuple(chunks))), []
+        except Exception:
+            logger.exception("a step of %d requests failed; trying each alone", len(chunks))
+        computed, logits, failed = [], [], []
+        for chunk in chunks:
+            try:
+                logits.append(self.runner.forward(StepBatch((chunk,))))
+                computed.append(chunk)
+            except Exception as error:
+                logger.exception("request %s failed", chunk.sequence.request.request_id)
+                reason = EngineError(f"the request could not be computed ({type(error).__name__})")
+                failed.append(self._end(chunk.sequence, "error", reason))
+        return computed, torch.cat(logits) if logits else torch.empty(0), failed
+
+    def _extend(self, sequence: Sequence, choice: Choice | None) -> TokenDelta:
+        if choice is None:
+            return self._end(sequence, "error", EngineError("the model gave NaN or infinite logits", code="engine_nan"))
+        if not sequence.prefilled:
+            sequence.prefilled = time.monotonic()
+        sequence.append(choice.token_id)
+        params = sequence.request.sampling
+        ends = choice.token_id in self.eos_token_ids and not params.ignore_eos
+        if ends or choice.token_id in params.stop_token_ids:
+            return self._end(sequence, "stop", choice=choice)
+        if len(sequence.output_ids) >= sequence.request.max_tokens or len(sequence.token_ids) >= self.context_length:
+            return self._end(sequence, "length", choice=choice)
+        return self._delta(sequence, choice)
+
+    def _end(
+        self, sequence: Sequence, reason: FinishReason, error: Exception | None = None, choice: Choice | None = None
+    ) -> TokenDelta:
+        del self._sequences[sequence.request.request_id]
+        self.scheduler.finish(sequence)
+        return self._delta(sequence, choice, reason, error)
+
+    def _delta(
+        self,
+        sequence: Sequence,
+        choice: Choice | None,
+        reason: FinishReason | None = None,
+        error: Exception | None = None,
+    ) -> TokenDelta:
+        return TokenDelta(
+            request_id=sequence.request.request_id,
+            token_ids=() if choice is None else (choice.token_id,),
+            logprobs=() if choice is None or choice.logprob is None else (choice.logprob,),
+            finish_reason=reason,
+            matched_stop=choice.token_id if choice is not None and reason == "stop" else None,
+            error=error,
+            cached_tokens=sequence.cached_tokens,
+            encoded_images=sequence.encoded_images,
+            timings=sequence.timings(time.monotonic()),
+        )
+
+
+def _finite(rows: torch.Tensor) -> torch.Tensor | EngineError:
+    """NaN features are an error of their image and are never cached."""
+    if bool(torch.isfinite(rows).all()):
+        return rows
+    return EngineError("the vision tower gave NaN or infinite features for an image", code="engine_nan")

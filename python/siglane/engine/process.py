@@ -1,0 +1,250 @@
+"""The engine in a process of its own, watched: when it dies its requests end with an error and it is started again.
+
+Parent and child talk over one anonymous pipe; nothing listens on a socket. The child ends when the pipe closes, so it
+never outlives its parent.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Literal
+
+import torch
+
+from siglane.engine.config import EngineConfig
+from siglane.engine.engine import Engine, EngineStats
+from siglane.engine.load import load_engine
+from siglane.errors import EngineError, SiglaneError, UserError
+from siglane.types import Request, TokenDelta
+
+logger = logging.getLogger(__name__)
+
+State = Literal["starting", "ready", "restarting", "dead", "closed"]
+OnDelta = Callable[[TokenDelta], None]
+
+RESTARTS_ALLOWED = 5
+RESTART_WINDOW_SECONDS = 300.0
+STATS_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """What a child needs to build its engine: a checkpoint folder or hub id, and the engine's configuration."""
+
+    model: str
+    config: EngineConfig
+    revision: str | None = None
+
+
+class EngineProcess:
+    """A supervised engine. `submit` may be called from any thread; callbacks run on one reader thread.
+
+    Every submitted request gets exactly one delta with a finish_reason: the engine's own, "abort" after `abort`, or
+    "error" with `EngineError(code="engine_restarting", status=503)` when the process died under it.
+    """
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
+        self.state: State = "starting"
+        self.failure: SiglaneError | None = None
+        self._context = multiprocessing.get_context("spawn")
+        self._lock = threading.Lock()
+        self._pending: dict[str, OnDelta] = {}
+        self._stats: EngineStats | None = None
+        self._starts: list[float] = []
+        self._changed = threading.Condition()
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._pipe: Connection | None = None
+        self._reader = threading.Thread(target=self._supervise, name="engine-supervisor", daemon=True)
+
+    def start(self, wait: bool = True) -> None:
+        """Starts the child; with `wait`, returns when the model is loaded. Raises what kept it from loading."""
+        self._reader.start()
+        if wait:
+            self.wait_ready()
+
+    def wait_ready(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self.state in ("ready", "dead", "closed"))
+        if self.state != "ready":
+            raise self.failure or EngineError("the engine was closed before it was ready", code="engine_closed")
+
+    def submit(self, request: Request, on_delta: OnDelta) -> None:
+        """Hands a request over. EngineError (503) when the engine is not ready."""
+        message = pickle.dumps(("add", request), protocol=5)
+        with self._lock:
+            if self.state != "ready" or self._pipe is None:
+                raise _restarting() if self.state in ("starting", "restarting") else _down()
+            self._pending[request.request_id] = on_delta
+            self._send(message)
+
+    def abort(self, request_id: str) -> None:
+        """Asks for the end of a request; its final delta says "abort" unless it ended before."""
+        with self._lock:
+            if self._pipe is not None and request_id in self._pending:
+                self._send(pickle.dumps(("abort", request_id)))
+
+    def stats(self) -> EngineStats | None:
+        """The child's figures, at most half a second old while it works. None before it is ready."""
+        return self._stats
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    def close(self, drain: float = 0.0) -> None:
+        """Waits up to `drain` seconds for running requests, then ends the child; what is left gets an error delta."""
+        deadline = time.monotonic() + drain
+        while self._pending and self.state == "ready" and time.monotonic() < deadline:
+            time.sleep(0.02)
+        with self._lock:
+            self._set_state("closed")
+            if self._pipe is not None:
+                self._send(pickle.dumps(("close", None)))
+        if self._reader.is_alive() and self._reader is not threading.current_thread():
+            self._reader.join(timeout=10)
+        if self._process is not None and self._process.is_alive():
+            self._process.kill()
+
+    def _send(self, message: bytes) -> None:
+        """Called with the lock held. A broken pipe is the reader's business: it sees the end and restarts."""
+        assert self._pipe is not None
+        try:
+            self._pipe.send_bytes(message)
+        except OSError:
+            logger.warning("the engine process is gone; waiting for its restart")
+
+    def _supervise(self) -> None:
+        while self.state not in ("closed", "dead"):
+            self._starts.append(time.monotonic())
+            parent_end, child_end = self._context.Pipe()
+            self._process = self._context.Process(
+                target=_child, args=(child_end, self.spec), name="siglane-engine", daemon=True
+            )
+            self._process.start()
+            child_end.close()
+            self._read_until_end(parent_end)
+            self._process.join(timeout=5)
+            self._after_end()
+            parent_end.close()
+
+    def _read_until_end(self, pipe: Connection) -> None:
+        try:
+            while True:
+                kind, value = pickle.loads(pipe.recv_bytes())
+                if kind == "deltas":
+                    for delta in value:
+                        self._deliver(delta)
+                elif kind == "stats":
+                    self._stats = value
+                elif kind == "ready":
+                    with self._lock:
+                        self._pipe = pipe
+                        if self.state != "closed":
+                            self._set_state("ready")
+                elif kind == "failed":
+                    self.failure = value
+                    self._set_state("dead")
+        except (EOFError, OSError):
+            return
+
+    def _after_end(self) -> None:
+        """The child is gone: its requests end, and it is started again unless that happens too often."""
+        with self._lock:
+            self._pipe = None
+            if self.state not in ("closed", "dead"):
+                recent = [start for start in self._starts if time.monotonic() - start < RESTART_WINDOW_SECONDS]
+                if len(recent) > RESTARTS_ALLOWED:
+                    self.failure = EngineError("the engine process died too often; see its log", code="engine_dead")
+                self._set_state("dead" if len(recent) > RESTARTS_ALLOWED else "restarting")
+                logger.error("the engine process died (%d recent starts); state %s", len(recent), self.state)
+            lost = list(self._pending)
+        error = _down() if self.state in ("closed", "dead") else _restarting()
+        for request_id in lost:
+            self._deliver(TokenDelta(request_id, finish_reason="error", error=error))
+
+    def _deliver(self, delta: TokenDelta) -> None:
+        callback = self._pending.get(delta.request_id)
+        if delta.finish_reason is not None:
+            self._pending.pop(delta.request_id, None)
+        if callback is not None:
+            try:
+                callback(delta)
+            except Exception:
+                logger.exception("a delta's callback failed")
+
+    def _set_state(self, state: State) -> None:
+        with self._changed:
+            self.state = state
+            self._changed.notify_all()
+
+
+def _restarting() -> EngineError:
+    return EngineError("the engine is starting; try again in a few seconds", code="engine_restarting", status=503)
+
+
+def _down() -> EngineError:
+    return EngineError("the engine is down", code="engine_down", status=503)
+
+
+def _child(pipe: Connection, spec: EngineSpec) -> None:
+    """The engine's process: reads requests while there are any, computes, writes deltas."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides when to end
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if spec.config.threads:
+        torch.set_num_threads(spec.config.threads)
+    try:
+        engine = load_engine(spec.model, spec.config, spec.revision)
+    except SiglaneError as error:
+        _write(pipe, "failed", error)
+        return
+    except Exception as error:
+        logger.exception("the engine could not be built")
+        _write(pipe, "failed", EngineError(f"the engine could not be built: {error}", code="engine_start"))
+        return
+    _write(pipe, "stats", engine.stats())
+    _write(pipe, "ready", None)
+    try:
+        _serve(pipe, engine)
+    except (EOFError, OSError):
+        logger.info("the parent is gone; the engine ends")
+
+
+def _serve(pipe: Connection, engine: Engine) -> None:
+    told = time.monotonic()
+    while True:
+        while pipe.poll(0 if engine.has_work else None):
+            kind, value = pickle.loads(pipe.recv_bytes())
+            if kind == "close":
+                return
+            delta = _take(engine, value) if kind == "add" else engine.abort(value)
+            if delta is not None:
+                _write(pipe, "deltas", [delta])
+        if engine.has_work:
+            deltas = engine.step()
+            if deltas:
+                _write(pipe, "deltas", deltas)
+        if not engine.has_work or time.monotonic() - told > STATS_SECONDS:
+            told = time.monotonic()
+            _write(pipe, "stats", engine.stats())
+
+
+def _take(engine: Engine, request: Request) -> TokenDelta | None:
+    """Queues a request; one that can never run ends here with its error."""
+    try:
+        engine.add(request)
+    except (UserError, ValueError) as error:
+        return TokenDelta(request.request_id, finish_reason="error", error=error)
+    return None
+
+
+def _write(pipe: Connection, kind: str, value: object) -> None:
+    pipe.send_bytes(pickle.dumps((kind, value), protocol=5))

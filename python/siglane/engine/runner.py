@@ -1,0 +1,43 @@
+"""Runs the model: images to features, a step's tokens to logits. Knows pages and rows, nothing of queues."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from siglane.engine.batch import StepBatch
+from siglane.engine.kv import PagedKV
+from siglane.engine.paged import paged_attention
+from siglane.engine.splice import splice
+from siglane.families.model import VisionLanguageModel
+from siglane.types import ImagePatches
+
+
+class Runner:
+    def __init__(self, model: VisionLanguageModel, kv: PagedKV, paged_backend: str) -> None:
+        self.model, self.kv, self.paged_backend = model, kv, paged_backend
+        self.device, self.dtype = kv.keys.device, kv.keys.dtype
+
+    def encode(self, images: Sequence[ImagePatches]) -> tuple[torch.Tensor, ...]:
+        """All images in one packed forward -> each image's rows `[image_tokens, hidden_size]`."""
+        tokens = self.model.vision(images)
+        return tuple(rows.to(self.dtype) for rows in tokens.split())
+
+    def forward(self, batch: StepBatch) -> torch.Tensor:
+        """Computes the batch, writes its keys and values, and returns logits `[B, vocab_size]`, one row for every
+        chunk that samples, in order. Running the same batch again gives the same."""
+        language = self.model.language
+        ids = [i for chunk in batch.chunks for i in chunk.sequence.token_ids[chunk.start : chunk.stop]]
+        places = [position for chunk in batch.chunks for position in range(chunk.start, chunk.stop)]
+        embeds = language.embed(torch.tensor(ids, device=self.device))
+        offset = 0
+        last_rows = []
+        for chunk in batch.chunks:
+            splice(embeds, offset, chunk)
+            offset += chunk.tokens
+            if chunk.samples:
+                last_rows.append(offset - 1)
+        attention = paged_attention(self.kv, batch, self.paged_backend)
+        hidden = language(embeds, torch.tensor(places, device=self.device), attention)
+        return language.logits(hidden[torch.tensor(last_rows, dtype=torch.long, device=self.device)])

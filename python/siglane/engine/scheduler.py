@@ -1,0 +1,210 @@
+"""Which tokens and which images the next step computes.
+
+Continuous batching: sequences that decode come first, then prompts that are half read, then waiting requests in order
+of arrival. Two budgets bind together: tokens for the language model and patches for the encoder.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from siglane.engine.batch import Chunk, Sequence, StepBatch
+from siglane.engine.features import FeatureCache
+from siglane.engine.kv import PageAllocator
+from siglane.engine.radix import NextPage, PrefixCache
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What one step may cost, and how many requests may run."""
+
+    tokens: int
+    patches: int
+    running: int
+
+
+@dataclass(slots=True)
+class Step:
+    """A planned step. misses: images to encode first, digest -> the sequences that want it and its number there."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+    misses: dict[bytes, list[tuple[Sequence, int]]] = field(default_factory=dict)
+    tokens_left: int = 0
+    patches_left: int = 0
+
+    @property
+    def batch(self) -> StepBatch:
+        return StepBatch(tuple(self.chunks))
+
+
+class Scheduler:
+    """Owns the queues and the pages of every sequence in them. All orders are of arrival: runs repeat exactly."""
+
+    def __init__(
+        self,
+        budget: Budget,
+        allocator: PageAllocator,
+        prefix_cache: PrefixCache | None,
+        features: FeatureCache,
+        page_size: int,
+    ) -> None:
+        self.budget, self.allocator, self.prefix_cache, self.features = budget, allocator, prefix_cache, features
+        self.page_size = page_size
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+
+    @property
+    def capacity(self) -> int:
+        """Tokens one sequence can hold at most."""
+        return self.allocator.total * self.page_size
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def plan(self) -> Step:
+        """The next step; its chunks have pages. Empty only when nothing waits or runs."""
+        for sequence in self._decodes_first():
+            if sequence in self.running:  # growing an older one may have put it back into the queue
+                self._grow(sequence)
+        step = Step(tokens_left=self.budget.tokens, patches_left=self.budget.patches)
+        for sequence in self._decodes_first():
+            self._schedule(sequence, step)
+        self._admit(step)
+        return step
+
+    def commit(self, chunks: Iterable[Chunk]) -> None:
+        """Marks chunks as computed and offers their full pages for reuse."""
+        for sequence, _, stop in chunks:
+            sequence.computed = stop
+            sequence.drop_used_features()
+            self._share(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Takes a sequence out and frees its pages; what others can reuse stays in the prefix cache."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self._release(sequence)
+
+    def _decodes_first(self) -> list[Sequence]:
+        return sorted(self.running, key=lambda sequence: sequence.remaining > 1)
+
+    def _schedule(self, sequence: Sequence, step: Step) -> bool:
+        """Adds as much of a sequence as the budgets allow; False when that is nothing."""
+        stop = min(len(sequence.token_ids), sequence.computed + step.tokens_left)
+        stop = self._gather_images(sequence, stop, step)
+        if stop <= sequence.computed:
+            return False
+        step.chunks.append(Chunk(sequence, sequence.computed, stop))
+        step.tokens_left -= stop - sequence.computed
+        return True
+
+    def _gather_images(self, sequence: Sequence, stop: int, step: Step) -> int:
+        """Makes sure that the images before `stop` have features or are among the step's misses.
+
+        Returns where the chunk must end: before the first image that the patch budget has no room for. A step takes at
+        least one image, however large.
+        """
+        for image in sequence.images_in(sequence.computed, stop):
+            if image in sequence.features:
+                continue
+            patches = sequence.request.prompt.images[image]
+            wanting = step.misses.get(patches.digest)
+            if wanting is not None:
+                wanting.append((sequence, image))
+                continue
+            rows = self.features.get(patches.digest, patches.layout.image_tokens)
+            if rows is not None:
+                sequence.features[image] = rows
+                continue
+            if step.misses and patches.layout.patches > step.patches_left:
+                return min(span.start for span in sequence.spans if span.image == image)
+            step.misses[patches.digest] = [(sequence, image)]
+            step.patches_left -= patches.layout.patches
+        return stop
+
+    def _admit(self, step: Step) -> None:
+        """Starts waiting requests. One whose next page a running neighbour is about to compute waits for that page."""
+        under_way = self._pages_under_way()
+        for sequence in list(self.waiting):
+            if len(self.running) >= self.budget.running or step.tokens_left == 0:
+                return
+            following = self._match(sequence)
+            if following in under_way:
+                self._release(sequence)
+                continue
+            if not self._grow(sequence, preempt=False):
+                self._release(sequence)
+                return
+            if not self._schedule(sequence, step):
+                self._release(sequence)
+                return
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+            if following is not None:
+                under_way.add(following)
+
+    def _match(self, sequence: Sequence) -> NextPage | None:
+        """Takes the cached prefix of a waiting sequence; returns the page it has to compute first."""
+        if self.prefix_cache is None:
+            return None
+        nodes, following = self.prefix_cache.match(sequence.cache_ids, sequence.request.cache_salt)
+        self.prefix_cache.lock(nodes)
+        sequence.nodes = nodes
+        sequence.pages = [node.page for node in nodes]
+        sequence.computed = len(nodes) * self.page_size
+        return following if following.key is not None else None
+
+    def _pages_under_way(self) -> set[NextPage]:
+        """The next page of every running sequence that is still reading its prompt."""
+        if self.prefix_cache is None:
+            return set()
+        reading = (sequence for sequence in self.running if sequence.remaining > 1)
+        return {self.prefix_cache.match(one.cache_ids, one.request.cache_salt)[1] for one in reading}
+
+    def _grow(self, sequence: Sequence, preempt: bool = True) -> bool:
+        """Gives a sequence pages for all of its known tokens.
+
+        When none are left, cached prefixes go first, then (for a running sequence) the youngest neighbours are put
+        back into the queue, the sequence itself last. False when it did not get its pages.
+        """
+        needed = -(-len(sequence.token_ids) // self.page_size) - len(sequence.pages)
+        if needed <= 0:
+            return True
+        while not self._make_room(needed):
+            if not preempt:
+                return False
+            youngest = max(self.running, key=lambda other: other.order)
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+        sequence.pages += self.allocator.take(needed)
+        return True
+
+    def _make_room(self, pages: int) -> bool:
+        missing = pages - self.allocator.free
+        if missing > 0 and self.prefix_cache is not None:
+            missing -= self.prefix_cache.evict(missing)
+        return missing <= 0
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        self.waiting.appendleft(sequence)
+
+    def _share(self, sequence: Sequence) -> None:
+        if self.prefix_cache is not None:
+            known = sequence.cache_ids[: sequence.computed]
+            sequence.nodes = self.prefix_cache.insert(
+                known, sequence.pages, sequence.request.cache_salt, sequence.nodes
+            )
+
+    def _release(self, sequence: Sequence) -> None:
+        self.allocator.give(sequence.pages[len(sequence.nodes) :])
+        if self.prefix_cache is not None:
+            self.prefix_cache.unlock(sequence.nodes)
+        sequence.pages, sequence.nodes, sequence.features = [], [], {}
+        sequence.computed = 0
