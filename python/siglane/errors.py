@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any, Self
+
 
 class SiglaneError(Exception):
     """Base of every error siglane raises on purpose. `exit_code` is what the CLI returns for it."""
 
     exit_code = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:  # class and keyword-only fields survive a process boundary
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(kind: type[SiglaneError], args: tuple[Any, ...], fields: dict[str, Any]) -> SiglaneError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(fields)
+    return error
 
 
 class UserError(SiglaneError, ValueError):
@@ -25,16 +37,11 @@ class UserError(SiglaneError, ValueError):
         self.param = param
         self.status = status
 
-    def at(self, param: str) -> UserError:
+    def at(self, param: str) -> Self:
         """The same error, blamed on `param`."""
-        return UserError(self.message, code=self.code, param=param, status=self.status)
-
-    def __reduce__(self) -> tuple[object, ...]:  # keyword-only fields survive a process boundary
-        return (_rebuild_user_error, (self.message, self.code, self.param, self.status))
-
-
-def _rebuild_user_error(message: str, code: str, param: str | None, status: int) -> UserError:
-    return UserError(message, code=code, param=param, status=status)
+        blamed = copy.copy(self)
+        blamed.param = param
+        return blamed
 
 
 class ImageError(UserError):
@@ -47,18 +54,12 @@ class ConfigError(UserError):
     def __init__(self, message: str) -> None:
         super().__init__(message, code="bad_model_config")
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return (ConfigError, (self.message,))
-
 
 class WeightError(UserError):
     """A checkpoint's tensors do not match the model: missing, left over, duplicated or of another shape."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, code="bad_checkpoint")
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return (WeightError, (self.message,))
 
 
 class EngineError(SiglaneError):
@@ -69,10 +70,3 @@ class EngineError(SiglaneError):
         self.message = message
         self.code = code
         self.status = status
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild_engine_error, (self.message, self.code, self.status))
-
-
-def _rebuild_engine_error(message: str, code: str, status: int) -> EngineError:
-    return EngineError(message, code=code, status=status)

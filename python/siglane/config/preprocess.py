@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from siglane.config.reader import ConfigReader, RawConfig
 from siglane.errors import ConfigError
@@ -58,6 +59,22 @@ class PreprocessConfig:
     std: tuple[float, float, float]
     rescale: float
 
+    def __post_init__(self) -> None:
+        if min(self.std) <= 0 or self.rescale <= 0:
+            raise ConfigError(f"image_std {self.std} and rescale_factor {self.rescale} must be positive")
+        if self.tiling == "dynamic" and not 1 <= self.min_tiles <= self.max_tiles:
+            raise ConfigError(f"min_tiles {self.min_tiles} and max_tiles {self.max_tiles} leave no grid of tiles")
+        if self.tiling == "dynamic_s2":
+            self._check_s2_scales()
+
+    def _check_s2_scales(self) -> None:
+        scales = self.s2_scales
+        ascending = scales == tuple(sorted(set(scales)))
+        if not scales or not ascending or scales[0] < 1 or any(scale % scales[0] for scale in scales):
+            raise ConfigError(f"s2_scales {scales} must be ascending multiples of the first")
+        if (scales[-1] // scales[0]) ** 2 > self.max_tiles:
+            raise ConfigError(f"max_tiles {self.max_tiles} is too small for the largest square of s2_scales {scales}")
+
     @classmethod
     def from_hf(
         cls,
@@ -84,23 +101,25 @@ class PreprocessConfig:
             min_tiles=min_tiles,
             max_tiles=max_tiles,
             s2_scales=s2_scales,
-            mean=_three(reader.raw.get("image_mean"), "image_mean", name),
-            std=_three(reader.raw.get("image_std"), "image_std", name),
+            mean=_three(reader, "image_mean"),
+            std=_three(reader, "image_std"),
             rescale=reader.value("rescale_factor", float, 1 / 255),
         )
 
 
 def _tile_size(reader: ConfigReader) -> Size:
-    size = reader.raw.get("size", 224)
-    if isinstance(size, int):
-        return Size(size, size)
-    section = reader.section("size")
-    return Size(section.size("width"), section.size("height"))
+    if isinstance(reader.raw.get("size"), Mapping):
+        section = reader.section("size")
+        return Size(section.size("width"), section.size("height"))
+    side = reader.size("size", 224)
+    return Size(side, side)
 
 
-def _three(found: Any, key: str, name: str) -> tuple[float, float, float]:
+def _three(reader: ConfigReader, key: str) -> tuple[float, float, float]:
+    found = reader.raw.get(key)
     if found is None:
         return (0.5, 0.5, 0.5)
-    if isinstance(found, list | tuple) and len(found) == 3 and all(isinstance(value, float | int) for value in found):
-        return (float(found[0]), float(found[1]), float(found[2]))
-    raise ConfigError(f"{name}: {key} must be three numbers, got {found!r}")
+    if not isinstance(found, list | tuple) or len(found) != 3:
+        raise ConfigError(f"{reader.name}: {key} must be three numbers, got {found!r}")
+    red, green, blue = (ConfigReader({key: value}, reader.name).value(key, float) for value in found)
+    return red, green, blue

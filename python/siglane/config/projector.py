@@ -15,8 +15,8 @@ class ProjectorConfig:
     """One projector: merge neighbouring patches, then a stack of linear layers.
 
     merge: "none" keeps every patch; "blocks" concatenates `factor` x `factor` patches in channel order
-    (row, column, channel), zero-padding odd grids at the bottom and right; "pixel_shuffle" is the same but refuses odd grids (nanoVLM);
-    "average" pools adaptively to `target`.
+    (row, column, channel), zero-padding odd grids at the bottom and right; "pixel_shuffle" is the same but refuses
+    odd grids (nanoVLM); "average" pools adaptively to `target`.
     column_major: output rows run down the columns (VILA checkpoints from before December 2024, formats.md 5.3).
     layers: see `projector/mlp.py`; widths in the order of the forward pass.
     """

@@ -1,4 +1,4 @@
-"""Reading model configurations strictly: a key is there with the right type, or has its documented default, or it is an error."""
+"""Reading model configurations strictly: a key has the right type, or its documented default, or it is an error."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ConfigReader:
                 raise ConfigError(f"{self.name}: key {key!r} is missing")
             return default
         if kind is float and isinstance(found, int) and not isinstance(found, bool):
-            found = float(found)
+            found = float(found) if found.bit_length() < 1024 else math.inf  # beyond it float() overflows
         if not isinstance(found, kind) or (kind is not bool and isinstance(found, bool)):
             raise ConfigError(f"{self.name}: {key} must be {kind.__name__}, got {found!r}")
         if isinstance(found, float) and not math.isfinite(found):
@@ -71,7 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{path} must hold a JSON object, got {type(found).__name__}")

@@ -35,22 +35,23 @@ class LanguageConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim {self.head_dim} must be even for rotary positions")
+        if self.rope_theta <= 0:
+            raise ConfigError(f"rope_theta {self.rope_theta} must be positive")
 
     @classmethod
     def from_hf(cls, raw: RawConfig, name: str = "text_config") -> LanguageConfig:
         """A `Qwen2Config` or `Qwen3Config` as transformers writes it (old `rope_theta` or new `rope_parameters`)."""
         reader = ConfigReader(raw, name)
         qwen3 = reader.choice("model_type", {"qwen2": False, "qwen3": True})
-        if (
-            not qwen3
-            and reader.has("head_dim") is False
-            and reader.size("hidden_size") % reader.size("num_attention_heads")
-        ):
-            raise ConfigError(f"{name}: hidden_size is not divisible by num_attention_heads and head_dim is missing")
-        if reader.value("use_sliding_window", bool, False) and reader.has("sliding_window"):
-            raise ConfigError(f"{name}: use_sliding_window is not supported; set it to false to attend to everything")
         heads = reader.size("num_attention_heads", 32)
         hidden_size = reader.size("hidden_size", 4096)
+        if not qwen3 and not reader.has("head_dim") and hidden_size % heads:
+            raise ConfigError(f"{name}: hidden_size {hidden_size} does not divide by {heads} heads and has no head_dim")
+        # an absent window is the class's 4096; only an explicit null attends to everything
+        if reader.value("use_sliding_window", bool, False) and raw.get("sliding_window", 4096) is not None:
+            raise ConfigError(
+                f"{name}: use_sliding_window true is not supported; set it to false to attend to everything"
+            )
         attention_bias = reader.value("attention_bias", bool, False) if qwen3 else False
         if reader.value("hidden_act", str, "silu") != "silu":
             raise ConfigError(f"{name}: hidden_act {raw['hidden_act']!r} is not known; Qwen models use silu")
@@ -59,7 +60,7 @@ class LanguageConfig:
             intermediate_size=reader.size("intermediate_size", 22016),
             num_hidden_layers=reader.size("num_hidden_layers", 32),
             num_attention_heads=heads,
-            num_key_value_heads=reader.size("num_key_value_heads", 32),
+            num_key_value_heads=reader.size("num_key_value_heads", heads if "num_key_value_heads" in raw else 32),
             head_dim=reader.size("head_dim", 128 if qwen3 else hidden_size // heads),
             vocab_size=reader.size("vocab_size", 151936),
             max_position_embeddings=reader.size("max_position_embeddings", 32768),

@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal, Protocol, assert_never
+from typing import Any, Literal, Protocol, assert_never
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +31,14 @@ KERNEL_HEAD_DIM_STEP = 8  # flash kernels take head dims that are multiples of 8
 class Segments:
     """Lengths of the sequences packed in a tensor, with what the backends need derived once per forward.
 
-    cu_seqlens: i32 `[B + 1]` on the device (None on CPU, where nothing reads it); max_len on the host.
+    cu_seqlens: i32 `[B + 1]` on the device (None on CPU, where nothing reads it); max_len on the host;
+    runs: (length, how many in a row) of neighbours of equal length.
     """
 
     lengths: tuple[int, ...]
     max_len: int
     cu_seqlens: torch.Tensor | None
-    runs: tuple[tuple[int, int], ...] = field(default=())
+    runs: tuple[tuple[int, int], ...]
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Segments:
@@ -117,11 +118,11 @@ def _torch_varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     k, v = _repeat_heads(k, v, q.shape[1])
-    # the oldest supported signature has no scale: it is head_dim ** -0.5, so the true one is folded into q
+    # torch 2.10's signature has no scale: it is head_dim ** -0.5, so the true one is folded into q
     q = q * (scale * q.shape[-1] ** 0.5)
     cu_seqlens, longest = segments.cu_seqlens, segments.max_len
-    window = (-1, 0) if causal else (-1, -1)
-    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=window)  # type: ignore[arg-type]
+    window: dict[str, Any] = {"window_size": (-1, 0)} if causal else {}  # nor has it a window, which causal needs
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **window)  # type: ignore[arg-type]
     assert isinstance(out, torch.Tensor)
     return out
 
@@ -167,14 +168,16 @@ def _repeat_heads(k: torch.Tensor, v: torch.Tensor, heads: int) -> tuple[torch.T
 def choose_backend(choice: BackendChoice, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
     """The backend to use for packed attention; logs what was chosen and why.
 
-    Kernels for half precision on CUDA are preferred in the order flash-attn, torch. float32 and CPU take SDPA, one
-    call per run of equal lengths. ValueError when an explicit choice cannot run here.
+    Kernels for half precision on CUDA are preferred in the order flash-attn, torch. float32, CPU and GPUs older than
+    Ampere, for which the kernels are not built, take SDPA, one call per run of equal lengths. ValueError when an
+    explicit choice cannot run here.
     """
     half_on_cuda = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    kernels_run = half_on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
     available: dict[AttentionBackend, bool] = {
-        "flash_attn": half_on_cuda and importlib.util.find_spec("flash_attn") is not None,
-        "torch_varlen": half_on_cuda and importlib.util.find_spec("torch.nn.attention.varlen") is not None,
-        "flashinfer": half_on_cuda and importlib.util.find_spec("flashinfer") is not None,
+        "flash_attn": kernels_run and importlib.util.find_spec("flash_attn") is not None,
+        "torch_varlen": kernels_run and importlib.util.find_spec("torch.nn.attention.varlen") is not None,
+        "flashinfer": kernels_run and importlib.util.find_spec("flashinfer") is not None,
         "sdpa": True,
     }
     if choice == "auto":

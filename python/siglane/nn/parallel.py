@@ -46,8 +46,9 @@ class TensorParallel:
             return tensor
 
         def all_gather(tensor: torch.Tensor) -> torch.Tensor:
+            tensor = tensor.contiguous()
             parts = [torch.empty_like(tensor) for _ in range(size)]
-            dist.all_gather(parts, tensor.contiguous(), group=group)
+            dist.all_gather(parts, tensor, group=group)
             return torch.cat(parts, dim=-1)
 
         return cls(dist.get_rank(group), size, all_reduce, all_gather)

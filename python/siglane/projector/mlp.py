@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import groupby, pairwise
 
@@ -32,6 +33,8 @@ class Projector(nn.Module):
         self.layers = nn.ModuleDict(_build(config, tp or TensorParallel.single()))
 
     def forward(self, features: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
+        if sum(grid.area for grid in grids) != features.shape[0]:
+            raise ValueError(f"grids hold {sum(grid.area for grid in grids)} patches, got {features.shape[0]} rows")
         merged = []
         start = 0
         for grid, group in groupby(grids):
@@ -89,8 +92,8 @@ def vila_projector(kind: str, *, input_size: int, output_size: int, column_major
     if kind == "linear":
         layers: tuple[Layer, ...] = (LinearLayer("layers", input_size, output_size, bias=True),)
         return _config("none", 1, layers, input_size, output_size, column_major)
-    if kind.startswith("mlp") and kind.endswith("x_gelu") and kind[3:-6].isdigit() and 0 < int(kind[3:-6]) <= 16:
-        layers = _mlp("layers", [input_size] + [output_size] * int(kind[3:-6]))
+    if depth := re.fullmatch(r"mlp([1-9]|1[0-6])x_gelu", kind):
+        layers = _mlp("layers", [input_size] + [output_size] * int(depth[1]))
         return _config("none", 1, layers, input_size, output_size, column_major)
     if kind not in _VILA:
         known = ", ".join(["identity", "linear", "mlp<N>x_gelu", *_VILA])

@@ -1,0 +1,242 @@
+"""Bytes -> one upright 8-bit RGB picture: one contract for every family and every file format (docs/structures.md).
+
+The size that `read_size` takes from the header is the size that `decode` returns, so prompts can be laid out before
+any pixel exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import SEEK_CUR, BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from siglane.config.preprocess import DecodeConfig
+from siglane.errors import ImageError
+from siglane.types import DecodedImage, Size
+
+# EXIF orientation -> what makes the picture upright
+_TURNS: dict[Any, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = {_TURNS[orientation] for orientation in (5, 6, 7, 8)}
+
+# (offset, bytes) that give a format away; only used to say why a file was refused
+_SIGNATURES = (
+    (0, b"\xff\xd8\xff", "JPEG"),
+    (0, b"\x89PNG", "PNG"),
+    (8, b"WEBP", "WEBP"),
+    (0, b"GIF8", "GIF"),
+    (0, b"BM", "BMP"),
+    (0, b"II*\0", "TIFF"),
+    (0, b"MM\0*", "TIFF"),
+    (4, b"ftypavi", "AVIF"),
+    (4, b"ftyphei", "HEIC"),
+    (4, b"ftypmif1", "HEIF"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (4, b"JXL ", "JPEG XL"),
+    (4, b"jP  ", "JPEG 2000"),
+    (0, b"\0\0\1\0", "ICO"),
+    (0, b"%PDF", "PDF"),
+    (0, b"%!PS", "EPS"),
+    (0, b"\xc5\xd0\xd3\xc6", "EPS"),
+    (0, b"8BPS", "PSD"),
+    (0, b"SIMPLE  =", "FITS"),
+    (0, b"\xd7\xcd\xc6\x9a", "WMF"),
+    (40, b" EMF", "EMF"),
+)
+_SIGNATURE_BYTES = 64
+_MAX_PNG_CHUNKS = 10_000  # a file of empty chunks must not keep a core busy
+
+
+def read_size(data: bytes, config: DecodeConfig) -> Size:
+    """Size of the upright picture, from its header alone.
+
+    Raises ImageError: image_format_not_allowed, image_decode_failed, image_too_large, image_aspect_ratio.
+    """
+    with _as_image_error():
+        return _open(BytesIO(data), config)[1]
+
+
+def read_size_of_file(path: str | Path, config: DecodeConfig) -> Size:
+    """`read_size` of a local file of which only the header is read. A missing file is ImageError image_not_found."""
+    with naming(path), open_file(path) as file, _as_image_error():
+        return _open(file, config)[1]
+
+
+def decode(data: bytes, config: DecodeConfig) -> DecodedImage:
+    """The first frame, upright, as RGB u8 `[H, W, 3]`. Declared media types and file names play no part.
+
+    Raises ImageError: image_format_not_allowed, image_decode_failed, image_too_large, image_aspect_ratio.
+    """
+    with _as_image_error():
+        image, size, turn = _open(BytesIO(data), config)
+        decoded = _to_decoded(image, turn, config)
+        if decoded.size != size:
+            raise _undecodable()
+        return decoded
+
+
+def from_pil(image: Image.Image, config: DecodeConfig) -> DecodedImage:
+    """The same contract for a picture that Pillow already opened: its current frame; any format, any mode."""
+    with _as_image_error():
+        _check_size(Size(*image.size), config)
+        image.load()
+        return _to_decoded(image, _turn(image), config)
+
+
+def open_file(path: str | Path) -> BinaryIO:
+    """A local file for reading. Raises ImageError image_not_found when there is none, or none that can be read."""
+    try:
+        return open(path, "rb")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not a usable path"
+        raise ImageError(f"cannot be read: {reason}", code="image_not_found") from None
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Puts the name of a local file in front of what went wrong with it."""
+    try:
+        yield
+    except ImageError as error:
+        raise ImageError(f"{path}: {error.message}", code=error.code) from None
+
+
+@contextmanager
+def _as_image_error() -> Iterator[None]:
+    # Pillow's plugins raise almost anything on damaged input (OSError, SyntaxError, struct.error, RuntimeError, bare
+    # Exception), and their messages may hold addresses of buffers: none of it may reach a client.
+    try:
+        yield
+    except (ImageError, MemoryError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ImageError("the image has too many pixels", code="image_too_large") from None
+    except Exception:
+        raise _undecodable() from None
+
+
+def _undecodable() -> ImageError:
+    return ImageError("the image cannot be decoded: its data are damaged or incomplete", code="image_decode_failed")
+
+
+def _open(file: BinaryIO, config: DecodeConfig) -> tuple[Image.Image, Size, Image.Transpose | None]:
+    """The picture, not yet decoded; its upright size, checked; what makes it upright."""
+    try:
+        image = Image.open(file, formats=config.formats)
+    except UnidentifiedImageError:
+        raise _unidentified(file, config) from None
+    if image.format == "PNG" and "exif" not in image.info:
+        _find_png_exif(file, image.info)
+    turn = _turn(image)
+    width, height = image.size
+    size = Size(height, width) if turn in _SIDEWAYS else Size(width, height)
+    _check_size(size, config)
+    return image, size, turn
+
+
+def _unidentified(file: BinaryIO, config: DecodeConfig) -> ImageError:
+    file.seek(0)
+    head = file.read(_SIGNATURE_BYTES)
+    name = next((name for at, magic, name in _SIGNATURES if head.startswith(magic, at)), None)
+    if name is None and head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+        name = "SVG or HTML"
+    allowed = ", ".join(config.formats)
+    if name is None:
+        return ImageError(f"not an image; accepted formats: {allowed}", code="image_decode_failed")
+    if name in config.formats:
+        return _undecodable()
+    return ImageError(f"{name} is not accepted; accepted formats: {allowed}", code="image_format_not_allowed")
+
+
+def _check_size(size: Size, config: DecodeConfig) -> None:
+    width, height = size
+    if min(size) < 1:
+        raise ImageError("the image has no pixels", code="image_decode_failed")
+    if width * height > config.max_pixels:
+        message = f"the image has {width} x {height} pixels; at most {config.max_pixels} are accepted"
+        raise ImageError(message, code="image_too_large")
+    if max(size) > config.max_aspect * min(size):
+        message = f"the image has {width} x {height} pixels; sides up to {config.max_aspect}:1 are accepted"
+        raise ImageError(message, code="image_aspect_ratio")
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes the picture upright; None when it is, or when its EXIF data are broken."""
+    if image.format == "TIFF":  # Pillow turns these itself, while decoding
+        return None
+    try:
+        # the base class's method: PngImageFile's decodes the whole picture to look for EXIF data behind it
+        return _TURNS.get(Image.Image.getexif(image).get(ExifTags.Base.Orientation))
+    except MemoryError:
+        raise
+    except Exception:
+        return None
+
+
+def _find_png_exif(file: BinaryIO, info: dict[str | tuple[int, int], Any]) -> None:
+    """Fills info["exif"] from an eXIf chunk behind the pixels (ImageMagick puts it there), without decoding them."""
+    position = file.tell()
+    file.seek(8)
+    for _ in range(_MAX_PNG_CHUNKS):
+        head = file.read(8)
+        if len(head) < 8:
+            break
+        length = int.from_bytes(head[:4], "big")
+        if head[4:] == b"eXIf":
+            info["exif"] = b"Exif\0\0" + file.read(length)
+            break
+        file.seek(length + 4, SEEK_CUR)
+    file.seek(position)
+
+
+def _to_decoded(image: Image.Image, turn: Image.Transpose | None, config: DecodeConfig) -> DecodedImage:
+    image.load()
+    rgb = _to_rgb(image, config)
+    return DecodedImage.from_rgb(np.asarray(rgb if turn is None else rgb.transpose(turn)))
+
+
+def _to_rgb(image: Image.Image, config: DecodeConfig) -> Image.Image:
+    if config.depth16 == "scale" and image.mode.startswith(("I", "F")):
+        image = _to_8_bit(image)
+    if config.alpha == "white" and image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        canvas = Image.new("RGB", rgba.size, "white")
+        canvas.paste(rgba, mask=rgba.getchannel("A"))
+        return canvas
+    return image.convert("RGB")
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Grey (and alpha) of a 16-bit, integer or float picture, which Pillow's own conversion would clip to white."""
+    values = np.asarray(image)
+    if not image.mode.startswith("I;16"):
+        return Image.fromarray(_stretch(values))
+    grey = (values >> 8).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if transparent is None:
+        return Image.fromarray(grey)
+    alpha = np.where(values == transparent, 0, 255).astype(np.uint8)
+    return Image.fromarray(np.stack([grey, alpha], axis=-1))
+
+
+def _stretch(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """Smallest value to 0, largest to 255. A picture of one value has no range to stretch and is clipped."""
+    wide = values.astype(np.float64)
+    finite = np.isfinite(wide)
+    low, high = wide.min(where=finite, initial=np.inf), wide.max(where=finite, initial=-np.inf)
+    if low < high:
+        wide = (wide - low) * (255 / (high - low))
+    return np.clip(np.rint(np.nan_to_num(wide)), 0, 255).astype(np.uint8)

@@ -1,0 +1,60 @@
+"""Tiles -> rows of patches, still 8-bit; and the two vectors that normalise them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from siglane.config.preprocess import PreprocessConfig
+from siglane.config.vision import PatchLayout, VisionConfig
+from siglane.errors import ConfigError
+from siglane.image.tile import render_tiles
+from siglane.types import DecodedImage, ImageLayout, ImagePatches, digest_of
+
+
+def to_patches(
+    image: DecodedImage, layout: ImageLayout, preprocess: PreprocessConfig, vision: VisionConfig
+) -> ImagePatches:
+    """What the tower needs of one image: u8 `[layout.patches, vision.patch_dim]` on the host, and its identity.
+
+    Raises ValueError when the layout was made for another picture size or patch size.
+    """
+    pixels = patchify(render_tiles(image, layout, preprocess), vision.patch_size, vision.patch_layout)
+    options = repr((preprocess, layout, vision.patch_size, vision.patch_layout))
+    return ImagePatches(pixels, layout, digest_of(b"siglane.patches", image.digest, options.encode()))
+
+
+def patchify(tiles: Sequence[npt.NDArray[np.uint8]], patch_size: int, patch_layout: PatchLayout) -> torch.Tensor:
+    """u8 `[H, W, 3]` tiles -> u8 `[patches, 3 * patch_size**2]`, tile after tile, raster order inside a tile.
+
+    A row holds its patch as (channel, y, x) or (y, x, channel). Rows and columns beyond the last whole patch are never
+    read: 384 pixels hold 27 patches of 14.
+    """
+    p = patch_size
+    grids = [(tile.shape[0] // p, tile.shape[1] // p) for tile in tiles]
+    pixels = torch.empty(sum(h * w for h, w in grids), 3 * p * p, dtype=torch.uint8)
+    start = 0
+    for tile, (h, w) in zip(tiles, grids, strict=True):
+        rows = pixels[start : start + h * w].numpy()
+        patches = tile[: h * p, : w * p].reshape(h, p, w, p, 3)  # a view: splitting axes needs no copy
+        if patch_layout == "channel_first":
+            rows.reshape(h, w, 3, p, p)[:] = patches.transpose(0, 2, 4, 1, 3)
+        else:
+            rows.reshape(h, w, p, p, 3)[:] = patches.transpose(0, 2, 1, 3, 4)
+        start += h * w
+    return pixels
+
+
+def normalisation(preprocess: PreprocessConfig, vision: VisionConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """scale and shift, f32 `[patch_dim]`: `pixel * scale + shift == (pixel * rescale - mean) / std` in patch layout."""
+    if vision.num_channels != 3:
+        raise ConfigError(f"vision num_channels {vision.num_channels} is not supported; pictures have 3")
+    std = torch.tensor(preprocess.std, dtype=torch.float64)
+    scale, shift = preprocess.rescale / std, -torch.tensor(preprocess.mean, dtype=torch.float64) / std
+    area = vision.patch_size**2
+    if vision.patch_layout == "channel_first":
+        return scale.repeat_interleave(area).float(), shift.repeat_interleave(area).float()
+    return scale.repeat(area).float(), shift.repeat(area).float()
