@@ -1,0 +1,37 @@
+"""SigLIP vision for language models: written once, served anywhere.
+
+`import siglane` loads nothing; the names below are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from siglane.errors import EngineError, SiglaneError, UserError
+    from siglane.llm import LLM, Generation, VisionEncoder
+    from siglane.types import SamplingParams
+
+__all__ = ["LLM", "EngineError", "Generation", "SamplingParams", "SiglaneError", "UserError", "VisionEncoder"]
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LLM": "siglane.llm",
+    "Generation": "siglane.llm",
+    "VisionEncoder": "siglane.llm",
+    "SamplingParams": "siglane.types",
+    "EngineError": "siglane.errors",
+    "SiglaneError": "siglane.errors",
+    "UserError": "siglane.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'siglane' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -287,7 +287,7 @@ class SamplingParams:
 class Request:
     """One generation. `request_id` is unique in its engine; sampling.n is 1 here (n > 1 is n requests).
 
-    max_tokens: resolved, at least 1 and within the context; cache_salt separates tenants in the prefix cache.
+    max_tokens: resolved, at least 1 and within the context; cache_salt separates tenants in the caches.
     """
 
     request_id: str

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from siglane.engine.features import FeatureKey
 from siglane.engine.radix import Node
 from siglane.types import Request, Timings
 
@@ -76,6 +77,9 @@ class Sequence:
     def images_in(self, start: int, stop: int) -> list[int]:
         """Images with rows in positions `start..stop`, in order."""
         return list(dict.fromkeys(span.image for span in self.spans if span.start < stop and start < span.stop))
+
+    def feature_key(self, image: int) -> FeatureKey:
+        return self.request.cache_salt, self.request.prompt.images[image].digest
 
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)

@@ -64,6 +64,8 @@ class EngineConfig:
             device = torch.device(name)
         except RuntimeError as error:
             raise ConfigError(f"device {self.device!r} is not known; use auto, cpu, cuda or cuda:N") from error
+        if device.type not in ("cpu", "cuda"):
+            raise ConfigError(f"device {self.device!r} is not supported; use auto, cpu, cuda or cuda:N")
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"device {self.device!r} was asked for, but torch finds no CUDA here; use cpu")
         return device
@@ -81,5 +83,5 @@ class EngineConfig:
         free = KV_BYTES_ON_CPU
         if device.type == "cuda":
             free = int(torch.cuda.mem_get_info(device)[0] * KV_SHARE_OF_FREE_GPU)
-        most = self.max_running * language.max_position_embeddings
-        return max(1, min(free // token_bytes, most) // self.page_size)
+        most = self.max_running * -(-language.max_position_embeddings // self.page_size)
+        return max(1, min(free // (token_bytes * self.page_size), most))

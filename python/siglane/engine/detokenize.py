@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
-
-class Decoder(Protocol):
-    """The part of a transformers tokenizer that is used here."""
-
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
+from transformers import PreTrainedTokenizerFast
 
 
 class TextStream:
@@ -19,7 +14,7 @@ class TextStream:
     string was met, `stopped` names it, the text before it has been returned, and nothing follows.
     """
 
-    def __init__(self, tokenizer: Decoder, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._ids: list[int] = []
         self._context, self._read = 0, 0  # ids before _context are settled, before _read already returned as text
@@ -32,10 +27,12 @@ class TextStream:
             return ""
         self._ids.extend(token_ids)
         self._held += self._new_text(finished)
-        cut = min(((self._held.find(stop), stop) for stop in self._stop if stop in self._held), default=None)
+        found = ((self._held.find(stop), stop) for stop in self._stop if stop in self._held)
+        # the first to be complete, as if the text came character by character: tokens may bring several at once
+        cut = min(((start + len(stop), start, stop) for start, stop in found), default=None)
         if cut is not None:
-            position, self.stopped = cut
-            text, self._held = self._held[:position], ""
+            _, start, self.stopped = cut
+            text, self._held = self._held[:start], ""
             return text
         keep = 0 if finished else self._beginning_of_stop()
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
@@ -51,7 +48,9 @@ class TextStream:
         return now[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        assert isinstance(text, str)  # a list only for a list of lists
+        return text
 
     def _beginning_of_stop(self) -> int:
         """Length of the longest end of the held text that begins a stop string."""

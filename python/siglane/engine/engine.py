@@ -4,6 +4,7 @@ process of its own)."""
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import time
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 
 from siglane.engine.batch import Chunk, Sequence, StepBatch
 from siglane.engine.config import EngineConfig
-from siglane.engine.features import FeatureCache
+from siglane.engine.features import FeatureCache, FeatureKey
 from siglane.engine.kv import PageAllocator, PagedKV
 from siglane.engine.paged import choose_paged_backend
 from siglane.engine.radix import PrefixCache
@@ -81,7 +82,7 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queues a request. UserError when it can never run: the prompt leaves no room for an answer."""
-        length = len(request.prompt.token_ids)
+        length, sampling = len(request.prompt.token_ids), request.sampling
         if request.request_id in self._sequences:
             raise ValueError(f"request id {request.request_id!r} is in use")
         if length == 0:
@@ -91,9 +92,12 @@ class Engine:
                 f"the prompt has {length} tokens, the context holds {self.context_length}; shorten it",
                 code="context_length_exceeded",
             )
+        for token_id, bias in sampling.logit_bias:
+            if not 0 <= token_id < self.runner.vocab_size or not math.isfinite(bias):
+                wrong = f"logit_bias of {bias} for token {token_id}: a finite bias for ids below {self.runner.vocab_size}"
+                raise UserError(f"{wrong} is needed", code="invalid_value", param="logit_bias")
         generator = torch.Generator()
-        seed = request.sampling.seed
-        generator.manual_seed(secrets.randbits(63) if seed is None else seed)
+        generator.manual_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed % (1 << 64))
         sequence = Sequence.of(request, self._arrivals, generator)
         self._arrivals += 1
         self._sequences[request.request_id] = sequence
@@ -115,7 +119,8 @@ class Engine:
         deltas += failed
         sampling = [chunk.sequence for chunk in computed if chunk.samples]
         choices = sample(logits, sampling, self.eos_token_ids) if sampling else []
-        self.scheduler.commit(computed)
+        broken = {one for one, choice in zip(sampling, choices, strict=True) if isinstance(choice, EngineError)}
+        self.scheduler.commit(chunk for chunk in computed if chunk.sequence not in broken)  # nobody reuses their NaN
         self._computed_tokens += sum(chunk.tokens for chunk in computed)
         self._steps += 1
         return deltas + [self._extend(*pair) for pair in zip(sampling, choices, strict=True)]
@@ -144,7 +149,7 @@ class Engine:
                 chunk.sequence.cached_tokens = chunk.start
                 self._cached_tokens += chunk.start
 
-    def _encode(self, misses: dict[bytes, list[tuple[Sequence, int]]]) -> list[TokenDelta]:
+    def _encode(self, misses: dict[FeatureKey, list[tuple[Sequence, int]]]) -> list[TokenDelta]:
         """Gives every miss its features; returns the deltas of requests whose image cannot be encoded."""
         if not misses:
             return []
@@ -152,14 +157,16 @@ class Engine:
         images = [wanting[0][0].request.prompt.images[wanting[0][1]] for wanting in misses.values()]
         encoded = self._encode_isolated(images)
         seconds = time.monotonic() - begin
+        for sequence in {sequence for wanting in misses.values() for sequence, _ in wanting}:
+            if not sequence.prefilled:  # again after a preemption: a part of its decode time
+                sequence.encode_seconds += seconds
         failed: list[TokenDelta] = []
-        for (digest, wanting), rows in zip(misses.items(), encoded, strict=True):
+        for (key, wanting), rows in zip(misses.items(), encoded, strict=True):
             if isinstance(rows, torch.Tensor):
-                self.features.put(digest, rows)
+                self.features.put(key, rows)
                 self._encoded_images += 1
                 wanting[0][0].encoded_images += 1
             for sequence, image in wanting:
-                sequence.encode_seconds += seconds
                 if isinstance(rows, torch.Tensor):
                     sequence.features[image] = rows
                 elif sequence.request.request_id in self._sequences:
@@ -170,6 +177,8 @@ class Engine:
         """All images together; when that raises, each alone, so that one image never takes others with it."""
         try:
             return [_finite(rows) for rows in self.runner.encode(images)]
+        except torch.AcceleratorError:  # the device is lost for this process: end it, its supervisor starts another
+            raise
         except Exception:
             logger.exception("encoding %d images failed; trying each alone", len(images))
         encoded: list[torch.Tensor | EngineError] = []
@@ -187,6 +196,8 @@ class Engine:
             return [], torch.empty(0), []
         try:
             return chunks, self.runner.forward(StepBatch(tuple(chunks))), []
+        except torch.AcceleratorError:
+            raise
         except Exception:
             logger.exception("a step of %d requests failed; trying each alone", len(chunks))
         computed, logits, failed = [], [], []
@@ -200,9 +211,9 @@ class Engine:
                 failed.append(self._end(chunk.sequence, "error", reason))
         return computed, torch.cat(logits) if logits else torch.empty(0), failed
 
-    def _extend(self, sequence: Sequence, choice: Choice | None) -> TokenDelta:
-        if choice is None:
-            return self._end(sequence, "error", EngineError("the model gave NaN or infinite logits", code="engine_nan"))
+    def _extend(self, sequence: Sequence, choice: Choice | EngineError) -> TokenDelta:
+        if isinstance(choice, EngineError):
+            return self._end(sequence, "error", choice)
         if not sequence.prefilled:
             sequence.prefilled = time.monotonic()
         sequence.append(choice.token_id)

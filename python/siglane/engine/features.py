@@ -1,4 +1,4 @@
-"""Encoded images by digest: an image seen before, in any request, is not encoded again."""
+"""Encoded images by digest: an image seen before, in any request of the same tenant, is not encoded again."""
 
 from __future__ import annotations
 
@@ -6,32 +6,34 @@ from collections import OrderedDict
 
 import torch
 
+FeatureKey = tuple[str, bytes]  # the tenant's salt, the image's digest
+
 
 class FeatureCache:
-    """digest -> projected rows `[image_tokens, hidden_size]`; at most `capacity` bytes, oldest use out first."""
+    """key -> projected rows `[image_tokens, hidden_size]`; at most `capacity` bytes, oldest use out first."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.bytes = 0
         self.hits = 0
         self.misses = 0
-        self._rows: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._rows: OrderedDict[FeatureKey, torch.Tensor] = OrderedDict()
 
-    def get(self, digest: bytes, image_tokens: int) -> torch.Tensor | None:
-        """The rows of the image with this digest. An entry of another length is not used, whatever its digest says."""
-        rows = self._rows.get(digest)
+    def get(self, key: FeatureKey, image_tokens: int) -> torch.Tensor | None:
+        """The rows of the image with this key. An entry of another length is not used, whatever its digest says."""
+        rows = self._rows.get(key)
         if rows is None or rows.shape[0] != image_tokens:
             self.misses += 1
             return None
-        self._rows.move_to_end(digest)
+        self._rows.move_to_end(key)
         self.hits += 1
         return rows
 
-    def put(self, digest: bytes, rows: torch.Tensor) -> None:
+    def put(self, key: FeatureKey, rows: torch.Tensor) -> None:
         """Keeps `rows` (its own memory, not a view of a batch) unless it alone exceeds the capacity."""
-        if rows.nbytes > self.capacity or digest in self._rows:
+        if rows.nbytes > self.capacity or key in self._rows:
             return
-        self._rows[digest] = rows.clone()
+        self._rows[key] = rows.clone()
         self.bytes += rows.nbytes
         while self.bytes > self.capacity:
             _, dropped = self._rows.popitem(last=False)

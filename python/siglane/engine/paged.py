@@ -66,6 +66,14 @@ class TorchPagedAttention:
         self.kv = kv
         device = kv.keys.device
         self.slots = torch.tensor(step_slots(batch, kv.page_size), device=device)
+        # a last page is read whole, under a mask: NaN that its previous owner left behind would get through
+        half_new = [
+            chunk.sequence.pages[chunk.stop // kv.page_size]
+            for chunk in batch.chunks
+            if chunk.start <= chunk.stop - chunk.stop % kv.page_size < chunk.stop
+        ]
+        if half_new:
+            kv.keys[:, half_new], kv.values[:, half_new] = 0, 0
         self.prefills: list[Prefill] = []
         decoding: list[tuple[int, Chunk]] = []
         row = 0

@@ -1,7 +1,7 @@
 """Prefix reuse: a radix tree over cache ids, one node per full KV page.
 
-A node's key is the page's `page_size` cache ids themselves, so two prompts share a page only when text and images are
-equal up to its end: there is no hash to collide, and an image's ids hold its full digest.
+A node's key is the tenant's salt and the page's `page_size` cache ids themselves, so two prompts share a page only when
+text and images are equal up to its end: there is no hash to collide, and an image's ids hold its full digest.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 from siglane.engine.kv import PageAllocator
 
-PageKey = tuple[int, ...]
+PageKey = tuple[str | int, ...]
 
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """One cached page. users: running requests that read it; last_use: logical time, for eviction."""
+    """One cached page. users: running requests that read it; last_use: logical time at which the last one left."""
 
     page: int
     parent: Node | None
@@ -36,26 +36,37 @@ class NextPage(NamedTuple):
 
 
 class PrefixCache:
-    """Owns the pages of its nodes; frees them to `allocator` on eviction, least recently used leaves first."""
+    """Owns the pages of its nodes; frees them to `allocator` on eviction, least recently used leaves first.
+
+    Whoever locks a node has locked all nodes above it, so every node without users can be evicted, its children first.
+    """
 
     def __init__(self, allocator: PageAllocator, page_size: int) -> None:
         self.allocator, self.page_size = allocator, page_size
-        self._roots: dict[str, Node] = {}
+        self._root = Node(-1, None, ())
+        self._nodes: dict[int, Node] = {}  # by page
+        self._idle: list[tuple[int, int]] = []  # heap of (last use, page): all leaves without users, and outdated ones
         self._clock = 0
-        self._nodes = 0
+        self._locked = 0
 
     @property
     def pages(self) -> int:
-        return self._nodes
+        return len(self._nodes)
+
+    @property
+    def evictable(self) -> int:
+        """Pages that eviction could free now."""
+        return len(self._nodes) - self._locked
 
     def match(self, cache_ids: Sequence[int], salt: str) -> tuple[list[Node], NextPage]:
         """The cached pages that begin `cache_ids`, and where the tree ends.
 
         The last id is never matched: its logits are what the caller needs.
         """
-        node = self._root(salt)
+        node = self._root
         matched: list[Node] = []
-        for key in self._keys(cache_ids[:-1]):
+        for number in range((len(cache_ids) - 1) // self.page_size):
+            key = self._key(cache_ids, number, salt)
             child = node.children.get(key)
             if child is None:
                 return matched, NextPage(node, key)
@@ -64,15 +75,19 @@ class PrefixCache:
         return matched, NextPage(node, None)
 
     def lock(self, nodes: Sequence[Node]) -> None:
-        """Locked nodes are not evicted. Every lock needs its unlock."""
-        self._clock += 1
+        """Locked nodes are not evicted. `nodes` begin at the top of the tree; every lock needs its unlock."""
         for node in nodes:
+            self._locked += node.users == 0
             node.users += 1
-            node.last_use = self._clock
 
     def unlock(self, nodes: Sequence[Node]) -> None:
+        self._clock += 1
         for node in nodes:
             node.users -= 1
+            node.last_use = self._clock
+            if node.users == 0:
+                self._locked -= 1
+                self._note_idle(node)
 
     def insert(self, cache_ids: Sequence[int], pages: Sequence[int], salt: str, held: Sequence[Node]) -> list[Node]:
         """Offers the full pages of a computed prefix to the tree; `held` are the caller's locked nodes at its start.
@@ -81,55 +96,43 @@ class PrefixCache:
         the caller. Where the tree already has an equal page of another request, insertion ends: the caller keeps its
         own pages from there on.
         """
-        node = held[-1] if held else self._root(salt)
-        self._clock += 1
         nodes = list(held)
-        keys = self._keys(cache_ids)
-        for key, page in list(zip(keys, pages, strict=False))[len(held) :]:
+        node = nodes[-1] if nodes else self._root
+        for number in range(len(nodes), len(cache_ids) // self.page_size):
+            key = self._key(cache_ids, number, salt)
             if key in node.children:
                 break
-            child = Node(page, node, key, users=1, last_use=self._clock)
-            node.children[key] = child
-            self._nodes += 1
+            child = Node(pages[number], node, key, users=1)
+            node.children[key] = self._nodes[child.page] = child
+            self._locked += 1
             nodes.append(child)
             node = child
         return nodes
 
     def evict(self, count: int) -> int:
         """Frees up to `count` pages that nobody uses; returns how many."""
-        leaves = [(node.last_use, node.page, node) for node in self._walk() if not node.children and not node.users]
-        heapq.heapify(leaves)
         freed = 0
-        while leaves and freed < count:
-            _, page, node = heapq.heappop(leaves)
-            parent = node.parent
-            assert parent is not None
-            del parent.children[node.key]
+        while freed < count and self._idle:
+            last_use, page = heapq.heappop(self._idle)
+            node = self._nodes.get(page)
+            if node is None or node.last_use != last_use or node.users or node.children:
+                continue  # outdated: used again since
+            assert node.parent is not None
+            del node.parent.children[node.key], self._nodes[page]
             self.allocator.give([page])
-            self._nodes -= 1
             freed += 1
-            if parent.parent is not None and not parent.children and not parent.users:
-                heapq.heappush(leaves, (parent.last_use, parent.page, parent))
+            self._note_idle(node.parent)
         return freed
 
-    def evictable(self) -> int:
-        """Pages that eviction could free now."""
-        return sum(1 for node in self._walk() if node.users == 0)
+    def _note_idle(self, node: Node) -> None:
+        """Remembers a node as the next to evict if it is a leaf without users."""
+        if node.users or node.children or node is self._root:
+            return
+        heapq.heappush(self._idle, (node.last_use, node.page))
+        if len(self._idle) > 2 * len(self._nodes) + 64:  # mostly outdated: a prompt that is asked again and again
+            leaves = (one for one in self._nodes.values() if not one.users and not one.children)
+            self._idle = [(leaf.last_use, leaf.page) for leaf in leaves]
+            heapq.heapify(self._idle)
 
-    def _root(self, salt: str) -> Node:
-        if salt not in self._roots:
-            self._roots[salt] = Node(-1, None, ())
-        return self._roots[salt]
-
-    def _keys(self, cache_ids: Sequence[int]) -> list[PageKey]:
-        size = self.page_size
-        return [tuple(cache_ids[start : start + size]) for start in range(0, len(cache_ids) - size + 1, size)]
-
-    def _walk(self) -> list[Node]:
-        found: list[Node] = []
-        stack = [child for root in self._roots.values() for child in root.children.values()]
-        while stack:
-            node = stack.pop()
-            found.append(node)
-            stack.extend(node.children.values())
-        return found
+    def _key(self, cache_ids: Sequence[int], number: int, salt: str) -> PageKey:
+        return (salt, *cache_ids[number * self.page_size : (number + 1) * self.page_size])

@@ -18,6 +18,7 @@ class Runner:
     def __init__(self, model: VisionLanguageModel, kv: PagedKV, paged_backend: str) -> None:
         self.model, self.kv, self.paged_backend = model, kv, paged_backend
         self.device, self.dtype = kv.keys.device, kv.keys.dtype
+        self.vocab_size = model.language.config.vocab_size
 
     def encode(self, images: Sequence[ImagePatches]) -> tuple[torch.Tensor, ...]:
         """All images in one packed forward -> each image's rows `[image_tokens, hidden_size]`."""

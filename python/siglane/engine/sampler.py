@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,33 +10,41 @@ from typing import NamedTuple
 import torch
 
 from siglane.engine.batch import Sequence as Running
+from siglane.errors import EngineError
 from siglane.types import SamplingParams, TokenLogprob
+
+logger = logging.getLogger(__name__)
+
+SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny
+HEAD = 1024  # likeliest tokens among which top-p looks first
 
 
 class Choice(NamedTuple):
-    """The chosen token, with its log-probability when the request asked for it; None when the logits are not finite."""
+    """The chosen token, with its log-probability when the request asked for it."""
 
     token_id: int
     logprob: TokenLogprob | None
 
 
-def sample(logits: torch.Tensor, sequences: Sequence[Running], eos_token_ids: frozenset[int]) -> list[Choice | None]:
+def sample(
+    logits: torch.Tensor, sequences: Sequence[Running], eos_token_ids: frozenset[int]
+) -> list[Choice | EngineError]:
     """logits `[B, vocab_size]`, one row per sequence -> one choice per row.
 
     Each row is chosen by its own request's parameters and random generator, so neighbours never change it. A row with
-    NaN or infinite logits gives None.
+    NaN or infinite logits, or one that fails, gives an error and leaves the others alone.
     """
     logits = logits.float()
     finite = torch.isfinite(logits).all(dim=-1).tolist()
     best = logits.argmax(dim=-1).tolist()
-    choices: list[Choice | None] = []
+    choices: list[Choice | EngineError] = []
     for row, running in enumerate(sequences):
         if not finite[row]:
-            choices.append(None)
+            choices.append(EngineError("the model gave NaN or infinite logits", code="engine_nan"))
         elif _plain_greedy(running.request.sampling):
             choices.append(Choice(best[row], None))
         else:
-            choices.append(_choose(logits[row].cpu(), running, eos_token_ids))
+            choices.append(_choose_isolated(logits[row].cpu(), running, eos_token_ids))
     return choices
 
 
@@ -53,6 +62,14 @@ def _plain_greedy(params: SamplingParams) -> bool:
     )
 
 
+def _choose_isolated(logits: torch.Tensor, running: Running, eos_token_ids: frozenset[int]) -> Choice | EngineError:
+    try:
+        return _choose(logits, running, eos_token_ids)
+    except Exception as error:
+        logger.exception("choosing a token for request %s failed", running.request.request_id)
+        return EngineError(f"the next token could not be chosen ({type(error).__name__})")
+
+
 def _choose(logits: torch.Tensor, running: Running, eos_token_ids: frozenset[int]) -> Choice:
     params = running.request.sampling
     logprobs = torch.log_softmax(logits, dim=-1) if params.logprobs is not None else None
@@ -67,16 +84,15 @@ def _choose(logits: torch.Tensor, running: Running, eos_token_ids: frozenset[int
 
 def _adjust(scores: torch.Tensor, running: Running, eos_token_ids: frozenset[int]) -> torch.Tensor:
     """Bias, minimum length and penalties, in vLLM's order and with its meanings."""
-    params, output_ids = running.request.sampling, running.output_ids
+    params, output_ids, vocab_size = running.request.sampling, running.output_ids, scores.shape[0]
     if params.logit_bias:
         ids, values = zip(*params.logit_bias, strict=True)
         scores.index_add_(0, torch.tensor(ids), torch.tensor(values, dtype=scores.dtype))
     if len(output_ids) < params.min_tokens:
-        scores[sorted({*eos_token_ids, *params.stop_token_ids})] = -torch.inf
-    if params.repetition_penalty != 1:
-        vocab_size = scores.shape[0]
-        prompt_ids = (i for i in running.request.prompt.token_ids if i < vocab_size)
-        seen = torch.tensor(sorted({*prompt_ids, *output_ids}))
+        ends = sorted({i for i in (*eos_token_ids, *params.stop_token_ids) if 0 <= i < vocab_size})
+        scores[ends] = -torch.inf
+    if params.repetition_penalty != 1:  # placeholders may lie outside the vocabulary
+        seen = torch.tensor(sorted({i for i in running.token_ids if 0 <= i < vocab_size}), dtype=torch.long)
         values_seen = scores[seen]
         penalty = params.repetition_penalty
         scores[seen] = torch.where(values_seen > 0, values_seen / penalty, values_seen * penalty)
@@ -93,22 +109,34 @@ def filter_probabilities(scores: torch.Tensor, params: SamplingParams) -> torch.
 
     top-p keeps the smallest set of likeliest tokens whose probabilities reach top_p; ties break by token id.
     """
-    probabilities = torch.softmax(scores / params.temperature, dim=-1)
-    ordered, ids = probabilities.sort(descending=True, stable=True)
-    keep = torch.ones_like(ordered, dtype=torch.bool)
+    temperature = max(params.temperature, SMALLEST_TEMPERATURE)
+    probabilities = torch.softmax((scores - scores.max()) / temperature, dim=-1)  # the maximum is 0: no overflow
+    if params.top_k <= 0 and params.top_p >= 1 and params.min_p <= 0:
+        return probabilities
+    ids = _candidates(probabilities, params)
+    ordered, order = probabilities[ids].sort(descending=True, stable=True)
     if params.top_k > 0:
-        keep[params.top_k :] = False
+        ordered, order = ordered[: params.top_k], order[: params.top_k]
+    keep = ordered >= params.min_p * ordered[0]
     if params.top_p < 1:
-        kept = torch.where(keep, ordered, 0)
-        kept = kept / kept.sum()
-        keep &= kept.cumsum(0) - kept < params.top_p
-    if params.min_p > 0:
-        keep &= ordered >= params.min_p * ordered[0]
+        likelier = ordered.cumsum(0) - ordered
+        keep &= likelier < params.top_p * (ordered.sum() if params.top_k > 0 else 1)
     keep[0] = True
-    return torch.zeros_like(probabilities).scatter_(0, ids, torch.where(keep, ordered, 0))
+    return torch.zeros_like(probabilities).scatter_(0, ids[order], torch.where(keep, ordered, 0))
+
+
+def _candidates(probabilities: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Ids, ascending, that hold all tokens the filters can keep: few, sorting a whole vocabulary takes milliseconds."""
+    if params.top_k <= 0 and params.top_p >= 1:
+        return (probabilities >= params.min_p * probabilities.max()).nonzero().flatten()
+    count = params.top_k if params.top_k > 0 else HEAD
+    least = probabilities.topk(min(count, len(probabilities))).values[-1]
+    ids = ((probabilities >= least) & (probabilities > 0)).nonzero().flatten()
+    enough = params.top_k > 0 or probabilities[ids].sum() >= params.top_p
+    return ids if enough else torch.arange(len(probabilities))
 
 
 def _report(logprobs: torch.Tensor, token_id: int, count: int) -> TokenLogprob:
-    values, ids = logprobs.topk(count) if count else (logprobs[:0], logprobs[:0])
+    values, ids = logprobs.topk(min(count, logprobs.shape[0]))
     top = tuple((int(i), float(value)) for i, value in zip(ids.tolist(), values.tolist(), strict=True))
     return TokenLogprob(token_id, float(logprobs[token_id]), top)

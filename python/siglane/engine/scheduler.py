@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from siglane.engine.batch import Chunk, Sequence, StepBatch
-from siglane.engine.features import FeatureCache
+from siglane.engine.features import FeatureCache, FeatureKey
 from siglane.engine.kv import PageAllocator
 from siglane.engine.radix import NextPage, PrefixCache
 
@@ -27,10 +27,10 @@ class Budget:
 
 @dataclass(slots=True)
 class Step:
-    """A planned step. misses: images to encode first, digest -> the sequences that want it and its number there."""
+    """A planned step. misses: images to encode first, and for each the sequences that want it with its number there."""
 
     chunks: list[Chunk] = field(default_factory=list)
-    misses: dict[bytes, list[tuple[Sequence, int]]] = field(default_factory=dict)
+    misses: dict[FeatureKey, list[tuple[Sequence, int]]] = field(default_factory=dict)
     tokens_left: int = 0
     patches_left: int = 0
 
@@ -111,19 +111,19 @@ class Scheduler:
         for image in sequence.images_in(sequence.computed, stop):
             if image in sequence.features:
                 continue
-            patches = sequence.request.prompt.images[image]
-            wanting = step.misses.get(patches.digest)
+            key, layout = sequence.feature_key(image), sequence.request.prompt.images[image].layout
+            wanting = step.misses.get(key)
             if wanting is not None:
                 wanting.append((sequence, image))
                 continue
-            rows = self.features.get(patches.digest, patches.layout.image_tokens)
+            rows = self.features.get(key, layout.image_tokens)
             if rows is not None:
                 sequence.features[image] = rows
                 continue
-            if step.misses and patches.layout.patches > step.patches_left:
+            if step.misses and layout.patches > step.patches_left:
                 return min(span.start for span in sequence.spans if span.image == image)
-            step.misses[patches.digest] = [(sequence, image)]
-            step.patches_left -= patches.layout.patches
+            step.misses[key] = [(sequence, image)]
+            step.patches_left -= layout.patches
         return stop
 
     def _admit(self, step: Step) -> None:
@@ -185,10 +185,13 @@ class Scheduler:
         return True
 
     def _make_room(self, pages: int) -> bool:
+        """Evicts cached pages where needed; none when that would not be enough, others may still use them."""
         missing = pages - self.allocator.free
-        if missing > 0 and self.prefix_cache is not None:
-            missing -= self.prefix_cache.evict(missing)
-        return missing <= 0
+        if missing <= 0:
+            return True
+        if self.prefix_cache is None or missing > self.prefix_cache.evictable:
+            return False
+        return self.prefix_cache.evict(missing) == missing
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
