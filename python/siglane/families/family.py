@@ -1,0 +1,38 @@
+"""What a family of vision-language checkpoints states about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerFast
+
+from siglane.config.vlm import VlmConfig
+from siglane.families.chat import PromptRules
+from siglane.weights.hub import Checkpoint
+from siglane.weights.load import Source
+from siglane.weights.plan import WeightPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VlmFamily:
+    """One family; every member is a fact or a pure function of a checkpoint's files.
+
+    name: what `VlmConfig.family` says; known_as: how its checkpoints announce themselves, for messages;
+    matches: whether a checkpoint is one of them; tokenizer_folder: where its tokenizer lies; config: its facts;
+    prompt_rules: how its messages become text; vision_plan: checkpoint names -> `VisionStack`; language_plan:
+    checkpoint names -> `QwenModel`; vision_sources, language_sources: the folders that hold those tensors;
+    language_prefix: what the names of the language model's tensors start with.
+    """
+
+    name: str
+    known_as: tuple[str, ...]
+    matches: Callable[[Checkpoint], bool]
+    tokenizer_folder: Callable[[Checkpoint], Checkpoint]
+    config: Callable[[Checkpoint, PreTrainedTokenizerFast], VlmConfig]
+    prompt_rules: Callable[[Checkpoint], PromptRules]
+    vision_plan: Callable[[VlmConfig], WeightPlan]
+    language_plan: Callable[[VlmConfig], WeightPlan]
+    vision_sources: Callable[[Checkpoint], tuple[Source, ...]]
+    language_sources: Callable[[Checkpoint], tuple[Source, ...]]
+    language_prefix: str

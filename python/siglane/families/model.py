@@ -1,0 +1,136 @@
+"""From a checkpoint to modules that are ready to run."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from siglane.config.vlm import VlmConfig
+from siglane.errors import ConfigError
+from siglane.families import siglip
+from siglane.families.processor import ImageProcessor, load_processor
+from siglane.families.registry import is_vision_only, vlm_family
+from siglane.families.stack import VisionEncoderModel, VisionStack
+from siglane.lm.qwen import QwenModel
+from siglane.nn.attention import BackendChoice
+from siglane.nn.parallel import TensorParallel
+from siglane.weights.hub import Checkpoint
+from siglane.weights.load import Source, StoredTensor, allocate, fill, rehearse, stored_tensors
+from siglane.weights.plan import Elsewhere, WeightPlan
+
+logger = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class VisionLanguageModel(nn.Module):
+    """The two halves of a model. What joins them, the splice, belongs to the engine."""
+
+    def __init__(
+        self, config: VlmConfig, tp: TensorParallel | None = None, attention_backend: BackendChoice = "auto"
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = VisionStack(config, tp, attention_backend)
+        self.language = QwenModel(config.language, tp)
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    config: VlmConfig,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    vision_dtype: torch.dtype | None = None,
+    tp: TensorParallel | None = None,
+    attention_backend: BackendChoice = "auto",
+) -> VisionLanguageModel:
+    """The whole model on `device` in eval mode, without gradients.
+
+    dtype: of the language model, and of tower and projector unless `vision_dtype` says otherwise. ConfigError or
+    WeightError, before anything is allocated, when configuration and tensors do not belong together.
+    """
+    family = vlm_family(checkpoint)
+    plan = family.vision_plan(config).under("", "vision.") + family.language_plan(config).under("", "language.")
+    sources = dict.fromkeys((*family.vision_sources(checkpoint), *family.language_sources(checkpoint)))
+    tensors = stored_tensors(sources)
+    _check_depth(tensors, config.vision.num_hidden_layers, config.language.num_hidden_layers)
+    model = _rehearsed(lambda: VisionLanguageModel(config, tp, attention_backend), plan, tensors)
+    allocate(model.vision, torch.device(device), vision_dtype or dtype)
+    allocate(model.language, torch.device(device), dtype)
+    return _filled(model, plan, tensors)
+
+
+def load_vision(
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    tp: TensorParallel | None = None,
+    attention_backend: BackendChoice = "auto",
+    head: bool = False,
+) -> tuple[VisionEncoderModel, ImageProcessor]:
+    """What turns images into features: a `VisionStack` for a vision-language model, else a plain SigLIP tower.
+
+    The language model's tensors are not read. head: load a plain tower's MAP head too, for `embeddings`.
+    """
+    if is_vision_only(checkpoint):
+        encoder = siglip.read_config(checkpoint, head=head)
+        tensors = stored_tensors([Source(checkpoint)])
+        _check_depth(tensors, encoder.vision.num_hidden_layers)
+        plan = siglip.plan(encoder)
+        tower = _rehearsed(
+            lambda: VisionEncoderModel(encoder.vision, encoder.preprocess, tp, attention_backend), plan, tensors
+        )
+        allocate(tower, torch.device(device), dtype)
+        return _filled(tower, plan, tensors), siglip.EncoderProcessor(encoder)
+    processor = load_processor(checkpoint)
+    family, config = vlm_family(checkpoint), processor.config
+    plan = family.vision_plan(config) + WeightPlan((Elsewhere(family.language_prefix),))
+    tensors = stored_tensors(family.vision_sources(checkpoint))
+    _check_depth(tensors, config.vision.num_hidden_layers)
+    stack = _rehearsed(lambda: VisionStack(config, tp, attention_backend), plan, tensors)
+    allocate(stack, torch.device(device), dtype)
+    return _filled(stack, plan, tensors), processor
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype most of a checkpoint's values are stored in: what "auto" means."""
+    if is_vision_only(checkpoint):
+        sources: tuple[Source, ...] = (Source(checkpoint),)
+    else:
+        family = vlm_family(checkpoint)
+        sources = (*family.language_sources(checkpoint), *family.vision_sources(checkpoint))
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in stored_tensors(dict.fromkeys(sources)):
+        sizes[tensor.dtype] += math.prod(tensor.shape)
+    return sizes.most_common(1)[0][0]
+
+
+def _check_depth(tensors: Sequence[StoredTensor], *layers: int) -> None:
+    """A layer holds at least one tensor. Building a million layers to find that out would take the memory we guard."""
+    if max(layers) > len(tensors):
+        raise ConfigError(f"num_hidden_layers {max(layers)}: the weights hold only {len(tensors)} tensors")
+
+
+def _rehearsed(build: Callable[[], M], plan: WeightPlan, tensors: Sequence[StoredTensor]) -> M:
+    """The model on the meta device, its names and shapes compared with the files' headers."""
+    try:
+        with torch.device("meta"):
+            model = build()
+    except (RuntimeError, OverflowError) as error:
+        raise ConfigError(f"the configuration's sizes are no model's: {error}") from error
+    rehearse(model, plan, tensors)
+    return model
+
+
+def _filled(model: M, plan: WeightPlan, tensors: Sequence[StoredTensor]) -> M:
+    for name, reason in fill(model, plan, tensors):
+        logger.debug("ignored %s: %s", name, reason)
+    return model.eval().requires_grad_(False)

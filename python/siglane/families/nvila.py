@@ -1,0 +1,278 @@
+"""NVILA and VILA: where each of their three layouts keeps its facts, and the few that no file states.
+
+Sources: NVlabs/VILA (llava/model, llava/remote_code), SGLang 0.5.23 models/nvila.py and nvila_lite.py; formats.md
+section 5. Layout "folders": the original llm/, vision_tower/, mm_projector/. Layout "hf": one folder, tensors under
+those three names as prefixes; "vila": the same with the original's flags.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerFast
+
+from siglane.config.preprocess import PreprocessConfig, Tiling
+from siglane.config.reader import ConfigReader
+from siglane.config.text import LanguageConfig
+from siglane.config.vision import VisionConfig
+from siglane.config.vlm import VlmConfig
+from siglane.errors import ConfigError
+from siglane.families.chat import PromptRules
+from siglane.families.family import VlmFamily
+from siglane.projector.mlp import vila_projector
+from siglane.types import Grid, Size
+from siglane.weights.hub import Checkpoint
+from siglane.weights.load import Source
+from siglane.weights.plan import WeightPlan, projector_plan, qwen_plan, tower_plan
+
+Layout = Literal["folders", "hf", "vila"]
+IMAGE_TOKEN = "<image>"
+END_OF_TURN = "<|im_end|>"
+TOWER_TYPE = "siglip_vision_model"
+LANGUAGE, TOWER, PROJECTOR = "llm", "vision_tower", "mm_projector"
+MOST_TILES = 1024  # a flag beyond it is a mistake; every candidate grid is looked at for every image
+
+# image_aspect_ratio -> tiling; without a value the processor's own resize squashes the picture
+ASPECT_RATIOS: dict[str, Tiling] = {"resize": "squash", "pad": "pad", "dynamic": "dynamic", "dynamic_s2": "dynamic_s2"}
+
+# VILA's Qwen2 template. Its default system turn has no full stop.
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant<|im_end|>\n' }}"
+    "{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' ~ message['role'] ~ '\n' ~ message['content'] ~ '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the layouts state in different places. scales: image sides of dynamic_s2, ascending."""
+
+    projector: str
+    tiling: Tiling
+    pillow_resize: bool
+    scales: tuple[int, ...]
+    min_tiles: int
+    max_tiles: int
+    feature_layer: int
+
+
+# SGLang reads none of these from an "hf" checkpoint (models/nvila.py, models/nvila_lite.py); sides in tiles
+HF_FACTS = {
+    "NVILAForConditionalGeneration": Facts("mlp_downsample", "dynamic_s2", True, (1, 2, 3), 1, 12, -2),
+    "NVILALiteForConditionalGeneration": Facts("mlp_downsample_3x3_fix", "dynamic", True, (), 1, 12, -2),
+}
+
+
+def layout_of(checkpoint: Checkpoint) -> Layout | None:
+    """Which of VILA's layouts this is, None when it is another family's."""
+    if not checkpoint.has("config.json"):
+        return None
+    root = checkpoint.json("config.json")
+    architectures = root.get("architectures") or []
+    if any(name in HF_FACTS for name in architectures):
+        return "hf"
+    if all(checkpoint.has(name) for name in (LANGUAGE, TOWER, PROJECTOR)) or "llm_cfg" in root:
+        return "folders"
+    if "VILAForConditionalGeneration" in architectures or root.get("model_type") == "vila":
+        return "vila"
+    return None
+
+
+def read_config(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast, *, column_major: bool = False) -> VlmConfig:
+    """The facts of any layout. ConfigError names the key that is missing, unknown or contradictory.
+
+    column_major: the projector's rows run down the columns, as VILA trained it before December 2024 (VILA1.5); no
+    file tells, so it is never guessed.
+    """
+    layout = layout_of(checkpoint)
+    if layout is None:
+        raise ConfigError(f"{checkpoint.root} is not a VILA or NVILA checkpoint")
+    root = ConfigReader(checkpoint.json("config.json"), "config.json")
+    raw_tower = _part(checkpoint, root, layout, TOWER, "vision_config")
+    raw_language = _part(checkpoint, root, layout, LANGUAGE, "text_config")
+    raw_tower.choice("model_type", {TOWER_TYPE: None}, TOWER_TYPE)
+    facts = _hf_facts(root, raw_tower) if layout == "hf" else _flags(checkpoint, root, layout)
+    vision = VisionConfig.from_hf(
+        raw_tower.raw, feature_layer=facts.feature_layer, post_norm=False, name=raw_tower.name
+    )
+    language = LanguageConfig.from_hf(raw_language.raw, raw_language.name)
+    if column_major and facts.scales:
+        raise ConfigError(
+            "column_major belongs to VILA1.5, whose pictures are one tile; this checkpoint stitches tiles"
+        )
+    channels = vision.hidden_size * max(1, len(facts.scales))
+    if root.has("mm_hidden_size") and root.size("mm_hidden_size") != channels:
+        raise ConfigError(f"config.json: mm_hidden_size {root.size('mm_hidden_size')} is not the tower's {channels}")
+    return VlmConfig(
+        family=FAMILY.name,
+        vision=replace(vision, use_head=False),
+        projector=vila_projector(
+            facts.projector, input_size=channels, output_size=language.hidden_size, column_major=column_major
+        ),
+        preprocess=_preprocess(checkpoint, layout, facts, vision),
+        language=language,
+        image_token=IMAGE_TOKEN,
+        image_token_id=_image_token_id(root, tokenizer),
+        eos_token_ids=_eos_token_ids(_language_folder(checkpoint), tokenizer),
+    )
+
+
+def _part(checkpoint: Checkpoint, root: ConfigReader, layout: Layout, folder: str, section: str) -> ConfigReader:
+    """A part's own config.json; the copies in `llm_cfg` and its like may be paths of the machine it was trained on."""
+    if layout == "folders":
+        return ConfigReader(checkpoint.sub(folder).json("config.json"), f"{folder}/config.json")
+    return root.section(section)
+
+
+def _hf_facts(root: ConfigReader, tower: ConfigReader) -> Facts:
+    facts = next(HF_FACTS[name] for name in root.raw["architectures"] if name in HF_FACTS)
+    side = tower.size("image_size", 224)
+    return replace(facts, scales=tuple(side * scale for scale in facts.scales))
+
+
+def _flags(checkpoint: Checkpoint, root: ConfigReader, layout: Layout) -> Facts:
+    default = "" if layout == "folders" else "dynamic"  # "vila" was only ever NVILA-Lite
+    aspect = root.value("image_aspect_ratio", str, default)
+    tiling = root.choice("image_aspect_ratio", ASPECT_RATIOS) if aspect else "squash"
+    if root.value("dynamic_s2", bool, tiling == "dynamic_s2") != (tiling == "dynamic_s2"):
+        raise ConfigError(f"config.json: dynamic_s2 and image_aspect_ratio {aspect!r} contradict each other")
+    if root.value("s2", bool, False) and tiling != "dynamic_s2":
+        raise ConfigError("config.json: s2 (static scales) is not supported; siglane knows dynamic_s2")
+    if root.value("mm_vision_select_feature", str, "cls_patch") != "cls_patch":
+        raise ConfigError(
+            f"config.json: mm_vision_select_feature {root.raw['mm_vision_select_feature']!r} drops the first patch, "
+            "which SigLIP needs; siglane knows 'cls_patch'"
+        )
+    scales = _scales(root) if tiling == "dynamic_s2" else ()
+    min_tiles, max_tiles = root.size("min_tiles", 1), root.size("max_tiles", 12)
+    fewest = (scales[-1] // scales[0]) ** 2 if scales else min_tiles
+    if not fewest <= max_tiles <= MOST_TILES:
+        raise ConfigError(f"config.json: max_tiles {max_tiles} is not between {fewest} and {MOST_TILES}")
+    return Facts(
+        projector=_projector_kind(checkpoint, root, layout),
+        tiling=tiling,
+        pillow_resize=aspect in ("resize", "dynamic", "dynamic_s2"),
+        scales=scales,
+        min_tiles=min_tiles,
+        max_tiles=max_tiles,
+        feature_layer=root.value("mm_vision_select_layer", int, -2),
+    )
+
+
+def _projector_kind(checkpoint: Checkpoint, root: ConfigReader, layout: Layout) -> str:
+    if layout == "folders":
+        own = ConfigReader(checkpoint.sub(PROJECTOR).json("config.json"), f"{PROJECTOR}/config.json")
+        return own.value("mm_projector_type", str)
+    if root.has("mm_projector_cfg"):
+        return root.section("mm_projector_cfg").value("mm_projector_type", str)
+    return root.value("mm_projector_type", str)
+
+
+def _scales(root: ConfigReader) -> tuple[int, ...]:
+    found = root.raw.get("s2_scales")
+    pieces: list[Any] = found.split(",") if isinstance(found, str) else found if isinstance(found, list) else []
+    scales = sorted(int(piece) for piece in pieces if str(piece).strip().isdigit())
+    if not scales or len(scales) != len(pieces) or any(scale == 0 or scale % scales[0] for scale in scales):
+        raise ConfigError(f"config.json: s2_scales must be multiples of the first, e.g. '448,896,1344', got {found!r}")
+    last = root.value("s2_resize_output_to_scale_idx", int, -1)
+    if last not in (-1, len(scales) - 1):
+        raise ConfigError(f"config.json: s2_resize_output_to_scale_idx {last} is not supported; siglane knows the last")
+    return tuple(scales)
+
+
+def _preprocess(checkpoint: Checkpoint, layout: Layout, facts: Facts, vision: VisionConfig) -> PreprocessConfig:
+    folder, name = (checkpoint.sub(TOWER), f"{TOWER}/") if layout == "folders" else (checkpoint, "")
+    side = vision.position_grid.h * vision.patch_size
+    raw: dict[str, Any] = {"size": {"height": side, "width": side}}
+    if folder.has("preprocessor_config.json"):
+        raw = folder.json("preprocessor_config.json")
+    elif folder.has("processor_config.json"):  # transformers 5 nests it
+        raw = dict(
+            ConfigReader(folder.json("processor_config.json"), "processor_config.json").section("image_processor").raw
+        )
+    preprocess = PreprocessConfig.from_hf(
+        raw,
+        tiling=facts.tiling,
+        min_tiles=facts.min_tiles,
+        max_tiles=facts.max_tiles,
+        s2_scales=facts.scales,
+        name=f"{name}preprocessor_config.json",
+    )
+    if facts.scales:
+        preprocess = replace(preprocess, tile=Size(facts.scales[0], facts.scales[0]))
+    if facts.pillow_resize:  # VILA resizes before its processor does, with Pillow's default
+        preprocess = replace(preprocess, resample="bicubic")
+    tile = preprocess.tile
+    grid = Grid(tile.height // vision.patch_size, tile.width // vision.patch_size)
+    if grid != vision.position_grid:
+        expected = vision.position_grid
+        raise ConfigError(
+            f"{name}preprocessor_config.json: {tile.width}x{tile.height} pixels hold {grid.h}x{grid.w} patches, "
+            f"the tower has positions for {expected.h}x{expected.w}"
+        )
+    return preprocess
+
+
+def _image_token_id(root: ConfigReader, tokenizer: PreTrainedTokenizerFast) -> int:
+    """May lie outside the embedding table (NVILA-8B): it marks places and is never looked up."""
+    if root.has("image_token_id"):
+        return root.value("image_token_id", int)
+    return tokenizer.get_added_vocab().get(IMAGE_TOKEN, len(tokenizer))
+
+
+def _eos_token_ids(folder: Checkpoint, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """generation_config.json's, the end of a turn and the tokenizer's own (VILA `infer_stop_tokens`)."""
+    found: list[int] = []
+    if folder.has("generation_config.json"):
+        stated = folder.json("generation_config.json").get("eos_token_id")
+        found += stated if isinstance(stated, list) else [] if stated is None else [stated]
+    vocabulary = tokenizer.get_vocab()
+    found += [vocabulary[token] for token in (END_OF_TURN, tokenizer.eos_token) if token in vocabulary]
+    if not found or not all(isinstance(token, int) and token >= 0 for token in found):
+        raise ConfigError(f"{folder.root}: no usable end-of-answer token in generation_config.json or the tokenizer")
+    return tuple(dict.fromkeys(found))
+
+
+def _language_folder(checkpoint: Checkpoint) -> Checkpoint:
+    return checkpoint.sub(LANGUAGE) if layout_of(checkpoint) == "folders" else checkpoint
+
+
+def _prompt_rules(checkpoint: Checkpoint) -> PromptRules:
+    """VILA strips each message once its images are written out; the "hf" processors leave messages alone."""
+    return PromptRules(default_template=CHAT_TEMPLATE, strip_messages=layout_of(checkpoint) != "hf")
+
+
+def _vision_plan(config: VlmConfig) -> WeightPlan:
+    tower = tower_plan(config.vision).under(f"{TOWER}.", "tower.")
+    return tower + projector_plan(config.projector).under(f"{PROJECTOR}.", "projector.")
+
+
+def _sources(checkpoint: Checkpoint, *parts: str) -> tuple[Source, ...]:
+    """The folders of some parts, with the prefixes that make their names those of the other layouts."""
+    if layout_of(checkpoint) != "folders":
+        return (Source(checkpoint),)
+    return tuple(Source(checkpoint.sub(part), f"{part}.") for part in parts)
+
+
+FAMILY = VlmFamily(
+    name="nvila",
+    known_as=(
+        *HF_FACTS,
+        "VILAForConditionalGeneration",
+        f"VILA folders ({LANGUAGE}/, {TOWER}/, {PROJECTOR}/)",
+    ),
+    matches=lambda checkpoint: layout_of(checkpoint) is not None,
+    tokenizer_folder=_language_folder,
+    config=read_config,
+    prompt_rules=_prompt_rules,
+    vision_plan=_vision_plan,
+    language_plan=lambda config: qwen_plan(config.language).under(f"{LANGUAGE}.", ""),
+    vision_sources=lambda checkpoint: _sources(checkpoint, TOWER, PROJECTOR),
+    language_sources=lambda checkpoint: _sources(checkpoint, LANGUAGE),
+    language_prefix=f"{LANGUAGE}.",
+)

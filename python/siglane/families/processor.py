@@ -1,0 +1,102 @@
+"""Everything about a vision-language checkpoint that needs no weights: layouts, patches and prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from siglane.config.tokens import image_layout
+from siglane.config.vlm import VlmConfig
+from siglane.errors import ConfigError
+from siglane.families.chat import PromptBuilder, PromptRules
+from siglane.families.registry import vlm_family
+from siglane.image.patchify import to_patches
+from siglane.types import DecodedImage, ImageLayout, ImagePatches, Message, Prompt, Size
+from siglane.weights.hub import Checkpoint
+
+
+class ImageProcessor(Protocol):
+    """From sizes to layouts and from pixels to patches; all an encoder needs."""
+
+    def layouts(self, sizes: Sequence[Size]) -> tuple[ImageLayout, ...]: ...
+
+    def patches(self, image: DecodedImage, layout: ImageLayout) -> ImagePatches: ...
+
+
+class Processor:
+    """One checkpoint's facts, tokenizer and prompt rules. Holds no weights; safe to share between threads."""
+
+    def __init__(self, config: VlmConfig, tokenizer: PreTrainedTokenizerFast, rules: PromptRules) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self._prompts = PromptBuilder(
+            tokenizer, rules, image_token=config.image_token, image_token_id=config.image_token_id
+        )
+
+    @property
+    def context_length(self) -> int:
+        """Positions the language model was made for, prompt and answer together."""
+        return self.config.language.max_position_embeddings
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return self.config.eos_token_ids
+
+    def layouts(self, sizes: Sequence[Size]) -> tuple[ImageLayout, ...]:
+        """The layouts of all images of one request, from their sizes alone."""
+        config, alone = self.config, len(sizes) == 1
+        return tuple(
+            image_layout(size, config.preprocess, config.projector, config.vision.patch_size, alone=alone)
+            for size in sizes
+        )
+
+    def patches(self, image: DecodedImage, layout: ImageLayout) -> ImagePatches:
+        """u8 patches `[layout.patches, patch_dim]`. ValueError when the layout is another size's."""
+        return to_patches(image, layout, self.config.preprocess, self.config.vision)
+
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[ImagePatches],
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Prompt:
+        """The conversation's prompt up to where the answer begins; `ImagePart(n)` stands for `images[n]`.
+
+        Exactly `layout.image_tokens` placeholders stand for each image. No text of a message can become a special
+        token or a placeholder. UserError when image parts and images do not match one to one.
+        """
+        return self._prompts.chat(messages, images, chat_template_kwargs or {})
+
+    def text_prompt(self, text: str) -> Prompt:
+        """`text` without a chat template. Special tokens written in it count; the image placeholder is plain text."""
+        return self._prompts.text(text)
+
+
+def load_processor(checkpoint: Checkpoint, config: VlmConfig | None = None) -> Processor:
+    """The processor of a vision-language checkpoint. ConfigError when its family or one of its facts is not known.
+
+    config: facts to use instead of the checkpoint's (VILA1.5 in column order: `nvila.read_config(column_major=True)`).
+    """
+    family = vlm_family(checkpoint)
+    tokenizer = load_tokenizer(family.tokenizer_folder(checkpoint))
+    return Processor(config or family.config(checkpoint, tokenizer), tokenizer, family.prompt_rules(checkpoint))
+
+
+def load_tokenizer(folder: Checkpoint) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a folder, from local files only, never running the checkpoint's code.
+
+    tokenizer.json is taken as it is; without one it is built from vocab.json and merges.txt by the class that
+    tokenizer_config.json names.
+    """
+    loader: Any = PreTrainedTokenizerFast if folder.has("tokenizer.json") else AutoTokenizer
+    try:
+        tokenizer = loader.from_pretrained(str(folder.root), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise many kinds, bare Exception among them
+        raise ConfigError(f"{folder.root}: the tokenizer cannot be loaded: {error}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ConfigError(f"{folder.root}: siglane needs a fast tokenizer (tokenizer.json)")
+    if folder.has("chat_template.json"):  # a processor's template; it is the newer one where a tokenizer has its own
+        tokenizer.chat_template = folder.json("chat_template.json").get("chat_template")
+    return tokenizer

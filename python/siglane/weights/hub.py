@@ -1,0 +1,93 @@
+"""A model's files: a folder, or a repository id that is downloaded once."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from siglane.config.reader import read_json
+from siglane.errors import ConfigError, UserError
+
+# never code, never pickles: what is not downloaded cannot be run
+FILE_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*merges.txt", "*vocab.txt")
+REPOSITORY_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A folder of model files. Names are relative to it; nothing outside it is read."""
+
+    root: Path
+
+    def path(self, name: str) -> Path:
+        return self.root / name
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file or a folder called `name`."""
+        return self.path(name).exists()
+
+    def json(self, name: str) -> dict[str, Any]:
+        """The JSON object in file `name`. ConfigError when it is missing, not JSON or not an object."""
+        return read_json(self.path(name))
+
+    def sub(self, name: str) -> Checkpoint:
+        """Folder `name`. ConfigError when it is missing."""
+        if not self.path(name).is_dir():
+            raise ConfigError(f"{self.root} has no folder {name!r}; was the whole model copied?")
+        return Checkpoint(self.path(name))
+
+
+def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoint:
+    """The files of `model`: a folder, or a Hugging Face repository id at `revision` (a branch, tag or commit).
+
+    A repository is downloaded into the hub's cache, or found there; only configurations, tokenizers and safetensors
+    are fetched. UserError `model_not_found` says what to do when there is nothing to open.
+    """
+    folder = Path(model).expanduser()
+    if str(model) and folder.is_dir():
+        return Checkpoint(folder)
+    if str(model) and folder.exists():
+        raise _not_found(f"{folder} is a file; give the folder that holds config.json")
+    if isinstance(model, Path) or not REPOSITORY_ID.fullmatch(model):
+        raise _not_found(f"there is no folder {str(model)!r}; give a model's folder or its hub id (owner/name)")
+    return Checkpoint(_download(model, revision))
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(FILE_PATTERNS)))
+    except GatedRepoError as error:
+        raise _not_found(
+            f"{repository} is gated; accept its terms on the hub, then log in with `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise _not_found(f"{repository} has no revision {revision!r}; leave it out for the newest") from error
+    except RepositoryNotFoundError as error:
+        raise _not_found(
+            f"there is no folder and no hub repository {repository!r}; check the name, or log in if it is private"
+        ) from error
+    except HFValidationError as error:
+        raise _not_found(f"{repository!r} is neither a folder nor a hub id: {error}") from error
+    except LocalEntryNotFoundError as error:
+        raise _not_found(
+            f"{repository!r} is not a folder, not in the local cache, and the hub cannot be reached; "
+            "connect once to download it, or give a folder"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise _not_found(f"downloading {repository} failed: {error}; try again, or give a folder") from error
+
+
+def _not_found(message: str) -> UserError:
+    return UserError(message, code="model_not_found", param="model")

@@ -1,0 +1,251 @@
+"""Strict loading, one tensor at a time: every parameter is filled exactly once and every tensor is accounted for.
+
+A load runs twice over the same code. First a rehearsal: the model's parameters and the checkpoint's tensors are all on
+torch's `meta` device, so names and shapes are compared and nothing is allocated; a configuration that does not belong
+to its weights fails here, in milliseconds. Then the parameters are allocated and the tensors are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from siglane.config.reader import read_json
+from siglane.errors import WeightError
+from siglane.nn.linear import ShardedModule, copy_checked
+from siglane.weights.hub import Checkpoint
+from siglane.weights.plan import Destination, Elsewhere, Ignore, WeightPlan
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth")
+LFS_POINTER = b"version https://git-lfs"
+LISTED = 5  # names in a message about missing tensors
+
+# the storage types a parameter can be cast from; anything else needs scales, i.e. is quantised
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A folder of safetensors files; `prefix` is put in front of its tensors' names (VILA keeps parts in folders)."""
+
+    folder: Checkpoint
+    prefix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a file, known by its header: `key` inside the file, `name` with its source's prefix."""
+
+    name: str
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def stored_tensors(sources: Iterable[Source]) -> tuple[StoredTensor, ...]:
+    """The tensors of all files of `sources`, in file order. Reads headers only.
+
+    WeightError names a file that is missing, cut short, empty, a Git LFS pointer, quantised or a pickle.
+    """
+    return tuple(
+        tensor for source in sources for file in _files(source.folder) for tensor in _header(file, source.prefix)
+    )
+
+
+def _files(folder: Checkpoint) -> list[Path]:
+    if folder.has(SINGLE):
+        return [folder.path(SINGLE)]
+    if folder.has(INDEX):
+        return _indexed_files(folder)
+    if found := sorted(folder.root.glob("*.safetensors")):
+        return found
+    if pickles := sorted(path.name for pattern in PICKLES for path in folder.root.glob(pattern)):
+        raise WeightError(
+            f"{folder.root} holds only pickled weights ({pickles[0]}), which can run code when opened; convert them "
+            "with `safetensors.torch.save_file(torch.load(file, weights_only=True), 'model.safetensors')`"
+        )
+    raise WeightError(f"{folder.root} holds no *.safetensors file; was the model downloaded completely?")
+
+
+def _indexed_files(folder: Checkpoint) -> list[Path]:
+    """The files of a sharded checkpoint. Every one is there and holds exactly the tensors the index gives it."""
+    index = folder.path(INDEX)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise WeightError(f"{index}: weight_map must map tensor names to file names")
+    files = []
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name or not folder.has(name):
+            raise WeightError(f"{index} lists {name}, which is not in the folder; download the model again")
+        listed = {key for key, file in weight_map.items() if file == name}
+        held = {tensor.key for tensor in _header(folder.path(name), "")}
+        if listed != held:
+            example = min(listed ^ held)
+            place = "the index, not in the file" if example in listed else "the file, not in the index"
+            raise WeightError(f"{index} and {name} disagree: tensor {example} is in {place}; download the model again")
+        files.append(folder.path(name))
+    return files
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        with file.open("rb") as stream:
+            start = stream.read(len(LFS_POINTER))
+        if start == LFS_POINTER:
+            reason = "it is a Git LFS pointer, not the weights; run `git lfs pull` or download it again"
+        elif not start:
+            reason = "it is empty; download it again"
+        else:
+            reason = f"{error}; it holds {file.stat().st_size} bytes; download it again"
+        raise WeightError(f"{file} is not a usable safetensors file: {reason}") from error
+
+
+def _header(file: Path, prefix: str) -> list[StoredTensor]:
+    with _open(file) as handle:
+        tensors = []
+        for key in handle.keys():  # noqa: SIM118 (a safetensors handle is not a dict)
+            piece = handle.get_slice(key)
+            if piece.get_dtype() not in DTYPES:
+                raise WeightError(
+                    f"{file}: tensor {key} is stored as {piece.get_dtype()}; siglane reads {', '.join(DTYPES)}, "
+                    "quantised checkpoints are not supported"
+                )
+            tensors.append(StoredTensor(prefix + key, file, key, tuple(piece.get_shape()), DTYPES[piece.get_dtype()]))
+    return tensors
+
+
+class StrictLoad:
+    """Fills the parameters of `module` from named tensors by `plan`; leaving the block checks that all are filled.
+
+        with StrictLoad(plan, module) as load:
+            host.load_weights(load.route(iterator))
+
+    `ignored` lists (name, reason) of what the plan leaves out.
+    """
+
+    def __init__(self, plan: WeightPlan, module: nn.Module) -> None:
+        self.plan, self.module = plan, module
+        self.ignored: list[tuple[str, str]] = []
+        self._owners = {name: _owner(module, name) for name, _ in module.named_parameters()}
+        self._waiting = {
+            Destination(name, part): None
+            for name, (owner, leaf) in self._owners.items()
+            for part in (owner.parts(leaf) if isinstance(owner, ShardedModule) else ("",))
+        }
+        self._filled_by: dict[Destination, str] = {}
+
+    def __enter__(self) -> StrictLoad:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None and self._waiting:
+            missing = [f"{name} ({part})" if part else name for name, part in map(_pair, self._waiting)]
+            more = f" and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
+            raise WeightError(
+                f"the checkpoint fills {len(self._filled_by)} of {len(self._filled_by) + len(missing)} parameters; "
+                f"missing: {', '.join(missing[:LISTED])}{more}"
+            )
+
+    def route(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Takes what the plan knows and yields what it places elsewhere, without the prefix. One pass."""
+        for name, tensor in weights:
+            rest = self.take(name, tensor)
+            if rest is not None:
+                yield rest, tensor
+
+    def take(self, name: str, tensor: torch.Tensor, file: Path | None = None) -> str | None:
+        """Loads or ignores one tensor; returns its other owner's name for it when the plan places it elsewhere.
+
+        tensor: whole, any floating dtype; it is cast. WeightError names tensor and `file` when the plan does not know
+        the name, the model has no such parameter, the parameter is already filled or the shapes differ.
+        """
+        place = f"{file}: tensor {name}" if file else f"tensor {name}"
+        match self.plan.find(name):
+            case None:
+                raise WeightError(f"{place} is not known to this model; the configuration may be another model's")
+            case Ignore(_, reason):
+                self.ignored.append((name, reason))
+            case Elsewhere(prefix):
+                return name.removeprefix(prefix)
+            case Destination() as destination:
+                self._claim(destination, name, place)
+                self._fill(destination, tensor, place)
+        return None
+
+    def _claim(self, destination: Destination, name: str, place: str) -> None:
+        if destination in self._filled_by:
+            raise WeightError(f"{place} comes twice: {self._filled_by[destination]} already filled its parameter")
+        if destination not in self._waiting:
+            raise WeightError(
+                f"{place} has no parameter to fill ({destination.parameter}); the configuration describes a model "
+                "with fewer layers or without it"
+            )
+        del self._waiting[destination]
+        self._filled_by[destination] = name
+
+    def _fill(self, destination: Destination, tensor: torch.Tensor, place: str) -> None:
+        owner, leaf = self._owners[destination.parameter]
+        try:
+            if isinstance(owner, ShardedModule):
+                owner.load_part(leaf, destination.part, tensor)
+            else:
+                parameter = owner.get_parameter(leaf)
+                copy_checked(parameter, tensor, parameter.shape)
+        except ValueError as error:
+            raise WeightError(f"{place} {error}") from error
+
+
+def _pair(destination: Destination) -> tuple[str, str]:
+    return destination.parameter, destination.part
+
+
+def _owner(module: nn.Module, parameter: str) -> tuple[nn.Module, str]:
+    path, _, leaf = parameter.rpartition(".")
+    return module.get_submodule(path), leaf
+
+
+def rehearse(module: nn.Module, plan: WeightPlan, tensors: Iterable[StoredTensor]) -> None:
+    """Compares names and shapes of a `module` built on the meta device with the headers. WeightError as StrictLoad."""
+    with StrictLoad(plan, module) as load:
+        for tensor in tensors:
+            load.take(tensor.name, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), tensor.file)
+
+
+def allocate(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Gives the parameters of a `module` built on the meta device memory, not yet filled and without gradients.
+
+    Buffers move to `device` and keep their dtype.
+    """
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            empty = torch.empty(parameter.shape, dtype=dtype, device=device)
+            setattr(owner, name, nn.Parameter(empty, requires_grad=False))
+        for name, buffer in owner.named_buffers(recurse=False):
+            setattr(owner, name, buffer.to(device))
+
+
+def fill(module: nn.Module, plan: WeightPlan, tensors: Iterable[StoredTensor]) -> tuple[tuple[str, str], ...]:
+    """Reads and loads the tensors, one in memory at a time. Returns (name, reason) of the ignored ones."""
+    with StrictLoad(plan, module) as load:
+        for file, group in groupby(tensors, key=lambda tensor: tensor.file):
+            with _open(file) as handle:
+                for tensor in group:
+                    if isinstance(plan.find(tensor.name), Destination):
+                        load.take(tensor.name, handle.get_tensor(tensor.key), file)
+                    else:  # its values do not matter
+                        load.take(tensor.name, torch.empty(tensor.shape, device="meta"), file)
+    return tuple(load.ignored)
