@@ -43,7 +43,7 @@ class TextStream:
         before = self._decode(self._ids[self._context : self._read])
         now = self._decode(self._ids[self._context :])
         if len(now) <= len(before) or (now.endswith("\ufffd") and not finished):
-            return now[len(before) :] if finished else ""
+            return ""
         self._context, self._read = self._read, len(self._ids)
         return now[len(before) :]
 

@@ -22,7 +22,7 @@ from siglane.engine.sampler import Choice, sample
 from siglane.engine.scheduler import Budget, Scheduler
 from siglane.errors import EngineError, UserError
 from siglane.families.model import VisionLanguageModel
-from siglane.types import FinishReason, ImagePatches, Request, TokenDelta
+from siglane.types import FinishReason, ImagePatches, Request, SamplingParams, TokenDelta
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Engine:
         return bool(self._sequences)
 
     def add(self, request: Request) -> None:
-        """Queues a request. UserError when it can never run: the prompt leaves no room for an answer."""
+        """Queues a request. UserError when it can never run: no room for an answer, a bias for no token."""
         length, sampling = len(request.prompt.token_ids), request.sampling
         if request.request_id in self._sequences:
             raise ValueError(f"request id {request.request_id!r} is in use")
@@ -92,10 +92,7 @@ class Engine:
                 f"the prompt has {length} tokens, the context holds {self.context_length}; shorten it",
                 code="context_length_exceeded",
             )
-        for token_id, bias in sampling.logit_bias:
-            if not 0 <= token_id < self.runner.vocab_size or not math.isfinite(bias):
-                wrong = f"logit_bias of {bias} for token {token_id}: a finite bias for ids below {self.runner.vocab_size}"
-                raise UserError(f"{wrong} is needed", code="invalid_value", param="logit_bias")
+        _check_logit_bias(sampling, self.runner.vocab_size)
         generator = torch.Generator()
         generator.manual_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed % (1 << 64))
         sequence = Sequence.of(request, self._arrivals, generator)
@@ -250,6 +247,13 @@ class Engine:
             encoded_images=sequence.encoded_images,
             timings=sequence.timings(time.monotonic()),
         )
+
+
+def _check_logit_bias(params: SamplingParams, vocab_size: int) -> None:
+    for token_id, bias in params.logit_bias:
+        if not 0 <= token_id < vocab_size or not math.isfinite(bias):
+            message = f"logit_bias gives token {token_id} a bias of {bias}; ids are below {vocab_size}, biases finite"
+            raise UserError(message, code="invalid_value", param="logit_bias")
 
 
 def _finite(rows: torch.Tensor) -> torch.Tensor | EngineError:

@@ -1,13 +1,13 @@
 """The engine in a process of its own, watched: when it dies its requests end with an error and it is started again.
 
-Parent and child talk over one anonymous pipe; nothing listens on a socket. The child ends when the pipe closes, so it
-never outlives its parent.
+Parent and child talk over one anonymous pipe; nothing listens on a socket. The child never outlives its parent.
 """
 
 from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import pickle
 import signal
 import threading
@@ -22,7 +22,7 @@ import torch
 from siglane.engine.config import EngineConfig
 from siglane.engine.engine import Engine, EngineStats
 from siglane.engine.load import load_engine
-from siglane.errors import EngineError, SiglaneError, UserError
+from siglane.errors import EngineError, SiglaneError
 from siglane.types import Request, TokenDelta
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ OnDelta = Callable[[TokenDelta], None]
 RESTARTS_ALLOWED = 5
 RESTART_WINDOW_SECONDS = 300.0
 STATS_SECONDS = 0.5
+CLOSE_SECONDS = 10.0
+END_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,8 @@ class EngineSpec:
 
 
 class EngineProcess:
-    """A supervised engine. `submit` may be called from any thread; callbacks run on one reader thread.
+    """A supervised engine. `submit` and `abort` may be called from any thread and wait while the pipe is full;
+    callbacks run on the one thread that empties it, so they must neither block nor call back.
 
     Every submitted request gets exactly one delta with a finish_reason: the engine's own, "abort" after `abort`, or
     "error" with `EngineError(code="engine_restarting", status=503)` when the process died under it.
@@ -81,8 +84,10 @@ class EngineProcess:
         """Hands a request over. EngineError (503) when the engine is not ready."""
         message = pickle.dumps(("add", request), protocol=5)
         with self._lock:
+            if request.request_id in self._pending:
+                raise ValueError(f"request id {request.request_id!r} is in use")
             if self.state != "ready" or self._pipe is None:
-                raise _restarting() if self.state in ("starting", "restarting") else _down()
+                raise _down() if self.state in ("closed", "dead") else _restarting()
             self._pending[request.request_id] = on_delta
             self._send(message)
 
@@ -105,13 +110,26 @@ class EngineProcess:
         deadline = time.monotonic() + drain
         while self._pending and self.state == "ready" and time.monotonic() < deadline:
             time.sleep(0.02)
-        with self._lock:
-            self._set_state("closed")
-            if self._pipe is not None:
-                self._send(pickle.dumps(("close", None)))
+        self._set_state("closed")
+        if self._lock.acquire(timeout=CLOSE_SECONDS):  # a child that does not read makes a sender hold it
+            try:
+                self._ask_to_end()
+            finally:
+                self._lock.release()
+            self._join_reader()
+        if self._process is not None:
+            self._process.kill()
+        self._join_reader()
+
+    def _join_reader(self) -> None:
         if self._reader.is_alive() and self._reader is not threading.current_thread():
-            self._reader.join(timeout=10)
-        if self._process is not None and self._process.is_alive():
+            self._reader.join(timeout=CLOSE_SECONDS)
+
+    def _ask_to_end(self) -> None:
+        """Called with the lock held. A child that still loads its model is not listening."""
+        if self._pipe is not None:
+            self._send(pickle.dumps(("close", None)))
+        elif self._process is not None:
             self._process.kill()
 
     def _send(self, message: bytes) -> None:
@@ -124,17 +142,31 @@ class EngineProcess:
 
     def _supervise(self) -> None:
         while self.state not in ("closed", "dead"):
-            self._starts.append(time.monotonic())
-            parent_end, child_end = self._context.Pipe()
-            self._process = self._context.Process(
-                target=_child, args=(child_end, self.spec), name="siglane-engine", daemon=True
-            )
-            self._process.start()
-            child_end.close()
-            self._read_until_end(parent_end)
-            self._process.join(timeout=5)
+            try:
+                self._run_child()
+            except Exception as error:
+                logger.exception("the engine process could not be watched")
+                self._give_up(EngineError(f"the engine process could not be started: {error}", code="engine_start"))
             self._after_end()
-            parent_end.close()
+
+    def _run_child(self) -> None:
+        """One child, from its start to its end."""
+        self._starts.append(time.monotonic())
+        parent_end, child_end = self._context.Pipe()
+        process = self._context.Process(target=_child, args=(child_end, self.spec), name="siglane-engine", daemon=True)
+        try:
+            with child_end:
+                process.start()
+            self._process = process
+            if self.state == "closed":  # `close` may have looked for a child before there was one
+                process.kill()
+            self._read_until_end(parent_end)
+            process.join(timeout=END_SECONDS)
+            process.kill()  # one that hangs at its end would keep its memory
+        finally:
+            with self._lock:
+                self._pipe = None
+                parent_end.close()
 
     def _read_until_end(self, pipe: Connection) -> None:
         try:
@@ -148,23 +180,23 @@ class EngineProcess:
                 elif kind == "ready":
                     with self._lock:
                         self._pipe = pipe
-                        if self.state != "closed":
-                            self._set_state("ready")
+                        self._set_state("ready")
+                        if self.state == "closed":
+                            self._ask_to_end()
                 elif kind == "failed":
-                    self.failure = value
-                    self._set_state("dead")
+                    self._give_up(value)
         except (EOFError, OSError):
             return
 
     def _after_end(self) -> None:
         """The child is gone: its requests end, and it is started again unless that happens too often."""
         with self._lock:
-            self._pipe = None
             if self.state not in ("closed", "dead"):
                 recent = [start for start in self._starts if time.monotonic() - start < RESTART_WINDOW_SECONDS]
                 if len(recent) > RESTARTS_ALLOWED:
-                    self.failure = EngineError("the engine process died too often; see its log", code="engine_dead")
-                self._set_state("dead" if len(recent) > RESTARTS_ALLOWED else "restarting")
+                    self._give_up(EngineError("the engine process died too often; see its log", code="engine_dead"))
+                else:
+                    self._set_state("restarting")
                 logger.error("the engine process died (%d recent starts); state %s", len(recent), self.state)
             lost = list(self._pending)
         error = _down() if self.state in ("closed", "dead") else _restarting()
@@ -181,9 +213,15 @@ class EngineProcess:
             except Exception:
                 logger.exception("a delta's callback failed")
 
+    def _give_up(self, failure: SiglaneError) -> None:
+        self.failure = failure
+        self._set_state("dead")
+
     def _set_state(self, state: State) -> None:
+        """Nothing leaves "closed" or "dead", except that what is dead can be closed."""
         with self._changed:
-            self.state = state
+            if self.state != "closed" and (self.state != "dead" or state == "closed"):
+                self.state = state
             self._changed.notify_all()
 
 
@@ -199,6 +237,7 @@ def _child(pipe: Connection, spec: EngineSpec) -> None:
     """The engine's process: reads requests while there are any, computes, writes deltas."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides when to end
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
     if spec.config.threads:
         torch.set_num_threads(spec.config.threads)
     try:
@@ -210,39 +249,52 @@ def _child(pipe: Connection, spec: EngineSpec) -> None:
         logger.exception("the engine could not be built")
         _write(pipe, "failed", EngineError(f"the engine could not be built: {error}", code="engine_start"))
         return
-    _write(pipe, "stats", engine.stats())
-    _write(pipe, "ready", None)
     try:
+        _write(pipe, "stats", engine.stats())
+        _write(pipe, "ready", None)
         _serve(pipe, engine)
     except (EOFError, OSError):
         logger.info("the parent is gone; the engine ends")
 
 
 def _serve(pipe: Connection, engine: Engine) -> None:
-    told = time.monotonic()
+    told = 0.0
     while True:
-        while pipe.poll(0 if engine.has_work else None):
+        if not engine.has_work or time.monotonic() - told > STATS_SECONDS:
+            told = time.monotonic()
+            _write(pipe, "stats", engine.stats())
+        patience = 0 if engine.has_work else None
+        while pipe.poll(patience):
             kind, value = pickle.loads(pipe.recv_bytes())
             if kind == "close":
                 return
             delta = _take(engine, value) if kind == "add" else engine.abort(value)
             if delta is not None:
                 _write(pipe, "deltas", [delta])
-        if engine.has_work:
-            deltas = engine.step()
-            if deltas:
-                _write(pipe, "deltas", deltas)
-        if not engine.has_work or time.monotonic() - told > STATS_SECONDS:
-            told = time.monotonic()
-            _write(pipe, "stats", engine.stats())
+            patience = 0
+        deltas = engine.step() if engine.has_work else []
+        if deltas:
+            _write(pipe, "deltas", deltas)
+
+
+def _end_with_parent() -> None:
+    """The pipe tells of the parent's end too, but is not looked at during a step or while the model loads."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _take(engine: Engine, request: Request) -> TokenDelta | None:
     """Queues a request; one that can never run ends here with its error."""
     try:
         engine.add(request)
-    except (UserError, ValueError) as error:
+    except SiglaneError as error:
         return TokenDelta(request.request_id, finish_reason="error", error=error)
+    except Exception as error:
+        logger.exception("request %s could not be queued", request.request_id)
+        reason = EngineError(f"the request could not be queued ({type(error).__name__})")
+        return TokenDelta(request.request_id, finish_reason="error", error=reason)
     return None
 
 

@@ -196,7 +196,8 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._release(sequence)
-        self.waiting.appendleft(sequence)
+        older = sum(other.order < sequence.order for other in self.waiting)  # those wait for a neighbour's page
+        self.waiting.insert(older, sequence)
 
     def _share(self, sequence: Sequence) -> None:
         if self.prefix_cache is not None:

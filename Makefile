@@ -1,0 +1,41 @@
+# Everything starts here. Needs make and Python 3.11 or newer; the rest is installed into .venv on first use.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off -c constraints.txt
+
+.PHONY: demo serve test test-all lint bench
+.DEFAULT_GOAL := demo
+
+demo: $(READY)  ## ask the model that ships with siglane one question, through a real server
+	@$(BIN)/siglane demo
+
+serve: $(READY)  ## keep that server running; prints a curl line to try
+	@$(BIN)/siglane demo --stay
+
+test: $(READY)  ## tests that take seconds
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-all: $(READY)  ## all tests; those that need a GPU skip themselves without one
+	@$(BIN)/python -m pytest -q
+
+lint: $(READY)  ## style, format and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(READY)  ## every benchmark, one after the other
+	@for script in $$(grep -l __main__ benchmark/*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "siglane needs Python 3.11 or newer on the PATH (or: make PYTHON=/path/to/python)" >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "== creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
+	@echo "== installing $(TORCH)"
+	@$(PIP) $(TORCH)
+	@echo "== installing siglane and its development tools"
+	@$(PIP) -e '.[dev]'
+	@touch $@

@@ -1,0 +1,80 @@
+"""`siglane encode`: the vision features of pictures, written to a safetensors file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from siglane.cli.common import PictureOptions, add_model, check_writable, checkpoint_of, emit_json
+from siglane.cli.options import add_options, read_options
+from siglane.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodeOptions:
+    output: Path = field(
+        metadata={"help": 'a safetensors file: "0", "1", ... and, with a projector, "projected.0", ...', "short": "-o"}
+    )
+    json: bool = field(default=False, metadata={"help": "print the shapes as one JSON list"})
+
+
+# the engine's options that a tower has a use for
+ENGINE_OPTIONS = ("device", "dtype", "attention_backend", "max_patches")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    from siglane.engine.config import EngineConfig
+
+    add_model(parser)
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="pictures: paths or URLs")
+    add_options(parser, EncodeOptions, "encode")
+    add_options(parser, PictureOptions, "pictures")
+    add_options(parser, EngineConfig, "engine", only=ENGINE_OPTIONS)
+
+
+def run(arguments: argparse.Namespace, out: TextIO) -> int:
+    options = read_options(EncodeOptions, arguments)
+    check_writable(options.output)
+    checkpoint = checkpoint_of(arguments)
+
+    from tqdm import tqdm
+
+    from siglane.engine.config import EngineConfig
+    from siglane.llm import VisionEncoder
+
+    engine = read_options(EngineConfig, arguments)
+    chosen = {name: getattr(engine, name) for name in ENGINE_OPTIONS}
+    decode = read_options(PictureOptions, arguments).decode_config()
+    encoder = VisionEncoder(checkpoint, decode=decode, **chosen)
+    tensors: dict[str, torch.Tensor] = {}
+    rows: list[dict[str, Any]] = []
+    quiet = not sys.stderr.isatty() or len(arguments.images) == 1
+    encoded = tqdm(encoder.run(arguments.images), total=len(arguments.images), unit="image", disable=quiet)
+    for number, (image, (features, projected)) in enumerate(zip(arguments.images, encoded, strict=True)):
+        tensors[str(number)] = features
+        rows.append({"image": image, "features": list(features.shape)})
+        if projected is not None:
+            tensors[f"projected.{number}"] = projected
+            rows[-1]["projected"] = list(projected.shape)
+    _write(tensors, options.output)
+    if options.json:
+        emit_json(rows, out)
+    else:
+        out.write(f"{options.output}: {len(tensors)} tensors of {len(rows)} images\n")
+    return 0
+
+
+def _write(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    owned = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}  # slices share their storage
+    try:
+        save_file(owned, path)
+    except Exception as error:  # SafetensorError wraps the system's message
+        raise UserError(f"cannot write {path}: {error}", code="cannot_write") from error

@@ -1,0 +1,116 @@
+"""`siglane generate`: one question about some pictures, one answer."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TextIO
+
+from siglane.cli.common import PictureOptions, add_model, checkpoint_of, emit_json
+from siglane.cli.options import add_options, read_options
+from siglane.errors import UserError
+
+if TYPE_CHECKING:
+    from siglane.llm import Generation
+
+SAMPLING_HELP = {
+    "max_tokens": "longest answer; none: as long as the context allows",
+    "temperature": "0 takes the likeliest token, higher values are more varied",
+    "top_k": "choose among the k likeliest tokens only; 0: all",
+    "top_p": "choose among the likeliest tokens that hold this share of the probability",
+    "min_p": "drop tokens less likely than this share of the likeliest one",
+    "repetition_penalty": "above 1 discourages tokens of prompt and answer",
+    "frequency_penalty": "lowers a token for every time the answer has it",
+    "presence_penalty": "lowers tokens that the answer has",
+    "logit_bias": "TOKEN_ID:BIAS, added before choosing",
+    "seed": "makes sampling repeatable; none draws one",
+    "stop": "texts that end the answer; they are not part of it",
+    "stop_token_ids": "token ids that end the answer",
+    "ignore_eos": "go on after the model's own end of answer",
+    "min_tokens": "shortest answer",
+    "logprobs": "report log-probabilities, with this many alternatives per token (needs --json)",
+    "n": "number of answers",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateOptions:
+    prompt: str = field(metadata={"help": "the question: one user message, its pictures first", "short": "-p"})
+    image: tuple[str, ...] = field(default=(), metadata={"help": "pictures: paths or URLs", "short": "-i"})
+    stream: bool = field(default=False, metadata={"help": "print the answer as it grows"})
+    json: bool = field(default=False, metadata={"help": "print one JSON object"})
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    from siglane.engine.config import EngineConfig
+    from siglane.types import SamplingParams
+
+    add_model(parser)
+    add_options(parser, GenerateOptions, "generate")
+    add_options(parser, SamplingParams, "sampling", help=SAMPLING_HELP)
+    add_options(parser, PictureOptions, "pictures")
+    add_options(parser, EngineConfig, "engine")
+
+
+def run(arguments: argparse.Namespace, out: TextIO) -> int:
+    from siglane.engine.config import EngineConfig
+    from siglane.types import SamplingParams
+
+    options = read_options(GenerateOptions, arguments)
+    params = read_options(SamplingParams, arguments)
+    engine = read_options(EngineConfig, arguments)
+    decode = read_options(PictureOptions, arguments).decode_config()
+    if options.stream and options.json:
+        raise UserError("--stream and --json exclude each other", code="bad_option")
+
+    checkpoint = checkpoint_of(arguments)
+
+    from siglane.llm import LLM, check_sampling
+
+    check_sampling(params)
+
+    def show(_: int, text: str) -> None:
+        out.write(text)
+        out.flush()
+
+    fields = {field.name: getattr(engine, field.name) for field in dataclasses.fields(engine)}
+    llm = LLM(checkpoint, decode=decode, **fields)
+    prompt = {"prompt": options.prompt, "images": options.image}
+    (answer,) = llm.generate(prompt, params, on_text=show if options.stream else None)
+    if options.json:
+        emit_json(document(answer), out)
+    else:
+        texts = ["" if options.stream else answer.text, *(other.text for other in answer.alternatives)]
+        out.write("\n".join(texts) + "\n")
+        if sys.stderr.isatty():
+            print(summary(answer), file=sys.stderr)
+    return 0
+
+
+def document(answer: Generation) -> dict[str, Any]:
+    """The JSON of one answer; `logprobs` and `alternatives` only when they were asked for."""
+    usage = answer.usage
+    found: dict[str, Any] = {
+        "text": answer.text,
+        "prompt_token_ids": list(answer.prompt_token_ids),
+        "output_token_ids": list(answer.output_token_ids),
+        "finish_reason": answer.finish_reason,
+        "usage": dataclasses.asdict(usage) | {"text_tokens": usage.text_tokens, "total_tokens": usage.total_tokens},
+        "timings": dataclasses.asdict(answer.timings),
+    }
+    if answer.logprobs:
+        found["logprobs"] = [dataclasses.asdict(logprob) for logprob in answer.logprobs]
+    if answer.alternatives:
+        found["alternatives"] = [document(other) for other in answer.alternatives]
+    return found
+
+
+def summary(answer: Generation) -> str:
+    """One line for people: what went in, what came out, how long it took."""
+    usage, timings = answer.usage, answer.timings
+    return (
+        f"{usage.image_tokens} image + {usage.text_tokens} text -> {usage.completion_tokens} tokens; "
+        f"encode {timings.encode:.2f} s, prefill {timings.prefill:.2f} s, decode {timings.decode:.2f} s"
+    )

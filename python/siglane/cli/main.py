@@ -1,0 +1,114 @@
+"""`siglane COMMAND ...`: finds the command, turns every error into one line and an exit code.
+
+Exit codes: 0 done, 1 something failed, 2 the caller's mistake, 130 interrupted. Results go to stdout, everything else
+to stderr. Each command is a module with `configure(parser)` and `run(arguments, out) -> exit code`; only the one asked
+for is imported, so that `siglane --help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import TextIO
+
+from siglane.cli.common import CommonOptions, add_common
+from siglane.cli.options import Parser, read_options
+from siglane.errors import SiglaneError
+
+COMMANDS = {
+    "generate": "ask a model one question about pictures",
+    "serve": "serve a model over the OpenAI API",
+    "encode": "write the vision features of pictures to a file",
+    "tokens": "count the prompt tokens of pictures from their headers",
+    "look": "draw what the model sees of a picture",
+    "doctor": "check this machine",
+    "demo": "try the model that ships with siglane, through a real server",
+}
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    out = sys.stdout
+    debug = "--debug" in words
+    try:
+        parsed = _parse(words)
+        debug = read_options(CommonOptions, parsed).debug
+        _configure_logging(debug)
+        with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints must not mix with the result
+            code: int = importlib.import_module(f"siglane.cli.{parsed.command}").run(parsed, out)
+        out.flush()
+        return code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone(out):
+            return 1
+        return _report(error, debug)
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(prog="siglane", description="SigLIP vision for language models.")
+    parser.add_argument("--version", action="version", version=f"siglane {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    asked = next((word for word in words if not word.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name == asked:
+            importlib.import_module(f"siglane.cli.{name}").configure(command)
+            add_common(command)
+    return parser.parse_args(words)
+
+
+def _configure_logging(debug: bool) -> None:
+    """Warnings to stderr, one line each; with --debug everything of ours, tracebacks too."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("siglane: %(message)s"))
+    if not debug:
+        handler.addFilter(_without_traceback)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("siglane").setLevel(logging.DEBUG if debug else logging.WARNING)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    record.exc_info = record.exc_text = None
+    return True
+
+
+def _reader_is_gone(out: TextIO) -> bool:
+    """Whether it is stdout that broke (`siglane tokens ... | head`); then nothing more is written to it."""
+    try:
+        out.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+        return True
+    return False
+
+
+def _report(error: Exception, debug: bool) -> int:
+    """The one line about `error`, and the exit code it stands for."""
+    message = str(error)
+    if not isinstance(error, SiglaneError):
+        message = f"{type(error).__name__}: {message}".removesuffix(": ")
+        message += "" if debug else " (this is a bug or a broken machine; --debug shows where)"
+    print("siglane: error:", " ".join(message.split()), file=sys.stderr)
+    if debug:
+        traceback.print_exception(error)
+    return error.exit_code if isinstance(error, SiglaneError) else 1
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("siglane")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""`siglane serve`: the OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import TextIO
+
+from siglane.cli.common import ModelOptions, add_model
+from siglane.cli.options import add_options, read_options
+from siglane.errors import UserError
+from siglane.server.config import ServerConfig
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    from siglane.engine.config import EngineConfig
+
+    add_model(parser)
+    add_options(parser, ServerConfig, "server")
+    add_options(parser, EngineConfig, "engine")
+
+
+def run(arguments: argparse.Namespace, out: TextIO) -> int:
+    from siglane.engine.config import EngineConfig
+    from siglane.weights.demo import DEMO, demo_folder
+
+    config = read_options(ServerConfig, arguments)
+    engine = read_options(EngineConfig, arguments)
+    model = arguments.model
+    if model == DEMO:
+        model = str(demo_folder() / "model")
+        config = dataclasses.replace(config, served_model_name=config.served_model_name or DEMO)
+    try:
+        from siglane.server.run import preflight, serve
+    except ImportError as error:
+        message = f"the server needs more packages ({error}); pip install 'siglane[server]'"
+        raise UserError(message, code="missing_extra") from error
+
+    listener = preflight(config, model)
+
+    from siglane.engine.process import EngineSpec
+
+    return serve(config, EngineSpec(model, engine, read_options(ModelOptions, arguments).revision), listener)

@@ -1,0 +1,149 @@
+"""The FastAPI application: routes, and every failure in OpenAI's shape."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.routing import APIRoute
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from siglane.errors import EngineError, UserError
+from siglane.server.chat import complete, prepare
+from siglane.server.errors import ErrorBody, JsonResponse, error_response, from_validation
+from siglane.server.exchange import exchange_of
+from siglane.server.middleware import Authenticate, Gate, Intake, Observe, shutting_down
+from siglane.server.protocol import ChatCompletion, ChatCompletionRequest, ModelCard, ModelList, ignored_fields
+from siglane.server.state import ServerState
+from siglane.server.stream import ChatStream
+
+logger = logging.getLogger(__name__)
+
+CHAT = "/v1/chat/completions"
+IGNORED_FIELDS = "x-siglane-ignored-fields"
+FAILURES: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+
+
+class _OrjsonRequest(Request):
+    async def json(self) -> Any:
+        return orjson.loads(await self.body())  # refuses NaN, Infinity, lone surrogates and deep nesting
+
+
+class _Route(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_with_orjson(request: Request) -> Response:
+            return await handle(_OrjsonRequest(request.scope, request.receive))
+
+        return handle_with_orjson
+
+
+def create_app(state: ServerState) -> FastAPI:
+    """The application around one `ServerState`. Its routes hold nothing of their own."""
+    # no docs pages: they load scripts from elsewhere; no redirects: they would repeat the Host header of the client
+    app = FastAPI(title="siglane", docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.router.route_class = _Route
+    _add_middleware(app, state)
+    for kind, answer in _failures().items():
+        app.add_exception_handler(kind, answer)
+    _add_probes(app, state)
+    _add_models(app, state)
+    _add_chat(app, state)
+    return app
+
+
+def _add_middleware(app: FastAPI, state: ServerState) -> None:
+    config = state.config
+    gate = Gate(config.max_queue, state.refusal, state.metrics)
+    paths = frozenset({CHAT})
+    # the last one added is the outermost
+    app.add_middleware(Intake, paths=paths, gate=gate, max_bytes=config.max_body_bytes, timeout=config.body_timeout)
+    app.add_middleware(Authenticate, api_key=config.api_key)
+    if config.cors_origins:  # outside the key: browsers send none when they ask whether they may call
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(config.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type"],
+            expose_headers=["x-request-id", IGNORED_FIELDS],
+        )
+    app.add_middleware(Observe, metrics=state.metrics, budget=state.budget)
+
+
+def _failures() -> dict[type[Exception], Callable[[Request, Any], Response]]:
+    def refused(request: Request, error: UserError | EngineError) -> Response:
+        exchange_of(request.scope).failed = error.code
+        return error_response(error)
+
+    def invalid(request: Request, error: RequestValidationError) -> Response:
+        return refused(request, from_validation(error.errors()))
+
+    def no_route(request: Request, error: HTTPException) -> Response:
+        message, code = "there is no such path", "not_found"
+        if error.status_code == 405:
+            message, code = "this path does not take this method", "method_not_allowed"
+        elif error.status_code != 404:
+            message, code = str(error.detail), "http_error"
+        return error_response(UserError(message, code=code, status=error.status_code), error.headers)
+
+    return {UserError: refused, EngineError: refused, RequestValidationError: invalid, HTTPException: no_route}
+
+
+def _add_probes(app: FastAPI, state: ServerState) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        """Whether the process works: 503 only when its engine is gone."""
+        if state.engine.state in ("starting", "ready"):
+            return JsonResponse({"status": "ok", "engine": state.engine.state})
+        return error_response(state.refusal() or shutting_down())
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """Whether new requests are taken."""
+        refusal = state.refusal()
+        return JsonResponse({"status": "ready"}) if refusal is None else error_response(refusal)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        content = await run_in_threadpool(generate_latest, state.metrics.registry)
+        return Response(content, media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_models(app: FastAPI, state: ServerState) -> None:
+    @app.get("/v1/models", responses=FAILURES)
+    async def list_models() -> ModelList:
+        return {"object": "list", "data": [state.card]}
+
+    @app.get("/v1/models/{name:path}", responses=FAILURES)
+    async def get_model(name: str) -> ModelCard:
+        state.check_model(name)
+        return state.card
+
+
+def _add_chat(app: FastAPI, state: ServerState) -> None:
+    warned: set[str] = set()
+
+    def note_ignored(fields: list[str]) -> dict[str, str]:
+        new = [name for name in fields if name not in warned]
+        if new and len(warned) < 1000:  # names come from clients
+            warned.update(new)
+            logger.warning("requests set fields that have no effect here: %s", ", ".join(new))
+        return {IGNORED_FIELDS: ",".join(fields)} if fields else {}
+
+    @app.post(CHAT, responses={200: {"model": ChatCompletion}, **FAILURES}, response_model=None)
+    async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Any:
+        exchange = exchange_of(request.scope)
+        headers = note_ignored(ignored_fields(body))
+        if not body.stream:
+            return JsonResponse(await complete(body, exchange, state), headers=headers)
+        prepared = await prepare(body, exchange, state)
+        return ChatStream(body, prepared, exchange, state, headers)

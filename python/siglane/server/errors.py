@@ -1,0 +1,97 @@
+"""Every failure as one body: `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import orjson
+from starlette.responses import Response
+from typing_extensions import TypedDict
+
+from siglane.errors import EngineError, UserError
+
+
+class ErrorDetail(TypedDict):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(TypedDict):
+    """What every failed request answers, and the last event of a stream that failed."""
+
+    error: ErrorDetail
+
+
+class JsonResponse(Response):
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return orjson.dumps(content)
+
+
+def as_api_error(error: BaseException) -> UserError | EngineError:
+    """`error` if it was raised on purpose; else a 500 that tells nothing about the server (the log has the rest)."""
+    if isinstance(error, UserError | EngineError):
+        return error
+    return EngineError("internal error; the server's log has it under this x-request-id", code="internal_error")
+
+
+def error_body(error: UserError | EngineError) -> ErrorBody:
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    if error.status == 429:
+        kind = "rate_limit_error"
+    param = error.param if isinstance(error, UserError) else None
+    return {"error": {"message": error.message, "type": kind, "param": param, "code": error.code}}
+
+
+def error_response(error: UserError | EngineError, headers: Mapping[str, str] | None = None) -> JsonResponse:
+    return JsonResponse(error_body(error), error.status, {**_headers(error.status), **(headers or {})})
+
+
+def _headers(status: int) -> dict[str, str]:
+    if status == 503:
+        return {"retry-after": "1"}
+    if status == 401:
+        return {"www-authenticate": "Bearer"}
+    if status in (408, 413):  # what the client still sends would be taken for its next request
+        return {"connection": "close", "x-should-retry": "false"}
+    if status >= 500:  # openai clients would send the same bad request two more times
+        return {"x-should-retry": "false"}
+    return {}
+
+
+def overloaded(message: str, code: str = "server_overloaded") -> EngineError:
+    """A 503 that is worth another try."""
+    return EngineError(message, code=code, status=503)
+
+
+def from_validation(errors: Sequence[Mapping[str, Any]]) -> UserError:
+    """The first thing that is wrong with a request body. Never repeats what the client sent: that may be an image."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return UserError(f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
+    param = param_of(first["loc"])
+    raised = first.get("ctx", {}).get("error")
+    if isinstance(raised, UserError):
+        where = ".".join(part for part in (param, raised.param) if part)
+        return raised.at(where) if where else raised
+    if param is None:
+        return UserError("the body must be a JSON object", code="invalid_body")
+    if first["type"] == "missing":
+        return UserError(f"{param} is required", code="missing_field", param=param)
+    what = "must be an object" if first["type"] in ("model_type", "model_attributes_type") else first["msg"]
+    return UserError(f"{param}: {what[:1].lower()}{what[1:]}", code="invalid_value", param=param)
+
+
+def param_of(loc: Sequence[int | str]) -> str | None:
+    """`("body", "messages", 0, "#parts", "content", 1)` -> `messages[0].content[1]`; tags of unions begin with '#'."""
+    param = ""
+    for step in loc[1:]:
+        if isinstance(step, int):
+            param += f"[{step}]"
+        elif not step.startswith("#"):
+            param += f".{step}" if param else step
+    return param or None

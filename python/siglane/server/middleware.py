@@ -1,0 +1,251 @@
+"""What happens to a request before it reaches its route. Plain ASGI: wrapping responses would hide disconnects.
+
+Outermost first: `Observe` (id, log, metrics, last resort), `Authenticate`, `Intake` (queue and body limits,
+disconnects), which guards only the routes that read a body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import logging
+from collections.abc import Callable, Iterator
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from siglane.errors import EngineError, UserError
+from siglane.server.errors import as_api_error, error_response, overloaded
+from siglane.server.exchange import KEY, Account, ByteBudget, Exchange, exchange_of, request_id_of
+from siglane.server.metrics import Metrics, Outcome
+
+logger = logging.getLogger(__name__)
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
+
+
+class Observe:
+    """Gives every request an id, a log line and a place in the metrics; answers what nobody else has caught."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, budget: ByteBudget) -> None:
+        self.app, self.metrics, self.budget = app, metrics, budget
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        exchange = Exchange(request_id_of(scope), Account(self.budget))
+        scope[KEY] = exchange
+        send = _noting(exchange, send)
+        try:
+            await self.app(scope, receive, send)
+        except asyncio.CancelledError:
+            if exchange.status is None:  # cancelled by the end of the drain, not by its client
+                await error_response(shutting_down())(scope, receive, send)
+            raise
+        except Exception as error:
+            exchange.failed = as_api_error(error).code
+            logger.exception("a request failed", extra={"request_id": exchange.request_id})
+            if exchange.status is not None:
+                raise  # the connection is closed, so that a cut answer cannot be taken for a whole one
+            await error_response(as_api_error(error))(scope, receive, send)
+        finally:
+            exchange.account.close()
+            self._note(scope, exchange)
+
+    def _note(self, scope: Scope, exchange: Exchange) -> None:
+        route = getattr(scope.get("route"), "path", "other")
+        status = 499 if exchange.cancelled or exchange.status is None else exchange.status
+        self.metrics.count_http(route, scope["method"], status)
+        ending = "left by its client" if exchange.cancelled else exchange.failed or str(status)
+        milliseconds = round(exchange.seconds * 1000)
+        extra = {
+            "request_id": exchange.request_id,
+            "method": scope["method"],
+            "route": route,
+            "status": status,
+            "milliseconds": milliseconds,
+            "code": exchange.failed,
+        }
+        level = logging.DEBUG if route in OPEN_PATHS else logging.INFO
+        logger.log(level, "%s %s: %s in %d ms", scope["method"], route, ending, milliseconds, extra=extra)
+
+
+def _noting(exchange: Exchange, send: Send) -> Send:
+    async def noting(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            exchange.status = message["status"]
+            request_id = (b"x-request-id", exchange.request_id.encode())
+            message = {**message, "headers": [*message.get("headers", ()), request_id]}
+        elif message["type"] == "http.response.body" and not message.get("more_body", False):
+            exchange.finished = True
+        await send(message)
+
+    return noting
+
+
+class Authenticate:
+    """Asks for the API key everywhere but on the paths that probes use.
+
+    Decides on the path that is routed (`scope["path"]`), never on one rebuilt from headers.
+    """
+
+    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+        self.app = app
+        self._expected = None if api_key is None else b"Bearer " + api_key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._allowed(scope):
+            await self.app(scope, receive, send)
+            return
+        error = UserError("a valid API key is needed: 'Authorization: Bearer KEY'", code="invalid_api_key", status=401)
+        exchange_of(scope).failed = error.code
+        await error_response(error)(scope, receive, send)
+
+    def _allowed(self, scope: Scope) -> bool:
+        if self._expected is None:
+            return True
+        sent = [value for name, value in scope["headers"] if name == b"authorization"]
+        return len(sent) == 1 and hmac.compare_digest(sent[0], self._expected)
+
+
+class Gate:
+    """Lets at most `limit` requests in, and none while `refuse` gives a reason."""
+
+    def __init__(self, limit: int, refuse: Callable[[], EngineError | None], metrics: Metrics) -> None:
+        self.limit, self.refuse, self.metrics = limit, refuse, metrics
+        self.active = 0
+
+    def check(self) -> None:
+        """Raises EngineError (503) when nobody is let in."""
+        refusal = self.refuse()
+        if refusal is not None:
+            raise refusal
+        if self.active >= self.limit:
+            raise overloaded(f"{self.limit} requests are waiting already; try again")
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        self.check()
+        self._count(1)
+        try:
+            yield
+        finally:
+            self._count(-1)
+
+    def _count(self, change: int) -> None:
+        self.active += change
+        self.metrics.in_flight.set(self.active)
+
+
+class Intake:
+    """Reads the whole body within its limits, then runs the route, and cancels it when the client leaves.
+
+    The gate is asked before the body, so that a refusal is cheap, and entered after it, so that clients who never send
+    theirs take nobody's place.
+    """
+
+    def __init__(self, app: ASGIApp, paths: frozenset[str], gate: Gate, max_bytes: int, timeout: float) -> None:
+        self.app, self.paths, self.gate, self.max_bytes, self.timeout = app, paths, gate, max_bytes, timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in self.paths:
+            await self.app(scope, receive, send)
+            return
+        exchange = exchange_of(scope)
+        try:
+            self.gate.check()
+            self._check_headers(dict(scope["headers"]))
+            body = await self._read(receive, exchange.account)
+            if body is None:
+                exchange.cancelled = True
+                return
+            with self.gate.entered():
+                await self._run(body, exchange, scope, receive, send)
+        except (UserError, EngineError) as error:
+            exchange.failed = error.code
+            await error_response(error)(scope, receive, send)
+        finally:
+            self.gate.metrics.count_request(_outcome(exchange), exchange.seconds)
+
+    def _check_headers(self, headers: dict[bytes, bytes]) -> None:
+        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+            raise UserError("compressed bodies are not accepted", code="unsupported_content_encoding", status=415)
+        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if kind != b"application/json":
+            raise UserError("the content type must be application/json", code="unsupported_media_type", status=415)
+        if int(headers.get(b"content-length", b"0")) > self.max_bytes:
+            raise self._too_large()
+
+    def _too_large(self) -> UserError:
+        message = f"the body is larger than {self.max_bytes} bytes"
+        return UserError(message, code="request_too_large", status=413)
+
+    async def _read(self, receive: Receive, account: Account) -> bytes | None:
+        """The body; None when the client left before its end."""
+        try:
+            async with asyncio.timeout(self.timeout):
+                return await self._read_all(receive, account)
+        except TimeoutError:
+            message = f"the request body did not arrive within {self.timeout:g} seconds"
+            raise UserError(message, code="request_timeout", status=408) from None
+
+    async def _read_all(self, receive: Receive, account: Account) -> bytes | None:
+        chunks: list[bytes] = []
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            chunk = message.get("body", b"")
+            if account.held + len(chunk) > self.max_bytes:
+                raise self._too_large()
+            account.take(len(chunk))
+            chunks.append(chunk)
+            more = message.get("more_body", False)
+        return b"".join(chunks)
+
+    async def _run(self, body: bytes, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+        work = asyncio.ensure_future(self.app(scope, _replay(body), send))
+        # with the body read, the only thing left to receive is that the client has gone
+        watch = asyncio.ensure_future(receive())
+        try:
+            await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done() and not exchange.finished:
+                exchange.cancelled = True
+                work.cancel()
+            await asyncio.wait({work})
+        finally:
+            watch.cancel()
+            work.cancel()
+        if not work.cancelled():
+            work.result()
+
+
+def _outcome(exchange: Exchange) -> Outcome:
+    if exchange.cancelled:
+        return "cancelled"
+    if exchange.status == 503:
+        return "rejected"
+    if exchange.status is None or exchange.status >= 500:
+        return "server_error"
+    if exchange.status >= 400:
+        return "client_error"
+    return "server_error" if exchange.failed else "ok"
+
+
+def _replay(body: bytes) -> Receive:
+    """A receive that gives the body once and then waits for ever."""
+    parts: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        if parts:
+            return parts.pop()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    return replay
+
+
+def shutting_down() -> EngineError:
+    return overloaded("the server is shutting down; try again", code="server_shutting_down")

@@ -1,0 +1,102 @@
+"""What all routes of one server share."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from siglane.engine.detokenize import TextStream
+from siglane.engine.process import EngineProcess
+from siglane.errors import EngineError, UserError
+from siglane.families.processor import Processor
+from siglane.server.answer import Answer
+from siglane.server.config import ServerConfig
+from siglane.server.errors import overloaded
+from siglane.server.exchange import ByteBudget
+from siglane.server.logprobs import TokenTexts
+from siglane.server.media import MediaLoader
+from siglane.server.metrics import Metrics
+from siglane.server.middleware import shutting_down
+from siglane.server.protocol import ModelCard
+from siglane.types import Request
+
+
+class ServerState:
+    """One model behind one server. Lives on one event loop; `model` is its folder or hub id."""
+
+    def __init__(self, config: ServerConfig, model: str, processor: Processor, engine: EngineProcess) -> None:
+        self.config, self.processor, self.engine = config, processor, engine
+        self.name = config.served_model_name or model.rstrip("/").rpartition("/")[2]
+        self.names = frozenset({self.name, model, *config.model_aliases})
+        self.root = model
+        self.created = int(time.time())
+        self.fingerprint = "fp_" + hashlib.sha256(f"{model}\0{processor.config}".encode()).hexdigest()[:12]
+        self.metrics = Metrics()
+        self.metrics.watch_engine(engine.stats)
+        self.budget = ByteBudget(config.max_inflight_bytes, self.metrics.inflight_bytes)
+        self.media = MediaLoader(config, processor)
+        self.token_texts = TokenTexts(processor.tokenizer)
+        self.longest_token = max(map(len, processor.tokenizer.get_vocab()))
+        self.draining = False
+        self._commands = ThreadPoolExecutor(1, thread_name_prefix="engine-commands")
+        self._answers: set[Answer] = set()
+        self._ended = False
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name not in self.names:
+            shown = repr(name[:80])
+            message = f"the model {shown} is not served here; this is {self.name!r}"
+            raise UserError(message, code="model_not_found", param="model", status=404)
+
+    @property
+    def card(self) -> ModelCard:
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "siglane",
+            "root": self.root,
+            "parent": None,
+            "max_model_len": self.processor.context_length,
+        }
+
+    def refusal(self) -> EngineError | None:
+        """Why no new request is taken, if so."""
+        if self.draining:
+            return shutting_down()
+        if self.engine.state == "ready":
+            return None
+        if self.engine.state in ("starting", "restarting"):
+            return overloaded(f"the model is {self.engine.state}; try again", code=f"engine_{self.engine.state}")
+        return overloaded("the engine is down", code="engine_down")
+
+    async def ask(self, requests: Sequence[Request]) -> Answer:
+        """Hands one client's requests (its n choices) to the engine. The caller ends with `release`."""
+        tokenizer = self.processor.tokenizer
+        streams = [TextStream(tokenizer, request.sampling.stop) for request in requests]
+        answer = Answer(requests, streams, self.engine, self._commands)
+        self._answers.add(answer)
+        try:
+            if self._ended:
+                raise shutting_down()
+            await answer.start()
+        except BaseException:
+            self.release(answer)
+            raise
+        return answer
+
+    def release(self, answer: Answer) -> None:
+        self._answers.discard(answer)
+        answer.close()
+
+    def fail_all(self) -> None:
+        """Ends every running request with an error and takes no other, because the time to drain is over."""
+        self._ended = True
+        for answer in self._answers:
+            answer.fail(shutting_down())
+
+    def close(self) -> None:
+        self.media.close()
+        self._commands.shutdown(wait=False)

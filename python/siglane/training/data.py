@@ -1,0 +1,149 @@
+"""Batches of pictures and questions. Batch number i is a pure function of (seed, i): a run resumes by counting.
+
+Every picture is encoded once and asked several questions. The questions of one picture share one sequence: a common
+beginning and one branch per question, each branch seeing the beginning and itself only:
+
+    <|im_start|>system ... user\\n <image> x 16 \\n \\n | What ...? ... red<|im_end|> | How many ...? ... 2<|im_end|>
+    branch          0                                | 1                           | 2
+
+A branch's positions continue the beginning's, so each is, to the last bit of arithmetic, the single-turn conversation
+that a server is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import Tokenizer
+
+from siglane.training.questions import QUESTION_KINDS, Question, ask_any, typed_carelessly
+from siglane.training.scenes import Scene, draw, patch_labels, random_scene
+from siglane.training.tokenizer import END, IMAGE, PAD, START, SYSTEM, special_id
+from siglane.types import Grid
+
+# reading a sign and naming everything are harder than the rest and are asked more often
+_SHARES = {"describe": 2, "count": 1.5, "colour": 1, "shape": 1, "size": 0.7, "left": 2, "exists": 1.3, "sign": 3.5}
+WEIGHTS = tuple(_SHARES[kind] / sum(_SHARES.values()) for kind in QUESTION_KINDS)
+IGNORE = -100
+PADDING = -1  # branch number of filling
+
+
+@dataclass(frozen=True, slots=True)
+class BatchShape:
+    """images pictures of tile x tile pixels, questions asked about each; grid of patches and rows of the projector."""
+
+    images: int
+    questions: int
+    tile: int
+    patch: int
+    rows: int
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.tile // self.patch, self.tile // self.patch)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """pictures u8 `[B, tile, tile, 3]`; labels i64 `[B, h * w, 6]` (`scenes.patch_labels`); the others i64 `[B, L]`.
+
+    targets hold the next token where it belongs to an answer, IGNORE elsewhere; kinds `[B, K]` number the kind of each
+    branch's question (branch k + 1 is question k).
+    """
+
+    pictures: torch.Tensor
+    labels: torch.Tensor
+    ids: torch.Tensor
+    positions: torch.Tensor
+    branches: torch.Tensor
+    targets: torch.Tensor
+    kinds: torch.Tensor
+
+
+def make_batch(tokenizer: Tokenizer, shape: BatchShape, seed: int, number: int) -> Batch:
+    rng = np.random.default_rng([seed, number])
+    scenes = [random_scene(rng) for _ in range(shape.images)]
+    asked = [[ask_any(scene, rng, WEIGHTS) for _ in range(shape.questions)] for scene in scenes]
+    pictures = torch.stack([torch.from_numpy(squash(scene, shape.tile)) for scene in scenes])
+    labels = torch.from_numpy(np.stack([patch_labels(scene, shape.grid) for scene in scenes]))
+    kinds = torch.tensor([[QUESTION_KINDS.index(question.kind) for question in questions] for questions in asked])
+    sequences = [_sequence(tokenizer, shape.rows, questions, rng) for questions in asked]
+    longest = max(len(sequence[0]) for sequence in sequences)
+    ids, positions, branches, targets = (
+        torch.tensor([column + [filling] * (longest - len(column)) for column in columns])
+        for columns, filling in zip(
+            zip(*sequences, strict=True), (special_id(tokenizer, PAD), 0, PADDING, IGNORE), strict=True
+        )
+    )
+    return Batch(pictures, labels, ids, positions, branches, targets, kinds)
+
+
+def squash(scene: Scene, tile: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """u8 `[tile, tile, 3]`: the picture as siglane's image path resizes it (Pillow bicubic, aspect ignored)."""
+    return np.array(draw(scene).resize((tile, tile), Image.Resampling.BICUBIC))
+
+
+def beginning(rows: int) -> str:
+    """What stands before every question: formats.md 5.6, one picture of one tile."""
+    return f"{START}system\n{SYSTEM}{END}\n{START}user\n{IMAGE * rows}\n\n"
+
+
+def ending(question: str) -> str:
+    return f"{question}{END}\n{START}assistant\n"
+
+
+Columns = tuple[list[int], list[int], list[int], list[int]]
+
+
+def _sequence(tokenizer: Tokenizer, rows: int, questions: Sequence[Question], rng: np.random.Generator) -> Columns:
+    """ids, positions, branches and targets of one picture."""
+    ids = tokenizer.encode(beginning(rows)).ids
+    start = len(ids)
+    positions, branches, targets = list(range(start)), [0] * start, [IGNORE] * start
+    for number, question in enumerate(questions, 1):
+        asked = tokenizer.encode(ending(typed_carelessly(question.text, rng))).ids
+        answer = tokenizer.encode(question.answer + END).ids
+        branch = asked + answer[:-1]  # the last token is only predicted
+        ids += branch
+        positions += range(start, start + len(branch))
+        branches += [number] * len(branch)
+        targets += [IGNORE] * (len(asked) - 1) + answer
+    return ids, positions, branches, targets
+
+
+class BranchAttention:
+    """`nn.attention.LayerAttention` over sequences that share a beginning: all see branch 0, else only their own.
+
+    branches: i64 `[B, L]`; q, k and v come packed, `[B * L, heads, head_dim]`.
+    """
+
+    def __init__(self, branches: torch.Tensor) -> None:
+        length = branches.shape[1]
+        same = branches[:, :, None] == branches[:, None, :]
+        causal = torch.ones(length, length, dtype=torch.bool, device=branches.device).tril()
+        self.shape = branches.shape
+        self.mask = ((same | (branches[:, None, :] == 0)) & causal)[:, None]
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k, v = (x.to(v.dtype).unflatten(0, self.shape).transpose(1, 2) for x in (q, k, v))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=q.shape[1] != k.shape[1])
+        return attended.transpose(1, 2).flatten(0, 1)
+
+
+def batches(
+    pool: Executor, tokenizer: Tokenizer, shape: BatchShape, seed: int, first: int, ahead: int = 6
+) -> Iterator[Batch]:
+    """Batches first, first + 1, ... without end, painted `ahead` of their use by the pool."""
+    waiting: list[Future[Batch]] = []
+    number = first
+    while True:
+        while len(waiting) < ahead:
+            waiting.append(pool.submit(make_batch, tokenizer, shape, seed, number))
+            number += 1
+        yield waiting.pop(0).result()

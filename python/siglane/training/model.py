@@ -1,0 +1,125 @@
+"""The demo model: siglane's own tower, projector and language model, NVILA-Lite wiring, small enough for a laptop."""
+
+from __future__ import annotations
+
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+
+from siglane.config.text import LanguageConfig
+from siglane.config.vision import VisionConfig
+from siglane.lm.qwen import QwenModel
+from siglane.nn.norm import RMSNorm
+from siglane.projector.mlp import Projector, vila_projector
+from siglane.training.data import Batch, BatchShape, BranchAttention
+from siglane.training.naming import NamingHeads
+from siglane.training.tokenizer import VOCAB_SIZE
+from siglane.types import Grid, PackedPatches
+from siglane.vision.tower import SiglipVisionModel
+
+TILE, PATCH = 144, 12
+GRID = Grid(TILE // PATCH, TILE // PATCH)
+ROWS = (GRID.h // 3) * (GRID.w // 3)
+PROJECTOR = "mlp_downsample_3x3_fix"
+
+VISION = VisionConfig(
+    hidden_size=128,
+    intermediate_size=512,
+    num_hidden_layers=5,
+    num_attention_heads=4,
+    num_channels=3,
+    patch_size=PATCH,
+    position_grid=GRID,
+    hidden_act="gelu_tanh",
+    layer_norm_eps=1e-6,
+    patch_layout="channel_first",
+    position_resize="never",
+    depth=4,  # NVILA reads hidden_states[-2]
+    post_norm=False,
+    use_head=False,
+)
+LANGUAGE = LanguageConfig(
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    vocab_size=VOCAB_SIZE,
+    max_position_embeddings=1024,
+    rms_norm_eps=1e-6,
+    rope_theta=10000.0,
+    qkv_bias=True,
+    output_bias=False,
+    qk_norm=False,
+    tie_embeddings=True,
+)
+
+
+class DemoModel(nn.Module):
+    """Tower, projector, language model, and the naming heads that only training has."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, vision: VisionConfig = VISION, language: LanguageConfig = LANGUAGE
+    ) -> None:
+        super().__init__()
+        self.tower = SiglipVisionModel(vision)
+        self.projector = Projector(
+            vila_projector(PROJECTOR, input_size=vision.hidden_size, output_size=language.hidden_size)
+        )
+        self.language = QwenModel(language)
+        self.naming = NamingHeads(tokenizer, vision.hidden_size, language.hidden_size, GRID)
+        initialise(self)
+
+    def features(self, pictures: torch.Tensor) -> torch.Tensor:
+        """u8 `[B, tile, tile, 3]` -> tower features `[B * h * w, hidden]`."""
+        features: torch.Tensor = self.tower(PackedPatches(to_patches(pictures), (GRID,) * len(pictures)))
+        return features
+
+    def rows(self, features: torch.Tensor) -> torch.Tensor:
+        """Tower features of B pictures -> `[B * ROWS, hidden]`."""
+        rows: torch.Tensor = self.projector(features, (GRID,) * (len(features) // GRID.area))
+        return rows
+
+    def naming_loss(self, features: torch.Tensor, rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """labels i64 `[B, h * w, 6]` (`scenes.patch_labels`)."""
+        embedding = self.language.embed_tokens.weight
+        loss: torch.Tensor = self.naming.patch_loss(features, labels) + self.naming.row_loss(rows, labels, embedding)
+        return loss
+
+    def answers(self, rows: torch.Tensor, batch: Batch, image_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits `[A, vocab]` and targets `[A]` of all answer tokens."""
+        ids = batch.ids.flatten()
+        embeds = self.language.embed(ids)
+        embeds = embeds.masked_scatter((ids == image_id)[:, None], rows.to(embeds.dtype))
+        hidden = self.language(embeds, batch.positions.flatten(), BranchAttention(batch.branches))
+        targets = batch.targets.flatten()
+        where = (targets >= 0).nonzero()[:, 0]
+        return self.language.logits(hidden[where]), targets[where]
+
+
+def to_patches(pictures: torch.Tensor) -> torch.Tensor:
+    """u8 `[B, tile, tile, 3]` -> normalised f32 `[B * h * w, 3 * patch * patch]`, channel first, raster order."""
+    x: torch.Tensor = pictures.float().div(127.5).sub(1.0)
+    x = x.unflatten(2, (GRID.w, PATCH)).unflatten(1, (GRID.h, PATCH))  # [B, h, y, w, x, c]
+    return x.permute(0, 1, 3, 5, 2, 4).flatten(3).flatten(0, 2)
+
+
+def initialise(model: nn.Module) -> None:
+    """Matrices normal with deviation 1 / (2 sqrt(fan in)), norms at one, biases at zero.
+
+    The token table gets 1 / sqrt(width), so that a token's embedding outweighs what the first blocks add at random and
+    the tied head's first logits are of order one.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            fan_in = parameter.shape[-1]
+            nn.init.normal_(parameter, std=fan_in**-0.5 if "embed_tokens" in name else fan_in**-0.5 / 2)
+        elif name.endswith("bias") and "word_bias" not in name:
+            nn.init.zeros_(parameter)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm | RMSNorm):
+            nn.init.ones_(module.weight)
+
+
+SHAPE = BatchShape(images=24, questions=8, tile=TILE, patch=PATCH, rows=ROWS)

@@ -1,0 +1,233 @@
+"""Real servers for tests: real sockets, a real engine process, a tiny random model."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2
+import numpy as np
+from openai import OpenAI
+from PIL import Image
+
+from siglane.engine.process import EngineProcess
+from siglane.families.processor import Processor
+from siglane.server.app import create_app
+from siglane.server.config import ServerConfig
+from siglane.server.run import Server, listen, uvicorn_config
+from siglane.server.state import ServerState
+
+MODEL = "tiny"
+HOST = "127.0.0.1"
+
+
+@dataclass
+class RunningServer:
+    """A server on a thread of this process. `url` ends with the port."""
+
+    state: ServerState
+    server: Server
+    port: int
+    thread: threading.Thread
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.port}"
+
+    def openai(self, api_key: str = "none", timeout: float = 60.0) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=timeout)
+
+    def http(self, timeout: float = 60.0) -> httpx2.Client:
+        return httpx2.Client(base_url=self.url, timeout=timeout, trust_env=False)
+
+    def post(self, body: Any, **options: Any) -> httpx2.Response:
+        with self.http() as client:
+            return client.post("/v1/chat/completions", json=body, **options)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection((HOST, self.port), timeout=30)
+
+    def metric(self, name: str, **labels: str) -> float:
+        value = self.state.metrics.registry.get_sample_value(name, labels)
+        return 0.0 if value is None else value
+
+
+@contextmanager
+def running(processor: Processor, engine: EngineProcess, **options: Any) -> Iterator[RunningServer]:
+    config = ServerConfig(**{"port": 0, "served_model_name": MODEL, "drain_timeout": 5.0, **options})
+    listener = listen(HOST, config.port)
+    state = ServerState(config, "folder/of-tiny", processor, engine)
+    server = Server(uvicorn_config(create_app(state), config), state)
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    try:
+        eventually(lambda: server.started)
+        yield RunningServer(state, server, listener.getsockname()[1], thread)
+    finally:
+        server.drain()
+        server.drain()  # twice: do not wait for what a failed test left running
+        thread.join(timeout=20)
+        state.close()
+        listener.close()
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.005)
+
+
+def chat(*content: Any, **fields: Any) -> dict[str, Any]:
+    """The body of a greedy request with one user message. content: texts and image parts."""
+    parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+    defaults = {"model": MODEL, "max_tokens": 8, "temperature": 0}
+    return {"messages": [{"role": "user", "content": parts}], **defaults, **fields}
+
+
+def image_url(url: str, **fields: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url, **fields}}
+
+
+def image_part(data: bytes, **fields: Any) -> dict[str, Any]:
+    return image_url(f"data:image/png;base64,{base64.b64encode(data).decode()}", **fields)
+
+
+def picture(width: int = 60, height: int = 40, seed: int = 0, format: str = "PNG", **options: Any) -> bytes:
+    """A file of coloured noise."""
+    rgb = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return encode(Image.fromarray(rgb), format, **options)
+
+
+def encode(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+# a request that runs for some time, so that something else can happen beside it
+GOOD_TOKENS = 120
+GOOD = chat(
+    image_part(picture(90, 50, seed=1)),
+    "Describe the picture.",
+    image_part(picture(30, 30, seed=2)),
+    max_tokens=GOOD_TOKENS,
+    ignore_eos=True,
+    logprobs=True,
+    stream=True,
+    stream_options={"include_usage": True},
+)
+
+
+@dataclass
+class Told:
+    """All that a client learns from a stream."""
+
+    text: str
+    tokens: list[list[int]]
+    finish_reasons: list[str]
+    usage: dict[str, Any]
+    error: dict[str, Any] | None
+    done: bool
+    chunks: list[dict[str, Any]]
+
+
+def read_events(lines: Iterator[str]) -> Iterator[str]:
+    """The data of every event; comments are left out."""
+    for line in lines:
+        if line.startswith("data: "):
+            yield line.removeprefix("data: ")
+        else:
+            assert line == "" or line.startswith(":"), line
+
+
+def told_by(lines: Iterator[str], on_chunk: Callable[[], None] = lambda: None) -> Told:
+    told = Told("", [], [], {}, None, False, [])
+    for data in read_events(lines):
+        assert not told.done, "something follows [DONE]"
+        if data == "[DONE]":
+            told.done = True
+            continue
+        chunk = json.loads(data)
+        told.chunks.append(chunk)
+        told.error = chunk.get("error")
+        told.usage = chunk.get("usage") or told.usage
+        for choice in chunk.get("choices", ()):
+            told.text += choice["delta"].get("content", "")
+            told.tokens += [token["bytes"] for token in (choice["logprobs"] or {"content": []})["content"]]
+            told.finish_reasons += [choice["finish_reason"]] if choice["finish_reason"] else []
+        on_chunk()
+    return told
+
+
+def stream(server: RunningServer, body: dict[str, Any], on_chunk: Callable[[], None] = lambda: None) -> Told:
+    body = {"stream_options": {"include_usage": True}, **body, "stream": True}
+    with server.http() as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
+        assert response.status_code == 200, response.read()
+        return told_by(response.iter_lines(), on_chunk)
+
+
+def ask_good(server: RunningServer, on_chunk: Callable[[], None] = lambda: None) -> Told:
+    """The good request, in a cache of its own, so that its usage does not depend on who came before."""
+    return stream(server, {**GOOD, "cache_salt": secrets.token_hex(8)}, on_chunk)
+
+
+def assert_unharmed(server: RunningServer, alone: Told, fault: Callable[[], object]) -> None:
+    """The neighbour invariant: a good request gets exactly what it gets alone while `fault` happens beside it."""
+    begun, ended = threading.Event(), threading.Event()
+    failure: list[BaseException] = []
+
+    def misbehave() -> None:
+        begun.wait()
+        try:
+            fault()
+        except BaseException as error:
+            failure.append(error)
+        finally:
+            ended.set()
+
+    thread = threading.Thread(target=misbehave)
+    thread.start()
+    beside = ask_good(server, begun.set)
+    begun.set()
+    thread.join(timeout=60)
+    if failure:
+        raise failure[0]
+    assert ended.is_set()
+    assert (beside.text, beside.tokens, beside.usage) == (alone.text, alone.tokens, alone.usage)
+    assert (beside.finish_reasons, beside.error, beside.done) == (["length"], None, True)
+
+
+# what no answer may ever hold: addresses, paths, tracebacks, media
+LEAKS = re.compile(r"0x[0-9a-f]{6,}|/(home|tmp|work|usr|root|proc)\b|Traceback|BytesIO|[A-Za-z0-9+/]{120,}")
+
+
+def assert_error(response: httpx2.Response, status: int, code: str | None = None, param: str | None = None) -> None:
+    """The answer has the shape that clients expect, says what it should, and gives nothing away."""
+    assert response.status_code == status, response.text[:500]
+    body = response.json()
+    assert set(body) == {"error"}
+    error = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    assert error["type"] == kind
+    assert code is None or error["code"] == code
+    assert param is None or error["param"] == param
+    assert 0 < len(error["message"]) < 500
+    assert "\n" not in error["message"]
+    assert not LEAKS.search(response.text), response.text
+    assert response.headers["x-request-id"]
+    if status == 503:
+        assert response.headers["retry-after"] == "1"
+    elif status >= 500:
+        assert response.headers["x-should-retry"] == "false"

@@ -1,0 +1,423 @@
+"""Clients that leave, engines that die, servers that are told to stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from openai import APIError
+from serving import (
+    GOOD,
+    HOST,
+    RunningServer,
+    Told,
+    ask_good,
+    assert_error,
+    assert_unharmed,
+    chat,
+    eventually,
+    image_part,
+    picture,
+    running,
+    stream,
+    told_by,
+)
+
+from siglane.engine.process import EngineProcess, EngineSpec
+from siglane.errors import UserError
+from siglane.families.processor import Processor
+from siglane.server.config import ServerConfig
+from siglane.server.run import preflight
+
+LONG = chat("x", max_tokens=4000, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def alone(server: RunningServer) -> Told:
+    return ask_good(server)
+
+
+def send(server: RunningServer, body: dict[str, Any]) -> socket.socket:
+    connection = server.connect()
+    data = json.dumps(body).encode()
+    connection.sendall(head(len(data)) + data)
+    return connection
+
+
+def head(length: int, connection: str = "keep-alive") -> bytes:
+    lines = ["POST /v1/chat/completions HTTP/1.1", "host: x", f"connection: {connection}"]
+    return "\r\n".join([*lines, "content-type: application/json", f"content-length: {length}", "", ""]).encode()
+
+
+def cancelled(server: RunningServer) -> float:
+    return server.metric("siglane_requests_total", outcome="cancelled")
+
+
+def working(engine: EngineProcess) -> int:
+    stats = engine.stats()
+    assert stats is not None
+    return stats.running + stats.waiting
+
+
+PHASES = ["preparing", "generating", "streaming"]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_client_that_leaves_frees_its_place(
+    server: RunningServer,
+    engine: EngineProcess,
+    processor: Processor,
+    alone: Told,
+    phase: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Row 29."""
+    if phase == "preparing":  # long enough to leave meanwhile
+        cut = type(processor).patches
+
+        def slowly(self: Processor, image: Any, layout: Any) -> Any:
+            time.sleep(0.3 if image.size == (33, 33) else 0)
+            return cut(self, image, layout)
+
+        monkeypatch.setattr(type(processor), "patches", slowly)
+
+    before = cancelled(server)
+
+    def leave() -> None:
+        body = {**LONG, "n": 2, "stream": phase == "streaming"}
+        if phase == "preparing":
+            body |= chat(image_part(picture(33, 33)), max_tokens=4000)
+        connection = send(server, body)
+        eventually(lambda: server.metric("siglane_requests_in_flight") == 2)
+        if phase == "preparing":
+            time.sleep(0.1)
+        if phase == "generating":
+            eventually(lambda: working(engine) >= 2)
+        if phase == "streaming":
+            assert b" 200 " in connection.recv(4096)
+        connection.close()
+        eventually(lambda: cancelled(server) == before + 1, 2)
+
+    assert_unharmed(server, alone, leave)
+    eventually(lambda: working(engine) == 0, 2)
+    eventually(lambda: server.state.budget.used == 0)
+    stats = engine.stats()
+    assert stats is not None
+    assert stats.pages_free + stats.pages_cached == stats.pages_total
+
+
+def test_clients_that_leave_in_a_hurry_leave_nothing_behind(server: RunningServer, engine: EngineProcess) -> None:
+    before = cancelled(server)
+    for number in range(60):
+        connection = send(server, {**LONG, "stream": bool(number % 2)})
+        time.sleep(number % 10 / 2000)
+        connection.close()
+    eventually(lambda: cancelled(server) == before + 60)
+    eventually(lambda: working(engine) == 0, 3)
+    assert server.metric("siglane_requests_in_flight") == 0
+
+
+def test_a_client_may_leave_while_it_sends(server: RunningServer, engine: EngineProcess) -> None:
+    before = cancelled(server)
+    with server.connect() as connection:
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n")
+        connection.sendall(b"content-length: 1000\r\n\r\n{")
+        eventually(lambda: server.state.budget.used > 0)
+    eventually(lambda: cancelled(server) == before + 1)
+    eventually(lambda: server.state.budget.used == 0)
+
+
+def test_several_requests_on_one_connection(server: RunningServer) -> None:
+    """A finished request must not be taken for one whose client left, nor the other way round."""
+    before = cancelled(server)
+    with server.http() as client:
+        for number in range(20):
+            body = chat("x", max_tokens=2, stream=bool(number % 2))
+            assert client.post("/v1/chat/completions", json=body).status_code == 200
+        seconds = []
+        for _ in range(20):
+            began = time.monotonic()
+            assert client.get("/v1/models").status_code == 200
+            seconds.append(time.monotonic() - began)
+    assert min(seconds) < 0.03, "an answer waits for the acknowledgement of its header"
+    with server.connect() as connection:  # both at once
+        data = json.dumps(chat("x", max_tokens=2)).encode()
+        connection.sendall((head(len(data)) + data) * 2 + head(len(data), "close") + data)
+        answers = b""
+        while found := connection.recv(65536):
+            answers += found
+    assert answers.count(b"HTTP/1.1 200 OK") == 3
+    assert cancelled(server) == before
+
+
+def test_a_silent_stream_says_that_it_lives(
+    processor: Processor, engine: EngineProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Comments come while nothing else does, also before the first token, and clients do not see them."""
+    submit = engine.submit
+
+    def slowly(request: Any, on_delta: Any) -> None:
+        timer = threading.Timer(0.5, submit, (request, on_delta))
+        timer.start()
+
+    monkeypatch.setattr(engine, "submit", slowly)
+    with running(processor, engine, sse_keep_alive=0.1) as server:
+        with server.http() as client:
+            response = client.post("/v1/chat/completions", json=chat("x", stream=True))
+        assert response.text.startswith(": keep-alive\n\n")
+        assert 2 <= response.text.count(": keep-alive\n\n") <= 5
+        assert told_by(iter(response.text.splitlines())).done
+        with server.openai() as openai:
+            events = list(openai.chat.completions.create(**chat("x", stream=True)))
+        assert events[-1].choices[0].finish_reason == "length"
+
+
+def test_draining_lets_requests_finish_and_refuses_new_ones(processor: Processor, engine: EngineProcess) -> None:
+    """Row 49, without the signal."""
+    with running(processor, engine, drain_timeout=20.0) as server:
+        body = {**GOOD, "max_tokens": 800, "cache_salt": "drain"}
+        stream(server, body)  # from here on the prompt is cached
+        alone = stream(server, body)
+        refused: list[httpx2.Response] = []
+        drained = threading.Event()
+
+        def drain() -> None:
+            if drained.is_set():
+                return
+            drained.set()
+            server.server.drain()
+            refused.append(server.post(chat("x")))
+            with server.http() as client:
+                refused.append(client.get("/ready"))
+                assert client.get("/health").status_code == 200
+
+        beside = stream(server, body, drain)
+        for response in refused:
+            assert_error(response, 503, "server_shutting_down")
+        assert (beside.text, beside.tokens, beside.usage) == (alone.text, alone.tokens, alone.usage)
+        server.thread.join(timeout=5)
+        assert not server.thread.is_alive()
+        with pytest.raises(OSError, match="refused"):
+            server.connect()
+
+
+def test_what_does_not_finish_in_time_ends_with_an_error(processor: Processor, engine: EngineProcess) -> None:
+    """Row 49: an error event and no finish_reason; a client that waits for the whole answer gets a 503."""
+    with running(processor, engine, drain_timeout=0.3) as server:
+        whole: list[httpx2.Response] = []
+        waiting = threading.Thread(target=lambda: whole.append(server.post({**LONG, "n": 4})))
+        waiting.start()
+        eventually(lambda: server.metric("siglane_requests_in_flight") == 1)
+        told = stream(server, {**LONG, "n": 4}, lambda: server.state.draining or server.server.drain())
+        waiting.join()
+        assert told.error is not None
+        assert told.error["code"] == "server_shutting_down"
+        assert told.error["type"] == "server_error"
+        assert told.done
+        assert told.finish_reasons == []
+        assert len(told.text) > 0
+        assert_error(whole[0], 503, "server_shutting_down")
+        server.thread.join(timeout=5)
+        assert not server.thread.is_alive()
+    eventually(lambda: working(engine) == 0)
+
+
+@pytest.mark.slow  # the engine is started twice
+def test_an_engine_that_dies_takes_its_requests_and_comes_back(processor: Processor, spec: EngineSpec) -> None:
+    """Row 48."""
+    engine = EngineProcess(spec)
+    engine.start(wait=False)
+    try:
+        with running(processor, engine) as server, server.http() as client:
+            assert_error(client.get("/ready"), 503, "engine_starting")
+            assert client.get("/health").status_code == 200
+            assert client.get("/metrics").status_code == 200
+            assert_error(server.post(chat("x")), 503, "engine_starting")
+            engine.wait_ready()
+            before = ask_good(server)
+            whole: list[httpx2.Response] = []
+            waiting = threading.Thread(target=lambda: whole.append(server.post(LONG)))
+            waiting.start()
+            eventually(lambda: server.metric("siglane_requests_in_flight") == 1)
+
+            def kill() -> None:
+                if engine.state == "ready" and not whole:
+                    assert engine.pid is not None
+                    os.kill(engine.pid, signal.SIGKILL)
+                    eventually(lambda: engine.state == "restarting")
+                    assert_error(client.get("/health"), 503, "engine_restarting")
+                    assert_error(client.get("/ready"), 503, "engine_restarting")
+
+            told = stream(server, LONG, kill)
+            waiting.join()
+            assert told.error is not None
+            assert told.error["code"] == "engine_restarting"
+            assert told.finish_reasons == []
+            assert_error(whole[0], 503, "engine_restarting")
+            eventually(lambda: engine.state == "ready", 60)
+            after = ask_good(server)
+            assert (after.text, after.tokens) == (before.text, before.tokens)
+            engine.close()
+            assert_error(client.get("/health"), 503, "engine_down")
+            assert_error(server.post(chat("x")), 503, "engine_down")
+    finally:
+        engine.close()
+
+
+def test_a_failed_stream_raises_in_openai_s_client(processor: Processor, engine: EngineProcess) -> None:
+    with running(processor, engine, drain_timeout=0.0) as server, server.openai() as client:
+        body = chat("x", max_tokens=4000, stream=True)
+        events = client.chat.completions.create(**body, extra_body={"ignore_eos": True})
+        next(iter(events))
+        server.server.drain()
+        with pytest.raises(APIError) as caught:
+            for _ in events:
+                pass
+        assert caught.value.code == "server_shutting_down"
+
+
+def test_what_cannot_work_is_said_before_anything_is_loaded(checkpoint: Path, tmp_path: Path) -> None:
+    """Row 69."""
+    config = ServerConfig(port=0)
+    preflight(config, str(checkpoint)).close()
+    preflight(config, "owner/name").close()
+    with socket.create_server((HOST, 0)) as taken:
+        cases: list[tuple[ServerConfig, str, str]] = [
+            (ServerConfig(port=taken.getsockname()[1]), str(checkpoint), "in use"),
+            (ServerConfig(host="203.0.113.1", port=0), str(checkpoint), "cannot listen"),
+            (config, str(tmp_path / "missing"), "no folder"),
+            (config, "not a/hub/id", "no folder"),
+            (config, str(tmp_path), "no config.json"),
+            (ServerConfig(port=0, allowed_local_media_path=str(tmp_path / "x")), str(checkpoint), "not a folder"),
+        ]
+        for options, model, words in cases:
+            with pytest.raises(UserError, match=words):
+                preflight(options, model)
+
+
+PROGRAM = """
+import sys
+from siglane.server.config import ServerConfig
+from siglane.errors import SiglaneError
+from siglane.server.run import preflight, serve
+config = ServerConfig(port=int(sys.argv[2]), served_model_name="tiny")
+try:
+    listener = preflight(config, sys.argv[1])
+    from siglane.engine.config import EngineConfig
+    from siglane.engine.process import EngineSpec
+    sys.exit(serve(config, EngineSpec(sys.argv[1], EngineConfig(device="cpu", threads=1)), listener))
+except SiglaneError as error:
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)
+"""
+
+
+class Process:
+    """The server as users run it; its log goes to a file."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+        self.process, self.log = process, log
+        self.url = f"http://{HOST}:{port}"
+
+    def end(self, seconds: float) -> tuple[int, list[str]]:
+        """Exit code and log lines."""
+        return self.process.wait(timeout=seconds), self.log.read_text().splitlines()
+
+    def is_ready(self) -> bool:
+        assert self.process.poll() is None
+        try:
+            return httpx2.get(f"{self.url}/ready", trust_env=False).status_code == 200
+        except httpx2.HTTPError:
+            return False
+
+    def stream_until_signal(self, signals: list[int], **fields: Any) -> Told:
+        """A long request; the signals come, one by one, after its first chunk."""
+
+        def on_chunk() -> None:
+            while signals:
+                self.process.send_signal(signals.pop(0))
+                time.sleep(0.2)
+
+        body = {**LONG, **fields, "stream": True}
+        with httpx2.stream("POST", f"{self.url}/v1/chat/completions", json=body, timeout=60, trust_env=False) as answer:
+            return told_by(answer.iter_lines(), on_chunk)
+
+
+@contextmanager
+def process_of(model: Path, log: Path, port: int = 0) -> Iterator[Process]:
+    if port == 0:
+        with socket.create_server((HOST, 0)) as probe:
+            port = probe.getsockname()[1]
+    command = [sys.executable, "-c", PROGRAM, str(model), str(port)]
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stderr=file)
+    try:
+        yield Process(process, port, log)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow  # two servers are started
+def test_signals_end_a_server_cleanly(checkpoint: Path, tmp_path: Path) -> None:
+    """Row 49: the first lets requests finish, the second ends them; both exit with 0."""
+    with process_of(checkpoint, tmp_path / "1") as patient, process_of(checkpoint, tmp_path / "2") as hurried:
+        for server in (patient, hurried):
+            eventually(server.is_ready, 90)
+        finished = patient.stream_until_signal([signal.SIGTERM], max_tokens=300)
+        assert finished.finish_reasons == ["length"]
+        cut = hurried.stream_until_signal([signal.SIGINT, signal.SIGTERM])
+        assert cut.error is not None
+        assert cut.error["code"] == "server_shutting_down"
+        assert cut.finish_reasons == []
+        for server in (patient, hurried):
+            code, log = server.end(20)
+            assert code == 0
+            assert any("POST /v1/chat/completions: " in line for line in log)
+            assert not any("Traceback" in line for line in log)
+
+
+@pytest.mark.slow  # a server is started
+def test_a_model_that_cannot_be_loaded_ends_the_server(checkpoint: Path, tmp_path: Path) -> None:
+    """Row 54: the engine's process says why, and the server ends with its words and the user's exit code."""
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    for path in broken.rglob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:1000])
+    with process_of(broken, tmp_path / "log") as server:
+        code, log = server.end(90)
+    assert code == 2
+    assert "safetensors" in log[-1]
+
+
+def test_a_port_in_use_costs_no_time(checkpoint: Path, tmp_path: Path) -> None:
+    """Row 69: one line, long before torch is loaded."""
+    with socket.create_server((HOST, 0)) as taken:
+        began = time.monotonic()
+        with process_of(checkpoint, tmp_path / "log", taken.getsockname()[1]) as server:
+            code, log = server.end(30)
+    assert code == 2
+    assert len(log) == 1
+    assert "in use" in log[0]
+    assert time.monotonic() - began < 2
+
+
+def test_the_checks_before_loading_load_nothing_heavy() -> None:
+    """Row 69."""
+    heavy = "{'torch', 'transformers', 'fastapi'}"
+    program = f"import sys, siglane.server.run, siglane.server.config; print({heavy} & {{*sys.modules}})"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"

@@ -1,0 +1,336 @@
+"""What keeps one client, or all of them together, from taking the server away from the others."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import httpx2
+import pytest
+from openai import APIStatusError, InternalServerError
+from serving import (
+    HOST,
+    RunningServer,
+    Told,
+    ask_good,
+    assert_error,
+    assert_unharmed,
+    chat,
+    eventually,
+    image_part,
+    image_url,
+    picture,
+    running,
+)
+
+from siglane.engine.process import EngineProcess
+from siglane.families.processor import Processor
+from siglane.server.config import ServerConfig
+
+CHAT = "/v1/chat/completions"
+LONG = chat("x", max_tokens=3000, ignore_eos=True, stream=True)
+
+
+@pytest.fixture(scope="module")
+def alone(server: RunningServer) -> Told:
+    return ask_good(server)
+
+
+def head(path: str = CHAT, **headers: object) -> bytes:
+    lines = [f"POST {path} HTTP/1.1", "host: x", "content-type: application/json"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def read_all(connection: socket.socket) -> bytes:
+    found = b""
+    while data := connection.recv(65536):
+        found += data
+    return found
+
+
+def test_a_body_over_the_limit_is_cut_while_it_is_read(processor: Processor, engine: EngineProcess) -> None:
+    """Row 15: by its length when it tells one, else at the byte that is too many."""
+    with running(processor, engine, max_body_bytes=100_000) as server:
+        fits = chat(image_part(b"\0" * 60_000))
+        assert_error(server.post(fits), 400, "image_decode_failed")
+        with server.connect() as connection:  # nothing of the announced body is ever sent
+            connection.sendall(head(content_length=10**12))
+            assert b" 413 " in read_all(connection).split(b"\r\n")[0]
+        with server.connect() as connection:
+            connection.sendall(head(transfer_encoding="chunked"))
+            chunk = b"%x\r\n%s\r\n" % (50_000, b" " * 50_000)
+            for _ in range(3):
+                connection.sendall(chunk)
+            answer = read_all(connection)
+        assert answer.startswith(b"HTTP/1.1 413 ")
+        assert b'"code":"request_too_large"' in answer
+        assert b"connection: close" in answer.lower()
+        for size in (100_001, 5_000_000):
+            with server.openai() as client, pytest.raises(APIStatusError) as caught:
+                client.chat.completions.create(**chat("x" * size))
+            assert caught.value.status_code == 413
+            assert caught.value.code == "request_too_large"
+
+
+def test_a_data_url_over_the_limit(processor: Processor, engine: EngineProcess) -> None:
+    """Row 15."""
+    with running(processor, engine, max_image_bytes=1000) as server:
+        response = server.post(chat(image_part(b"\0" * 2000)))
+        assert_error(response, 413, "request_too_large", "messages[0].content[0]")
+
+
+def test_all_requests_together_hold_a_bounded_number_of_bytes(processor: Processor, engine: EngineProcess) -> None:
+    with running(processor, engine, max_inflight_bytes=200_000) as server, server.connect() as hog:
+        hog.sendall(head(content_length=190_000) + b" " * 150_000)
+        eventually(lambda: server.state.budget.used >= 150_000)
+        assert_error(server.post(chat("x" * 60_000)), 503, "server_overloaded")
+        assert server.post(chat("x")).status_code == 200
+        hog.close()
+        eventually(lambda: server.state.budget.used == 0)
+        assert server.post(chat(image_part(picture()), "x")).status_code == 200
+        eventually(lambda: server.state.budget.used == 0)
+
+
+def test_slow_headers_and_bodies_are_dropped(processor: Processor, engine: EngineProcess) -> None:
+    """Row 28."""
+    with running(processor, engine, idle_timeout=1, body_timeout=0.5) as server:
+        silent, dribbling, keeping = server.connect(), server.connect(), server.connect()
+        body = json.dumps(chat("x", max_tokens=1)).encode()
+        keeping.sendall(head(content_length=len(body)) + body)
+        while not keeping.recv(65536).endswith(b"}}"):
+            pass
+        began = time.monotonic()
+        stop = threading.Event()
+
+        def dribble() -> None:
+            while not stop.wait(0.1):
+                try:
+                    dribbling.sendall(b"a")
+                    keeping.sendall(b"P")
+                except OSError:
+                    return
+
+        thread = threading.Thread(target=dribble)
+        thread.start()
+        for connection in (silent, dribbling, keeping):
+            connection.settimeout(10)
+            with contextlib.suppress(ConnectionResetError):
+                assert connection.recv(65536) == b""
+        assert 0.5 < time.monotonic() - began < 5
+        stop.set()
+        thread.join()
+        with server.connect() as slow:
+            slow.sendall(head(content_length=1000) + b"{")
+            answer = read_all(slow)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b'"code":"request_timeout"' in answer
+        assert b"x-should-retry: false" in answer
+        for connection in (silent, dribbling, keeping):
+            connection.close()
+
+
+def test_slow_clients_do_not_harm_a_neighbour(server: RunningServer, alone: Told) -> None:
+    connections = [server.connect() for _ in range(20)]
+
+    def misbehave() -> None:
+        for number, connection in enumerate(connections):
+            connection.sendall(head(content_length=1000) + b"{" if number % 2 else b"POST /v1")
+        for connection in connections:
+            connection.close()
+
+    assert_unharmed(server, alone, misbehave)
+
+
+def test_a_flood_is_admitted_up_to_the_limit_and_nobody_goes_unanswered(
+    processor: Processor, engine: EngineProcess
+) -> None:
+    """Row 31."""
+
+    async def flood(server: RunningServer) -> list[httpx2.Response]:
+        limits = httpx2.Limits(max_connections=None)
+        async with httpx2.AsyncClient(base_url=server.url, timeout=60, limits=limits, trust_env=False) as client:
+            bodies = [chat(f"question {number}", max_tokens=20) for number in range(200)]
+            return list(await asyncio.gather(*(client.post(CHAT, json=body) for body in bodies)))
+
+    with running(processor, engine, max_queue=16) as server:
+        alone = ask_good(server)
+        answers = asyncio.run(flood(server))
+        codes = Counter(answer.status_code for answer in answers)
+        assert set(codes) == {200, 503}
+        assert codes[200] >= 16
+        assert codes[200] + codes[503] == 200
+        for answer in answers:
+            if answer.status_code == 503:
+                assert_error(answer, 503, "server_overloaded")
+        assert len({answer.headers["x-request-id"] for answer in answers}) == 200
+        eventually(lambda: server.metric("siglane_requests_total", outcome="ok") == codes[200] + 1)
+        eventually(lambda: server.metric("siglane_requests_total", outcome="rejected") == codes[503])
+        assert server.metric("siglane_requests_in_flight") == 0
+        assert ask_good(server).text == alone.text
+
+
+def test_a_full_server_says_when_to_try_again_and_stays_healthy(processor: Processor, engine: EngineProcess) -> None:
+    """Row 31. Clients that have not sent their bodies take no place."""
+    body = json.dumps(LONG).encode()
+    with running(processor, engine, max_queue=3) as server, contextlib.ExitStack() as stack:
+        waiting = [stack.enter_context(server.connect()) for _ in range(5)]
+        for connection in waiting:
+            connection.sendall(head(content_length=len(body)) + body[:-1])
+        assert server.post(chat("x", max_tokens=1)).status_code == 200
+        for connection in waiting:
+            connection.sendall(body[-1:])
+        answers = [connection.recv(12) for connection in waiting]
+        assert sorted(answers) == [b"HTTP/1.1 200"] * 3 + [b"HTTP/1.1 503"] * 2
+        with server.openai() as client, pytest.raises(InternalServerError) as caught:
+            client.chat.completions.create(**chat("x"))
+        assert caught.value.code == "server_overloaded"
+        assert caught.value.response.headers["retry-after"] == "1"
+        assert "x-should-retry" not in caught.value.response.headers
+        with server.http() as probe:
+            assert probe.get("/health").status_code == probe.get("/ready").status_code == 200
+        stack.close()
+        eventually(lambda: server.metric("siglane_requests_in_flight") == 0)
+        assert server.metric("siglane_requests_total", outcome="cancelled") == 3
+
+
+def test_a_client_that_does_not_read_is_dropped_and_others_go_on(processor: Processor, engine: EngineProcess) -> None:
+    """Row 30: the answer is far larger than what sockets buffer."""
+    with running(processor, engine, stall_timeout=0.5) as server:
+        alone = ask_good(server)
+        body = json.dumps({**LONG, "logprobs": True, "top_logprobs": 20, "max_tokens": 4000}).encode()
+
+        def stall() -> None:
+            with socket.socket() as connection:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                connection.connect((HOST, server.port))
+                connection.sendall(head(content_length=len(body)) + body)
+                eventually(lambda: server.metric("siglane_requests_total", outcome="cancelled") == 1, 20)
+
+        assert_unharmed(server, alone, stall)
+        eventually(lambda: engine_is_idle(engine))
+
+
+def engine_is_idle(engine: EngineProcess) -> bool:
+    stats = engine.stats()
+    return stats is not None and stats.running == stats.waiting == 0
+
+
+class Picture:
+    """A web server for pictures on loopback that counts who comes."""
+
+    def __init__(self, seconds: float, answer: bytes) -> None:
+        self.hits, self.seconds, self.answer = 0, seconds, answer
+        self._listener = socket.create_server((HOST, 0))
+        self.url = f"http://{HOST}:{self._listener.getsockname()[1]}/picture.png?secret=token"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            self.hits += 1
+            threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+
+    def _answer(self, connection: socket.socket) -> None:
+        with connection:
+            connection.recv(65536)
+            time.sleep(self.seconds)
+            connection.sendall(self.answer)
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@contextlib.contextmanager
+def web(answer: bytes, seconds: float = 0.0) -> Iterator[Picture]:
+    found = Picture(seconds, answer)
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+def http_ok(body: bytes) -> bytes:
+    return b"HTTP/1.1 200 OK\r\ncontent-type: image/png\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%s" % (
+        len(body),
+        body,
+    )
+
+
+def test_private_addresses_are_never_connected_to(server: RunningServer) -> None:
+    """Row 17."""
+    with web(http_ok(picture())) as site:
+        assert_error(server.post(chat(image_url(site.url))), 400, "image_url_forbidden", "messages[0].content[0]")
+        assert site.hits == 0
+
+
+def test_a_url_is_fetched_once_for_a_burst(processor: Processor, engine: EngineProcess) -> None:
+    """Row 27."""
+    picture_site = web(http_ok(picture(seed=5)), seconds=0.3)
+    with running(processor, engine, allow_private_addresses=True) as server, picture_site as site:
+        answers: list[httpx2.Response] = []
+        body = chat(image_url(site.url), image_url(site.url), "x")
+        threads = [threading.Thread(target=lambda: answers.append(server.post(body))) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [answer.status_code for answer in answers] == [200] * 12
+        assert site.hits == 1
+        inline = server.post(chat(image_part(picture(seed=5)), image_part(picture(seed=5)), "x"))
+        assert {answer.json()["choices"][0]["message"]["content"] for answer in answers} == {
+            inline.json()["choices"][0]["message"]["content"]
+        }
+        other_tenant = {**body, "cache_salt": "other"}
+        assert server.post(other_tenant).status_code == 200
+        assert site.hits == 2
+
+
+def test_slow_and_failing_sites_cost_only_their_request(processor: Processor, engine: EngineProcess) -> None:
+    """Rows 25 and 26."""
+    with running(processor, engine, allow_private_addresses=True, image_timeout=1.0, max_image_bytes=50_000) as server:
+        alone = ask_good(server)
+        cases: list[tuple[bytes, float, str]] = [
+            (http_ok(picture()), 30, "image_fetch_timeout"),
+            (b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\nconnection: close\r\n\r\n", 0, "image_fetch_failed"),
+            (http_ok(b"\0" * 60_000), 0, "image_too_large"),
+            (http_ok(b"nothing"), 0, "image_decode_failed"),
+            (b"what", 0, "image_fetch_failed"),
+        ]
+        for answer, seconds, code in cases:
+            with web(answer, seconds) as site:
+
+                def fetch(url: str = site.url, code: str = code) -> None:
+                    response = server.post(chat(image_url(url)))
+                    assert_error(response, 400, code, "messages[0].content[0]")
+                    assert "secret" not in response.text
+
+                assert_unharmed(server, alone, fetch)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"port": 70000}, "port"),
+        ({"max_queue": 0}, "max_queue"),
+        ({"body_timeout": 0.0}, "body_timeout"),
+        ({"drain_timeout": -1.0}, "drain_timeout"),
+        ({"default_temperature": 3.0}, "default_temperature"),
+        ({"api_key": ""}, "api_key"),
+        ({"api_key": "a\nb"}, "api_key"),
+    ],
+)
+def test_a_configuration_that_cannot_work_is_refused(options: dict[str, Any], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        ServerConfig(**options)
+    assert "secret" not in repr(ServerConfig(api_key="secret"))

@@ -1,0 +1,205 @@
+"""What must hold for every text and every way it is cut up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from serving import told_by
+from transformers import PreTrainedTokenizerFast
+
+from siglane.engine.detokenize import TextStream
+from siglane.engine.process import EngineProcess
+from siglane.errors import UserError
+from siglane.families.processor import Processor
+from siglane.server.answer import Answer, Piece
+from siglane.server.errors import error_body, from_validation
+from siglane.server.logprobs import TokenTexts, byte_alphabet
+from siglane.server.protocol import REFUSED, ChatCompletionRequest, ignored_fields
+from siglane.server.stream import DONE, KEEP_ALIVE, event
+from siglane.types import Prompt, Request, SamplingParams, TokenDelta, TokenLogprob
+
+FAST = settings(max_examples=60, deadline=None, database=None)
+TEXT = st.text(alphabet=st.sampled_from("abc ñ€𝄞🙂\n"), max_size=30)
+
+
+def tokens_of(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """One token per byte, so that characters are cut wherever they can be."""
+    letters = {byte: letter for letter, byte in byte_alphabet().items()}
+    return [cast(int, tokenizer.convert_tokens_to_ids(letters[byte])) for byte in text.encode()]
+
+
+def cut_at_first(text: str, stops: Sequence[str]) -> tuple[str, str | None]:
+    """What a client should see, found the slow way: the first stop string that is complete ends the text."""
+    for end in range(1, len(text) + 1):
+        for stop in sorted(stops, key=len, reverse=True):
+            if text[:end].endswith(stop):
+                return text[: end - len(stop)], stop
+    return text, None
+
+
+@FAST
+@given(text=TEXT, stops=st.lists(st.text("abc ñ🙂", min_size=1, max_size=3), max_size=3), data=st.data())
+def test_text_is_cut_at_the_stop_string_however_it_comes(
+    processor: Processor, text: str, stops: list[str], data: st.DataObject
+) -> None:
+    ids = tokens_of(processor.tokenizer, text)
+    expected, stop = cut_at_first(text, stops)
+    stream, found, rest = TextStream(processor.tokenizer, stops), "", ids
+    while rest:
+        size = data.draw(st.integers(1, len(rest)))
+        found, rest = found + stream.push(rest[:size]), rest[size:]
+        assert expected.startswith(found), "something was sent that must be taken back"
+    assert found + stream.push([], finished=True) == expected
+    assert stream.stopped == stop
+
+
+class Engine:
+    """The engine's side of an answer, played by a test: deltas come as it says."""
+
+    def __init__(self) -> None:
+        self.on_delta: dict[str, Callable[[TokenDelta], None]] = {}
+        self.aborted: list[str] = []
+
+    def submit(self, request: Request, on_delta: Callable[[TokenDelta], None]) -> None:
+        self.on_delta[request.request_id] = on_delta
+
+    def abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+
+
+async def read(answer: Answer) -> list[Piece]:
+    pieces = []
+    while not answer.finished:
+        piece = await answer.next()
+        assert piece is not None
+        pieces.append(piece)
+    return pieces
+
+
+def request(number: int, stops: Sequence[str]) -> Request:
+    return Request(f"r{number}", Prompt((1, 2, 3)), SamplingParams(stop=tuple(stops)), 100)
+
+
+@FAST
+@given(
+    texts=st.lists(TEXT, min_size=1, max_size=3),
+    stops=st.lists(st.text("abc ñ", min_size=1, max_size=2), max_size=2),
+    seed=st.randoms(use_true_random=False),
+)
+def test_an_answer_does_not_depend_on_how_tokens_were_grouped(
+    processor: Processor, texts: list[str], stops: list[str], seed: Any
+) -> None:
+    """Text, token count, logprobs and ending of every choice are the same for any grouping and any interleaving."""
+    ids = [tokens_of(processor.tokenizer, text) for text in texts]
+
+    async def play(group: Callable[[int], int]) -> tuple[list[tuple[Any, ...]], int, list[str]]:
+        engine = Engine()
+        requests = [request(number, stops) for number in range(len(texts))]
+        with ThreadPoolExecutor(1) as commands:
+            streams = [TextStream(processor.tokenizer, stops) for _ in requests]
+            answer = Answer(requests, streams, cast(EngineProcess, engine), commands)
+            await answer.start()
+            left = {number: list(found) for number, found in enumerate(ids)}
+            while left:
+                number = seed.choice(sorted(left))
+                size = group(len(left[number]))
+                now, left[number] = left[number][:size], left[number][size:]
+                reason = None if left[number] else "length"
+                logprobs = tuple(TokenLogprob(token, -1.0) for token in now)
+                engine.on_delta[f"r{number}"](TokenDelta(f"r{number}", tuple(now), logprobs, reason))
+                if reason:
+                    del left[number]
+            pieces = await read(answer)
+            answer.close()
+        told = []
+        for number in range(len(texts)):
+            mine = [piece for piece in pieces if piece.index == number]
+            assert [piece.finish_reason for piece in mine[:-1]] == [None] * (len(mine) - 1)
+            text = "".join(piece.text for piece in mine)
+            tokens = tuple(entry.token_id for piece in mine for entry in piece.logprobs)
+            told.append((text, tokens, mine[-1].finish_reason, mine[-1].matched_stop))
+        return told, answer.usage.completion_tokens, sorted(engine.aborted)
+
+    whole = asyncio.run(play(lambda length: max(1, length)))
+    single = asyncio.run(play(lambda length: 1))
+    mixed = asyncio.run(play(lambda length: seed.randint(1, max(1, length))))
+    assert whole[:2] == single[:2] == mixed[:2]
+    for (text, tokens, reason, matched), original in zip(whole[0], texts, strict=True):
+        assert (text, matched) == cut_at_first(original, stops)
+        assert reason == ("length" if matched is None else "stop")
+        assert len(tokens) <= len(original.encode())
+    assert sum(len(tokens) for _, tokens, _, _ in whole[0]) == whole[1]
+
+
+@FAST
+@given(st.lists(st.text(), max_size=5), st.booleans())
+def test_events_survive_any_text(texts: list[str], comments: bool) -> None:
+    """Line breaks of every kind stay inside their event, as clients split lines."""
+    sent = b"".join(
+        event({"choices": [{"delta": {"content": text}, "logprobs": None, "finish_reason": None}]})
+        + (KEEP_ALIVE if comments else b"")
+        for text in texts
+    )
+    lines = (sent + DONE).decode().split("\n")
+    told = told_by(iter(lines))
+    assert told.text == "".join(texts)
+    assert told.done
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=10,
+)
+FIELDS = st.sampled_from([*ChatCompletionRequest.model_fields, *REFUSED])
+GOOD: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
+
+
+@settings(FAST, max_examples=300)
+@given(st.dictionaries(FIELDS, JSON, max_size=3), JSON)
+def test_any_body_is_read_or_refused_by_name(fields: dict[str, Any], content: Any) -> None:
+    for body in ({**GOOD, **fields}, {"messages": [{"role": "user", "content": content}]}, content):
+        try:
+            parsed = ChatCompletionRequest.model_validate(body)
+        except ValidationError as error:
+            found = [{**one, "loc": ("body", *one["loc"])} for one in error.errors()]
+            reason = from_validation(found)
+            assert reason.status == 400
+            assert len(reason.message) < 500
+            assert "\n" not in reason.message
+            json.dumps(error_body(reason))
+        else:
+            header = ",".join(ignored_fields(parsed))
+            assert header.isascii()
+            assert header.isprintable()
+
+
+def test_every_refused_field_is_refused_by_name() -> None:
+    for name, neutral in REFUSED.items():
+        with pytest.raises(ValidationError) as caught:
+            ChatCompletionRequest.model_validate({**GOOD, name: ["something else"]})
+        error = caught.value.errors()[0]["ctx"]["error"]
+        assert isinstance(error, UserError)
+        assert (error.code, error.param) == ("unsupported_field", name)
+        for value in (None, False, [], {}, "", *neutral):
+            ChatCompletionRequest.model_validate({**GOOD, name: value})
+
+
+def test_token_texts_are_bytes(processor: Processor) -> None:
+    tokenizer = processor.tokenizer
+    texts = TokenTexts(tokenizer)
+    for text in ("The image shows a cat.\n\n", "ñ€🙂 \t"):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert b"".join(texts.bytes_of(token) for token in ids).decode() == text
+    assert texts.bytes_of(tokenizer.convert_tokens_to_ids("<|im_end|>")) == b"<|im_end|>"
+    assert texts.bytes_of(10**6) == b""
+    report = texts.report([TokenLogprob(0, float("-inf"), ((1, -0.5),))])
+    assert report["content"][0]["logprob"] == -9999.0

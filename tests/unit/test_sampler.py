@@ -1,0 +1,318 @@
+"""Sampling against references written out in plain Python: what may be chosen, how often, and by whom it is decided."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from engine_kit import image, prompt
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from siglane.engine import sampler
+from siglane.engine.batch import Sequence as Running
+from siglane.engine.sampler import HEAD, Choice, filter_probabilities, sample
+from siglane.errors import EngineError
+from siglane.types import Prompt, Request, SamplingParams
+
+EOS = frozenset({3})
+LOGITS = torch.tensor([2.0, 1.5, 0.5, 2.5, -1.0, 0.0, 1.0, -3.0])
+TOKENS = len(LOGITS)
+
+
+def running(asked: Prompt | None = None, answered: tuple[int, ...] = (), order: int = 0, **sampling: object) -> Running:
+    """A request that has answered so far, with the generator that the engine would give it."""
+    params = SamplingParams(**sampling)  # type: ignore[arg-type]
+    generator = torch.Generator()
+    generator.manual_seed(params.seed or 0)
+    sequence = Running.of(Request("r", asked or prompt(5, 6), params, 100), order, generator)
+    for token_id in answered:
+        sequence.append(token_id)
+    return sequence
+
+
+def choose(logits: torch.Tensor, sequence: Running, eos: frozenset[int] = EOS) -> Choice:
+    (choice,) = sample(logits[None], [sequence], eos)
+    assert isinstance(choice, Choice), choice
+    return choice
+
+
+def softmax(logits: list[float], temperature: float = 1.0) -> list[float]:
+    top = max(logits)
+    powers = [math.exp((one - top) / temperature) for one in logits]
+    return [power / sum(powers) for power in powers]
+
+
+def filtered(logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float) -> dict[int, float]:
+    """What may be chosen, with what probability: top-k, then top-p among those, then min-p; one always stays."""
+    probabilities = softmax(logits, temperature)
+    order = sorted(range(len(logits)), key=lambda token_id: (-probabilities[token_id], token_id))
+    if top_k > 0:
+        order = order[:top_k]
+    if top_p < 1:
+        mass, whole, kept = 0.0, sum(probabilities[i] for i in order), []
+        for token_id in order:
+            if kept and mass >= top_p * whole:
+                break
+            kept.append(token_id)
+            mass += probabilities[token_id]
+        order = kept
+    floor = min_p * max(probabilities)
+    order = [token_id for token_id in order if probabilities[token_id] >= floor] or order[:1]
+    total = sum(probabilities[token_id] for token_id in order)
+    return {token_id: probabilities[token_id] / total for token_id in order}
+
+
+def check_filter(logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    given_back = filter_probabilities(torch.tensor(logits), params)
+    found = {i: value for i, value in enumerate((given_back / given_back.sum()).tolist()) if value > 0}
+    expected = {i: value for i, value in filtered(logits, temperature, top_k, top_p, min_p).items() if value > 1e-9}
+    assert {i for i in found if found[i] > 1e-9} == set(expected)
+    assert all(found[i] == pytest.approx(expected[i], rel=1e-3, abs=1e-6) for i in expected)
+
+
+class TestGreedy:
+    def test_the_likeliest_token_is_taken(self) -> None:
+        assert choose(LOGITS, running()) == Choice(3, None)
+
+    def test_of_equal_tokens_always_the_first(self) -> None:
+        tied = torch.tensor([1.0, 4.0, 4.0, 4.0])
+        assert choose(tied, running()).token_id == 1
+        assert choose(tied, running(logprobs=1)).token_id == 1
+
+    @pytest.mark.parametrize("options", [{"logprobs": 0}, {"min_tokens": 0, "presence_penalty": 1e-9}])
+    def test_the_short_way_and_the_long_way_agree(self, options: dict[str, object]) -> None:
+        assert choose(LOGITS, running(**options)).token_id == choose(LOGITS, running()).token_id
+
+    @pytest.mark.parametrize("temperature", [1e-8, 1e-30, 5e-324])
+    def test_a_tiny_temperature_is_greedy_and_does_not_overflow(self, temperature: float) -> None:
+        logits = LOGITS * 1e4
+        assert {choose(logits, running(temperature=temperature, seed=seed)).token_id for seed in range(20)} == {3}
+
+
+class TestFilters:
+    """Exact: the set that may be chosen and its probabilities, so no statistics are needed."""
+
+    @given(
+        counts=st.lists(st.integers(1, 40), min_size=1, max_size=12, unique=True),
+        temperature=st.sampled_from([0.3, 1.0, 1.7]),
+        top_k=st.integers(-1, 13),
+        top_p=st.sampled_from([0.0, 0.1, 0.5, 0.93, 1.0]),
+        min_p=st.sampled_from([0.0, 0.05, 0.4, 1.0]),
+    )
+    @settings(deadline=None, max_examples=200)
+    def test_any_mix_of_filters_keeps_what_the_definition_keeps(
+        self, counts: list[int], temperature: float, top_k: int, top_p: float, min_p: float
+    ) -> None:
+        """Probabilities off every threshold, so that rounding decides nothing."""
+        logits = [temperature * math.log(count + 0.137 * position) for position, count in enumerate(counts)]
+        check_filter(logits, temperature, top_k, top_p, min_p)
+
+    @pytest.mark.parametrize(
+        ("params", "kept"),
+        [
+            ({"top_k": 3}, {0, 1, 3}),
+            ({"top_k": 1}, {3}),
+            ({"top_k": 100}, set(range(TOKENS))),
+            ({"top_k": -1}, set(range(TOKENS))),
+            ({"top_p": 0.0}, {3}),
+            ({"top_p": 0.5}, {0, 3}),
+            ({"min_p": 1.0}, {3}),
+            ({"min_p": 0.3}, {0, 1, 3}),
+            ({"top_k": 2, "top_p": 0.6}, {3}),
+        ],
+    )
+    def test_each_filter_by_itself(self, params: dict[str, float], kept: set[int]) -> None:
+        found = filter_probabilities(LOGITS, SamplingParams(temperature=1.0, **params))  # type: ignore[arg-type]
+        assert set(found.nonzero().flatten().tolist()) == kept
+
+    @pytest.mark.parametrize("params", [{"top_k": 2}, {"top_p": 0.5}, {"top_k": 3, "top_p": 0.6}])
+    def test_ties_are_broken_by_token_id(self, params: dict[str, float]) -> None:
+        found = filter_probabilities(torch.zeros(4), SamplingParams(temperature=1.0, **params))  # type: ignore[arg-type]
+        assert found.nonzero().flatten().tolist() == [0, 1]
+
+    @pytest.mark.parametrize("top_p", [0.2, 0.9, 0.999])
+    @pytest.mark.parametrize("spread", [0.01, 3.0])
+    def test_a_vocabulary_beyond_the_head_is_filtered_exactly(self, top_p: float, spread: float) -> None:
+        """Flat, top-p needs far more than the head; peaked, far less."""
+        logits = (torch.randn(4 * HEAD, generator=torch.Generator().manual_seed(1)) * spread).tolist()
+        params = SamplingParams(temperature=1.0, top_p=top_p)
+        kept = int((filter_probabilities(torch.tensor(logits), params) > 0).sum())
+        assert kept == pytest.approx(len(filtered(logits, 1.0, 0, top_p, 0.0)), abs=1)
+        assert (kept > HEAD) == (spread == 0.01 and top_p > 0.2 + 0.1)
+
+
+class TestDistribution:
+    @pytest.mark.parametrize(
+        "params", [{}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}, {"temperature": 0.5}, {"temperature": 2.0}]
+    )
+    def test_tokens_come_as_often_as_their_probability_says(self, params: dict[str, float]) -> None:
+        whole = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **params}
+        expected = filtered(LOGITS.tolist(), **whole)  # type: ignore[arg-type]
+        sequence, draws = running(seed=7, **whole), 4000
+        counts = Counter(
+            choice.token_id
+            for choice in sample(LOGITS.repeat(draws, 1), [sequence] * draws, EOS)
+            if isinstance(choice, Choice)
+        )
+        assert set(counts) <= set(expected)
+        for token_id, probability in expected.items():
+            deviation = math.sqrt(draws * probability * (1 - probability))
+            assert abs(counts[token_id] - draws * probability) <= 4.5 * deviation + 1
+
+
+def penalised(
+    token_id: int, logits: list[float], asked: list[int], answered: list[int], params: SamplingParams
+) -> float:
+    """vLLM's definitions, for one token."""
+    value = logits[token_id] + sum(bias for one, bias in params.logit_bias if one == token_id)
+    if len(answered) < params.min_tokens and token_id in EOS | set(params.stop_token_ids):
+        value = -math.inf
+    if token_id in {*asked, *answered}:
+        value = value / params.repetition_penalty if value > 0 else value * params.repetition_penalty
+    times = answered.count(token_id)
+    return value - params.frequency_penalty * times - params.presence_penalty * (times > 0)
+
+
+class TestAdjustments:
+    """The scores are read off a greedy choice: `gap` raises every token until it wins, and says by how much."""
+
+    @given(
+        answered=st.lists(st.integers(0, TOKENS - 1), max_size=8),
+        repetition=st.sampled_from([1.0, 0.5, 1.3]),
+        frequency=st.sampled_from([0.0, 0.4, -0.7]),
+        presence=st.sampled_from([0.0, 1.1, -0.6]),
+        bias=st.dictionaries(st.integers(0, TOKENS - 1), st.sampled_from([-100.0, -2.0, 1.5, 100.0]), max_size=3),
+        min_tokens=st.integers(0, 4),
+        stops=st.lists(st.integers(0, TOKENS - 1), max_size=2),
+    )
+    @settings(deadline=None, max_examples=200)
+    def test_penalties_bias_and_minimum_length_add_up_as_defined(
+        self,
+        answered: list[int],
+        repetition: float,
+        frequency: float,
+        presence: float,
+        bias: dict[int, float],
+        min_tokens: int,
+        stops: list[int],
+    ) -> None:
+        sequence = running(
+            prompt(5, 0, 6, 6),
+            tuple(answered),
+            repetition_penalty=repetition,
+            frequency_penalty=frequency,
+            presence_penalty=presence,
+            logit_bias=tuple(bias.items()),
+            min_tokens=min_tokens,
+            stop_token_ids=tuple(stops),
+        )
+        params, logits = sequence.request.sampling, LOGITS.tolist()
+        expected = [penalised(token_id, logits, [5, 0, 6, 6], answered, params) for token_id in range(TOKENS)]
+        found = sampler._adjust(LOGITS.clone(), sequence, EOS)
+        assert found.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        if max(expected) - sorted(expected)[-2] > 1e-4:
+            assert choose(LOGITS, sequence).token_id == expected.index(max(expected))
+
+    def test_the_end_comes_only_after_min_tokens(self) -> None:
+        assert choose(LOGITS, running(answered=(1, 1), min_tokens=3)).token_id == 0
+        assert choose(LOGITS, running(answered=(1, 1, 1), min_tokens=3)).token_id == 3
+
+    def test_stop_token_ids_count_as_ends(self) -> None:
+        assert choose(LOGITS, running(min_tokens=1, stop_token_ids=(0,))).token_id == 1
+
+    def test_ends_outside_the_vocabulary_are_nobodys_business(self) -> None:
+        chosen = choose(LOGITS, running(min_tokens=1, stop_token_ids=(TOKENS, 10**9)), frozenset({3, 10**6}))
+        assert chosen.token_id == 0
+
+    def test_placeholders_outside_the_vocabulary_are_not_penalised(self) -> None:
+        asked = Prompt((-200, 7, 99, 10**6))
+        assert choose(LOGITS, running(asked, repetition_penalty=2.0)).token_id == 3
+        assert choose(LOGITS, running(Prompt((99,)), repetition_penalty=2.0)).token_id == 3
+        # the last token of the vocabulary is not the one that -1 would mean
+        favoured = LOGITS.clone()
+        favoured[-1] = 3.0
+        assert choose(favoured, running(Prompt((-1,)), repetition_penalty=9.0)).token_id == TOKENS - 1
+
+    def test_an_image_in_the_prompt_is_no_obstacle(self) -> None:
+        asked = prompt(0, image(1), 3)
+        assert choose(LOGITS, running(asked, repetition_penalty=2.0)).token_id == 1
+
+
+class TestSeeds:
+    def draws(self, sequence: Running, before: int = 0, after: int = 0) -> list[int]:
+        """Ten tokens of `sequence`, between neighbours that draw too."""
+        tokens = []
+        for _ in range(10):
+            rows = [running(temperature=2.0, seed=90 + n) for n in range(before)]
+            rows += [sequence, *(running(temperature=0.0) for _ in range(after))]
+            choice = sample(LOGITS.repeat(len(rows), 1), rows, EOS)[before]
+            assert isinstance(choice, Choice)
+            tokens.append(choice.token_id)
+        return tokens
+
+    def test_a_seed_decides_whatever_runs_beside(self) -> None:
+        alone = self.draws(running(temperature=1.0, seed=5))
+        assert alone == self.draws(running(temperature=1.0, seed=5))
+        assert alone == self.draws(running(temperature=1.0, seed=5), before=3)
+        assert alone == self.draws(running(temperature=1.0, seed=5), before=1, after=4)
+
+    def test_another_seed_decides_otherwise(self) -> None:
+        assert len({tuple(self.draws(running(temperature=1.0, seed=seed))) for seed in range(8)}) == 8
+
+
+class TestLogprobs:
+    def test_they_are_the_models_own_before_any_adjustment(self) -> None:
+        expected = [math.log(value) for value in softmax(LOGITS.tolist())]
+        chosen = choose(LOGITS, running(logprobs=3, logit_bias=((5, 100.0),), temperature=0.0))
+        assert chosen.token_id == 5
+        assert chosen.logprob is not None
+        assert chosen.logprob.token_id == 5
+        assert chosen.logprob.logprob == pytest.approx(expected[5], abs=1e-6)
+        assert [token_id for token_id, _ in chosen.logprob.top] == [3, 0, 1]
+        assert [value for _, value in chosen.logprob.top] == pytest.approx([expected[i] for i in (3, 0, 1)], abs=1e-6)
+
+    def test_zero_alternatives_give_the_chosen_one_only(self) -> None:
+        logprob = choose(LOGITS, running(logprobs=0)).logprob
+        assert logprob is not None
+        assert logprob.top == ()
+
+    def test_more_alternatives_than_tokens_give_all_tokens(self) -> None:
+        logprob = choose(LOGITS, running(logprobs=1000)).logprob
+        assert logprob is not None
+        assert len(logprob.top) == TOKENS
+        assert sum(math.exp(value) for _, value in logprob.top) == pytest.approx(1)
+
+    def test_nobody_gets_them_unasked(self) -> None:
+        assert choose(LOGITS, running(temperature=1.0)).logprob is None
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision_logits_are_widened_first(self, dtype: torch.dtype) -> None:
+        narrow = LOGITS.to(dtype)
+        logprob = choose(narrow, running(logprobs=0)).logprob
+        assert logprob is not None
+        assert logprob.logprob == pytest.approx(math.log(softmax(narrow.double().tolist())[3]), abs=1e-6)
+
+
+class TestFaults:
+    @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}, {"logprobs": 2}])
+    def test_a_row_that_is_not_finite_fails_alone(self, poison: float, options: dict[str, object]) -> None:
+        logits = LOGITS.repeat(3, 1)
+        logits[1, 4] = poison
+        rows = [running(**options) for _ in range(3)]
+        first, broken, last = sample(logits, rows, EOS)
+        assert isinstance(broken, EngineError)
+        assert broken.code == "engine_nan"
+        assert first == last == choose(LOGITS, running(**options))
+
+    def test_a_request_whose_choice_fails_fails_alone(self) -> None:
+        """No validated request gets here; a bug in one feature must still not take the batch."""
+        hopeless = tuple((token_id, -math.inf) for token_id in range(TOKENS))
+        rows = [running(temperature=1.0, seed=1), running(temperature=1.0, logit_bias=hopeless)]
+        good, broken = sample(LOGITS.repeat(2, 1), rows, EOS)
+        assert isinstance(broken, EngineError)
+        assert good == choose(LOGITS, running(temperature=1.0, seed=1))

@@ -1,0 +1,118 @@
+"""The shared nouns refuse contradictions when they are built."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from siglane.types import (
+    Box,
+    DecodedImage,
+    Features,
+    Grid,
+    ImageLayout,
+    ImagePatches,
+    ImageSpan,
+    ImageTokens,
+    Marker,
+    Prompt,
+    Size,
+    Tile,
+    digest_of,
+)
+
+IMAGE_ID = 99
+
+
+def image(name: str, rows: int = 3) -> ImagePatches:
+    """Two patches that become `rows` rows, in two pieces."""
+    tile = Tile(Size(2, 1), Box(0, 0, 2, 1), Grid(1, 2))
+    pieces = (Features(rows - 1), Marker("\n", isolated=True), Features(1))
+    return ImagePatches(
+        torch.zeros(2, 3), ImageLayout(Size(2, 1), (tile,), pieces, Grid(1, 1)), digest_of(name.encode())
+    )
+
+
+def prompt(*images: ImagePatches, text: int = 7) -> Prompt:
+    """`text`, two rows, a newline, one row; for each image."""
+    one = (text, IMAGE_ID, IMAGE_ID, 5, IMAGE_ID)
+    spans = [
+        span
+        for number in range(len(images))
+        for span in (
+            ImageSpan(5 * number + 1, 5 * number + 3, number),
+            ImageSpan(5 * number + 4, 5 * number + 5, number),
+        )
+    ]
+    return Prompt(one * len(images), tuple(spans), images)
+
+
+class TestPrompt:
+    def test_spans_hold_exactly_the_rows_of_the_layouts(self) -> None:
+        assert prompt(image("a"), image("b")).image_tokens == 6
+        assert Prompt((1, 2, 3)).image_tokens == 0
+
+    @pytest.mark.parametrize(
+        ("spans", "complaint"),
+        [
+            (((0, 2, 0),), r"spans hold \[2\] rows, the layouts say \[3\]"),
+            (((0, 4, 0),), r"spans hold \[4\] rows, the layouts say \[3\]"),
+            ((), r"spans hold \[0\] rows, the layouts say \[3\]"),
+            (((0, 2, 0), (1, 2, 0)), "overlaps its predecessor"),
+            (((3, 4, 0), (0, 2, 0)), "overlaps its predecessor"),
+            (((2, 2, 0), (0, 3, 0)), "overlaps its predecessor"),
+            (((3, 6, 0),), "leaves the prompt of 5 ids"),
+            (((-1, 2, 0),), "leaves the prompt of 5 ids"),
+            (((0, 3, 1),), "belongs to no image of 1"),
+            (((0, 3, -1),), "belongs to no image of 1"),
+        ],
+    )
+    def test_spans_that_contradict_the_prompt_are_refused(
+        self, spans: tuple[tuple[int, int, int], ...], complaint: str
+    ) -> None:
+        with pytest.raises(ValueError, match=complaint):
+            Prompt((IMAGE_ID,) * 5, tuple(ImageSpan(*span) for span in spans), (image("a"),))
+
+    def test_cache_ids_are_equal_for_equal_images_only(self) -> None:
+        same, other = prompt(image("a"), image("b")), prompt(image("a"), image("c"))
+        assert same.cache_ids() == prompt(image("a"), image("b")).cache_ids()
+        assert same.cache_ids()[:5] == other.cache_ids()[:5]
+        assert same.cache_ids() != other.cache_ids()
+
+    def test_cache_ids_keep_the_text_and_cannot_be_taken_for_it(self) -> None:
+        ids = prompt(image("a")).cache_ids()
+        assert (ids[0], ids[3]) == (7, 5)
+        assert ids[1] == ids[2] == ids[4] < 0
+
+
+@pytest.mark.parametrize(
+    "rgb", [np.zeros((2, 2), np.uint8), np.zeros((2, 2, 4), np.uint8), np.zeros((2, 2, 3), np.float32)]
+)
+def test_a_picture_is_8_bit_rgb(rgb: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"rgb must be u8 \[H, W, 3\]"):
+        DecodedImage(rgb, digest_of(b""))
+
+
+def test_a_digest_covers_pixels_and_shape() -> None:
+    flat = np.arange(12, dtype=np.uint8)
+    wide, tall = (DecodedImage.from_rgb(flat.reshape(shape)) for shape in ((1, 4, 3), (4, 1, 3)))
+    assert wide.size == Size(width=4, height=1)
+    assert wide.digest != tall.digest
+    assert wide.digest == DecodedImage.from_rgb(flat[::-1][::-1].reshape(1, 4, 3)).digest
+    assert wide.digest != DecodedImage.from_rgb((flat + 1).reshape(1, 4, 3)).digest
+
+
+def test_no_two_lists_of_parts_share_a_digest() -> None:
+    assert len({digest_of(*parts) for parts in ((), (b"",), (b"ab",), (b"a", b"b"), (b"", b"ab"), (b"ab", b""))}) == 6
+
+
+def test_shapes_are_checked() -> None:
+    layout = image("a").layout
+    with pytest.raises(ValueError, match=r"pixels must be \[2, patch_dim\]"):
+        ImagePatches(torch.zeros(3, 3), layout, digest_of(b""))
+    with pytest.raises(ValueError, match="a digest has 32 bytes, got 3"):
+        ImagePatches(torch.zeros(2, 3), layout, b"abc")
+    with pytest.raises(ValueError, match="lengths add up to 5"):
+        ImageTokens(torch.zeros(4, 2), (2, 3))
+    assert [len(rows) for rows in ImageTokens(torch.zeros(5, 2), (2, 3)).split()] == [2, 3]
