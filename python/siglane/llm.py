@@ -36,8 +36,9 @@ from siglane.families.model import load_model, load_vision
 from siglane.families.processor import Processor, load_processor
 from siglane.families.stack import VisionStack
 from siglane.image.source import MediaPolicy, load_source
-from siglane.nn.attention import BackendChoice, choose_backend
+from siglane.nn.attention import choose_backend
 from siglane.types import (
+    BackendChoice,
     DecodedImage,
     FinishReason,
     ImagePart,

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 DIGEST_BYTES = 32
 
 Activation = Literal["gelu_tanh", "gelu_erf", "quick_gelu", "silu"]
 Role = Literal["system", "user", "assistant"]
+AttentionBackend = Literal["sdpa", "torch_varlen", "flash_attn", "flashinfer"]
+BackendChoice = Literal["auto", "sdpa", "torch_varlen", "flash_attn", "flashinfer"]
 
 
 class Grid(NamedTuple):
@@ -157,6 +160,8 @@ class ImagePatches:
 
 
 def _patches_of(pixels: npt.NDArray[Any], layout: ImageLayout, digest: bytes) -> ImagePatches:
+    import torch
+
     return ImagePatches(torch.from_numpy(pixels), layout, digest)
 
 
@@ -188,7 +193,7 @@ class ImageTokens:
             raise ValueError(f"lengths add up to {sum(self.lengths)}, embeds are {tuple(self.embeds.shape)}")
 
     def split(self) -> tuple[torch.Tensor, ...]:
-        return torch.split(self.embeds, list(self.lengths))
+        return self.embeds.split(list(self.lengths))
 
 
 class ImageSpan(NamedTuple):
@@ -359,10 +364,3 @@ class Usage:
 def _check_digest(digest: bytes) -> None:
     if len(digest) != DIGEST_BYTES:
         raise ValueError(f"a digest has {DIGEST_BYTES} bytes, got {len(digest)}")
-
-
-def cu_seqlens_of(lengths: Sequence[int], device: torch.device | None = None) -> torch.Tensor:
-    """Cumulative lengths, i32 `[B + 1]`, starting at 0."""
-    total = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-    torch.cumsum(torch.tensor(lengths, dtype=torch.int32), 0, out=total[1:])
-    return total if device is None else total.to(device, non_blocking=True)

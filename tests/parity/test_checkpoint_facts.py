@@ -18,7 +18,6 @@ from siglane.families import nvila
 from siglane.families.processor import load_processor, load_tokenizer
 from siglane.families.registry import vlm_family
 from siglane.types import Features, Size
-from siglane.weights import hub
 from siglane.weights.hub import Checkpoint, open_checkpoint
 
 
@@ -264,7 +263,7 @@ class TestOpening:
 
     def offline(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         download = partial(huggingface_hub.snapshot_download, cache_dir=cache, local_files_only=True)
-        monkeypatch.setattr(hub, "snapshot_download", download)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
 
     def fails(self, model: str | Path, message: str) -> None:
         with pytest.raises(UserError, match=message) as caught:

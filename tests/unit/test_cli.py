@@ -273,6 +273,19 @@ def test_a_process_of_its_own_ends_with_the_same_codes(model: str, pictures: lis
     assert answer.stderr.startswith("siglane: error: there is no folder")
 
 
+def test_a_reader_that_goes_away_is_no_error(model: str) -> None:
+    words = ["tokens", model, "--json", "--sizes", *["640x480"] * 2000]
+    command = [sys.executable, "-m", "siglane.cli.main", *words]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) == 1
+
+
 def fake_tokens(monkeypatch: pytest.MonkeyPatch, run: Any) -> list[str]:
     monkeypatch.setattr(tokens, "run", run)
     return ["tokens", "x", "--sizes", "1x1"]

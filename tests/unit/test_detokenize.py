@@ -128,7 +128,7 @@ class TestStopStrings:
     def test_nothing_is_shown_that_a_stop_takes_back_and_nothing_else_is_held(
         self, text: str, stop: tuple[str, ...], sizes: tuple[int, ...]
     ) -> None:
-        """What is held back at any moment is the shortest end of the text that may still become a stop string."""
+        """What is held back at any moment is the longest end of the text that may still become a stop string."""
         ids = bytes_of(text)
         texts = TextStream(tokenizer(), stop)
         shown = ""
@@ -137,10 +137,9 @@ class TestStopStrings:
             if texts.stopped is not None:
                 break
             known = tokenizer().decode(ids[: position + 1]).rstrip("\ufffd")
-            beginnings = [
-                known[start:] for start in range(len(known)) if any(s.startswith(known[start:]) for s in stop)
-            ]
-            assert shown == known.removesuffix(max(beginnings, key=len, default=""))
+            endings = [known[start:] for start in range(len(known))]  # the longest comes first
+            held = next((ending for ending in endings if any(one.startswith(ending) for one in stop)), "")
+            assert shown == known.removesuffix(held)
         assert cut(text, stop)[0].startswith(shown)
 
     @pytest.mark.parametrize(

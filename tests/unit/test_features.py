@@ -79,9 +79,5 @@ def test_it_never_holds_more_than_its_capacity_and_counts_exactly(capacity: int,
     cache = FeatureCache(capacity * ROW_BYTES)
     for name, count in puts:
         cache.put(key(name), rows(count, name))
-        held = [
-            found
-            for found in (cache.get(key(one), size) for one in range(5) for size in range(1, 7))
-            if found is not None
-        ]
-        assert cache.bytes == sum(found.nbytes for found in held) <= capacity * ROW_BYTES
+        found = [cache.get(key(one), size) for one in range(5) for size in range(1, 7)]
+        assert cache.bytes == sum(one.nbytes for one in found if one is not None) <= capacity * ROW_BYTES

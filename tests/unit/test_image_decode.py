@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
+
 from siglane.config.preprocess import FORMATS, OPTIONAL_FORMATS, DecodeConfig
 from siglane.errors import ImageError
 from siglane.image.decode import decode, from_pil, read_size, read_size_of_file

@@ -28,6 +28,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+
 from siglane.config.preprocess import DecodeConfig
 from siglane.errors import ImageError
 from siglane.image import remote

@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
 from siglane.config.preprocess import RESAMPLES, PreprocessConfig
 from siglane.config.projector import ProjectorConfig
 from siglane.config.tokens import image_layout
@@ -19,7 +21,6 @@ from siglane.image.patchify import normalisation, patchify, to_patches
 from siglane.image.resize import resize
 from siglane.image.tile import render_tiles
 from siglane.types import DecodedImage, Grid, ImageLayout, Size
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 TILE, PATCH = 56, 14
 PREPROCESS = PreprocessConfig(

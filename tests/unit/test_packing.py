@@ -20,9 +20,10 @@ from siglane.nn.attention import (
     CausalSegments,
     Segments,
     choose_backend,
+    cu_seqlens_of,
     packed_attention,
 )
-from siglane.types import Grid, PackedPatches, cu_seqlens_of
+from siglane.types import Grid, PackedPatches
 from siglane.vision.tower import SiglipVisionModel
 
 CPU = torch.device("cpu")

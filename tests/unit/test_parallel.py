@@ -18,20 +18,20 @@ import torch.distributed as dist
 from torch import nn
 from torch.multiprocessing.spawn import start_processes
 
-from siglane.config.projector import ProjectorConfig
+from siglane.config.projector import (
+    ProjectorConfig,
+    average_projector,
+    llava_projector,
+    pixel_shuffle_projector,
+    vila_projector,
+)
 from siglane.config.text import LanguageConfig
 from siglane.config.vision import VisionConfig
 from siglane.lm.qwen import QwenModel
 from siglane.nn.attention import CausalSegments
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, ShardedModule, attention_parallel
 from siglane.nn.parallel import TensorParallel
-from siglane.projector.mlp import (
-    Projector,
-    average_projector,
-    llava_projector,
-    pixel_shuffle_projector,
-    vila_projector,
-)
+from siglane.projector.mlp import Projector
 from siglane.types import Grid, PackedPatches
 from siglane.vision.tower import SiglipVisionModel
 

@@ -11,17 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from siglane.config.projector import ActivationLayer, LinearLayer, NormLayer, ProjectorConfig
-from siglane.errors import ConfigError
-from siglane.nn.linear import ShardedModule
-from siglane.projector.downsample import average, concatenate_blocks, merge_patches
-from siglane.projector.mlp import (
-    Projector,
+from siglane.config.projector import (
+    ActivationLayer,
+    LinearLayer,
+    NormLayer,
+    ProjectorConfig,
     average_projector,
     llava_projector,
     pixel_shuffle_projector,
     vila_projector,
 )
+from siglane.errors import ConfigError
+from siglane.nn.linear import ShardedModule
+from siglane.projector.downsample import average, concatenate_blocks, merge_patches
+from siglane.projector.mlp import Projector
 from siglane.types import Grid
 
 C, H = 6, 10  # channels per patch, width of the language model

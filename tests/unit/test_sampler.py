@@ -134,15 +134,18 @@ class TestFilters:
         found = filter_probabilities(torch.zeros(4), SamplingParams(temperature=1.0, **params))  # type: ignore[arg-type]
         assert found.nonzero().flatten().tolist() == [0, 1]
 
-    @pytest.mark.parametrize("top_p", [0.2, 0.9, 0.999])
-    @pytest.mark.parametrize("spread", [0.01, 3.0])
-    def test_a_vocabulary_beyond_the_head_is_filtered_exactly(self, top_p: float, spread: float) -> None:
-        """Flat, top-p needs far more than the head; peaked, far less."""
+    @pytest.mark.parametrize(
+        ("spread", "top_p", "beyond"), [(0.01, 0.2, False), (0.01, 0.9, True), (3.0, 0.9, False), (3.0, 0.999, True)]
+    )
+    def test_a_vocabulary_larger_than_the_head_is_filtered_exactly(
+        self, spread: float, top_p: float, beyond: bool
+    ) -> None:
+        """Whether top-p finds its mass among the likeliest or needs more of them."""
         logits = (torch.randn(4 * HEAD, generator=torch.Generator().manual_seed(1)) * spread).tolist()
         params = SamplingParams(temperature=1.0, top_p=top_p)
         kept = int((filter_probabilities(torch.tensor(logits), params) > 0).sum())
         assert kept == pytest.approx(len(filtered(logits, 1.0, 0, top_p, 0.0)), abs=1)
-        assert (kept > HEAD) == (spread == 0.01 and top_p > 0.2 + 0.1)
+        assert (kept > HEAD) == beyond
 
 
 class TestDistribution:
@@ -164,11 +167,9 @@ class TestDistribution:
             assert abs(counts[token_id] - draws * probability) <= 4.5 * deviation + 1
 
 
-def penalised(
-    token_id: int, logits: list[float], asked: list[int], answered: list[int], params: SamplingParams
-) -> float:
-    """vLLM's definitions, for one token."""
-    value = logits[token_id] + sum(bias for one, bias in params.logit_bias if one == token_id)
+def penalised(token_id: int, asked: list[int], answered: list[int], params: SamplingParams) -> float:
+    """vLLM's definitions, for one token of LOGITS."""
+    value = float(LOGITS[token_id]) + sum(bias for one, bias in params.logit_bias if one == token_id)
     if len(answered) < params.min_tokens and token_id in EOS | set(params.stop_token_ids):
         value = -math.inf
     if token_id in {*asked, *answered}:
@@ -178,8 +179,6 @@ def penalised(
 
 
 class TestAdjustments:
-    """The scores are read off a greedy choice: `gap` raises every token until it wins, and says by how much."""
-
     @given(
         answered=st.lists(st.integers(0, TOKENS - 1), max_size=8),
         repetition=st.sampled_from([1.0, 0.5, 1.3]),
@@ -210,8 +209,8 @@ class TestAdjustments:
             min_tokens=min_tokens,
             stop_token_ids=tuple(stops),
         )
-        params, logits = sequence.request.sampling, LOGITS.tolist()
-        expected = [penalised(token_id, logits, [5, 0, 6, 6], answered, params) for token_id in range(TOKENS)]
+        params = sequence.request.sampling
+        expected = [penalised(token_id, [5, 0, 6, 6], answered, params) for token_id in range(TOKENS)]
         found = sampler._adjust(LOGITS.clone(), sequence, EOS)
         assert found.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
         if max(expected) - sorted(expected)[-2] > 1e-4:

@@ -13,9 +13,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from siglane.config.preprocess import PreprocessConfig, Tiling
-from siglane.config.projector import ProjectorConfig
+from siglane.config.projector import ProjectorConfig, average_projector, pixel_shuffle_projector, vila_projector
 from siglane.config.tokens import closest_tile_grid, image_layout, projected_grid, tile_bounds
-from siglane.projector.mlp import Projector, average_projector, pixel_shuffle_projector, vila_projector
+from siglane.projector.mlp import Projector
 from siglane.types import Box, Features, Grid, ImageLayout, Marker, Size, Tile
 
 MANY = settings(max_examples=1000, deadline=None, database=None)

@@ -14,8 +14,7 @@ from siglane.errors import UserError
 
 if TYPE_CHECKING:
     from siglane.config.preprocess import DecodeConfig
-    from siglane.families.processor import Processor
-    from siglane.families.siglip import EncoderProcessor
+    from siglane.families.processor import EncoderProcessor, Processor
     from siglane.weights.hub import Checkpoint
 
 
@@ -66,11 +65,11 @@ def checkpoint_of(arguments: argparse.Namespace) -> Checkpoint:
 def load_image_processor(checkpoint: Checkpoint) -> Processor | EncoderProcessor:
     """What lays out pictures for any checkpoint, plain SigLIP towers included. Reads no weights."""
     from siglane.families import siglip
-    from siglane.families.processor import load_processor
+    from siglane.families.processor import EncoderProcessor, load_processor
     from siglane.families.registry import is_vision_only
 
     if is_vision_only(checkpoint):
-        return siglip.EncoderProcessor(siglip.read_config(checkpoint))
+        return EncoderProcessor(siglip.read_config(checkpoint))
     return load_processor(checkpoint)
 
 

@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import logging
 import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
@@ -84,12 +85,12 @@ def _without_traceback(record: logging.LogRecord) -> bool:
 
 def _reader_is_gone(out: TextIO) -> bool:
     """Whether it is stdout that broke (`siglane tokens ... | head`); then nothing more is written to it."""
-    try:
-        out.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
-        return True
-    return False
+    watch = select.poll()
+    watch.register(out, 0)  # errors are always reported
+    if not watch.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+    return True
 
 
 def _report(error: Exception, debug: bool) -> int:

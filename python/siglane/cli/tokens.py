@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
-from siglane.cli.common import PictureOptions, add_model, checkpoint_of, emit_json, load_image_processor
+from siglane.cli.common import PictureOptions, add_model, checkpoint_of, emit_json
 from siglane.cli.options import add_options, read_options
 from siglane.errors import UserError
 
@@ -41,12 +41,14 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
         raise UserError("no pictures; give IMAGE files or --sizes", code="bad_option")
     decode = read_options(PictureOptions, arguments).decode_config()
 
+    # nothing here needs torch or transformers: a folder is counted before they would have been imported
+    from siglane.families.registry import layouts_of
     from siglane.image.decode import read_size_of_file
 
-    processor = load_image_processor(checkpoint_of(arguments))
+    layouts_in = layouts_of(checkpoint_of(arguments))
     sizes = [read_size_of_file(path, decode) for path in arguments.images] + [_size(text) for text in options.sizes]
     groups = [sizes] if options.together else [[size] for size in sizes]
-    layouts = [layout for group in groups for layout in processor.layouts(group)]
+    layouts = [layout for group in groups for layout in layouts_in(group)]
     names = [*arguments.images, *options.sizes]
     if options.json:
         emit_json([describe(*pair) for pair in zip(names, layouts, strict=True)], out)

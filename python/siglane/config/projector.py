@@ -1,11 +1,17 @@
-"""The facts of a projector: how patch features become rows of the language model's width."""
+"""The facts of a projector: how patch features become rows of the language model's width, and the known variants."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
+from siglane.errors import ConfigError
 from siglane.types import Activation, Grid
+
+NORM_EPS = 1e-5  # torch's LayerNorm default, which VILA's projectors use
 
 Merge = Literal["none", "blocks", "pixel_shuffle", "average"]
 
@@ -53,3 +59,94 @@ class ActivationLayer:
 
 
 Layer = LinearLayer | NormLayer | ActivationLayer
+
+
+# VILA's mm_projector_type -> (merge, factor, widths after each linear layer as multiples of c; negative: divided by;
+# 0: the output width).
+# formats.md 5.3; NVlabs/VILA llava/model/multimodal_projector/base_projector.py.
+_VILA: dict[str, tuple[Merge, int, tuple[int, ...]]] = {
+    "mlp_downsample": ("blocks", 2, (0, 0)),
+    "mlp_downsample_2x2_fix": ("blocks", 2, (0, 0)),
+    "mlp_downsample_3x3_fix": ("blocks", 3, (3, 0, 0)),
+    "mlp_downsample_3x3_s2": ("blocks", 3, (3, 1, -3, 0, 0)),
+    "mlp_downsample_3x3_s2_new": ("blocks", 3, (4, 2, 1, -3, 0, 0)),
+}
+
+
+def vila_projector(kind: str, *, input_size: int, output_size: int, column_major: bool = False) -> ProjectorConfig:
+    """The projector VILA calls `kind`, with `input_size` channels per patch. ConfigError when it is not known."""
+    if kind == "identity":
+        return _config("none", 1, (), input_size, output_size, column_major)
+    if kind == "linear":
+        layers: tuple[Layer, ...] = (LinearLayer("layers", input_size, output_size, bias=True),)
+        return _config("none", 1, layers, input_size, output_size, column_major)
+    if depth := re.fullmatch(r"mlp([1-9]|1[0-6])x_gelu", kind):
+        layers = _mlp("layers", [input_size] + [output_size] * int(depth[1]))
+        return _config("none", 1, layers, input_size, output_size, column_major)
+    if kind not in _VILA:
+        known = ", ".join(["identity", "linear", "mlp<N>x_gelu", *_VILA])
+        raise ConfigError(f"mm_projector_type {kind!r} is not known; siglane knows {known}")
+    merge, factor, multiples = _VILA[kind]
+    layers = _downsample_layers(factor * factor * input_size, input_size, output_size, multiples)
+    return _config(merge, factor, layers, input_size, output_size, column_major)
+
+
+def _downsample_layers(merged: int, channels: int, output_size: int, multiples: tuple[int, ...]) -> tuple[Layer, ...]:
+    """nn.Sequential numbering: 0 merges, then LayerNorm, Linear, GELU groups; the last two linears share no norm."""
+    layers: list[Layer] = [NormLayer("layers.1", merged, NORM_EPS)]
+    index, width = 2, merged
+    for position, multiple in enumerate(multiples):
+        following = channels * multiple if multiple > 0 else channels // -multiple if multiple < 0 else output_size
+        layers.append(LinearLayer(f"layers.{index}", width, following, bias=True))
+        last = position == len(multiples) - 1
+        if not last:
+            layers.append(ActivationLayer("gelu_erf"))
+            index += 2
+            if multiple != 0:
+                layers.append(NormLayer(f"layers.{index}", following, NORM_EPS))
+                index += 1
+        width = following
+    return tuple(layers)
+
+
+def llava_projector(*, input_size: int, output_size: int, prefix: str = "linear_") -> ProjectorConfig:
+    """LLaVA's two linear layers around an exact GELU (transformers `LlavaOnevisionMultiModalProjector`)."""
+    layers = (
+        LinearLayer(f"{prefix}1", input_size, output_size, bias=True),
+        ActivationLayer("gelu_erf"),
+        LinearLayer(f"{prefix}2", output_size, output_size, bias=True),
+    )
+    return _config("none", 1, layers, input_size, output_size, False)
+
+
+def pixel_shuffle_projector(factor: int, *, input_size: int, output_size: int, name: str = "proj") -> ProjectorConfig:
+    """nanoVLM's: pixel shuffle by `factor`, then one linear layer without bias."""
+    layers = (LinearLayer(name, input_size * factor * factor, output_size, bias=False),)
+    return _config("pixel_shuffle", factor, layers, input_size, output_size, False)
+
+
+def average_projector(target: Grid, *, input_size: int, output_size: int) -> ProjectorConfig:
+    """Any grid to `target` rows by adaptive averaging, then two linear layers around an exact GELU."""
+    layers = _mlp("layers", [input_size, output_size, output_size])
+    return ProjectorConfig(
+        merge="average", factor=1, target=target, column_major=False, layers=layers,
+        input_size=input_size, output_size=output_size,
+    )  # fmt: skip
+
+
+def _mlp(prefix: str, widths: Sequence[int]) -> tuple[Layer, ...]:
+    layers: list[Layer] = []
+    for number, (before, after) in enumerate(pairwise(widths)):
+        if number:
+            layers.append(ActivationLayer("gelu_erf"))
+        layers.append(LinearLayer(f"{prefix}.{2 * number}", before, after, bias=True))
+    return tuple(layers)
+
+
+def _config(
+    merge: Merge, factor: int, layers: tuple[Layer, ...], input_size: int, output_size: int, column_major: bool
+) -> ProjectorConfig:
+    return ProjectorConfig(
+        merge=merge, factor=factor, target=None, column_major=column_major, layers=layers,
+        input_size=input_size, output_size=output_size,
+    )  # fmt: skip

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-
-import torch
+from typing import TYPE_CHECKING
 
 from siglane.config.text import LanguageConfig
 from siglane.errors import ConfigError
-from siglane.nn.attention import BackendChoice
+from siglane.types import BackendChoice
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:  # flags are read and wrong ones reported before torch's second of import
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
 KV_BYTES_ON_CPU = 1 << 30
 KV_SHARE_OF_FREE_GPU = 0.8
 
@@ -57,6 +59,8 @@ class EngineConfig:
 
     def resolve_device(self) -> torch.device:
         """ConfigError when the device is not known or not there."""
+        import torch
+
         name = self.device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,8 +76,11 @@ class EngineConfig:
 
     def resolve_dtypes(self, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
         """dtype of the language model and of the vision tower."""
-        language = DTYPES.get(self.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
-        return language, DTYPES.get(self.vision_dtype, language)
+        import torch
+
+        known = {name: getattr(torch, name) for name in DTYPES}
+        language = known.get(self.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        return language, known.get(self.vision_dtype, language)
 
     def resolve_pages(self, language: LanguageConfig, kv_heads: int, dtype: torch.dtype, device: torch.device) -> int:
         """Pages of the KV cache: as asked, else by free memory; never more than all running requests can fill."""
@@ -82,6 +89,8 @@ class EngineConfig:
         token_bytes = 2 * language.num_hidden_layers * kv_heads * language.head_dim * dtype.itemsize
         free = KV_BYTES_ON_CPU
         if device.type == "cuda":
+            import torch
+
             free = int(torch.cuda.mem_get_info(device)[0] * KV_SHARE_OF_FREE_GPU)
         most = self.max_running * -(-language.max_position_embeddings // self.page_size)
         return max(1, min(free // (token_bytes * self.page_size), most))

@@ -8,7 +8,7 @@ import torch
 from siglane.engine.batch import StepBatch
 from siglane.engine.kv import PagedKV
 from siglane.engine.paged import step_slots
-from siglane.types import cu_seqlens_of
+from siglane.nn.attention import cu_seqlens_of
 
 WORKSPACE_BYTES = 128 << 20
 

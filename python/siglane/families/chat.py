@@ -15,13 +15,13 @@ import re
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, assert_never
 
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from siglane.errors import ConfigError, UserError
+from siglane.families.family import PromptRules
 from siglane.types import Features, ImagePart, ImagePatches, ImageSpan, Marker, Message, Piece, Prompt, Role
 
 PROBE = "siglane probe"
@@ -29,15 +29,6 @@ PROBE_SECONDS = 5.0
 TEMPLATE_PARAMETERS = {*inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters, "messages"}
 
 Parts = tuple[str | ImagePart, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class PromptRules:
-    """default_template: used when the checkpoint has none; strip_messages: white space around each whole message, its
-    images written out, is dropped."""
-
-    default_template: str
-    strip_messages: bool
 
 
 class ReservedStrings:

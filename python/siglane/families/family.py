@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerFast
-
-from siglane.config.vlm import VlmConfig
-from siglane.families.chat import PromptRules
-from siglane.weights.hub import Checkpoint
-from siglane.weights.load import Source
+from siglane.config.vlm import ImageFacts, VlmConfig
+from siglane.weights.hub import Checkpoint, Source
 from siglane.weights.plan import WeightPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRules:
+    """default_template: used when the checkpoint has none; strip_messages: white space around each whole message, its
+    images written out, is dropped."""
+
+    default_template: str
+    strip_messages: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +28,8 @@ class VlmFamily:
     """One family; every member is a fact or a pure function of a checkpoint's files.
 
     name: what `VlmConfig.family` says; known_as: how its checkpoints announce themselves, for messages;
-    matches: whether a checkpoint is one of them; tokenizer_folder: where its tokenizer lies; config: its facts;
+    matches: whether a checkpoint is one of them; tokenizer_folder: where its tokenizer lies; images: its image facts,
+    for which no tokenizer is needed; config: all its facts;
     prompt_rules: how its messages become text; vision_plan: checkpoint names -> `VisionStack`; language_plan:
     checkpoint names -> `QwenModel`; vision_sources, language_sources: the folders that hold those tensors;
     language_prefix: what the names of the language model's tensors start with.
@@ -29,6 +39,7 @@ class VlmFamily:
     known_as: tuple[str, ...]
     matches: Callable[[Checkpoint], bool]
     tokenizer_folder: Callable[[Checkpoint], Checkpoint]
+    images: Callable[[Checkpoint], ImageFacts]
     config: Callable[[Checkpoint, PreTrainedTokenizerFast], VlmConfig]
     prompt_rules: Callable[[Checkpoint], PromptRules]
     vision_plan: Callable[[VlmConfig], WeightPlan]

@@ -14,14 +14,14 @@ from torch import nn
 from siglane.config.vlm import VlmConfig
 from siglane.errors import ConfigError
 from siglane.families import siglip
-from siglane.families.processor import ImageProcessor, load_processor
+from siglane.families.processor import EncoderProcessor, ImageProcessor, load_processor
 from siglane.families.registry import is_vision_only, vlm_family
 from siglane.families.stack import VisionEncoderModel, VisionStack
 from siglane.lm.qwen import QwenModel
-from siglane.nn.attention import BackendChoice
 from siglane.nn.parallel import TensorParallel
-from siglane.weights.hub import Checkpoint
-from siglane.weights.load import Source, StoredTensor, allocate, fill, rehearse, stored_tensors
+from siglane.types import BackendChoice
+from siglane.weights.hub import Checkpoint, Source
+from siglane.weights.load import StoredTensor, allocate, fill, rehearse, stored_tensors
 from siglane.weights.plan import Elsewhere, WeightPlan
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def load_vision(
             lambda: VisionEncoderModel(encoder.vision, encoder.preprocess, tp, attention_backend), plan, tensors
         )
         allocate(tower, torch.device(device), dtype)
-        return _filled(tower, plan, tensors), siglip.EncoderProcessor(encoder)
+        return _filled(tower, plan, tensors), EncoderProcessor(encoder)
     processor = load_processor(checkpoint)
     family, config = vlm_family(checkpoint), processor.config
     plan = family.vision_plan(config) + WeightPlan((Elsewhere(family.language_prefix),))

@@ -8,23 +8,22 @@ those three names as prefixes; "vila": the same with the original's flags.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
-
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Any, Literal
 
 from siglane.config.preprocess import PreprocessConfig, Tiling
+from siglane.config.projector import vila_projector
 from siglane.config.reader import ConfigReader
 from siglane.config.text import LanguageConfig
 from siglane.config.vision import VisionConfig
-from siglane.config.vlm import VlmConfig
+from siglane.config.vlm import ImageFacts, VlmConfig
 from siglane.errors import ConfigError
-from siglane.families.chat import PromptRules
-from siglane.families.family import VlmFamily
-from siglane.projector.mlp import vila_projector
+from siglane.families.family import PromptRules, VlmFamily
 from siglane.types import Grid, Size
-from siglane.weights.hub import Checkpoint
-from siglane.weights.load import Source
+from siglane.weights.hub import Checkpoint, Source
 from siglane.weights.plan import WeightPlan, projector_plan, qwen_plan, tower_plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Layout = Literal["folders", "hf", "vila"]
 IMAGE_TOKEN = "<image>"
@@ -83,24 +82,18 @@ def layout_of(checkpoint: Checkpoint) -> Layout | None:
     return None
 
 
-def read_config(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast, *, column_major: bool = False) -> VlmConfig:
-    """The facts of any layout. ConfigError names the key that is missing, unknown or contradictory.
+def read_images(checkpoint: Checkpoint, *, column_major: bool = False) -> ImageFacts:
+    """The image facts of any layout. ConfigError names the key that is missing, unknown or contradictory.
 
     column_major: the projector's rows run down the columns, as VILA trained it before December 2024 (VILA1.5); no
     file tells, so it is never guessed.
     """
-    layout = layout_of(checkpoint)
-    if layout is None:
-        raise ConfigError(f"{checkpoint.root} is not a VILA or NVILA checkpoint")
+    layout = _known_layout(checkpoint)
     root = ConfigReader(checkpoint.json("config.json"), "config.json")
-    raw_tower = _part(checkpoint, root, layout, TOWER, "vision_config")
-    raw_language = _part(checkpoint, root, layout, LANGUAGE, "text_config")
-    raw_tower.choice("model_type", {TOWER_TYPE: None}, TOWER_TYPE)
-    facts = _hf_facts(root, raw_tower) if layout == "hf" else _flags(checkpoint, root, layout)
-    vision = VisionConfig.from_hf(
-        raw_tower.raw, feature_layer=facts.feature_layer, post_norm=False, name=raw_tower.name
-    )
-    language = LanguageConfig.from_hf(raw_language.raw, raw_language.name)
+    tower = _part(checkpoint, root, layout, TOWER, "vision_config")
+    tower.choice("model_type", {TOWER_TYPE: None}, TOWER_TYPE)
+    facts = _hf_facts(root, tower) if layout == "hf" else _flags(checkpoint, root, layout)
+    vision = VisionConfig.from_hf(tower.raw, feature_layer=facts.feature_layer, post_norm=False, name=tower.name)
     if column_major and facts.scales:
         raise ConfigError(
             "column_major belongs to VILA1.5, whose pictures are one tile; this checkpoint stitches tiles"
@@ -108,18 +101,40 @@ def read_config(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast, *, c
     channels = vision.hidden_size * max(1, len(facts.scales))
     if root.has("mm_hidden_size") and root.size("mm_hidden_size") != channels:
         raise ConfigError(f"config.json: mm_hidden_size {root.size('mm_hidden_size')} is not the tower's {channels}")
+    width = _language(checkpoint, root, layout).hidden_size
+    return ImageFacts(
+        vision=replace(vision, use_head=False),
+        projector=vila_projector(facts.projector, input_size=channels, output_size=width, column_major=column_major),
+        preprocess=_preprocess(checkpoint, layout, facts, vision),
+    )
+
+
+def read_config(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast, *, column_major: bool = False) -> VlmConfig:
+    """All facts of any layout; column_major as in `read_images`."""
+    images = read_images(checkpoint, column_major=column_major)
+    root = ConfigReader(checkpoint.json("config.json"), "config.json")
     return VlmConfig(
         family=FAMILY.name,
-        vision=replace(vision, use_head=False),
-        projector=vila_projector(
-            facts.projector, input_size=channels, output_size=language.hidden_size, column_major=column_major
-        ),
-        preprocess=_preprocess(checkpoint, layout, facts, vision),
-        language=language,
+        vision=images.vision,
+        projector=images.projector,
+        preprocess=images.preprocess,
+        language=_language(checkpoint, root, _known_layout(checkpoint)),
         image_token=IMAGE_TOKEN,
         image_token_id=_image_token_id(root, tokenizer),
         eos_token_ids=_eos_token_ids(_language_folder(checkpoint), tokenizer),
     )
+
+
+def _known_layout(checkpoint: Checkpoint) -> Layout:
+    layout = layout_of(checkpoint)
+    if layout is None:
+        raise ConfigError(f"{checkpoint.root} is not a VILA or NVILA checkpoint")
+    return layout
+
+
+def _language(checkpoint: Checkpoint, root: ConfigReader, layout: Layout) -> LanguageConfig:
+    reader = _part(checkpoint, root, layout, LANGUAGE, "text_config")
+    return LanguageConfig.from_hf(reader.raw, reader.name)
 
 
 def _part(checkpoint: Checkpoint, root: ConfigReader, layout: Layout, folder: str, section: str) -> ConfigReader:
@@ -268,6 +283,7 @@ FAMILY = VlmFamily(
     ),
     matches=lambda checkpoint: layout_of(checkpoint) is not None,
     tokenizer_folder=_language_folder,
+    images=read_images,
     config=read_config,
     prompt_rules=_prompt_rules,
     vision_plan=_vision_plan,

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from siglane.config.tokens import image_layout
 from siglane.config.vlm import VlmConfig
 from siglane.errors import ConfigError
-from siglane.families.chat import PromptBuilder, PromptRules
+from siglane.families.chat import PromptBuilder
+from siglane.families.family import PromptRules
 from siglane.families.registry import vlm_family
+from siglane.families.siglip import EncoderConfig
 from siglane.image.patchify import to_patches
 from siglane.types import DecodedImage, ImageLayout, ImagePatches, Message, Prompt, Size
 from siglane.weights.hub import Checkpoint
@@ -46,11 +47,7 @@ class Processor:
 
     def layouts(self, sizes: Sequence[Size]) -> tuple[ImageLayout, ...]:
         """The layouts of all images of one request, from their sizes alone."""
-        config, alone = self.config, len(sizes) == 1
-        return tuple(
-            image_layout(size, config.preprocess, config.projector, config.vision.patch_size, alone=alone)
-            for size in sizes
-        )
+        return self.config.layouts(sizes)
 
     def patches(self, image: DecodedImage, layout: ImageLayout) -> ImagePatches:
         """u8 patches `[layout.patches, patch_dim]`. ValueError when the layout is another size's."""
@@ -74,6 +71,20 @@ class Processor:
         return self._prompts.text(text)
 
 
+class EncoderProcessor:
+    """The `ImageProcessor` of a plain tower."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        self.config = config
+
+    def layouts(self, sizes: Sequence[Size]) -> tuple[ImageLayout, ...]:
+        return self.config.layouts(sizes)
+
+    def patches(self, image: DecodedImage, layout: ImageLayout) -> ImagePatches:
+        """u8 patches `[layout.patches, patch_dim]`. ValueError when the layout is another size's."""
+        return to_patches(image, layout, self.config.preprocess, self.config.vision)
+
+
 def load_processor(checkpoint: Checkpoint, config: VlmConfig | None = None) -> Processor:
     """The processor of a vision-language checkpoint. ConfigError when its family or one of its facts is not known.
 
@@ -90,7 +101,11 @@ def load_tokenizer(folder: Checkpoint) -> PreTrainedTokenizerFast:
     tokenizer.json is taken as it is; without one it is built from vocab.json and merges.txt by the class that
     tokenizer_config.json names.
     """
-    loader: Any = PreTrainedTokenizerFast if folder.has("tokenizer.json") else AutoTokenizer
+    loader: Any = PreTrainedTokenizerFast
+    if not folder.has("tokenizer.json"):
+        from transformers import AutoTokenizer  # takes a second to import, and is rarely needed
+
+        loader = AutoTokenizer
     try:
         tokenizer = loader.from_pretrained(str(folder.root), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise many kinds, bare Exception among them

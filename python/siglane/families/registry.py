@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from siglane.errors import ConfigError
 from siglane.families import nvila, siglip
 from siglane.families.family import VlmFamily
+from siglane.types import ImageLayout, Size
 from siglane.weights.hub import Checkpoint
 
 VLM_FAMILIES: tuple[VlmFamily, ...] = (nvila.FAMILY,)
@@ -13,6 +16,13 @@ VLM_FAMILIES: tuple[VlmFamily, ...] = (nvila.FAMILY,)
 def is_vision_only(checkpoint: Checkpoint) -> bool:
     """Whether this is a plain SigLIP checkpoint, without a language model."""
     return siglip.matches(checkpoint)
+
+
+def layouts_of(checkpoint: Checkpoint) -> Callable[[Sequence[Size]], tuple[ImageLayout, ...]]:
+    """The layout rule of any known checkpoint, from its JSON files alone: no weights, no tokenizer."""
+    if is_vision_only(checkpoint):
+        return siglip.read_config(checkpoint).layouts
+    return vlm_family(checkpoint).images(checkpoint).layouts
 
 
 def vlm_family(checkpoint: Checkpoint) -> VlmFamily:

@@ -13,8 +13,7 @@ from siglane.config.preprocess import PreprocessConfig
 from siglane.config.reader import ConfigReader
 from siglane.config.vision import VisionConfig
 from siglane.errors import ConfigError
-from siglane.image.patchify import to_patches
-from siglane.types import Box, DecodedImage, Features, Grid, ImageLayout, ImagePatches, Size, Tile
+from siglane.types import Box, Features, Grid, ImageLayout, Size, Tile
 from siglane.weights.hub import Checkpoint
 from siglane.weights.plan import Elsewhere, Ignore, WeightPlan, tower_plan
 
@@ -24,24 +23,16 @@ PREPROCESSOR = "preprocessor_config.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderConfig:
+    """The facts of a tower on its own."""
+
     vision: VisionConfig
     preprocess: PreprocessConfig
 
-
-class EncoderProcessor:
-    """The `ImageProcessor` of a plain tower: every image is squashed to one tile."""
-
-    def __init__(self, config: EncoderConfig) -> None:
-        self.config = config
-
     def layouts(self, sizes: Sequence[Size]) -> tuple[ImageLayout, ...]:
-        tile, grid = self.config.preprocess.tile, self.config.vision.position_grid
+        """Every image is squashed to one tile."""
+        tile, grid = self.preprocess.tile, self.vision.position_grid
         whole = Tile(tile, Box(0, 0, tile.width, tile.height), grid)
         return tuple(ImageLayout(size, (whole,), (Features(grid.area),), Grid(1, 1)) for size in sizes)
-
-    def patches(self, image: DecodedImage, layout: ImageLayout) -> ImagePatches:
-        """u8 patches `[layout.patches, patch_dim]`. ValueError when the layout is another size's."""
-        return to_patches(image, layout, self.config.preprocess, self.config.vision)
 
 
 def matches(checkpoint: Checkpoint) -> bool:

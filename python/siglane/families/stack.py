@@ -13,10 +13,9 @@ from siglane.config.tokens import projected_grid
 from siglane.config.vision import VisionConfig
 from siglane.config.vlm import VlmConfig
 from siglane.image.patchify import normalisation
-from siglane.nn.attention import BackendChoice
 from siglane.nn.parallel import TensorParallel
 from siglane.projector.mlp import Projector
-from siglane.types import Grid, ImageLayout, ImagePatches, ImageTokens, PackedPatches
+from siglane.types import BackendChoice, Grid, ImageLayout, ImagePatches, ImageTokens, PackedPatches
 from siglane.vision.tower import SiglipVisionModel, Taps
 
 

@@ -11,17 +11,15 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal, Protocol, assert_never
+from typing import Any, Protocol, assert_never
 
 import torch
 import torch.nn.functional as F
 
-from siglane.types import cu_seqlens_of
+from siglane.types import AttentionBackend, BackendChoice
 
 logger = logging.getLogger(__name__)
 
-AttentionBackend = Literal["sdpa", "torch_varlen", "flash_attn", "flashinfer"]
-BackendChoice = Literal["auto", "sdpa", "torch_varlen", "flash_attn", "flashinfer"]
 
 FLASHINFER_HEAD_DIMS = (64, 128, 256)
 KERNEL_HEAD_DIM_STEP = 8  # flash kernels take head dims that are multiples of 8
@@ -189,6 +187,13 @@ def choose_backend(choice: BackendChoice, device: torch.device, dtype: torch.dty
         raise ValueError(f"attention backend {choice!r} cannot run on {device} in {dtype}; use 'auto'")
     logger.info("vision attention: %s (%s, %s, asked for %s)", chosen, device, dtype, choice)
     return chosen
+
+
+def cu_seqlens_of(lengths: Sequence[int], device: torch.device | None = None) -> torch.Tensor:
+    """Cumulative lengths, i32 `[B + 1]`, starting at 0."""
+    total = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    torch.cumsum(torch.tensor(lengths, dtype=torch.int32), 0, out=total[1:])
+    return total if device is None else total.to(device, non_blocking=True)
 
 
 class LayerAttention(Protocol):

@@ -6,11 +6,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
+from siglane.config.projector import vila_projector
 from siglane.config.text import LanguageConfig
 from siglane.config.vision import VisionConfig
 from siglane.lm.qwen import QwenModel
 from siglane.nn.norm import RMSNorm
-from siglane.projector.mlp import Projector, vila_projector
+from siglane.projector.mlp import Projector
 from siglane.training.data import Batch, BatchShape, BranchAttention
 from siglane.training.naming import NamingHeads
 from siglane.training.tokenizer import VOCAB_SIZE

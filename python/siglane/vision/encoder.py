@@ -7,9 +7,10 @@ from torch import nn
 
 from siglane.config.vision import VisionConfig
 from siglane.nn.act import activate
-from siglane.nn.attention import AttentionBackend, Segments, packed_attention
+from siglane.nn.attention import Segments, packed_attention
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear, attention_parallel
 from siglane.nn.parallel import TensorParallel
+from siglane.types import AttentionBackend
 
 
 class Attention(nn.Module):

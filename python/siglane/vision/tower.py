@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from siglane.config.vision import VisionConfig
-from siglane.nn.attention import AttentionBackend, BackendChoice, Segments, choose_backend
+from siglane.nn.attention import Segments, choose_backend
 from siglane.nn.parallel import TensorParallel
-from siglane.types import Grid, PackedPatches
+from siglane.types import AttentionBackend, BackendChoice, Grid, PackedPatches
 from siglane.vision.embed import PatchEmbedding
 from siglane.vision.encoder import Block
 from siglane.vision.pool import MapHead

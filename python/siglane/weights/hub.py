@@ -7,16 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
 from siglane.config.reader import read_json
 from siglane.errors import ConfigError, UserError
 
@@ -49,6 +39,14 @@ class Checkpoint:
         return Checkpoint(self.path(name))
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A folder of safetensors files; `prefix` is put in front of its tensors' names (VILA keeps parts in folders)."""
+
+    folder: Checkpoint
+    prefix: str = ""
+
+
 def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoint:
     """The files of `model`: a folder, or a Hugging Face repository id at `revision` (a branch, tag or commit).
 
@@ -66,6 +64,16 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
 
 
 def _download(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(FILE_PATTERNS)))
     except GatedRepoError as error:

@@ -21,7 +21,7 @@ from torch import nn
 from siglane.config.reader import read_json
 from siglane.errors import WeightError
 from siglane.nn.linear import ShardedModule, copy_checked
-from siglane.weights.hub import Checkpoint
+from siglane.weights.hub import Checkpoint, Source
 from siglane.weights.plan import Destination, Elsewhere, Ignore, WeightPlan
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -31,14 +31,6 @@ LISTED = 5  # names in a message about missing tensors
 
 # the storage types a parameter can be cast from; anything else needs scales, i.e. is quantised
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A folder of safetensors files; `prefix` is put in front of its tensors' names (VILA keeps parts in folders)."""
-
-    folder: Checkpoint
-    prefix: str = ""
 
 
 @dataclass(frozen=True, slots=True)
