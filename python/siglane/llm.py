@@ -30,13 +30,13 @@ from tqdm import tqdm
 from siglane.config.preprocess import DecodeConfig
 from siglane.engine.config import EngineConfig
 from siglane.engine.detokenize import TextStream
-from siglane.engine.engine import STEP_PATCHES, Engine
+from siglane.engine.engine import STEP_PATCHES
+from siglane.engine.load import build_engine, placement
 from siglane.errors import EngineError, UserError
-from siglane.families.model import load_model, load_vision
+from siglane.families.model import load_vision
 from siglane.families.processor import Processor, load_processor
 from siglane.families.stack import VisionStack
 from siglane.image.source import MediaPolicy, load_source
-from siglane.nn.attention import choose_backend
 from siglane.types import (
     BackendChoice,
     DecodedImage,
@@ -109,18 +109,7 @@ class LLM:
         config = _engine_config(options)
         checkpoint = model if isinstance(model, Checkpoint) else open_model(model, revision)
         self.processor: Processor = load_processor(checkpoint)
-        device, dtype, vision_dtype = _placement(config)
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        loaded = load_model(
-            checkpoint,
-            self.processor.config,
-            device=device,
-            dtype=dtype,
-            vision_dtype=vision_dtype,
-            attention_backend=config.attention_backend,
-        )
-        self._engine = Engine(loaded, config, self.processor.eos_token_ids)
+        self._engine = build_engine(checkpoint, self.processor, config)
         self._pictures = _Pictures(media, decode)
         self._one_caller = threading.Lock()
         self._request_ids = (f"offline-{number}" for number in count())
@@ -293,7 +282,7 @@ class VisionEncoder:
         config = EngineConfig(
             device=device, vision_dtype=dtype, attention_backend=attention_backend, max_patches=max_patches
         )
-        on, _, vision_dtype = _placement(config)
+        on, _, vision_dtype = placement(config)
         checkpoint = model if isinstance(model, Checkpoint) else open_model(model, revision)
         self._model, self._processor = load_vision(
             checkpoint, device=on, dtype=vision_dtype, attention_backend=attention_backend
@@ -506,17 +495,6 @@ def _engine_config(options: Mapping[str, Any]) -> EngineConfig:
         if name not in known:
             raise TypeError(f"LLM has no option {name!r}; it has {', '.join(known)}")
     return EngineConfig(**options)
-
-
-def _placement(config: EngineConfig) -> tuple[torch.device, torch.dtype, torch.dtype]:
-    """Device, dtype of the language model and of the tower. UserError when this machine cannot do what is asked."""
-    device = config.resolve_device()
-    dtype, vision_dtype = config.resolve_dtypes(device)
-    try:
-        choose_backend(config.attention_backend, device, vision_dtype)
-    except ValueError as error:
-        raise UserError(str(error), code="bad_option", param="attention_backend") from error
-    return device, dtype, vision_dtype
 
 
 def _params_of_each(

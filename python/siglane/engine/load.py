@@ -5,31 +5,49 @@ from __future__ import annotations
 import logging
 import time
 
+import torch
+
 from siglane.engine.config import EngineConfig
 from siglane.engine.engine import Engine
 from siglane.families.model import load_model
-from siglane.families.processor import load_processor
-from siglane.nn.parallel import TensorParallel
-from siglane.weights.hub import open_checkpoint
+from siglane.families.processor import Processor, load_processor
+from siglane.nn.attention import choose_backend
+from siglane.weights.demo import open_model
+from siglane.weights.hub import Checkpoint
 
 logger = logging.getLogger(__name__)
 
 
 def load_engine(model: str, config: EngineConfig, revision: str | None = None) -> Engine:
-    """Loads weights and builds the engine. UserError when the checkpoint cannot be used, naming the reason."""
+    """The engine of a folder, a hub id or "demo". UserError when it cannot be used here, naming the reason."""
+    checkpoint = open_model(model, revision)
+    return build_engine(checkpoint, load_processor(checkpoint), config)
+
+
+def build_engine(checkpoint: Checkpoint, processor: Processor, config: EngineConfig) -> Engine:
+    """Loads the weights; `processor` is the checkpoint's own."""
     begin = time.monotonic()
-    checkpoint = open_checkpoint(model, revision)
-    processor = load_processor(checkpoint)
-    device = config.resolve_device()
-    dtype, vision_dtype = config.resolve_dtypes(device)
-    loaded = load_model(
+    device, dtype, vision_dtype = placement(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    model = load_model(
         checkpoint,
         processor.config,
         device=device,
         dtype=dtype,
         vision_dtype=vision_dtype,
-        tp=TensorParallel.single(),
         attention_backend=config.attention_backend,
     )
-    logger.info("loaded %s in %.1f s (%s, %s)", model, time.monotonic() - begin, device, dtype)
-    return Engine(loaded, config, processor.eos_token_ids)
+    logger.info("loaded %s in %.1f s (%s, %s)", checkpoint.root.name, time.monotonic() - begin, device, dtype)
+    return Engine(model, config, processor.eos_token_ids)
+
+
+def placement(config: EngineConfig) -> tuple[torch.device, torch.dtype, torch.dtype]:
+    """Device, dtype of the language model and of the tower.
+
+    ConfigError when this machine cannot do what is asked: a wrong choice fails here, not at the first image.
+    """
+    device = config.resolve_device()
+    dtype, vision_dtype = config.resolve_dtypes(device)
+    choose_backend(config.attention_backend, device, vision_dtype)
+    return device, dtype, vision_dtype

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Literal
 
-import torch
-
 from siglane.engine.config import EngineConfig
 from siglane.engine.engine import Engine, EngineStats
 from siglane.engine.load import load_engine
@@ -238,8 +236,6 @@ def _child(pipe: Connection, spec: EngineSpec) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides when to end
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
-    if spec.config.threads:
-        torch.set_num_threads(spec.config.threads)
     try:
         engine = load_engine(spec.model, spec.config, spec.revision)
     except SiglaneError as error:

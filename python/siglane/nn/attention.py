@@ -16,6 +16,7 @@ from typing import Any, Protocol, assert_never
 import torch
 import torch.nn.functional as F
 
+from siglane.errors import ConfigError
 from siglane.types import AttentionBackend, BackendChoice
 
 logger = logging.getLogger(__name__)
@@ -167,7 +168,7 @@ def choose_backend(choice: BackendChoice, device: torch.device, dtype: torch.dty
     """The backend to use for packed attention; logs what was chosen and why.
 
     Kernels for half precision on CUDA are preferred in the order flash-attn, torch. float32, CPU and GPUs older than
-    Ampere, for which the kernels are not built, take SDPA, one call per run of equal lengths. ValueError when an
+    Ampere, for which the kernels are not built, take SDPA, one call per run of equal lengths. ConfigError when an
     explicit choice cannot run here.
     """
     half_on_cuda = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
@@ -184,7 +185,7 @@ def choose_backend(choice: BackendChoice, device: torch.device, dtype: torch.dty
     elif available[choice]:
         chosen = choice
     else:
-        raise ValueError(f"attention backend {choice!r} cannot run on {device} in {dtype}; use 'auto'")
+        raise ConfigError(f"attention_backend {choice!r} cannot run on {device} in {dtype}; use 'auto'")
     logger.info("vision attention: %s (%s, %s, asked for %s)", chosen, device, dtype, choice)
     return chosen
 
