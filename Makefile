@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off -c constraints.txt
 
-.PHONY: demo serve test test-all lint bench
+.PHONY: demo serve test test-slow test-gpu lint bench
 .DEFAULT_GOAL := demo
 
 demo: $(READY)  ## ask the model that ships with siglane one question, through a real server
@@ -17,11 +17,14 @@ demo: $(READY)  ## ask the model that ships with siglane one question, through a
 serve: $(READY)  ## keep that server running; prints a curl line to try
 	@$(BIN)/siglane demo --stay
 
-test: $(READY)  ## tests that take seconds
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu"
+test: $(READY)  ## everything but the long tests
+	@$(BIN)/python -m pytest -q -m "not slow"
 
-test-all: $(READY)  ## all tests; those that need a GPU skip themselves without one
-	@$(BIN)/python -m pytest -q
+test-slow: $(READY)  ## the tests that take longer than ten seconds each
+	@$(BIN)/python -m pytest -q -m slow
+
+test-gpu: $(READY)  ## the tests that need CUDA; without it they skip and say so
+	@$(BIN)/python -m pytest -q -rs -m gpu
 
 lint: $(READY)  ## style, format and types
 	@$(BIN)/ruff check .

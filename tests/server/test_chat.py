@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from openai import NotFoundError
+from PIL import Image
 from serving import (
     MODEL,
     RunningServer,
@@ -278,8 +280,6 @@ def test_openapi_describes_the_routes(server: RunningServer) -> None:
 
 def test_every_format_and_mode_that_pillow_reads_is_seen(server: RunningServer) -> None:
     """Rows 5 to 11: a picture that can be read is read, and read the same whatever its declared type."""
-    from PIL import Image
-
     rgb = Image.effect_mandelbrot((40, 30), (-2, -1.5, 1, 1.5), 50).convert("RGB")
     frames = [rgb.rotate(90 * turn) for turn in range(3)]
     exif = Image.Exif()
@@ -288,7 +288,7 @@ def test_every_format_and_mode_that_pillow_reads_is_seen(server: RunningServer) 
         "one pixel": encode(Image.new("RGB", (1, 1))),
         "200:1": encode(Image.new("RGB", (400, 2))),
         "cmyk": encode(rgb.convert("CMYK"), "JPEG"),
-        "16 bit": encode(Image.fromarray(__import__("numpy").arange(1200, dtype="uint16").reshape(30, 40) * 50)),
+        "16 bit": encode(Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50)),
         "palette": encode(rgb.convert("P")),
         "transparent palette": encode(rgb.convert("P"), transparency=0),
         "la": encode(rgb.convert("LA")),

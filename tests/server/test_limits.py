@@ -137,6 +137,15 @@ def test_slow_headers_and_bodies_are_dropped(processor: Processor, engine: Engin
             connection.close()
 
 
+def test_what_is_not_http_is_told_so(server: RunningServer) -> None:
+    for garbage in (b"\0\1\2\r\n\r\n", b"GET /" + b"x" * 100_000, b"POST / HTTP/1.1\r\nContent-Length: x\r\n\r\n"):
+        with server.connect() as connection:
+            connection.sendall(garbage)
+            answer = read_all(connection)
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
+
+
 def test_slow_clients_do_not_harm_a_neighbour(server: RunningServer, alone: Told) -> None:
     connections = [server.connect() for _ in range(20)]
 

@@ -31,13 +31,13 @@ def test_everything_but_the_probes_needs_the_key(processor: Processor, engine: E
             {"authorization": f"Bearer {KEY}x"},
             {"authorization": f"Bearer {KEY[:-1]}"},
             {"authorization": "Bearer"},
-            {"authorization": "Bearer é".encode("latin-1").decode("latin-1")},
+            {"authorization": "Bearer é"},
             {"x-api-key": KEY},
             {"host": "127.0.0.1/health", "authorization": "Bearer no"},
             {"x-forwarded-prefix": "/health", "x-original-url": "/health"},
         ]
         for headers in wrong:
-            raw = {name: value.encode("latin-1") for name, value in headers.items()}
+            raw = {name.encode(): value.encode("latin-1") for name, value in headers.items()}
             assert_error(client.get("/v1/models", headers=raw), 401, "invalid_api_key")
         two = [("authorization", "Bearer x"), ("authorization", f"Bearer {KEY}")]
         assert_error(client.get("/v1/models", headers=two), 401)

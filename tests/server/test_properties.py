@@ -24,7 +24,7 @@ from siglane.server.errors import error_body, from_validation
 from siglane.server.logprobs import TokenTexts, byte_alphabet
 from siglane.server.protocol import REFUSED, ChatCompletionRequest, ignored_fields
 from siglane.server.stream import DONE, KEEP_ALIVE, event
-from siglane.types import Prompt, Request, SamplingParams, TokenDelta, TokenLogprob
+from siglane.types import FinishReason, Prompt, Request, SamplingParams, TokenDelta, TokenLogprob
 
 FAST = settings(max_examples=60, deadline=None, database=None)
 TEXT = st.text(alphabet=st.sampled_from("abc ñ€𝄞🙂\n"), max_size=30)
@@ -112,7 +112,7 @@ def test_an_answer_does_not_depend_on_how_tokens_were_grouped(
                 number = seed.choice(sorted(left))
                 size = group(len(left[number]))
                 now, left[number] = left[number][:size], left[number][size:]
-                reason = None if left[number] else "length"
+                reason: FinishReason | None = None if left[number] else "length"
                 logprobs = tuple(TokenLogprob(token, -1.0) for token in now)
                 engine.on_delta[f"r{number}"](TokenDelta(f"r{number}", tuple(now), logprobs, reason))
                 if reason:
@@ -199,7 +199,8 @@ def test_token_texts_are_bytes(processor: Processor) -> None:
     for text in ("The image shows a cat.\n\n", "ñ€🙂 \t"):
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert b"".join(texts.bytes_of(token) for token in ids).decode() == text
-    assert texts.bytes_of(tokenizer.convert_tokens_to_ids("<|im_end|>")) == b"<|im_end|>"
+    (end,) = processor.eos_token_ids
+    assert texts.bytes_of(end) == b"<|im_end|>"
     assert texts.bytes_of(10**6) == b""
     report = texts.report([TokenLogprob(0, float("-inf"), ((1, -0.5),))])
     assert report["content"][0]["logprob"] == -9999.0

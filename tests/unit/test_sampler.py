@@ -107,8 +107,8 @@ class TestFilters:
     def test_any_mix_of_filters_keeps_what_the_definition_keeps(
         self, counts: list[int], temperature: float, top_k: int, top_p: float, min_p: float
     ) -> None:
-        """Probabilities off every threshold, so that rounding decides nothing."""
-        logits = [temperature * math.log(count + 0.137 * position) for position, count in enumerate(counts)]
+        """Roots keep every probability off every threshold, so that rounding decides nothing."""
+        logits = [temperature * math.log(count + 0.1 * math.sqrt(root)) for root, count in enumerate(counts, start=2)]
         check_filter(logits, temperature, top_k, top_p, min_p)
 
     @pytest.mark.parametrize(
@@ -129,9 +129,9 @@ class TestFilters:
         found = filter_probabilities(LOGITS, SamplingParams(temperature=1.0, **params))  # type: ignore[arg-type]
         assert set(found.nonzero().flatten().tolist()) == kept
 
-    @pytest.mark.parametrize("params", [{"top_k": 2}, {"top_p": 0.5}, {"top_k": 3, "top_p": 0.6}])
+    @pytest.mark.parametrize("params", [{"top_k": 2}, {"top_p": 0.01}, {"top_k": 3, "top_p": 0.6}])
     def test_ties_are_broken_by_token_id(self, params: dict[str, float]) -> None:
-        found = filter_probabilities(torch.zeros(4), SamplingParams(temperature=1.0, **params))  # type: ignore[arg-type]
+        found = filter_probabilities(torch.zeros(200), SamplingParams(temperature=1.0, **params))  # type: ignore[arg-type]
         assert found.nonzero().flatten().tolist() == [0, 1]
 
     @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from siglane.errors import ConfigError
 
 MIB = 1 << 20
 
+ImageFormat = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
@@ -62,8 +64,8 @@ class ServerConfig:
     image_16bit: Literal["scale", "clip"] = field(
         default="scale", metadata={"help": "16-bit pictures: scale to 8 bit, or clip as Pillow's convert does"}
     )
-    image_formats: tuple[str, ...] = field(
-        default=("JPEG", "PNG", "WEBP", "GIF", "BMP"), metadata={"help": "accepted image formats, by Pillow's names"}
+    image_formats: tuple[ImageFormat, ...] = field(
+        default=("JPEG", "PNG", "WEBP", "GIF", "BMP"), metadata={"help": "accepted image formats"}
     )
     allowed_local_media_path: str | None = field(
         default=None, metadata={"help": "folder whose files requests may name by file:// URLs; none by default"}

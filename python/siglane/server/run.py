@@ -19,12 +19,14 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import h11
+import orjson
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from siglane.errors import SiglaneError, UserError
 from siglane.server import logs
 from siglane.server.config import ServerConfig
+from siglane.server.errors import error_body
 
 if TYPE_CHECKING:
     from siglane.engine.process import EngineSpec
@@ -227,6 +229,14 @@ class PatientProtocol(H11Protocol):
         if self._stall_timer is not None:
             self._stall_timer.cancel()
             self._stall_timer = None
+
+    def send_400_response(self, msg: str) -> None:
+        """What is not HTTP gets the body that every other failure has."""
+        if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
+            body = orjson.dumps(error_body(UserError(msg, code="invalid_http")))
+            head = "HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-type: application/json"
+            self.transport.write(f"{head}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
+        self.transport.close()
 
     def _watch_idle(self) -> None:
         """The client has one idle timeout for its next whole header (and for a refused body's end), however it
