@@ -172,3 +172,19 @@ class TestStopStrings:
         texts = TextStream(tokenizer(), ("b",))
         assert texts.push(ids_of("ab"), finished=True) == "a"
         assert texts.stopped == "b"
+
+
+def test_an_answer_of_broken_bytes_is_not_decoded_from_its_start_every_time() -> None:
+    broken = tokenizer().convert_tokens_to_ids("ä")  # the letter that stands for the lone byte 0xE4
+    decoded = 0
+
+    class Counting:
+        def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str | list[str]:
+            nonlocal decoded
+            decoded += len(ids)
+            return tokenizer().decode(ids, skip_special_tokens=skip_special_tokens)
+
+    stream = TextStream(Counting())  # type: ignore[arg-type]
+    text = "".join(stream.push([broken]) for _ in range(2000)) + stream.push([], finished=True)
+    assert text == "\ufffd" * 2000
+    assert decoded < 2000 * 200

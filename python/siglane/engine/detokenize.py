@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerFast
 
+MOST_HELD_TOKENS = 16
+
 
 class TextStream:
     """Turns one answer's tokens into text that may be sent.
@@ -42,10 +44,31 @@ class TextStream:
         """A token's text depends on its neighbours (spaces, split characters): decode with context, subtract that."""
         before = self._decode(self._ids[self._context : self._read])
         now = self._decode(self._ids[self._context :])
-        if len(now) <= len(before) or (now.endswith("\ufffd") and not finished):
+        if len(now) <= len(before):
             return ""
-        self._context, self._read = self._read, len(self._ids)
+        stop = len(self._ids)
+        if now.endswith("\ufffd") and not finished:  # a character may be incomplete
+            stop = self._settled(now)
+            if stop <= self._read:
+                return ""
+            now = self._decode(self._ids[self._context : stop])
+        self._context, self._read = self._read, stop
         return now[len(before) :]
+
+    def _settled(self, now: str) -> int:
+        """Where the ids that cannot change any more end, when many wait behind a broken character.
+
+        A character has at most four bytes, so the split lies near the end; it is clean where both sides decode to
+        what the whole does. Without it an answer of nothing but broken bytes would be decoded from its start for
+        every token.
+        """
+        end = len(self._ids)
+        if end - self._read <= MOST_HELD_TOKENS:
+            return self._read
+        for split in range(end - 1, end - 5, -1):
+            if self._decode(self._ids[self._context : split]) + self._decode(self._ids[split:]) == now:
+                return split
+        return self._read
 
     def _decode(self, ids: list[int]) -> str:
         text = self._tokenizer.decode(ids, skip_special_tokens=True)

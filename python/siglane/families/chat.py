@@ -106,9 +106,10 @@ class PromptBuilder:
             for message, parts in zip(messages, conversation, strict=True)
         ]
         pieces = self._reserved.split(self._render(turns, self._variables(arguments, mark)), mark)
-        if pieces.count(self._image_token) != len(order):
+        written = pieces[1::2].count(self._image_token)  # not in the plain pieces: there it is a user's text
+        if written != len(order):
             raise UserError(
-                f"the chat template wrote {pieces.count(self._image_token)} image placeholders for {len(order)} images",
+                f"the chat template wrote {written} image placeholders for {len(order)} images",
                 code="chat_template_failed",
                 param="messages",
             )

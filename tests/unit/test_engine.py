@@ -1,0 +1,656 @@
+"""The engine on a tiny checkpoint: the same greedy tokens however the work is cut up, and a fault stays with its request.
+
+The reference is the same modules without cache, pages, chunks or batches: everything is computed again for each token.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import write_nvila_checkpoint
+
+from siglane.engine.batch import StepBatch
+from siglane.engine.config import EngineConfig
+from siglane.engine.engine import Engine
+from siglane.engine.load import load_engine
+from siglane.errors import EngineError, UserError
+from siglane.families.model import VisionLanguageModel, load_model
+from siglane.families.processor import Processor, load_processor
+from siglane.nn.attention import CausalSegments
+from siglane.types import (
+    DecodedImage,
+    ImagePart,
+    ImagePatches,
+    Message,
+    Prompt,
+    Request,
+    SamplingParams,
+    TokenDelta,
+)
+from siglane.weights.hub import open_checkpoint
+
+ANSWER = 6  # tokens; random weights rarely end an answer by themselves, and ignore_eos makes sure
+WIDE, SQUARE = (130, 70), (56, 56)  # several tiles and a thumbnail; one tile
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A checkpoint of a few thousand parameters, loaded once."""
+
+    folder: Path
+    model: VisionLanguageModel
+    processor: Processor
+    answers: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
+
+    def engine(self, model: VisionLanguageModel | None = None, **options: object) -> Engine:
+        config = EngineConfig(device="cpu", **{"kv_tokens": 4096, **options})  # type: ignore[arg-type]
+        return Engine(model or self.model, config, self.processor.eos_token_ids)
+
+    def image(self, seed: int, size: tuple[int, int] = SQUARE, alone: bool = False) -> ImagePatches:
+        pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        decoded = DecodedImage.from_rgb(pixels)
+        layouts = self.processor.layouts([decoded.size] if alone else [decoded.size, decoded.size])
+        return self.processor.patches(decoded, layouts[0])
+
+    def prompt(self, text: str, *images: ImagePatches) -> Prompt:
+        parts = (*(ImagePart(number) for number in range(len(images))), text)
+        return self.processor.prompt([Message("user", parts)], images)
+
+    def reference(self, prompt: Prompt, count: int = ANSWER) -> list[int]:
+        """Greedy tokens by computing the whole text again for every token."""
+        known = self.answers.setdefault(prompt.cache_ids(), [])
+        while len(known) < count:
+            known.append(self.next_token(prompt, known))
+        return known[:count]
+
+    @torch.inference_mode()
+    def next_token(self, prompt: Prompt, answered: Sequence[int]) -> int:
+        language, ids = self.model.language, [*prompt.token_ids, *answered]
+        embeds = language.embed(torch.tensor(ids))
+        rows = [list(self.model.vision([image]).embeds) for image in prompt.images]
+        for start, stop, image in prompt.spans:
+            for position in range(start, stop):
+                embeds[position] = rows[image].pop(0)
+        hidden = language(embeds, torch.arange(len(ids)), CausalSegments([len(ids)]))
+        best, second = language.logits(hidden[-1:])[0].topk(2).values.tolist()
+        assert best - second > 1e-4, "the tokens of this model are too close to call; take another seed"
+        return int(language.logits(hidden[-1:]).argmax())
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    folder = tmp_path_factory.mktemp("engine") / "tiny"
+    write_nvila_checkpoint(folder)
+    checkpoint = open_checkpoint(folder)
+    processor = load_processor(checkpoint)
+    return Tiny(folder, load_model(checkpoint, processor.config, device="cpu", dtype=torch.float32), processor)
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny: Tiny) -> Mapping[str, Prompt]:
+    """Every kind of prompt. Two share an image and its place, so that their beginnings are equal."""
+    first, second = tiny.image(1), tiny.image(2)
+    return MappingProxyType(
+        {
+            "text": tiny.prompt("What is this?"),
+            "image": tiny.prompt("What is this?", first),
+            "question": tiny.prompt("And where?", first),
+            "images": tiny.prompt("Which is larger?", second, first, tiny.image(3)),
+            "tiles": tiny.prompt("Describe.", tiny.image(4, WIDE, alone=True)),
+        }
+    )
+
+
+@dataclass
+class Answer:
+    """What an engine said to one request. last: the delta that ended it."""
+
+    tokens: list[int] = field(default_factory=list)
+    last: TokenDelta = TokenDelta("")
+
+
+def greedy(name: str, prompt: Prompt, max_tokens: int = ANSWER, **sampling: object) -> Request:
+    params = SamplingParams(**{"ignore_eos": True, **sampling})  # type: ignore[arg-type]
+    return Request(name, prompt, params, max_tokens)
+
+
+def run(engine: Engine, requests: Iterable[Request], apart: int = 0) -> dict[str, Answer]:
+    """Answers by request id. `apart`: steps between arrivals. Every request ends exactly once and leaves nothing."""
+    waiting = list(requests)
+    answers = {request.request_id: Answer() for request in waiting}
+    ended: list[str] = []
+    for step in range(5000):
+        while waiting and (apart == 0 or step % apart == 0):
+            engine.add(waiting.pop(0))
+            if apart:
+                break
+        if not engine.has_work and not waiting:
+            break
+        for delta in engine.step() if engine.has_work else []:
+            assert delta.request_id not in ended, "somebody spoke after the end"
+            answers[delta.request_id].tokens += delta.token_ids
+            if delta.finish_reason is not None:
+                ended.append(delta.request_id)
+                answers[delta.request_id].last = delta
+    assert sorted(ended) == sorted(answers)
+    check_idle(engine)
+    return answers
+
+
+def check_idle(engine: Engine) -> None:
+    """All pages are free or can be had back from the prefix cache."""
+    assert not engine.has_work
+    stats = engine.stats()
+    assert (stats.running, stats.waiting) == (0, 0)
+    assert stats.pages_free + stats.pages_cached == stats.pages_total
+    if engine.prefix_cache is not None:
+        assert engine.prefix_cache.evictable == stats.pages_cached
+
+
+def tokens(answers: Mapping[str, Answer]) -> dict[str, list[int]]:
+    return {name: answer.tokens for name, answer in answers.items()}
+
+
+def count_encodes(engine: Engine) -> list[int]:
+    """How many images each tower call will have got."""
+    calls: list[int] = []
+    encode = engine.runner.encode
+
+    def counted(images: Sequence[ImagePatches]) -> tuple[torch.Tensor, ...]:
+        calls.append(len(images))
+        return encode(images)
+
+    engine.runner.encode = counted  # type: ignore[method-assign]
+    return calls
+
+
+class TestGreedyTokens:
+    """They are the reference's, whatever the schedule."""
+
+    def test_the_prompts_of_these_tests_differ_in_their_answers(
+        self, tiny: Tiny, prompts: Mapping[str, Prompt]
+    ) -> None:
+        assert len({tuple(tiny.reference(prompt)) for prompt in prompts.values()}) == len(prompts)
+        other = tiny.prompt("What is this?", tiny.image(9))
+        assert tiny.reference(other) != tiny.reference(prompts["image"]), "nobody looks at the image"
+        assert len(prompts["tiles"].images[0].layout.tiles) > 2
+
+    @pytest.mark.parametrize("kind", ["text", "image", "images", "tiles"])
+    def test_each_kind_of_prompt_alone(self, tiny: Tiny, prompts: Mapping[str, Prompt], kind: str) -> None:
+        answers = run(tiny.engine(), [greedy("a", prompts[kind])])
+        assert answers["a"].tokens == tiny.reference(prompts[kind])
+        assert answers["a"].last.encoded_images == len(prompts[kind].images)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"max_batch_tokens": 1},
+            {"max_batch_tokens": 7},
+            {"max_batch_tokens": 100_000},
+            {"max_batch_tokens": 7, "feature_cache_bytes": 0, "prefix_cache": False},
+            {"page_size": 1},
+            {"page_size": 3, "max_batch_tokens": 5},
+            {"page_size": 64},
+            {"prefix_cache": False},
+            {"feature_cache_bytes": 0},
+            {"max_patches": 1},
+            {"max_running": 1},
+            {"max_running": 2, "max_patches": 20, "max_batch_tokens": 11},
+        ],
+        ids=lambda options: " ".join(f"{name}={value}" for name, value in options.items()) or "default",
+    )
+    @pytest.mark.parametrize("backwards", [False, True])
+    def test_no_budget_page_size_cache_or_order_changes_them(
+        self, tiny: Tiny, prompts: Mapping[str, Prompt], options: dict[str, object], backwards: bool
+    ) -> None:
+        requests = [greedy(name, prompt) for name, prompt in prompts.items()]
+        answers = run(tiny.engine(**options), reversed(requests) if backwards else requests)
+        assert tokens(answers) == {name: tiny.reference(prompt) for name, prompt in prompts.items()}
+
+    @pytest.mark.parametrize("apart", [1, 3])
+    def test_arrival_in_the_middle_of_others_changes_nothing(
+        self, tiny: Tiny, prompts: Mapping[str, Prompt], apart: int
+    ) -> None:
+        engine = tiny.engine(max_batch_tokens=16)
+        answers = run(engine, [greedy(name, prompt) for name, prompt in prompts.items()], apart=apart)
+        assert tokens(answers) == {name: tiny.reference(prompt) for name, prompt in prompts.items()}
+
+    @pytest.mark.parametrize("prefix_cache", [False, True])
+    @pytest.mark.parametrize("page_size", [1, 4, 16])
+    def test_preemption_changes_nothing(
+        self, tiny: Tiny, prompts: Mapping[str, Prompt], prefix_cache: bool, page_size: int
+    ) -> None:
+        """The cache holds the longest request and little more; all of them want to run."""
+        answer = 20
+        longest = max(len(prompt.token_ids) for prompt in prompts.values()) + answer
+        engine = tiny.engine(page_size=page_size, kv_tokens=longest + 40, prefix_cache=prefix_cache)
+        put_back, preempt = [], engine.scheduler._preempt
+        engine.scheduler._preempt = lambda one: (put_back.append(one.request.request_id), preempt(one))  # type: ignore
+        requests = [greedy(f"{name} {n}", prompts[name], answer) for n in range(3) for name in ("text", "image")]
+        answers = run(engine, requests)
+        assert put_back
+        for request in requests:
+            assert answers[request.request_id].tokens == tiny.reference(request.prompt, answer)
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+    def test_half_precision_runs_on_the_cpu(self, tiny: Tiny, prompts: Mapping[str, Prompt], dtype: str) -> None:
+        engine = load_engine(str(tiny.folder), EngineConfig(device="cpu", dtype=dtype, kv_tokens=2048))
+        assert engine.runner.kv.keys.dtype == engine.runner.model.language.norm.weight.dtype == getattr(torch, dtype)
+        answers = run(engine, [greedy(name, prompt, logprobs=0) for name, prompt in prompts.items()])
+        assert {answer.last.finish_reason for answer in answers.values()} == {"length"}
+        assert engine.runner.kv.keys.isfinite().all()
+
+
+class TestReuse:
+    def test_the_same_request_again_computes_one_token_and_encodes_nothing(
+        self, tiny: Tiny, prompts: Mapping[str, Prompt]
+    ) -> None:
+        engine = tiny.engine(page_size=1)
+        run(engine, [greedy("first", prompts["tiles"])])
+        calls, computed = count_encodes(engine), engine.stats().computed_tokens
+        again = run(engine, [greedy("again", prompts["tiles"], 1)])["again"]
+        assert again.tokens == tiny.reference(prompts["tiles"], 1)
+        assert again.last.cached_tokens == len(prompts["tiles"].token_ids) - 1
+        assert engine.stats().computed_tokens == computed + 1
+        assert (again.last.encoded_images, calls) == (0, [])
+
+    @pytest.mark.parametrize("prefix_cache", [False, True])
+    def test_a_new_question_about_a_known_image_encodes_nothing(
+        self, tiny: Tiny, prompts: Mapping[str, Prompt], prefix_cache: bool
+    ) -> None:
+        engine = tiny.engine(prefix_cache=prefix_cache)
+        run(engine, [greedy("first", prompts["image"])])
+        calls = count_encodes(engine)
+        second = run(engine, [greedy("second", prompts["question"])])["second"]
+        assert second.tokens == tiny.reference(prompts["question"])
+        assert (second.last.cached_tokens > 0) == prefix_cache
+        assert (second.last.encoded_images, calls) == (0, [])
+
+    def test_the_next_turn_of_a_conversation_starts_where_the_last_one_ended(
+        self, tiny: Tiny, prompts: Mapping[str, Prompt]
+    ) -> None:
+        engine, asked = tiny.engine(page_size=4), prompts["image"]
+        said = run(engine, [greedy("first", asked)])["first"].tokens
+        longer = Prompt((*asked.token_ids, *said, 11, 12, 13), asked.spans, asked.images)
+        second = run(engine, [greedy("second", longer)])["second"]
+        assert second.tokens == tiny.reference(longer)
+        assert second.last.cached_tokens >= len(asked.token_ids) + len(said) - 1 - 3
+
+    def test_all_new_images_of_a_step_go_through_one_tower_call(self, tiny: Tiny) -> None:
+        engine = tiny.engine(max_batch_tokens=10_000, max_patches=10_000)
+        calls = count_encodes(engine)
+        asked = [tiny.prompt("One?", tiny.image(n), tiny.image(n + 10)) for n in range(3)]
+        asked.append(tiny.prompt("Tiles?", tiny.image(4, WIDE, alone=True)))
+        run(engine, [greedy(str(number), prompt) for number, prompt in enumerate(asked)])
+        assert calls == [7]
+
+    def test_images_with_equal_pixels_in_one_step_are_encoded_once(self, tiny: Tiny) -> None:
+        engine = tiny.engine(max_batch_tokens=10_000, prefix_cache=False, feature_cache_bytes=0)
+        calls = count_encodes(engine)
+        asked = {str(n): tiny.prompt(f"{n}?", tiny.image(1), tiny.image(n), tiny.image(1)) for n in (1, 2)}
+        answers = run(engine, [greedy(name, prompt) for name, prompt in asked.items()])
+        assert calls == [2]
+        assert tokens(answers) == {name: tiny.reference(prompt) for name, prompt in asked.items()}
+        assert engine.stats().encoded_images == sum(answer.last.encoded_images for answer in answers.values()) == 2
+
+    def test_tenants_share_neither_pages_nor_images(self, tiny: Tiny, prompts: Mapping[str, Prompt]) -> None:
+        engine = tiny.engine()
+        for salt in ("", "a", "b", "a"):
+            request = Request(f"of {salt}", prompts["image"], SamplingParams(ignore_eos=True), ANSWER, salt)
+            answer = run(engine, [request])[request.request_id]
+            assert answer.tokens == tiny.reference(prompts["image"])
+            known = salt == "a" and engine.stats().encoded_images == 3
+            assert (answer.last.cached_tokens > 0, answer.last.encoded_images) == (known, 0 if known else 1)
+
+
+class TestSampling:
+    def test_every_seed_has_its_answer_whatever_runs_beside(self, tiny: Tiny, prompts: Mapping[str, Prompt]) -> None:
+        def ask(*seeds: int, **options: object) -> dict[str, list[int]]:
+            requests = [greedy(str(seed), prompts["image"], temperature=1.0, seed=seed) for seed in seeds]
+            return tokens(run(tiny.engine(**options), requests))
+
+        together = ask(0, 1, 2, 3)
+        assert len({tuple(answer) for answer in together.values()}) == 4
+        assert together == ask(3, 1, 0, 2, max_batch_tokens=9)
+        assert {"2": together["2"]} == ask(2)
+
+    def test_no_seed_means_another_answer_each_time(self, tiny: Tiny, prompts: Mapping[str, Prompt]) -> None:
+        answers = run(tiny.engine(), [greedy(str(n), prompts["text"], 12, temperature=1.5) for n in range(3)])
+        assert len({tuple(answer.tokens) for answer in answers.values()}) > 1
+
+    @pytest.mark.parametrize("seed", [-1, 2**63, 2**64 + 5, -(2**70)])
+    def test_any_integer_is_a_seed(self, tiny: Tiny, prompts: Mapping[str, Prompt], seed: int) -> None:
+        once, again = (
+            tokens(run(tiny.engine(), [greedy("a", prompts["text"], temperature=1.0, seed=seed)])) for _ in range(2)
+        )
+        assert once == again
+
+    def test_logprobs_are_the_references(self, tiny: Tiny, prompts: Mapping[str, Prompt]) -> None:
+        engine, found = tiny.engine(), []
+        engine.add(greedy("a", prompts["tiles"], 3, logprobs=2))
+        while engine.has_work:
+            found += [logprob for delta in engine.step() for logprob in delta.logprobs]
+        assert (
+            [one.token_id for one in found] == [one.top[0][0] for one in found] == tiny.reference(prompts["tiles"], 3)
+        )
+        assert all(one.logprob == one.top[0][1] > one.top[1][1] for one in found)
+
+
+class TestEnds:
+    def end(
+        self, tiny: Tiny, prompt: Prompt, max_tokens: int = ANSWER, **sampling: object
+    ) -> tuple[list[int], TokenDelta]:
+        answer = run(tiny.engine(), [greedy("a", prompt, max_tokens, **{"ignore_eos": False, **sampling})])["a"]
+        return answer.tokens, answer.last
+
+    @pytest.mark.parametrize("max_tokens", [1, 2, 5])
+    def test_max_tokens(self, tiny: Tiny, prompts: Mapping[str, Prompt], max_tokens: int) -> None:
+        found, last = self.end(tiny, prompts["text"], max_tokens, ignore_eos=True)
+        assert found == tiny.reference(prompts["text"], max_tokens)
+        assert (last.finish_reason, last.matched_stop) == ("length", None)
+
+    def test_the_models_end_of_answer(self, tiny: Tiny, prompts: Mapping[str, Prompt]) -> None:
+        (eos,) = tiny.processor.eos_token_ids
+        found, last = self.end(tiny, prompts["text"], logit_bias=((eos, 1000.0),))
+        assert (found, last.finish_reason, last.matched_stop) == ([eos], "stop", eos)
+
+    def test_the_end_can_be_ignored_or_put_off(self, tiny: Tiny, prompts: Mapping[str, Prompt]) -> None:
+        (eos,) = tiny.processor.eos_token_ids
+        wants_to_end = {"logit_bias": ((eos, 1000.0),)}
+        found, last = self.end(tiny, prompts["text"], 3, ignore_eos=True, **wants_to_end)
+        assert (found, last.finish_reason) == ([eos] * 3, "length")
+        found, last = self.end(tiny, prompts["text"], min_tokens=2, **wants_to_end)
+        assert len(found) == 3
+        assert eos not in found[:2]
+        assert (last.finish_reason, last.matched_stop) == ("stop", eos)
+
+    def test_stop_token_ids(self, tiny: Tiny, prompts: Mapping[str, Prompt]) -> None:
+        whole = tiny.reference(prompts["image"])
+        stop = whole[2]
+        found, last = self.end(tiny, prompts["image"], ignore_eos=True, stop_token_ids=(stop, 10**6))
+        assert found == whole[: whole.index(stop) + 1]
+        assert (last.finish_reason, last.matched_stop) == ("stop", stop)
+
+    def test_the_context_ends_an_answer(self, tiny: Tiny, prompts: Mapping[str, Prompt]) -> None:
+        length = len(prompts["text"].token_ids)
+        engine = tiny.engine(kv_tokens=length + 3, page_size=1)
+        assert engine.context_length == length + 3
+        answer = run(engine, [greedy("a", prompts["text"], 100)])["a"]
+        assert answer.tokens == tiny.reference(prompts["text"], 3)
+        assert answer.last.finish_reason == "length"
+
+
+class TestRefusals:
+    """They say what is wrong and leave the engine as it was."""
+
+    def refuse(self, engine: Engine, request: Request) -> Exception:
+        with pytest.raises((UserError, ValueError)) as caught:
+            engine.add(request)
+        check_idle(engine)
+        return caught.value
+
+    @pytest.mark.parametrize("extra", [0, 1, 500])
+    def test_a_prompt_that_leaves_no_room_for_an_answer(self, tiny: Tiny, extra: int) -> None:
+        engine = tiny.engine(kv_tokens=64)
+        error = self.refuse(engine, greedy("a", Prompt((5,) * (64 + extra))))
+        assert isinstance(error, UserError)
+        assert error.code == "context_length_exceeded"
+        assert f"{64 + extra} tokens" in str(error)
+        assert "64;" in str(error)
+        assert len(run(engine, [greedy("a", Prompt((5,) * 63))])["a"].tokens) == 1
+
+    def test_an_empty_prompt(self, tiny: Tiny) -> None:
+        error = self.refuse(tiny.engine(), greedy("a", Prompt(())))
+        assert isinstance(error, UserError)
+        assert error.code == "empty_prompt"
+
+    @pytest.mark.parametrize("bias", [(-1, 1.0), (323, 1.0), (0, math.nan), (0, math.inf)])
+    def test_a_bias_for_no_token(self, tiny: Tiny, bias: tuple[int, float]) -> None:
+        """An index out of range must never reach the logits of the batch."""
+        assert tiny.model.language.config.vocab_size == 323
+        error = self.refuse(tiny.engine(), greedy("a", Prompt((5,)), logit_bias=((0, 1.0), bias)))
+        assert isinstance(error, UserError)
+        assert error.param == "logit_bias"
+
+    def test_an_id_that_is_in_use(self, tiny: Tiny, prompts: Mapping[str, Prompt]) -> None:
+        engine = tiny.engine()
+        engine.add(greedy("a", prompts["text"]))
+        with pytest.raises(ValueError, match="'a' is in use"):
+            engine.add(greedy("a", prompts["image"]))
+        found = []
+        while engine.has_work:
+            found += [token_id for delta in engine.step() for token_id in delta.token_ids]
+        assert found == tiny.reference(prompts["text"])
+        run(engine, [greedy("a", prompts["text"])])  # free again
+
+
+class TestAborts:
+    @pytest.mark.parametrize("steps", [0, 1, 2, 8])
+    def test_an_abort_in_any_phase_harms_nobody(self, tiny: Tiny, prompts: Mapping[str, Prompt], steps: int) -> None:
+        """After 0 steps it waits, after 1 it is read, after 8 it answers."""
+        engine = tiny.engine(max_batch_tokens=40)
+        answers: dict[str, list[int]] = {"kept": [], "aborted": []}
+        engine.add(greedy("aborted", prompts["tiles"], 50))
+        engine.add(greedy("kept", prompts["image"], 10))
+        for _ in range(steps):
+            for delta in engine.step():
+                answers[delta.request_id] += delta.token_ids
+        last = engine.abort("aborted")
+        assert last is not None
+        assert (last.request_id, last.finish_reason, last.token_ids) == ("aborted", "abort", ())
+        assert engine.abort("aborted") is None
+        while engine.has_work:
+            for delta in engine.step():
+                answers[delta.request_id] += delta.token_ids
+        assert answers["kept"] == tiny.reference(prompts["image"], 10)
+        assert answers["aborted"] == tiny.reference(prompts["tiles"], len(answers["aborted"]))
+        check_idle(engine)
+
+    def test_an_unknown_request_has_already_ended(self, tiny: Tiny) -> None:
+        assert tiny.engine().abort("nobody") is None
+
+
+Encode = Callable[[Sequence[ImagePatches]], tuple[torch.Tensor, ...]]
+Forward = Callable[[StepBatch], torch.Tensor]
+
+
+class TestFaults:
+    """A fault ends its request with an error; the tokens of all others are those of a run without it."""
+
+    def check(self, tiny: Tiny, engine: Engine, bad: Request, others: Mapping[str, Prompt], code: str) -> Answer:
+        names = list(others)
+        requests = [greedy(names[0], others[names[0]]), bad, *(greedy(name, others[name]) for name in names[1:])]
+        answers = run(engine, requests)
+        failed = answers.pop(bad.request_id)
+        assert failed.last.finish_reason == "error"
+        assert isinstance(failed.last.error, EngineError)
+        assert failed.last.error.code == code
+        assert tokens(answers) == {name: tiny.reference(prompt) for name, prompt in others.items()}
+        assert all(answer.last.finish_reason == "length" for answer in answers.values())
+        return failed
+
+    @staticmethod
+    def break_encode(engine: Engine, bad: ImagePatches, fault: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        encode = engine.runner.encode
+
+        def broken(images: Sequence[ImagePatches]) -> tuple[torch.Tensor, ...]:
+            rows = encode(images)
+            return tuple(
+                fault(one) if image.digest == bad.digest else one for image, one in zip(images, rows, strict=True)
+            )
+
+        engine.runner.encode = broken  # type: ignore[method-assign]
+
+    @staticmethod
+    def break_forward(engine: Engine, fault: Callable[[StepBatch, torch.Tensor], torch.Tensor]) -> None:
+        forward = engine.runner.forward
+        engine.runner.forward = lambda batch: fault(batch, forward(batch))  # type: ignore[method-assign]
+
+    @pytest.mark.parametrize("chunk", [7, 10_000])
+    def test_an_image_that_cannot_be_encoded(self, tiny: Tiny, prompts: Mapping[str, Prompt], chunk: int) -> None:
+        def explode(rows: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("shapes do not match")
+
+        engine, image = tiny.engine(max_batch_tokens=chunk), tiny.image(50)
+        self.break_encode(engine, image, explode)
+        bad = greedy("bad", tiny.prompt("Bad?", tiny.image(1), image))
+        failed = self.check(tiny, engine, bad, prompts, "engine_error")
+        assert failed.tokens == []
+        assert "RuntimeError" in str(failed.last.error)
+
+    def test_an_image_whose_features_are_nan_is_never_kept(self, tiny: Tiny, prompts: Mapping[str, Prompt]) -> None:
+        engine, image = tiny.engine(), tiny.image(50)
+        encode = engine.runner.encode
+        self.break_encode(engine, image, lambda rows: rows.index_fill(0, torch.tensor([1]), math.nan))
+        asked = tiny.prompt("Bad?", image)
+        self.check(tiny, engine, greedy("bad", asked), prompts, "engine_nan")
+        engine.runner.encode = encode  # type: ignore[method-assign]
+        assert tokens(run(engine, [greedy("again", asked)])) == {"again": tiny.reference(asked)}
+
+    def test_everyone_who_wants_a_bad_image_fails_and_nobody_else(
+        self, tiny: Tiny, prompts: Mapping[str, Prompt]
+    ) -> None:
+        engine, image = tiny.engine(max_batch_tokens=10_000, prefix_cache=False), tiny.image(50)
+        self.break_encode(engine, image, lambda rows: rows * math.inf)
+        requests = [greedy(f"bad {n}", tiny.prompt(f"{n}?", image)) for n in range(2)]
+        answers = run(engine, [*requests, greedy("good", prompts["image"])])
+        assert [answers[f"bad {n}"].last.finish_reason for n in range(2)] == ["error"] * 2
+        assert answers["good"].tokens == tiny.reference(prompts["image"])
+
+    @pytest.mark.parametrize("wrong", [-1, 1])
+    def test_features_of_another_length_than_the_layout_says(
+        self, tiny: Tiny, prompts: Mapping[str, Prompt], wrong: int
+    ) -> None:
+        engine, image = tiny.engine(), tiny.image(50)
+        self.break_encode(engine, image, lambda rows: rows[:-1] if wrong < 0 else torch.cat([rows, rows[:1]]))
+        self.check(tiny, engine, greedy("bad", tiny.prompt("Bad?", image)), prompts, "engine_error")
+
+    @pytest.mark.parametrize("after", [0, 1, 4], ids=["in its prompt", "at its first token", "in its answer"])
+    def test_a_request_that_cannot_be_computed(self, tiny: Tiny, prompts: Mapping[str, Prompt], after: int) -> None:
+        asked = tiny.prompt("Bad?", tiny.image(50))
+
+        def explode(batch: StepBatch, logits: torch.Tensor) -> torch.Tensor:
+            for chunk in batch.chunks:
+                if chunk.sequence.request.request_id == "bad" and len(chunk.sequence.output_ids) >= after:
+                    raise ValueError("a bug in one request")
+            return logits
+
+        engine = tiny.engine(max_batch_tokens=48)
+        self.break_forward(engine, explode)
+        failed = self.check(tiny, engine, greedy("bad", asked, 10), prompts, "engine_error")
+        assert failed.tokens == tiny.reference(asked, after)
+        assert "ValueError" in str(failed.last.error)
+        assert "a bug" not in str(failed.last.error)  # what an exception says may hold anybody's data
+
+    @pytest.mark.parametrize("poison", [math.nan, math.inf])
+    @pytest.mark.parametrize("after", [0, 2])
+    def test_logits_that_are_not_finite(
+        self, tiny: Tiny, prompts: Mapping[str, Prompt], poison: float, after: int
+    ) -> None:
+        asked = tiny.prompt("Bad?", tiny.image(50))
+
+        def spoil(batch: StepBatch, logits: torch.Tensor) -> torch.Tensor:
+            sampling = [chunk.sequence for chunk in batch.chunks if chunk.samples]
+            for row, sequence in enumerate(sampling):
+                if sequence.request.request_id == "bad" and len(sequence.output_ids) >= after:
+                    logits[row, 7] = poison
+            return logits
+
+        engine = tiny.engine()
+        self.break_forward(engine, spoil)
+        failed = self.check(tiny, engine, greedy("bad", asked, 10), prompts, "engine_nan")
+        assert failed.tokens == tiny.reference(asked, after)
+
+    def test_what_ended_in_nan_is_not_reused(self, tiny: Tiny) -> None:
+        asked = Prompt(tuple(range(5, 45)))
+        engine = tiny.engine(page_size=4)
+        forward = engine.runner.forward
+        self.break_forward(engine, lambda batch, logits: logits * math.nan)
+        assert run(engine, [greedy("bad", asked)])["bad"].last.finish_reason == "error"
+        engine.runner.forward = forward  # type: ignore[method-assign]
+        good = run(engine, [greedy("good", asked)])["good"]
+        assert good.tokens == tiny.reference(asked)
+        assert good.last.cached_tokens == 0
+
+    @pytest.mark.parametrize("chunk", [5, 10_000])
+    @pytest.mark.parametrize("page_size", [4, 16])
+    def test_pages_that_held_nan_do_not_harm_their_next_owner(self, tiny: Tiny, chunk: int, page_size: int) -> None:
+        """A page is read whole, under a mask, and NaN gets through masks. No hook here: the model itself breaks."""
+        poison, good = 7, Prompt((5, 6, 8, 9, 10))
+        model = copy.deepcopy(tiny.model)
+        model.language.embed_tokens.weight[poison] = math.nan
+        engine = tiny.engine(model, page_size=page_size, kv_tokens=32, max_batch_tokens=chunk, prefix_cache=False)
+        for _ in range(2):
+            failed = run(engine, [greedy("bad", Prompt((5, poison) * 14))])["bad"]
+            assert isinstance(failed.last.error, EngineError)
+            assert failed.last.error.code == "engine_nan"
+        assert engine.runner.kv.keys.isnan().any()
+        assert run(engine, [greedy("good", good, 20)])["good"].tokens == tiny.reference(good, 20)
+
+    def test_beside_a_request_whose_rows_are_nan(self, tiny: Tiny, prompts: Mapping[str, Prompt]) -> None:
+        model = copy.deepcopy(tiny.model)
+        model.language.embed_tokens.weight[7] = math.nan
+        assert not any(7 in prompt.token_ids for prompt in prompts.values())
+        engine = tiny.engine(model, max_batch_tokens=10_000)
+        self.check(tiny, engine, greedy("bad", Prompt((5, 7, 6))), prompts, "engine_nan")
+
+    @pytest.mark.parametrize("broken", ["encode", "forward"])
+    def test_a_lost_device_ends_the_engine_instead_of_failing_every_request(
+        self, tiny: Tiny, prompts: Mapping[str, Prompt], broken: str
+    ) -> None:
+        """Its process ends, and the supervisor starts another one."""
+
+        def lost(_: object) -> tuple[torch.Tensor, ...]:
+            raise torch.AcceleratorError("device-side assert triggered")
+
+        engine = tiny.engine()
+        setattr(engine.runner, broken, lost)
+        engine.add(greedy("a", prompts["image"]))
+        with pytest.raises(torch.AcceleratorError):
+            engine.step()
+
+
+class TestTimings:
+    def test_images_encoded_together_are_waited_for_once(
+        self, tiny: Tiny, prompts: Mapping[str, Prompt], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        engine, now = tiny.engine(), [1000.0]
+        encode = engine.runner.encode
+
+        def slow(images: Sequence[ImagePatches]) -> tuple[torch.Tensor, ...]:
+            now[0] += 10
+            return encode(images)
+
+        engine.runner.encode = slow  # type: ignore[method-assign]
+        monkeypatch.setattr(time, "monotonic", lambda: now[0])
+        last = run(engine, [greedy("a", prompts["images"])])["a"].last
+        assert len(prompts["images"].images) == last.encoded_images == 3
+        assert (last.timings.encode, last.timings.prefill, last.timings.decode) == (10, 0, 0)
+
+    def test_no_time_is_negative(self, tiny: Tiny, prompts: Mapping[str, Prompt]) -> None:
+        answers = run(tiny.engine(max_batch_tokens=20), [greedy(name, prompt) for name, prompt in prompts.items()])
+        for answer in answers.values():
+            timings = answer.last.timings
+            assert min(timings.queue, timings.encode, timings.prefill, timings.decode) >= 0
+
+
+class TestSizes:
+    def test_the_cache_has_whole_pages_for_every_request_that_may_run(self, tiny: Tiny) -> None:
+        engine = tiny.engine(kv_tokens=0, max_running=1, page_size=100)
+        assert engine.context_length == 4096
+        assert engine.allocator.total == 41
+
+    @pytest.mark.parametrize("device", ["mps", "meta", "gpu", "cuda:x"])
+    def test_a_device_the_engine_cannot_use_is_refused_by_name(self, device: str) -> None:
+        with pytest.raises(UserError, match=device):
+            EngineConfig(device=device).resolve_device()
