@@ -1,4 +1,4 @@
-"""The engine on a tiny checkpoint: the same greedy tokens however the work is cut up, and a fault stays with its request.
+"""The engine on a tiny checkpoint: the same tokens however the work is cut up, and a fault stays with its request.
 
 The reference is the same modules without cache, pages, chunks or batches: everything is computed again for each token.
 """
@@ -115,7 +115,7 @@ class Answer:
     """What an engine said to one request. last: the delta that ended it."""
 
     tokens: list[int] = field(default_factory=list)
-    last: TokenDelta = TokenDelta("")
+    last: TokenDelta = field(default_factory=lambda: TokenDelta(""))
 
 
 def greedy(name: str, prompt: Prompt, max_tokens: int = ANSWER, **sampling: object) -> Request:
@@ -260,7 +260,7 @@ class TestReuse:
         calls, computed = count_encodes(engine), engine.stats().computed_tokens
         again = run(engine, [greedy("again", prompts["tiles"], 1)])["again"]
         assert again.tokens == tiny.reference(prompts["tiles"], 1)
-        assert again.last.cached_tokens == len(prompts["tiles"].token_ids) - 1
+        assert again.last.cached_tokens == engine.stats().cached_tokens == len(prompts["tiles"].token_ids) - 1
         assert engine.stats().computed_tokens == computed + 1
         assert (again.last.encoded_images, calls) == (0, [])
 
@@ -288,6 +288,7 @@ class TestReuse:
 
     def test_all_new_images_of_a_step_go_through_one_tower_call(self, tiny: Tiny) -> None:
         engine = tiny.engine(max_batch_tokens=10_000, max_patches=10_000)
+        run(engine, [greedy("known", tiny.prompt("Hello."))])  # else they wait for the first to read their system turn
         calls = count_encodes(engine)
         asked = [tiny.prompt("One?", tiny.image(n), tiny.image(n + 10)) for n in range(3)]
         asked.append(tiny.prompt("Tiles?", tiny.image(4, WIDE, alone=True)))

@@ -211,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for block in (*trainer.model.tower.blocks, *trainer.model.language.blocks):
             block.compile(dynamic=True)
     done = train(trainer, options.out, minutes=options.minutes)
-    print(f"step {trainer.step} of {options.steps}: {options.out / 'model'}" + ("" if done else " (not finished)"))
+    print(f"step {trainer.step} of {options.steps}; " + (f"{options.out / 'model'}" if done else "--resume continues"))
     return 0
 
 

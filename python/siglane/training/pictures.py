@@ -1,7 +1,7 @@
 """Paints the pictures that ship beside the demo model: `python -m siglane.training.pictures --out python/siglane/demo`.
 
-Writes pictures/*.png, pictures/questions.json (questions and right answers per picture) and example.json (the one that
-`siglane demo` asks).
+Writes pictures/*.png and pictures/questions.json, the questions and right answers per picture. `siglane demo` asks the
+first.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def questions(name: str) -> list[dict[str, str]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m siglane.training.pictures", description="Paint the demo's pictures.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for pictures/ and example.json")
+    parser.add_argument("--out", type=Path, required=True, help="folder for pictures/")
     folder = parser.parse_args(arguments).out
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     asked = {}
@@ -43,9 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         draw(picture(name), SMOOTH).save(folder / "pictures" / f"{name}.png", optimize=True)
         asked[f"{name}.png"] = questions(name)
     (folder / "pictures" / "questions.json").write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
-    first = next(iter(asked))
-    example = {"picture": f"pictures/{first}", **asked[first][0]}
-    (folder / "example.json").write_text(json.dumps(example, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

@@ -1,8 +1,8 @@
 """A byte-level BPE tokenizer in Qwen2's format, trained on the recipe's own questions.
 
 Whole sentences of the small world become a few tokens; anything else still spells out in bytes. The words printed on
-signs are left out of the training text, so that every sign is spelt letter by letter: reading one word teaches letters
-that serve all others.
+signs are left out of the training text, so that every sign is spelt letter by letter. (The language model still
+learns the list: a word outside it is mostly read as one inside it.)
 """
 
 from __future__ import annotations

@@ -1,0 +1,376 @@
+"""The supervised engine in a real process: it streams, it dies and comes back, and it never outlives its parent.
+
+Every wait here ends with what it waits for; TIMEOUT is only how long a broken engine is given.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import write_nvila_checkpoint
+
+from siglane.engine import process
+from siglane.engine.config import EngineConfig
+from siglane.engine.load import load_engine
+from siglane.engine.process import EngineProcess, EngineSpec
+from siglane.errors import EngineError, UserError
+from siglane.families.processor import load_processor
+from siglane.types import DecodedImage, ImagePart, Message, Prompt, Request, SamplingParams, TokenDelta
+from siglane.weights.hub import open_checkpoint
+
+TIMEOUT = 60.0
+TEXT = Prompt(tuple(range(40, 60)))
+LONG = 4000  # tokens: seconds of work, whatever the machine
+
+
+class Reader:
+    """The callback of one request: keeps its deltas and tells when it began and when it ended."""
+
+    def __init__(self) -> None:
+        self.deltas: list[TokenDelta] = []
+        self.threads: set[int] = set()
+        self.began, self.ended = threading.Event(), threading.Event()
+
+    def __call__(self, delta: TokenDelta) -> None:
+        self.deltas.append(delta)
+        self.threads.add(threading.get_ident())
+        self.began.set()
+        if delta.finish_reason is not None:
+            self.ended.set()
+
+    def wait(self) -> TokenDelta:
+        """The final delta; there is exactly one, and it is the last."""
+        assert self.ended.wait(TIMEOUT), "no final delta"
+        assert [delta for delta in self.deltas if delta.finish_reason is not None] == [self.deltas[-1]]
+        return self.deltas[-1]
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token_id for delta in self.deltas for token_id in delta.token_ids]
+
+
+def request(name: str, prompt: Prompt = TEXT, max_tokens: int = 5, **sampling: object) -> Request:
+    params = SamplingParams(**{"ignore_eos": True, **sampling})  # type: ignore[arg-type]
+    return Request(name, prompt, params, max_tokens)
+
+
+def ask(engine: EngineProcess, one: Request) -> Reader:
+    reader = Reader()
+    engine.submit(one, reader)
+    return reader
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """For what announces itself to nobody: a state, a figure."""
+    deadline = time.monotonic() + TIMEOUT
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> EngineSpec:
+    folder = tmp_path_factory.mktemp("process") / "tiny"
+    write_nvila_checkpoint(folder)
+    return EngineSpec(str(folder), EngineConfig(device="cpu", threads=1, kv_tokens=16384))
+
+
+@pytest.fixture(scope="module")
+def picture(spec: EngineSpec) -> Prompt:
+    processor = load_processor(open_checkpoint(spec.model))
+    decoded = DecodedImage.from_rgb(np.random.default_rng(1).integers(0, 256, (90, 130, 3), dtype=np.uint8))
+    (layout,) = processor.layouts([decoded.size])
+    image = processor.patches(decoded, layout)
+    return processor.prompt([Message("user", (ImagePart(0), "What is this?"))], [image])
+
+
+@pytest.fixture(scope="module")
+def answer(spec: EngineSpec) -> Callable[[Prompt, int], list[int]]:
+    """What the same engine says in this process."""
+    engine = load_engine(spec.model, spec.config)
+
+    def ask(prompt: Prompt, max_tokens: int) -> list[int]:
+        engine.add(request("here", prompt, max_tokens))
+        tokens: list[int] = []
+        while engine.has_work:
+            tokens += [token_id for delta in engine.step() for token_id in delta.token_ids]
+        return tokens
+
+    return ask
+
+
+@pytest.fixture(scope="module")
+def engine(spec: EngineSpec) -> Iterator[EngineProcess]:
+    """One engine for all tests that leave it running."""
+    engine = EngineProcess(spec)
+    engine.start()
+    yield engine
+    engine.close()
+    assert engine.state == "closed"
+
+
+Asked = Callable[[Prompt, int], list[int]]
+
+
+class TestServing:
+    def test_tokens_are_streamed_as_they_are_computed(
+        self, engine: EngineProcess, answer: Asked, picture: Prompt
+    ) -> None:
+        text, image = ask(engine, request("text")), ask(engine, request("image", picture))
+        assert (text.wait().finish_reason, image.wait().finish_reason) == ("length", "length")
+        assert text.tokens == answer(TEXT, 5)
+        assert image.tokens == answer(picture, 5)
+        assert [len(delta.token_ids) for delta in text.deltas] == [1] * 5
+
+    def test_threads_may_submit_at_the_same_time(self, engine: EngineProcess, answer: Asked, picture: Prompt) -> None:
+        readers: dict[str, Reader] = {}
+        start = threading.Barrier(4)
+
+        def submit(thread: int) -> None:
+            start.wait()
+            for number in range(5):
+                name = f"{thread}.{number}"
+                readers[name] = ask(engine, request(name, picture if number % 2 else TEXT))
+
+        threads = [threading.Thread(target=submit, args=(thread,)) for thread in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        expected = {0: answer(TEXT, 5), 1: answer(picture, 5)}
+        for name, reader in readers.items():
+            assert reader.wait().finish_reason == "length"
+            assert reader.tokens == expected[int(name[-1]) % 2]
+        assert len(readers) == 20
+        assert len({thread for reader in readers.values() for thread in reader.threads}) == 1
+
+    def test_an_aborted_request_ends_and_its_neighbour_does_not(self, engine: EngineProcess, answer: Asked) -> None:
+        long, neighbour = (
+            ask(engine, request("long", max_tokens=LONG)),
+            ask(engine, request("neighbour", max_tokens=30)),
+        )
+        assert long.began.wait(TIMEOUT)
+        engine.abort("long")
+        engine.abort("long")
+        assert long.wait().finish_reason == "abort"
+        assert neighbour.wait().finish_reason == "length"
+        assert neighbour.tokens == answer(TEXT, 30)
+        engine.abort("long")  # has ended
+        engine.abort("never was")
+
+    def test_the_figures_are_true_again_when_the_last_request_is_aborted(self, engine: EngineProcess) -> None:
+        def idle() -> bool:
+            stats = engine.stats()
+            assert stats is not None
+            return stats.running + stats.waiting == 0 and stats.pages_free + stats.pages_cached == stats.pages_total
+
+        long = ask(engine, request("figures", max_tokens=LONG))
+        until(lambda: not idle())
+        engine.abort("figures")
+        long.wait()
+        until(idle)
+
+    @pytest.mark.parametrize(
+        ("bad", "code"),
+        [
+            (request("bad", Prompt(())), "empty_prompt"),
+            (request("bad", Prompt((5,) * 5000)), "context_length_exceeded"),
+            (request("bad", logit_bias=((10**6, 1.0),)), "invalid_value"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_a_request_that_can_never_run_gets_its_reason(self, engine: EngineProcess, bad: Request, code: str) -> None:
+        last = ask(engine, bad).wait()
+        assert last.finish_reason == "error"
+        assert isinstance(last.error, UserError)
+        assert last.error.code == code
+
+    def test_a_request_that_cannot_even_be_queued_fails_alone(self, engine: EngineProcess) -> None:
+        pid = engine.pid
+        last = ask(engine, request("bad", seed="seven")).wait()
+        assert isinstance(last.error, EngineError)
+        assert ask(engine, request("good")).wait().finish_reason == "length"
+        assert engine.pid == pid
+
+    def test_an_id_in_use_is_refused_and_its_owner_keeps_its_answer(self, engine: EngineProcess, answer: Asked) -> None:
+        owner = ask(engine, request("twice", max_tokens=60))
+        with pytest.raises(ValueError, match="'twice' is in use"):
+            ask(engine, request("twice"))
+        assert owner.wait().finish_reason == "length"
+        assert owner.tokens == answer(TEXT, 60)
+        assert ask(engine, request("twice")).wait().finish_reason == "length"
+
+    def test_a_callback_that_fails_harms_nobody(self, engine: EngineProcess, answer: Asked) -> None:
+        def fail(delta: TokenDelta) -> None:
+            raise RuntimeError("a bug in the caller")
+
+        engine.submit(request("fails"), fail)
+        good = ask(engine, request("good"))
+        assert good.wait().finish_reason == "length"
+        assert good.tokens == answer(TEXT, 5)
+
+    def test_a_killed_engine_ends_its_requests_with_an_error_and_comes_back(
+        self, engine: EngineProcess, answer: Asked
+    ) -> None:
+        states: list[str] = []
+        long, other, pid = Reader(), Reader(), engine.pid
+        assert pid is not None
+
+        def watched(delta: TokenDelta) -> None:
+            if delta.finish_reason is not None:
+                states.append(engine.state)
+                with pytest.raises(EngineError) as refused:
+                    engine.submit(request("too early"), Reader())
+                states.append(refused.value.code)
+            long(delta)
+
+        engine.submit(request("long", max_tokens=LONG), watched)
+        engine.submit(request("other", max_tokens=LONG), other)
+        assert long.began.wait(TIMEOUT)
+        assert other.began.wait(TIMEOUT)
+        os.kill(pid, signal.SIGKILL)
+        for reader in (long, other):
+            error = reader.wait().error
+            assert isinstance(error, EngineError)
+            assert (error.code, error.status) == ("engine_restarting", 503)
+        assert states == ["restarting", "engine_restarting"]
+        engine.wait_ready()
+        assert engine.state == "ready"
+        assert engine.pid != pid
+        good = ask(engine, request("after"))
+        assert good.wait().finish_reason == "length"
+        assert good.tokens == answer(TEXT, 5)
+
+
+class TestStarting:
+    def test_a_model_that_is_not_there_is_named(self, tmp_path: Path) -> None:
+        spec = EngineSpec(str(tmp_path / "nowhere"), EngineConfig(device="cpu", threads=1))
+        with pytest.raises(UserError) as here:
+            load_engine(spec.model, spec.config)
+        engine = EngineProcess(spec)
+        with pytest.raises(UserError) as there:
+            engine.start()
+        assert (str(there.value), there.value.code) == (str(here.value), here.value.code)
+        assert engine.state == "dead"
+        with pytest.raises(EngineError) as refused:
+            ask(engine, request("a"))
+        assert (refused.value.code, refused.value.status) == ("engine_down", 503)
+        engine.close()
+
+    def test_one_that_dies_too_often_is_given_up(self, spec: EngineSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(process, "RESTARTS_ALLOWED", 1)
+        engine, killed = EngineProcess(spec), []
+        engine.start(wait=False)
+        while engine.state != "dead":
+            pid = engine.pid
+            if pid is not None and pid not in killed:
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+            time.sleep(0.005)
+        with pytest.raises(EngineError) as caught:
+            engine.wait_ready()
+        assert caught.value.code == "engine_dead"
+        assert len(killed) == 2
+
+    def test_one_that_cannot_be_started_is_given_up(self, spec: EngineSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(**_: object) -> None:
+            raise OSError("no more processes")
+
+        engine = EngineProcess(spec)
+        monkeypatch.setattr(engine._context, "Process", refuse)
+        with pytest.raises(EngineError, match="no more processes") as caught:
+            engine.start()
+        assert caught.value.code == "engine_start"
+        engine.close()
+
+
+class TestClosing:
+    def test_it_waits_for_what_ends_in_time_and_ends_the_rest(self, spec: EngineSpec, answer: Asked) -> None:
+        engine = EngineProcess(spec)
+        engine.start()
+        short, long = ask(engine, request("short")), ask(engine, request("long", max_tokens=LONG))
+        assert long.began.wait(TIMEOUT)
+        engine.close(drain=0.5)
+        assert short.wait().finish_reason == "length"
+        assert short.tokens == answer(TEXT, 5)
+        assert len(long.tokens) > 5
+        error = long.wait().error
+        assert isinstance(error, EngineError)
+        assert (error.code, error.status) == ("engine_down", 503)
+        assert engine.state == "closed"
+        with pytest.raises(EngineError):
+            ask(engine, request("late"))
+
+    @pytest.mark.slow
+    def test_it_does_not_wait_longer_than_it_has_to(self, spec: EngineSpec) -> None:
+        engine = EngineProcess(spec)
+        engine.start()
+        short = ask(engine, request("short", max_tokens=50))
+        begin = time.monotonic()
+        engine.close(drain=TIMEOUT)
+        assert time.monotonic() - begin < TIMEOUT / 2
+        assert short.wait().finish_reason == "length"
+
+    def test_while_the_model_loads_it_ends_at_once(self, spec: EngineSpec) -> None:
+        engine = EngineProcess(spec)
+        engine.start(wait=False)
+        until(lambda: engine.pid is not None)
+        begin = time.monotonic()
+        engine.close()
+        assert time.monotonic() - begin < process.CLOSE_SECONDS / 2
+        assert gone(engine.pid)
+        with pytest.raises(EngineError) as caught:
+            engine.wait_ready()
+        assert caught.value.code == "engine_closed"
+
+    def test_one_that_was_never_started_can_be_closed(self, spec: EngineSpec) -> None:
+        EngineProcess(spec).close()
+
+
+def gone(pid: int | None) -> bool:
+    try:
+        os.kill(pid or 0, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+PARENT = """
+import sys, time
+from siglane.engine.config import EngineConfig
+from siglane.engine.process import EngineProcess, EngineSpec
+
+if __name__ == "__main__":
+    engine = EngineProcess(EngineSpec(sys.argv[1], EngineConfig(device="cpu", threads=1, kv_tokens=1024)))
+    engine.start(wait=sys.argv[2] == "ready")
+    while engine.pid is None:
+        time.sleep(0.001)
+    print(engine.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("phase", ["ready", pytest.param("loading", marks=pytest.mark.slow)])
+def test_the_engine_does_not_outlive_its_parent(spec: EngineSpec, tmp_path: Path, phase: str) -> None:
+    """The child inherits the parent's output, which therefore ends when both are gone."""
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    parent = subprocess.Popen([sys.executable, script, spec.model, phase], stdout=subprocess.PIPE, text=True)
+    try:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        parent.kill()
+        parent.communicate(timeout=TIMEOUT / 2)
+    except BaseException:
+        parent.kill()
+        raise
+    until(lambda: gone(child) or Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
