@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
+from siglane.training.tokenizer import QWEN2_PATTERN
+
 VISION = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -88,7 +90,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         vocabulary[a + b] = len(vocabulary)
         merges.append((a, b))
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    splitter = pre_tokenizers.Split(Regex(r"\s*[\r\n]+| ?[^\s]+|\s+"), "isolated")
+    splitter = pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([splitter, byte_level])
     backend.decoder = decoders.ByteLevel()

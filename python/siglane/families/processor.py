@@ -98,12 +98,16 @@ def load_processor(checkpoint: Checkpoint, config: VlmConfig | None = None) -> P
 def load_tokenizer(folder: Checkpoint) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a folder, from local files only, never running the checkpoint's code.
 
-    tokenizer.json is taken as it is; without one it is built from vocab.json and merges.txt by the class that
-    tokenizer_config.json names.
+    Qwen's is loaded by Qwen's own class, as `AutoTokenizer` does in every reference: normalisation and splitting are
+    then that class's, whatever tokenizer.json says. Any other tokenizer.json is taken as it is.
     """
     loader: Any = PreTrainedTokenizerFast
-    if not folder.has("tokenizer.json"):
-        from transformers import AutoTokenizer  # takes a second to import, and is rarely needed
+    if _is_qwen(folder):
+        from transformers import Qwen2Tokenizer
+
+        loader = Qwen2Tokenizer
+    elif not folder.has("tokenizer.json"):
+        from transformers import AutoTokenizer
 
         loader = AutoTokenizer
     try:
@@ -115,3 +119,9 @@ def load_tokenizer(folder: Checkpoint) -> PreTrainedTokenizerFast:
     if folder.has("chat_template.json"):  # a processor's template; it is the newer one where a tokenizer has its own
         tokenizer.chat_template = folder.json("chat_template.json").get("chat_template")
     return tokenizer
+
+
+def _is_qwen(folder: Checkpoint) -> bool:
+    stated = folder.json("tokenizer_config.json") if folder.has("tokenizer_config.json") else {}
+    model_type = folder.json("config.json").get("model_type") if folder.has("config.json") else None
+    return model_type in ("qwen2", "qwen3") or stated.get("tokenizer_class") in ("Qwen2Tokenizer", "Qwen2TokenizerFast")
