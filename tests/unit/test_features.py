@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siglane.engine.features import FeatureCache
@@ -75,6 +75,7 @@ def test_an_entry_does_not_keep_the_batch_alive_that_it_was_cut_from() -> None:
     capacity=st.integers(0, 20),
     puts=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 6)), max_size=30),
 )
+@settings(deadline=None)
 def test_it_never_holds_more_than_its_capacity_and_counts_exactly(capacity: int, puts: list[tuple[int, int]]) -> None:
     cache = FeatureCache(capacity * ROW_BYTES)
     for name, count in puts:

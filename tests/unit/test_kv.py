@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siglane.engine.kv import PageAllocator
@@ -12,6 +12,7 @@ TOTAL = 6
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, TOTAL)), max_size=40))
+@settings(deadline=None)
 def test_a_page_has_one_owner_and_free_plus_taken_is_total(moves: list[tuple[bool, int]]) -> None:
     allocator = PageAllocator(TOTAL)
     owned: list[list[int]] = []

@@ -5,6 +5,7 @@ Every wait here ends with what it waits for; TIMEOUT is only how long a broken e
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -251,6 +252,26 @@ class TestServing:
         assert good.tokens == answer(TEXT, 5)
 
 
+@pytest.fixture
+def stuck(tmp_path: Path) -> Path:
+    """A model whose loading never ends: its configuration is a pipe into which nobody writes."""
+    os.mkfifo(tmp_path / "config.json")
+    return tmp_path
+
+
+def until_it_loads(stuck: Path) -> int:
+    """Returns when a child reads the configuration of `stuck`; the descriptor keeps it waiting."""
+    found: list[int] = []
+
+    def is_read() -> bool:
+        with contextlib.suppress(OSError):  # nobody has opened the other end
+            found.append(os.open(stuck / "config.json", os.O_WRONLY | os.O_NONBLOCK))
+        return bool(found)
+
+    until(is_read)
+    return found[0]
+
+
 class TestStarting:
     def test_a_model_that_is_not_there_is_named(self, tmp_path: Path) -> None:
         spec = EngineSpec(str(tmp_path / "nowhere"), EngineConfig(device="cpu", threads=1))
@@ -320,14 +341,15 @@ class TestClosing:
         assert time.monotonic() - begin < TIMEOUT / 2
         assert short.wait().finish_reason == "length"
 
-    def test_while_the_model_loads_it_ends_at_once(self, spec: EngineSpec) -> None:
-        engine = EngineProcess(spec)
+    def test_while_the_model_loads_it_ends_at_once(self, stuck: Path) -> None:
+        engine = EngineProcess(EngineSpec(str(stuck), EngineConfig(device="cpu", threads=1)))
         engine.start(wait=False)
-        until(lambda: engine.pid is not None)
+        descriptor = until_it_loads(stuck)
         begin = time.monotonic()
         engine.close()
         assert time.monotonic() - begin < process.CLOSE_SECONDS / 2
-        assert gone(engine.pid)
+        os.close(descriptor)
+        assert ended(engine.pid)
         with pytest.raises(EngineError) as caught:
             engine.wait_ready()
         assert caught.value.code == "engine_closed"
@@ -336,41 +358,52 @@ class TestClosing:
         EngineProcess(spec).close()
 
 
-def gone(pid: int | None) -> bool:
+def ended(pid: int | None) -> bool:
+    """Gone, or dead and not yet collected by whoever inherited it."""
     try:
-        os.kill(pid or 0, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
         return True
-    return False
 
 
 PARENT = """
-import sys, time
+import sys
+from threading import Event
 from siglane.engine.config import EngineConfig
 from siglane.engine.process import EngineProcess, EngineSpec
 
 if __name__ == "__main__":
     engine = EngineProcess(EngineSpec(sys.argv[1], EngineConfig(device="cpu", threads=1, kv_tokens=1024)))
     engine.start(wait=sys.argv[2] == "ready")
-    while engine.pid is None:
-        time.sleep(0.001)
-    print(engine.pid, flush=True)
-    time.sleep(600)
+    print("started", engine.pid, flush=True)
+    Event().wait()
 """
 
 
-@pytest.mark.parametrize("phase", ["ready", pytest.param("loading", marks=pytest.mark.slow)])
-def test_the_engine_does_not_outlive_its_parent(spec: EngineSpec, tmp_path: Path, phase: str) -> None:
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
+class TestOrphans:
     """The child inherits the parent's output, which therefore ends when both are gone."""
-    script = tmp_path / "parent.py"
-    script.write_text(PARENT)
-    parent = subprocess.Popen([sys.executable, script, spec.model, phase], stdout=subprocess.PIPE, text=True)
-    try:
-        assert parent.stdout is not None
-        child = int(parent.stdout.readline())
-        parent.kill()
-        parent.communicate(timeout=TIMEOUT / 2)
-    except BaseException:
-        parent.kill()
-        raise
-    until(lambda: gone(child) or Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
+
+    def start_parent(self, model: Path | str, phase: str, folder: Path) -> subprocess.Popen[str]:
+        script = folder / "parent.py"
+        script.write_text(PARENT)
+        return subprocess.Popen([sys.executable, script, model, phase], stdout=subprocess.PIPE, text=True)
+
+    def test_an_engine_without_work_ends_with_its_parent(self, spec: EngineSpec, tmp_path: Path) -> None:
+        with self.start_parent(spec.model, "ready", tmp_path) as parent:
+            assert parent.stdout is not None
+            child = int(parent.stdout.readline().split()[1])
+            parent.kill()
+            parent.communicate(timeout=TIMEOUT)
+        assert ended(child)
+
+    @pytest.mark.slow
+    def test_an_engine_that_is_busy_ends_with_its_parent_too(self, stuck: Path) -> None:
+        """It does not look at its pipe while it loads or computes."""
+        with self.start_parent(stuck, "loading", stuck) as parent:
+            descriptor = until_it_loads(stuck)
+            parent.kill()
+            try:
+                parent.communicate(timeout=TIMEOUT / 4)
+            finally:
+                os.close(descriptor)  # a child that was not told would now read to the end

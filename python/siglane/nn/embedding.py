@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from siglane.nn.gemm import linear
 from siglane.nn.linear import ShardedModule
 from siglane.nn.parallel import TensorParallel
 
@@ -32,7 +33,7 @@ class VocabParallelEmbedding(ShardedModule):
         return self.tp.all_reduce(rows * mine.unsqueeze(-1))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.tp.all_gather(F.linear(hidden, self.weight))
+        return self.tp.all_gather(linear(hidden, self.weight))
 
     def load_part(self, name: str, part: str, tensor: torch.Tensor) -> None:
         if tensor.shape != (self.vocab_size, self.hidden_size):

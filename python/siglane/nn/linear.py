@@ -6,9 +6,9 @@ Column parallel cuts the output, row parallel the input; a column layer followed
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from siglane.nn.gemm import linear
 from siglane.nn.parallel import TensorParallel
 
 
@@ -56,7 +56,7 @@ class ColumnParallelLinear(ShardedModule):
         self.bias = nn.Parameter(torch.empty(local)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        y = linear(x, self.weight, self.bias)
         return self.tp.all_gather(y) if self.gather_output else y
 
     def parts(self, name: str) -> tuple[str, ...]:
@@ -93,8 +93,8 @@ class RowParallelLinear(ShardedModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.tp.size == 1:
-            return F.linear(x, self.weight, self.bias)
-        y = self.tp.all_reduce(F.linear(x, self.weight))
+            return linear(x, self.weight, self.bias)
+        y = self.tp.all_reduce(linear(x, self.weight))
         return y if self.bias is None else y + self.bias
 
     def load_part(self, name: str, part: str, tensor: torch.Tensor) -> None:
@@ -128,7 +128,7 @@ class QKVParallelLinear(ShardedModule):
         self.bias = nn.Parameter(torch.empty(local)) if bias else None
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        qkv = F.linear(x, self.weight, self.bias).unflatten(-1, (-1, self.head_dim))
+        qkv = linear(x, self.weight, self.bias).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=-2)
         return q, k, v
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from siglane.config.vision import VisionConfig
+from siglane.nn.gemm import linear
 from siglane.nn.linear import ShardedModule, copy_checked
 
 
@@ -24,7 +24,7 @@ class PatchEmbedding(ShardedModule):
         self.bias = nn.Parameter(torch.empty(config.hidden_size))
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        return F.linear(patches, self.weight, self.bias)
+        return linear(patches, self.weight, self.bias)
 
     def load_part(self, name: str, part: str, tensor: torch.Tensor) -> None:
         config = self.config
