@@ -18,7 +18,7 @@ serve: $(READY)  ## keep that server running; prints a curl line to try
 	@$(BIN)/siglane demo --stay
 
 test: $(READY)  ## everything but the long tests
-	@$(BIN)/python -m pytest -q -m "not slow"
+	@$(BIN)/python -m pytest -q -n 2 -m "not slow"
 
 test-slow: $(READY)  ## the tests that take longer than ten seconds each
 	@$(BIN)/python -m pytest -q -m slow
