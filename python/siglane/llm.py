@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from siglane.config.preprocess import DecodeConfig
+from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
 from siglane.engine.config import EngineConfig
 from siglane.engine.detokenize import TextStream
 from siglane.engine.engine import STEP_PATCHES
@@ -103,7 +103,7 @@ class LLM:
         *,
         revision: str | None = None,
         media: MediaPolicy = LOCAL_MEDIA,
-        decode: DecodeConfig = DecodeConfig(),  # noqa: B008  frozen
+        decode: DecodeConfig = LOCAL_DECODE,
         **options: Any,
     ) -> None:
         config = _engine_config(options)
@@ -277,7 +277,7 @@ class VisionEncoder:
         attention_backend: BackendChoice = "auto",
         max_patches: int = 0,
         media: MediaPolicy = LOCAL_MEDIA,
-        decode: DecodeConfig = DecodeConfig(),  # noqa: B008  frozen
+        decode: DecodeConfig = LOCAL_DECODE,
     ) -> None:
         config = EngineConfig(
             device=device, vision_dtype=dtype, attention_backend=attention_backend, max_patches=max_patches

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
@@ -41,9 +41,9 @@ class PictureOptions:
     max_image_pixels: int = field(default=33_000_000, metadata={"help": "larger pictures are refused"})
 
     def decode_config(self) -> DecodeConfig:
-        from siglane.config.preprocess import DecodeConfig
+        from siglane.config.preprocess import LOCAL_DECODE
 
-        return DecodeConfig(alpha=self.image_alpha, depth16=self.image_16bit, max_pixels=self.max_image_pixels)
+        return replace(LOCAL_DECODE, alpha=self.image_alpha, depth16=self.image_16bit, max_pixels=self.max_image_pixels)
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

@@ -33,6 +33,10 @@ class DecodeConfig:
     formats: tuple[str, ...] = FORMATS
 
 
+# a local caller's strip of 17 x 4000 pixels is meant; a server's client sends one to find out what breaks
+LOCAL_DECODE = DecodeConfig(max_aspect=1 << 16)
+
+
 Tiling = Literal["squash", "pad", "dynamic", "dynamic_s2"]
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 
