@@ -9,12 +9,16 @@ import torch.nn.functional as F
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x W^T + b`: x `[..., K]`, weight `[N, K]`, bias `[N]` -> `[..., N]`.
 
-    On CPUs float32 goes to oneDNN, which uses AVX-512 where torch's default (MKL) keeps to AVX2 on processors not made
-    by Intel: measured 2.1 times as fast, the sums as exact (docs/structures.md). It has no gradient, so training
-    keeps the default.
+    On CPUs float32 goes to oneDNN, whose product is faster than torch's default on some processors
+    (`python benchmark/machine.py`); its sums are float32 too. It has no gradient, so where one is wanted
+    the default stays.
     """
-    plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
-    if plain and torch.backends.mkldnn.is_available():
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    if on_cpu and not _wants_gradient(x, weight, bias):
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return product
     return F.linear(x, weight, bias)
+
+
+def _wants_gradient(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
