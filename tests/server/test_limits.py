@@ -194,6 +194,8 @@ def test_a_full_server_says_when_to_try_again_and_stays_healthy(processor: Proce
         for connection in waiting:
             connection.sendall(head(content_length=len(body)) + body[:-1])
         assert server.post(chat("x", max_tokens=1)).status_code == 200
+        # its client has the answer before the server has given its place back
+        eventually(lambda: server.metric("siglane_requests_total", outcome="ok") == 1)
         for connection in waiting:
             connection.sendall(body[-1:])
         answers = [connection.recv(12) for connection in waiting]
