@@ -37,6 +37,7 @@ from siglane.families.model import load_vision
 from siglane.families.processor import Processor, load_processor
 from siglane.families.stack import VisionStack
 from siglane.image.source import MediaPolicy, load_source
+from siglane.projector.assemble import projector_grids
 from siglane.types import (
     BackendChoice,
     DecodedImage,
@@ -324,18 +325,16 @@ class VisionEncoder:
         if not (project and isinstance(self._model, VisionStack)):
             return [Encoded(features, None) for features in self._model.features(group)]
         taps = _ProjectorInput()
-        projected = self._model(group, taps).split()
-        merges = self._model.merges_scales  # then only the tiles of the last scale are left
-        layouts = [image.layout for image in group]
-        rows = [sum(g.area for g in layout.grids[-layout.arrangement.area if merges else 0 :]) for layout in layouts]
-        return list(map(Encoded, torch.split(taps["merged" if merges else "features"], rows), projected))
+        projected = self._model.project(group, taps)
+        rows = [sum(grid.area for grid in projector_grids(image.layout)) for image in group]
+        return list(map(Encoded, torch.split(taps["projector_input"], rows), projected))
 
 
 class _ProjectorInput(dict[str, torch.Tensor]):
     """Taps that keep what the projector reads; the other intermediates would fill the memory."""
 
     def __setitem__(self, name: str, value: torch.Tensor) -> None:
-        if name in ("features", "merged"):
+        if name == "projector_input":
             super().__setitem__(name, value)
 
 

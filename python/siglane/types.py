@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -18,6 +19,8 @@ Activation = Literal["gelu_tanh", "gelu_erf", "quick_gelu", "silu"]
 Role = Literal["system", "user", "assistant"]
 AttentionBackend = Literal["sdpa", "torch_varlen", "flash_attn", "flashinfer"]
 BackendChoice = Literal["auto", "sdpa", "torch_varlen", "flash_attn", "flashinfer"]
+Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
+Detail = Literal["auto", "low", "high", "original"]
 
 
 class Grid(NamedTuple):
@@ -36,6 +39,16 @@ class Size(NamedTuple):
 
     width: int
     height: int
+
+
+class Clip(NamedTuple):
+    """A video as a request brings it: the pixels of its first frame and how many frames the model is shown."""
+
+    size: Size
+    frames: int
+
+
+Medium = Size | Clip
 
 
 class Box(NamedTuple):
@@ -79,13 +92,69 @@ class DecodedImage:
         return Size(self.rgb.shape[1], self.rgb.shape[0])
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodedClip:
+    """The frames of a video that the model is shown, in order. frames: u8 `[H, W, 3]` each, all of one size; digest:
+    32 bytes over all pixels and their shape."""
+
+    frames: tuple[npt.NDArray[np.uint8], ...]
+    digest: bytes
+
+    def __post_init__(self) -> None:
+        if not self.frames:
+            raise ValueError("a clip has at least one frame")
+        shape = self.frames[0].shape
+        if any(frame.dtype != np.uint8 or frame.shape != shape or frame.shape[2:] != (3,) for frame in self.frames):
+            raise ValueError("the frames of a clip must be u8 [H, W, 3] of one size")
+        _check_digest(self.digest)
+
+    @classmethod
+    def of(cls, frames: Sequence[DecodedImage]) -> DecodedClip:
+        return cls(tuple(frame.rgb for frame in frames), digest_of(b"siglane.clip", *(f.digest for f in frames)))
+
+    @property
+    def size(self) -> Clip:
+        height, width = self.frames[0].shape[:2]
+        return Clip(Size(width, height), len(self.frames))
+
+
+@dataclass(frozen=True, slots=True)
+class Resize:
+    """The picture at `size`. in_float: as a float32 tensor with antialiasing, the way torchvision resizes tensors,
+    instead of Pillow's 8-bit filter."""
+
+    size: Size
+    resample: Resample
+    in_float: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Pad:
+    """The picture on a canvas of `size`, its upper left corner at `left`, `top`, surrounded by the colour `fill`."""
+
+    size: Size
+    left: int
+    top: int
+    fill: tuple[int, int, int]
+
+
+Step = Resize | Pad
+
+
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One crop the tower sees: the image resized to `canvas`, cut at `box`, split into `grid` patches."""
+    """One crop the tower sees: frame number `frame` (0 of a still picture) drawn by `steps`, cut at `box`, split into
+    `grid` patches."""
 
-    canvas: Size
+    steps: tuple[Step, ...]
     box: Box
     grid: Grid
+    frame: int = 0
+
+    @property
+    def canvas(self) -> Size:
+        """Size of what the box is cut from."""
+        return self.steps[-1].size
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +162,20 @@ class Features:
     """`rows` consecutive projector rows stand here in the prompt."""
 
     rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Indicator:
+    """One learned row of the visual vocabulary stands here: number `index` of its last rows (Ovis' start and end)."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """An added token of the tokenizer stands here (nanoVLM's `<row_1_col_1>`)."""
+
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,26 +190,65 @@ class Marker:
     isolated: bool
 
 
-Piece = Features | Marker
+Piece = Features | Indicator | Token | Marker
+
+
+@dataclass(frozen=True, slots=True)
+class MergedScales:
+    """dynamic_s2: the first tiles show the whole image in squares of `sides` tiles, smallest first, the others form
+    `arrangement`; the maps of all scales are joined on the channel axis. No sides: one scale, its channels repeated
+    `repeats` times."""
+
+    sides: tuple[int, ...]
+    repeats: int
+
+
+@dataclass(frozen=True, slots=True)
+class AnyRes:
+    """LLaVA-OneVision: after the first tile (the whole image) the others form one map of projector rows. `crop` cuts
+    the padding off, `resized` brings a map that is too large to fewer rows, and every row of the map ends with the
+    learned newline."""
+
+    crop: Box
+    resized: Grid | None
+
+
+@dataclass(frozen=True, slots=True)
+class Newline:
+    """LLaVA-OneVision: the rows of all tiles, each tile's map first brought to `pooled` when that is given, then the
+    learned newline once."""
+
+    pooled: Grid | None
+
+
+Assembly = MergedScales | AnyRes | Newline
 
 
 @dataclass(frozen=True, slots=True)
 class ImageLayout:
-    """How one image becomes tiles, patches and prompt rows; computed from its size alone (`config/tokens.py`).
+    """How one image or video becomes tiles, patches and prompt rows; computed from its size alone (`config/layout`).
 
-    source: size of the upright image; tiles in the order the tower sees them; pieces in prompt order;
-    arrangement: rows and columns of the tile map, where the projector stitches tiles together (dynamic_s2).
+    source: size of the upright image or of the first frame; tiles in the order the tower sees them; pieces in prompt
+    order; arrangement: rows and columns of the tile map; assembly: how projector rows of the tiles become the
+    image's, None when they simply follow each other; frames: how many of a video, 0 for a still picture.
     """
 
     source: Size
     tiles: tuple[Tile, ...]
     pieces: tuple[Piece, ...]
     arrangement: Grid
+    assembly: Assembly | None = None
+    frames: int = 0
 
     @property
     def image_tokens(self) -> int:
-        """Rows the projector must give for this image, and placeholders in the prompt."""
+        """Rows the projector gives for this image."""
         return sum(piece.rows for piece in self.pieces if isinstance(piece, Features))
+
+    @property
+    def rows(self) -> int:
+        """Prompt positions that are filled from the image: its features and indicators."""
+        return self.image_tokens + sum(isinstance(piece, Indicator) for piece in self.pieces)
 
     @property
     def grids(self) -> tuple[Grid, ...]:
@@ -209,7 +331,7 @@ class Prompt:
     """What the language model reads.
 
     token_ids: with the model's image token at every placeholder; spans: ascending, not overlapping; the spans of one
-    image together hold exactly its `image_tokens` rows, in order; images: in order of first appearance.
+    image together hold exactly its layout's `rows`, in order; images: in order of first appearance.
     """
 
     token_ids: tuple[int, ...]
@@ -226,7 +348,7 @@ class Prompt:
                 raise ValueError(f"{span} belongs to no image of {len(rows)}")
             position = span.stop
             rows[span.image] += span.stop - span.start
-        expected = [image.layout.image_tokens for image in self.images]
+        expected = [image.layout.rows for image in self.images]
         if rows != expected:
             raise ValueError(f"spans hold {rows} rows, the layouts say {expected}")
 
@@ -268,6 +390,7 @@ class SamplingParams:
 
     logprobs: number of alternatives to report per token (0: only the chosen one), None for no log-probabilities.
     seed: makes a sampled request reproducible whatever runs beside it; None draws one.
+    thinking_budget: tokens a reasoning model may think before it is made to answer, None for no limit.
     """
 
     max_tokens: int | None = None
@@ -286,6 +409,7 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     n: int = 1
+    thinking_budget: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
 
 from siglane.cli.common import (
     PictureOptions,
@@ -22,9 +21,9 @@ from siglane.cli.common import (
 from siglane.cli.options import add_options, read_options
 from siglane.cli.tokens import describe
 from siglane.errors import UserError
+from siglane.types import Pad
 
 if TYPE_CHECKING:
-    from siglane.config.preprocess import PreprocessConfig
     from siglane.types import DecodedImage, ImageLayout
 
 
@@ -58,7 +57,7 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     view = View(
         name=Path(arguments.image).name[-60:],
         model=Path(arguments.model).name,
-        rgb=_as_resized(image, processor.config.preprocess, layout),
+        rgb=_as_resized(image, layout),
         layout=layout,
         tiles=tuple(tiles),
         patch_size=vision.patch_size,
@@ -74,10 +73,11 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     return 0
 
 
-def _as_resized(image: DecodedImage, preprocess: PreprocessConfig, layout: ImageLayout) -> npt.NDArray[np.uint8]:
+def _as_resized(image: DecodedImage, layout: ImageLayout) -> npt.NDArray[np.uint8]:
     """The picture whose sides the tiles' canvas stretches: padded to a square first where the model does that."""
-    if preprocess.tiling != "pad" or len(layout.tiles) > 1:
+    first = layout.tiles[0].steps[0]
+    if not isinstance(first, Pad):
         return image.rgb
-    side = max(image.size)
-    mean = [int(channel * 255) for channel in preprocess.mean]
-    return np.asarray(ImageOps.pad(Image.fromarray(image.rgb), (side, side), color=(mean[0], mean[1], mean[2])))
+    from siglane.image.tile import pad
+
+    return pad(image.rgb, first).astype(np.uint8)

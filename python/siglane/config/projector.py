@@ -20,6 +20,8 @@ Merge = Literal["none", "blocks", "pixel_shuffle", "average"]
 class ProjectorConfig:
     """One projector: merge neighbouring patches, then a stack of linear layers.
 
+    vocabulary: when given, the layers end in logits over a visual vocabulary and the row is the expected entry of its
+    table (Ovis, `projector/visual_vocabulary.py`).
     merge: "none" keeps every patch; "blocks" concatenates `factor` x `factor` patches in channel order
     (row, column, channel), zero-padding odd grids at the bottom and right; "pixel_shuffle" is the same but refuses
     odd grids (nanoVLM); "average" pools adaptively to `target`.
@@ -34,6 +36,16 @@ class ProjectorConfig:
     layers: tuple[Layer, ...]
     input_size: int
     output_size: int
+    vocabulary: VocabularyConfig | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VocabularyConfig:
+    """name: tensor of the table `[size + indicators, output_size]` in the checkpoint; its last rows are indicators."""
+
+    name: str
+    size: int
+    indicators: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,3 +162,20 @@ def _config(
         merge=merge, factor=factor, target=None, column_major=column_major, layers=layers,
         input_size=input_size, output_size=output_size,
     )  # fmt: skip
+
+
+def projected_grid(grid: Grid, projector: ProjectorConfig) -> Grid:
+    """Rows and columns the projector makes of one tile's patch grid."""
+    match projector.merge:
+        case "none":
+            return grid
+        case "average":
+            if projector.target is None:
+                raise ValueError("an averaging projector needs a target grid")
+            return projector.target
+        case "pixel_shuffle":
+            if grid.h % projector.factor or grid.w % projector.factor:
+                raise ValueError(f"pixel shuffle by {projector.factor} does not divide a grid of {grid.h}x{grid.w}")
+            return Grid(grid.h // projector.factor, grid.w // projector.factor)
+        case "blocks":
+            return Grid(-(-grid.h // projector.factor), -(-grid.w // projector.factor))

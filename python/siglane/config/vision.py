@@ -22,12 +22,22 @@ PatchLayout = Literal["channel_first", "channel_last"]
 PositionResize = Literal["never", "bilinear_antialias", "bicubic"]
 
 
+@dataclass(frozen=True, slots=True)
+class WindowConfig:
+    """side: patches along a window; full_blocks: numbers of the blocks that attend to the whole image."""
+
+    side: int
+    full_blocks: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisionConfig:
     """One tower.
 
     patch_layout: order of the elements of a flattened patch, (c, y, x) or (y, x, c);
     position_grid: the grid the learned position table covers; position_resize: how other grids are served;
+    rope_theta: base of 2-D rotary positions in every block, None without them (Ovis2.5, which has both kinds);
+    windows: attention in windows in all but some blocks, None for full attention in every block;
     depth: blocks that are run, at most num_hidden_layers (VILA skips the last); post_norm: whether the features pass
     `post_layernorm`; use_head: whether the MAP pooling head exists.
     """
@@ -43,6 +53,8 @@ class VisionConfig:
     layer_norm_eps: float
     patch_layout: PatchLayout
     position_resize: PositionResize
+    rope_theta: float | None
+    windows: WindowConfig | None
     depth: int
     post_norm: bool
     use_head: bool
@@ -52,6 +64,8 @@ class VisionConfig:
             raise ConfigError(
                 f"vision hidden_size {self.hidden_size} is not divisible by {self.num_attention_heads} heads"
             )
+        if self.rope_theta is not None and self.head_dim % 4:
+            raise ConfigError(f"vision head_dim {self.head_dim} must be a multiple of 4 for 2-D rotary positions")
         if not 0 < self.depth <= self.num_hidden_layers:
             raise ConfigError(f"vision depth {self.depth} is outside 1..{self.num_hidden_layers}")
 
@@ -89,6 +103,8 @@ class VisionConfig:
             layer_norm_eps=reader.value("layer_norm_eps", float, 1e-6),
             patch_layout="channel_first",
             position_resize="never",
+            rope_theta=None,
+            windows=None,
             depth=resolve_layer(feature_layer, layers, name),
             post_norm=post_norm,
             use_head=reader.value("vision_use_head", bool, True),

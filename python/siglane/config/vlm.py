@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from siglane.config.layout.rule import Cells, ImageBudget, Place
 from siglane.config.preprocess import PreprocessConfig
 from siglane.config.projector import ProjectorConfig
 from siglane.config.text import LanguageConfig
-from siglane.config.tokens import image_layout
+from siglane.config.video import VideoRule
 from siglane.config.vision import VisionConfig
-from siglane.types import ImageLayout, Size
+from siglane.types import Clip, ImageLayout, Medium
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,21 +22,47 @@ class ImageFacts:
     projector: ProjectorConfig
     preprocess: PreprocessConfig
 
-    def layouts(self, sizes: Sequence[Size]) -> tuple[ImageLayout, ...]:
-        """The layouts of all images of one request, from their sizes alone."""
-        alone = len(sizes) == 1
-        return tuple(
-            image_layout(size, self.preprocess, self.projector, self.vision.patch_size, alone=alone) for size in sizes
-        )
+    def layouts(
+        self, media: Sequence[Medium], budgets: Sequence[ImageBudget | None] | None = None
+    ) -> tuple[ImageLayout, ...]:
+        """The layouts of all images and videos of one request, from their sizes alone.
+
+        budgets: one for each, None for the checkpoint's own limits. UserError as `LayoutRule.within` and `.clip`.
+        """
+        cells = Cells(self.vision.patch_size, self.projector)
+        limits = budgets or [None] * len(media)
+        found = []
+        for index, (medium, budget) in enumerate(zip(media, limits, strict=True)):
+            rule = self.preprocess.rule if budget is None else self.preprocess.rule.within(budget).rule
+            if isinstance(medium, Clip):
+                found.append(rule.clip(medium, cells))
+            else:
+                found.append(rule.image(medium, cells, Place(index, len(media))))
+        return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Thinking:
+    """start, end: token ids of `<think>` and `</think>`; forced: ids that end the reasoning of a model whose budget is
+    spent, `end` among them (formats.md 3.6)."""
+
+    start: int
+    end: int
+    forced: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VlmConfig(ImageFacts):
     """family: name in `families/registry.py`; image_token: its text in a chat template; image_token_id: what stands
-    at every placeholder (may lie outside the embedding table, it is never looked up); eos_token_ids: end an answer."""
+    at every placeholder (may lie outside the embedding table, it is never looked up); eos_token_ids: end an answer;
+    image_newline: whether a learned row ends the rows of a tile map (LLaVA-OneVision); video: how videos are read, None
+    for a family without them; thinking: how it marks its reasoning, None for a family that does not reason."""
 
     family: str
     language: LanguageConfig
     image_token: str
     image_token_id: int
     eos_token_ids: tuple[int, ...]
+    image_newline: bool
+    video: VideoRule | None
+    thinking: Thinking | None

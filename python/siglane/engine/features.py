@@ -10,7 +10,7 @@ FeatureKey = tuple[str, bytes]  # the tenant's salt, the image's digest
 
 
 class FeatureCache:
-    """key -> projected rows `[image_tokens, hidden_size]`; at most `capacity` bytes, oldest use out first."""
+    """key -> projected rows `[count, hidden_size]`; at most `capacity` bytes, oldest use out first."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -19,10 +19,10 @@ class FeatureCache:
         self.misses = 0
         self._rows: OrderedDict[FeatureKey, torch.Tensor] = OrderedDict()
 
-    def get(self, key: FeatureKey, image_tokens: int) -> torch.Tensor | None:
+    def get(self, key: FeatureKey, count: int) -> torch.Tensor | None:
         """The rows of the image with this key. An entry of another length is not used, whatever its digest says."""
         rows = self._rows.get(key)
-        if rows is None or rows.shape[0] != image_tokens:
+        if rows is None or rows.shape[0] != count:
             self.misses += 1
             return None
         self._rows.move_to_end(key)

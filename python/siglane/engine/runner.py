@@ -21,7 +21,7 @@ class Runner:
         self.vocab_size = model.language.config.vocab_size
 
     def encode(self, images: Sequence[ImagePatches]) -> tuple[torch.Tensor, ...]:
-        """All images in one packed forward -> each image's rows `[image_tokens, hidden_size]`."""
+        """All images in one packed forward -> each image's rows `[layout.rows, hidden_size]`."""
         tokens = self.model.vision(images)
         return tuple(rows.to(self.dtype) for rows in tokens.split())
 

@@ -116,7 +116,7 @@ class Scheduler:
             if wanting is not None:
                 wanting.append((sequence, image))
                 continue
-            rows = self.features.get(key, layout.image_tokens)
+            rows = self.features.get(key, layout.rows)
             if rows is not None:
                 sequence.features[image] = rows
                 continue

@@ -22,7 +22,19 @@ from transformers import PreTrainedTokenizerFast
 
 from siglane.errors import ConfigError, UserError
 from siglane.families.family import PromptRules
-from siglane.types import Features, ImagePart, ImagePatches, ImageSpan, Marker, Message, Piece, Prompt, Role
+from siglane.types import (
+    Features,
+    ImagePart,
+    ImagePatches,
+    ImageSpan,
+    Indicator,
+    Marker,
+    Message,
+    Piece,
+    Prompt,
+    Role,
+    Token,
+)
 
 PROBE = "siglane probe"
 PROBE_SECONDS = 5.0
@@ -114,7 +126,7 @@ class PromptBuilder:
                 param="messages",
             )
         layouts = iter(self._pieces(conversation, images))
-        writer = _Writer(self._encode, self._image_token_id)
+        writer = _Writer(self._encode, self._special_ids, self._image_token_id)
         for place, piece in enumerate(pieces):
             if place % 2 == 0:
                 writer.text(piece)
@@ -126,7 +138,7 @@ class PromptBuilder:
 
     def text(self, text: str) -> Prompt:
         """`text` as it is, no template. Special tokens written in it count, the image placeholder is plain text."""
-        writer = _Writer(self._encode, self._image_token_id)
+        writer = _Writer(self._encode, self._special_ids, self._image_token_id)
         for place, piece in enumerate(self._reserved_in_text.split(text, f"\ue000{secrets.randbits(128)}\ue001")):
             if place % 2 == 0:
                 writer.text(piece)
@@ -141,7 +153,7 @@ class PromptBuilder:
         texts = [self._reserved.broken(part, mark) if isinstance(part, str) else None for part in parts]
         if role in self._roles_with_parts:
             return [{"type": "image"} if text is None else {"type": "text", "text": text} for text in texts]
-        return "".join(self._image_token if text is None else text for text in texts)
+        return self._rules.joint.join(self._image_token if text is None else text for text in texts)
 
     def _pieces(self, conversation: Sequence[Parts], images: Sequence[ImagePatches]) -> list[tuple[Piece, ...]]:
         """What stands in the prompt for each image, in order of appearance."""
@@ -211,9 +223,9 @@ class PromptBuilder:
 class _Writer:
     """Collects ids. Text is held back until something that is not text follows, so that neighbours join."""
 
-    def __init__(self, encode: Callable[[str], list[int]], image_token_id: int) -> None:
+    def __init__(self, encode: Callable[[str], list[int]], special_ids: Mapping[str, int], image_token_id: int) -> None:
         self.spans: list[ImageSpan] = []
-        self._encode, self._image_token_id = encode, image_token_id
+        self._encode, self._special_ids, self._image_token_id = encode, special_ids, image_token_id
         self._ids: list[int] = []
         self._text: list[str] = []
         self._images = 0
@@ -229,9 +241,13 @@ class _Writer:
         for piece in pieces:
             match piece:
                 case Features(rows):
-                    self._flush()
-                    self.spans.append(ImageSpan(len(self._ids), len(self._ids) + rows, self._images))
-                    self._ids += [self._image_token_id] * rows
+                    self._rows(rows)
+                case Indicator():
+                    self._rows(1)
+                case Token(text):
+                    if text not in self._special_ids:
+                        raise ConfigError(f"the tokenizer has no token {text!r}, which this model puts beside images")
+                    self.token(self._special_ids[text])
                 case Marker(text, isolated=True):
                     self._flush()
                     self._ids += self._encode(text)
@@ -240,6 +256,15 @@ class _Writer:
                 case _:
                     assert_never(piece)
         self._images += 1
+
+    def _rows(self, rows: int) -> None:
+        """Placeholders; those that follow each other directly are one span."""
+        self._flush()
+        start = len(self._ids)
+        if self.spans and self.spans[-1].stop == start and self.spans[-1].image == self._images:
+            start = self.spans.pop().start
+        self._ids += [self._image_token_id] * rows
+        self.spans.append(ImageSpan(start, len(self._ids), self._images))
 
     def finish(self) -> tuple[int, ...]:
         self._flush()

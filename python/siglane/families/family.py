@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class PromptRules:
     """default_template: used when the checkpoint has none; strip_messages: white space around each whole message, its
-    images written out, is dropped."""
+    images written out, is dropped; joint: what stands between the parts of a message when the template takes one text.
+    """
 
     default_template: str
     strip_messages: bool
+    joint: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

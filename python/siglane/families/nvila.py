@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from siglane.config.preprocess import PreprocessConfig, Tiling
+from siglane.config.layout.vila import Tiling, VilaTiling
+from siglane.config.preprocess import ImageProcessorConfig, PreprocessConfig
 from siglane.config.projector import vila_projector
 from siglane.config.reader import ConfigReader
 from siglane.config.text import LanguageConfig
@@ -122,6 +123,9 @@ def read_config(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast, *, c
         image_token=IMAGE_TOKEN,
         image_token_id=_image_token_id(root, tokenizer),
         eos_token_ids=_eos_token_ids(_language_folder(checkpoint), tokenizer),
+        image_newline=False,
+        video=None,
+        thinking=None,
     )
 
 
@@ -210,19 +214,8 @@ def _preprocess(checkpoint: Checkpoint, layout: Layout, facts: Facts, vision: Vi
         raw = dict(
             ConfigReader(folder.json("processor_config.json"), "processor_config.json").section("image_processor").raw
         )
-    preprocess = PreprocessConfig.from_hf(
-        raw,
-        tiling=facts.tiling,
-        min_tiles=facts.min_tiles,
-        max_tiles=facts.max_tiles,
-        s2_scales=facts.scales,
-        name=f"{name}preprocessor_config.json",
-    )
-    if facts.scales:
-        preprocess = replace(preprocess, tile=Size(facts.scales[0], facts.scales[0]))
-    if facts.pillow_resize:  # VILA resizes before its processor does, with Pillow's default
-        preprocess = replace(preprocess, resample="bicubic")
-    tile = preprocess.tile
+    processor = ImageProcessorConfig.from_hf(raw, name=f"{name}preprocessor_config.json")
+    tile = Size(facts.scales[0], facts.scales[0]) if facts.scales else processor.size
     grid = Grid(tile.height // vision.patch_size, tile.width // vision.patch_size)
     if grid != vision.position_grid:
         expected = vision.position_grid
@@ -230,7 +223,18 @@ def _preprocess(checkpoint: Checkpoint, layout: Layout, facts: Facts, vision: Vi
             f"{name}preprocessor_config.json: {tile.width}x{tile.height} pixels hold {grid.h}x{grid.w} patches, "
             f"the tower has positions for {expected.h}x{expected.w}"
         )
-    return preprocess
+    red, green, blue = (int(channel * 255) for channel in processor.mean)
+    rule = VilaTiling(
+        tile=tile,
+        # VILA resizes before its processor does, with Pillow's default
+        resample="bicubic" if facts.pillow_resize else processor.resample,
+        tiling=facts.tiling,
+        min_tiles=facts.min_tiles,
+        max_tiles=facts.max_tiles,
+        s2_scales=facts.scales,
+        fill=(red, green, blue),
+    )
+    return PreprocessConfig.of(rule, processor)
 
 
 def _image_token_id(root: ConfigReader, tokenizer: PreTrainedTokenizerFast) -> int:

@@ -7,23 +7,25 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerFast
 
-from siglane.config.vlm import VlmConfig
+from siglane.config.layout.rule import ImageBudget
+from siglane.config.vlm import ImageFacts, VlmConfig
 from siglane.errors import ConfigError
 from siglane.families.chat import PromptBuilder
 from siglane.families.family import PromptRules
 from siglane.families.registry import vlm_family
-from siglane.families.siglip import EncoderConfig
 from siglane.image.patchify import to_patches
-from siglane.types import DecodedImage, ImageLayout, ImagePatches, Message, Prompt, Size
+from siglane.types import DecodedClip, DecodedImage, ImageLayout, ImagePatches, Medium, Message, Prompt
 from siglane.weights.hub import Checkpoint
 
 
 class ImageProcessor(Protocol):
     """From sizes to layouts and from pixels to patches; all an encoder needs."""
 
-    def layouts(self, sizes: Sequence[Size]) -> tuple[ImageLayout, ...]: ...
+    def layouts(
+        self, media: Sequence[Medium], budgets: Sequence[ImageBudget | None] | None = None
+    ) -> tuple[ImageLayout, ...]: ...
 
-    def patches(self, image: DecodedImage, layout: ImageLayout) -> ImagePatches: ...
+    def patches(self, image: DecodedImage | DecodedClip, layout: ImageLayout) -> ImagePatches: ...
 
 
 class Processor:
@@ -45,12 +47,14 @@ class Processor:
     def eos_token_ids(self) -> tuple[int, ...]:
         return self.config.eos_token_ids
 
-    def layouts(self, sizes: Sequence[Size]) -> tuple[ImageLayout, ...]:
-        """The layouts of all images of one request, from their sizes alone."""
-        return self.config.layouts(sizes)
+    def layouts(
+        self, media: Sequence[Medium], budgets: Sequence[ImageBudget | None] | None = None
+    ) -> tuple[ImageLayout, ...]:
+        """The layouts of all images and videos of one request, from their sizes alone (`ImageFacts.layouts`)."""
+        return self.config.layouts(media, budgets)
 
-    def patches(self, image: DecodedImage, layout: ImageLayout) -> ImagePatches:
-        """u8 patches `[layout.patches, patch_dim]`. ValueError when the layout is another size's."""
+    def patches(self, image: DecodedImage | DecodedClip, layout: ImageLayout) -> ImagePatches:
+        """Patches `[layout.patches, patch_dim]`. ValueError when the layout is another size's."""
         return to_patches(image, layout, self.config.preprocess, self.config.vision)
 
     def prompt(
@@ -61,7 +65,7 @@ class Processor:
     ) -> Prompt:
         """The conversation's prompt up to where the answer begins; `ImagePart(n)` stands for `images[n]`.
 
-        Exactly `layout.image_tokens` placeholders stand for each image. No text of a message can become a special
+        Exactly `layout.rows` placeholders stand for each image. No text of a message can become a special
         token or a placeholder. UserError when image parts and images do not match one to one.
         """
         return self._prompts.chat(messages, images, chat_template_kwargs or {})
@@ -74,14 +78,16 @@ class Processor:
 class EncoderProcessor:
     """The `ImageProcessor` of a plain tower."""
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: ImageFacts) -> None:
         self.config = config
 
-    def layouts(self, sizes: Sequence[Size]) -> tuple[ImageLayout, ...]:
-        return self.config.layouts(sizes)
+    def layouts(
+        self, media: Sequence[Medium], budgets: Sequence[ImageBudget | None] | None = None
+    ) -> tuple[ImageLayout, ...]:
+        return self.config.layouts(media, budgets)
 
-    def patches(self, image: DecodedImage, layout: ImageLayout) -> ImagePatches:
-        """u8 patches `[layout.patches, patch_dim]`. ValueError when the layout is another size's."""
+    def patches(self, image: DecodedImage | DecodedClip, layout: ImageLayout) -> ImagePatches:
+        """Patches `[layout.patches, patch_dim]`. ValueError when the layout is another size's."""
         return to_patches(image, layout, self.config.preprocess, self.config.vision)
 
 

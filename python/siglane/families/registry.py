@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
+from siglane.config.layout.rule import ImageBudget
 from siglane.errors import ConfigError
 from siglane.families import nvila, siglip
 from siglane.families.family import VlmFamily
-from siglane.types import ImageLayout, Size
+from siglane.types import ImageLayout, Medium
 from siglane.weights.hub import Checkpoint
 
 VLM_FAMILIES: tuple[VlmFamily, ...] = (nvila.FAMILY,)
+
+
+class Layouts(Protocol):
+    """`ImageFacts.layouts` of one checkpoint."""
+
+    def __call__(
+        self, media: Sequence[Medium], budgets: Sequence[ImageBudget | None] | None = None
+    ) -> tuple[ImageLayout, ...]: ...
 
 
 def is_vision_only(checkpoint: Checkpoint) -> bool:
@@ -18,7 +28,7 @@ def is_vision_only(checkpoint: Checkpoint) -> bool:
     return siglip.matches(checkpoint)
 
 
-def layouts_of(checkpoint: Checkpoint) -> Callable[[Sequence[Size]], tuple[ImageLayout, ...]]:
+def layouts_of(checkpoint: Checkpoint) -> Layouts:
     """The layout rule of any known checkpoint, from its JSON files alone: no weights, no tokenizer."""
     if is_vision_only(checkpoint):
         return siglip.read_config(checkpoint).layouts

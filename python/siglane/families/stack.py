@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from siglane.config.preprocess import PreprocessConfig
-from siglane.config.tokens import projected_grid
+from siglane.config.projector import projected_grid
 from siglane.config.vision import VisionConfig
 from siglane.config.vlm import VlmConfig
 from siglane.image.patchify import normalisation
 from siglane.nn.parallel import TensorParallel
-from siglane.projector.mlp import Projector
-from siglane.types import BackendChoice, Grid, ImageLayout, ImagePatches, ImageTokens, PackedPatches
+from siglane.projector.assemble import assemble, projector_grids, projector_input
+from siglane.projector.build import build_projector
+from siglane.projector.visual_vocabulary import VisualVocabulary
+from siglane.types import BackendChoice, Features, ImagePatches, ImageTokens, Indicator, PackedPatches
 from siglane.vision.tower import SiglipVisionModel, Taps
 
 
@@ -52,8 +53,7 @@ class VisionEncoderModel(nn.Module):
 
     def pack(self, images: Sequence[ImagePatches]) -> PackedPatches:
         """The patches of all images in one tensor on the module's device, normalised in float32, in its dtype."""
-        pixels = images[0].pixels if len(images) == 1 else torch.cat([image.pixels for image in images])
-        wide = pixels.to(self.device, non_blocking=True).float()
+        wide = _joined([image.pixels for image in images]).to(self.device, non_blocking=True).float()
         scale, shift = self.pixel_scale.to(self.device), self.pixel_shift.to(self.device)
         normalised = torch.addcmul(shift, wide, scale).to(self.dtype)
         return PackedPatches(normalised, tuple(grid for image in images for grid in image.layout.grids))
@@ -74,6 +74,15 @@ class VisionEncoderModel(nn.Module):
         return self.tower.pool(self.tower(packed), packed.grids)
 
 
+def _joined(pixels: Sequence[torch.Tensor]) -> torch.Tensor:
+    """All patches in one tensor, 8-bit as long as every image's are."""
+    if len(pixels) == 1:
+        return pixels[0]
+    if len({one.dtype for one in pixels}) > 1:
+        pixels = [one.float() for one in pixels]
+    return torch.cat(list(pixels))
+
+
 class VisionStack(VisionEncoderModel):
     """Tower and projector of a vision-language model; it knows no host and no language model.
 
@@ -84,83 +93,62 @@ class VisionStack(VisionEncoderModel):
         self, config: VlmConfig, tp: TensorParallel | None = None, attention_backend: BackendChoice = "auto"
     ) -> None:
         super().__init__(config.vision, config.preprocess, tp, attention_backend)
-        self.projector = Projector(config.projector, tp)
-
-    @property
-    def merges_scales(self) -> bool:
-        return self.preprocess.tiling == "dynamic_s2"
+        self.projector = build_projector(config.projector, tp)
+        self.newline = nn.Parameter(torch.empty(config.projector.output_size)) if config.image_newline else None
 
     def features(self, images: Sequence[ImagePatches], taps: Taps | None = None) -> tuple[torch.Tensor, ...]:
         """Per image `[patches, channels]`, tile after tile in the order the projector sees them, raster inside.
 
-        With dynamic_s2 the scales are merged: `channels` is hidden_size times their number and the tiles are those of
-        the last scale. taps, when given, also receives `merged`.
+        Where scales are merged `channels` is hidden_size times their number and the tiles are those of the last one.
+        taps, when given, also receives `projector_input`.
         """
         features = super().features(images, taps)
-        if not self.merges_scales or not images:
-            return features
-        scales = self.preprocess.s2_scales
-        features = tuple(merge_scales(rows, image.layout, scales) for rows, image in zip(features, images, strict=True))
+        read = tuple(projector_input(rows, image.layout) for rows, image in zip(features, images, strict=True))
+        if taps is not None and read:
+            taps["projector_input"] = torch.cat(read)
+        return read
+
+    def project(self, images: Sequence[ImagePatches], taps: Taps | None = None) -> tuple[torch.Tensor, ...]:
+        """Per image `[layout.image_tokens, output_size]`. RuntimeError when the projector gives another number.
+
+        taps, when given, receives the tower's intermediates, `projector_input` and `projected`.
+        """
+        if not images:
+            return ()
+        config = self.projector.config
+        grids = [projector_grids(image.layout) for image in images]
+        rows = self.projector(torch.cat(self.features(images, taps)), [grid for group in grids for grid in group])
+        after = [[projected_grid(grid, config) for grid in group] for group in grids]
+        parts = torch.split(rows, [sum(grid.area for grid in group) for group in after])
+        projected = tuple(
+            assemble(part, group, image.layout, self.newline)
+            for part, group, image in zip(parts, after, images, strict=True)
+        )
         if taps is not None:
-            taps["merged"] = torch.cat(features)
-        return features
+            taps["projected"] = torch.cat(projected)
+        return projected
 
     def forward(self, images: Sequence[ImagePatches], taps: Taps | None = None) -> ImageTokens:
-        """Rows `[T, output_size]` of all images, as many for each as its layout says.
+        """Rows `[T, output_size]` of all images, for each as many as its prompt has places (`layout.rows`)."""
+        projected = self.project(images, taps)
+        if not projected:
+            empty = torch.empty(0, self.projector.config.output_size, dtype=self.dtype, device=self.device)
+            return ImageTokens(empty, ())
+        rows = [self._with_indicators(*pair) for pair in zip(projected, images, strict=True)]
+        return ImageTokens(torch.cat(rows), tuple(image.layout.rows for image in images))
 
-        taps, when given, receives the tower's intermediates, `merged` (dynamic_s2) and `projected`. RuntimeError when
-        an image gets another number of rows than its layout says; nothing is ever cut or filled up.
-        """
-        config = self.projector.config
-        if not images:
-            return ImageTokens(torch.empty(0, config.output_size, dtype=self.dtype, device=self.device), ())
-        grids = [self._projector_grids(image.layout) for image in images]
-        rows = self.projector(torch.cat(self.features(images, taps)), [grid for group in grids for grid in group])
-        lengths = tuple(sum(projected_grid(grid, config).area for grid in group) for group in grids)
-        expected = tuple(image.layout.image_tokens for image in images)
-        if lengths != expected or rows.shape[0] != sum(lengths):
-            raise RuntimeError(
-                f"the projector gave {lengths} rows ({rows.shape[0]} in all), the layouts say {expected}"
-            )
-        if self.merges_scales:
-            pieces = zip(torch.split(rows, list(lengths)), images, grids, strict=True)
-            stitched = [
-                _map(piece, image.layout.arrangement, projected_grid(group[0], config))
-                for piece, image, group in pieces
-            ]
-            rows = torch.cat([whole.flatten(0, 1) for whole in stitched])
-        if taps is not None:
-            taps["projected"] = rows
-        return ImageTokens(rows, lengths)
-
-    def _projector_grids(self, layout: ImageLayout) -> tuple[Grid, ...]:
-        """The grids of the tiles that the projector sees; dynamic_s2's are those of the last scale."""
-        return layout.grids[-layout.arrangement.area :] if self.merges_scales else layout.grids
-
-
-def merge_scales(features: torch.Tensor, layout: ImageLayout, scales: Sequence[int]) -> torch.Tensor:
-    """dynamic_s2: the tiles of all scales `[patches, c]` -> tiles of the last scale `[tiles * h * w, scales * c]`.
-
-    Every scale's tiles are stitched into one map, brought to the last scale's size by area interpolation in float32,
-    joined on the channel axis from small to large and cut into tiles again. An image of one tile repeats its channels
-    (VILA llava_arch.py `merge_features_for_dynamic_s2`).
-    """
-    if len(layout.tiles) == 1:
-        return features.repeat(1, len(scales))
-    last, grid = layout.arrangement, layout.tiles[0].grid
-    arrangements = [*(Grid(scale // scales[0], scale // scales[0]) for scale in scales[:-1]), last]
-    groups = torch.split(features, [arrangement.area * grid.area for arrangement in arrangements])
-    size = (last.h * grid.h, last.w * grid.w)
-    maps = [
-        F.interpolate(_map(rows, arrangement, grid).permute(2, 0, 1)[None].float(), size=size, mode="area")
-        for rows, arrangement in zip(groups, arrangements, strict=True)
-    ]
-    merged = torch.cat(maps, dim=1)[0].permute(1, 2, 0).to(features.dtype)
-    tiles = merged.unflatten(1, (last.w, grid.w)).unflatten(0, (last.h, grid.h))
-    return tiles.transpose(1, 2).flatten(0, 3)
-
-
-def _map(rows: torch.Tensor, arrangement: Grid, grid: Grid) -> torch.Tensor:
-    """`[tiles * h * w, c]`, tile after tile -> one map `[rows of tiles * h, columns of tiles * w, c]`."""
-    tiles = rows.unflatten(0, (*arrangement, *grid))
-    return tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    def _with_indicators(self, rows: torch.Tensor, image: ImagePatches) -> torch.Tensor:
+        """`rows` with the visual vocabulary's learned rows where the layout has them."""
+        layout = image.layout
+        if layout.rows == layout.image_tokens:
+            return rows
+        if not isinstance(self.projector, VisualVocabulary):
+            raise ValueError("the layout has indicators, the model has no visual vocabulary")
+        pieces, start = [], 0
+        for piece in layout.pieces:
+            if isinstance(piece, Features):
+                pieces.append(rows[start : start + piece.rows])
+                start += piece.rows
+            elif isinstance(piece, Indicator):
+                pieces.append(self.projector.indicator(piece.index)[None])
+        return torch.cat(pieces)

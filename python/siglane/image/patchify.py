@@ -1,41 +1,42 @@
-"""Tiles -> rows of patches, still 8-bit; and the two vectors that normalise them."""
+"""Tiles -> rows of patches, not yet normalised; and the two vectors that normalise them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from siglane.config.preprocess import PreprocessConfig
 from siglane.config.vision import PatchLayout, VisionConfig
 from siglane.errors import ConfigError
-from siglane.image.tile import render_tiles
-from siglane.types import DecodedImage, ImageLayout, ImagePatches, digest_of
+from siglane.image.tile import Pixels, render_tiles
+from siglane.types import DecodedClip, DecodedImage, ImageLayout, ImagePatches, digest_of
 
 
 def to_patches(
-    image: DecodedImage, layout: ImageLayout, preprocess: PreprocessConfig, vision: VisionConfig
+    image: DecodedImage | DecodedClip, layout: ImageLayout, preprocess: PreprocessConfig, vision: VisionConfig
 ) -> ImagePatches:
-    """What the tower needs of one image: u8 `[layout.patches, vision.patch_dim]` on the host, and its identity.
+    """What the tower needs of one image or video: `[layout.patches, vision.patch_dim]` on the host, and its identity.
 
-    Raises ValueError when the layout was made for another picture size or patch size.
+    Raises ValueError when the layout was made for another picture size, number of frames or patch size.
     """
-    pixels = patchify(render_tiles(image, layout, preprocess), vision.patch_size, vision.patch_layout)
+    frames = image.frames if isinstance(image, DecodedClip) else (image.rgb,)
+    pixels = patchify(render_tiles(frames, layout), vision.patch_size, vision.patch_layout)
     options = repr((preprocess, layout, vision.patch_size, vision.patch_layout))
     return ImagePatches(pixels, layout, digest_of(b"siglane.patches", image.digest, options.encode()))
 
 
-def patchify(tiles: Sequence[npt.NDArray[np.uint8]], patch_size: int, patch_layout: PatchLayout) -> torch.Tensor:
-    """u8 `[H, W, 3]` tiles -> u8 `[patches, 3 * patch_size**2]`, tile after tile, raster order inside a tile.
+def patchify(tiles: Sequence[Pixels], patch_size: int, patch_layout: PatchLayout) -> torch.Tensor:
+    """`[H, W, 3]` tiles -> `[patches, 3 * patch_size**2]`, tile after tile, raster order inside a tile.
 
-    A row holds its patch as (channel, y, x) or (y, x, channel). Rows and columns beyond the last whole patch are never
-    read: 384 pixels hold 27 patches of 14.
+    u8 when every tile is, else f32. A row holds its patch as (channel, y, x) or (y, x, channel). Rows and columns
+    beyond the last whole patch are never read: 384 pixels hold 27 patches of 14.
     """
     p = patch_size
     grids = [(tile.shape[0] // p, tile.shape[1] // p) for tile in tiles]
-    pixels = torch.empty(sum(h * w for h, w in grids), 3 * p * p, dtype=torch.uint8)
+    dtype = torch.uint8 if all(tile.dtype == np.uint8 for tile in tiles) else torch.float32
+    pixels = torch.empty(sum(h * w for h, w in grids), 3 * p * p, dtype=dtype)
     start = 0
     for tile, (h, w) in zip(tiles, grids, strict=True):
         rows = pixels[start : start + h * w].numpy()

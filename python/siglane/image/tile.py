@@ -1,51 +1,61 @@
-"""An upright picture -> the tiles the tower sees, where and as large as the layout says (config/tokens.py)."""
+"""An upright picture -> the tiles the tower sees, drawn step by step as the layout says (config/layout)."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from siglane.config.preprocess import PreprocessConfig
-from siglane.image.resize import resize
-from siglane.types import DecodedImage, ImageLayout, Size
+from siglane.image.resize import resize, resize_in_float
+from siglane.types import ImageLayout, Pad, Resize, Step
+
+Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 
 
-def render_tiles(
-    image: DecodedImage, layout: ImageLayout, preprocess: PreprocessConfig
-) -> tuple[npt.NDArray[np.uint8], ...]:
-    """One u8 `[H, W, 3]` view per tile of `layout`, in its order. Each distinct canvas is resized once.
+def render_tiles(frames: Sequence[npt.NDArray[np.uint8]], layout: ImageLayout) -> tuple[Pixels, ...]:
+    """One `[H, W, 3]` view per tile of `layout`, in its order, u8 or (after a resize in float) f32, both 0..255.
 
-    Raises ValueError when the layout was made for another picture size.
+    frames: u8 `[H, W, 3]`, one for a still picture. Each distinct sequence of steps is drawn once. Raises ValueError
+    when the layout was made for another picture size or number of frames.
     """
-    if layout.source != image.size:
-        raise ValueError(f"the layout is for {layout.source}, the image is {image.size}")
-    canvases: dict[Size, npt.NDArray[np.uint8]] = {}
+    height, width = frames[0].shape[:2]
+    if layout.source != (width, height) or len(frames) != max(1, layout.frames):
+        raise ValueError(f"the layout is for {layout.source}, the image is {(width, height)}, {len(frames)} frames")
+    drawn: dict[tuple[int, tuple[Step, ...]], Pixels] = {}
     tiles = []
     for tile in layout.tiles:
-        if tile.canvas not in canvases:
-            canvases[tile.canvas] = _canvas(image.rgb, tile.canvas, preprocess, tiled=len(layout.tiles) > 1)
         left, top, right, bottom = tile.box
-        tiles.append(canvases[tile.canvas][top:bottom, left:right])
+        tiles.append(_draw(frames, tile.frame, tile.steps, drawn)[top:bottom, left:right])
     return tuple(tiles)
 
 
-def _canvas(
-    rgb: npt.NDArray[np.uint8], size: Size, preprocess: PreprocessConfig, *, tiled: bool
-) -> npt.NDArray[np.uint8]:
-    if tiled:  # VILA resizes a tiled picture with Pillow's default, whatever its processor is told
-        return resize(rgb, size, "bicubic")
-    if preprocess.tiling == "pad":
-        rgb = _pad_to_square(rgb, preprocess.mean)
-    return resize(rgb, size, preprocess.resample)
+def _draw(
+    frames: Sequence[npt.NDArray[np.uint8]],
+    frame: int,
+    steps: tuple[Step, ...],
+    drawn: dict[tuple[int, tuple[Step, ...]], Pixels],
+) -> Pixels:
+    """The canvas after `steps`; canvases that several tiles or longer sequences share are kept in `drawn`."""
+    if not steps:
+        return frames[frame]
+    key = (frame, steps)
+    if key not in drawn:
+        before = _draw(frames, frame, steps[:-1], drawn)
+        match steps[-1]:
+            case Resize(size, resample, in_float=True):
+                drawn[key] = resize_in_float(before, size, resample)
+            case Resize(size, resample):
+                drawn[key] = resize(before, size, resample)
+            case Pad() as step:
+                drawn[key] = pad(before, step)
+    return drawn[key]
 
 
-def _pad_to_square(rgb: npt.NDArray[np.uint8], mean: tuple[float, float, float]) -> npt.NDArray[np.uint8]:
-    height, width = rgb.shape[:2]
-    side = max(height, width)
-    if height == width:
-        return rgb
-    top, left = (side - height) // 2, (side - width) // 2
-    square = np.empty((side, side, 3), np.uint8)
-    square[:] = [int(channel * 255) for channel in mean]
-    square[top : top + height, left : left + width] = rgb
-    return square
+def pad(pixels: Pixels, step: Pad) -> Pixels:
+    """pixels `[H, W, 3]` in the middle of a canvas, as `step` says."""
+    height, width = pixels.shape[:2]
+    canvas = np.empty((step.size.height, step.size.width, 3), pixels.dtype)
+    canvas[:] = step.fill
+    canvas[step.top : step.top + height, step.left : step.left + width] = pixels
+    return canvas

@@ -22,6 +22,10 @@ class ShardedModule(nn.Module):
     def parts(self, name: str) -> tuple[str, ...]:
         return ("",)
 
+    def part_size(self, part: str) -> int:
+        """Rows of one part in the checkpoint, for files that keep several parts in one tensor."""
+        raise NotImplementedError
+
     def load_part(self, name: str, part: str, tensor: torch.Tensor) -> None:
         raise NotImplementedError
 
@@ -61,6 +65,9 @@ class ColumnParallelLinear(ShardedModule):
 
     def parts(self, name: str) -> tuple[str, ...]:
         return tuple(self.sections)
+
+    def part_size(self, part: str) -> int:
+        return self.sections[part]
 
     def load_part(self, name: str, part: str, tensor: torch.Tensor) -> None:
         rows = self.sections[part]
@@ -134,6 +141,9 @@ class QKVParallelLinear(ShardedModule):
 
     def parts(self, name: str) -> tuple[str, ...]:
         return ("q", "k", "v")
+
+    def part_size(self, part: str) -> int:
+        return self.whole[part] * self.head_dim
 
     def load_part(self, name: str, part: str, tensor: torch.Tensor) -> None:
         rows = self.whole[part] * self.head_dim

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+
+from siglane.types import Grid
 
 
 def rotary_tables(
@@ -13,6 +17,27 @@ def rotary_tables(
     angles = positions.float()[:, None] * (1.0 / theta**exponents)
     angles = torch.cat((angles, angles), dim=-1)[:, None]
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotary_tables_2d(
+    grids: Sequence[Grid], head_dim: int, theta: float, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin `[N, 1, head_dim]`, float32, for patches of `grids` in raster order.
+
+    The first half of the angles turns with the row, the second with the column, each over head_dim / 4 frequencies;
+    the vector is then repeated, so that pairs are (i, i + head_dim / 2) (AIDC-AI/Ovis modeling_siglip2_navit.py).
+    """
+    quarter = head_dim // 4
+    frequencies = 1.0 / theta ** (torch.arange(quarter, dtype=torch.float32) / quarter)
+    tables: dict[Grid, torch.Tensor] = {}
+    for grid in dict.fromkeys(grids):
+        down = torch.arange(grid.h, dtype=torch.float32)[:, None, None] * frequencies
+        across = torch.arange(grid.w, dtype=torch.float32)[None, :, None] * frequencies
+        halves = (down.expand(-1, grid.w, -1), across.expand(grid.h, -1, -1))
+        tables[grid] = torch.cat(halves, dim=-1).flatten(0, 1)
+    angles = torch.cat([tables[grid] for grid in grids]).to(device)
+    angles = torch.cat((angles, angles), dim=-1)[:, None]
+    return angles.cos(), angles.sin()
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
+
 import torch
 import torch.nn.functional as F
 
-from siglane.config.projector import ProjectorConfig
-from siglane.config.tokens import projected_grid
+from siglane.config.projector import ProjectorConfig, projected_grid
 from siglane.types import Grid
+
+
+def merged_rows(features: torch.Tensor, grids: Sequence[Grid], config: ProjectorConfig) -> torch.Tensor:
+    """Features `[N, c]` of `grids` -> `[rows, merged]`, image after image; neighbours of one grid are one batch."""
+    if sum(grid.area for grid in grids) != features.shape[0]:
+        raise ValueError(f"grids hold {sum(grid.area for grid in grids)} patches, got {features.shape[0]} rows")
+    merged = []
+    start = 0
+    for grid, group in groupby(grids):
+        count = sum(1 for _ in group)
+        stop = start + count * grid.area
+        maps = features[start:stop].unflatten(0, (count, grid.h, grid.w))
+        merged.append(merge_patches(maps, config).flatten(0, 1))
+        start = stop
+    return merged[0] if len(merged) == 1 else torch.cat(merged)
 
 
 def merge_patches(maps: torch.Tensor, config: ProjectorConfig) -> torch.Tensor:

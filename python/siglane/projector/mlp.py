@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 
 import torch
 from torch import nn
@@ -12,7 +11,7 @@ from siglane.config.projector import ActivationLayer, Layer, LinearLayer, NormLa
 from siglane.nn.act import activate
 from siglane.nn.linear import ColumnParallelLinear, RowParallelLinear
 from siglane.nn.parallel import TensorParallel
-from siglane.projector.downsample import merge_patches
+from siglane.projector.downsample import merged_rows
 from siglane.types import Grid
 
 
@@ -29,17 +28,7 @@ class Projector(nn.Module):
         self.layers = nn.ModuleDict(_build(config, tp or TensorParallel.single()))
 
     def forward(self, features: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
-        if sum(grid.area for grid in grids) != features.shape[0]:
-            raise ValueError(f"grids hold {sum(grid.area for grid in grids)} patches, got {features.shape[0]} rows")
-        merged = []
-        start = 0
-        for grid, group in groupby(grids):
-            count = sum(1 for _ in group)
-            stop = start + count * grid.area
-            maps = features[start:stop].unflatten(0, (count, grid.h, grid.w))
-            merged.append(merge_patches(maps, self.config).flatten(0, 1))
-            start = stop
-        x = merged[0] if len(merged) == 1 else torch.cat(merged)
+        x = merged_rows(features, grids, self.config)
         for number, layer in enumerate(self.config.layers):
             x = activate(x, layer.activation) if isinstance(layer, ActivationLayer) else self.layers[str(number)](x)
         return x

@@ -10,11 +10,14 @@ from siglane.nn.act import activate
 from siglane.nn.attention import Segments, packed_attention
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear, attention_parallel
 from siglane.nn.parallel import TensorParallel
+from siglane.nn.rope import rotate
 from siglane.types import AttentionBackend
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
 class Attention(nn.Module):
-    """Full self-attention within each image."""
+    """Self-attention within each segment: an image, a frame or a window."""
 
     def __init__(self, config: VisionConfig, tp: TensorParallel) -> None:
         super().__init__()
@@ -24,8 +27,12 @@ class Attention(nn.Module):
         self.qkv = QKVParallelLinear(hidden_size, heads, heads, head_dim, bias=True, tp=tp)
         self.out_proj = RowParallelLinear(hidden_size, hidden_size, bias=True, tp=tp)
 
-    def forward(self, x: torch.Tensor, segments: Segments, backend: AttentionBackend) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, segments: Segments, backend: AttentionBackend, rotary: Rotary | None
+    ) -> torch.Tensor:
         q, k, v = self.qkv(x)
+        if rotary is not None:  # in float32 whatever the dtype, as in the reference
+            q, k = (rotate(part.float(), *rotary).to(part.dtype) for part in (q, k))
         attended = packed_attention(q, k, v, segments, scale=self.scale, backend=backend)
         return self.out_proj(attended.flatten(1))
 
@@ -53,6 +60,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = MLP(config, tp)
 
-    def forward(self, x: torch.Tensor, segments: Segments, backend: AttentionBackend) -> torch.Tensor:
-        x = x + self.attention(self.norm1(x), segments, backend)
+    def forward(
+        self, x: torch.Tensor, segments: Segments, backend: AttentionBackend, rotary: Rotary | None = None
+    ) -> torch.Tensor:
+        x = x + self.attention(self.norm1(x), segments, backend, rotary)
         return x + self.mlp(self.norm2(x))

@@ -10,9 +10,10 @@ from torch import nn
 from siglane.config.vision import VisionConfig
 from siglane.nn.attention import Segments, choose_backend
 from siglane.nn.parallel import TensorParallel
+from siglane.nn.rope import rotary_tables_2d
 from siglane.types import AttentionBackend, BackendChoice, Grid, PackedPatches
 from siglane.vision.embed import PatchEmbedding
-from siglane.vision.encoder import Block
+from siglane.vision.encoder import Block, Rotary
 from siglane.vision.pool import MapHead
 from siglane.vision.position import PositionEmbedding
 
@@ -49,8 +50,9 @@ class SiglipVisionModel(nn.Module):
         _tap(taps, "patch_embedding", x)
         x = self.position_embedding(x, packed.grids)
         _tap(taps, "positions", x)
+        rotary = self._rotary(packed)
         for number, block in enumerate(self.blocks):
-            x = block(x, segments, backend)
+            x = block(x, segments, backend, rotary)
             _tap(taps, f"block.{number}", x)
         if self.post_norm is not None:
             x = self.post_norm(x)
@@ -63,6 +65,12 @@ class SiglipVisionModel(nn.Module):
             raise ValueError("this checkpoint has no pooling head (vision_use_head is false)")
         pooled: torch.Tensor = self.head(features, [grid.area for grid in grids])
         return pooled
+
+    def _rotary(self, packed: PackedPatches) -> Rotary | None:
+        config = self.config
+        if config.rope_theta is None:
+            return None
+        return rotary_tables_2d(packed.grids, config.head_dim, config.rope_theta, packed.pixels.device)
 
     def _backend(self, pixels: torch.Tensor) -> AttentionBackend:
         key = (pixels.device, pixels.dtype)

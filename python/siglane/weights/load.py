@@ -173,10 +173,24 @@ class StrictLoad:
                 self.ignored.append((name, reason))
             case Elsewhere(prefix):
                 return name.removeprefix(prefix)
-            case Destination() as destination:
-                self._claim(destination, name, place)
-                self._fill(destination, tensor, place)
+            case Destination(parameter, part):
+                parts = [Destination(parameter, one) for one in part.split("+")]
+                for destination in parts:
+                    self._claim(destination, name, place)
+                for destination, piece in zip(parts, self._pieces(parts, tensor, place), strict=True):
+                    self._fill(destination, piece, place)
         return None
+
+    def _pieces(self, parts: list[Destination], tensor: torch.Tensor, place: str) -> tuple[torch.Tensor, ...]:
+        """A tensor that holds several parts, cut along its first dimension."""
+        if len(parts) == 1:
+            return (tensor,)
+        owner, _ = self._owners[parts[0].parameter]
+        assert isinstance(owner, ShardedModule)
+        sizes = [owner.part_size(destination.part) for destination in parts]
+        if tensor.shape[0] != sum(sizes):
+            raise WeightError(f"{place} has {tensor.shape[0]} rows, the model needs {'+'.join(map(str, sizes))}")
+        return tensor.split(sizes)
 
     def _claim(self, destination: Destination, name: str, place: str) -> None:
         if destination in self._filled_by:

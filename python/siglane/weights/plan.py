@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from siglane.config.projector import ActivationLayer, NormLayer, ProjectorConfig
+from siglane.config.projector import ActivationLayer, LinearLayer, NormLayer, ProjectorConfig, VocabularyConfig
 from siglane.config.text import LanguageConfig
 from siglane.config.vision import VisionConfig
 
@@ -19,7 +19,10 @@ PLACEHOLDERS = {"i": r"\d+", "leaf": "weight|bias", "rest": ".+"}
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Tensors named `pattern` fill `part` of parameter `target` (parts: `nn.linear.ShardedModule`)."""
+    """Tensors named `pattern` fill `part` of parameter `target` (parts: `nn.linear.ShardedModule`).
+
+    `q+k+v`: the tensor holds several parts one after another along its first dimension.
+    """
 
     pattern: str
     target: str
@@ -137,6 +140,8 @@ _HEAD: list[Entry] = [
 
 def projector_plan(config: ProjectorConfig) -> WeightPlan:
     """The layers under the names that the configuration gives them."""
+    if config.vocabulary is not None:
+        return _vocabulary_plan(config, config.vocabulary)
     rules: list[Entry] = []
     for number, layer in enumerate(config.layers):
         if isinstance(layer, ActivationLayer):
@@ -144,6 +149,17 @@ def projector_plan(config: ProjectorConfig) -> WeightPlan:
         leaves = ("weight", "bias") if isinstance(layer, NormLayer) or layer.bias else ("weight",)
         rules += [Rule(f"{layer.name}.{leaf}", f"layers.{number}.{leaf}") for leaf in leaves]
     return WeightPlan(tuple(rules))
+
+
+def _vocabulary_plan(config: ProjectorConfig, vocabulary: VocabularyConfig) -> WeightPlan:
+    head, norm = config.layers
+    assert isinstance(head, LinearLayer)
+    assert isinstance(norm, NormLayer)
+    return WeightPlan((
+        Rule(f"{head.name}.weight", "head.weight"),
+        Rule(f"{norm.name}.{{leaf}}", "norm.{leaf}"),
+        Rule(f"{vocabulary.name}.weight", "table"),
+    ))  # fmt: skip
 
 
 def qwen_plan(config: LanguageConfig) -> WeightPlan:
