@@ -38,9 +38,8 @@ class VisualVocabulary(nn.Module):
             projection.input_size, {"": projection.output_size}, bias=False, tp=TensorParallel.single()
         )
         self.norm = nn.LayerNorm(norm.size, norm.eps)
-        self.table = nn.Parameter(
-            torch.empty(config.vocabulary.size + config.vocabulary.indicators, config.output_size)
-        )
+        self.words = config.vocabulary.size
+        self.table = nn.Parameter(torch.empty(self.words + config.vocabulary.indicators, config.output_size))
 
     def forward(self, features: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
         words = self.table[: self.words]
