@@ -12,8 +12,20 @@ if TYPE_CHECKING:
     from siglane.errors import EngineError, SiglaneError, UserError
     from siglane.llm import LLM, Generation, VisionEncoder
     from siglane.types import SamplingParams
+    from siglane.vision.packed import convert_from_packing_format, convert_to_packing_format, encode_packed
 
-__all__ = ["LLM", "EngineError", "Generation", "SamplingParams", "SiglaneError", "UserError", "VisionEncoder"]
+__all__ = [
+    "LLM",
+    "EngineError",
+    "Generation",
+    "SamplingParams",
+    "SiglaneError",
+    "UserError",
+    "VisionEncoder",
+    "convert_from_packing_format",
+    "convert_to_packing_format",
+    "encode_packed",
+]
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -24,6 +36,9 @@ _HOMES = {
     "EngineError": "siglane.errors",
     "SiglaneError": "siglane.errors",
     "UserError": "siglane.errors",
+    "convert_from_packing_format": "siglane.vision.packed",
+    "convert_to_packing_format": "siglane.vision.packed",
+    "encode_packed": "siglane.vision.packed",
 }
 
 
