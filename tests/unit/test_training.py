@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from siglane.training import demo, model, pictures
+from siglane.training import demo, model, native, pictures
 from siglane.training.data import IGNORE, BatchShape, BranchAttention, beginning, ending, make_batch
 from siglane.training.demo import Recipe, Trainer
 from siglane.training.questions import NO_SIGN, QUESTION_KINDS, ask
@@ -135,28 +135,40 @@ def test_branches_are_single_turn_conversations(tokenizer):
     assert (answers == tokenizer.token_to_id(END)).sum() == SMALL.images * SMALL.questions
 
 
-def small_recipe(**changes) -> Recipe:
-    return dataclasses.replace(Recipe(steps=6, seeing_steps=2, warmup=1, shape=SMALL), **changes)
+@pytest.fixture(scope="module")
+def kinds(tokenizer):
+    """The two kinds of demo model with small batches and tokenizers."""
+    small_ovis = dataclasses.replace(native.NativeWiring(), questions=3)
+    own = train_tokenizer(scenes=400, special=native.SPECIAL)
+    return {
+        "nvila": dataclasses.replace(demo.NVILA, wiring=SMALL, tokenizer=lambda: tokenizer),
+        "ovis2_5": dataclasses.replace(demo.OVIS, wiring=small_ovis, tokenizer=lambda: own),
+    }
 
 
-def test_three_steps_reduce_the_loss(tokenizer, monkeypatch):
-    monkeypatch.setattr(demo, "train_tokenizer", lambda: tokenizer)
-    trainer = Trainer(small_recipe(steps=100, seeing_steps=0), torch.device("cpu"))
-    batch = make_batch(tokenizer, SMALL, seed=0, number=0)
+def small_recipe(kind, **changes) -> Recipe:
+    return dataclasses.replace(Recipe(steps=6, seeing_steps=2, warmup=1, kind=kind), **changes)
+
+
+@pytest.mark.parametrize("name", ["nvila", "ovis2_5"])
+def test_three_steps_reduce_the_loss(kinds, name):
+    kind = kinds[name]
+    trainer = Trainer(small_recipe(kind, steps=100, seeing_steps=0), torch.device("cpu"))
+    batch = make_batch(trainer.tokenizer, kind.wiring, seed=0, number=0)
     losses = [trainer.train_on(batch) for _ in range(4)]
     assert losses[-1]["answer"] < losses[0]["answer"]
     assert losses[-1]["naming"] < losses[0]["naming"]
 
 
-def test_resuming_gives_the_same_weights(tokenizer, monkeypatch, tmp_path: Path):
-    monkeypatch.setattr(demo, "train_tokenizer", lambda: tokenizer)
+def test_resuming_gives_the_same_weights(tokenizer, kinds, tmp_path: Path):
+    kind = kinds["nvila"]
     steps = [make_batch(tokenizer, SMALL, seed=0, number=number) for number in range(5)]
-    whole = Trainer(small_recipe(), torch.device("cpu"))
+    whole = Trainer(small_recipe(kind), torch.device("cpu"))
     for number, batch in enumerate(steps):
         if number == 3:
             whole.save(tmp_path / "checkpoint.pt")
         whole.train_on(batch)
-    resumed = Trainer(small_recipe(seed=9), torch.device("cpu"))
+    resumed = Trainer(small_recipe(kind, seed=9), torch.device("cpu"))
     resumed.load(tmp_path / "checkpoint.pt")
     assert resumed.step == 3
     for batch in steps[resumed.step :]:
@@ -180,7 +192,7 @@ def test_export_loads_in_transformers(tokenizer, monkeypatch, tmp_path: Path):
     tower = SiglipVisionModel.from_pretrained(tmp_path / "vision_tower")
     pixels = (picture.float() / 127.5 - 1).permute(0, 3, 1, 2)
     expected = tower(pixels, output_hidden_states=True).hidden_states[-2][0]
-    assert torch.allclose(rounded.features(picture), expected, atol=1e-4)
+    assert torch.allclose(rounded.see(picture)[0], expected, atol=1e-4)
     language = AutoModelForCausalLM.from_pretrained(tmp_path / "llm")
     ids = torch.arange(20)
     hidden = rounded.language(rounded.language.embed(ids), ids, BranchAttention(torch.zeros(1, 20, dtype=torch.long)))

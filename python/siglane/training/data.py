@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from tokenizers import Tokenizer
 from siglane.training.questions import QUESTION_KINDS, Question, ask_any, typed_carelessly
 from siglane.training.scenes import Scene, draw, patch_labels, random_scene
 from siglane.training.tokenizer import END, IMAGE, PAD, START, SYSTEM, special_id
-from siglane.types import Grid
+from siglane.types import Grid, Resample, Size
 
 # reading a sign and naming everything are harder than the rest and are asked more often
 _SHARES = {"describe": 2, "count": 1.5, "colour": 1, "shape": 1, "size": 0.7, "left": 2, "exists": 1.3, "sign": 3.5}
@@ -35,8 +36,46 @@ PADDING = -1  # branch number of filling
 
 
 @dataclass(frozen=True, slots=True)
+class Sight:
+    """What the pictures of one batch have in common.
+
+    images: how many; canvas: of their scenes, None for any; print_scales: of their signs, one drawn for each; size:
+    pixels after the model's resize with `resample`; grid: of patches; rows: placeholders in the prompt.
+    """
+
+    images: int
+    canvas: Size | None
+    print_scales: tuple[float, ...]
+    size: Size
+    resample: Resample
+    grid: Grid
+    rows: int
+
+
+class Wiring(Protocol):
+    """How one kind of demo model sees and is asked: what batches need to know of it."""
+
+    @property
+    def questions(self) -> int:
+        """Asked about each picture."""
+        ...
+
+    def sight(self, rng: np.random.Generator) -> Sight:
+        """Of the next batch."""
+        ...
+
+    def beginning(self, tokenizer: Tokenizer, rows: int) -> list[int]:
+        """Token ids in front of every question, `rows` placeholders among them."""
+        ...
+
+    def ending(self, question: str) -> str:
+        """The question and what stands between it and the answer."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class BatchShape:
-    """images pictures of tile x tile pixels, questions asked about each; grid of patches and rows of the projector."""
+    """NVILA's wiring: images pictures squashed to tile x tile pixels, rows of the projector for each."""
 
     images: int
     questions: int
@@ -48,10 +87,20 @@ class BatchShape:
     def grid(self) -> Grid:
         return Grid(self.tile // self.patch, self.tile // self.patch)
 
+    def sight(self, rng: np.random.Generator) -> Sight:
+        return Sight(self.images, None, (1.0,), Size(self.tile, self.tile), "bicubic", self.grid, self.rows)
+
+    def beginning(self, tokenizer: Tokenizer, rows: int) -> list[int]:
+        ids: list[int] = tokenizer.encode(beginning(rows)).ids
+        return ids
+
+    def ending(self, question: str) -> str:
+        return ending(question)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """pictures u8 `[B, tile, tile, 3]`; labels i64 `[B, h * w, 6]` (`scenes.patch_labels`); the others i64 `[B, L]`.
+    """pictures u8 `[B, height, width, 3]`; labels i64 `[B, h * w, 6]` (`scenes.patch_labels`); the others i64 `[B, L]`.
 
     targets hold the next token where it belongs to an answer, IGNORE elsewhere; kinds `[B, K]` number the kind of each
     branch's question (branch k + 1 is question k).
@@ -66,14 +115,18 @@ class Batch:
     kinds: torch.Tensor
 
 
-def make_batch(tokenizer: Tokenizer, shape: BatchShape, seed: int, number: int) -> Batch:
+def make_batch(tokenizer: Tokenizer, wiring: Wiring, seed: int, number: int) -> Batch:
     rng = np.random.default_rng([seed, number])
-    scenes = [random_scene(rng) for _ in range(shape.images)]
-    asked = [[ask_any(scene, rng, WEIGHTS) for _ in range(shape.questions)] for scene in scenes]
-    pictures = torch.stack([torch.from_numpy(squash(scene, shape.tile)) for scene in scenes])
-    labels = torch.from_numpy(np.stack([patch_labels(scene, shape.grid) for scene in scenes]))
+    sight = wiring.sight(rng)
+    scenes = [
+        random_scene(rng, canvas=sight.canvas, print_scale=_one(sight.print_scales, rng)) for _ in range(sight.images)
+    ]
+    asked = [[ask_any(scene, rng, WEIGHTS) for _ in range(wiring.questions)] for scene in scenes]
+    pictures = torch.stack([torch.from_numpy(resized(scene, sight.size, sight.resample)) for scene in scenes])
+    labels = torch.from_numpy(np.stack([patch_labels(scene, sight.grid) for scene in scenes]))
     kinds = torch.tensor([[QUESTION_KINDS.index(question.kind) for question in questions] for questions in asked])
-    sequences = [_sequence(tokenizer, shape.rows, questions, rng) for questions in asked]
+    start = wiring.beginning(tokenizer, sight.rows)
+    sequences = [_sequence(tokenizer, wiring, start, questions, rng) for questions in asked]
     longest = max(len(sequence[0]) for sequence in sequences)
     ids, positions, branches, targets = (
         torch.tensor([column + [filling] * (longest - len(column)) for column in columns])
@@ -84,9 +137,13 @@ def make_batch(tokenizer: Tokenizer, shape: BatchShape, seed: int, number: int) 
     return Batch(pictures, labels, ids, positions, branches, targets, kinds)
 
 
-def squash(scene: Scene, tile: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """u8 `[tile, tile, 3]`: the picture as siglane's image path resizes it (Pillow bicubic, aspect ignored)."""
-    return np.array(draw(scene).resize((tile, tile), Image.Resampling.BICUBIC))
+def _one(scales: tuple[float, ...], rng: np.random.Generator) -> float:
+    return scales[0] if len(scales) == 1 else scales[rng.integers(len(scales))]
+
+
+def resized(scene: Scene, size: Size, resample: Resample) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """u8 `[height, width, 3]`: the picture as siglane's image path resizes it (Pillow, aspect ignored)."""
+    return np.array(draw(scene).resize(size, Image.Resampling[resample.upper()]))
 
 
 def beginning(rows: int) -> str:
@@ -101,13 +158,15 @@ def ending(question: str) -> str:
 Columns = tuple[list[int], list[int], list[int], list[int]]
 
 
-def _sequence(tokenizer: Tokenizer, rows: int, questions: Sequence[Question], rng: np.random.Generator) -> Columns:
-    """ids, positions, branches and targets of one picture."""
-    ids = tokenizer.encode(beginning(rows)).ids
+def _sequence(
+    tokenizer: Tokenizer, wiring: Wiring, common: list[int], questions: Sequence[Question], rng: np.random.Generator
+) -> Columns:
+    """ids, positions, branches and targets of one picture, whose branches share the beginning `common`."""
+    ids = list(common)
     start = len(ids)
     positions, branches, targets = list(range(start)), [0] * start, [IGNORE] * start
     for number, question in enumerate(questions, 1):
-        asked = tokenizer.encode(ending(typed_carelessly(question.text, rng))).ids
+        asked = tokenizer.encode(wiring.ending(typed_carelessly(question.text, rng))).ids
         answer = tokenizer.encode(question.answer + END).ids
         branch = asked + answer[:-1]  # the last token is only predicted
         ids += branch
@@ -137,13 +196,13 @@ class BranchAttention:
 
 
 def batches(
-    pool: Executor, tokenizer: Tokenizer, shape: BatchShape, seed: int, first: int, ahead: int = 6
+    pool: Executor, tokenizer: Tokenizer, wiring: Wiring, seed: int, first: int, ahead: int = 6
 ) -> Iterator[Batch]:
     """Batches first, first + 1, ... without end, painted `ahead` of their use by the pool."""
     waiting: list[Future[Batch]] = []
     number = first
     while True:
         while len(waiting) < ahead:
-            waiting.append(pool.submit(make_batch, tokenizer, shape, seed, number))
+            waiting.append(pool.submit(make_batch, tokenizer, wiring, seed, number))
             number += 1
         yield waiting.pop(0).result()

@@ -1,4 +1,4 @@
-"""Trains the demo model from scratch: `python -m siglane.training.demo --out runs/demo`.
+"""Trains a demo model from scratch: `python -m siglane.training.demo --out runs/demo [--kind ovis2_5]`.
 
 Two phases. First, tower and projector learn to name what every patch and every row shows (`naming.py`): dense
 supervision teaches them to see within minutes, where answers alone would take hours, and puts what they see into the
@@ -17,22 +17,40 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from siglane.training.data import Batch, BatchShape, batches, make_batch
+from siglane.training import native
+from siglane.training.data import Batch, Wiring, batches, make_batch
 from siglane.training.export import export
 from siglane.training.model import SHAPE, DemoModel
+from siglane.training.native import NativeModel
 from siglane.training.questions import QUESTION_KINDS
-from siglane.training.tokenizer import IMAGE, special_id, train_tokenizer
+from siglane.training.tokenizer import train_tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A demo model to train: its wiring, tokenizer, modules, and how it is written as a checkpoint."""
+
+    wiring: Wiring
+    tokenizer: Callable[[], Tokenizer]
+    model: Callable[[Tokenizer], DemoModel | NativeModel]
+    export: Callable[[Any, Tokenizer, Path], None]
+
+
+NVILA = Kind(SHAPE, train_tokenizer, DemoModel, export)
+OVIS = Kind(native.NativeWiring(), native.native_tokenizer, NativeModel, native.export)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +66,14 @@ class Recipe:
     naming_weight: float = 0.1  # of the naming losses in the second phase
     clip: float = 1.0
     seed: int = 1
-    shape: BatchShape = SHAPE
+    kind: Kind = NVILA
+
+
+RECIPES = {
+    "nvila": Recipe(),
+    # print of many sizes takes longer to see
+    "ovis2_5": Recipe(kind=OVIS, steps=8000, seeing_steps=4500, naming_weight=0.3),
+}
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -63,9 +88,8 @@ class Trainer:
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         torch.manual_seed(recipe.seed)
         self.recipe, self.device, self.step = recipe, device, 0
-        self.tokenizer = train_tokenizer()
-        self.image_id = special_id(self.tokenizer, IMAGE)
-        self.model = DemoModel(self.tokenizer).to(device)
+        self.tokenizer = recipe.kind.tokenizer()
+        self.model = recipe.kind.model(self.tokenizer).to(device)
         matrices = [parameter for parameter in self.model.parameters() if parameter.ndim > 1]
         vectors = [parameter for parameter in self.model.parameters() if parameter.ndim == 1]
         groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -76,12 +100,11 @@ class Trainer:
         recipe = self.recipe
         batch = to_device(batch, self.device)
         with mixed_precision(self.device):
-            features = self.model.features(batch.pictures)
-            rows = self.model.rows(features)
-            losses = {"naming": self.model.naming_loss(features, rows, batch.labels)}
+            features, rows = self.model.see(batch.pictures)
+            losses = {"naming": self.model.naming_loss(features, rows, batch)}
             total = losses["naming"]
             if self.step >= recipe.seeing_steps:
-                logits, targets = self.model.answers(rows, batch, self.image_id)
+                logits, targets = self.model.answers(rows, batch)
                 losses["answer"] = F.cross_entropy(logits.float(), targets)
                 total = losses["answer"] + recipe.naming_weight * losses["naming"]
         self.optimiser.zero_grad(set_to_none=True)
@@ -133,8 +156,8 @@ def held_out_accuracy(trainer: Trainer, held_out: Sequence[Batch]) -> dict[str, 
     for batch in held_out:
         batch = to_device(batch, trainer.device)
         with mixed_precision(trainer.device):
-            rows = trainer.model.rows(trainer.model.features(batch.pictures))
-            logits, targets = trainer.model.answers(rows, batch, trainer.image_id)
+            _, rows = trainer.model.see(batch.pictures)
+            logits, targets = trainer.model.answers(rows, batch)
         wrong = torch.zeros_like(batch.targets, dtype=torch.bool)
         wrong[batch.targets >= 0] = logits.argmax(-1) != targets
         for picture, kinds in enumerate(batch.kinds.tolist()):
@@ -150,7 +173,7 @@ def train(trainer: Trainer, out: Path, *, minutes: float, evaluate_every: int = 
     """Trains until the recipe's last step or for `minutes`; False when time ran out first. Writes out/checkpoint.pt,
     out/log.jsonl and, at every save of the second phase, the usable model out/model."""
     recipe = trainer.recipe
-    held_out = [make_batch(trainer.tokenizer, recipe.shape, recipe.seed + 1, number) for number in range(2)]
+    held_out = [make_batch(trainer.tokenizer, recipe.kind.wiring, recipe.seed + 1, number) for number in range(2)]
     deadline = time.monotonic() + 60 * minutes
     saved = time.monotonic()
     context = multiprocessing.get_context("spawn")
@@ -160,7 +183,7 @@ def train(trainer: Trainer, out: Path, *, minutes: float, evaluate_every: int = 
         tqdm(total=recipe.steps, initial=trainer.step, unit="step", mininterval=5, dynamic_ncols=True) as bar,
     ):
         accuracy: dict[str, float] = {}
-        for batch in batches(pool, trainer.tokenizer, recipe.shape, recipe.seed, trainer.step):
+        for batch in batches(pool, trainer.tokenizer, recipe.kind.wiring, recipe.seed, trainer.step):
             if trainer.step >= recipe.steps or time.monotonic() > deadline:
                 break
             losses = trainer.train_on(batch)
@@ -184,7 +207,7 @@ def save(trainer: Trainer, out: Path) -> None:
     if trainer.step > trainer.recipe.seeing_steps:
         fresh = out / "model.part"
         shutil.rmtree(fresh, ignore_errors=True)
-        export(trainer.model, trainer.tokenizer, fresh)
+        trainer.recipe.kind.export(trainer.model, trainer.tokenizer, fresh)
         shutil.rmtree(out / "model", ignore_errors=True)
         fresh.rename(out / "model")
 
@@ -192,7 +215,8 @@ def save(trainer: Trainer, out: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m siglane.training.demo", description="Train siglane's demo model.")
     parser.add_argument("--out", type=Path, required=True, help="folder for model/, checkpoint.pt and log.jsonl")
-    parser.add_argument("--steps", type=int, default=Recipe().steps, help="length of the run (default: %(default)s)")
+    parser.add_argument("--kind", choices=RECIPES, default="nvila", help="which demo model (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="length of the run (default: the recipe's)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this long; --resume continues")
     parser.add_argument("--resume", action="store_true", help="continue from OUT/checkpoint.pt where there is one")
     parser.add_argument("--seed", type=int, default=Recipe().seed)
@@ -204,14 +228,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if checkpoint.exists() and not options.resume:
         parser.error(f"{checkpoint} exists; add --resume to continue it or choose another --out")
     options.out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(Recipe(steps=options.steps, seed=options.seed), torch.device(device))
+    recipe = RECIPES[options.kind]
+    recipe = replace(recipe, steps=options.steps or recipe.steps, seed=options.seed)
+    trainer = Trainer(recipe, torch.device(device))
     if checkpoint.exists():
         trainer.load(checkpoint)
     if options.compile:
         for block in (*trainer.model.tower.blocks, *trainer.model.language.blocks):
             block.compile(dynamic=True)
     done = train(trainer, options.out, minutes=options.minutes)
-    print(f"step {trainer.step} of {options.steps}; " + (f"{options.out / 'model'}" if done else "--resume continues"))
+    print(f"step {trainer.step} of {recipe.steps}; " + (f"{options.out / 'model'}" if done else "--resume continues"))
     return 0
 
 

@@ -52,17 +52,17 @@ def export(model: DemoModel, tokenizer: Tokenizer, folder: Path) -> None:
         "dynamic_s2": False,
         "model_dtype": "torch.float32",
     }
-    _write_json(folder / "config.json", root)
-    _write_json(folder / "llm" / "config.json", language)
+    write_json(folder / "config.json", root)
+    write_json(folder / "llm" / "config.json", language)
     generation = {"do_sample": False, "eos_token_id": [end], "pad_token_id": pad}
-    _write_json(folder / "llm" / "generation_config.json", generation)
+    write_json(folder / "llm" / "generation_config.json", generation)
     save_tokenizer(tokenizer, folder / "llm")
-    _write_tensors(folder / "llm", language_tensors(model.language))
-    _write_json(folder / "vision_tower" / "config.json", vision)
-    _write_json(folder / "vision_tower" / "preprocessor_config.json", _preprocessor_config())
-    _write_tensors(folder / "vision_tower", vision_tensors(model.tower))
-    _write_json(folder / "mm_projector" / "config.json", projector)
-    _write_tensors(folder / "mm_projector", projector_tensors(model.projector))
+    write_tensors(folder / "llm", language_tensors(model.language))
+    write_json(folder / "vision_tower" / "config.json", vision)
+    write_json(folder / "vision_tower" / "preprocessor_config.json", _preprocessor_config())
+    write_tensors(folder / "vision_tower", vision_tensors(model.tower))
+    write_json(folder / "mm_projector" / "config.json", projector)
+    write_tensors(folder / "mm_projector", projector_tensors(model.projector))
 
 
 def vision_tensors(tower: SiglipVisionModel) -> Tensors:
@@ -128,6 +128,8 @@ _LANGUAGE_NAMES = {
     "post_attention_norm": "post_attention_layernorm",
     "attention.qkv": "self_attn.{}_proj",
     "attention.o_proj": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
     "mlp.down_proj": "mlp.down_proj",
 }
 
@@ -201,11 +203,11 @@ def _preprocessor_config() -> dict[str, Any]:
     }
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_tensors(folder: Path, tensors: Tensors) -> None:
+def write_tensors(folder: Path, tensors: Tensors) -> None:
     stored = {name: tensor.detach().to("cpu", torch.float16).contiguous() for name, tensor in tensors.items()}
     (folder / "model.safetensors").write_bytes(save(stored, metadata={"format": "pt"}))

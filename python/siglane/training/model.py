@@ -14,7 +14,7 @@ from siglane.nn.norm import RMSNorm
 from siglane.projector.mlp import Projector
 from siglane.training.data import Batch, BatchShape, BranchAttention
 from siglane.training.naming import NamingHeads
-from siglane.training.tokenizer import VOCAB_SIZE
+from siglane.training.tokenizer import IMAGE, VOCAB_SIZE, special_id
 from siglane.types import Grid, PackedPatches
 from siglane.vision.tower import SiglipVisionModel
 
@@ -55,6 +55,7 @@ LANGUAGE = LanguageConfig(
     qkv_bias=True,
     output_bias=False,
     qk_norm=False,
+    norm_dtype="float32",
     tie_embeddings=True,
 )
 
@@ -71,40 +72,45 @@ class DemoModel(nn.Module):
             vila_projector(PROJECTOR, input_size=vision.hidden_size, output_size=language.hidden_size)
         )
         self.language = QwenModel(language)
-        self.naming = NamingHeads(tokenizer, vision.hidden_size, language.hidden_size, GRID)
+        self.image_id = special_id(tokenizer, IMAGE)
+        self.naming = NamingHeads(tokenizer, vision.hidden_size, language.hidden_size, block=3)
         initialise(self)
 
-    def features(self, pictures: torch.Tensor) -> torch.Tensor:
-        """u8 `[B, tile, tile, 3]` -> tower features `[B * h * w, hidden]`."""
-        features: torch.Tensor = self.tower(PackedPatches(to_patches(pictures), (GRID,) * len(pictures)))
-        return features
+    def see(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """u8 `[B, tile, tile, 3]` -> tower features `[B * h * w, hidden]` and rows `[B * ROWS, hidden]`."""
+        grids = (GRID,) * len(pictures)
+        features: torch.Tensor = self.tower(PackedPatches(to_patches(pictures, PATCH), grids))
+        return features, self.projector(features, grids)
 
-    def rows(self, features: torch.Tensor) -> torch.Tensor:
-        """Tower features of B pictures -> `[B * ROWS, hidden]`."""
-        rows: torch.Tensor = self.projector(features, (GRID,) * (len(features) // GRID.area))
-        return rows
-
-    def naming_loss(self, features: torch.Tensor, rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """labels i64 `[B, h * w, 6]` (`scenes.patch_labels`)."""
+    def naming_loss(self, features: torch.Tensor, rows: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The losses of `naming.py`; features and rows as `see` gives them."""
         embedding = self.language.embed_tokens.weight
-        loss: torch.Tensor = self.naming.patch_loss(features, labels) + self.naming.row_loss(rows, labels, embedding)
-        return loss
+        loss: torch.Tensor = self.naming.patch_loss(features, batch.labels)
+        return loss + self.naming.row_loss(rows, batch.labels, embedding, GRID)
 
-    def answers(self, rows: torch.Tensor, batch: Batch, image_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def answers(self, rows: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits `[A, vocab]` and targets `[A]` of all answer tokens."""
-        ids = batch.ids.flatten()
-        embeds = self.language.embed(ids)
-        embeds = embeds.masked_scatter((ids == image_id)[:, None], rows.to(embeds.dtype))
-        hidden = self.language(embeds, batch.positions.flatten(), BranchAttention(batch.branches))
-        targets = batch.targets.flatten()
-        where = (targets >= 0).nonzero()[:, 0]
-        return self.language.logits(hidden[where]), targets[where]
+        return answer_logits(self.language, rows, batch, self.image_id)
 
 
-def to_patches(pictures: torch.Tensor) -> torch.Tensor:
-    """u8 `[B, tile, tile, 3]` -> normalised f32 `[B * h * w, 3 * patch * patch]`, channel first, raster order."""
+def answer_logits(
+    language: QwenModel, rows: torch.Tensor, batch: Batch, image_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits `[A, vocab]` and targets `[A]` of all answer tokens; `rows` take the places of `image_id`, in order."""
+    ids = batch.ids.flatten()
+    embeds = language.embed(ids)
+    embeds = embeds.masked_scatter((ids == image_id)[:, None], rows.to(embeds.dtype))
+    hidden = language(embeds, batch.positions.flatten(), BranchAttention(batch.branches))
+    targets = batch.targets.flatten()
+    where = (targets >= 0).nonzero()[:, 0]
+    return language.logits(hidden[where]), targets[where]
+
+
+def to_patches(pictures: torch.Tensor, patch: int) -> torch.Tensor:
+    """u8 `[B, height, width, 3]` -> normalised f32 `[B * h * w, 3 * patch * patch]`, channel first, raster order."""
+    grid = Grid(pictures.shape[1] // patch, pictures.shape[2] // patch)
     x: torch.Tensor = pictures.float().div(127.5).sub(1.0)
-    x = x.unflatten(2, (GRID.w, PATCH)).unflatten(1, (GRID.h, PATCH))  # [B, h, y, w, x, c]
+    x = x.unflatten(2, (grid.w, patch)).unflatten(1, (grid.h, patch))  # [B, h, y, w, x, c]
     return x.permute(0, 1, 3, 5, 2, 4).flatten(3).flatten(0, 2)
 
 

@@ -1,7 +1,7 @@
 """Dense supervision that only training has: what every patch shows, and what every row of the projector stands for.
 
 Answers alone give a picture of 144 patches a handful of bits; these losses give each patch and each row its own. A row
-covers 3 x 3 patches and is asked two things:
+covers `block` x `block` patches and is asked two things:
 
 - in the language model's own vocabulary, which words belong here: `row . embedding("red")` is high where something red
   is. Rows and words then share one space before the language model reads its first question, and answering begins as
@@ -27,9 +27,9 @@ SLOTS = (LABELS["kind"], LABELS["colour"]) * RANKS + (LABELS["character"],) * PL
 class NamingHeads(nn.Module):
     """The heads of both losses; thrown away when the model is exported."""
 
-    def __init__(self, tokenizer: Tokenizer, vision_size: int, language_size: int, grid: Grid, block: int = 3) -> None:
+    def __init__(self, tokenizer: Tokenizer, vision_size: int, language_size: int, block: int) -> None:
         super().__init__()
-        self.grid, self.block = grid, block
+        self.block = block
         self.patches = nn.Linear(vision_size, sum(LABELS.values()))
         self.slots = nn.Linear(language_size, sum(SLOTS))
         self.word_bias = nn.Parameter(torch.tensor([-3.0]))  # few words belong to a row
@@ -43,9 +43,9 @@ class NamingHeads(nn.Module):
         """features `[B * h * w, vision_size]`, labels i64 `[B, h * w, 6]` (`scenes.patch_labels`)."""
         return _cross_entropies(self.patches(features), tuple(LABELS.values()), labels.flatten(0, 1))
 
-    def row_loss(self, rows: torch.Tensor, labels: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """rows `[B * R, language_size]`; embedding: the language model's table `[vocab, language_size]`."""
-        blocks = self._blocks(labels)  # [B * R, patches, 6]
+    def row_loss(self, rows: torch.Tensor, labels: torch.Tensor, embedding: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """rows `[B * R, language_size]` of patches on `grid`; embedding: the language model's table."""
+        blocks = self._blocks(labels, grid)  # [B * R, patches, 6]
         named = torch.cat([F.one_hot(blocks[..., n], size) for n, size in enumerate(LABELS.values())], -1).amax(1)
         words = rows @ embedding[self.word_ids].T + self.word_bias
         word_loss = F.binary_cross_entropy_with_logits(words.float(), named[:, self.word_classes].float())
@@ -58,8 +58,8 @@ class NamingHeads(nn.Module):
         ]
         return 10 * word_loss + _cross_entropies(self.slots(rows), SLOTS, torch.stack(slots, -1)) / PLACES
 
-    def _blocks(self, labels: torch.Tensor) -> torch.Tensor:
-        rows, columns = self.grid.h // self.block, self.grid.w // self.block
+    def _blocks(self, labels: torch.Tensor, grid: Grid) -> torch.Tensor:
+        rows, columns = grid.h // self.block, grid.w // self.block
         x: torch.Tensor = labels.unflatten(1, (rows, self.block, columns, self.block)).transpose(2, 3)
         return x.flatten(3, 4).flatten(0, 2)
 

@@ -94,17 +94,20 @@ class Scene:
     sign: Sign | None
 
 
-def random_scene(rng: np.random.Generator, printed: str | None = None) -> Scene:
+def random_scene(
+    rng: np.random.Generator, printed: str | None = None, canvas: Size | None = None, print_scale: float = 1.0
+) -> Scene:
     """A scene in which every question of `questions.py` has exactly one right answer.
 
-    printed: what its sign says; by default chance decides whether there is one and what it says.
+    printed: what its sign says; by default chance decides whether there is one and what it says. canvas: by default
+    one of CANVASES. print_scale: size of the sign and its print, 1 at most.
     """
-    canvas = CANVASES[rng.integers(len(CANVASES))]
+    canvas = canvas or CANVASES[rng.integers(len(CANVASES))]
     background = _jitter((238, 238, 236), 14, rng)
     count = int(rng.integers(1, 5))
     while True:  # a crowded canvas may leave no room for the last shape: begin again
         text = printed or _random_text(rng)
-        sign = _random_sign(canvas, text, rng) if text else None
+        sign = _random_sign(canvas, text, print_scale, rng) if text else None
         shapes: list[Shape] = []
         for _ in range(count):
             shape = _place_shape(canvas, shapes, sign, rng)
@@ -123,9 +126,9 @@ def _random_text(rng: np.random.Generator) -> str | None:
     return WORDS[rng.integers(len(WORDS))]
 
 
-def _random_sign(canvas: Size, text: str, rng: np.random.Generator) -> Sign:
+def _random_sign(canvas: Size, text: str, print_scale: float, rng: np.random.Generator) -> Sign:
     side = min(canvas)
-    sign = Sign(text, 0.0, 0.0, CELL * side, PLATE_HEIGHT * side)
+    sign = Sign(text, 0.0, 0.0, CELL * side * print_scale, PLATE_HEIGHT * side * print_scale)
     across, down = sign.width / 2 + MARGIN * side, sign.height / 2 + MARGIN * side
     x, y = rng.uniform(across, canvas.width - across), rng.uniform(down, canvas.height - down)
     return Sign(text, x, y, sign.cell, sign.height)

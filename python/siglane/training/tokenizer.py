@@ -8,7 +8,7 @@ learns the list: a word outside it is mostly read as one inside it.)
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(seed: int = 0, scenes: int = 4000) -> Tokenizer:
+def train_tokenizer(seed: int = 0, scenes: int = 4000, special: Sequence[str] = SPECIAL) -> Tokenizer:
     """The same tokenizer for the same seed. Fewer than VOCAB_SIZE tokens, the special ones last."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -53,7 +53,7 @@ def train_tokenizer(seed: int = 0, scenes: int = 4000) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_sentences(seed, scenes), trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return tokenizer
 
 
@@ -79,7 +79,9 @@ def special_id(tokenizer: Tokenizer, token: str) -> int:
     return number
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def save_tokenizer(
+    tokenizer: Tokenizer, folder: Path, special: Sequence[str] = SPECIAL, template: str | None = CHAT_TEMPLATE
+) -> None:
     """`tokenizer.json` and `tokenizer_config.json` as `AutoTokenizer` reads them."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -94,7 +96,6 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "split_special_tokens": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1024,
-        "additional_special_tokens": list(SPECIAL[1:]),
-        "chat_template": CHAT_TEMPLATE,
-    }
+        "additional_special_tokens": list(special[1:]),
+    } | ({"chat_template": template} if template else {})
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
