@@ -24,6 +24,7 @@ from siglane.types import (
     ImageSpan,
     Prompt,
     Request,
+    Resize,
     SamplingParams,
     Size,
     Tile,
@@ -37,7 +38,7 @@ VOCABULARY = 97
 
 def image(name: int, rows: int = 4, patches: int = 4) -> ImagePatches:
     """An image of which only identity and sizes matter; equal numbers are equal images."""
-    tile = Tile(Size(patches, 1), Box(0, 0, patches, 1), Grid(1, patches))
+    tile = Tile((Resize(Size(patches, 1), "bicubic"),), Box(0, 0, patches, 1), Grid(1, patches))
     layout = ImageLayout(Size(patches, 1), (tile,), (Features(rows),), Grid(1, 1))
     return ImagePatches(torch.zeros(patches, 1), layout, digest_of(b"kit", f"{name} {rows} {patches}".encode()))
 

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from transformers import Qwen2Config, Qwen3Config, SiglipVisionConfig
 
-from siglane.config.preprocess import PreprocessConfig, Tiling
+from siglane.config.layout.squash import Squash
+from siglane.config.layout.vila import VilaTiling
+from siglane.config.preprocess import ImageProcessorConfig, PreprocessConfig
 from siglane.config.reader import LARGEST_SIZE, ConfigReader, read_json
 from siglane.config.text import LanguageConfig
 from siglane.config.vision import VisionConfig, resolve_layer
@@ -36,8 +38,12 @@ def vision(**raw: Any) -> VisionConfig:
     return VisionConfig.from_hf(raw, feature_layer=-1, post_norm=True)
 
 
-def preprocess(tiling: Tiling = "squash", **raw: Any) -> PreprocessConfig:
-    return PreprocessConfig.from_hf(raw, tiling=tiling)
+def preprocess(**raw: Any) -> PreprocessConfig:
+    processor = ImageProcessorConfig.from_hf(raw)
+    return PreprocessConfig.of(Squash(tile=processor.size, resample=processor.resample), processor)
+
+
+tiled = partial(VilaTiling, tile=Size(448, 448), resample="bicubic", min_tiles=1, s2_scales=(), fill=(0, 0, 0))
 
 
 class TestReader:
@@ -239,20 +245,19 @@ class TestLanguage:
 class TestPreprocess:
     def test_absent_keys_take_the_defaults_of_the_reference(self) -> None:
         config = preprocess()
-        assert config.tile == Size(224, 224)
-        assert (config.resample, config.rescale) == ("bicubic", 1 / 255)
+        assert config.rule == Squash(tile=Size(224, 224), resample="bicubic")
+        assert config.rescale == 1 / 255
         assert config.mean == config.std == (0.5, 0.5, 0.5)
 
     def test_a_written_config_is_read(self) -> None:
         config = preprocess(
             size={"height": 384, "width": 448}, resample=2, image_mean=[0, 0.25, 1], image_std=[1, 0.5, 2]
         )
-        assert config.tile == Size(width=448, height=384)
-        assert config.resample == "bilinear"
+        assert config.rule == Squash(tile=Size(width=448, height=384), resample="bilinear")
         assert config.mean == (0.0, 0.25, 1.0)
         assert config.std == (1.0, 0.5, 2.0)
-        assert preprocess(size=384).tile == Size(384, 384)
-        assert preprocess(size=None).tile == Size(224, 224)
+        assert ImageProcessorConfig.from_hf({"size": 384}).size == Size(384, 384)
+        assert ImageProcessorConfig.from_hf({"size": None}).size == Size(224, 224)
 
     @pytest.mark.parametrize(
         ("raw", "complaint"),
@@ -281,14 +286,14 @@ class TestPreprocess:
 
     @pytest.mark.parametrize(("least", "most"), [(0, 12), (13, 12), (1, 0)])
     def test_dynamic_tiling_needs_a_grid(self, least: int, most: int) -> None:
-        message = refusal(lambda: PreprocessConfig.from_hf({}, tiling="dynamic", min_tiles=least, max_tiles=most))
+        message = refusal(lambda: tiled(tiling="dynamic", min_tiles=least, max_tiles=most))
         assert message == f"min_tiles {least} and max_tiles {most} leave no grid of tiles"
 
     @pytest.mark.parametrize("scales", [(), (448, 448), (896, 448), (448, 1000), (0, 448), (-448, 896)])
     def test_s2_scales_ascend_in_multiples(self, scales: tuple[int, ...]) -> None:
-        build = partial(PreprocessConfig.from_hf, {}, tiling="dynamic_s2", max_tiles=12, s2_scales=scales)
+        build = partial(tiled, tiling="dynamic_s2", max_tiles=12, s2_scales=scales)
         assert refusal(build) == f"s2_scales {scales} must be ascending multiples of the first"
 
     def test_the_largest_square_of_s2_fits_the_tiles(self) -> None:
-        build = partial(PreprocessConfig.from_hf, {}, tiling="dynamic_s2", max_tiles=8, s2_scales=(448, 1344))
+        build = partial(tiled, tiling="dynamic_s2", max_tiles=8, s2_scales=(448, 1344))
         assert "max_tiles 8 is too small" in refusal(build)

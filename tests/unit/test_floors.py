@@ -32,6 +32,7 @@ FLOORS = {
     "tagging": 4,
     "training": 4,
     "hosts": 4,
+    "verify": 4,
     "llm": 5,
     "server": 5,
     "cli": 6,
@@ -42,7 +43,7 @@ SGLANG_HOST = PurePosixPath("hosts/sglang")
 
 VISION_STACK = ("types", "errors", "config", "nn", "image", "vision", "projector")
 ON_DEMAND = ("image/remote.py",)  # imported by the function that fetches a URL
-EXTRAS = ("fastapi", "orjson", "pybase64", "prometheus_client", "sglang", "flashinfer")
+EXTRAS = ("fastapi", "orjson", "pybase64", "prometheus_client", "av", "sglang", "flashinfer")
 HTTP_CLIENT = "httpx2"  # huggingface_hub has it too, so only the vision stack proper can do without
 
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from siglane.config.layout.rule import Cells, Place
+from siglane.config.layout.vila import VilaTiling
 from siglane.config.preprocess import RESAMPLES, PreprocessConfig
 from siglane.config.projector import ProjectorConfig
-from siglane.config.tokens import image_layout
 from siglane.config.vision import PatchLayout, VisionConfig
 from siglane.errors import ConfigError
 from siglane.image.patchify import normalisation, patchify, to_patches
@@ -23,13 +24,17 @@ from siglane.image.tile import render_tiles
 from siglane.types import DecodedImage, Grid, ImageLayout, Size
 
 TILE, PATCH = 56, 14
-PREPROCESS = PreprocessConfig(
+RULE = VilaTiling(
     tile=Size(TILE, TILE),
     resample="bicubic",
     tiling="squash",
     min_tiles=1,
     max_tiles=12,
     s2_scales=(TILE, 2 * TILE, 3 * TILE),
+    fill=(122, 116, 104),
+)
+PREPROCESS = PreprocessConfig(
+    rule=RULE,
     mean=(0.48145466, 0.4578275, 0.40821073),
     std=(0.26862954, 0.26130258, 0.27577711),
     rescale=1 / 255,
@@ -46,6 +51,8 @@ VISION = VisionConfig(
     layer_norm_eps=1e-6,
     patch_layout="channel_first",
     position_resize="never",
+    rope_theta=None,
+    windows=None,
     depth=1,
     post_norm=True,
     use_head=False,
@@ -63,8 +70,12 @@ def picture(width: int, height: int, seed: int = 0) -> DecodedImage:
     return DecodedImage.from_rgb(((smooth + rng.integers(0, 256, (height, width, 3))) // 2).astype(np.uint8))
 
 
+def tiled(**changes: object) -> PreprocessConfig:
+    return replace(PREPROCESS, rule=replace(RULE, **changes))
+
+
 def layout_of(image: DecodedImage, preprocess: PreprocessConfig, *, alone: bool = True) -> ImageLayout:
-    return image_layout(image.size, preprocess, PROJECTOR, PATCH, alone=alone)
+    return preprocess.rule.image(image.size, Cells(PATCH, PROJECTOR), Place(0, 1 if alone else 2))
 
 
 # --- the reference, step by step ----------------------------------------------------------------------------------
@@ -89,8 +100,8 @@ def reference_pad(image: Image.Image, mean: tuple[float, ...]) -> Image.Image:
 def reference_patches(tiles: list[Image.Image], preprocess: PreprocessConfig) -> torch.Tensor:
     """f32 [patches, 3 * p * p], channel first; `unfold` is how a convolution reads its input."""
     processor = SiglipImageProcessorPil(
-        size={"width": preprocess.tile.width, "height": preprocess.tile.height},
-        resample=Image.Resampling[preprocess.resample.upper()],
+        size={"width": preprocess.rule.tile.width, "height": preprocess.rule.tile.height},
+        resample=Image.Resampling[preprocess.rule.resample.upper()],
         image_mean=list(preprocess.mean),
         image_std=list(preprocess.std),
         rescale_factor=preprocess.rescale,
@@ -112,7 +123,7 @@ def assert_same(ours: torch.Tensor, reference: torch.Tensor) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("resample", ["bicubic", "bilinear", "nearest"])
 def test_squash(size: tuple[int, int], resample: str) -> None:
-    image, preprocess = picture(*size), replace(PREPROCESS, resample=resample)
+    image, preprocess = picture(*size), tiled(resample=resample)
     expected = reference_patches([Image.fromarray(image.rgb)], preprocess)
     assert_same(normalised(image, layout_of(image, preprocess), preprocess), expected)
 
@@ -120,7 +131,7 @@ def test_squash(size: tuple[int, int], resample: str) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
 def test_pad(size: tuple[int, int], resample: str) -> None:
-    image, preprocess = picture(*size), replace(PREPROCESS, tiling="pad", resample=resample)
+    image, preprocess = picture(*size), tiled(tiling="pad", resample=resample)
     expected = reference_patches([reference_pad(Image.fromarray(image.rgb), preprocess.mean)], preprocess)
     assert_same(normalised(image, layout_of(image, preprocess), preprocess), expected)
 
@@ -128,7 +139,7 @@ def test_pad(size: tuple[int, int], resample: str) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
 def test_dynamic(size: tuple[int, int], resample: str) -> None:
-    image, preprocess = picture(*size), replace(PREPROCESS, tiling="dynamic", resample=resample, min_tiles=2)
+    image, preprocess = picture(*size), tiled(tiling="dynamic", resample=resample, min_tiles=2)
     layout, pil = layout_of(image, preprocess), Image.fromarray(image.rgb)
     tiles = [*reference_tiling(pil, layout.arrangement.w, layout.arrangement.h), *reference_tiling(pil, 1, 1)]
     assert_same(normalised(image, layout, preprocess), reference_patches(tiles, preprocess))
@@ -137,7 +148,7 @@ def test_dynamic(size: tuple[int, int], resample: str) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
 def test_dynamic_s2(size: tuple[int, int], resample: str) -> None:
-    image, preprocess = picture(*size), replace(PREPROCESS, tiling="dynamic_s2", resample=resample)
+    image, preprocess = picture(*size), tiled(tiling="dynamic_s2", resample=resample)
     layout, pil = layout_of(image, preprocess), Image.fromarray(image.rgb)
     grids = [(1, 1), (2, 2), (layout.arrangement.w, layout.arrangement.h)]
     tiles = [tile for columns, rows in grids for tile in reference_tiling(pil, columns, rows)]
@@ -147,7 +158,7 @@ def test_dynamic_s2(size: tuple[int, int], resample: str) -> None:
 @pytest.mark.parametrize("tiling", ["dynamic", "dynamic_s2"])
 @pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
 def test_one_of_several_pictures_takes_the_processors_own_resize(tiling: str, resample: str) -> None:
-    image, preprocess = picture(120, 50), replace(PREPROCESS, tiling=tiling, resample=resample)
+    image, preprocess = picture(120, 50), tiled(tiling=tiling, resample=resample)
     expected = reference_patches([Image.fromarray(image.rgb)], preprocess)
     assert_same(normalised(image, layout_of(image, preprocess, alone=False), preprocess), expected)
 
@@ -165,9 +176,8 @@ def test_each_canvas_is_resized_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "siglane.image.tile.resize", lambda rgb, size, how: sizes.append(size) or resize(rgb, size, how)
     )
-    preprocess = replace(PREPROCESS, tiling="dynamic_s2")
     image = picture(64, 48)
-    render_tiles(image, layout_of(image, preprocess), preprocess)
+    render_tiles((image.rgb,), layout_of(image, tiled(tiling="dynamic_s2")))
     assert sizes == [Size(56, 56), Size(112, 112), Size(224, 168)]
 
 
@@ -247,11 +257,11 @@ def test_towers_of_other_channels_are_refused() -> None:
 )
 def test_pixels_fit_every_layout(width: int, height: int, tiling: str, alone: bool) -> None:
     image = DecodedImage.from_rgb(np.full((height, width, 3), 77, np.uint8))
-    preprocess = replace(PREPROCESS, tiling=tiling)
+    preprocess = tiled(tiling=tiling)
     layout = layout_of(image, preprocess, alone=alone)
     patches = to_patches(image, layout, preprocess, VISION)
     assert patches.pixels.shape == (layout.patches, VISION.patch_dim)
-    for tile, placed in zip(render_tiles(image, layout, preprocess), layout.tiles, strict=True):
+    for tile, placed in zip(render_tiles((image.rgb,), layout), layout.tiles, strict=True):
         assert tile.shape == (TILE, TILE, 3)
         assert (tile.shape[0] // PATCH, tile.shape[1] // PATCH) == placed.grid
     if tiling != "pad":
@@ -259,7 +269,7 @@ def test_pixels_fit_every_layout(width: int, height: int, tiling: str, alone: bo
 
 
 def test_same_input_same_output() -> None:
-    preprocess = replace(PREPROCESS, tiling="dynamic")
+    preprocess = tiled(tiling="dynamic")
     first, second = (
         to_patches(image, layout_of(image, preprocess), preprocess, VISION) for image in (picture(90, 60),) * 2
     )
@@ -275,12 +285,12 @@ def test_every_option_changes_the_digest() -> None:
         (picture(90, 60, seed=1), PREPROCESS, VISION, True),
         (flat_wide, PREPROCESS, VISION, True),
         (flat_tall, PREPROCESS, VISION, True),
-        (image, replace(PREPROCESS, resample="bilinear"), VISION, True),
-        (image, replace(PREPROCESS, tiling="pad"), VISION, True),
-        (image, replace(PREPROCESS, tiling="dynamic"), VISION, True),
-        (image, replace(PREPROCESS, tiling="dynamic"), VISION, False),
+        (image, tiled(resample="bilinear"), VISION, True),
+        (image, tiled(tiling="pad"), VISION, True),
+        (image, tiled(tiling="dynamic"), VISION, True),
+        (image, tiled(tiling="dynamic"), VISION, False),
         (image, replace(PREPROCESS, mean=(0.5, 0.5, 0.5)), VISION, True),
-        (image, replace(PREPROCESS, tile=Size(70, 70)), VISION, True),
+        (image, tiled(tile=Size(70, 70)), VISION, True),
         (image, PREPROCESS, replace(VISION, patch_layout="channel_last"), True),
         (image, replace(PREPROCESS, rescale=1 / 256), VISION, True),
     ]

@@ -151,7 +151,8 @@ def test_one_prompt_raises_its_error_and_several_return_theirs(llm: LLM) -> None
         ([{"role": "user"}], "messages[0]: content must be a text"),
         ([{"role": "robot", "content": "x"}], "messages[0]: role 'robot' is not one of"),
         ([{"role": "user", "content": "x", "nmae": "y"}], "messages[0]: key 'nmae' is not known"),
-        ([{"role": "user", "content": [{"type": "video"}]}], "messages[0].content[0]: a part is of type"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], "messages[0].content[0]: a part is of type"),
+        ([{"role": "user", "content": [{"type": "video"}]}], "messages[0].content[0] must be a path, URL"),
         ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "messages[0].content[0]: text must be"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": 3}]}], "messages[0].content[0]: url must"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {"uri": "x"}}]}], "key 'uri' is not known"),
@@ -273,8 +274,8 @@ def test_options_that_do_not_exist_are_named(folder: Path) -> None:
 def test_encoding_does_not_depend_on_packing(lite: bool, tmp_path: Path) -> None:
     write_nvila_checkpoint(tmp_path / "model", lite=lite)
     pictures = [picture(n, size) for n, size in enumerate([(60, 60), (200, 90), (30, 100)])]
-    encoder = VisionEncoder(tmp_path / "model", device="cpu", max_patches=100_000)
-    one_by_one = VisionEncoder(tmp_path / "model", device="cpu", max_patches=1)
+    encoder = VisionEncoder(tmp_path / "model", device="cpu", max_seq_len=100_000)
+    one_by_one = VisionEncoder(tmp_path / "model", device="cpu", max_seq_len=1)
     packed, single = list(encoder.run(pictures)), list(one_by_one.run(pictures))
     for together, alone in zip(packed, single, strict=True):
         torch.testing.assert_close(together.features, alone.features, rtol=0, atol=1e-5)

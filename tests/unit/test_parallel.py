@@ -24,6 +24,7 @@ from siglane.config.projector import (
     llava_projector,
     pixel_shuffle_projector,
     vila_projector,
+    vocabulary_projector,
 )
 from siglane.config.text import LanguageConfig
 from siglane.config.vision import VisionConfig
@@ -31,6 +32,7 @@ from siglane.lm.qwen import QwenModel
 from siglane.nn.attention import CausalSegments
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, ShardedModule, attention_parallel
 from siglane.nn.parallel import TensorParallel
+from siglane.projector.build import build_projector
 from siglane.projector.mlp import Projector
 from siglane.types import Grid, PackedPatches
 from siglane.vision.tower import SiglipVisionModel
@@ -56,6 +58,14 @@ def vision_config(heads: int, inner: int) -> VisionConfig:
     return replace(VisionConfig.from_hf(raw, feature_layer=-1, post_norm=True), position_resize="bicubic")
 
 
+def navit_config() -> VisionConfig:
+    raw = {
+        "hidden_size": 48, "num_attention_heads": 12, "intermediate_size": 50, "num_hidden_layers": 3,
+        "image_size": 16, "patch_size": 4, "window_size": 16, "fullatt_block_indexes": "1",
+    }  # fmt: skip
+    return VisionConfig.from_navit(raw)
+
+
 def language_config(model_type: str, heads: int, kv_heads: int, **facts: Any) -> LanguageConfig:
     sizes = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 96, "head_dim": 6}
     return LanguageConfig.from_hf(
@@ -70,7 +80,7 @@ def noise(*shape: int) -> torch.Tensor:
 def ask_tower(tower: SiglipVisionModel) -> Answers:
     packed = PackedPatches(noise(sum(grid.area for grid in GRIDS), tower.config.patch_dim), tuple(GRIDS))
     features = tower(packed)
-    return {"features": features, "pooled": tower.pool(features, GRIDS)}
+    return {"features": features} | ({} if tower.head is None else {"pooled": tower.pool(features, GRIDS)})
 
 
 def ask_projector(projector: Projector) -> Answers:
@@ -97,6 +107,11 @@ def projector_case(config: ProjectorConfig) -> Case:
     return Case(lambda tp: Projector(config, tp), ask_projector)
 
 
+def vocabulary_case(words: int) -> Case:
+    config = vocabulary_projector(2, words + 4, 4, head="head", table="vte", input_size=12, output_size=24)
+    return Case(lambda tp: build_projector(config, tp), ask_projector)
+
+
 def language_case(config: LanguageConfig) -> Case:
     return Case(lambda tp: QwenModel(config, tp), ask_language_model)
 
@@ -104,6 +119,7 @@ def language_case(config: LanguageConfig) -> Case:
 CASES = {
     "tower of 16 heads, 4304 wide": tower_case(16, 4304),
     "tower of 12 heads, 50 wide": tower_case(12, 50),
+    "tower with rotation and windows": Case(lambda tp: SiglipVisionModel(navit_config(), tp), ask_tower),
     "qwen2, 2 key/value heads, 101 words": language_case(language_config("qwen2", 8, 2, vocab_size=101)),
     "qwen3, tied": language_case(language_config("qwen3", 4, 4, tie_word_embeddings=True, intermediate_size=50)),
     "qwen3, 3 key/value heads, biased": language_case(language_config("qwen3", 12, 3, attention_bias=True)),
@@ -119,6 +135,8 @@ CASES = {
     ),
     "llava": projector_case(llava_projector(input_size=12, output_size=24)),
     "pixel shuffle": projector_case(pixel_shuffle_projector(2, input_size=12, output_size=24)),
+    "visual vocabulary of 120 words": vocabulary_case(120),
+    "visual vocabulary of 121 words": vocabulary_case(121),
     "average": projector_case(average_projector(Grid(3, 2), input_size=12, output_size=24)),
 }
 
@@ -260,6 +278,11 @@ def share(told: dict[int, list[Told]], case: str, size: int, parameter: str) -> 
         ("mlp_downsample to 24", "layers.3.weight", (24, 24), {2: 2, 3: 3, 4: 4}),
         ("mlp_downsample to 25", "layers.3.weight", (25, 25), {2: 1, 3: 1, 4: 1}),
         ("mlp_downsample_3x3_fix to 25", "layers.1.weight", (36, 108), {2: 2, 3: 3, 4: 4}),
+        # a visual vocabulary is cut over its words, where they divide
+        ("visual vocabulary of 120 words", "head.weight", (120, 48), {2: 2, 3: 3, 4: 4}),
+        ("visual vocabulary of 120 words", "norm.bias", (120,), {2: 2, 3: 3, 4: 4}),
+        ("visual vocabulary of 121 words", "head.weight", (121, 48), {2: 1, 3: 1, 4: 1}),
+        ("visual vocabulary of 121 words", "table", (125, 24), {2: 1, 3: 1, 4: 1}),
     ],
 )
 def test_a_rank_holds_only_its_share(

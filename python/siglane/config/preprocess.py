@@ -25,6 +25,8 @@ class DecodeConfig:
     alpha: transparent pixels are composed on white, or the alpha channel is dropped as transformers does;
     depth16: 16-bit, integer and float pictures are scaled to 8 bit, or clipped as Pillow's convert does;
     max_pixels, max_aspect: read from the header, checked before any pixel is decoded; formats: Pillow names.
+    Of a video: max_clip_pixels: of all frames shown together; max_file_frames: in the file; clip_seconds: that its
+    decoding may take.
     """
 
     alpha: AlphaRule = "white"
@@ -32,6 +34,9 @@ class DecodeConfig:
     max_pixels: int = 33_000_000
     max_aspect: int = 200
     formats: tuple[str, ...] = FORMATS
+    max_clip_pixels: int = 1 << 27
+    max_file_frames: int = 500_000
+    clip_seconds: float = 30.0
 
 
 # a local caller's strip of 17 x 4000 pixels is meant; a server's client sends one to find out what breaks

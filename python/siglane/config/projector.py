@@ -121,12 +121,19 @@ def _downsample_layers(merged: int, channels: int, output_size: int, multiples: 
     return tuple(layers)
 
 
-def llava_projector(*, input_size: int, output_size: int, prefix: str = "linear_") -> ProjectorConfig:
-    """LLaVA's two linear layers around an exact GELU (transformers `LlavaOnevisionMultiModalProjector`)."""
+def llava_projector(
+    *,
+    input_size: int,
+    output_size: int,
+    activation: Activation = "gelu_erf",
+    bias: bool = True,
+    prefix: str = "linear_",
+) -> ProjectorConfig:
+    """LLaVA's two linear layers around an activation (transformers `LlavaOnevisionMultiModalProjector`)."""
     layers = (
-        LinearLayer(f"{prefix}1", input_size, output_size, bias=True),
-        ActivationLayer("gelu_erf"),
-        LinearLayer(f"{prefix}2", output_size, output_size, bias=True),
+        LinearLayer(f"{prefix}1", input_size, output_size, bias=bias),
+        ActivationLayer(activation),
+        LinearLayer(f"{prefix}2", output_size, output_size, bias=bias),
     )
     return _config("none", 1, layers, input_size, output_size, False)
 
@@ -135,6 +142,22 @@ def pixel_shuffle_projector(factor: int, *, input_size: int, output_size: int, n
     """nanoVLM's: pixel shuffle by `factor`, then one linear layer without bias."""
     layers = (LinearLayer(name, input_size * factor * factor, output_size, bias=False),)
     return _config("pixel_shuffle", factor, layers, input_size, output_size, False)
+
+
+def vocabulary_projector(
+    factor: int, rows: int, indicators: int, *, head: str, table: str, input_size: int, output_size: int
+) -> ProjectorConfig:
+    """Ovis': merged blocks, `{head}.0` and `{head}.1` (a linear layer and a norm) give logits over a visual vocabulary,
+    whose table has `rows` rows, the last of them `indicators`. ConfigError when no row is left for words."""
+    words = rows - indicators
+    if words < 1:
+        raise ConfigError(f"a visual vocabulary of {rows} rows has none left beside its {indicators} indicators")
+    merged = input_size * factor * factor
+    return ProjectorConfig(
+        merge="blocks", factor=factor, target=None, column_major=False,
+        layers=(LinearLayer(f"{head}.0", merged, words, bias=False), NormLayer(f"{head}.1", words, NORM_EPS)),
+        input_size=input_size, output_size=output_size, vocabulary=VocabularyConfig(table, words, indicators),
+    )  # fmt: skip
 
 
 def average_projector(target: Grid, *, input_size: int, output_size: int) -> ProjectorConfig:

@@ -1,17 +1,21 @@
-"""The facts of a Qwen2 or Qwen3 language model: one architecture, its differences as flags (formats.md section 8)."""
+"""The facts of a Qwen2, Qwen3 or Llama language model: one architecture, its differences flags (formats.md 7.4, 8)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from siglane.config.reader import ConfigReader, RawConfig
 from siglane.errors import ConfigError
+
+NormDtype = Literal["float32", "input"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LanguageConfig:
     """qkv_bias, output_bias: biases of the attention projections; qk_norm: RMSNorm over each head of q and k before
-    the rotation (Qwen3); tie_embeddings: the output head is the embedding table."""
+    the rotation (Qwen3); norm_dtype: what RMSNorm computes in, float32 or the dtype of its input (nanoVLM);
+    tie_embeddings: the output head is the embedding table."""
 
     hidden_size: int
     intermediate_size: int
@@ -26,6 +30,7 @@ class LanguageConfig:
     qkv_bias: bool
     output_bias: bool
     qk_norm: bool
+    norm_dtype: NormDtype
     tie_embeddings: bool
 
     def __post_init__(self) -> None:
@@ -69,6 +74,7 @@ class LanguageConfig:
             qkv_bias=attention_bias if qwen3 else True,
             output_bias=attention_bias,
             qk_norm=qwen3,
+            norm_dtype="float32",
             tie_embeddings=reader.value("tie_word_embeddings", bool, False),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,8 @@ ACTIVATIONS: dict[str, Activation] = {
     "quick_gelu": "quick_gelu",
     "silu": "silu",
 }
+
+NAVIT_ROPE_THETA = 10000.0  # a constant of Ovis' modeling_siglip2_navit.py
 
 PatchLayout = Literal["channel_first", "channel_last"]
 PositionResize = Literal["never", "bilinear_antialias", "bicubic"]
@@ -109,6 +112,65 @@ class VisionConfig:
             post_norm=post_norm,
             use_head=reader.value("vision_use_head", bool, True),
         )
+
+    @classmethod
+    def from_navit(cls, raw: RawConfig, name: str = "vit_config") -> VisionConfig:
+        """A `Siglip2NavitConfig` of AIDC-AI/Ovis; absent keys take that class's defaults. Features are the last
+        block's output, without `post_layernorm`, which the checkpoint stores and nothing uses."""
+        reader = ConfigReader(raw, name)
+        reader.choice("model_type", {"siglip2_navit": None}, "siglip2_navit")
+        if reader.size("temporal_patch_size", 1) != 1:
+            raise ConfigError(
+                f"{name}: temporal_patch_size {raw['temporal_patch_size']} is not supported; siglane knows 1"
+            )
+        if not reader.value("preserve_original_pe", bool, True):
+            raise ConfigError(f"{name}: preserve_original_pe false (no learned positions) is not supported")
+        layers = reader.size("num_hidden_layers", 24)
+        patch_size = reader.size("patch_size", 16)
+        return cls(
+            hidden_size=reader.size("hidden_size", 1024),
+            intermediate_size=reader.size("intermediate_size", 4096),
+            num_hidden_layers=layers,
+            num_attention_heads=reader.size("num_attention_heads", 16),
+            num_channels=reader.size("num_channels", 3),
+            patch_size=patch_size,
+            position_grid=_navit_positions(reader, patch_size),
+            hidden_act=reader.choice("hidden_act", ACTIVATIONS, "gelu_pytorch_tanh"),
+            layer_norm_eps=reader.value("layer_norm_eps", float, 1e-6),
+            patch_layout="channel_first",
+            position_resize="bicubic",
+            rope_theta=NAVIT_ROPE_THETA if reader.value("use_rope", bool, True) else None,
+            windows=_navit_windows(reader, patch_size, layers),
+            depth=layers,
+            post_norm=False,
+            use_head=False,
+        )
+
+
+def _navit_positions(reader: ConfigReader, patch_size: int) -> Grid:
+    """Stated as a number of patches, or (not positive) by the pixels of the pictures it was pretrained on."""
+    patches = reader.value("num_patches", int, -1)
+    side = math.isqrt(patches) if patches > 0 else reader.size("image_size", 512) // patch_size
+    if side == 0 or (patches > 0 and side * side != patches):
+        raise ConfigError(f"{reader.name}: num_patches {patches} and image_size give no square of positions")
+    return Grid(side, side)
+
+
+def _navit_windows(reader: ConfigReader, patch_size: int, layers: int) -> WindowConfig | None:
+    """`fullatt_block_indexes` is a text such as "7|15|23"; null, "" and absent mean that every block is full."""
+    if not reader.value("fullatt_block_indexes", str, ""):
+        return None
+    stated = reader.value("fullatt_block_indexes", str).split("|")
+    if not all(number.isdecimal() and int(number) < layers for number in stated):
+        raise ConfigError(
+            f"{reader.name}: fullatt_block_indexes must be numbers of the {layers} blocks such as '7|15|23', got "
+            f"{reader.raw['fullatt_block_indexes']!r}"
+        )
+    stride = reader.size("hidden_stride", 2)
+    side = reader.size("window_size", 112) // patch_size // stride * stride
+    if side == 0:
+        raise ConfigError(f"{reader.name}: window_size is smaller than one block of {stride}x{stride} patches")
+    return WindowConfig(side, tuple(sorted({int(number) for number in stated})))
 
 
 def resolve_layer(feature_layer: int, layers: int, name: str) -> int:

@@ -28,16 +28,19 @@ class ImageFacts:
         """The layouts of all images and videos of one request, from their sizes alone.
 
         budgets: one for each, None for the checkpoint's own limits. UserError as `LayoutRule.within` and `.clip`.
+        Videos do not count when images are: one image beside a video is tiled as if alone, as the references do.
         """
         cells = Cells(self.vision.patch_size, self.projector)
         limits = budgets or [None] * len(media)
-        found = []
-        for index, (medium, budget) in enumerate(zip(media, limits, strict=True)):
+        images = sum(not isinstance(medium, Clip) for medium in media)
+        found: list[ImageLayout] = []
+        for medium, budget in zip(media, limits, strict=True):
             rule = self.preprocess.rule if budget is None else self.preprocess.rule.within(budget).rule
             if isinstance(medium, Clip):
                 found.append(rule.clip(medium, cells))
             else:
-                found.append(rule.image(medium, cells, Place(index, len(media))))
+                index = sum(layout.frames == 0 for layout in found)
+                found.append(rule.image(medium, cells, Place(index, images)))
         return tuple(found)
 
 

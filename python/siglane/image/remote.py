@@ -98,7 +98,7 @@ def _download(url: str, policy: MediaPolicy) -> bytes:
                 return answer
             here = _follow(here, answer)
     except (TimeoutError, httpcore2.TimeoutException):
-        message = f"the image was not received within {policy.timeout:g} seconds"
+        message = f"the file was not received within {policy.timeout:g} seconds"
         raise ImageError(message, code="image_fetch_timeout") from None
     except (OSError, UnicodeError, httpcore2.NetworkError, httpcore2.ProtocolError):
         raise _failed("its server cannot be reached or breaks the connection") from None
@@ -106,7 +106,7 @@ def _download(url: str, policy: MediaPolicy) -> bytes:
 
 
 def _failed(reason: str) -> ImageError:
-    return ImageError(f"the image cannot be fetched: {reason}", code="image_fetch_failed")
+    return ImageError(f"the file cannot be fetched: {reason}", code="image_fetch_failed")
 
 
 def _parse(text: str) -> httpx2.URL:
@@ -116,16 +116,16 @@ def _parse(text: str) -> httpx2.URL:
     except (httpx2.InvalidURL, ValueError):
         _refuse_url()
     if url.scheme not in ("http", "https"):
-        raise ImageError("the image redirects to something that is not http", code="unsupported_url_scheme")
+        raise ImageError("the media URL redirects to something that is not http", code="unsupported_url_scheme")
     if url.userinfo:
-        raise ImageError("image URLs with a user name or password are refused", code="image_url_forbidden")
+        raise ImageError("media URLs with a user name or password are refused", code="image_url_forbidden")
     if "\\" in text or not _HOST.fullmatch(url.raw_host) or not 0 < _port(url) < 2**16:
         _refuse_url()
     return url
 
 
 def _refuse_url() -> NoReturn:
-    raise ImageError("the image URL is malformed", code="image_url_forbidden") from None
+    raise ImageError("the media URL is malformed", code="image_url_forbidden") from None
 
 
 def _port(url: httpx2.URL) -> int:
@@ -139,7 +139,7 @@ def _follow(here: httpx2.URL, location: str) -> httpx2.URL:
         _refuse_url()
     there = _parse(str(joined))
     if here.scheme == "https" and there.scheme == "http":
-        raise ImageError("the image redirects from https to http", code="image_url_forbidden")
+        raise ImageError("the media URL redirects from https to http", code="image_url_forbidden")
     return there
 
 
@@ -151,7 +151,7 @@ def _resolve(url: httpx2.URL, policy: MediaPolicy, deadline: _Deadline) -> tuple
     Thread(target=_settle, args=(resolved, lookup), daemon=True).start()
     addresses = tuple(dict.fromkeys(str(entry[4][0]) for entry in resolved.result(deadline.left())))
     if not policy.allow_private_addresses and not all(is_public(address) for address in addresses):
-        raise ImageError("the image URL leads to a private or reserved address", code="image_url_forbidden")
+        raise ImageError("the media URL leads to a private or reserved address", code="image_url_forbidden")
     return addresses
 
 
@@ -175,7 +175,7 @@ def _request(url: httpx2.URL, addresses: tuple[str, ...], policy: MediaPolicy, d
 
 
 def _read_body(chunks: Iterable[bytes], declared: str, max_bytes: int) -> bytes:
-    too_large = ImageError(f"the image is larger than {max_bytes} bytes", code="image_too_large")
+    too_large = ImageError(f"the file is larger than {max_bytes} bytes", code="image_too_large")
     if declared.isdecimal() and int(declared) > max_bytes:
         raise too_large
     body = bytearray()

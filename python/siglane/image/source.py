@@ -1,4 +1,7 @@
-"""Where pictures come from: data URLs, web servers, files. Everything a stranger may ask for passes through `fetch`."""
+"""Where pictures and videos come from: data URLs, web servers, files.
+
+Everything a stranger may ask for passes through `fetch`.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,22 @@ import base64
 import os
 import re
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
 from siglane.config.preprocess import DecodeConfig
+from siglane.config.video import VideoRule
 from siglane.errors import ImageError
 from siglane.image.decode import decode, from_pil, naming, open_file
-from siglane.types import DecodedImage
+from siglane.image.video import decode_clip
+from siglane.types import DecodedClip, DecodedImage
+
+Decoded = TypeVar("Decoded")
 
 _URL = re.compile(r"data:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
@@ -54,10 +63,10 @@ def fetch(url: str, policy: MediaPolicy) -> bytes:
 
             return get(url, policy)
         case "http" | "https":
-            raise ImageError("http and https image URLs are switched off here", code="image_url_forbidden")
+            raise ImageError("http and https media URLs are switched off here", code="image_url_forbidden")
         case "file":
             return _read_below(policy.allowed_local_root, url, policy.max_bytes)
-    raise ImageError("the image URL must start with data:, https://, http:// or file://", code="unsupported_url_scheme")
+    raise ImageError("the media URL must start with data:, https://, http:// or file://", code="unsupported_url_scheme")
 
 
 def load_source(
@@ -70,16 +79,27 @@ def load_source(
     """
     if isinstance(source, Image.Image):
         return from_pil(source, decode_config)
+    return _read(source, policy, lambda data: decode(data, decode_config))
+
+
+def load_clip(
+    source: str | Path | bytes, policy: MediaPolicy, rule: VideoRule, frames: int, decode_config: DecodeConfig
+) -> DecodedClip:
+    """At most `frames` frames of a video named by a local caller, chosen by `rule`. Sources and errors as above."""
+    return _read(source, policy, lambda data: decode_clip(data, rule, frames, decode_config))
+
+
+def _read(source: str | Path | bytes, policy: MediaPolicy, use: Callable[[bytes], Decoded]) -> Decoded:
     if isinstance(source, bytes):
-        return decode(source, decode_config)
+        return use(source)
     if isinstance(source, str) and _URL.match(source):
         if not source.lower().startswith("file:"):
-            return decode(fetch(source, policy), decode_config)
+            return use(fetch(source, policy))
         source = unquote(urlsplit(source).path)
     with naming(source):
         with open_file(source) as file:
             data = file.read()
-        return decode(data, decode_config)
+        return use(data)
 
 
 def _decode_data_url(url: str, max_bytes: int) -> bytes:
@@ -87,7 +107,7 @@ def _decode_data_url(url: str, max_bytes: int) -> bytes:
     if head is None:
         raise ImageError("a data URL must have the form data:image/png;base64,…", code="invalid_base64")
     if (len(url) - head.end()) // 4 * 3 > max_bytes + 2:  # at most two bytes of padding
-        raise ImageError(f"the image is larger than {max_bytes} bytes", code="request_too_large", status=413)
+        raise ImageError(f"the file is larger than {max_bytes} bytes", code="request_too_large", status=413)
     try:
         return _b64decode(url[head.end() :].encode("ascii"))
     except ValueError:
@@ -108,7 +128,7 @@ def _b64decode(text: bytes) -> bytes:
 def _read_below(root: Path | None, url: str, max_bytes: int) -> bytes:
     """A regular file below `root`. One answer to every other path, so that nobody learns which files exist."""
     if root is None:
-        raise ImageError("file:// image URLs are switched off here", code="local_media_forbidden")
+        raise ImageError("file:// media URLs are switched off here", code="local_media_forbidden")
     try:
         parts = urlsplit(url)
         if parts.netloc not in ("", "localhost"):
@@ -123,7 +143,7 @@ def _read_below(root: Path | None, url: str, max_bytes: int) -> bytes:
     except (OSError, ValueError, RuntimeError):  # RuntimeError: a loop of symbolic links
         raise ImageError("not a file below the allowed folder", code="local_media_forbidden") from None
     if len(data) > max_bytes:
-        raise ImageError(f"the image file is larger than {max_bytes} bytes", code="image_too_large")
+        raise ImageError(f"the file is larger than {max_bytes} bytes", code="image_too_large")
     return data
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from siglane.errors import ImageError
 from siglane.image.resize import resize, resize_in_float
 from siglane.types import ImageLayout, Pad, Resize, Step
 
@@ -16,8 +17,10 @@ Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 def render_tiles(frames: Sequence[npt.NDArray[np.uint8]], layout: ImageLayout) -> tuple[Pixels, ...]:
     """One `[H, W, 3]` view per tile of `layout`, in its order, u8 or (after a resize in float) f32, both 0..255.
 
-    frames: u8 `[H, W, 3]`, one for a still picture. Each distinct sequence of steps is drawn once. Raises ValueError
-    when the layout was made for another picture size or number of frames.
+    frames: u8 `[H, W, 3]`, one for a still picture. Each distinct sequence of steps is drawn once. A frame of another
+    size than the first is brought to the first's canvas where the steps begin with a resize (Ovis resizes all frames to
+    the first's target); elsewhere it is ImageError `frame_sizes_differ`. Raises ValueError when the layout was made for
+    another picture size or number of frames.
     """
     height, width = frames[0].shape[:2]
     if layout.source != (width, height) or len(frames) != max(1, layout.frames):
@@ -25,6 +28,9 @@ def render_tiles(frames: Sequence[npt.NDArray[np.uint8]], layout: ImageLayout) -
     drawn: dict[tuple[int, tuple[Step, ...]], Pixels] = {}
     tiles = []
     for tile in layout.tiles:
+        if frames[tile.frame].shape != frames[0].shape and not isinstance(next(iter(tile.steps), None), Resize):
+            message = "the frames of the video have different sizes, which this model does not resize; send one size"
+            raise ImageError(message, code="frame_sizes_differ")
         left, top, right, bottom = tile.box
         tiles.append(_draw(frames, tile.frame, tile.steps, drawn)[top:bottom, left:right])
     return tuple(tiles)

@@ -38,7 +38,7 @@ def assemble(
     layout's; nothing is ever cut or filled up.
     """
     match layout.assembly:
-        case MergedScales(sides, _) if sides:
+        case MergedScales() if layout.arrangement.area > 1:
             rows = tile_map(rows, layout.arrangement, grids[0]).flatten(0, 1)
         case AnyRes() as anyres:
             rows = _anyres(rows, grids, layout.arrangement, anyres, _required(newline))

@@ -14,7 +14,7 @@ from siglane.config.vision import VisionConfig
 from siglane.nn.linear import ShardedModule, copy_checked
 from siglane.types import Grid
 
-KEPT_TABLES = 64  # of 30x40 patches and width 1152 in float32: 5 MiB each
+KEPT_PATCHES = 1 << 16  # rows of all kept tables; at width 1152 in float32: 288 MiB
 
 
 class PositionEmbedding(ShardedModule):
@@ -25,7 +25,7 @@ class PositionEmbedding(ShardedModule):
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.position_grid.area, config.hidden_size))
         self._tables: OrderedDict[Grid, torch.Tensor] = OrderedDict()
-        self._state = (0, 0)
+        self._made_from: tuple[torch.Tensor, int] | None = None
 
     def forward(self, x: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
         """x: `[N, hidden_size]`, patches of `grids` in raster order; every image gets its own resized table."""
@@ -42,29 +42,40 @@ class PositionEmbedding(ShardedModule):
     def table(self, grid: Grid) -> torch.Tensor:
         """The positions of `grid`, `[h * w, hidden_size]`. ValueError when the family never resizes its table.
 
-        Kept per grid while no gradient is wanted: real traffic has few shapes.
+        Those of a frozen parameter are kept, at most `KEPT_PATCHES` rows: real traffic has few shapes.
         """
         learned, rule = self.config.position_grid, self.config.position_resize
+        # torch's fused optimisers and inference mode change values without a trace
+        frozen = not self.weight.requires_grad and not self.weight.is_inference()
+        if not frozen or self._changed():
+            self._tables.clear()
         if grid == learned:
             return self.weight
         if rule == "never":
             raise ValueError(f"this tower has positions for a grid of {learned.h}x{learned.w}, not {grid.h}x{grid.w}")
-        if torch.is_grad_enabled() and self.weight.requires_grad:
+        if not frozen:
             return self._resized(grid)
-        # a table that was loaded, moved or trained since has another address or version
-        state = (self.weight.data_ptr(), 0 if self.weight.is_inference() else self.weight._version)
-        if state != self._state:
-            self._state = state
-            self._tables.clear()
-        if grid in self._tables:
-            self._tables.move_to_end(grid)
-            return self._tables[grid]
-        table = self._tables[grid] = self._resized(grid)
-        while len(self._tables) > KEPT_TABLES:
+        if grid not in self._tables:
+            self._tables[grid] = self._resized(grid)
+        self._tables.move_to_end(grid)
+        table = self._tables[grid]
+        while sum(kept.area for kept in self._tables) > KEPT_PATCHES:
             self._tables.popitem(last=False)
         return table
 
+    def _changed(self) -> bool:
+        """Whether the parameter was loaded since the last call (its version tells) or moved (its address). The old
+        values are kept until then, so that nothing else can have their address."""
+        if self._made_from is not None:
+            values, version = self._made_from
+            if values.data_ptr() == self.weight.data_ptr() and version == self.weight._version:
+                return False
+        self._made_from = (self.weight.detach(), self.weight._version)
+        return True
+
     def _resized(self, grid: Grid) -> torch.Tensor:
+        """By the references' own call, and so with what torch makes of it: its antialiasing on CPUs gives all rows of a
+        grid of one column the first one's positions (torch 2.13)."""
         bilinear = self.config.position_resize == "bilinear_antialias"
         picture = self.weight.float().unflatten(0, self.config.position_grid).permute(2, 0, 1)[None]
         resized = F.interpolate(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from siglane.config.vision import VisionConfig
-from siglane.nn.attention import Segments, choose_backend
+from siglane.nn.attention import choose_backend
 from siglane.nn.parallel import TensorParallel
 from siglane.nn.rope import rotary_tables_2d
 from siglane.types import AttentionBackend, BackendChoice, Grid, PackedPatches
@@ -16,6 +16,7 @@ from siglane.vision.embed import PatchEmbedding
 from siglane.vision.encoder import Block, Rotary
 from siglane.vision.pool import MapHead
 from siglane.vision.position import PositionEmbedding
+from siglane.vision.window import BlockOrder
 
 Taps = dict[str, torch.Tensor]
 
@@ -45,15 +46,17 @@ class SiglipVisionModel(nn.Module):
         taps, when given, receives every intermediate: patch_embedding, positions, block.0, ..., features.
         """
         backend = self._backend(packed.pixels)
-        segments = Segments.of([grid.area for grid in packed.grids], packed.pixels.device)
         x = self.patch_embedding(packed.pixels)
         _tap(taps, "patch_embedding", x)
         x = self.position_embedding(x, packed.grids)
         _tap(taps, "positions", x)
-        rotary = self._rotary(packed)
-        for number, block in enumerate(self.blocks):
+        order = BlockOrder.of(packed.grids, len(self.blocks), self.config.windows, packed.pixels.device)
+        rotary, x = self._rotary(packed, order), order.enter(x)
+        for number, (block, segments) in enumerate(zip(self.blocks, order.segments, strict=True)):
             x = block(x, segments, backend, rotary)
-            _tap(taps, f"block.{number}", x)
+            if taps is not None:
+                taps[f"block.{number}"] = order.leave(x)
+        x = order.leave(x)
         if self.post_norm is not None:
             x = self.post_norm(x)
         _tap(taps, "features", x)
@@ -66,11 +69,12 @@ class SiglipVisionModel(nn.Module):
         pooled: torch.Tensor = self.head(features, [grid.area for grid in grids])
         return pooled
 
-    def _rotary(self, packed: PackedPatches) -> Rotary | None:
+    def _rotary(self, packed: PackedPatches, order: BlockOrder) -> Rotary | None:
         config = self.config
         if config.rope_theta is None:
             return None
-        return rotary_tables_2d(packed.grids, config.head_dim, config.rope_theta, packed.pixels.device)
+        cos, sin = rotary_tables_2d(packed.grids, config.head_dim, config.rope_theta, packed.pixels.device)
+        return order.enter(cos), order.enter(sin)
 
     def _backend(self, pixels: torch.Tensor) -> AttentionBackend:
         key = (pixels.device, pixels.dtype)

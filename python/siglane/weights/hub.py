@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from siglane.errors import ConfigError, UserError
 
 # never code, never pickles: what is not downloaded cannot be run
 FILE_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*merges.txt", "*vocab.txt")
+TOKENIZER_PATTERNS = ("*token*.json", "vocab.json", "*.jinja", "*.model", "*merges.txt", "*vocab.txt")
 REPOSITORY_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -47,11 +49,14 @@ class Source:
     prefix: str = ""
 
 
-def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: str | Path, revision: str | None = None, *, patterns: Sequence[str] = FILE_PATTERNS
+) -> Checkpoint:
     """The files of `model`: a folder, or a Hugging Face repository id at `revision` (a branch, tag or commit).
 
-    A repository is downloaded into the hub's cache, or found there; only configurations, tokenizers and safetensors
-    are fetched. UserError `model_not_found` says what to do when there is nothing to open.
+    A repository is downloaded into the hub's cache, or found there; only the files that match `patterns` are fetched,
+    by default configurations, tokenizers and safetensors. UserError `model_not_found` says what to do when there is
+    nothing to open.
     """
     folder = Path(model).expanduser()
     if str(model) and folder.is_dir():
@@ -60,10 +65,10 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
         raise _not_found(f"{folder} is a file; give the folder that holds config.json")
     if isinstance(model, Path) or not REPOSITORY_ID.fullmatch(model):
         raise _not_found(f"there is no folder {str(model)!r}; give a model's folder or its hub id (owner/name)")
-    return Checkpoint(_download(model, revision))
+    return Checkpoint(_download(model, revision, patterns))
 
 
-def _download(repository: str, revision: str | None) -> Path:
+def _download(repository: str, revision: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -75,7 +80,7 @@ def _download(repository: str, revision: str | None) -> Path:
     )
 
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(FILE_PATTERNS)))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
     except GatedRepoError as error:
         raise _not_found(
             f"{repository} is gated; accept its terms on the hub, then log in with `hf auth login`"

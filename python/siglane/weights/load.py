@@ -173,6 +173,8 @@ class StrictLoad:
                 self.ignored.append((name, reason))
             case Elsewhere(prefix):
                 return name.removeprefix(prefix)
+            case Destination(twin=True) as destination if destination in self._filled_by:
+                self._compare(destination, tensor, place)
             case Destination(parameter, part):
                 parts = [Destination(parameter, one) for one in part.split("+")]
                 for destination in parts:
@@ -181,6 +183,15 @@ class StrictLoad:
                     self._fill(destination, piece, place)
         return None
 
+    def _compare(self, destination: Destination, tensor: torch.Tensor, place: str) -> None:
+        """A second copy of tied weights: loaded over the first, it changes nothing."""
+        owner, leaf = self._owners[destination.parameter]
+        parameter = owner.get_parameter(leaf)
+        before = parameter.detach().clone()
+        self._fill(destination, tensor, place)
+        if not parameter.is_meta and not torch.equal(before, parameter):
+            raise WeightError(f"{place} differs from {self._filled_by[destination]}, to which it is tied")
+
     def _pieces(self, parts: list[Destination], tensor: torch.Tensor, place: str) -> tuple[torch.Tensor, ...]:
         """A tensor that holds several parts, cut along its first dimension."""
         if len(parts) == 1:
@@ -188,8 +199,9 @@ class StrictLoad:
         owner, _ = self._owners[parts[0].parameter]
         assert isinstance(owner, ShardedModule)
         sizes = [owner.part_size(destination.part) for destination in parts]
-        if tensor.shape[0] != sum(sizes):
-            raise WeightError(f"{place} has {tensor.shape[0]} rows, the model needs {'+'.join(map(str, sizes))}")
+        rows = tensor.shape[0] if tensor.ndim else 0
+        if rows != sum(sizes):
+            raise WeightError(f"{place} has {rows} rows, the model needs {'+'.join(map(str, sizes))}")
         return tensor.split(sizes)
 
     def _claim(self, destination: Destination, name: str, place: str) -> None:

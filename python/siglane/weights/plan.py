@@ -7,7 +7,7 @@ and `[...]` encloses text that may be absent. Targets repeat the pattern's `{i}`
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from siglane.config.projector import ActivationLayer, LinearLayer, NormLayer, ProjectorConfig, VocabularyConfig
@@ -21,12 +21,14 @@ PLACEHOLDERS = {"i": r"\d+", "leaf": "weight|bias", "rest": ".+"}
 class Rule:
     """Tensors named `pattern` fill `part` of parameter `target` (parts: `nn.linear.ShardedModule`).
 
-    `q+k+v`: the tensor holds several parts one after another along its first dimension.
+    `q+k+v`: the tensor holds several parts one after another along its first dimension. twin: another tensor may hold
+    the same values (tied weights stored under both names); the second one only has to be equal.
     """
 
     pattern: str
     target: str
     part: str = ""
+    twin: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +51,11 @@ Entry = Rule | Ignore | Elsewhere
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """The part of a parameter that one tensor fills."""
+    """The part of a parameter that one tensor fills; twin: as in `Rule`."""
 
     parameter: str
     part: str
+    twin: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +73,18 @@ class WeightPlan:
             elif found := _compile(entry.pattern).fullmatch(name):
                 if isinstance(entry, Ignore):
                     return entry
-                return Destination(entry.target.format(**found.groupdict()), entry.part)
+                return Destination(entry.target.format(**found.groupdict()), entry.part, entry.twin)
         return None
 
     def under(self, source: str, target: str) -> WeightPlan:
         """The same plan for tensors called `source` + name and parameters called `target` + name."""
         return WeightPlan(tuple(_moved(entry, source, target) for entry in self.entries))
+
+    def unused(self, reason: str) -> WeightPlan:
+        """The same names, none of them loaded."""
+        return WeightPlan(
+            tuple(Ignore(entry.pattern, reason) if isinstance(entry, Rule) else entry for entry in self.entries)
+        )
 
     def __add__(self, other: WeightPlan) -> WeightPlan:
         return WeightPlan(self.entries + other.entries)
@@ -83,8 +92,8 @@ class WeightPlan:
 
 def _moved(entry: Entry, source: str, target: str) -> Entry:
     match entry:
-        case Rule(pattern, parameter, part):
-            return Rule(source + pattern, target + parameter, part)
+        case Rule(pattern, parameter):
+            return replace(entry, pattern=source + pattern, target=target + parameter)
         case Ignore(pattern, reason):
             return Ignore(source + pattern, reason)
         case Elsewhere(prefix):

@@ -6,12 +6,14 @@ numbers. No rule reads pixels or weights.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 from siglane.config.projector import ProjectorConfig, projected_grid
 from siglane.errors import UserError
 from siglane.types import Clip, Detail, Grid, ImageLayout, Size
+
+LIMITS = ("max_pixels", "min_pixels", "max_num_patches", "max_tiles", "grid_pinpoints")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +50,75 @@ class ImageBudget:
     max_pixels, min_pixels: of the resized picture, per frame of a video (native-resolution towers); max_num_patches:
     of the patch grid (NaFlex); max_tiles: of the dynamic grid, the whole image not counted; grid_pinpoints: the
     resolutions (height, width) in pixels to choose from (anyres).
+
+    `siglane`'s flags and environment variables are generated from these fields; a server's budget is the ceiling of
+    its clients' (`under`), that of an `LLM` what its caller overrides (`over`).
     """
 
-    detail: Detail = "auto"
-    max_pixels: int | None = None
-    min_pixels: int | None = None
-    max_num_patches: int | None = None
-    max_tiles: int | None = None
-    grid_pinpoints: tuple[tuple[int, int], ...] | None = None
+    detail: Detail = field(
+        default="auto",
+        metadata={"help": "of images that name none: low, high, original or auto (the checkpoint's)"},
+    )
+    max_pixels: int | None = field(
+        default=None, metadata={"help": "pixels of a picture once resized, for models of native resolution"}
+    )
+    min_pixels: int | None = field(
+        default=None,
+        metadata={"help": "smaller pictures are enlarged to it, for models of native resolution"},
+    )
+    max_num_patches: int | None = field(default=None, metadata={"help": "patches of a picture, for NaFlex models"})
+    max_tiles: int | None = field(
+        default=None, metadata={"help": "tiles of a picture, the whole one not counted, for models that cut tiles"}
+    )
+    grid_pinpoints: tuple[tuple[int, int], ...] | None = field(
+        default=None, metadata={"help": "HEIGHT:WIDTH resolutions to choose from, for models with such a list"}
+    )
+
+    def __post_init__(self) -> None:
+        for name in LIMITS[:-1]:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}", code="invalid_budget", param=name)
+        pinpoints = self.grid_pinpoints
+        if pinpoints is not None and (not pinpoints or min(map(min, pinpoints)) < 1):
+            message = f"grid_pinpoints must be pairs of at least 1 pixel, got {list(pinpoints)}"
+            raise UserError(message, code="invalid_budget", param="grid_pinpoints")
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """The limits that are set, by name."""
+        return {name: value for name in LIMITS if (value := getattr(self, name)) is not None}
+
+    def over(self, common: ImageBudget) -> ImageBudget:
+        """These wishes, and those of `common` where there are none."""
+        detail = common.detail if self.detail == "auto" else self.detail
+        return ImageBudget(detail=detail, **(common.limits | self.limits))
+
+    def under(self, ceiling: ImageBudget) -> ImageBudget:
+        """These wishes where they ask for less than `ceiling`, whose detail is only a default. UserError when none of
+        the resolutions wished for is among the ceiling's."""
+        limits = ceiling.limits | self.limits
+        for name in ("max_pixels", "max_num_patches", "max_tiles"):
+            if name in ceiling.limits:
+                limits[name] = min(limits[name], ceiling.limits[name])
+        if ceiling.max_pixels is not None and "min_pixels" in limits:
+            limits["min_pixels"] = min(limits["min_pixels"], ceiling.max_pixels)
+        if self.grid_pinpoints is not None and ceiling.grid_pinpoints is not None:
+            limits["grid_pinpoints"] = tuple(pair for pair in self.grid_pinpoints if pair in ceiling.grid_pinpoints)
+            if not limits["grid_pinpoints"]:
+                message = f"grid_pinpoints must be among {list(ceiling.grid_pinpoints)}"
+                raise UserError(message, code="invalid_budget", param="grid_pinpoints")
+        return ImageBudget(detail=ceiling.detail if self.detail == "auto" else self.detail, **limits)
 
     def refuse_others(self, *known: str) -> None:
         """UserError for a limit that is set and does not apply to this family: nothing is ignored in silence."""
-        limits = ("max_pixels", "min_pixels", "max_num_patches", "max_tiles", "grid_pinpoints")
-        for name in limits:
-            if name not in known and getattr(self, name) is not None:
+        for name in self.limits:
+            if name not in known:
                 usable = f"it knows {', '.join(known)}" if known else "its images have one size"
                 raise UserError(f"{name} does not apply to this model; {usable}", code="unsupported_budget", param=name)
+
+
+CHECKPOINT_LIMITS = ImageBudget()
 
 
 class Budgeted(NamedTuple):

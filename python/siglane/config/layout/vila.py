@@ -32,6 +32,7 @@ Tiling = Literal["squash", "pad", "dynamic", "dynamic_s2"]
 
 LINE_FEED = Marker("\n", isolated=True)
 NEWLINE = Marker("\n", isolated=False)
+MOST_TILES = 1024  # a limit beyond it is a mistake; every candidate grid is looked at for every image
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,8 +89,8 @@ class VilaTiling:
             return Budgeted(replace(self, tiling="squash"), "low")
         most = self.max_tiles if budget.max_tiles is None else budget.max_tiles
         least = tile_bounds(self)[0]
-        if most < least:
-            message = f"max_tiles {most} is less than the {least} tiles this model needs; give more, or detail 'low'"
+        if not least <= most <= MOST_TILES:
+            message = f"max_tiles {most} is not between {least} and {MOST_TILES}; give another, or detail 'low'"
             raise UserError(message, code="invalid_budget", param="max_tiles")
         return Budgeted(replace(self, max_tiles=most), "auto" if budget.detail == "auto" else "high")
 

@@ -1,4 +1,4 @@
-"""The one token count: layouts follow from the size alone, and count exactly the rows that the projector gives."""
+"""VILA's layouts follow from the size alone, and count exactly the rows that the projector gives."""
 
 from __future__ import annotations
 
@@ -12,11 +12,19 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from siglane.config.preprocess import PreprocessConfig, Tiling
-from siglane.config.projector import ProjectorConfig, average_projector, pixel_shuffle_projector, vila_projector
-from siglane.config.tokens import closest_tile_grid, image_layout, projected_grid, tile_bounds
+from siglane.config.layout.rule import Cells, ImageBudget, Place
+from siglane.config.layout.squash import Squash
+from siglane.config.layout.vila import MOST_TILES, Tiling, VilaTiling, closest_tile_grid, tile_bounds
+from siglane.config.projector import (
+    ProjectorConfig,
+    average_projector,
+    pixel_shuffle_projector,
+    projected_grid,
+    vila_projector,
+)
+from siglane.errors import UserError
 from siglane.projector.mlp import Projector
-from siglane.types import Box, Features, Grid, ImageLayout, Marker, Size, Tile
+from siglane.types import Box, Clip, Detail, Features, Grid, ImageLayout, Marker, MergedScales, Pad, Resize, Size, Tile
 
 MANY = settings(max_examples=1000, deadline=None, database=None)
 SOME = settings(max_examples=150, deadline=None, database=None)
@@ -27,25 +35,26 @@ TILINGS: tuple[Tiling, ...] = ("squash", "pad", "dynamic", "dynamic_s2")
 KINDS = ("identity", "linear", "mlp2x_gelu", "mlp_downsample", "mlp_downsample_3x3_fix", "mlp_downsample_3x3_s2")
 
 
-def preprocess(tiling: Tiling, tile: Size = TILE, *, least: int = 1, most: int = 12) -> PreprocessConfig:
-    half = (0.5, 0.5, 0.5)
-    return PreprocessConfig(
+def rule(tiling: Tiling, tile: Size = TILE, *, least: int = 1, most: int = 12) -> VilaTiling:
+    scales = (tile.width, 2 * tile.width, 3 * tile.width) if tiling == "dynamic_s2" else ()
+    return VilaTiling(
         tile=tile, resample="bicubic", tiling=tiling, min_tiles=least, max_tiles=most,
-        s2_scales=(tile.width, 2 * tile.width, 3 * tile.width), mean=half, std=half, rescale=1 / 255,
+        s2_scales=scales, fill=(127, 127, 127),
     )  # fmt: skip
 
 
 # of the dynamic grids in use: Lite's own and smaller ones, dynamic_s2 over two and over three scales
 BOUNDS = ((1, 1), (1, 2), (1, 6), (1, 12), (1, 16), (4, 12), (9, 12))
 
-LITE = preprocess("dynamic"), vila_projector("mlp_downsample_3x3_fix", input_size=3, output_size=4)
-S2 = preprocess("dynamic_s2"), vila_projector("mlp_downsample", input_size=9, output_size=4)
+LITE = rule("dynamic"), vila_projector("mlp_downsample_3x3_fix", input_size=3, output_size=4)
+S2 = rule("dynamic_s2"), vila_projector("mlp_downsample", input_size=9, output_size=4)
 
 
 def layout_of(
-    size: Size, family: tuple[PreprocessConfig, ProjectorConfig], *, patch: int = 14, alone: bool = True
+    size: Size, family: tuple[VilaTiling, ProjectorConfig], *, patch: int = 14, alone: bool = True
 ) -> ImageLayout:
-    return image_layout(size, *family, patch, alone=alone)
+    tiling, projector = family
+    return tiling.image(size, Cells(patch, projector), Place(0, 1 if alone else 2))
 
 
 @cache
@@ -58,6 +67,21 @@ def projector_grids(layout: ImageLayout, tiling: Tiling) -> list[Grid]:
     if tiling == "dynamic_s2":
         return [layout.tiles[0].grid] * layout.arrangement.area
     return list(layout.grids)
+
+
+def without_pixels(layout: ImageLayout) -> ImageLayout:
+    """The same layout drawn with one filter and one colour."""
+    plain = [
+        replace(
+            tile,
+            steps=tuple(
+                replace(step, resample="box") if isinstance(step, Resize) else replace(step, fill=(0, 0, 0))
+                for step in tile.steps
+            ),
+        )
+        for tile in layout.tiles
+    ]
+    return replace(layout, tiles=tuple(plain))
 
 
 def canvas_area(tiles: tuple[Tile, ...]) -> int:
@@ -140,7 +164,7 @@ class TestVectors:
         ],
     )
     def test_one_squashed_tile(self, side: int, patch: int, kind: str, tokens: int) -> None:
-        family = preprocess("squash", Size(side, side)), vila_projector(kind, input_size=3, output_size=4)
+        family = rule("squash", Size(side, side)), vila_projector(kind, input_size=3, output_size=4)
         assert layout_of(Size(1234, 567), family, patch=patch).image_tokens == tokens
 
 
@@ -157,7 +181,7 @@ class TestLayout:
     def test_tiles_cover_their_canvas_and_stay_inside(
         self, size: Size, tile_size: Size, tiling: Tiling, alone: bool
     ) -> None:
-        layout = layout_of(size, (preprocess(tiling, tile_size), S2[1]), alone=alone)
+        layout = layout_of(size, (rule(tiling, tile_size), S2[1]), alone=alone)
         by_canvas: dict[Size, list[Tile]] = {}
         for tile in layout.tiles:
             left, top, right, bottom = tile.box
@@ -171,25 +195,30 @@ class TestLayout:
         assert sum(canvas_area(tiles) for tiles in scales) == sum(canvas.width * canvas.height for canvas in by_canvas)
         if alone and tiling.startswith("dynamic"):
             fixed = 5 if tiling == "dynamic_s2" else 0
-            least, most = tile_bounds(preprocess(tiling))
+            least, most = tile_bounds(rule(tiling))
             assert least <= layout.arrangement.area <= most
             assert len(layout.tiles) == fixed + layout.arrangement.area + thumbnails
 
     @MANY
     @given(size=SIZES, other=SIZES, tiling=st.sampled_from(TILINGS), alone=st.booleans())
     def test_only_the_size_counts(self, size: Size, other: Size, tiling: Tiling, alone: bool) -> None:
-        config = preprocess(tiling)
+        config = rule(tiling)
         layout = layout_of(size, (config, S2[1]), alone=alone)
         layout_of(other, (config, S2[1]), alone=alone)
-        pixels_only = replace(config, resample="nearest", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), rescale=1.0)
-        assert layout_of(Size(*size), (pixels_only, S2[1]), alone=alone) == layout
+        assert layout_of(Size(*size), (config, S2[1]), alone=alone) == layout
+        pixels_only = replace(config, resample="nearest", fill=(1, 2, 3))
+        assert without_pixels(layout_of(size, (pixels_only, S2[1]), alone=alone)) == without_pixels(layout)
         assert layout.source == size
 
     @MANY
     @given(size=SIZES, tiling=st.sampled_from(TILINGS))
     def test_an_image_in_company_is_one_tile(self, size: Size, tiling: Tiling) -> None:
-        layout = layout_of(size, (preprocess(tiling), S2[1]), alone=False)
-        assert layout.tiles == (Tile(TILE, Box(0, 0, 448, 448), Grid(32, 32)),)
+        layout = layout_of(size, (rule(tiling), S2[1]), alone=False)
+        steps = (Resize(TILE, "bicubic"),)
+        if tiling == "pad" and size.width != size.height:
+            side = max(size)
+            steps = (Pad(Size(side, side), (side - size.width) // 2, (side - size.height) // 2, (127,) * 3), *steps)
+        assert layout.tiles == (Tile(steps, Box(0, 0, 448, 448), Grid(32, 32)),)
         assert layout.image_tokens == 256
 
     @SOME
@@ -207,7 +236,7 @@ class TestLayout:
     ) -> None:
         leftover = [min(pixels, patch - 1) for pixels in rest]  # a tile's last pixels need not fill a patch
         tile = Size(grid.w * patch + leftover[0], grid.h * patch + leftover[1])
-        layout = layout_of(size, (preprocess(tiling, tile), built(kind).config), patch=patch, alone=alone)
+        layout = layout_of(size, (rule(tiling, tile), built(kind).config), patch=patch, alone=alone)
         grids = projector_grids(layout, tiling)
         features = torch.zeros(sum(grid.area for grid in grids), 3)
         assert built(kind)(features, grids).shape[0] == layout.image_tokens
@@ -248,7 +277,7 @@ class TestClosestGrid:
     @example(size=Size(1800, 800), bounds=(1, 12), tile=448)
     def test_is_the_one_the_book_names(self, size: Size, bounds: tuple[int, int], tile: int) -> None:
         least, most = bounds
-        config = preprocess("dynamic", Size(tile, tile), least=least, most=most)
+        config = rule("dynamic", Size(tile, tile), least=least, most=most)
         assert closest_tile_grid(size, config) == closest_by_the_book(size, least, most, tile)
 
     @pytest.mark.parametrize(
@@ -284,6 +313,110 @@ class TestClosestGrid:
 
     def test_grids_of_equal_area_are_tried_narrow_first(self) -> None:
         """Where the reference leaves the order open (a minimum above 1 with hardly a larger maximum) ours is fixed."""
-        config = preprocess("dynamic", Size(28, 28), least=4, most=5)
+        config = rule("dynamic", Size(28, 28), least=4, most=5)
         assert closest_tile_grid(Size(5, 8), config) == (1, 4)
         assert closest_tile_grid(Size(500, 800), config) == (2, 2)
+
+
+class TestClip:
+    @pytest.mark.parametrize("tiling", TILINGS)
+    @pytest.mark.parametrize("frames", [1, 2, 8])
+    def test_every_frame_is_one_tile_with_a_newline_behind_it(self, tiling: Tiling, frames: int) -> None:
+        size = Size(640, 480)
+        layout = rule(tiling).clip(Clip(size, frames), Cells(14, S2[1]))
+        still = layout_of(size, (rule(tiling), S2[1]), alone=False)
+        assert [tile.frame for tile in layout.tiles] == list(range(frames))
+        assert [replace(tile, frame=0) for tile in layout.tiles] == list(still.tiles) * frames
+        assert layout.pieces == (Features(256), Marker("\n", isolated=True)) * frames
+        assert (layout.source, layout.frames, layout.arrangement) == (size, frames, Grid(1, 1))
+        assert layout.assembly == (MergedScales((), 3) if tiling == "dynamic_s2" else None)
+        assert (layout.image_tokens, layout.patches) == (256 * frames, 1024 * frames)
+
+
+def refusal(code: str, param: str) -> pytest.RaisesExc[UserError]:
+    return pytest.raises(UserError, check=lambda error: (error.code, error.param) == (code, param))
+
+
+LIMITS = {
+    "max_pixels": 10_000,
+    "min_pixels": 100,
+    "max_num_patches": 256,
+    "max_tiles": 6,
+    "grid_pinpoints": ((448, 448),),
+}
+
+
+class TestBudget:
+    @pytest.mark.parametrize("name", LIMITS)
+    def test_a_limit_the_family_does_not_know_is_refused_by_name(self, name: str) -> None:
+        budget = ImageBudget(**{name: LIMITS[name]})
+        with refusal("unsupported_budget", name) as caught:
+            budget.refuse_others()
+        assert caught.value.message == f"{name} does not apply to this model; its images have one size"
+        others = [other for other in LIMITS if other != name]
+        with refusal("unsupported_budget", name) as caught:
+            budget.refuse_others(*others)
+        assert caught.value.message == f"{name} does not apply to this model; it knows {', '.join(others)}"
+        budget.refuse_others(name)
+        budget.refuse_others(*LIMITS)
+
+    def test_nothing_set_is_nothing_to_refuse(self) -> None:
+        ImageBudget().refuse_others()
+        ImageBudget(detail="high").refuse_others()
+
+    @pytest.mark.parametrize("name", LIMITS)
+    def test_one_size_knows_no_limit(self, name: str) -> None:
+        budget = ImageBudget(**{name: LIMITS[name]})
+        for fixed in (Squash(tile=TILE, resample="bicubic"), rule("squash"), rule("pad")):
+            with refusal("unsupported_budget", name):
+                fixed.within(budget)
+
+    @pytest.mark.parametrize("detail", ["auto", "low", "high", "original"])
+    def test_one_size_has_one_detail(self, detail: Detail) -> None:
+        for fixed in (Squash(tile=TILE, resample="bicubic"), rule("squash"), rule("pad")):
+            assert fixed.within(ImageBudget(detail=detail)) == (fixed, "auto")
+
+    @pytest.mark.parametrize("tiling", ["dynamic", "dynamic_s2"])
+    @pytest.mark.parametrize("name", [name for name in LIMITS if name != "max_tiles"])
+    def test_tiles_know_only_their_number(self, tiling: Tiling, name: str) -> None:
+        with refusal("unsupported_budget", name) as caught:
+            rule(tiling).within(ImageBudget(detail="low", **{name: LIMITS[name]}))
+        assert caught.value.message.endswith("it knows max_tiles")
+
+    @pytest.mark.parametrize("tiling", ["dynamic", "dynamic_s2"])
+    def test_without_limits_it_is_the_checkpoints_tiling(self, tiling: Tiling) -> None:
+        own = rule(tiling)
+        assert own.within(ImageBudget()) == (own, "auto")
+        assert own.within(ImageBudget(detail="high")) == (own, "high")
+        assert own.within(ImageBudget(detail="original")) == (own, "high")
+
+    @MANY
+    @given(size=SIZES, tiling=st.sampled_from(["dynamic", "dynamic_s2"]), most=st.integers(1, 40))
+    def test_max_tiles_bounds_the_grid(self, size: Size, tiling: Tiling, most: int) -> None:
+        own = rule(tiling)
+        if tiling == "dynamic_s2" and most < 9:
+            with refusal("invalid_budget", "max_tiles"):
+                own.within(ImageBudget(max_tiles=most))
+            return
+        within, applied = own.within(ImageBudget(detail="high", max_tiles=most))
+        assert applied == "high"
+        layout = within.image(size, Cells(14, S2[1]), Place())
+        assert 1 <= layout.arrangement.area <= most
+        assert tuple(layout.arrangement) == closest_by_the_book(size, tile_bounds(own)[0], most, 448)[::-1]
+
+    @pytest.mark.parametrize(("tiling", "most"), [("dynamic_s2", 8), ("dynamic_s2", 1), ("dynamic", MOST_TILES + 1)])
+    def test_a_number_of_tiles_that_cannot_be_is_refused(self, tiling: Tiling, most: int) -> None:
+        """Too few for the scales; or so many that looking for the best grid would keep the process busy."""
+        with refusal("invalid_budget", "max_tiles") as caught:
+            rule(tiling).within(ImageBudget(max_tiles=most))
+        least = 9 if tiling == "dynamic_s2" else 1
+        assert f"max_tiles {most} is not between {least} and {MOST_TILES}" in caught.value.message
+
+    @MANY
+    @given(size=SIZES, tiling=st.sampled_from(["dynamic", "dynamic_s2"]))
+    def test_low_is_one_tile_as_in_company(self, size: Size, tiling: Tiling) -> None:
+        within, applied = rule(tiling).within(ImageBudget(detail="low", max_tiles=4))
+        assert applied == "low"
+        alone = within.image(size, Cells(14, S2[1]), Place())
+        assert alone == layout_of(size, (rule(tiling), S2[1]), alone=False)
+        assert len(alone.tiles) == 1

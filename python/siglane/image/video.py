@@ -1,0 +1,266 @@
+"""A video file -> the frames that the model is shown, upright RGB, and nothing else of it decoded.
+
+MP4, WebM, Matroska, MOV and AVI are read by PyAV (the extra `siglane[video]`), GIF and WebP by Pillow. The container is
+told by its first bytes and never guessed by FFmpeg: its playlist formats would open what a stranger names.
+Non-square pixels are shown as they are stored, as the references' readers do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from siglane.config.preprocess import DecodeConfig
+from siglane.config.video import VideoRule
+from siglane.errors import ImageError, UserError
+from siglane.image.decode import from_pil, read_size
+from siglane.types import Clip, DecodedClip, DecodedImage, Size
+
+if TYPE_CHECKING:
+    from av.packet import Packet
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+# FFmpeg has hundreds of decoders, most of them for formats nobody sends
+CODECS = ("h264", "hevc", "av1", "vp8", "vp9", "mpeg4", "mpeg2video", "mjpeg")
+ANIMATIONS = ("GIF", "WEBP")
+ACCEPTED = "MP4, MOV, WebM, Matroska, AVI, GIF, WebP"
+
+
+def read_clip_size(data: bytes, rule: VideoRule, frames: int, config: DecodeConfig) -> Clip:
+    """Size of the upright first frame, and how many of at most `frames` the file has. Decodes that frame alone.
+
+    What `decode_clip` returns has exactly these. Raises ImageError: video_format_not_allowed, video_decode_failed,
+    video_too_long, image_too_large; UserError missing_extra without PyAV.
+    """
+    with _as_video_error():
+        if (animation := _animation(data, config)) is not None:
+            return Clip(read_size(data, config), len(_chosen(animation.n_frames, rule, frames, config)))
+        with _film(data, config) as film:
+            times = film.times(rule, frames)
+            return Clip(film.size(len(times)), len(times))
+
+
+def decode_clip(data: bytes, rule: VideoRule, frames: int, config: DecodeConfig) -> DecodedClip:
+    """At most `frames` frames, chosen by `rule`. Only the groups of pictures that hold them are decoded.
+
+    A frame that is missing in a damaged file is replaced by the next one that is not. Raises as `read_clip_size`, and
+    ImageError video_timeout after `config.clip_seconds`.
+    """
+    with _as_video_error():
+        if (animation := _animation(data, config)) is not None:
+            return _decode_animation(animation, rule, frames, config)
+        with _film(data, config) as film:
+            times = film.times(rule, frames)
+            film.size(len(times))
+            return DecodedClip.of([DecodedImage.from_rgb(film.picture(shown)) for shown in times])
+
+
+def chosen_pictures(pictures: Sequence[Any], rule: VideoRule, frames: int | None) -> list[Any]:
+    """The pictures of a clip that a caller gives as a list: all of them, or `frames` of them chosen as from a file.
+
+    UserError when there are none, or more than the model may be shown.
+    """
+    if not pictures:
+        raise UserError("a video must have at least one frame", code="invalid_prompt")
+    count = rule.count(frames if frames is not None else len(pictures))
+    return [pictures[index] for index in rule.indices(len(pictures), count)]
+
+
+def _chosen(total: int, rule: VideoRule, frames: int, config: DecodeConfig) -> tuple[int, ...]:
+    if total > config.max_file_frames:
+        message = f"the video has more than {config.max_file_frames} frames"
+        raise ImageError(message, code="video_too_long")
+    return rule.indices(total, frames)
+
+
+def _check_clip(size: Size, frames: int, config: DecodeConfig) -> None:
+    pixels = size.width * size.height
+    if pixels > config.max_pixels:
+        message = f"the video has {size.width} x {size.height} pixels; at most {config.max_pixels} are accepted"
+        raise ImageError(message, code="image_too_large")
+    if pixels * frames > config.max_clip_pixels:
+        message = (
+            f"{frames} frames of {size.width} x {size.height} pixels are more than the {config.max_clip_pixels} pixels "
+            "accepted; ask for fewer frames"
+        )
+        raise ImageError(message, code="image_too_large")
+
+
+class _Film:
+    """An open file: the packets of its video in decoding order, and a decoder that only goes forward.
+
+    Frames are named by when they are shown: their time stamp, or their number where the file has no usable stamps.
+    """
+
+    def __init__(self, stream: VideoStream, packets: Sequence[Packet[VideoStream]], config: DecodeConfig) -> None:
+        self._codec, self._packets, self._config = stream.codec_context, packets, config
+        shown = [packet.pts for packet in packets if not packet.is_discard]
+        stamps = sorted({stamp for stamp in shown if stamp is not None})
+        self._stamped = len(stamps) == len(shown)
+        self._shown = stamps if self._stamped else list(range(len(shown)))
+        self._deadline = time.monotonic() + config.clip_seconds
+        self._next = 0  # packet to be decoded next
+        self._decoded: deque[tuple[int, VideoFrame]] = deque()
+        self._count = 0
+        self._last: VideoFrame | None = None
+        self._stored: Size | None = None
+
+    def times(self, rule: VideoRule, frames: int) -> list[int]:
+        """When the frames that are to be shown are."""
+        if not self._shown:
+            raise _undecodable()
+        return [self._shown[index] for index in _chosen(len(self._shown), rule, frames, self._config)]
+
+    def frame(self, shown: int) -> VideoFrame:
+        """The first frame shown at or after `shown`, the last one where there is none. Times must not go back."""
+        start = self._start(shown)
+        if start > self._next:
+            self._codec.flush_buffers()
+            self._decoded.clear()
+            self._next = start
+        while True:
+            while self._decoded:
+                when, self._last = self._decoded[0]
+                if when >= shown:
+                    return self._last
+                self._decoded.popleft()
+            if self._next > len(self._packets):
+                if self._last is None:
+                    raise _undecodable()
+                return self._last
+            self._decode_next()
+
+    def picture(self, shown: int) -> npt.NDArray[np.uint8]:
+        """The upright frame as RGB u8 `[H, W, 3]`. A video keeps the size that its memory was checked for."""
+        frame = self.frame(shown)
+        if (frame.width, frame.height) != self._stored:
+            raise ImageError("the video changes its size, which is not supported", code="video_decode_failed")
+        rgb = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
+        return np.ascontiguousarray(np.rot90(rgb, _quarter_turns(frame)))
+
+    def size(self, frames: int) -> Size:
+        """Of the file's first frame, upright; checked, for so many frames in memory. To be asked before any frame."""
+        first = self.frame(self._shown[0])
+        self._stored = width, height = Size(first.width, first.height)
+        _check_clip(self._stored, frames, self._config)
+        return Size(height, width) if _quarter_turns(first) % 2 else self._stored
+
+    def _start(self, shown: int) -> int:
+        """The packet to begin with: the last key frame before the wanted one, in decoding order and on the screen."""
+        if not self._stamped:
+            return 0
+        stamps = [packet.pts for packet in self._packets]
+        for number in range(stamps.index(shown), -1, -1):
+            stamp = stamps[number]
+            if self._packets[number].is_keyframe and stamp is not None and stamp <= shown:
+                return number
+        return 0
+
+    def _decode_next(self) -> None:
+        if time.monotonic() > self._deadline:
+            message = f"decoding the video took more than {self._config.clip_seconds:g} seconds"
+            raise ImageError(message, code="video_timeout")
+        packet = self._packets[self._next] if self._next < len(self._packets) else None  # None: what is left inside
+        self._next += 1
+        for frame in self._codec.decode(packet):
+            when = frame.pts if self._stamped else self._count
+            if when is None:
+                raise _undecodable()
+            self._count += 1
+            self._decoded.append((when, frame))
+
+
+@contextmanager
+def _film(data: bytes, config: DecodeConfig) -> Iterator[_Film]:
+    container_format = _container_format(data)
+    try:
+        import av
+    except ImportError:
+        message = "reading video files needs PyAV; pip install 'siglane[video]', or send the frames as a list of images"
+        raise UserError(message, code="missing_extra") from None
+    # no protocol: a file must not be able to name another one
+    options = {"protocol_whitelist": "none"}
+    file = BytesIO(data)
+    with av.open(file, "r", format=container_format, options=options, metadata_errors="ignore") as container:
+        if not container.streams.video:
+            raise ImageError("the file holds no video", code="video_decode_failed")
+        stream = container.streams.video[0]
+        codec = stream.codec_context
+        if codec is None or codec.name.removeprefix("lib").replace("dav1d", "av1") not in CODECS:
+            name = "an unknown codec" if codec is None else codec.name
+            message = f"video in {name} is not accepted; accepted codecs: {', '.join(CODECS)}"
+            raise ImageError(message, code="video_format_not_allowed")
+        _check_clip(Size(codec.width, codec.height), 1, config)
+        codec.options = {"max_pixels": str(config.max_pixels)}
+        packets = []
+        for packet in container.demux(stream):
+            if packet.size > 0:  # the last one is empty and says that the file ends
+                packets.append(packet)
+            if len(packets) > config.max_file_frames:
+                message = f"the video has more than {config.max_file_frames} frames"
+                raise ImageError(message, code="video_too_long")
+        yield _Film(stream, packets, config)
+
+
+def _container_format(data: bytes) -> str:
+    """FFmpeg's name of the container, by its first bytes."""
+    if data[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip") and data[8:12] not in (b"avif", b"heic"):
+        return "mov"
+    if data.startswith(b"\x1aE\xdf\xa3"):
+        return "matroska"
+    if data.startswith(b"RIFF") and data[8:12] == b"AVI ":
+        return "avi"
+    raise ImageError(f"not a video that is accepted; accepted formats: {ACCEPTED}", code="video_format_not_allowed")
+
+
+def _animation(data: bytes, config: DecodeConfig) -> Any:
+    """The file opened by Pillow when it is a GIF or WebP that may be read; None for any other."""
+    if data.startswith(b"GIF8") or (data.startswith(b"RIFF") and data[8:12] == b"WEBP"):
+        formats = tuple(name for name in ANIMATIONS if name in config.formats)
+        read_size(data, config)  # refuses what is too large or not allowed
+        return Image.open(BytesIO(data), formats=formats)
+    return None
+
+
+def _decode_animation(animation: Any, rule: VideoRule, frames: int, config: DecodeConfig) -> DecodedClip:
+    chosen = _chosen(animation.n_frames, rule, frames, config)
+    _check_clip(Size(*animation.size), len(chosen), config)
+    deadline = time.monotonic() + config.clip_seconds
+    decoded = []
+    for number in range(chosen[-1] + 1):  # a frame is drawn over the one before
+        if time.monotonic() > deadline:
+            message = f"decoding the video took more than {config.clip_seconds:g} seconds"
+            raise ImageError(message, code="video_timeout")
+        animation.seek(number)
+        if number in chosen:
+            decoded.append(from_pil(animation, config))
+    return DecodedClip.of(decoded)
+
+
+def _quarter_turns(frame: VideoFrame) -> int:
+    """Counter-clockwise, that make the frame upright. Cameras write no other angles."""
+    return round(frame.rotation / 90) % 4
+
+
+@contextmanager
+def _as_video_error() -> Iterator[None]:
+    # what a damaged file makes FFmpeg and Pillow raise is of many kinds, and none of it may reach a client
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception:
+        raise _undecodable() from None
+
+
+def _undecodable() -> ImageError:
+    return ImageError("the video cannot be decoded: its data are damaged or incomplete", code="video_decode_failed")

@@ -1,0 +1,211 @@
+"""`siglane look`: every kind of layout can be drawn, and what is drawn is what the tower gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from siglane.cli import view as pages
+from siglane.cli.drawing import FOLD_GAP, PAPER, flow, folded, folds
+from siglane.cli.view import Positions, View, draw, unpatchify
+from siglane.image.patchify import patchify
+from siglane.image.tile import render_tiles
+from siglane.types import (
+    AnyRes,
+    Box,
+    Features,
+    Grid,
+    ImageLayout,
+    Indicator,
+    Marker,
+    MergedScales,
+    Newline,
+    Pad,
+    Piece,
+    Resize,
+    Size,
+    Step,
+    Tile,
+    Token,
+)
+
+PATCH = 16
+LINE_FEED = (Marker("\n", isolated=True), Marker("\n", isolated=False))
+
+
+def picture(size: Size, seed: int = 0) -> npt.NDArray[np.uint8]:
+    """Smooth colours, so that a wrong fold or crop is seen."""
+    y, x = np.mgrid[0 : size.height, 0 : size.width]
+    wave = np.sin(x / (11 + seed)) + np.cos(y / 17)
+    colours = np.stack([255 * x / size.width, 255 * y / size.height, 127 + 60 * wave], axis=-1)
+    return np.clip(colours, 0, 255).astype(np.uint8)
+
+
+def cut(columns: int, rows: int, side: int, steps: Sequence[Step], frame: int = 0) -> list[Tile]:
+    grid = Grid(side // PATCH, side // PATCH)
+    return [
+        Tile(tuple(steps), Box(x * side, y * side, (x + 1) * side, (y + 1) * side), grid, frame)
+        for y in range(rows)
+        for x in range(columns)
+    ]
+
+
+def native(size: Size, grid: Grid) -> ImageLayout:
+    """One tile of any shape between two learned rows, as Ovis2.5's."""
+    canvas = Size(grid.w * PATCH, grid.h * PATCH)
+    tile = Tile((Resize(canvas, "bilinear"),), Box(0, 0, *canvas), grid)
+    return ImageLayout(size, (tile,), (Indicator(0), Features(max(1, grid.area // 4)), Indicator(1)), Grid(1, 1))
+
+
+def anyres(size: Size, columns: int, rows: int) -> ImageLayout:
+    """The whole picture, then tiles of a padded canvas, as LLaVA-OneVision's."""
+    side, n = 64, 4
+    canvas = Size(columns * side, rows * side)
+    scale = min(canvas.width / size.width, canvas.height / size.height)
+    inner = Size(max(1, int(size.width * scale)), max(1, int(size.height * scale)))
+    left, top = (canvas.width - inner.width) // 2, (canvas.height - inner.height) // 2
+    steps = (Resize(inner, "bicubic"), Pad(canvas, left, top, (0, 0, 0)))
+    tiles = cut(1, 1, side, [Resize(Size(side, side), "bicubic")]) + cut(columns, rows, side, steps)
+    crop = Box(0, 0, columns * n, rows * n)
+    tokens = n * n + rows * n * (columns * n + 1)
+    return ImageLayout(size, tuple(tiles), (Features(tokens),), Grid(rows, columns), AnyRes(crop, None))
+
+
+def row_tokens(size: Size, columns: int, rows: int) -> ImageLayout:
+    """A global tile and tiles with a token each, as nanoVLM's."""
+    side = 64
+    big = Resize(Size(columns * side, rows * side), "bicubic")
+    whole = [big, Resize(Size(side, side), "bilinear", in_float=True)]
+    pieces: list[Piece] = [Token("<|global_image|>"), Features(4)]
+    for row in range(rows):
+        for column in range(columns):
+            pieces += [Token(f"<row_{row + 1}_col_{column + 1}>"), Features(4)]
+    tiles = cut(1, 1, side, whole) + cut(columns, rows, side, [big])
+    return ImageLayout(size, tuple(tiles), tuple(pieces), Grid(rows, columns))
+
+
+def scales(size: Size) -> ImageLayout:
+    side = 64
+    tiles = [
+        tile
+        for columns, rows in ((1, 1), (2, 2), (4, 3))
+        for tile in cut(columns, rows, side, [Resize(Size(columns * side, rows * side), "bicubic")])
+    ]
+    return ImageLayout(size, tuple(tiles), (Features(48), LINE_FEED[0]), Grid(3, 4), MergedScales((1, 2), 3))
+
+
+def thumbnail(size: Size) -> ImageLayout:
+    tiles = cut(4, 3, 64, [Resize(Size(256, 192), "bicubic")]) + cut(1, 1, 64, [Resize(Size(64, 64), "bicubic")])
+    return ImageLayout(size, tuple(tiles), (Features(4), *LINE_FEED) * 13, Grid(3, 4))
+
+
+def video(size: Size, frames: int) -> ImageLayout:
+    tiles = [cut(1, 1, 64, [Resize(Size(64, 64), "bicubic")], frame)[0] for frame in range(frames)]
+    return ImageLayout(size, tuple(tiles), (Features(4 * frames + 1),), Grid(1, 1), Newline(Grid(2, 2)), frames)
+
+
+LAYOUTS = {
+    "one pixel": native(Size(1, 1), Grid(7, 7)),
+    "a long strip, one row of patches": native(Size(4000, 17), Grid(1, 236)),
+    "a tall strip, one column of patches": native(Size(17, 4000), Grid(236, 1)),
+    "native resolution": native(Size(640, 480), Grid(30, 40)),
+    "anyres with bars": anyres(Size(640, 200), 2, 2),
+    "anyres, 37 tiles": anyres(Size(900, 900), 6, 6),
+    "anyres of a strip": anyres(Size(2000, 20), 6, 1),
+    "row and column tokens": row_tokens(Size(640, 480), 4, 3),
+    "row and column tokens, 65 tiles": row_tokens(Size(300, 300), 8, 8),
+    "scales": scales(Size(640, 480)),
+    "tiles and a thumbnail": thumbnail(Size(640, 480)),
+    "a video": video(Size(320, 180), 8),
+    "a video of one frame": video(Size(30, 180), 1),
+}
+
+
+def view_of(layout: ImageLayout, **changes: object) -> View:
+    """Drawn from the layout itself, without a model."""
+    frames = tuple(picture(layout.source, seed) for seed in range(max(1, layout.frames)))
+    tiles = tuple(np.clip(np.rint(tile), 0, 255).astype(np.uint8) for tile in render_tiles(frames, layout))
+    found = View("picture.png", "model", frames, layout, tiles, PATCH, Positions(Grid(16, 16), "bicubic", True), True)
+    return replace(found, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_every_kind_of_layout_can_be_drawn(layout: ImageLayout) -> None:
+    page = draw(view_of(layout))
+    assert page.width == 2 * (pages.MARGIN + pages.COLUMN) + pages.GUTTER
+    assert 400 < page.height < 4000
+    margin = np.asarray(page)[:, -pages.MARGIN + 4 :]
+    assert (margin == PAPER).all()  # nothing is drawn beyond the columns
+
+
+def test_names_with_other_letters_are_drawn() -> None:
+    layout = replace(LAYOUTS["one pixel"], pieces=(Marker("\n<row ä>", isolated=False), Features(4)))
+    assert draw(view_of(layout, name="ü\n.png", model="модель")).width > 1000
+
+
+def test_the_chips_say_what_stands_in_the_prompt() -> None:
+    texts = [chip.text for chip in pages._chips(view_of(LAYOUTS["row and column tokens"]))]
+    assert texts[:4] == ["<|global_image|>", "tile 1: 4 tokens", "<row_1_col_1>", "tile 2: 4 tokens"]
+    assert texts[-2:] == ["<row_3_col_4>", "tile 13: 4 tokens"]
+    texts = [chip.text for chip in pages._chips(view_of(LAYOUTS["tiles and a thumbnail"]))]
+    assert texts[:4] == ["tile 1: 4 tokens", "\n", "\n", "tile 2: 4 tokens"]
+    texts = [chip.text for chip in pages._chips(view_of(LAYOUTS["native resolution"]))]
+    assert texts == ["learned row 0", "300 tokens", "learned row 1"]
+    marker = replace(LAYOUTS["one pixel"], pieces=(Marker("a\n\tb", isolated=True), Features(4)))
+    assert pages._chips(view_of(marker))[0].text == "a\n\\tb"
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("tiles and a thumbnail", "13 tiles x 4 = 52"),
+        ("scales", "12 tiles of the last scale x 4 = 48, all scales in each"),
+        ("anyres with bars", "16 of the whole picture + 8 rows of 8 and a newline = 88"),
+        ("a video", "8 tiles x 4 + a newline = 33"),
+        ("native resolution", "300"),
+    ],
+)
+def test_the_token_line_adds_up(name: str, line: str) -> None:
+    assert pages._token_lines(LAYOUTS[name])[0] == line
+
+
+def test_the_picture_lies_on_its_canvas_where_the_steps_put_it() -> None:
+    layout = LAYOUTS["anyres with bars"]
+    width, height, box = pages._canvas(layout.tiles[1], layout.source)
+    assert (width, height) == (640, 640)
+    assert box == (0, 220, 640, 420)
+    squashed = LAYOUTS["scales"].tiles[0]
+    assert pages._canvas(squashed, Size(640, 480)) == (640, 480, (0, 0, 640, 480))
+
+
+def test_a_fold_keeps_every_pixel() -> None:
+    strip = Image.fromarray(picture(Size(100, 3)))
+    page = np.asarray(folded(strip, 40))
+    rows = [page[at : at + 3] for at in range(0, page.shape[0], 3 + FOLD_GAP)]
+    assert np.array_equal(np.concatenate(rows, axis=1)[:, :100], np.asarray(strip))
+    turned = np.asarray(folded(strip.transpose(Image.Transpose.TRANSPOSE), 40))
+    assert np.array_equal(turned, page.transpose(1, 0, 2))
+
+
+@pytest.mark.parametrize(("size", "pieces"), [((640, 480), 1), ((1000, 60), 1), ((4000, 17), 12), ((17, 2000), 7)])
+def test_only_strips_are_folded(size: tuple[int, int], pieces: int) -> None:
+    assert folds(*size, 760) == pieces
+
+
+def test_boxes_flow_into_rows() -> None:
+    places, height = flow([(50, 10), (40, 30), (20, 5)], 100, 5)
+    assert places == [(0, 0), (55, 0), (0, 35)]
+    assert height == 40
+
+
+@pytest.mark.parametrize("order", ["channel_first", "channel_last"])
+def test_a_view_shows_the_pixels_the_tower_gets(order: str) -> None:
+    tiles = [picture(Size(42, 28), seed) for seed in range(2)]
+    pixels = patchify(tiles, 14, order).numpy()  # type: ignore[arg-type]
+    found = unpatchify(pixels, [Grid(2, 3)] * 2, 14, order == "channel_first")
+    assert all(np.array_equal(*pair) for pair in zip(tiles, found, strict=True))
