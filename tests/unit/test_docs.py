@@ -86,3 +86,10 @@ def test_documented_python_commands_start(page: str, line: str) -> None:
     assert done.returncode == 0, f"{page}: {line}: {done.stderr}"
     options = [word for word in words[stop:] if word.startswith("--")]
     assert all(option in done.stdout for option in options), f"{page}: {line}"
+
+
+def test_the_tables_of_model_facts_are_what_the_code_reads():
+    done = subprocess.run(
+        [sys.executable, "docs/make_model_facts.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

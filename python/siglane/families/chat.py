@@ -14,12 +14,15 @@ import json
 import re
 import secrets
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, assert_never
 
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from siglane.config.layout.rule import no_video
+from siglane.config.video import VideoRule
 from siglane.errors import ConfigError, UserError
 from siglane.families.family import PromptRules
 from siglane.types import (
@@ -86,23 +89,32 @@ class PromptBuilder:
     """Makes the prompts of one checkpoint. ConfigError when its chat template cannot be used."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, rules: PromptRules, *, image_token: str, image_token_id: int
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        rules: PromptRules,
+        *,
+        image_token: str,
+        image_token_id: int,
+        video: VideoRule | None = None,
     ) -> None:
         added = tokenizer.added_tokens_decoder
         self._tokenizer, self._rules = tokenizer, rules
-        self._image_token, self._image_token_id = image_token, image_token_id
+        self._image_token, self._image_token_id, self._video = image_token, image_token_id, video
+        # what stands for a medium in a rendered prompt; a video's is only reserved where the model has one
+        self._placeholders = (image_token,) if video is None else (image_token, video.token)
         self._special_ids = {token.content: number for number, token in added.items()}
-        self._reserved = ReservedStrings(list(added.values()), image_token)
-        self._reserved_in_text = ReservedStrings([t for t in added.values() if t.content != image_token])
+        self._reserved = ReservedStrings(list(added.values()), *self._placeholders)
+        self._reserved_in_text = ReservedStrings([t for t in added.values() if t.content not in self._placeholders])
         self._plain = without_added_tokens(tokenizer)
-        self._template = _only_template(tokenizer.chat_template, rules.default_template)
+        self._template = rules.template or _only_template(tokenizer.chat_template, rules.default_template)
         self._roles_with_parts = self._probe()
 
     def chat(self, messages: Sequence[Message], images: Sequence[ImagePatches], arguments: Mapping[str, Any]) -> Prompt:
         """The prompt of a conversation, up to where the assistant's answer begins.
 
-        arguments: extra variables of the chat template, each a string, number, boolean or None. UserError when the
-        messages do not use each image exactly once, or the template refuses them.
+        images: pictures and videos, numbered together; arguments: extra variables of the chat template, each a string,
+        number, boolean or None. UserError when the messages do not use each image exactly once, mix pictures and videos
+        where the model reads one kind, or are refused by the template.
         """
         conversation = [self._parts(message) for message in messages]
         order = [part.image for parts in conversation for part in parts if isinstance(part, ImagePart)]
@@ -112,29 +124,39 @@ class PromptBuilder:
                 code="image_count_mismatch",
                 param="messages",
             )
+        tokens = [self._placeholder(image) for image in images]
+        if self._video is not None and not self._video.with_images and len(set(tokens)) > 1:
+            message = "this model reads either images or videos in one request; send one kind"
+            raise UserError(message, code="mixed_media", param="messages")
         mark = f"\ue000{secrets.randbits(128)}\ue001"
         turns = [
-            {"role": message.role, "content": self._content(message.role, parts, mark)}
+            {"role": message.role, "content": self._content(message.role, parts, tokens, mark)}
             for message, parts in zip(messages, conversation, strict=True)
         ]
         pieces = self._reserved.split(self._render(turns, self._variables(arguments, mark)), mark)
-        written = pieces[1::2].count(self._image_token)  # not in the plain pieces: there it is a user's text
-        if written != len(order):
-            raise UserError(
-                f"the chat template wrote {written} image placeholders for {len(order)} images",
-                code="chat_template_failed",
-                param="messages",
-            )
-        layouts = iter(self._pieces(conversation, images))
+        # a template may put images before videos, but keeps the order within each kind
+        waiting = {token: deque(number for number in order if tokens[number] == token) for token in self._placeholders}
+        for token, numbers in waiting.items():
+            written = pieces[1::2].count(token)  # not in the plain pieces: there it is a user's text
+            if written != len(numbers):
+                kind = "image" if token == self._image_token else "video"
+                raise UserError(
+                    f"the chat template wrote {written} {kind} placeholders for {len(numbers)} {kind}s",
+                    code="chat_template_failed",
+                    param="messages",
+                )
+        layouts = self._pieces(conversation, images)
+        shown: list[int] = []
         writer = _Writer(self._encode, self._special_ids, self._image_token_id)
         for place, piece in enumerate(pieces):
             if place % 2 == 0:
                 writer.text(piece)
-            elif piece == self._image_token:
-                writer.image(next(layouts))
+            elif piece in waiting:
+                shown.append(waiting[piece].popleft())
+                writer.image(layouts[shown[-1]])
             else:
                 writer.token(self._special_ids[piece])
-        return Prompt(writer.finish(), tuple(writer.spans), tuple(images[number] for number in order))
+        return Prompt(writer.finish(), tuple(writer.spans), tuple(images[number] for number in shown))
 
     def text(self, text: str) -> Prompt:
         """`text` as it is, no template. Special tokens written in it count, the image placeholder is plain text."""
@@ -147,23 +169,42 @@ class PromptBuilder:
         return Prompt(writer.finish())
 
     def _parts(self, message: Message) -> Parts:
-        return stripped(message.parts) if self._rules.strip_messages else message.parts
+        parts = message.parts
+        if message.role == "assistant" and self._rules.thinking_end:
+            parts = answer_alone(parts, self._rules.thinking_end)
+        if self._rules.images_first:
+            parts = tuple(sorted(parts, key=lambda part: isinstance(part, str)))
+        return stripped(parts) if self._rules.strip_messages else parts
 
-    def _content(self, role: Role, parts: Parts, mark: str) -> str | list[dict[str, str]]:
-        texts = [self._reserved.broken(part, mark) if isinstance(part, str) else None for part in parts]
-        if role in self._roles_with_parts:
-            return [{"type": "image"} if text is None else {"type": "text", "text": text} for text in texts]
-        return self._rules.joint.join(self._image_token if text is None else text for text in texts)
+    def _placeholder(self, image: ImagePatches) -> str:
+        if not image.layout.frames:
+            return self._image_token
+        if self._video is None:
+            raise no_video()
+        return self._video.token
 
-    def _pieces(self, conversation: Sequence[Parts], images: Sequence[ImagePatches]) -> list[tuple[Piece, ...]]:
-        """What stands in the prompt for each image, in order of appearance."""
-        found = []
+    def _content(self, role: Role, parts: Parts, tokens: Sequence[str], mark: str) -> str | list[dict[str, str]]:
+        """tokens: the placeholder of each image and video of the request."""
+        if role not in self._roles_with_parts:
+            return self._rules.joint.join(
+                self._reserved.broken(part, mark) if isinstance(part, str) else tokens[part.image] for part in parts
+            )
+        return [
+            {"type": "text", "text": self._reserved.broken(part, mark)}
+            if isinstance(part, str)
+            else {"type": "image" if tokens[part.image] == self._image_token else "video"}
+            for part in parts
+        ]
+
+    def _pieces(self, conversation: Sequence[Parts], images: Sequence[ImagePatches]) -> dict[int, tuple[Piece, ...]]:
+        """What stands in the prompt for each image."""
+        found = {}
         for parts in conversation:
             for place, part in enumerate(parts):
                 if isinstance(part, ImagePart):
                     last = self._rules.strip_messages and place == len(parts) - 1
                     pieces = images[part.image].layout.pieces
-                    found.append(_without_trailing_space(pieces) if last else pieces)
+                    found[part.image] = _without_trailing_space(pieces) if last else pieces
         return found
 
     def _variables(self, arguments: Mapping[str, Any], mark: str) -> dict[str, Any]:
@@ -301,6 +342,18 @@ def stripped(parts: Parts) -> Parts:
         if kept[-1]:
             break
         del kept[-1]
+    return tuple(kept)
+
+
+def answer_alone(parts: Parts, thinking_end: str) -> Parts:
+    """What follows the last `thinking_end` of a turn, all of it when there is none, without leading line feeds.
+
+    Qwen's and Ovis' templates do this too, but could not find the string once it is broken (`ReservedStrings`).
+    """
+    ends = [place for place, part in enumerate(parts) if isinstance(part, str) and thinking_end in part]
+    kept = list(parts[ends[-1] :] if ends else parts)
+    if kept and isinstance(first := kept[0], str):
+        kept[0] = first.rpartition(thinking_end)[2].lstrip("\n")
     return tuple(kept)
 
 

@@ -13,16 +13,15 @@ from torch import nn
 
 from siglane.config.vlm import VlmConfig
 from siglane.errors import ConfigError
-from siglane.families import siglip
 from siglane.families.processor import EncoderProcessor, ImageProcessor, load_processor
-from siglane.families.registry import is_vision_only, vlm_family
+from siglane.families.registry import is_vision_only, tower_family, vlm_family
 from siglane.families.stack import VisionEncoderModel, VisionStack
-from siglane.lm.qwen import QwenModel
+from siglane.lm.build import build_language_model
 from siglane.nn.parallel import TensorParallel
 from siglane.types import BackendChoice
 from siglane.weights.hub import Checkpoint, Source
 from siglane.weights.load import StoredTensor, allocate, fill, rehearse, stored_tensors
-from siglane.weights.plan import Elsewhere, WeightPlan
+from siglane.weights.plan import WeightPlan
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ class VisionLanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.vision = VisionStack(config, tp, attention_backend)
-        self.language = QwenModel(config.language, tp)
+        self.language = build_language_model(config.language, tp)
 
 
 def load_model(
@@ -80,11 +79,11 @@ def load_vision(
 
     The language model's tensors are not read. head: load a plain tower's MAP head too, for `embeddings`.
     """
-    if is_vision_only(checkpoint):
-        encoder = siglip.read_config(checkpoint, head=head)
+    if plain := tower_family(checkpoint):
+        encoder = plain.read_config(checkpoint, head=head)
         tensors = stored_tensors([Source(checkpoint)])
         _check_depth(tensors, encoder.vision.num_hidden_layers)
-        plan = siglip.plan(encoder)
+        plan = plain.plan(encoder)
         tower = _rehearsed(
             lambda: VisionEncoderModel(encoder.vision, encoder.preprocess, tp, attention_backend), plan, tensors
         )
@@ -92,7 +91,7 @@ def load_vision(
         return _filled(tower, plan, tensors), EncoderProcessor(encoder)
     processor = load_processor(checkpoint)
     family, config = vlm_family(checkpoint), processor.config
-    plan = family.vision_plan(config) + WeightPlan((Elsewhere(family.language_prefix),))
+    plan = family.vision_plan(config) + family.language_plan(config).unused("the language model is not loaded")
     tensors = stored_tensors(family.vision_sources(checkpoint))
     _check_depth(tensors, config.vision.num_hidden_layers)
     stack = _rehearsed(lambda: VisionStack(config, tp, attention_backend), plan, tensors)

@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from siglane.config.layout.vila import Tiling, VilaTiling
+from siglane.config.layout.vila import MOST_TILES, Tiling, VilaTiling
 from siglane.config.preprocess import ImageProcessorConfig, PreprocessConfig
 from siglane.config.projector import vila_projector
 from siglane.config.reader import ConfigReader
 from siglane.config.text import LanguageConfig
+from siglane.config.video import VideoRule
 from siglane.config.vision import VisionConfig
 from siglane.config.vlm import ImageFacts, VlmConfig
 from siglane.errors import ConfigError
@@ -28,10 +29,12 @@ if TYPE_CHECKING:
 
 Layout = Literal["folders", "hf", "vila"]
 IMAGE_TOKEN = "<image>"
+VIDEO_TOKEN = "<vila/video>"
+VIDEO_ENCODER = "BasicVideoEncoder"
+MOST_FRAMES = 256  # VILA's long-video training
 END_OF_TURN = "<|im_end|>"
 TOWER_TYPE = "siglip_vision_model"
 LANGUAGE, TOWER, PROJECTOR = "llm", "vision_tower", "mm_projector"
-MOST_TILES = 1024  # a flag beyond it is a mistake; every candidate grid is looked at for every image
 
 # image_aspect_ratio -> tiling; without a value the processor's own resize squashes the picture
 ASPECT_RATIOS: dict[str, Tiling] = {"resize": "squash", "pad": "pad", "dynamic": "dynamic", "dynamic_s2": "dynamic_s2"}
@@ -124,7 +127,7 @@ def read_config(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast, *, c
         image_token_id=_image_token_id(root, tokenizer),
         eos_token_ids=_eos_token_ids(_language_folder(checkpoint), tokenizer),
         image_newline=False,
-        video=None,
+        video=_video(root),
         thinking=None,
     )
 
@@ -235,6 +238,17 @@ def _preprocess(checkpoint: Checkpoint, layout: Layout, facts: Facts, vision: Vi
         fill=(red, green, blue),
     )
     return PreprocessConfig.of(rule, processor)
+
+
+def _video(root: ConfigReader) -> VideoRule | None:
+    """None for an encoder that pools over time (TSP), which siglane does not have: such a model reads images only."""
+    encoder = root.section("video_encoder").value("_target_", str) if root.has("video_encoder") else VIDEO_ENCODER
+    if encoder.rpartition(".")[2] != VIDEO_ENCODER:
+        return None
+    if root.value("fps", float, 0.0) > 0:
+        raise ConfigError(f"config.json: fps {root.raw['fps']} is not supported; siglane knows num_video_frames")
+    frames = root.size("num_video_frames", 8)
+    return VideoRule(VIDEO_TOKEN, frames, most_frames=max(frames, MOST_FRAMES), spread="rounded", with_images=True)
 
 
 def _image_token_id(root: ConfigReader, tokenizer: PreTrainedTokenizerFast) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from siglane.config.layout.rule import ImageBudget
@@ -21,6 +22,9 @@ from siglane.weights.hub import Checkpoint
 class ImageProcessor(Protocol):
     """From sizes to layouts and from pixels to patches; all an encoder needs."""
 
+    @property
+    def config(self) -> ImageFacts: ...
+
     def layouts(
         self, media: Sequence[Medium], budgets: Sequence[ImageBudget | None] | None = None
     ) -> tuple[ImageLayout, ...]: ...
@@ -35,7 +39,11 @@ class Processor:
         self.config = config
         self.tokenizer = tokenizer
         self._prompts = PromptBuilder(
-            tokenizer, rules, image_token=config.image_token, image_token_id=config.image_token_id
+            tokenizer,
+            rules,
+            image_token=config.image_token,
+            image_token_id=config.image_token_id,
+            video=config.video,
         )
 
     @property
@@ -65,8 +73,9 @@ class Processor:
     ) -> Prompt:
         """The conversation's prompt up to where the answer begins; `ImagePart(n)` stands for `images[n]`.
 
-        Exactly `layout.rows` placeholders stand for each image. No text of a message can become a special
-        token or a placeholder. UserError when image parts and images do not match one to one.
+        The prompt's images are in the order in which the template writes them; exactly `layout.rows` placeholders stand
+        for each. No text of a message can become a special token or a placeholder. UserError when image parts and
+        images do not match one to one.
         """
         return self._prompts.chat(messages, images, chat_template_kwargs or {})
 
@@ -97,15 +106,16 @@ def load_processor(checkpoint: Checkpoint, config: VlmConfig | None = None) -> P
     config: facts to use instead of the checkpoint's (VILA1.5 in column order: `nvila.read_config(column_major=True)`).
     """
     family = vlm_family(checkpoint)
-    tokenizer = load_tokenizer(family.tokenizer_folder(checkpoint))
+    tokenizer = load_tokenizer(family.tokenizer_folder(checkpoint), family.added_tokens(checkpoint))
     return Processor(config or family.config(checkpoint, tokenizer), tokenizer, family.prompt_rules(checkpoint))
 
 
-def load_tokenizer(folder: Checkpoint) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: Checkpoint, added_tokens: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a folder, from local files only, never running the checkpoint's code.
 
     Qwen's is loaded by Qwen's own class, as `AutoTokenizer` does in every reference: normalisation and splitting are
     then that class's, whatever tokenizer.json says. Any other tokenizer.json is taken as it is.
+    added_tokens: those it lacks become special tokens behind its own, in order.
     """
     loader: Any = PreTrainedTokenizerFast
     if _is_qwen(folder):
@@ -124,6 +134,9 @@ def load_tokenizer(folder: Checkpoint) -> PreTrainedTokenizerFast:
         raise ConfigError(f"{folder.root}: siglane needs a fast tokenizer (tokenizer.json)")
     if folder.has("chat_template.json"):  # a processor's template; it is the newer one where a tokenizer has its own
         tokenizer.chat_template = folder.json("chat_template.json").get("chat_template")
+    known = tokenizer.get_vocab()
+    missing = [text for text in added_tokens if text not in known]
+    tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in missing])
     return tokenizer
 
 

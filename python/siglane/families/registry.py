@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
-
-from siglane.config.layout.rule import ImageBudget
+from siglane.config.vlm import ImageFacts
 from siglane.errors import ConfigError
-from siglane.families import nvila, siglip
-from siglane.families.family import VlmFamily
-from siglane.types import ImageLayout, Medium
+from siglane.families import llava_onevision, nanovlm, nvila, ovis2_5, siglip, siglip2
+from siglane.families.family import TowerFamily, VlmFamily
 from siglane.weights.hub import Checkpoint
 
-VLM_FAMILIES: tuple[VlmFamily, ...] = (nvila.FAMILY,)
+VLM_FAMILIES: tuple[VlmFamily, ...] = (nvila.FAMILY, llava_onevision.FAMILY, ovis2_5.FAMILY, nanovlm.FAMILY)
+
+TOWER_FAMILIES: tuple[TowerFamily, ...] = (siglip.FAMILY, siglip2.FAMILY)
 
 
-class Layouts(Protocol):
-    """`ImageFacts.layouts` of one checkpoint."""
-
-    def __call__(
-        self, media: Sequence[Medium], budgets: Sequence[ImageBudget | None] | None = None
-    ) -> tuple[ImageLayout, ...]: ...
+def tower_family(checkpoint: Checkpoint) -> TowerFamily | None:
+    """The family of a plain SigLIP checkpoint, without a language model; None for any other checkpoint."""
+    return next((family for family in TOWER_FAMILIES if family.matches(checkpoint)), None)
 
 
 def is_vision_only(checkpoint: Checkpoint) -> bool:
     """Whether this is a plain SigLIP checkpoint, without a language model."""
-    return siglip.matches(checkpoint)
+    return tower_family(checkpoint) is not None
 
 
-def layouts_of(checkpoint: Checkpoint) -> Layouts:
-    """The layout rule of any known checkpoint, from its JSON files alone: no weights, no tokenizer."""
-    if is_vision_only(checkpoint):
-        return siglip.read_config(checkpoint).layouts
-    return vlm_family(checkpoint).images(checkpoint).layouts
+def image_facts(checkpoint: Checkpoint) -> ImageFacts:
+    """The image facts of any known checkpoint, from its JSON files alone: no weights, no tokenizer."""
+    if tower := tower_family(checkpoint):
+        return tower.read_config(checkpoint)
+    return vlm_family(checkpoint).images(checkpoint)
 
 
 def vlm_family(checkpoint: Checkpoint) -> VlmFamily:
@@ -49,8 +44,8 @@ def vlm_family(checkpoint: Checkpoint) -> VlmFamily:
 
 def unknown(checkpoint: Checkpoint) -> ConfigError:
     """The error for a checkpoint of no known family."""
-    known = "; ".join(name for family in VLM_FAMILIES for name in family.known_as)
-    known = f"siglane knows {known}; {'; '.join(siglip.MODEL_TYPES)}"
+    families: tuple[VlmFamily | TowerFamily, ...] = (*VLM_FAMILIES, *TOWER_FAMILIES)
+    known = "siglane knows " + "; ".join(name for family in families for name in family.known_as)
     if not checkpoint.has("config.json"):
         return ConfigError(f"{checkpoint.root} has no config.json; {known}")
     root = checkpoint.json("config.json")

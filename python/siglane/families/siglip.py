@@ -15,6 +15,7 @@ from siglane.config.reader import ConfigReader
 from siglane.config.vision import VisionConfig
 from siglane.config.vlm import ImageFacts
 from siglane.errors import ConfigError
+from siglane.families.family import TowerFamily
 from siglane.weights.hub import Checkpoint
 from siglane.weights.plan import Elsewhere, Ignore, WeightPlan, tower_plan
 
@@ -56,3 +57,8 @@ def plan(config: ImageFacts) -> WeightPlan:
     zero_shot = "the zero-shot scores' scale and bias, which features do not need"
     others = (Elsewhere("text_model."), Ignore("logit_scale", zero_shot), Ignore("logit_bias", zero_shot))
     return tower_plan(config.vision).under("", "tower.") + WeightPlan(others)
+
+
+FAMILY = TowerFamily(
+    name="siglip", known_as=MODEL_TYPES, matches=matches, read_config=read_config, plan=plan
+)  # fmt: skip

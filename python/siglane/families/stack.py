@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 from torch import nn
@@ -42,6 +43,13 @@ class VisionEncoderModel(nn.Module):
             scale, shift = normalisation(preprocess, vision)
         self.register_buffer("pixel_scale", scale, persistent=False)
         self.register_buffer("pixel_shift", shift, persistent=False)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Moves and casts as every module does; the normalisation only moves."""
+        scale, shift = self.pixel_scale, self.pixel_shift
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.pixel_scale, self.pixel_shift = scale.to(self.pixel_scale.device), shift.to(self.pixel_shift.device)
+        return self
 
     @property
     def device(self) -> torch.device:

@@ -14,7 +14,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     the default stays.
     """
     on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    if on_cpu and not _wants_gradient(x, weight, bias):
+    # torch.compile has its own lowering of this product, for frozen weights only
+    if on_cpu and not torch.compiler.is_compiling() and not _wants_gradient(x, weight, bias):
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return product
     return F.linear(x, weight, bias)

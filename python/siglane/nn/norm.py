@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+from siglane.nn.linear import ShardedModule
+from siglane.nn.parallel import TensorParallel
 
 
 class RMSNorm(nn.Module):
@@ -23,3 +27,34 @@ class RMSNorm(nn.Module):
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
+
+
+class ShardedLayerNorm(ShardedModule):
+    """LayerNorm over rows of `size` columns that are cut over the ranks: x `[..., size / tp.size]` -> the same shape.
+
+    Mean and centred squares are summed over all ranks, in float32 whatever the dtype, as in torch's own. The caller
+    passes a `tp` whose size divides `size`.
+    """
+
+    def __init__(self, size: int, eps: float, tp: TensorParallel) -> None:
+        super().__init__()
+        self.size, self.eps, self.tp = size, eps, tp
+        self.weight = nn.Parameter(torch.empty(size // tp.size))
+        self.bias = nn.Parameter(torch.empty(size // tp.size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.tp.size == 1:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        wide = x.float()
+        wide = wide - self._mean(wide)
+        wide = wide * torch.rsqrt(self._mean(wide.square()) + self.eps)
+        return (wide * self.weight.float() + self.bias.float()).to(x.dtype)
+
+    def _mean(self, share: torch.Tensor) -> torch.Tensor:
+        return self.tp.all_reduce(share.sum(-1, keepdim=True)) / self.size
+
+    def load_part(self, name: str, part: str, tensor: torch.Tensor) -> None:
+        if tensor.shape != (self.size,):
+            raise ValueError(f"has shape {list(tensor.shape)}, the model needs {[self.size]}")
+        with torch.no_grad():
+            self.get_parameter(name).copy_(self.tp.cut(tensor, 0))

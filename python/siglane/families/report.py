@@ -1,0 +1,45 @@
+"""What became of one image or video of a request, as every interface reports it."""
+
+from __future__ import annotations
+
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict  # pydantic reads no other on Python 3.11
+
+from siglane.config.layout.rule import ImageBudget, LayoutRule
+from siglane.types import Detail, ImageLayout
+
+
+class DetailReport(TypedDict):
+    requested: Detail
+    applied: Detail
+
+
+class ImageReport(TypedDict):
+    """What the model saw: the size in pixels (of a video's first frame), the patch grid of every tile, the prompt
+    tokens taken. frames: of a video; limits: the budget that was in force, by name, beside the checkpoint's own."""
+
+    width: int
+    height: int
+    frames: NotRequired[int]
+    tiles: int
+    grids: list[tuple[int, int]]
+    tokens: int
+    detail: DetailReport
+    limits: dict[str, Any]
+
+
+def report_image(layout: ImageLayout, rule: LayoutRule, requested: Detail, budget: ImageBudget) -> ImageReport:
+    """requested: the caller's word; budget: what `layout` was made within."""
+    report: ImageReport = {
+        "width": layout.source.width,
+        "height": layout.source.height,
+        "tiles": len(layout.tiles),
+        "grids": [(grid.h, grid.w) for grid in layout.grids],
+        "tokens": layout.image_tokens,
+        "detail": {"requested": requested, "applied": rule.within(budget).detail},
+        "limits": budget.limits,
+    }
+    if layout.frames:
+        report["frames"] = layout.frames
+    return report
