@@ -20,15 +20,15 @@ Rotary = tuple[torch.Tensor, torch.Tensor]
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; Qwen3 normalises each head of q and k before the rotation."""
 
-    def __init__(self, config: LanguageConfig, layer: int, tp: TensorParallel) -> None:
+    def __init__(self, config: LanguageConfig, layer: int, tp: TensorParallel, norm: type[RMSNorm]) -> None:
         super().__init__()
         self.layer = layer
         heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         tp = attention_parallel(tp, heads, kv_heads)
         self.qkv = QKVParallelLinear(config.hidden_size, heads, kv_heads, head_dim, bias=config.qkv_bias, tp=tp)
         self.o_proj = RowParallelLinear(heads * head_dim, config.hidden_size, bias=config.output_bias, tp=tp)
-        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.q_norm = norm(head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = norm(head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x: torch.Tensor, rotary: Rotary, attention: LayerAttention) -> torch.Tensor:
         q, k, v = self.qkv(x)
@@ -55,11 +55,11 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """`x += attention(norm(x)); x += mlp(norm(x))`."""
 
-    def __init__(self, config: LanguageConfig, layer: int, tp: TensorParallel) -> None:
+    def __init__(self, config: LanguageConfig, layer: int, tp: TensorParallel, norm: type[RMSNorm]) -> None:
         super().__init__()
-        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, layer, tp)
-        self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_norm = norm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config, layer, tp, norm)
+        self.post_attention_norm = norm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, tp)
 
     def forward(self, x: torch.Tensor, rotary: Rotary, attention: LayerAttention) -> torch.Tensor:
@@ -70,13 +70,17 @@ class Block(nn.Module):
 class QwenModel(nn.Module):
     """The decoder with its embedding table and output head. A step's metadata comes in through `attention`."""
 
+    norm_type: type[RMSNorm] = RMSNorm
+
     def __init__(self, config: LanguageConfig, tp: TensorParallel | None = None) -> None:
         super().__init__()
         tp = tp or TensorParallel.single()
         self.config = config
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
-        self.blocks = nn.ModuleList(Block(config, layer, tp) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.blocks = nn.ModuleList(
+            Block(config, layer, tp, self.norm_type) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = self.norm_type(config.hidden_size, config.rms_norm_eps)
         untied = not config.tie_embeddings
         self.lm_head = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp) if untied else None
 
