@@ -94,8 +94,8 @@ class DecodedImage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodedClip:
-    """The frames of a video that the model is shown, in order. frames: u8 `[H, W, 3]` each, all of one size; digest:
-    32 bytes over all pixels and their shape."""
+    """The frames of a video that the model is shown, in order. frames: u8 `[H, W, 3]` each; digest: 32 bytes over all
+    pixels and their shapes. The layout is the first frame's; others may have their own size, see `render_tiles`."""
 
     frames: tuple[npt.NDArray[np.uint8], ...]
     digest: bytes
@@ -103,9 +103,8 @@ class DecodedClip:
     def __post_init__(self) -> None:
         if not self.frames:
             raise ValueError("a clip has at least one frame")
-        shape = self.frames[0].shape
-        if any(frame.dtype != np.uint8 or frame.shape != shape or frame.shape[2:] != (3,) for frame in self.frames):
-            raise ValueError("the frames of a clip must be u8 [H, W, 3] of one size")
+        if any(frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 for frame in self.frames):
+            raise ValueError("the frames of a clip must be u8 [H, W, 3]")
         _check_digest(self.digest)
 
     @classmethod
@@ -469,12 +468,21 @@ class TokenDelta:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token accounting of one answer (OpenAI `usage`); image_tokens + text_tokens == prompt_tokens."""
+    """Token accounting of one answer (OpenAI `usage`).
+
+    image_tokens + text_tokens == prompt_tokens; reasoning_tokens: those of the completion that are its thinking, the
+    two tags and forced ids among them.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
     image_tokens: int
+    reasoning_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.reasoning_tokens <= self.completion_tokens:
+            raise ValueError(f"{self.reasoning_tokens} reasoning tokens in a completion of {self.completion_tokens}")
 
     @property
     def total_tokens(self) -> int:

@@ -100,9 +100,10 @@ def write_nanovlm_checkpoint(
     base = len(tokenizer)
     tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in extra.values()])
 
+    sizes: dict[str, Any] = {"vision_use_head": False, "image_size": image_size, "patch_size": patch_size}
     tower = SiglipVisionModel(SiglipVisionConfig(
-        hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, image_size=image_size,
-        patch_size=patch_size, layer_norm_eps=1e-6, vision_use_head=False,
+        hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, layer_norm_eps=1e-6,
+        **sizes,
     )).eval()  # fmt: skip
     language: Any = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=48, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
@@ -113,7 +114,8 @@ def write_nanovlm_checkpoint(
     for number, module in enumerate((tower, projection, language)):
         randomise(module, seed + number)
 
-    config = _config(era, tower, language, base, extra, factor)
+    rows = (image_size // patch_size // factor) ** 2
+    config = _config(era, tower, language, base, extra, factor, rows)
     config["lm_tokenizer"] = str(tokenizer_folder)
     if era in ("grid", "current"):
         config["max_img_size"] = tiles * image_size
@@ -145,7 +147,7 @@ def _extra_tokens(era: Era) -> dict[str, str]:
 
 
 def _config(
-    era: Era, tower: SiglipVisionModel, language: Any, base: int, extra: dict[str, str], factor: int
+    era: Era, tower: SiglipVisionModel, language: Any, base: int, extra: dict[str, str], factor: int, rows: int
 ) -> dict[str, Any]:
     """What `asdict` gives of that release's dataclass."""
     vision, text = tower.config, language.config
@@ -165,7 +167,7 @@ def _config(
         return config | {"lm_eos_token_id": 0}
     config |= {
         "lm_base_vocab_size": base, "extra_token_amount": len(extra), "vlm_extra_tokens": extra,
-        "mp_image_token_length": (vision.image_size // vision.patch_size // factor) ** 2, "hf_repo_name": "nanoVLM",
+        "mp_image_token_length": rows, "hf_repo_name": "nanoVLM",
     }  # fmt: skip
     return config | ({"lm_chat_template": CHATML} if era == "current" else {})
 

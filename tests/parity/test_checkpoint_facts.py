@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 from checkpoints import Layout, build_tokenizer, write_nvila_checkpoint
 
-from siglane.config.tokens import image_layout
+from siglane.config.layout.rule import Cells, Place
 from siglane.config.vlm import VlmConfig
 from siglane.errors import ConfigError, UserError
 from siglane.families import nvila
@@ -35,24 +35,24 @@ class TestNvilaFacts:
     @pytest.mark.parametrize("layout", ["folders", "hf", "vila"])
     def test_lite(self, tmp_path: Path, layout: Layout) -> None:
         config = facts(tmp_path, layout=layout)
-        assert (config.preprocess.tiling, config.projector.factor, config.vision.depth) == ("dynamic", 3, 2)
+        assert (config.preprocess.rule.tiling, config.projector.factor, config.vision.depth) == ("dynamic", 3, 2)
         assert (config.vision.post_norm, config.vision.use_head) == (False, False)
         assert config.projector.input_size == 32
 
     @pytest.mark.parametrize("layout", ["folders", "hf"])
     def test_s2(self, tmp_path: Path, layout: Layout) -> None:
         config = facts(tmp_path, layout=layout, lite=False)
-        assert (config.preprocess.tiling, config.preprocess.s2_scales) == ("dynamic_s2", (56, 112, 168))
+        assert (config.preprocess.rule.tiling, config.preprocess.rule.s2_scales) == ("dynamic_s2", (56, 112, 168))
         assert (config.projector.factor, config.projector.input_size) == (2, 96)
 
     def test_scales_may_be_a_list(self, tmp_path: Path) -> None:
         config = facts(tmp_path, lite=False, flags={"s2_scales": [56, 112, 168]})
-        assert config.preprocess.s2_scales == (56, 112, 168)
+        assert config.preprocess.rule.s2_scales == (56, 112, 168)
 
     @pytest.mark.parametrize(("ratio", "tiling"), [("resize", "squash"), ("pad", "pad"), (None, "squash")])
     def test_one_tile_modes(self, tmp_path: Path, ratio: str | None, tiling: str) -> None:
         config = facts(tmp_path, flags={"image_aspect_ratio": ratio}, projector_type="mlp2x_gelu")
-        assert (config.preprocess.tiling, config.projector.merge) == (tiling, "none")
+        assert (config.preprocess.rule.tiling, config.projector.merge) == (tiling, "none")
 
     def test_vila_resizes_with_pillows_default(self, tmp_path: Path) -> None:
         """With `resize` and the dynamic modes; otherwise the processor's filter counts."""
@@ -60,7 +60,7 @@ class TestNvilaFacts:
             write_nvila_checkpoint(tmp_path, flags={"image_aspect_ratio": ratio})
             file = tmp_path / "vision_tower/preprocessor_config.json"
             file.write_text(json.dumps({**json.loads(file.read_text()), "resample": 2}))
-            assert load_processor(open_checkpoint(tmp_path)).config.preprocess.resample == expected
+            assert load_processor(open_checkpoint(tmp_path)).config.preprocess.rule.resample == expected
 
     def test_the_file_beside_the_projector_decides(self, tmp_path: Path) -> None:
         config = facts(tmp_path, flags={"mm_projector_cfg": {"mm_projector_type": "linear"}})
@@ -175,10 +175,10 @@ class TestRealSizes:
         s2_rows: int,
     ) -> None:
         lite, s2 = (facts(tmp_path / str(flag), lite=flag, image_size=448) for flag in (True, False))
-        layout = image_layout(Size(*size), lite.preprocess, lite.projector, 14, alone=True)
+        layout = lite.preprocess.rule.image(Size(*size), Cells(14, lite.projector), Place())
         assert (layout.arrangement.w, layout.arrangement.h) == grid
         assert (len(layout.tiles), layout.image_tokens) == (tiles, rows)
-        layout = image_layout(Size(*size), s2.preprocess, s2.projector, 14, alone=True)
+        layout = s2.preprocess.rule.image(Size(*size), Cells(14, s2.projector), Place())
         assert (layout.arrangement.w, layout.arrangement.h) == s2_grid
         assert (len(layout.tiles), layout.image_tokens) == (5 + s2_grid[0] * s2_grid[1], s2_rows)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -377,6 +378,29 @@ class TestFacts:
         with pytest.raises(ConfigError, match=r"lm_tokenizer names cannot be had.*nobody/has-this-tokenizer"):
             load_processor(open_checkpoint(tmp_path))
         assert image_facts(open_checkpoint(tmp_path)).layouts([Size(64, 64)])
+
+    @pytest.mark.parametrize(("era", "expected"), [
+        ("0.1", "HuggingFaceTB/cosmo2-tokenizer"), ("current", "HuggingFaceTB/SmolLM2-360M-Instruct"),
+    ])  # fmt: skip
+    def test_only_the_tokenizer_is_downloaded(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, era: Era, expected: str
+    ) -> None:
+        """What `lm_tokenizer` names is a language model's repository, with its weights."""
+        reference = write_nanovlm_checkpoint(tmp_path, era=era, own_tokenizer=False, flags={"lm_tokenizer": None})
+        asked: list[tuple[str, list[str]]] = []
+
+        def download(repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+            asked.append((repository, allow_patterns))
+            return str(tmp_path / "tokenizer")
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+        processor = load_processor(open_checkpoint(tmp_path))
+        assert processor.tokenizer.get_vocab() == reference.tokenizer.get_vocab()
+        ((repository, patterns),) = asked
+        assert repository == expected
+        wanted = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"}
+        files = {*wanted, "model.safetensors", "config.json", "generation_config.json", "README.md"}
+        assert {name for name in files if any(fnmatch(name, pattern) for pattern in patterns)} == wanted
 
     def test_ids_of_extra_tokens_follow_the_dictionary(self, pairs: dict[Era, Pair]) -> None:
         ours, theirs = pairs["current"].processor.tokenizer, pairs["current"].reference.tokenizer

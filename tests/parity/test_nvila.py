@@ -178,7 +178,8 @@ def test_no_images_is_no_rows(pair: Pair) -> None:
 def test_taps_name_every_stage(s2: Pair) -> None:
     taps: dict[str, torch.Tensor] = {}
     rows = s2.model.vision(patches_of(s2.processor, [reference.picture(*WIDE)]), taps).embeds
-    assert list(taps) == ["patch_embedding", "positions", "block.0", "block.1", "features", "merged", "projected"]
+    tower = ["patch_embedding", "positions", "block.0", "block.1", "features"]
+    assert list(taps) == [*tower, "projector_input", "projected"]
     assert torch.equal(taps["projected"], rows)
 
 

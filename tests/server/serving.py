@@ -20,6 +20,7 @@ import numpy as np
 from openai import OpenAI
 from PIL import Image
 
+from siglane.config.layout.rule import CHECKPOINT_LIMITS, ImageBudget
 from siglane.engine.process import EngineProcess
 from siglane.families.processor import Processor
 from siglane.server.app import create_app
@@ -63,10 +64,12 @@ class RunningServer:
 
 
 @contextmanager
-def running(processor: Processor, engine: EngineProcess, **options: Any) -> Iterator[RunningServer]:
+def running(
+    processor: Processor, engine: EngineProcess, *, budget: ImageBudget = CHECKPOINT_LIMITS, **options: Any
+) -> Iterator[RunningServer]:
     config = ServerConfig(**{"port": 0, "served_model_name": MODEL, "drain_timeout": 5.0, **options})
+    state = ServerState(config, "folder/of-tiny", processor, engine, budget)
     listener = listen(HOST, config.port)
-    state = ServerState(config, "folder/of-tiny", processor, engine)
     server = Server(uvicorn_config(create_app(state), config), state)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
@@ -101,6 +104,11 @@ def image_url(url: str, **fields: Any) -> dict[str, Any]:
 
 def image_part(data: bytes, **fields: Any) -> dict[str, Any]:
     return image_url(f"data:image/png;base64,{base64.b64encode(data).decode()}", **fields)
+
+
+def video_part(data: bytes, **fields: Any) -> dict[str, Any]:
+    url = f"data:video/mp4;base64,{base64.b64encode(data).decode()}"
+    return {"type": "video_url", "video_url": {"url": url, **fields}}
 
 
 def picture(width: int = 60, height: int = 40, seed: int = 0, format: str = "PNG", **options: Any) -> bytes:

@@ -35,6 +35,7 @@ from serving import (
     image_url,
     picture,
     running,
+    video_part,
 )
 
 from siglane.engine.process import EngineProcess
@@ -259,10 +260,10 @@ BAD_BODIES: dict[str, tuple[dict[str, Any], str, str | None]] = {
         "invalid_value",
         "messages[0].content[0].image_url.detail",
     ),
-    "40 video": (
-        messages(user([{"type": "video_url", "video_url": {"url": "x"}}])),
+    "40 video of the assistant": (
+        messages({"role": "assistant", "content": [video_part(b"")]}, user("x")),
         "unsupported_content_type",
-        "messages[0].content[0]",
+        "messages[0]",
     ),
     "40 audio": (
         messages(user([{"type": "input_audio", "input_audio": {}}])),
@@ -428,7 +429,7 @@ def test_an_unforeseen_exception_tells_nothing(server: RunningServer, monkeypatc
     def explode(*_: object) -> None:
         raise RuntimeError("secret at 0x7f0000000000 in /home/someone")
 
-    monkeypatch.setattr(server.state.media, "check_count", explode)
+    monkeypatch.setattr(server.state.media, "admit", explode)
     response = server.post(chat("x"))
     assert_error(response, 500, "internal_error")
     assert "secret" not in response.text

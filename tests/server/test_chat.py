@@ -71,7 +71,7 @@ def test_usage_and_report_say_what_the_model_saw(server: RunningServer, processo
     seen = answer["siglane"]["images"]
     assert [image["tokens"] for image in seen] == [layout.image_tokens for layout in layouts]
     assert [image["tiles"] for image in seen] == [len(layout.tiles) for layout in layouts]
-    assert [image["grid"] for image in seen] == [[list(grid) for grid in layout.grids] for layout in layouts]
+    assert [image["grids"] for image in seen] == [[list(grid) for grid in layout.grids] for layout in layouts]
     assert [(image["width"], image["height"]) for image in seen] == list(IMAGES.values())
     usage, details = answer["usage"], answer["usage"]["prompt_tokens_details"]
     assert details["image_tokens"] == sum(layout.image_tokens for layout in layouts)
@@ -111,10 +111,13 @@ def test_reserved_strings_in_a_text_are_only_text(server: RunningServer) -> None
 
 
 def test_detail_is_accepted_and_what_was_applied_is_reported(server: RunningServer) -> None:
-    for detail in ("auto", "low", "high", "original"):
-        told = stream(server, chat(image_part(picture(), detail=detail), "x"))
+    tiles = {}
+    for detail, applied in (("auto", "auto"), ("low", "low"), ("high", "high"), ("original", "high")):
+        told = stream(server, chat(image_part(picture(90, 50), detail=detail), "x"))
         (report,) = told.chunks[-1]["siglane"]["images"]
-        assert report["detail"] == {"requested": detail, "applied": "auto"}
+        assert report["detail"] == {"requested": detail, "applied": applied}
+        tiles[detail] = report["tiles"]
+    assert tiles["low"] == 1 < tiles["auto"] == tiles["high"] == tiles["original"]
 
 
 @pytest.mark.parametrize("streamed", [False, True])

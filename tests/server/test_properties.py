@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from siglane.engine.detokenize import TextStream
 from siglane.engine.process import EngineProcess
+from siglane.engine.reasoning import AnswerStream
 from siglane.errors import UserError
 from siglane.families.processor import Processor
 from siglane.server.answer import Answer, Piece
@@ -104,7 +105,7 @@ def test_an_answer_does_not_depend_on_how_tokens_were_grouped(
         engine = Engine()
         requests = [request(number, stops) for number in range(len(texts))]
         with ThreadPoolExecutor(1) as commands:
-            streams = [TextStream(processor.tokenizer, stops) for _ in requests]
+            streams = [AnswerStream(processor.tokenizer, stops) for _ in requests]
             answer = Answer(requests, streams, cast(EngineProcess, engine), commands)
             await answer.start()
             left = {number: list(found) for number, found in enumerate(ids)}

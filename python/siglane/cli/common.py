@@ -64,12 +64,11 @@ def checkpoint_of(arguments: argparse.Namespace) -> Checkpoint:
 
 def load_image_processor(checkpoint: Checkpoint) -> Processor | EncoderProcessor:
     """What lays out pictures for any checkpoint, plain SigLIP towers included. Reads no weights."""
-    from siglane.families import siglip
     from siglane.families.processor import EncoderProcessor, load_processor
-    from siglane.families.registry import is_vision_only
+    from siglane.families.registry import tower_family
 
-    if is_vision_only(checkpoint):
-        return EncoderProcessor(siglip.read_config(checkpoint))
+    if tower := tower_family(checkpoint):
+        return EncoderProcessor(tower.read_config(checkpoint))
     return load_processor(checkpoint)
 
 

@@ -220,12 +220,13 @@ def _environment() -> Iterator[Check]:
     from siglane.cli.generate import GenerateOptions
     from siglane.cli.look import LookOptions
     from siglane.cli.tokens import TokensOptions
+    from siglane.cli.verify import VerifyOptions
     from siglane.engine.config import EngineConfig
     from siglane.server.config import ServerConfig
     from siglane.types import SamplingParams
 
     shared = (CommonOptions, ModelOptions, PictureOptions, EngineConfig, SamplingParams, ServerConfig)
-    own = (DemoOptions, DoctorOptions, EncodeOptions, GenerateOptions, LookOptions, TokensOptions)
+    own = (DemoOptions, DoctorOptions, EncodeOptions, GenerateOptions, LookOptions, TokensOptions, VerifyOptions)
     known = known_variables((*shared, *own))
     found = sorted(name for name in os.environ if name.startswith(PREFIX))
     for name in found:

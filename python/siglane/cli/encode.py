@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from siglane.cli.common import PictureOptions, add_model, check_writable, checkpoint_of, emit_json
 from siglane.cli.options import add_options, read_options
+from siglane.config.layout.rule import ImageBudget
 from siglane.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class EncodeOptions:
 
 
 # the engine's options that a tower has a use for
-ENGINE_OPTIONS = ("device", "dtype", "attention_backend", "max_patches")
+ENGINE_OPTIONS = ("device", "dtype", "attention_backend", "max_seq_len", "enable_packing")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="pictures: paths or URLs")
     add_options(parser, EncodeOptions, "encode")
     add_options(parser, PictureOptions, "pictures")
+    add_options(parser, ImageBudget, "budget")
     add_options(parser, EngineConfig, "engine", only=ENGINE_OPTIONS)
 
 
@@ -51,7 +53,7 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     engine = read_options(EngineConfig, arguments)
     chosen = {name: getattr(engine, name) for name in ENGINE_OPTIONS}
     decode = read_options(PictureOptions, arguments).decode_config()
-    encoder = VisionEncoder(checkpoint, decode=decode, **chosen)
+    encoder = VisionEncoder(checkpoint, decode=decode, budget=read_options(ImageBudget, arguments), **chosen)
     tensors: dict[str, torch.Tensor] = {}
     rows: list[dict[str, Any]] = []
     quiet = not sys.stderr.isatty() or len(arguments.images) == 1

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from siglane.cli.common import PictureOptions, add_model, checkpoint_of, emit_json
 from siglane.cli.options import add_options, read_options
+from siglane.config.layout.rule import ImageBudget
 from siglane.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ SAMPLING_HELP = {
     "min_tokens": "shortest answer",
     "logprobs": "report log-probabilities, with this many alternatives per token (needs --json)",
     "n": "number of answers",
+    "thinking_budget": "tokens a reasoning model may think before it has to answer; none: no limit",
 }
 
 
@@ -39,6 +41,13 @@ SAMPLING_HELP = {
 class GenerateOptions:
     prompt: str = field(metadata={"help": "the question: one user message, its pictures first", "short": "-p"})
     image: tuple[str, ...] = field(default=(), metadata={"help": "pictures: paths or URLs", "short": "-i"})
+    video: tuple[str, ...] = field(default=(), metadata={"help": "videos: paths or URLs", "short": "-v"})
+    num_frames: int | None = field(
+        default=None, metadata={"help": "frames of each video that the model sees; none: as its family does"}
+    )
+    thinking: bool | None = field(
+        default=None, metadata={"help": "whether a reasoning model thinks first; none: as its chat template does"}
+    )
     stream: bool = field(default=False, metadata={"help": "print the answer as it grows"})
     json: bool = field(default=False, metadata={"help": "print one JSON object"})
 
@@ -51,6 +60,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_options(parser, GenerateOptions, "generate")
     add_options(parser, SamplingParams, "sampling", help=SAMPLING_HELP)
     add_options(parser, PictureOptions, "pictures")
+    add_options(parser, ImageBudget, "budget")
     add_options(parser, EngineConfig, "engine")
 
 
@@ -76,9 +86,13 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
         out.flush()
 
     fields = {field.name: getattr(engine, field.name) for field in dataclasses.fields(engine)}
-    llm = LLM(checkpoint, decode=decode, **fields)
-    prompt = {"prompt": options.prompt, "images": options.image}
-    (answer,) = llm.generate(prompt, params, on_text=show if options.stream else None)
+    llm = LLM(checkpoint, decode=decode, budget=read_options(ImageBudget, arguments), **fields)
+    videos = [{"video": source, "num_frames": options.num_frames} for source in options.video]
+    prompt = {"prompt": options.prompt, "images": options.image, "videos": videos}
+    if options.thinking and llm.processor.config.thinking is None:
+        raise UserError("this model does not reason; leave --thinking out", code="bad_option")
+    template = {} if options.thinking is None else {"enable_thinking": options.thinking}
+    (answer,) = llm.generate(prompt, params, on_text=show if options.stream else None, chat_template_kwargs=template)
     if options.json:
         emit_json(document(answer), out)
     else:
@@ -94,10 +108,12 @@ def document(answer: Generation) -> dict[str, Any]:
     usage = answer.usage
     found: dict[str, Any] = {
         "text": answer.text,
+        "reasoning": answer.reasoning,
         "prompt_token_ids": list(answer.prompt_token_ids),
         "output_token_ids": list(answer.output_token_ids),
         "finish_reason": answer.finish_reason,
         "usage": dataclasses.asdict(usage) | {"text_tokens": usage.text_tokens, "total_tokens": usage.total_tokens},
+        "images": list(answer.images),
         "timings": dataclasses.asdict(answer.timings),
     }
     if answer.logprobs:
@@ -110,7 +126,8 @@ def document(answer: Generation) -> dict[str, Any]:
 def summary(answer: Generation) -> str:
     """One line for people: what went in, what came out, how long it took."""
     usage, timings = answer.usage, answer.timings
+    thought = f" ({usage.reasoning_tokens} of them reasoning)" if usage.reasoning_tokens else ""
     return (
-        f"{usage.image_tokens} image + {usage.text_tokens} text -> {usage.completion_tokens} tokens; "
+        f"{usage.image_tokens} image + {usage.text_tokens} text -> {usage.completion_tokens} tokens{thought}; "
         f"encode {timings.encode:.2f} s, prefill {timings.prefill:.2f} s, decode {timings.decode:.2f} s"
     )

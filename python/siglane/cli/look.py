@@ -7,9 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-import numpy as np
-import numpy.typing as npt
-
 from siglane.cli.common import (
     PictureOptions,
     add_model,
@@ -20,64 +17,86 @@ from siglane.cli.common import (
 )
 from siglane.cli.options import add_options, read_options
 from siglane.cli.tokens import describe
+from siglane.config.layout.rule import ImageBudget, no_video
 from siglane.errors import UserError
-from siglane.types import Pad
 
 if TYPE_CHECKING:
-    from siglane.types import DecodedImage, ImageLayout
+    from siglane.config.preprocess import DecodeConfig
+    from siglane.config.vlm import ImageFacts
+    from siglane.types import DecodedClip, DecodedImage
+
+VIDEO_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LookOptions:
     output: Path = field(default=Path("view.png"), metadata={"help": "the drawing, a PNG file", "short": "-o"})
+    video: bool = field(default=False, metadata={"help": "IMAGE is a video"})
+    num_frames: int | None = field(
+        default=None, metadata={"help": "frames of a video that the model sees; none: as its family does"}
+    )
     json: bool = field(default=False, metadata={"help": "print the numbers as one JSON object"})
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("image", metavar="IMAGE", help="a picture: path or URL")
+    parser.add_argument("image", metavar="IMAGE", help="a picture, or a video with --video: path or URL")
     add_options(parser, LookOptions, "look")
     add_options(parser, PictureOptions, "pictures")
+    add_options(parser, ImageBudget, "budget")
 
 
 def run(arguments: argparse.Namespace, out: TextIO) -> int:
     options = read_options(LookOptions, arguments)
     decode = read_options(PictureOptions, arguments).decode_config()
+    budget = read_options(ImageBudget, arguments)
     check_writable(options.output)
 
-    from siglane.cli.view import View, draw, unpatchify
-    from siglane.image.source import MediaPolicy, load_source
+    from siglane.cli.drawing import counted
+    from siglane.cli.view import Positions, View, draw, unpatchify
+    from siglane.families.processor import Processor
+    from siglane.families.report import report_image
+    from siglane.types import DecodedClip
 
     processor = load_image_processor(checkpoint_of(arguments))
-    image = load_source(arguments.image, MediaPolicy(allow_private_addresses=True), decode)
-    (layout,) = processor.layouts([image.size])
+    medium = _medium(arguments.image, options, processor.config, decode)
+    (layout,) = processor.layouts([medium.size], [budget])
     vision = processor.config.vision
-    pixels = processor.patches(image, layout).pixels.numpy()
+    pixels = processor.patches(medium, layout).pixels.numpy()
     tiles = unpatchify(pixels, layout.grids, vision.patch_size, vision.patch_layout == "channel_first")
     view = View(
         name=Path(arguments.image).name[-60:],
         model=Path(arguments.model).name,
-        rgb=_as_resized(image, layout),
+        frames=medium.frames if isinstance(medium, DecodedClip) else (medium.rgb,),
         layout=layout,
         tiles=tuple(tiles),
         patch_size=vision.patch_size,
+        positions=Positions(vision.position_grid, vision.position_resize, rotary=vision.rope_theta is not None),
+        speaks=isinstance(processor, Processor),
     )
     try:
         draw(view).save(options.output, format="PNG")
     except OSError as error:
         raise UserError(f"cannot write {options.output}: {error.strerror}", code="cannot_write") from error
     if options.json:
-        emit_json(describe(arguments.image, layout) | {"view": str(options.output)}, out)
+        report = report_image(layout, processor.config.preprocess.rule, budget.detail, budget)
+        emit_json(describe(arguments.image, report) | {"view": str(options.output)}, out)
     else:
-        out.write(f"{options.output}: {len(layout.tiles)} tiles, {layout.image_tokens} prompt tokens\n")
+        tokens = counted(layout.image_tokens, "image token" if view.speaks else "row")
+        out.write(f"{options.output}: {counted(len(layout.tiles), 'tile')}, {tokens}\n")
     return 0
 
 
-def _as_resized(image: DecodedImage, layout: ImageLayout) -> npt.NDArray[np.uint8]:
-    """The picture whose sides the tiles' canvas stretches: padded to a square first where the model does that."""
-    first = layout.tiles[0].steps[0]
-    if not isinstance(first, Pad):
-        return image.rgb
-    from siglane.image.tile import pad
+def _medium(source: str, options: LookOptions, facts: ImageFacts, decode: DecodeConfig) -> DecodedImage | DecodedClip:
+    """The picture, or the frames of a video that the model would be shown."""
+    from siglane.config.vlm import VlmConfig
+    from siglane.image.source import MediaPolicy, load_clip, load_source
 
-    return pad(image.rgb, first).astype(np.uint8)
+    if not options.video:
+        if options.num_frames is not None:
+            raise UserError("--num-frames is about a video; give --video too", code="bad_option")
+        return load_source(source, MediaPolicy(allow_private_addresses=True), decode)
+    if not isinstance(facts, VlmConfig) or facts.video is None:
+        raise no_video()
+    policy = MediaPolicy(allow_private_addresses=True, max_bytes=VIDEO_BYTES)
+    return load_clip(source, policy, facts.video, facts.video.count(options.num_frames), decode)

@@ -27,6 +27,7 @@ COMMANDS = {
     "serve": "serve a model over the OpenAI API",
     "encode": "write the vision features of pictures to a file",
     "tokens": "count the prompt tokens of pictures from their headers",
+    "verify": "compare a model, stage by stage, with its reference implementation",
     "look": "draw what the model sees of a picture",
     "doctor": "check this machine",
     "demo": "try the model that ships with siglane, through a real server",

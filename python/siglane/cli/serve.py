@@ -8,6 +8,7 @@ from typing import TextIO
 
 from siglane.cli.common import ModelOptions, add_model
 from siglane.cli.options import add_options, read_options
+from siglane.config.layout.rule import ImageBudget
 from siglane.errors import UserError
 from siglane.server.config import ServerConfig
 
@@ -17,6 +18,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
     add_model(parser)
     add_options(parser, ServerConfig, "server")
+    add_options(parser, ImageBudget, "budget of every image; clients may ask for less")
     add_options(parser, EngineConfig, "engine")
 
 
@@ -26,6 +28,7 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
 
     config = read_options(ServerConfig, arguments)
     engine = read_options(EngineConfig, arguments)
+    budget = read_options(ImageBudget, arguments)
     model = arguments.model
     if model == DEMO:
         model = str(demo_folder() / "model")
@@ -40,4 +43,4 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
 
     from siglane.engine.process import EngineSpec
 
-    return serve(config, EngineSpec(model, engine, read_options(ModelOptions, arguments).revision), listener)
+    return serve(config, EngineSpec(model, engine, read_options(ModelOptions, arguments).revision), listener, budget)

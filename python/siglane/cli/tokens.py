@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from siglane.cli.common import PictureOptions, add_model, checkpoint_of, emit_json
 from siglane.cli.options import add_options, read_options
+from siglane.config.layout.rule import ImageBudget
 from siglane.errors import UserError
 
 if TYPE_CHECKING:
-    from siglane.types import ImageLayout, Size
+    from siglane.families.report import ImageReport
+    from siglane.types import ImageLayout, Medium
 
-SIZE = re.compile(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})")
+SIZE = re.compile(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})(?:x([1-9][0-9]{0,3}))?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +27,9 @@ class TokensOptions:
         default=False,
         metadata={"help": "count all pictures as those of one request; otherwise each is alone in its own"},
     )
-    sizes: tuple[str, ...] = field(default=(), metadata={"help": "sizes to count besides the pictures, as 640x480"})
+    sizes: tuple[str, ...] = field(
+        default=(), metadata={"help": "sizes to count besides the pictures, as 640x480, or 640x480x8 for 8 frames"}
+    )
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGE", nargs="*", help="picture files; only their headers are read")
     add_options(parser, TokensOptions, "tokens")
     add_options(parser, PictureOptions, "pictures")
+    add_options(parser, ImageBudget, "budget")
 
 
 def run(arguments: argparse.Namespace, out: TextIO) -> int:
@@ -40,40 +45,54 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     if not arguments.images and not options.sizes:
         raise UserError("no pictures; give IMAGE files or --sizes", code="bad_option")
     decode = read_options(PictureOptions, arguments).decode_config()
+    budget = read_options(ImageBudget, arguments)
 
     # nothing here needs torch or transformers: a folder is counted before they would have been imported
-    from siglane.families.registry import layouts_of
+    from siglane.families.registry import image_facts
+    from siglane.families.report import report_image
     from siglane.image.decode import read_size_of_file
 
-    layouts_in = layouts_of(checkpoint_of(arguments))
-    sizes = [read_size_of_file(path, decode) for path in arguments.images] + [_size(text) for text in options.sizes]
-    groups = [sizes] if options.together else [[size] for size in sizes]
-    layouts = [layout for group in groups for layout in layouts_in(group)]
+    facts = image_facts(checkpoint_of(arguments))
+    media = [
+        *(read_size_of_file(path, decode) for path in arguments.images),
+        *(_medium(text) for text in options.sizes),
+    ]
+    groups = [media] if options.together else [[medium] for medium in media]
+    layouts = [layout for group in groups for layout in facts.layouts(group, [budget] * len(group))]
+    reports = [report_image(layout, facts.preprocess.rule, budget.detail, budget) for layout in layouts]
     names = [*arguments.images, *options.sizes]
     if options.json:
-        emit_json([describe(*pair) for pair in zip(names, layouts, strict=True)], out)
+        emit_json([describe(*pair) for pair in zip(names, reports, strict=True)], out)
     else:
-        out.writelines(line + "\n" for line in _table(names, layouts))
+        out.writelines(line + "\n" for line in [*applied(reports[0]), *_table(names, layouts)])
     return 0
 
 
-def _size(text: str) -> Size:
-    from siglane.types import Size
+def _medium(text: str) -> Medium:
+    from siglane.types import Clip, Size
 
     found = SIZE.fullmatch(text)
     if found is None:
         raise UserError(f"--sizes {text!r} is not a size; write width x height as 640x480", code="bad_option")
-    return Size(int(found[1]), int(found[2]))
+    size = Size(int(found[1]), int(found[2]))
+    return Clip(size, int(found[3])) if found[3] else size
 
 
-def describe(name: str, layout: ImageLayout) -> dict[str, Any]:
-    """One row of the JSON list. tiles: their number; grids: rows and columns of patches of each."""
-    return {
-        "image": name,
-        "image_tokens": layout.image_tokens,
-        "tiles": len(layout.tiles),
-        "grids": [list(grid) for grid in layout.grids],
+def describe(name: str, report: ImageReport) -> dict[str, Any]:
+    """One row of the JSON list. tiles: their number; grids: rows and columns of patches of each; detail, limits: the
+    budget that was asked for and applied."""
+    return {"image": name, "image_tokens": report["tokens"]} | {
+        key: report[key] for key in ("tiles", "grids", "detail", "limits")
     }
+
+
+def applied(report: ImageReport) -> list[str]:
+    """One line that says what a budget came to; none when none was given."""
+    detail, limits = report["detail"], report["limits"]
+    if detail["requested"] == "auto" and not limits:
+        return []
+    named = [f"{name} {value}" for name, value in limits.items()]
+    return [f"detail {detail['requested']}, applied as {detail['applied']}; limits: {', '.join(named) or 'none'}"]
 
 
 def _table(names: Sequence[str], layouts: Sequence[ImageLayout]) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 
 from siglane.engine.features import FeatureKey
 from siglane.engine.radix import Node
+from siglane.engine.thinking import ThinkingBudget
 from siglane.types import Request, Timings
 
 
@@ -36,7 +37,7 @@ def image_rows(request: Request) -> tuple[ImageRows, ...]:
 class Sequence:
     """One request on its way. `computed` tokens are in the KV cache, in `pages`; the first of them in locked `nodes`.
 
-    features: rows of the images that the rest of the prompt still needs, by image number.
+    features: rows of the images that the rest of the prompt still needs, by image number; budget: of its thinking.
     """
 
     request: Request
@@ -45,6 +46,7 @@ class Sequence:
     cache_ids: list[int]
     spans: tuple[ImageRows, ...]
     generator: torch.Generator
+    budget: ThinkingBudget | None = None
     computed: int = 0
     pages: list[int] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
@@ -57,9 +59,11 @@ class Sequence:
     encode_seconds: float = 0.0
 
     @classmethod
-    def of(cls, request: Request, order: int, generator: torch.Generator) -> Sequence:
-        prompt = request.prompt
-        return cls(request, order, list(prompt.token_ids), list(prompt.cache_ids()), image_rows(request), generator)
+    def of(
+        cls, request: Request, order: int, generator: torch.Generator, budget: ThinkingBudget | None = None
+    ) -> Sequence:
+        token_ids, cache_ids = list(request.prompt.token_ids), list(request.prompt.cache_ids())
+        return cls(request, order, token_ids, cache_ids, image_rows(request), generator, budget)
 
     @property
     def prompt_length(self) -> int:
@@ -68,6 +72,11 @@ class Sequence:
     @property
     def output_ids(self) -> list[int]:
         return self.token_ids[self.prompt_length :]
+
+    @property
+    def forced_id(self) -> int | None:
+        """The next token where a spent thinking budget decides it, None where the model does."""
+        return None if self.budget is None else self.budget.forced_id(self.output_ids)
 
     @property
     def remaining(self) -> int:

@@ -34,9 +34,14 @@ class EngineConfig:
     max_batch_tokens: int = field(
         default=0, metadata={"help": "tokens of one step, longer prompts are chunked; 0: 512 on CPU, 4096 on CUDA"}
     )
-    max_patches: int = field(
+    max_seq_len: int = field(
         default=0,
-        metadata={"help": "patches encoded in one step (a larger image runs alone); 0: 1024 on CPU, 16384 on CUDA"},
+        metadata={
+            "help": "patches of one packed forward (a larger image runs alone); 0: 1024 on CPU, 16384 on CUDA",
+        },
+    )
+    enable_packing: bool = field(
+        default=True, metadata={"help": "encode images of all requests together; off: one forward for each image"}
     )
     feature_cache_bytes: int = field(
         default=256 << 20, metadata={"help": "bytes of encoded images kept, so that a known image is not encoded again"}
@@ -48,7 +53,7 @@ class EngineConfig:
         for name in ("page_size", "max_running"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("kv_tokens", "max_batch_tokens", "max_patches", "feature_cache_bytes", "threads"):
+        for name in ("kv_tokens", "max_batch_tokens", "max_seq_len", "feature_cache_bytes", "threads"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("dtype", "vision_dtype"):

@@ -14,13 +14,14 @@ class TextStream:
 
     Text is held back while it ends inside a UTF-8 character or could be the beginning of a stop string. After a stop
     string was met, `stopped` names it, the text before it has been returned, and nothing follows.
+    strip: drop white space at the beginning, before stop strings are looked for, and at the end.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = (), *, strip: bool = False) -> None:
+        self._tokenizer, self._stop, self._strip = tokenizer, tuple(stop), strip
         self._ids: list[int] = []
         self._context, self._read = 0, 0  # ids before _context are settled, before _read already returned as text
-        self._held = ""
+        self._held, self._begun = "", False
         self.stopped: str | None = None
 
     def push(self, token_ids: Sequence[int], finished: bool = False) -> str:
@@ -29,15 +30,21 @@ class TextStream:
             return ""
         self._ids.extend(token_ids)
         self._held += self._new_text(finished)
+        if self._strip and not self._begun:
+            self._held = self._held.lstrip()
+            self._begun = bool(self._held)
         found = ((self._held.find(stop), stop) for stop in self._stop if stop in self._held)
         # the first to be complete, as if the text came character by character: tokens may bring several at once
         cut = min(((start + len(stop), start, stop) for start, stop in found), default=None)
         if cut is not None:
             _, start, self.stopped = cut
             text, self._held = self._held[:start], ""
-            return text
+            return text.rstrip() if self._strip else text
         keep = 0 if finished else self._beginning_of_stop()
-        text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        text = self._held[: len(self._held) - keep]
+        if self._strip:
+            text = text.rstrip()
+        self._held = "" if finished else self._held[len(text) :]
         return text
 
     def _new_text(self, finished: bool) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from siglane.config.vlm import Thinking
 from siglane.engine.batch import Chunk, Sequence, StepBatch
 from siglane.engine.config import EngineConfig
 from siglane.engine.features import FeatureCache, FeatureKey
@@ -20,6 +21,7 @@ from siglane.engine.radix import PrefixCache
 from siglane.engine.runner import Runner
 from siglane.engine.sampler import Choice, sample
 from siglane.engine.scheduler import Budget, Scheduler
+from siglane.engine.thinking import thinking_budget
 from siglane.errors import EngineError, UserError
 from siglane.families.model import VisionLanguageModel
 from siglane.types import FinishReason, ImagePatches, Request, SamplingParams, TokenDelta
@@ -50,9 +52,18 @@ class EngineStats:
 
 
 class Engine:
-    """Continuous batching over a paged cache. A request that fails ends alone, with an "error" delta."""
+    """Continuous batching over a paged cache. A request that fails ends alone, with an "error" delta.
 
-    def __init__(self, model: VisionLanguageModel, config: EngineConfig, eos_token_ids: tuple[int, ...]) -> None:
+    thinking: how the model marks its reasoning, None for one that does not reason.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        config: EngineConfig,
+        eos_token_ids: tuple[int, ...],
+        thinking: Thinking | None = None,
+    ) -> None:
         language = model.language
         parameter = language.norm.weight
         device, dtype = parameter.device, parameter.dtype
@@ -60,17 +71,18 @@ class Engine:
         kv = PagedKV(
             language.config, language.kv_heads, pages=pages, page_size=config.page_size, dtype=dtype, device=device
         )
-        self.config, self.eos_token_ids = config, frozenset(eos_token_ids)
+        self.config, self.eos_token_ids, self.thinking = config, frozenset(eos_token_ids), thinking
         self.allocator = PageAllocator(pages)
         self.prefix_cache = PrefixCache(self.allocator, config.page_size) if config.prefix_cache else None
         self.features = FeatureCache(config.feature_cache_bytes)
         budget = Budget(
             tokens=config.max_batch_tokens or STEP_TOKENS[device.type],
-            patches=config.max_patches or STEP_PATCHES[device.type],
+            patches=config.max_seq_len or STEP_PATCHES[device.type],
             running=config.max_running,
         )
         self.scheduler = Scheduler(budget, self.allocator, self.prefix_cache, self.features, config.page_size)
-        self.runner = Runner(model, kv, choose_paged_backend(config.paged_backend, device, dtype))
+        paged_backend = choose_paged_backend(config.paged_backend, device, dtype)
+        self.runner = Runner(model, kv, paged_backend, packing=config.enable_packing)
         self.context_length = min(language.config.max_position_embeddings, self.scheduler.capacity)
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = 0
@@ -81,7 +93,8 @@ class Engine:
         return bool(self._sequences)
 
     def add(self, request: Request) -> None:
-        """Queues a request. UserError when it can never run: no room for an answer, a bias for no token."""
+        """Queues a request. UserError when it can never run: no room for an answer, a bias for no token, a thinking
+        budget where the model does not reason."""
         length, sampling = len(request.prompt.token_ids), request.sampling
         if request.request_id in self._sequences:
             raise ValueError(f"request id {request.request_id!r} is in use")
@@ -93,9 +106,10 @@ class Engine:
                 code="context_length_exceeded",
             )
         _check_logit_bias(sampling, self.runner.vocab_size)
+        budget = thinking_budget(sampling, request.prompt.token_ids, self.thinking, self.eos_token_ids)
         generator = torch.Generator()
         generator.manual_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed % (1 << 64))
-        sequence = Sequence.of(request, self._arrivals, generator)
+        sequence = Sequence.of(request, self._arrivals, generator, budget)
         self._arrivals += 1
         self._sequences[request.request_id] = sequence
         self.scheduler.add(sequence)

@@ -39,7 +39,7 @@ def build_engine(checkpoint: Checkpoint, processor: Processor, config: EngineCon
         attention_backend=config.attention_backend,
     )
     logger.info("loaded %s in %.1f s (%s, %s)", checkpoint.root.name, time.monotonic() - begin, device, dtype)
-    return Engine(model, config, processor.eos_token_ids)
+    return Engine(model, config, processor.eos_token_ids, processor.config.thinking)
 
 
 def placement(config: EngineConfig) -> tuple[torch.device, torch.dtype, torch.dtype]:

@@ -15,15 +15,15 @@ from siglane.types import ImagePatches
 
 
 class Runner:
-    def __init__(self, model: VisionLanguageModel, kv: PagedKV, paged_backend: str) -> None:
-        self.model, self.kv, self.paged_backend = model, kv, paged_backend
+    def __init__(self, model: VisionLanguageModel, kv: PagedKV, paged_backend: str, *, packing: bool = True) -> None:
+        self.model, self.kv, self.paged_backend, self.packing = model, kv, paged_backend, packing
         self.device, self.dtype = kv.keys.device, kv.keys.dtype
         self.vocab_size = model.language.config.vocab_size
 
     def encode(self, images: Sequence[ImagePatches]) -> tuple[torch.Tensor, ...]:
-        """All images in one packed forward -> each image's rows `[layout.rows, hidden_size]`."""
-        tokens = self.model.vision(images)
-        return tuple(rows.to(self.dtype) for rows in tokens.split())
+        """All images in one packed forward, or each in its own -> each image's rows `[layout.rows, hidden_size]`."""
+        groups = [images] if self.packing else [[image] for image in images]
+        return tuple(rows.to(self.dtype) for group in groups for rows in self.model.vision(group).split())
 
     def forward(self, batch: StepBatch) -> torch.Tensor:
         """Computes the batch, writes its keys and values, and returns logits `[B, vocab_size]`, one row for every

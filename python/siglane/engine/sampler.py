@@ -41,7 +41,7 @@ def sample(
     for row, running in enumerate(sequences):
         if not finite[row]:
             choices.append(EngineError("the model gave NaN or infinite logits", code="engine_nan"))
-        elif _plain_greedy(running.request.sampling):
+        elif running.forced_id is None and _plain_greedy(running.request.sampling):
             choices.append(Choice(best[row], None))
         else:
             choices.append(_choose_isolated(logits[row].cpu(), running, eos_token_ids))
@@ -73,13 +73,18 @@ def _choose_isolated(logits: torch.Tensor, running: Running, eos_token_ids: froz
 def _choose(logits: torch.Tensor, running: Running, eos_token_ids: frozenset[int]) -> Choice:
     params = running.request.sampling
     logprobs = torch.log_softmax(logits, dim=-1) if params.logprobs is not None else None
+    forced_id = running.forced_id
+    token_id = _draw(logits, running, eos_token_ids) if forced_id is None else forced_id
+    return Choice(token_id, None if logprobs is None else _report(logprobs, token_id, params.logprobs or 0))
+
+
+def _draw(logits: torch.Tensor, running: Running, eos_token_ids: frozenset[int]) -> int:
+    params = running.request.sampling
     scores = _adjust(logits.clone(), running, eos_token_ids)
     if params.temperature == 0:
-        token_id = int(scores.argmax())
-    else:
-        probabilities = filter_probabilities(scores, params)
-        token_id = int(torch.multinomial(probabilities, 1, generator=running.generator))
-    return Choice(token_id, None if logprobs is None else _report(logprobs, token_id, params.logprobs or 0))
+        return int(scores.argmax())
+    probabilities = filter_probabilities(scores, params)
+    return int(torch.multinomial(probabilities, 1, generator=running.generator))
 
 
 def _adjust(scores: torch.Tensor, running: Running, eos_token_ids: frozenset[int]) -> torch.Tensor:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
-from siglane.engine.detokenize import TextStream
 from siglane.engine.process import EngineProcess
+from siglane.engine.reasoning import AnswerStream, Said
 from siglane.server.errors import overloaded
 from siglane.server.protocol import FinishReason
 from siglane.types import Request, Timings, TokenDelta, TokenLogprob, Usage
@@ -19,13 +19,17 @@ from siglane.types import Request, Timings, TokenDelta, TokenLogprob, Usage
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What became known of one choice. finish_reason and matched_stop are set on its last piece."""
+    """What became known of one choice. finish_reason and matched_stop are set on its last piece.
+
+    reasoning: comes before the text; one piece may hold the end of the one and the beginning of the other.
+    """
 
     index: int
     text: str
     logprobs: tuple[TokenLogprob, ...]
     finish_reason: FinishReason | None = None
     matched_stop: str | int | None = None
+    reasoning: str = ""
 
 
 @dataclass(slots=True)
@@ -33,7 +37,7 @@ class _Choice:
     """One choice on its way."""
 
     request: Request
-    stream: TextStream
+    stream: AnswerStream
     tokens: int = 0
     finished: bool = False
     cached_tokens: int = 0
@@ -47,7 +51,7 @@ class Answer:
     """
 
     def __init__(
-        self, requests: Sequence[Request], streams: Sequence[TextStream], engine: EngineProcess, commands: Executor
+        self, requests: Sequence[Request], streams: Sequence[AnswerStream], engine: EngineProcess, commands: Executor
     ) -> None:
         self._choices = [_Choice(*pair) for pair in zip(requests, streams, strict=True)]
         self._indices = {request.request_id: index for index, request in enumerate(requests)}
@@ -95,6 +99,7 @@ class Answer:
             completion_tokens=sum(choice.tokens for choice in self._choices),
             cached_tokens=min(choice.cached_tokens for choice in self._choices),
             image_tokens=prompt.image_tokens,
+            reasoning_tokens=sum(choice.stream.reasoning_tokens for choice in self._choices),
         )
 
     @property
@@ -135,26 +140,27 @@ class Answer:
     def _piece(self, index: int, choice: _Choice, delta: TokenDelta) -> Piece:
         """Token by token, so that text and token count at a stop string do not depend on how tokens were grouped."""
         shown = delta.token_ids if delta.matched_stop is None else delta.token_ids[:-1]  # what ended it is only counted
-        text, taken = "", len(delta.token_ids)
+        said, taken = [], len(delta.token_ids)
         for number, token_id in enumerate(shown, start=1):
-            text += choice.stream.push([token_id])
+            said.append(choice.stream.push([token_id]))
             if choice.stream.stopped is not None:
                 taken = number
                 break
         if delta.finish_reason is not None:
-            text += choice.stream.push([], finished=True)
+            said.append(choice.stream.push([], finished=True))
+        text, reasoning = Said.joined(said)
         choice.tokens += taken
         logprobs = delta.logprobs[:taken]
         if choice.stream.stopped is not None:
             choice.finished = True
             if delta.finish_reason is None:
                 self._abort(choice)
-            return Piece(index, text, logprobs, "stop", choice.stream.stopped)
+            return Piece(index, text, logprobs, "stop", choice.stream.stopped, reasoning)
         if delta.finish_reason is None:
-            return Piece(index, text, logprobs)
+            return Piece(index, text, logprobs, reasoning=reasoning)
         choice.finished = True
         reason: FinishReason = "stop" if delta.finish_reason == "stop" else "length"
-        return Piece(index, text, logprobs, reason, delta.matched_stop)
+        return Piece(index, text, logprobs, reason, delta.matched_stop, reasoning)
 
     def _abort(self, choice: _Choice) -> None:
         with contextlib.suppress(RuntimeError):  # the server is closing: the engine goes with it

@@ -7,20 +7,23 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from siglane.engine.thinking import check_thinking_budget
 from siglane.errors import UserError
+from siglane.families.report import ImageReport
 from siglane.server.answer import Answer
 from siglane.server.exchange import Exchange
-from siglane.server.media import ImageRef, hollow, report_image
+from siglane.server.media import MediaRef, hollow
 from siglane.server.protocol import (
+    AssistantMessage,
     ChatCompletion,
     ChatCompletionRequest,
     ChatMessage,
     Choice,
     FinishReason,
-    ImageReport,
     ImageUrlPart,
     SiglaneReport,
     UsageReply,
+    VideoUrlPart,
 )
 from siglane.server.state import ServerState
 from siglane.types import ImagePart, Message, Prompt, Request, Role, SamplingParams, TokenLogprob, Usage
@@ -43,7 +46,7 @@ async def prepare(body: ChatCompletionRequest, exchange: Exchange, state: Server
     """Everything before the engine. Raises UserError for a request that cannot be served, cheapest checks first."""
     state.check_model(body.model)
     messages, refs = read_messages(body.messages)
-    state.media.check_count(refs)
+    refs = state.media.admit(refs)
     sampling = sampling_of(body, state)
     check_length(messages, state)
     salt = body.cache_salt or ""
@@ -59,12 +62,13 @@ async def prepare(body: ChatCompletionRequest, exchange: Exchange, state: Server
     cut = await state.media.cut(refs, files, layouts, exchange.account)
     watch.add("decode", sum(image.decoding for image in cut))
     watch.add("prepare", sum(image.cutting for image in cut))
-    prompt = replace(prompt, images=tuple(image.patches for image in cut))
+    # a template may have put them into another order than the messages did
+    prompt = replace(prompt, images=tuple(cut[images.index(image)].patches for image in prompt.images))
     request_id = f"chatcmpl-{secrets.token_hex(12)}"
     requests = tuple(
         Request(f"{request_id}-{index}", prompt, _nth(sampling, index), max_tokens, salt) for index in range(sampling.n)
     )
-    reports = [report_image(ref, layout) for ref, layout in zip(refs, layouts, strict=True)]
+    reports = [state.media.report(*pair) for pair in zip(refs, layouts, strict=True)]
     return Prepared(request_id, prompt, requests, reports, watch.seconds)
 
 
@@ -85,9 +89,9 @@ class Stopwatch:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
 
-def read_messages(messages: Sequence[ChatMessage]) -> tuple[tuple[Message, ...], tuple[ImageRef, ...]]:
-    """The conversation with its pictures numbered, and where each comes from."""
-    refs: list[ImageRef] = []
+def read_messages(messages: Sequence[ChatMessage]) -> tuple[tuple[Message, ...], list[MediaRef]]:
+    """The conversation with its pictures and videos numbered, and where each comes from."""
+    refs: list[MediaRef] = []
     read: list[Message] = []
     for i, message in enumerate(messages):
         parts: list[str | ImagePart] = []
@@ -96,12 +100,24 @@ def read_messages(messages: Sequence[ChatMessage]) -> tuple[tuple[Message, ...],
                 parts.append(part)
             elif isinstance(part, ImageUrlPart):
                 parts.append(ImagePart(len(refs)))
-                refs.append(ImageRef(part.image_url.url, part.image_url.detail, f"messages[{i}].content[{j}]"))
+                refs.append(MediaRef(part.image_url.url, f"messages[{i}].content[{j}]", part.image_url.budget))
+            elif isinstance(part, VideoUrlPart):
+                asked = part.video_url
+                parts.append(ImagePart(len(refs)))
+                refs.append(
+                    MediaRef(
+                        asked.url,
+                        f"messages[{i}].content[{j}]",
+                        asked.budget,
+                        video=True,
+                        frames=asked.num_frames,
+                    )
+                )
             else:
                 parts.append(part.text)
         role: Role = "system" if message.role == "developer" else message.role
         read.append(Message(role, tuple(parts)))
-    return tuple(read), tuple(refs)
+    return tuple(read), refs
 
 
 def check_length(messages: Sequence[Message], state: ServerState) -> None:
@@ -143,7 +159,7 @@ def sampling_of(body: ChatCompletionRequest, state: ServerState) -> SamplingPara
     _check_ids("logit_bias", (token_id for token_id, _ in bias), vocabulary)
     _check_ids("stop_token_ids", body.stop_token_ids or (), vocabulary)
     temperature = state.config.default_temperature if body.temperature is None else body.temperature
-    return SamplingParams(
+    sampling = SamplingParams(
         temperature=temperature if temperature >= LEAST_TEMPERATURE else 0.0,
         top_k=max(0, body.top_k or 0),  # -1 and 0 both mean no limit
         top_p=1.0 if body.top_p is None else body.top_p,
@@ -159,7 +175,10 @@ def sampling_of(body: ChatCompletionRequest, state: ServerState) -> SamplingPara
         min_tokens=body.min_tokens or 0,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         n=body.choices,
+        thinking_budget=body.most_thinking,
     )
+    check_thinking_budget(sampling, state.processor.config.thinking)
+    return sampling
 
 
 def _check_ids(param: str, ids: Iterable[int], vocabulary: int) -> None:
@@ -180,6 +199,7 @@ async def complete(body: ChatCompletionRequest, exchange: Exchange, state: Serve
     prepared = await prepare(body, exchange, state)
     answer = await state.ask(prepared.requests)
     texts = ["" for _ in prepared.requests]
+    reasonings = ["" for _ in prepared.requests]
     logprobs: list[list[TokenLogprob]] = [[] for _ in prepared.requests]
     endings: dict[int, tuple[FinishReason, str | int | None]] = {}
     try:
@@ -187,6 +207,7 @@ async def complete(body: ChatCompletionRequest, exchange: Exchange, state: Serve
             piece = await answer.next()
             assert piece is not None
             texts[piece.index] += piece.text
+            reasonings[piece.index] += piece.reasoning
             logprobs[piece.index] += piece.logprobs
             if piece.finish_reason is not None:
                 endings[piece.index] = (piece.finish_reason, piece.matched_stop)
@@ -196,12 +217,12 @@ async def complete(body: ChatCompletionRequest, exchange: Exchange, state: Serve
     choices: list[Choice] = [
         {
             "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
+            "message": assistant_message(texts[index], reasonings[index], state),
             "logprobs": state.token_texts.report(logprobs[index]) if body.logprobs else None,
             "finish_reason": endings[index][0],
             "matched_stop": endings[index][1],
         }
-        for index, text in enumerate(texts)
+        for index in range(len(prepared.requests))
     ]
     return {
         "id": prepared.request_id,
@@ -215,6 +236,13 @@ async def complete(body: ChatCompletionRequest, exchange: Exchange, state: Serve
     }
 
 
+def assistant_message(text: str, reasoning: str, state: ServerState) -> AssistantMessage:
+    message: AssistantMessage = {"role": "assistant", "content": text, "refusal": None}
+    if state.processor.config.thinking is not None:
+        message["reasoning_content"] = reasoning or None
+    return message
+
+
 def usage_reply(usage: Usage) -> UsageReply:
     return {
         "prompt_tokens": usage.prompt_tokens,
@@ -225,7 +253,7 @@ def usage_reply(usage: Usage) -> UsageReply:
             "image_tokens": usage.image_tokens,
             "text_tokens": usage.text_tokens,
         },
-        "completion_tokens_details": {"reasoning_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
     }
 
 

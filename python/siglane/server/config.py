@@ -56,8 +56,18 @@ class ServerConfig:
     )
 
     max_images: int = field(default=16, metadata={"help": "images per request"})
+    max_videos: int = field(default=1, metadata={"help": "videos per request; 0: none"})
     max_image_bytes: int = field(default=20 * MIB, metadata={"help": "largest image file"})
+    max_video_bytes: int = field(default=100 * MIB, metadata={"help": "largest video file"})
     max_image_pixels: int = field(default=33_000_000, metadata={"help": "pixels of one image, and of one request"})
+    max_image_patches: int = field(
+        default=1 << 16, metadata={"help": "patches of one image or video, whatever budget a client asks for"}
+    )
+    max_video_pixels: int = field(default=1 << 27, metadata={"help": "pixels of all frames shown of one video"})
+    max_video_frames: int | None = field(
+        default=None, metadata={"help": "frames that a client may have shown of one video; none: the model's own limit"}
+    )
+    video_seconds: float = field(default=20.0, metadata={"help": "seconds that decoding one video may take"})
     image_alpha: Literal["white", "drop"] = field(
         default="white", metadata={"help": "transparent pixels: composed on white, or drop the alpha channel"}
     )
@@ -70,12 +80,14 @@ class ServerConfig:
     allowed_local_media_path: str | None = field(
         default=None, metadata={"help": "folder whose files requests may name by file:// URLs; none by default"}
     )
-    allow_http_images: bool = field(default=True, metadata={"help": "fetch images from http and https URLs"})
+    allow_http_images: bool = field(default=True, metadata={"help": "fetch images and videos from http and https URLs"})
     allow_private_addresses: bool = field(
-        default=False, metadata={"help": "fetch images from private and loopback addresses too"}
+        default=False, metadata={"help": "fetch images and videos from private and loopback addresses too"}
     )
-    image_timeout: float = field(default=10.0, metadata={"help": "seconds to fetch one image, name look-up included"})
-    image_redirects: int = field(default=3, metadata={"help": "redirects followed for one image"})
+    image_timeout: float = field(
+        default=10.0, metadata={"help": "seconds to fetch one image or video, with its name look-up"}
+    )
+    image_redirects: int = field(default=3, metadata={"help": "redirects followed for one image or video"})
     fetch_threads: int = field(default=16, metadata={"help": "images fetched at one time"})
     decode_threads: int = field(default=0, metadata={"help": "images decoded at one time; 0: one per core, at most 8"})
 
@@ -87,11 +99,20 @@ class ServerConfig:
             raise ConfigError(f"port must be between 0 and 65535, got {self.port}")
         for name in ("max_queue", "max_body_bytes", "max_inflight_bytes", "max_image_bytes", "max_image_pixels"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("idle_timeout", "fetch_threads"):
+        for name in ("idle_timeout", "fetch_threads", "max_video_bytes", "max_video_pixels", "max_image_patches"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("max_images", "image_redirects", "decode_threads", "sse_keep_alive", "drain_timeout"):
+        if self.max_video_frames is not None:
+            _at_least("max_video_frames", self.max_video_frames, 1)
+        for name in (
+            "max_images",
+            "max_videos",
+            "image_redirects",
+            "decode_threads",
+            "sse_keep_alive",
+            "drain_timeout",
+        ):
             _at_least(name, getattr(self, name), 0)
-        for name in ("body_timeout", "stall_timeout", "image_timeout"):
+        for name in ("body_timeout", "stall_timeout", "image_timeout", "video_seconds"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0 <= self.default_temperature <= 2:

@@ -1,6 +1,7 @@
-"""Pictures of a request, from URLs to patches, off the event loop and within bounds.
+"""Pictures and videos of a request, from URLs to patches, off the event loop and within bounds.
 
-Everything that can refuse a picture without decoding it comes first: count, bytes, header, pixels, prompt tokens.
+Everything that can refuse one without decoding it comes first: count, budget, bytes, header, pixels, patches, prompt
+tokens. A client's budget is never more than the server's (`ImageBudget.under`).
 """
 
 from __future__ import annotations
@@ -10,20 +11,24 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 
+from siglane.config.layout.rule import CHECKPOINT_LIMITS, ImageBudget, no_video
 from siglane.config.preprocess import DecodeConfig
+from siglane.config.video import VideoRule
 from siglane.errors import ImageError, UserError
 from siglane.families.processor import Processor
+from siglane.families.report import ImageReport, report_image
 from siglane.image.decode import decode, read_size
 from siglane.image.source import MediaPolicy, fetch
+from siglane.image.video import decode_clip, read_clip_size
 from siglane.server.config import ServerConfig
 from siglane.server.exchange import Account
-from siglane.server.protocol import Detail, ImageReport
-from siglane.types import DIGEST_BYTES, ImageLayout, ImagePatches, Size
+from siglane.types import DIGEST_BYTES, DecodedClip, DecodedImage, ImageLayout, ImagePatches, Medium, Size
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -31,16 +36,20 @@ T = TypeVar("T")
 FETCHES_PER_REQUEST = 4  # so that one request with slow URLs does not hold every thread
 
 
-class ImageRef(NamedTuple):
-    """A picture that a message names. param: where, as `messages[0].content[1]`."""
+class MediaRef(NamedTuple):
+    """A picture or video that a message names. param: where, as `messages[0].content[1]`; asked: the client's budget;
+    limits: the one that is applied; frames: of a video, as asked and then as admitted."""
 
     url: str
-    detail: Detail | None
     param: str
+    asked: ImageBudget
+    video: bool = False
+    frames: int | None = None
+    limits: ImageBudget = CHECKPOINT_LIMITS
 
 
 class CutImage(NamedTuple):
-    """A picture's patches, and the seconds that decoding and cutting took."""
+    """The patches of a picture or video, and the seconds that decoding and cutting took."""
 
     patches: ImagePatches
     decoding: float
@@ -48,37 +57,60 @@ class CutImage(NamedTuple):
 
 
 class MediaLoader:
-    """Fetches, checks, decodes and cuts pictures in two bounded pools: one for waiting, one for computing."""
+    """Fetches, checks, decodes and cuts pictures and videos in two bounded pools: one for waiting, one for computing.
 
-    def __init__(self, config: ServerConfig, processor: Processor) -> None:
-        self._processor = processor
+    budget: the server's. UserError when the model does not know one of its limits.
+    """
+
+    def __init__(self, config: ServerConfig, processor: Processor, budget: ImageBudget = CHECKPOINT_LIMITS) -> None:
+        self._config, self._processor, self._budget = config, processor, budget
+        self._rule = processor.config.preprocess.rule
+        self._rule.within(budget)
         self._policy = media_policy(config)
+        self._video_policy = replace(self._policy, max_bytes=config.max_video_bytes)
         self._decode = decode_config(config)
-        self._max_images, self._max_pixels = config.max_images, config.max_image_pixels
         cores = config.decode_threads or min(8, os.cpu_count() or 1)
         self._fetchers = ThreadPoolExecutor(config.fetch_threads, thread_name_prefix="fetch")
         self._workers = ThreadPoolExecutor(cores, thread_name_prefix="decode")
-        self._flights: dict[tuple[str, str], asyncio.Future[bytes]] = {}
+        self._flights: dict[tuple[str, str, bool], asyncio.Future[bytes]] = {}
 
-    def check_count(self, refs: Sequence[ImageRef]) -> None:
-        if len(refs) > self._max_images:
-            message = f"the request has {len(refs)} images; at most {self._max_images} are accepted"
-            raise UserError(message, code="too_many_images", param="messages")
+    def admit(self, refs: Sequence[MediaRef]) -> list[MediaRef]:
+        """The same with the limits and frames that are applied. UserError for too many, or a budget that cannot be."""
+        for kind, most, count in (
+            ("images", self._config.max_images, sum(not ref.video for ref in refs)),
+            ("videos", self._config.max_videos, sum(ref.video for ref in refs)),
+        ):
+            if count > most:
+                message = f"the request has {count} {kind}; at most {most} are accepted"
+                raise UserError(message, code=f"too_many_{kind}", param="messages")
+        return [_blaming(ref, self._admit, ref) for ref in refs]
 
-    async def fetch(self, refs: Sequence[ImageRef], tenant: str, account: Account) -> list[bytes]:
+    def _admit(self, ref: MediaRef) -> MediaRef:
+        limits = ref.asked.under(self._budget)
+        self._rule.within(limits)
+        frames = self._video.count(ref.frames, self._config.max_video_frames) if ref.video else None
+        return ref._replace(limits=limits, frames=frames)
+
+    @property
+    def _video(self) -> VideoRule:
+        if self._processor.config.video is None:
+            raise no_video()
+        return self._processor.config.video
+
+    async def fetch(self, refs: Sequence[MediaRef], tenant: str, account: Account) -> list[bytes]:
         """The files of all pictures, in order. Raises ImageError that names the first one that cannot be had."""
         slots = asyncio.Semaphore(FETCHES_PER_REQUEST)
         return await _all(self._fetch(ref, tenant, slots, account) for ref in refs)
 
-    async def lay_out(self, refs: Sequence[ImageRef], files: Sequence[bytes]) -> tuple[ImageLayout, ...]:
-        """What the model will see of each picture, from the files' headers."""
+    async def lay_out(self, refs: Sequence[MediaRef], files: Sequence[bytes]) -> tuple[ImageLayout, ...]:
+        """What the model will see of each picture or video, from the files' headers."""
         return await self.run(self._lay_out, refs, files)
 
     async def cut(
-        self, refs: Sequence[ImageRef], files: Sequence[bytes], layouts: Sequence[ImageLayout], account: Account
+        self, refs: Sequence[MediaRef], files: Sequence[bytes], layouts: Sequence[ImageLayout], account: Account
     ) -> list[CutImage]:
         """Patches of all pictures. EngineError (503) when all requests together hold too much already."""
-        cut = await _all(self._cut(*image) for image in zip(refs, files, layouts, strict=True))
+        cut = await _all(self._cut(*medium, account) for medium in zip(refs, files, layouts, strict=True))
         account.take(sum(image.patches.pixels.nbytes for image in cut))
         return cut
 
@@ -86,25 +118,31 @@ class MediaLoader:
         """`function` on a thread for computing."""
         return await asyncio.get_running_loop().run_in_executor(self._workers, lambda: function(*args, **kwargs))
 
+    def report(self, ref: MediaRef, layout: ImageLayout) -> ImageReport:
+        return report_image(layout, self._rule, ref.asked.detail, ref.limits)
+
     def close(self) -> None:
         self._fetchers.shutdown(wait=False, cancel_futures=True)
         self._workers.shutdown(wait=False, cancel_futures=True)
 
-    async def _fetch(self, ref: ImageRef, tenant: str, slots: asyncio.Semaphore, account: Account) -> bytes:
+    def _policy_of(self, ref: MediaRef) -> MediaPolicy:
+        return self._video_policy if ref.video else self._policy
+
+    async def _fetch(self, ref: MediaRef, tenant: str, slots: asyncio.Semaphore, account: Account) -> bytes:
         if ref.url[:5].lower() == "data:":  # computing, not waiting, and its bytes are paid for with the body
-            return await self.run(_blaming, ref, fetch, ref.url, self._policy)
+            return await self.run(_blaming, ref, fetch, ref.url, self._policy_of(ref))
         async with slots:
             data = await self._fly(ref, tenant)
         account.take(len(data))
         return data
 
-    async def _fly(self, ref: ImageRef, tenant: str) -> bytes:
+    async def _fly(self, ref: MediaRef, tenant: str) -> bytes:
         """Fetches a URL once for all requests of a tenant that ask for it at the same time."""
-        key = (ref.url, tenant)
+        key = (ref.url, tenant, ref.video)
         flight = self._flights.get(key)
         if flight is None:
             loop = asyncio.get_running_loop()
-            flight = loop.run_in_executor(self._fetchers, fetch, ref.url, self._policy)
+            flight = loop.run_in_executor(self._fetchers, fetch, ref.url, self._policy_of(ref))
             self._flights[key] = flight
             flight.add_done_callback(lambda done: self._land(key, done))
         try:
@@ -112,30 +150,57 @@ class MediaLoader:
         except ImageError as error:
             raise error.at(ref.param) from None
 
-    def _land(self, key: tuple[str, str], flight: asyncio.Future[bytes]) -> None:
+    def _land(self, key: tuple[str, str, bool], flight: asyncio.Future[bytes]) -> None:
         del self._flights[key]
         if not flight.cancelled():
             flight.exception()  # seen, even when nobody waits any more
 
-    def _lay_out(self, refs: Sequence[ImageRef], files: Sequence[bytes]) -> tuple[ImageLayout, ...]:
-        sizes: list[Size] = []
+    def _lay_out(self, refs: Sequence[MediaRef], files: Sequence[bytes]) -> tuple[ImageLayout, ...]:
+        media: list[Medium] = []
+        pixels, most = 0, self._config.max_image_pixels
         for ref, data in zip(refs, files, strict=True):
-            sizes.append(_blaming(ref, read_size, data, self._decode))
-            pixels = sum(size.width * size.height for size in sizes)
-            if pixels > self._max_pixels:
-                message = f"the images have {pixels} pixels together; at most {self._max_pixels} are accepted"
+            media.append(_blaming(ref, self._read_size, ref, data))
+            if isinstance(size := media[-1], Size):
+                pixels += size.width * size.height
+            if pixels > most:
+                message = f"the images have {pixels} pixels together; at most {most} are accepted"
                 raise ImageError(message, code="image_too_large", param=ref.param)
-        return self._processor.layouts(sizes)
+        layouts = self._processor.layouts(media, [ref.limits for ref in refs])
+        for ref, layout in zip(refs, layouts, strict=True):
+            _blaming(ref, self._check_patches, layout)
+        return layouts
 
-    async def _cut(self, ref: ImageRef, data: bytes, layout: ImageLayout) -> CutImage:
+    def _read_size(self, ref: MediaRef, data: bytes) -> Medium:
+        if ref.frames is None:
+            return read_size(data, self._decode)
+        return read_clip_size(data, self._video, ref.frames, self._decode)
+
+    def _check_patches(self, layout: ImageLayout) -> None:
+        most = self._config.max_image_patches
+        if layout.patches > most:
+            message = f"it would be {layout.patches} patches; at most {most} are accepted; ask for a smaller budget"
+            raise ImageError(message, code="image_too_large")
+
+    def _decoded(self, ref: MediaRef, data: bytes) -> DecodedImage | DecodedClip:
+        if ref.frames is None:
+            return decode(data, self._decode)
+        return decode_clip(data, self._video, ref.frames, self._decode)
+
+    async def _cut(self, ref: MediaRef, data: bytes, layout: ImageLayout, account: Account) -> CutImage:
         def work() -> CutImage:  # one job, so that the decoded picture never outlives it
             began = time.monotonic()
-            image = _blaming(ref, decode, data, self._decode)
+            image = self._decoded(ref, data)
             decoded = time.monotonic()
             patches = self._processor.patches(image, layout)
             return CutImage(patches, decoded - began, time.monotonic() - decoded)
 
-        return await self.run(work)
+        # a still picture's pixels are few beside its patches; the frames of a video wait in memory for each other
+        held = layout.source.width * layout.source.height * 3 * layout.frames
+        account.take(held)
+        try:
+            return await self.run(_blaming, ref, work)
+        finally:
+            account.give(held)
 
 
 async def _all(jobs: Iterable[Awaitable[T]]) -> list[T]:
@@ -149,10 +214,10 @@ async def _all(jobs: Iterable[Awaitable[T]]) -> list[T]:
     return done
 
 
-def _blaming(ref: ImageRef, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def _blaming(ref: MediaRef, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     try:
         return function(*args, **kwargs)
-    except ImageError as error:
+    except UserError as error:
         raise error.at(ref.param) from None
 
 
@@ -174,21 +239,11 @@ def decode_config(config: ServerConfig) -> DecodeConfig:
         depth16=config.image_16bit,
         max_pixels=config.max_image_pixels,
         formats=config.image_formats,
+        max_clip_pixels=config.max_video_pixels,
+        clip_seconds=config.video_seconds,
     )
 
 
 def hollow(layout: ImageLayout) -> ImagePatches:
     """An image of which only the layout is known; enough to write a prompt around it."""
     return ImagePatches(torch.empty(layout.patches, 0), layout, bytes(DIGEST_BYTES))
-
-
-def report_image(ref: ImageRef, layout: ImageLayout) -> ImageReport:
-    """What the model saw. Every family so far has one budget for all images, so `auto` is what was applied."""
-    return {
-        "width": layout.source.width,
-        "height": layout.source.height,
-        "tiles": len(layout.tiles),
-        "grid": [(grid.h, grid.w) for grid in layout.grids],
-        "tokens": layout.image_tokens,
-        "detail": {"requested": ref.detail or "auto", "applied": "auto"},
-    }

@@ -13,7 +13,10 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 from typing_extensions import TypedDict  # pydantic reads no other on Python 3.11
 
+from siglane.config.layout.rule import LIMITS, ImageBudget
 from siglane.errors import UserError
+from siglane.families.report import ImageReport
+from siglane.types import Detail
 
 MAX_MESSAGES = 2048
 MAX_PARTS = 1024
@@ -26,6 +29,9 @@ MAX_TOP_LOGPROBS = 20
 MAX_SALT_CHARACTERS = 256
 MAX_TEMPLATE_KWARGS = 16
 MAX_REPORTED_FIELDS = 20
+MAX_LIMIT = (1 << 32) - 1
+MAX_PINPOINTS = 256
+MAX_PINPOINT_SIDE = 1 << 14
 
 # Fields that change the answer in other servers and are not served here, with the values that ask for nothing.
 # None, False and empty values ask for nothing in any of them.
@@ -72,7 +78,6 @@ REFUSED: Mapping[str, tuple[object, ...]] = {
 }
 _REFUSED_IN_MESSAGES = ("audio", "function_call", "tool_call_id", "tool_calls")
 
-Detail = Literal["auto", "low", "high", "original"]
 FinishReason = Literal["stop", "length"]
 TemplateValue = str | int | float | bool | None
 
@@ -82,9 +87,37 @@ class _Model(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
 
-class ImageUrl(_Model):
+Limit = Annotated[int, Field(ge=1, le=MAX_LIMIT)]
+Side = Annotated[int, Field(ge=1, le=MAX_PINPOINT_SIDE)]
+Pinpoint = Annotated[list[Side], Field(min_length=2, max_length=2)]  # height, width
+
+
+class _Budgeted(_Model):
+    """The fields of `ImageBudget` beside a URL: wishes, which the server lowers to its own budget."""
+
     url: str
     detail: Detail | None = None
+    max_pixels: Limit | None = None
+    min_pixels: Limit | None = None
+    max_num_patches: Limit | None = None
+    max_tiles: Limit | None = None
+    grid_pinpoints: Annotated[list[Pinpoint], Field(min_length=1, max_length=MAX_PINPOINTS)] | None = None
+
+    @property
+    def budget(self) -> ImageBudget:
+        limits = {name: value for name in LIMITS[:-1] if (value := getattr(self, name)) is not None}
+        pinpoints = None
+        if self.grid_pinpoints is not None:
+            pinpoints = tuple((height, width) for height, width in self.grid_pinpoints)
+        return ImageBudget(detail=self.detail or "auto", grid_pinpoints=pinpoints, **limits)
+
+
+class ImageUrl(_Budgeted):
+    pass
+
+
+class VideoUrl(_Budgeted):
+    num_frames: Limit | None = None
 
 
 class TextPart(_Model):
@@ -97,20 +130,27 @@ class ImageUrlPart(_Model):
     image_url: ImageUrl
 
 
+class VideoUrlPart(_Model):
+    type: Literal["video_url"]
+    video_url: VideoUrl
+
+
 def _part_tag(part: Any) -> str:
     kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
-    return "#image_url" if kind == "image_url" else "#text"
+    return f"#{kind}" if kind in ("image_url", "video_url") else "#text"
 
 
 def _check_part_type(part: Any) -> Any:
-    if isinstance(part, dict) and part.get("type") not in ("text", "image_url"):
-        message = "a content part must be of type 'text' or 'image_url'; this model reads no other content"
+    if isinstance(part, dict) and part.get("type") not in ("text", "image_url", "video_url"):
+        message = "a content part must be of type 'text', 'image_url' or 'video_url'; no other content is read"
         raise UserError(message, code="unsupported_content_type")
     return part
 
 
 ContentPart = Annotated[
-    Annotated[TextPart, Tag("#text")] | Annotated[ImageUrlPart, Tag("#image_url")],
+    Annotated[TextPart, Tag("#text")]
+    | Annotated[ImageUrlPart, Tag("#image_url")]
+    | Annotated[VideoUrlPart, Tag("#video_url")],
     Discriminator(_part_tag),
     BeforeValidator(_check_part_type),
 ]
@@ -122,16 +162,19 @@ Content = Annotated[
 
 
 class ChatMessage(_Model):
+    """reasoning_content: of an earlier answer; accepted as it was sent, the model reads only answers."""
+
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
+    reasoning_content: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ChatMessage:
         _refuse(self.model_extra or {}, dict.fromkeys(_REFUSED_IN_MESSAGES, ()))
         if self.role == "user" and self.content == "":
             raise UserError("the content of a user message must not be empty", code="empty_content")
-        if self.role != "user" and any(isinstance(part, ImageUrlPart) for part in self.content):
-            raise UserError("images are accepted in user messages only", code="unsupported_content_type")
+        if self.role != "user" and any(isinstance(part, ImageUrlPart | VideoUrlPart) for part in self.content):
+            raise UserError("images and videos are accepted in user messages only", code="unsupported_content_type")
         return self
 
 
@@ -166,6 +209,8 @@ class ChatCompletionRequest(_Model):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    thinking_budget: Annotated[int, Field(ge=1)] | None = None
+    thinking_token_budget: Annotated[int, Field(ge=1)] | None = None  # vLLM's name for it
     cache_salt: Annotated[str, Field(max_length=MAX_SALT_CHARACTERS)] | None = None
     include_timings: bool | None = None
 
@@ -228,6 +273,9 @@ class ChatCompletionRequest(_Model):
         if self.top_logprobs and not self.logprobs:
             message = "top_logprobs is only accepted together with logprobs"
             raise UserError(message, code="invalid_value", param="top_logprobs")
+        if self.thinking_budget is not None and self.thinking_token_budget is not None:
+            message = "thinking_budget and thinking_token_budget are the same; send one"
+            raise UserError(message, code="invalid_value", param="thinking_token_budget")
         return self
 
     @property
@@ -238,6 +286,11 @@ class ChatCompletionRequest(_Model):
     def requested_tokens(self) -> int | None:
         """The client's bound on generated tokens; the newer name wins."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def most_thinking(self) -> int | None:
+        """The client's bound on tokens of thinking, under either of its names."""
+        return self.thinking_budget if self.thinking_budget is not None else self.thinking_token_budget
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -301,22 +354,6 @@ class ChoiceLogprobs(TypedDict):
     refusal: None
 
 
-class DetailReport(TypedDict):
-    requested: str
-    applied: str
-
-
-class ImageReport(TypedDict):
-    """What the model saw of one image: its size, the patch grid of every tile, and the prompt tokens it took."""
-
-    width: int
-    height: int
-    tiles: int
-    grid: list[tuple[int, int]]
-    tokens: int
-    detail: DetailReport
-
-
 class SiglaneReport(TypedDict):
     """What other servers do not tell. timings: seconds by stage, when the request asked for them."""
 
@@ -325,9 +362,12 @@ class SiglaneReport(TypedDict):
 
 
 class AssistantMessage(TypedDict):
+    """reasoning_content: of models that reason, null where this answer has none."""
+
     role: Literal["assistant"]
     content: str
     refusal: None
+    reasoning_content: NotRequired[str | None]
 
 
 class Choice(TypedDict):
@@ -352,6 +392,7 @@ class ChatCompletion(TypedDict):
 class Delta(TypedDict):
     role: NotRequired[Literal["assistant"]]
     content: NotRequired[str]
+    reasoning_content: NotRequired[str]
 
 
 class ChunkChoice(TypedDict):

@@ -23,6 +23,7 @@ import orjson
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from siglane.config.layout.rule import CHECKPOINT_LIMITS, ImageBudget
 from siglane.errors import SiglaneError, UserError
 from siglane.server import logs
 from siglane.server.config import ServerConfig
@@ -76,11 +77,16 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(config: ServerConfig, spec: EngineSpec, listener: socket.socket | None = None) -> int:
+def serve(
+    config: ServerConfig,
+    spec: EngineSpec,
+    listener: socket.socket | None = None,
+    budget: ImageBudget = CHECKPOINT_LIMITS,
+) -> int:
     """Serves until a signal, and returns the exit code: 0 after SIGTERM or Ctrl-C.
 
-    listener: from `preflight`, when the caller has checked already. Raises UserError for a port or a model that cannot
-    be used, EngineError when the engine cannot be started.
+    listener: from `preflight`, when the caller has checked already; budget: the ceiling of the clients'. Raises
+    UserError for a port, a model or a budget that cannot be used, EngineError when the engine cannot be started.
     """
     listener = listener or preflight(config, spec.model)
     with contextlib.closing(listener):
@@ -99,7 +105,7 @@ def serve(config: ServerConfig, spec: EngineSpec, listener: socket.socket | None
         engine.start(wait=False)
         try:
             processor = load_processor(checkpoint)
-            state = ServerState(config, spec.model, processor, engine)
+            state = ServerState(config, spec.model, processor, engine, budget)
             server = Server(uvicorn_config(create_app(state), config), state)
             server.stop_when_engine_fails()
             host, port = listener.getsockname()[:2]

@@ -7,8 +7,9 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from siglane.engine.detokenize import TextStream
+from siglane.config.layout.rule import CHECKPOINT_LIMITS, ImageBudget
 from siglane.engine.process import EngineProcess
+from siglane.engine.reasoning import AnswerStream
 from siglane.errors import EngineError, UserError
 from siglane.families.processor import Processor
 from siglane.server.answer import Answer
@@ -24,9 +25,17 @@ from siglane.types import Request
 
 
 class ServerState:
-    """One model behind one server. Lives on one event loop; `model` is its folder or hub id."""
+    """One model behind one server. Lives on one event loop; `model` is its folder or hub id, `budget` the ceiling of
+    its clients'."""
 
-    def __init__(self, config: ServerConfig, model: str, processor: Processor, engine: EngineProcess) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        model: str,
+        processor: Processor,
+        engine: EngineProcess,
+        budget: ImageBudget = CHECKPOINT_LIMITS,
+    ) -> None:
         self.config, self.processor, self.engine = config, processor, engine
         self.name = config.served_model_name or model.rstrip("/").rpartition("/")[2]
         self.names = frozenset({self.name, model, *config.model_aliases})
@@ -36,7 +45,7 @@ class ServerState:
         self.metrics = Metrics()
         self.metrics.watch_engine(engine.stats)
         self.budget = ByteBudget(config.max_inflight_bytes, self.metrics.inflight_bytes)
-        self.media = MediaLoader(config, processor)
+        self.media = MediaLoader(config, processor, budget)
         self.token_texts = TokenTexts(processor.tokenizer)
         self.longest_token = max(map(len, processor.tokenizer.get_vocab()))
         self.draining = False
@@ -74,8 +83,7 @@ class ServerState:
 
     async def ask(self, requests: Sequence[Request]) -> Answer:
         """Hands one client's requests (its n choices) to the engine. The caller ends with `release`."""
-        tokenizer = self.processor.tokenizer
-        streams = [TextStream(tokenizer, request.sampling.stop) for request in requests]
+        streams = [AnswerStream.of(request, self.processor) for request in requests]
         answer = Answer(requests, streams, self.engine, self._commands)
         self._answers.add(answer)
         try:

@@ -1,6 +1,7 @@
 """The same answer as server-sent events.
 
     data: {..., "choices": [{"delta": {"role": "assistant", "content": "A"}, ...}]}     with the first token
+    data: {..., "choices": [{"delta": {"reasoning_content": "B"}, ...}]}                  while a model reasons
     : keep-alive                                                                          when nothing is said
     data: {..., "choices": [{"delta": {}, "finish_reason": "stop", ...}]}
     data: {..., "choices": [], "usage": {...}}                                            when it was asked for
@@ -98,7 +99,8 @@ class ChatStream(StreamingResponse):
 
     def _says_something(self, piece: Piece) -> bool:
         first = piece.index not in self._spoken
-        return bool(first or piece.text or piece.finish_reason or (self._request.logprobs and piece.logprobs))
+        said = piece.text or piece.reasoning
+        return bool(first or said or piece.finish_reason or (self._request.logprobs and piece.logprobs))
 
     def _chunk(self, piece: Piece, answer: Answer) -> ChatCompletionChunk:
         choice: ChunkChoice = {
@@ -110,8 +112,10 @@ class ChatStream(StreamingResponse):
         if piece.index not in self._spoken:
             self._spoken.add(piece.index)
             choice["delta"] = {"role": "assistant", "content": piece.text}
-        elif piece.text or piece.finish_reason is None:
+        elif piece.text or (piece.finish_reason is None and not piece.reasoning):
             choice["delta"] = {"content": piece.text}
+        if piece.reasoning:
+            choice["delta"]["reasoning_content"] = piece.reasoning
         if self._request.logprobs and piece.logprobs:
             choice["logprobs"] = self._state.token_texts.report(piece.logprobs)
         if piece.finish_reason is not None:

@@ -24,7 +24,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from siglane.training.questions import QUESTION_KINDS, Question, ask_any, typed_carelessly
-from siglane.training.scenes import Scene, draw, patch_labels, random_scene
+from siglane.training.scenes import Scene, draw, patch_labels, random_page, random_scene
 from siglane.training.tokenizer import END, IMAGE, PAD, START, SYSTEM, special_id
 from siglane.types import Grid, Resample, Size
 
@@ -64,6 +64,10 @@ class Wiring(Protocol):
         """Of the next batch."""
         ...
 
+    def is_page(self, number: int) -> bool:
+        """Whether batch `number` holds pages to look at, with nothing asked about them (`scenes.random_page`)."""
+        ...
+
     def beginning(self, tokenizer: Tokenizer, rows: int) -> list[int]:
         """Token ids in front of every question, `rows` placeholders among them."""
         ...
@@ -89,6 +93,9 @@ class BatchShape:
 
     def sight(self, rng: np.random.Generator) -> Sight:
         return Sight(self.images, None, (1.0,), Size(self.tile, self.tile), "bicubic", self.grid, self.rows)
+
+    def is_page(self, number: int) -> bool:
+        return False
 
     def beginning(self, tokenizer: Tokenizer, rows: int) -> list[int]:
         ids: list[int] = tokenizer.encode(beginning(rows)).ids
@@ -118,10 +125,10 @@ class Batch:
 def make_batch(tokenizer: Tokenizer, wiring: Wiring, seed: int, number: int) -> Batch:
     rng = np.random.default_rng([seed, number])
     sight = wiring.sight(rng)
-    scenes = [
-        random_scene(rng, canvas=sight.canvas, print_scale=_one(sight.print_scales, rng)) for _ in range(sight.images)
-    ]
-    asked = [[ask_any(scene, rng, WEIGHTS) for _ in range(wiring.questions)] for scene in scenes]
+    page = wiring.is_page(number)
+    scenes = [_scene(sight, page, rng) for _ in range(sight.images)]
+    questions = 0 if page else wiring.questions
+    asked = [[ask_any(scene, rng, WEIGHTS) for _ in range(questions)] for scene in scenes]
     pictures = torch.stack([torch.from_numpy(resized(scene, sight.size, sight.resample)) for scene in scenes])
     labels = torch.from_numpy(np.stack([patch_labels(scene, sight.grid) for scene in scenes]))
     kinds = torch.tensor([[QUESTION_KINDS.index(question.kind) for question in questions] for questions in asked])
@@ -135,6 +142,13 @@ def make_batch(tokenizer: Tokenizer, wiring: Wiring, seed: int, number: int) -> 
         )
     )
     return Batch(pictures, labels, ids, positions, branches, targets, kinds)
+
+
+def _scene(sight: Sight, page: bool, rng: np.random.Generator) -> Scene:
+    scale = _one(sight.print_scales, rng)
+    if page and sight.canvas is not None:
+        return random_page(rng, sight.canvas, scale)
+    return random_scene(rng, canvas=sight.canvas, print_scale=scale)
 
 
 def _one(scales: tuple[float, ...], rng: np.random.Generator) -> float:

@@ -72,7 +72,7 @@ class Recipe:
 RECIPES = {
     "nvila": Recipe(),
     # print of many sizes takes longer to see
-    "ovis2_5": Recipe(kind=OVIS, steps=8000, seeing_steps=4500, naming_weight=0.3),
+    "ovis2_5": Recipe(kind=OVIS, steps=5500, seeing_steps=native.SEEING_STEPS, naming_weight=0.3),
 }
 
 

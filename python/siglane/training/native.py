@@ -35,6 +35,7 @@ BUDGETS = (128 * 128, 192 * 192, 256 * 256, 384 * 384)  # pixels of a picture
 SHARES = (0.08, 0.17, 0.3, 0.45)  # of the batches
 PRINT_SCALES = (0.7, 0.5)  # at the largest budget a character is 1.9 or 1.3 patches wide
 PATCHES_OF_A_BATCH = 3600
+SEEING_STEPS = 3000
 WORDS, INDICATORS = 1024, 4
 SPECIAL = (PAD, START, END)
 IMAGE_ID = VOCAB_SIZE  # outside the embedding table: it only marks places
@@ -98,6 +99,10 @@ class NativeWiring:
     """`data.Wiring` of Ovis2.5: no system turn, the picture between two indicators, a line feed, the question."""
 
     questions: int = 8
+    page_batches: int = SEEING_STEPS  # every second of the first ones is a page
+
+    def is_page(self, number: int) -> bool:
+        return number < self.page_batches and number % 2 == 0
 
     def sight(self, rng: np.random.Generator) -> Sight:
         canvas = CANVASES[rng.integers(len(CANVASES))]

@@ -86,12 +86,18 @@ class Sign:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """shapes: from left to right, no two alike in both kind and colour, none overlapping another or the sign."""
+    """shapes: from left to right, no two alike in both kind and colour, none overlapping another or the sign; page:
+    further signs, of pictures that are only looked at (`random_page`)."""
 
     canvas: Size
     background: Rgb
     shapes: tuple[Shape, ...]
     sign: Sign | None
+    page: tuple[Sign, ...] = ()
+
+    @property
+    def signs(self) -> tuple[Sign, ...]:
+        return self.page if self.sign is None else (self.sign, *self.page)
 
 
 def random_scene(
@@ -116,6 +122,26 @@ def random_scene(
             shapes.append(shape)
         if len(shapes) == count:
             return Scene(canvas, background, tuple(sorted(shapes, key=lambda shape: shape.x)), sign)
+
+
+def random_page(rng: np.random.Generator, canvas: Size, print_scale: float) -> Scene:
+    """A canvas full of signs with random letters: reading practice, hundreds of characters in one picture."""
+    side = min(canvas)
+    cell, height, margin = CELL * side * print_scale, PLATE_HEIGHT * side * print_scale, MARGIN * side * print_scale
+    signs = []
+    y = margin + rng.uniform(0, height)
+    while y + height + margin < canvas.height:
+        x = margin + rng.uniform(0, 2 * cell)
+        while True:
+            length = int(rng.integers(1, 7))
+            text = "".join(CHARACTERS[number] for number in rng.integers(len(CHARACTERS), size=length))
+            sign = Sign(text, 0.0, 0.0, cell, height)
+            if x + sign.width + margin > canvas.width:
+                break
+            signs.append(Sign(text, x + sign.width / 2, y + height / 2, cell, height))
+            x += sign.width + margin + rng.uniform(0, cell)
+        y += height + margin + rng.uniform(0, 0.5 * height)
+    return Scene(canvas, _jitter((238, 238, 236), 14, rng), (), None, tuple(signs))
 
 
 def _random_text(rng: np.random.Generator) -> str | None:
@@ -170,8 +196,8 @@ def draw(scene: Scene, scale: int = 1) -> Image.Image:
     pen = ImageDraw.Draw(picture)
     for shape in scene.shapes:
         _draw_shape(pen, shape, scale)
-    if scene.sign is not None:
-        _draw_sign(pen, scene.sign, scale)
+    for sign in scene.signs:
+        _draw_sign(pen, sign, scale)
     return picture if scale == 1 else picture.resize(scene.canvas, Image.Resampling.BOX)
 
 
@@ -242,8 +268,7 @@ def patch_labels(scene: Scene, grid: Grid) -> npt.NDArray[np.int64]:
         inside = np.hypot(x - shape.x, y - shape.y) <= shape.radius
         facts = (KINDS.index(shape.kind), list(COLOURS).index(shape.colour), SIZES.index(shape.size), rank)
         labels[inside, :4] = [fact + 1 for fact in facts]
-    if scene.sign is not None:
-        sign = scene.sign
+    for sign in scene.signs:
         row = np.abs(y - sign.y) <= sign.height / 2
         for index, character in enumerate(sign.text):
             left = sign.cell_left(index)

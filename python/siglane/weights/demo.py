@@ -1,4 +1,4 @@
-"""The model that ships inside the package. Its name is "demo"."""
+"""The models that ship inside the package: "demo" (NVILA-Lite's layout) and "demo-native" (Ovis2.5's)."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from siglane.errors import UserError
 from siglane.weights.hub import Checkpoint, open_checkpoint
 
 DEMO = "demo"
+FOLDERS = {DEMO: "model", "demo-native": "native"}
 
 
 def open_model(model: str | Path, revision: str | None = None) -> Checkpoint:
-    """`open_checkpoint`, for users: the name "demo" is the shipped model (`./demo` is a folder of that name)."""
-    return Checkpoint(demo_folder() / "model") if model == DEMO else open_checkpoint(model, revision)
+    """`open_checkpoint`, for users: the names of the shipped models are theirs (`./demo` is a folder of that name)."""
+    if isinstance(model, str) and model in FOLDERS:
+        return Checkpoint(demo_folder() / FOLDERS[model])
+    return open_checkpoint(model, revision)
 
 
 def demo_folder() -> Path:
-    """Where the shipped model and its picture lie. UserError when this installation came without them."""
+    """Where the shipped models and pictures lie. UserError when this installation came without them."""
     folder = files("siglane") / DEMO
-    if not isinstance(folder, Path) or not (folder / "model").is_dir():
+    if not isinstance(folder, Path) or not (folder / FOLDERS[DEMO]).is_dir():
         raise UserError("the demo model is not in this installation; install siglane again", code="model_not_found")
     return folder

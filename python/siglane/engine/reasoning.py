@@ -1,0 +1,96 @@
+"""Token ids to reasoning and text as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
+from transformers import PreTrainedTokenizerFast
+
+from siglane.config.vlm import Thinking
+from siglane.engine.detokenize import TextStream
+from siglane.engine.thinking import thinking_start
+from siglane.families.processor import Processor
+from siglane.types import Request
+
+
+class Said(NamedTuple):
+    """New text of an answer, and of the reasoning before it."""
+
+    text: str
+    reasoning: str
+
+    @classmethod
+    def joined(cls, pieces: Iterable[Said]) -> Said:
+        """All of `pieces`, one after the other."""
+        texts, reasonings = zip(("", ""), *pieces, strict=True)
+        return cls("".join(texts), "".join(reasonings))
+
+
+class AnswerStream:
+    """Turns one answer's tokens into its reasoning and its text, the same whether they come together or one by one.
+
+    An answer that begins with `<think>`, or follows a prompt that `opened` it, is reasoning up to the first `</think>`,
+    all of it when there is none; what follows, or an answer that begins otherwise, is text. The two tags are in
+    neither. White space around both parts is dropped (AIDC-AI/Ovis strips them), so what may be trailing is held back.
+    Stop strings end the text; they are not looked for in the reasoning.
+
+    Without `thinking` everything is text, as it stands. reasoning_tokens: tokens of the reasoning and its tags so far.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        stop: Sequence[str] = (),
+        thinking: Thinking | None = None,
+        *,
+        opened: bool = False,
+    ) -> None:
+        reasons = thinking is not None
+        self._tokenizer, self._thinking = tokenizer, thinking
+        self._text = TextStream(tokenizer, stop, strip=reasons)
+        self._reasoning = TextStream(tokenizer, strip=reasons)
+        self._part: Literal["unknown", "reasoning", "text"] = "reasoning" if opened else "unknown"
+        self.reasoning_tokens = 0
+
+    @classmethod
+    def of(cls, request: Request, processor: Processor) -> AnswerStream:
+        """The stream of a request's answer."""
+        thinking = processor.config.thinking
+        prompt_ids = request.prompt.token_ids
+        opened = thinking is not None and (thinking_start(prompt_ids, thinking, processor.eos_token_ids) == "opened")
+        return cls(processor.tokenizer, request.sampling.stop, thinking, opened=opened)
+
+    @property
+    def stopped(self) -> str | None:
+        """The stop string that was met; nothing follows it."""
+        return self._text.stopped
+
+    def push(self, token_ids: Sequence[int], finished: bool = False) -> Said:
+        """Adds tokens, returns what is new; `finished` releases what is held back."""
+        said = [self._take(token_id) for token_id in token_ids]
+        if finished:
+            said.append(Said(self._text.push((), finished=True), self._reasoning.push((), finished=True)))
+        return Said.joined(said)
+
+    def _take(self, token_id: int) -> Said:
+        thinking = self._thinking
+        if thinking is None:
+            return Said(self._text.push([token_id]), "")
+        if self._part == "unknown":
+            if token_id == thinking.start:
+                self._part = "reasoning"
+            elif not self._is_space(token_id):
+                self._part = "text"
+        tag = token_id in (thinking.start, thinking.end)
+        if self._part != "reasoning":
+            return Said("" if tag else self._text.push([token_id]), "")
+        self.reasoning_tokens += 1
+        if token_id == thinking.end:
+            self._part = "text"
+        return Said("", self._reasoning.push([] if tag else [token_id], finished=token_id == thinking.end))
+
+    def _is_space(self, token_id: int) -> bool:
+        text = self._tokenizer.decode([token_id], skip_special_tokens=True)
+        assert isinstance(text, str)  # a list only for a list of lists
+        return not text.strip()

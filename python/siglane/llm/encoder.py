@@ -1,0 +1,156 @@
+"""The vision half alone: features and projected rows of many images."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from siglane.config.layout.rule import CHECKPOINT_LIMITS, ImageBudget
+from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
+from siglane.config.vlm import VlmConfig
+from siglane.engine.config import EngineConfig
+from siglane.engine.engine import STEP_PATCHES
+from siglane.engine.load import placement
+from siglane.errors import UserError
+from siglane.families.model import load_vision
+from siglane.families.stack import VisionStack
+from siglane.image.source import MediaPolicy
+from siglane.llm.media import (
+    LOCAL_MEDIA,
+    PREPARE_AHEAD,
+    PREPARE_THREADS,
+    ImageSource,
+    Media,
+    image_item,
+    video_item,
+)
+from siglane.projector.assemble import projector_grids
+from siglane.types import BackendChoice, ImagePatches
+from siglane.vision.packed import encode_packed
+from siglane.weights.demo import open_model
+from siglane.weights.hub import Checkpoint
+
+EncoderSource = ImageSource | Mapping[str, Any]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Encoded(NamedTuple):
+    """One image. features: `[patches, hidden_size]`; projected: `[rows, llm_hidden]`, None for a plain SigLIP tower."""
+
+    features: torch.Tensor
+    projected: torch.Tensor | None
+
+
+class VisionEncoder:
+    """The vision half of a model: a plain SigLIP tower, or tower and projector of a vision-language model.
+
+    Pictures are packed together up to `max_seq_len` patches (0: what suits the device; a larger one runs alone), or not
+    at all without `enable_packing`, and each is laid out as if alone in its request. Features do not depend on what
+    they are packed with. budget: the limits of images that name none of their own.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Checkpoint,
+        *,
+        revision: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        attention_backend: BackendChoice = "auto",
+        max_seq_len: int = 0,
+        enable_packing: bool = True,
+        media: MediaPolicy = LOCAL_MEDIA,
+        decode: DecodeConfig = LOCAL_DECODE,
+        budget: ImageBudget = CHECKPOINT_LIMITS,
+    ) -> None:
+        config = EngineConfig(
+            device=device, vision_dtype=dtype, attention_backend=attention_backend, max_seq_len=max_seq_len
+        )
+        on, _, vision_dtype = placement(config)
+        checkpoint = model if isinstance(model, Checkpoint) else open_model(model, revision)
+        self._model, self._processor = load_vision(
+            checkpoint, device=on, dtype=vision_dtype, attention_backend=attention_backend
+        )
+        # without packing the second image is always one too many
+        self._max_seq_len = (max_seq_len or STEP_PATCHES[on.type]) if enable_packing else 0
+        facts = self._processor.config
+        video = facts.video if isinstance(facts, VlmConfig) else None
+        self._media = Media(media, decode, self._processor, budget, video)
+
+    def encode(self, images: Iterable[EncoderSource]) -> list[torch.Tensor]:
+        """Features of each image, `[patches, hidden_size]`, tile after tile, in raster order inside a tile.
+
+        images: sources, or `{"image": source}` and `{"video": source}` with a budget as in `LLM.generate`.
+        For a plain SigLIP checkpoint the reference's `last_hidden_state`, for a vision-language model what its
+        projector reads. UserError for the first image that cannot be used.
+        """
+        return [encoded.features for encoded in self.run(images, project=False)]
+
+    @torch.inference_mode()
+    def encode_packed(
+        self, hidden_states: torch.Tensor, grid_thw: torch.Tensor | Sequence[Sequence[int]]
+    ) -> torch.Tensor:
+        """Normalised patches `[total_patches, patch_dim]` of many pictures -> tower features `[total_patches,
+        hidden_size]`, in one forward whatever their number (`siglane.vision.packed`, which also makes the patches)."""
+        return encode_packed(self._model.tower, hidden_states, grid_thw)
+
+    def project(self, images: Iterable[EncoderSource]) -> list[torch.Tensor]:
+        """What the language model reads of each image, `[rows, llm_hidden]`. UserError when there is no projector."""
+        if not isinstance(self._model, VisionStack):
+            raise UserError("a plain SigLIP checkpoint has no projector; use encode", code="no_projector")
+        return [encoded.projected for encoded in self.run(images) if encoded.projected is not None]
+
+    def run(self, images: Iterable[EncoderSource], *, project: bool = True) -> Iterator[Encoded]:
+        """Encodes and, where there is a projector, projects each image, in order and as the images come."""
+        group: list[ImagePatches] = []
+        for patches in _ahead(self._prepare, images):
+            if group and sum(image.layout.patches for image in (*group, patches)) > self._max_seq_len:
+                yield from self._encode(group, project)
+                group = []
+            group.append(patches)
+        yield from self._encode(group, project)
+
+    def _prepare(self, numbered: tuple[int, EncoderSource]) -> ImagePatches:
+        number, given = numbered
+        video = isinstance(given, Mapping) and "video" in given
+        item = video_item(given, f"images[{number}]") if video else image_item(given, f"images[{number}]")
+        return self._media.prepare([item]).patches[0]
+
+    @torch.inference_mode()
+    def _encode(self, group: Sequence[ImagePatches], project: bool) -> list[Encoded]:
+        if not (project and isinstance(self._model, VisionStack)):
+            return [Encoded(features, None) for features in self._model.features(group)]
+        taps = _ProjectorInput()
+        projected = self._model.project(group, taps)
+        rows = [sum(grid.area for grid in projector_grids(image.layout)) for image in group]
+        return list(map(Encoded, torch.split(taps["projector_input"], rows), projected))
+
+
+class _ProjectorInput(dict[str, torch.Tensor]):
+    """Taps that keep what the projector reads; the other intermediates would fill the memory."""
+
+    def __setitem__(self, name: str, value: torch.Tensor) -> None:
+        if name == "projector_input":
+            super().__setitem__(name, value)
+
+
+def _ahead(prepare: Callable[[tuple[int, Item]], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`prepare((number, item))` of every item, in order, computed by a few threads a bounded number of items ahead."""
+    waiting: deque[Future[Result]] = deque()
+    numbered = enumerate(items)
+    pool = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="siglane-prepare")
+    try:
+        while True:
+            waiting.extend(pool.submit(prepare, item) for item in islice(numbered, PREPARE_AHEAD - len(waiting)))
+            if not waiting:
+                return
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,231 @@
+"""`LLM`: a model and its engine in this process, fed by a few threads that prepare prompts."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from siglane.config.layout.rule import CHECKPOINT_LIMITS, ImageBudget
+from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
+from siglane.engine.config import EngineConfig
+from siglane.engine.load import build_engine
+from siglane.engine.reasoning import AnswerStream
+from siglane.families.processor import Processor, load_processor
+from siglane.families.report import ImageReport
+from siglane.image.source import MediaPolicy
+from siglane.llm.generation import Answer, Generation, OnText, Row, blamed
+from siglane.llm.media import LOCAL_MEDIA, PREPARE_AHEAD, PREPARE_THREADS, Media
+from siglane.llm.prompts import ChatMessage, Conversation, PromptLike, conversation, one_message
+from siglane.llm.sampling import check_sampling, params_of_each
+from siglane.types import Prompt, Request, SamplingParams, TokenDelta
+from siglane.weights.demo import open_model
+from siglane.weights.hub import Checkpoint
+
+Errors = Literal["raise", "return"]
+Ready = tuple[Prompt, tuple[ImageReport, ...]]
+
+
+class LLM:
+    """A model and its engine, in this process.
+
+    model: a checkpoint folder, a hub id, or "demo" for the one that ships with siglane; budget: the limits of images
+    that name none of their own; options: any field of `EngineConfig`, by name.
+    Raises UserError for a model that cannot be loaded or does not know a limit, TypeError for an option that does not
+    exist.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Checkpoint,
+        *,
+        revision: str | None = None,
+        media: MediaPolicy = LOCAL_MEDIA,
+        decode: DecodeConfig = LOCAL_DECODE,
+        budget: ImageBudget = CHECKPOINT_LIMITS,
+        **options: Any,
+    ) -> None:
+        config = _engine_config(options)
+        checkpoint = model if isinstance(model, Checkpoint) else open_model(model, revision)
+        self.processor: Processor = load_processor(checkpoint)
+        self._media = Media(media, decode, self.processor, budget, self.processor.config.video)
+        self._engine = build_engine(checkpoint, self.processor, config)
+        self._one_caller = threading.Lock()
+        self._request_ids = (f"offline-{number}" for number in count())
+
+    def generate(
+        self,
+        prompts: PromptLike | Iterable[PromptLike],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        errors: Errors | None = None,
+        progress: bool | None = None,
+        on_text: OnText | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[Generation]:
+        """One `Generation` per prompt, in order.
+
+        prompts: a text or `{"prompt": text, "images": [path, URL, bytes or Pillow image, ...], "videos": [path, URL,
+        bytes or list of frames, ...]}`, or an iterable of them; each is one user message, its images first, then its
+        videos, through the checkpoint's chat template. An image may also be `{"image": source, "detail": "low",
+        "max_pixels": ...}` with any field of `ImageBudget`, a video `{"video": source, "num_frames": 8, ...}`.
+        params: for all prompts, or one for each. errors: "return" puts the error into its row, "raise" raises the
+        first one; by default a single prompt raises and several return. progress: a bar on stderr, by default when
+        there are several prompts and a terminal. on_text: called with (prompt number, new text) as the text of a
+        prompt's first answer appears, its reasoning left out; it must not call this LLM. chat_template_kwargs: the chat
+        template's own variables, such as `{"enable_thinking": False}`.
+        """
+        single = isinstance(prompts, str | Mapping)
+        rows: Iterable[Any] = [prompts] if single else prompts
+
+        def read(row: Any) -> Conversation:
+            return one_message(row, chat_template_kwargs or {})
+
+        return self._answer(rows, read, params, errors or ("raise" if single else "return"), progress, on_text)
+
+    def chat(
+        self,
+        messages: Sequence[ChatMessage] | Iterable[Sequence[ChatMessage]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        errors: Errors | None = None,
+        progress: bool | None = None,
+        on_text: OnText | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[Generation]:
+        """Continues one conversation, or each of several, given as OpenAI messages.
+
+        A content is a string or a list of parts: `{"type": "text", "text": ...}`, `{"type": "image_url", "image_url":
+        {"url": ...}}` or `{"type": "image", "image": path, URL, bytes or Pillow image}`, the same with `video_url` and
+        `{"type": "video", "video": path, URL, bytes or list of frames}`. The fields of a budget and `num_frames` stand
+        beside the url, the image or the video. An assistant's `reasoning_content` is accepted and left out: models read
+        only their earlier answers. The rest is as in `generate`.
+        """
+        single = isinstance(messages, Sequence) and len(messages) > 0 and isinstance(messages[0], Mapping)
+        rows: Iterable[Any] = [messages] if single else messages
+
+        def read(row: Any) -> Conversation:
+            return conversation(row, chat_template_kwargs or {})
+
+        return self._answer(rows, read, params, errors or ("raise" if single else "return"), progress, on_text)
+
+    def _answer(
+        self,
+        rows: Iterable[Any],
+        read: Callable[[Any], Conversation],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        errors: Errors,
+        progress: bool | None,
+        on_text: OnText | None,
+    ) -> list[Generation]:
+        total = len(rows) if isinstance(rows, Sequence) else None
+        each = zip(rows, params_of_each(params, total), strict=False)
+        jobs = (_Job(number, row, read, sampling, on_text) for number, (row, sampling) in enumerate(each))
+        if progress is None:
+            progress = sys.stderr.isatty() and total != 1
+        answers = []
+        with self._one_caller, contextlib.closing(self._run(jobs)) as running:
+            for answer in tqdm(running, total=total, unit="prompt", disable=not progress):
+                if answer.error is not None and errors == "raise":
+                    raise answer.error
+                answers.append(answer)
+        return answers
+
+    def _run(self, jobs: Iterator[_Job]) -> Generator[Generation, None, None]:
+        """Feeds the engine and yields answers in order. Leaves the engine empty, however it ends."""
+        rows: deque[Row] = deque()  # given out from the left
+        preparing: dict[Future[Ready], Row] = {}
+        running: dict[str, Answer] = {}
+        pool = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="siglane-prepare")
+        try:
+            while True:
+                for job in islice(jobs, PREPARE_AHEAD - len(preparing)):
+                    rows.append(Row(job.number, job.params, job.on_text))
+                    preparing[pool.submit(self._prepare, job)] = rows[-1]
+                if preparing and not self._engine.has_work:
+                    wait(preparing, return_when=FIRST_COMPLETED)
+                self._start_prepared(preparing, running)
+                for delta in self._engine.step() if self._engine.has_work else ():
+                    self._take(delta, running)
+                while rows and rows[0].done:
+                    yield rows.popleft().generation()
+                if not rows:
+                    return
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for request_id in running:
+                self._engine.abort(request_id)
+
+    def _prepare(self, job: _Job) -> Ready:
+        """Runs in a thread of the pool: everything between the caller's row and the engine."""
+        check_sampling(job.params)
+        conversation = job.read(job.row)
+        patches, reports = self._media.prepare(conversation.media)
+        return self.processor.prompt(conversation.messages, patches, conversation.template), reports
+
+    def _start_prepared(self, preparing: dict[Future[Ready], Row], running: dict[str, Answer]) -> None:
+        """Hands prompts to the engine as it gets room, so that only a few wait with their pictures in memory."""
+        for future in [future for future in preparing if future.done()]:
+            if len(running) >= self._engine.config.max_running:
+                return
+            row = preparing.pop(future)
+            try:
+                prompt, row.images = future.result()
+                self._start(row, prompt, running)
+            except Exception as error:
+                row.error = blamed(error)
+
+    def _start(self, row: Row, prompt: Prompt, running: dict[str, Answer]) -> None:
+        row.prompt_token_ids, row.image_tokens = prompt.token_ids, prompt.image_tokens
+        params = row.params
+        room = max(1, self._engine.context_length - len(prompt.token_ids))  # the engine refuses prompts without room
+        for choice in range(params.n):
+            seed = None if params.seed is None else params.seed + choice
+            request = Request(
+                request_id=next(self._request_ids),
+                prompt=prompt,
+                sampling=dataclasses.replace(params, n=1, seed=seed),
+                max_tokens=min(params.max_tokens or room, room),
+            )
+            self._engine.add(request)
+            answer = Answer(row, AnswerStream.of(request, self.processor))
+            running[request.request_id] = answer
+            row.answers.append(answer)
+
+    def _take(self, delta: TokenDelta, running: dict[str, Answer]) -> None:
+        answer = running[delta.request_id]
+        answer.take(delta)
+        if answer.stream.stopped is not None and delta.finish_reason is None:
+            answer.last = self._engine.abort(delta.request_id) or delta
+            answer.finish_reason = "stop"
+        if answer.finish_reason is not None:
+            del running[delta.request_id]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    """One prompt as the caller gave it; `read` interprets it."""
+
+    number: int
+    row: Any
+    read: Callable[[Any], Conversation]
+    params: SamplingParams
+    on_text: OnText | None
+
+
+def _engine_config(options: Mapping[str, Any]) -> EngineConfig:
+    known = [option.name for option in dataclasses.fields(EngineConfig)]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"LLM has no option {name!r}; it has {', '.join(known)}")
+    return EngineConfig(**options)
