@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from checkpoints import write_nvila_checkpoint, write_siglip_checkpoint
+from llava_onevision_checkpoint import write_llava_onevision_checkpoint
+from nanovlm_checkpoint import write_nanovlm_checkpoint
+from ovis2_5_checkpoint import write_ovis2_5_checkpoint
 from PIL import Image
+from siglip2_checkpoint import write_siglip2_checkpoint
 
 from siglane.cli import view as pages
 from siglane.cli.drawing import FOLD_GAP, PAPER, flow, folded, folds
+from siglane.cli.main import main
 from siglane.cli.view import Positions, View, draw, unpatchify
 from siglane.image.patchify import patchify
 from siglane.image.tile import render_tiles
@@ -109,6 +118,14 @@ def video(size: Size, frames: int) -> ImageLayout:
     return ImageLayout(size, tuple(tiles), (Features(4 * frames + 1),), Grid(1, 1), Newline(Grid(2, 2)), frames)
 
 
+def film(size: Size, frames: int, grid: Grid) -> ImageLayout:
+    """Frames of any shape in one run, as Ovis2.5's."""
+    (tile,) = native(size, grid).tiles
+    tiles = tuple(replace(tile, frame=frame) for frame in range(frames))
+    pieces = (Indicator(2), Features(frames * grid.area // 4), Indicator(3))
+    return ImageLayout(size, tiles, pieces, Grid(1, 1), frames=frames)
+
+
 LAYOUTS = {
     "one pixel": native(Size(1, 1), Grid(7, 7)),
     "a long strip, one row of patches": native(Size(4000, 17), Grid(1, 236)),
@@ -122,6 +139,7 @@ LAYOUTS = {
     "scales": scales(Size(640, 480)),
     "tiles and a thumbnail": thumbnail(Size(640, 480)),
     "a video": video(Size(320, 180), 8),
+    "a video between learned rows": film(Size(90, 80), 6, Grid(6, 6)),
     "a video of one frame": video(Size(30, 180), 1),
 }
 
@@ -166,7 +184,9 @@ def test_the_chips_say_what_stands_in_the_prompt() -> None:
         ("tiles and a thumbnail", "13 tiles x 4 = 52"),
         ("scales", "12 tiles of the last scale x 4 = 48, all scales in each"),
         ("anyres with bars", "16 of the whole picture + 8 rows of 8 and a newline = 88"),
-        ("a video", "8 tiles x 4 + a newline = 33"),
+        ("a video", "8 frames x 4 + a newline = 33"),
+        ("a video between learned rows", "6 frames x 9 = 54"),
+        ("one pixel", "12"),
         ("native resolution", "300"),
     ],
 )
@@ -209,3 +229,71 @@ def test_a_view_shows_the_pixels_the_tower_gets(order: str) -> None:
     pixels = patchify(tiles, 14, order).numpy()  # type: ignore[arg-type]
     found = unpatchify(pixels, [Grid(2, 3)] * 2, 14, order == "channel_first")
     assert all(np.array_equal(*pair) for pair in zip(tiles, found, strict=True))
+
+
+@pytest.fixture(scope="module")
+def strip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("pictures") / "strip.png"
+    Image.fromarray(picture(Size(4000, 17))).save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def film_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("pictures") / "film.gif"
+    frames = [Image.fromarray(picture(Size(60, 40), seed)) for seed in range(12)]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100)
+    return str(path)
+
+
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "siglip": write_siglip_checkpoint,
+    "naflex": write_siglip2_checkpoint,
+    "nvila": write_nvila_checkpoint,
+    "nvila s2": lambda folder: write_nvila_checkpoint(folder, lite=False),
+    "ovis2.5": write_ovis2_5_checkpoint,
+    "llava-onevision": write_llava_onevision_checkpoint,
+    "nanovlm": write_nanovlm_checkpoint,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_family_looks_at_a_strip(
+    name: str, strip: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    WRITERS[name](tmp_path / "model")
+    assert main(["look", str(tmp_path / "model"), strip, "-o", str(tmp_path / "view.png"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert main(["tokens", str(tmp_path / "model"), strip, "--json"]) == 0
+    (expected,) = json.loads(capsys.readouterr().out)
+    assert found == expected | {"view": str(tmp_path / "view.png")}
+    assert Image.open(tmp_path / "view.png").width > 1000
+
+
+@pytest.mark.parametrize(("name", "frames"), [("ovis2.5", 8), ("llava-onevision", 12), ("nvila", 8)])
+def test_a_video_is_looked_at_as_the_model_sees_it(
+    name: str, frames: int, film_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    WRITERS[name](tmp_path / "model")
+    words = ["look", str(tmp_path / "model"), film_file, "--video", "-o", str(tmp_path / "view.png")]
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tiles"] == frames
+    assert main([*words, "--num-frames", "3"]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'view.png'}: 3 tiles, ")
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "complaint"),
+    [
+        ("siglip", ["--video"], "this model reads images, not videos"),
+        ("nanovlm", ["--video"], "this model reads images, not videos"),
+        ("nvila", ["--num-frames", "3"], "--num-frames is about a video"),
+        ("nvila", ["--video", "--num-frames", "0"], "num_frames 0 is not between 1 and"),
+    ],
+)
+def test_videos_that_cannot_be_looked_at(
+    name: str, words: list[str], complaint: str, film_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    WRITERS[name](tmp_path / "model")
+    assert main(["look", str(tmp_path / "model"), film_file, "-o", str(tmp_path / "view.png"), *words]) == 2
+    assert complaint in capsys.readouterr().err

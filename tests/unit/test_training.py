@@ -138,7 +138,7 @@ def test_branches_are_single_turn_conversations(tokenizer):
 @pytest.fixture(scope="module")
 def kinds(tokenizer):
     """The two kinds of demo model with small batches and tokenizers."""
-    small_ovis = dataclasses.replace(native.NativeWiring(), questions=3)
+    small_ovis = dataclasses.replace(native.NativeWiring(), questions=3, page_batches=0)
     own = train_tokenizer(scenes=400, special=native.SPECIAL)
     return {
         "nvila": dataclasses.replace(demo.NVILA, wiring=SMALL, tokenizer=lambda: tokenizer),
@@ -207,3 +207,34 @@ def test_the_shipped_pictures_are_the_recipes(tmp_path: Path):
     for name in pictures.PICTURES:
         with Image.open(shipped / "pictures" / f"{name}.png") as painted:
             assert painted.size == pictures.picture(name).canvas
+
+
+def test_pages_are_looked_at_and_not_asked_about(kinds):
+    wiring = dataclasses.replace(kinds["ovis2_5"].wiring, page_batches=2)
+    own = kinds["ovis2_5"].tokenizer()
+    page, scenes_ = (make_batch(own, wiring, seed=0, number=number) for number in range(2))
+    assert page.kinds.shape[1] == 0
+    assert (page.targets == IGNORE).all()
+    assert scenes_.kinds.shape[1] == 3
+    characters = (page.labels[..., 4] > 0).float().mean()
+    assert characters > 4 * (scenes_.labels[..., 4] > 0).float().mean()
+    assert characters > 0.15
+
+
+def test_the_native_model_loads_as_it_was_exported(kinds, tmp_path: Path):
+    """siglane's own loader gives the rows that training saw, in half precision's accuracy."""
+    from siglane import LLM, VisionEncoder
+
+    kind = kinds["ovis2_5"]
+    own = kind.tokenizer()
+    torch.manual_seed(0)
+    trained = kind.model(own)
+    kind.export(trained, own, tmp_path)
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) <= 12e6
+    picture = draw(random_scene(np.random.default_rng(3), "STOP", native.CANVASES[0]))
+    with torch.no_grad():
+        pixels = torch.from_numpy(np.array(picture))[None]
+        _, rows = trained.see(pixels)
+    assert (VisionEncoder(tmp_path).project([picture])[0] - rows).abs().max() < 0.02
+    answer = LLM(tmp_path, kv_tokens=1024).generate({"prompt": "What does the sign say?", "images": [picture]})
+    assert answer[0].usage.image_tokens == 144

@@ -246,6 +246,7 @@ def _position_sketch(learned: Grid, grid: Grid) -> Image.Image:
 def _token_lines(layout: ImageLayout) -> list[str]:
     """Where the image tokens come from: per tile, then in all; then what else the picture puts into the prompt."""
     total, tiles = layout.image_tokens, len(layout.tiles)
+    parts = counted(tiles, "frame" if layout.frames else "tile")
     features = [piece.rows for piece in layout.pieces if isinstance(piece, Features)]
     match layout.assembly:
         case MergedScales(sides) if sides:
@@ -258,10 +259,10 @@ def _token_lines(layout: ImageLayout) -> list[str]:
                 f"{total - tiled:,} of the whole picture + {map_rows.h} rows of {map_rows.w} and a newline = {total:,}"
             )
         case Newline():
-            text = f"{counted(tiles, 'tile')} x {(total - 1) // tiles:,} + a newline = {total:,}"
+            text = f"{parts} x {(total - 1) // tiles:,} + a newline = {total:,}"
         case _:
-            same = len(features) == tiles > 1 and len(set(features)) == 1
-            text = f"{counted(tiles, 'tile')} x {features[0]:,} = {total:,}" if same else f"{total:,}"
+            same = tiles > 1 and len(set(features)) == 1 and (len(features) == tiles or tiles == layout.frames)
+            text = f"{parts} x {total // tiles:,} = {total:,}" if same else f"{total:,}"
     markers = [piece for piece in layout.pieces if isinstance(piece, Marker)]
     others = {
         ("learned row", "learned rows"): sum(isinstance(piece, Indicator) for piece in layout.pieces),

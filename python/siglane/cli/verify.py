@@ -1,0 +1,105 @@
+"""`siglane verify`: compares a checkpoint, stage by stage, with its reference. Exit code 1 names the first stage that
+diverges."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TextIO
+
+from siglane.cli.common import ModelOptions, add_model, check_writable, checkpoint_of, emit_json
+from siglane.cli.options import add_options, read_options
+from siglane.errors import UserError
+
+if TYPE_CHECKING:
+    from siglane.verify import Comparison, Report
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyOptions:
+    images: tuple[str, ...] = field(default=(), metadata={"help": "pictures to compare on: paths or URLs"})
+    random: int | None = field(
+        default=None, metadata={"help": "draw that many pictures of awkward shapes; 3 when no images are given"}
+    )
+    threshold: float = field(default=0.99, metadata={"help": "every row's cosine with the reference must be above it"})
+    reference: str = field(
+        default="transformers",
+        metadata={
+            "help": "transformers (its modules with this checkpoint's tensors), the folder of another checkpoint for "
+            "those modules (an original against its copy), or golden values, FILE.safetensors"
+        },
+    )
+    save_golden: Path | None = field(
+        default=None, metadata={"help": "keep the reference's values and the pictures in this safetensors file"}
+    )
+    prompt: str | None = field(default=None, metadata={"help": "what a language model is asked about the pictures"})
+    steps: int | None = field(default=None, metadata={"help": "greedy tokens to compare; 8 when it is not given"})
+    device: str = field(default="cpu", metadata={"help": "auto, cpu, cuda or cuda:N"})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "of both sides: float32, bfloat16 or float16"}
+    )
+    json: bool = field(default=False, metadata={"help": "print the numbers as one JSON object"})
+    report: Path | None = field(default=None, metadata={"help": "write an HTML page with plots and pictures"})
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_options(parser, VerifyOptions, "verify")
+
+
+def run(arguments: argparse.Namespace, out: TextIO) -> int:
+    options = read_options(VerifyOptions, arguments)
+    for path in (options.report, options.save_golden):
+        if path is not None:
+            check_writable(path)
+    checkpoint_of(arguments)
+
+    from siglane.verify import report as pages
+    from siglane.verify import verify
+
+    report = verify(
+        arguments.model,
+        options.images or None,
+        random=options.random,
+        threshold=options.threshold,
+        reference=options.reference,
+        prompt=options.prompt,
+        steps=options.steps,
+        device=options.device,
+        dtype=options.dtype,
+        revision=read_options(ModelOptions, arguments).revision,
+        save=options.save_golden,
+    )
+    if options.report is not None:
+        _write(pages.html(report), options.report)
+    if options.json:
+        emit_json(report.to_dict(), out)
+    else:
+        out.writelines(line + "\n" for line in _table(report))
+        out.write(f"{'ok' if report.ok else 'NOT OK'}: {pages.verdict(report)}\n")
+    return 0 if report.ok else 1
+
+
+def _write(page: str, path: Path) -> None:
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}", code="cannot_write") from error
+
+
+def _table(report: Report) -> list[str]:
+    from siglane.verify.stages import summary
+
+    rows = [summary(cases) for _, cases in report.stages()]
+    head = f"{'stage':<16} {'shape':>17} {'max abs error':>13} {'mean cosine':>12} {'min cosine':>12}  ok"
+    return [head, *map(_line, rows)]
+
+
+def _line(one: Comparison) -> str:
+    from siglane.verify.report import number, shape
+
+    numbers = f"{number(one.max_abs_error, '.2e'):>13} {number(one.mean_cosine, '.8f'):>12}"
+    numbers += f" {number(one.min_cosine, '.8f'):>12}"
+    note = f"  {one.note}" if one.note and one.stage != "packing" else ""
+    return f"{one.stage:<16} {shape(one):>17} {numbers}  {'yes' if one.ok else 'NO'}{note}"

@@ -1,0 +1,216 @@
+"""nanoVLM, every release: transformers' SigLIP tower and Llama under its tensors, its image path and prompt written
+from huggingface/nanoVLM's sources (formats.md 7)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from siglane.verify.references.decoder import Decoder, load_tokenizer
+from siglane.verify.references.files import Raw, Tensors, read_json, ready
+from siglane.verify.references.pixels import patches_of
+from siglane.verify.references.reference import ReferenceFamily
+from siglane.verify.references.tower import SiglipTower
+from siglane.verify.stages import Trace
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{{ '<|im_start|>assistant\n' }}"
+)
+TOKENIZER = "HuggingFaceTB/SmolLM2-360M-Instruct"
+LLAMA = {  # transformers' LlamaConfig -> nanoVLM's VLMConfig
+    "hidden_size": "lm_hidden_dim", "intermediate_size": "lm_inter_dim", "num_hidden_layers": "lm_n_blocks",
+    "num_attention_heads": "lm_n_heads", "num_key_value_heads": "lm_n_kv_heads",
+}  # fmt: skip
+SIGLIP = {
+    "hidden_size": "vit_hidden_dim", "intermediate_size": "vit_inter_dim", "num_hidden_layers": "vit_n_blocks",
+    "num_attention_heads": "vit_n_heads", "image_size": "vit_img_size", "patch_size": "vit_patch_size",
+}  # fmt: skip
+
+
+class NanoVlm:
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+        self.raw, tensors = read_json(folder / "config.json"), Tensors.of(folder)
+        self.device, self.dtype = device, dtype
+        self.tower = SiglipTower(_tower_json(self.raw), _tower_tensors(self.raw, tensors), device, dtype)
+        self.language = Decoder(_llama_json(self.raw), _llama_tensors(self.raw, tensors), device, dtype)
+        projection = tensors["MP.proj.weight"]
+        self.projector = nn.Linear(projection.shape[1], projection.shape[0], bias=False)
+        ready(self.projector, tensors.under("MP.proj."), device, dtype)
+        self.extra: dict[str, str] = self.raw.get("vlm_extra_tokens") or {}
+        named = Path(self.raw.get("lm_tokenizer", TOKENIZER))
+        self.tokenizer = load_tokenizer(folder if (folder / "tokenizer.json").is_file() else named)
+        new = [text for text in self.extra.values() if text not in self.tokenizer.get_vocab()]
+        self.tokenizer.add_tokens(new, special_tokens=True)
+
+    @property
+    def tiled(self) -> bool:
+        return "r1c1" in self.extra or "max_img_size" in self.raw
+
+    def run(self, pictures: Sequence[Image.Image], prompt: str, steps: int) -> Trace:
+        cut = [self._tiles(picture) for picture in pictures]
+        pixels = torch.cat([tiles for tiles, _ in cut])
+        taps = self.tower.run(pixels)
+        taps["features"] = taps.pop("post_layernorm")
+        taps["preprocessing"] = patches_of(pixels.to(self.dtype), self.raw["vit_patch_size"])
+        with torch.no_grad():
+            features = taps["features"].unflatten(0, (len(pixels), -1)).to(self.device)
+            rows = self.projector(self._shuffled(features))
+        taps["projector"] = rows.flatten(0, 1).cpu()
+        embeds = self._spliced(rows, [grid for _, grid in cut], prompt)
+        return {**taps, **self.language.run(embeds, steps)}
+
+    def _tiles(self, picture: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
+        """`[tiles, 3, side, side]` on the scale 0..1, the whole picture first where there is a token for it, and rows
+        and columns of the tiles."""
+        side = self.raw["vit_img_size"]
+        if not self.tiled:
+            return _tensor(picture.resize((side, side), Image.Resampling.BILINEAR))[None], (1, 1)
+        width, height = self._enlarged(*picture.size, side)
+        whole = _tensor(picture.resize((width, height), Image.Resampling.BICUBIC))
+        rows, columns = height // side, width // side
+        tiles = whole.reshape(3, rows, side, columns, side).permute(1, 3, 0, 2, 4).flatten(0, 1)
+        if "global_image_token" in self.extra and (rows, columns) != (1, 1):
+            small = F.interpolate(whole[None], (side, side), mode="bilinear", align_corners=False, antialias=True)
+            tiles = torch.cat((small, tiles))
+        return tiles, (rows, columns)
+
+    def _enlarged(self, width: int, height: int, side: int) -> tuple[int, int]:
+        """DynamicResize: both sides multiples of a tile's, the longer one at most max_img_size."""
+        longest = self.raw.get("max_img_size", side)
+        if self.raw.get("resize_to_max_side_len", False):
+            target = longest
+        else:
+            target = min(longest, math.ceil(max(width, height) / side) * side)
+        scale = target / max(width, height)
+        across = max(side, math.ceil(min(width, height) * scale / side) * side)
+        return (target, across) if width >= height else (across, target)
+
+    def _shuffled(self, features: torch.Tensor) -> torch.Tensor:
+        """`[tiles, N, c]` -> `[tiles, N / factor**2, c * factor**2]`, channels in the order (row, column, channel)."""
+        factor = self.raw.get("mp_pixel_shuffle_factor", 4 if "global_image_token" in self.extra else 2)
+        n = self.tower.grid // factor
+        blocks = features.unflatten(1, (n, factor, n, factor)).permute(0, 1, 3, 2, 4, 5)
+        return blocks.flatten(3).flatten(1, 2)
+
+    def _spliced(self, rows: torch.Tensor, grids: Sequence[tuple[int, int]], prompt: str) -> torch.Tensor:
+        """All tiles' rows over the image tokens in order; release 0.1 has none and puts them in front."""
+        image = self.extra.get("image_token")
+        images = self._image_strings(grids, image, rows.shape[1]) if image else ""
+        template = self.raw.get("lm_chat_template") or (CHATML if self.tiled else None)
+        if template is None:
+            text = f"{images}Question: {prompt} Answer:"
+        else:
+            turns = [{"role": "user", "content": images + prompt}]
+            text = self.tokenizer.apply_chat_template(
+                turns, chat_template=template, tokenize=False, add_generation_prompt=True
+            )
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        embeds = self.language.embed(ids)
+        flat = rows.flatten(0, 1).to(embeds)
+        if image is None:
+            return torch.cat((flat, embeds))
+        places = torch.tensor(ids) == self.tokenizer.convert_tokens_to_ids(image)
+        embeds[places.to(embeds.device)] = flat
+        return embeds
+
+    def _image_strings(self, grids: Sequence[tuple[int, int]], image: str, length: int) -> str:
+        """`get_image_string`."""
+        text, rows = "", image * length
+        for number, (down, across) in enumerate(grids):
+            text += f"<image: {number}>" if len(grids) > 1 and self.tiled else ""
+            if "global_image_token" in self.extra:
+                text += self.extra["global_image_token"] + rows
+                if (down, across) == (1, 1):
+                    continue
+            text += "".join(
+                self.extra.get(f"r{row + 1}c{column + 1}", "") + rows for row in range(down) for column in range(across)
+            )
+        return text
+
+
+def _tensor(picture: Image.Image) -> torch.Tensor:
+    """torchvision's ToTensor: f32 `[3, H, W]`, 0..1. There is no other normalisation."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+
+
+def _tower_json(raw: Raw) -> Raw:
+    facts = {ours: raw[theirs] for ours, theirs in SIGLIP.items() if theirs in raw}
+    return {"intermediate_size": 4 * raw["vit_hidden_dim"], **facts, "layer_norm_eps": raw.get("vit_ln_eps", 1e-6)}
+
+
+def _tower_tensors(raw: Raw, tensors: Tensors) -> Tensors:
+    """Under transformers' names; the fused projection cut into q, k and v."""
+    width = raw["vit_hidden_dim"]
+    names = {
+        "embeddings.patch_embedding.weight": "patch_embedding.conv.weight",
+        "embeddings.patch_embedding.bias": "patch_embedding.conv.bias",
+        "embeddings.position_embedding.weight": "patch_embedding.position_embedding",
+        "post_layernorm.weight": "layer_norm.weight",
+        "post_layernorm.bias": "layer_norm.bias",
+    }
+    places = {
+        "layer_norm1": "ln1", "layer_norm2": "ln2", "self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+    }  # fmt: skip
+    cut = {}
+    vit = tensors.under("vision_encoder.")
+    for block in range(raw["vit_n_blocks"]):
+        for leaf in ("weight", "bias"):
+            names |= {f"encoder.layers.{block}.{to}.{leaf}": f"blocks.{block}.{at}.{leaf}" for to, at in places.items()}
+            fused = vit.reader(f"blocks.{block}.attn.qkv_proj.{leaf}")
+            for number, part in enumerate("qkv"):
+                start = number * width
+                cut[f"encoder.layers.{block}.self_attn.{part}_proj.{leaf}"] = lambda fused=fused, start=start: fused()[
+                    start : start + width
+                ]
+    position = vit.reader("patch_embedding.position_embedding")
+    named = vit.renamed(names).readers
+    return Tensors({**named, **cut, "embeddings.position_embedding.weight": lambda: position()[0]})
+
+
+def _llama_json(raw: Raw) -> Raw:
+    return {
+        "model_type": "llama",
+        **{ours: raw[theirs] for ours, theirs in LLAMA.items()},
+        "vocab_size": raw.get("lm_vocab_size", 49152 + len(raw.get("vlm_extra_tokens") or {})),
+        "max_position_embeddings": raw.get("lm_max_position_embeddings", 8192),
+        "rms_norm_eps": raw.get("lm_rms_eps", 1e-5),
+        "rope_theta": float(raw.get("lm_re_base", 100000)),
+        "tie_word_embeddings": raw.get("lm_tie_weights", True),
+    }
+
+
+def _llama_tensors(raw: Raw, tensors: Tensors) -> Tensors:
+    """Under transformers' names; a tied table may be stored under either of its two."""
+    held = tensors.under("decoder.")
+    places = {
+        "input_layernorm": "norm1", "post_attention_layernorm": "norm2", "self_attn.q_proj": "attn.q_proj",
+        "self_attn.k_proj": "attn.k_proj", "self_attn.v_proj": "attn.v_proj", "self_attn.o_proj": "attn.out_proj",
+        "mlp.gate_proj": "mlp.gate_proj", "mlp.up_proj": "mlp.up_proj", "mlp.down_proj": "mlp.down_proj",
+    }  # fmt: skip
+    table, head = "token_embedding.weight", "head.weight"
+    names = {
+        "model.norm.weight": "norm.weight",
+        "model.embed_tokens.weight": table if table in held else head,
+        "lm_head.weight": head if head in held else table,
+    }
+    for block in range(raw["lm_n_blocks"]):
+        names |= {f"model.layers.{block}.{to}.weight": f"blocks.{block}.{at}.weight" for to, at in places.items()}
+    return held.renamed(names)
+
+
+def _matches(folder: Path) -> bool:
+    root = read_json(folder / "config.json")
+    named = root.get("architectures") or root.get("model_type")
+    return not named and "vit_hidden_dim" in root and "lm_hidden_dim" in root
+
+
+FAMILY = ReferenceFamily(name="nanovlm", speaks=True, matches=_matches, load=NanoVlm)

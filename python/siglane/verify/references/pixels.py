@@ -1,0 +1,86 @@
+"""Pictures as the reference image processors see them, on Pillow and torch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+from siglane.errors import ConfigError, ImageError
+from siglane.verify.references.files import Raw, read_json
+
+
+def open_picture(data: bytes, name: str) -> Image.Image:
+    """The upright picture in RGB as transformers' `load_image` gives it. ImageError when Pillow cannot read it."""
+    try:
+        return ImageOps.exif_transpose(Image.open(BytesIO(data))).convert("RGB")
+    except Exception as error:  # Pillow's plugins raise almost anything on damaged input
+        raise ImageError(f"{name} cannot be decoded by the reference", code="image_decode_failed") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Processing:
+    """What a preprocessor_config.json says. height, width: pixels of its resize; mean, std: `[3]`."""
+
+    height: int
+    width: int
+    resample: Image.Resampling
+    mean: torch.Tensor
+    std: torch.Tensor
+    rescale: float
+
+    @classmethod
+    def of(
+        cls,
+        raw: Raw,
+        side: int,
+        resample: Image.Resampling,
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
+        std: Sequence[float] = (0.5, 0.5, 0.5),
+    ) -> Processing:
+        """Absent keys take the values given: they are the defaults of the family's processor class."""
+        size = raw.get("size", side)
+        if isinstance(size, dict):
+            height, width = size.get("height", size.get("shortest_edge")), size.get("width", size.get("shortest_edge"))
+        else:
+            height = width = size
+        if not isinstance(height, int) or not isinstance(width, int):
+            raise ConfigError(f"preprocessor_config.json: the reference does not understand size {size!r}")
+        return cls(
+            height,
+            width,
+            Image.Resampling(raw.get("resample", resample)),
+            torch.tensor(raw.get("image_mean", mean)),
+            torch.tensor(raw.get("image_std", std)),
+            raw.get("rescale_factor", 1 / 255),
+        )
+
+    def resized(self, picture: Image.Image) -> Image.Image:
+        return picture.resize((self.width, self.height), self.resample)
+
+    def normalised(self, picture: Image.Image) -> torch.Tensor:
+        """f32 `[3, H, W]`."""
+        values = torch.from_numpy(np.array(picture)).permute(2, 0, 1) * self.rescale
+        return (values - self.mean[:, None, None]) / self.std[:, None, None]
+
+
+def siglip_processing(raw: Raw, side: int) -> Processing:
+    """The defaults of transformers' `SiglipImageProcessor`."""
+    return Processing.of(raw, side, Image.Resampling.BICUBIC)
+
+
+def processor_json(folder: Path) -> Raw:
+    """processor_config.json's picture part, which transformers 5 prefers, else preprocessor_config.json; {} without."""
+    nested = read_json(folder / "processor_config.json").get("image_processor")
+    return nested if isinstance(nested, dict) else read_json(folder / "preprocessor_config.json")
+
+
+def patches_of(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """`[B, 3, H, W]` -> `[patches, 3 * patch_size**2]`, elements in the order (channel, y, x)."""
+    return F.unfold(pixels, patch_size, stride=patch_size).transpose(1, 2).flatten(0, 1)

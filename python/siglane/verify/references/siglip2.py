@@ -1,0 +1,102 @@
+"""SigLIP2 NaFlex: transformers' Siglip2VisionModel, padded and masked as it wants it (formats.md 2.2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import Siglip2VisionConfig, Siglip2VisionModel
+
+from siglane.verify.references.files import Tensors, read_json, ready
+from siglane.verify.references.pixels import Processing, processor_json
+from siglane.verify.references.reference import ReferenceFamily
+from siglane.verify.references.tapping import tapping
+from siglane.verify.stages import Trace
+
+MODEL_TYPES = ("siglip2", "siglip2_vision_model")
+
+
+class Siglip2:
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+        root, processor = read_json(folder / "config.json"), processor_json(folder)
+        raw = root["vision_config"] if root["model_type"] == "siglip2" else root
+        self.config: Any = Siglip2VisionConfig.from_dict(raw)
+        self.device, self.dtype = device, dtype
+        self.model: Any = Siglip2VisionModel(self.config)
+        bare = Tensors.of(folder).under("vision_model.", "")
+        self.inner: Any = self.model
+        if any(name.startswith("vision_model.") for name, _ in self.model.named_parameters()):
+            self.inner, bare = self.model.vision_model, bare.below("vision_model.")
+        ready(self.model, bare, device, dtype)
+        self.most = processor.get("max_num_patches", 256)
+        # the size is computed for each picture; the processor's defaults are those of Siglip2ImageProcessor
+        self.processing: Processing = Processing.of(processor | {"size": 1}, 1, Image.Resampling.BILINEAR)
+
+    def run(self, pictures: Sequence[Image.Image], prompt: str, steps: int) -> Trace:
+        patch_size = self.config.patch_size
+        patches, shapes = [], []
+        for picture in pictures:
+            width, height = resized_to(*picture.size, patch_size, self.most)
+            pixels = self.processing.normalised(picture.resize((width, height), self.processing.resample))
+            shapes.append((height // patch_size, width // patch_size))
+            patches.append(channel_last(pixels, patch_size))
+        padded = torch.zeros(len(patches), self.most, patches[0].shape[1])
+        mask = torch.zeros(len(patches), self.most, dtype=torch.int64)
+        for number, rows in enumerate(patches):
+            padded[number, : len(rows)], mask[number, : len(rows)] = rows, 1
+        taps = self._encoded(padded, mask, torch.tensor(shapes))
+        taps["preprocessing"] = torch.cat(patches).to(self.dtype)
+        return taps
+
+    @torch.no_grad()
+    def _encoded(self, padded: torch.Tensor, mask: torch.Tensor, shapes: torch.Tensor) -> Trace:
+        modules = {
+            "patch_embedding": self.inner.embeddings.patch_embedding,
+            "positions": self.inner.embeddings,
+            **{f"block.{number}": layer for number, layer in enumerate(self.inner.encoder.layers)},
+            "features": self.inner.post_layernorm,
+        }
+        mask = mask.to(self.device)
+        with tapping(modules, rows=lambda output: output[mask.bool()]) as taps:
+            output = self.model(
+                pixel_values=padded.to(self.device, self.dtype), pixel_attention_mask=mask, spatial_shapes=shapes
+            )
+        if output.pooler_output is not None:
+            taps["pooled"] = output.pooler_output.cpu()
+        return taps
+
+
+def resized_to(width: int, height: int, patch_size: int, most: int) -> tuple[int, int]:
+    """Pixels of the largest multiple of patches that keeps the aspect: `get_image_size_for_max_num_patches`."""
+
+    def scaled(scale: float) -> tuple[int, int]:
+        across, down = (max(1, math.ceil(side * scale / patch_size)) for side in (width, height))
+        return across * patch_size, down * patch_size
+
+    low, high = 1e-6, 100.0
+    while high - low >= 1e-5:
+        middle = (low + high) / 2
+        across, down = scaled(middle)
+        if across * down <= most * patch_size**2:
+            low = middle
+        else:
+            high = middle
+    return scaled(low)
+
+
+def channel_last(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """`[3, H, W]` -> `[patches, patch_size**2 * 3]`, elements in the order (y, x, channel)."""
+    rows = pixels.unfold(1, patch_size, patch_size).unfold(2, patch_size, patch_size)  # [3, h, w, y, x]
+    return rows.permute(1, 2, 3, 4, 0).flatten(2).flatten(0, 1)
+
+
+FAMILY = ReferenceFamily(
+    name="siglip2",
+    speaks=False,
+    matches=lambda folder: read_json(folder / "config.json").get("model_type") in MODEL_TYPES,
+    load=Siglip2,
+)

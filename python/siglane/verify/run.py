@@ -1,0 +1,224 @@
+"""`verify`: the reference first, then siglane, then what differs. One of them is in memory at a time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from siglane.errors import ConfigError, SiglaneError, UserError
+from siglane.families.registry import image_facts, tower_family, vlm_family
+from siglane.types import DecodedImage
+from siglane.verify.golden import Golden, load_golden, save_golden
+from siglane.verify.ours import Ours
+from siglane.verify.pictures import ImageSource, decode_picture, draw_pictures, read_pictures
+from siglane.verify.references.pixels import open_picture
+from siglane.verify.references.reference import ReferenceFamily
+from siglane.verify.references.registry import family_of
+from siglane.verify.stages import Comparison, Picture, Report, compare_traces, packing, place
+from siglane.weights.demo import open_model
+from siglane.weights.hub import Checkpoint
+
+PROMPT = "What is in the picture?"
+TRANSFORMERS = "transformers"
+TOGETHER = "together"
+STEPS = 8
+MOST_PICTURES, MOST_STEPS = 64, 256
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def verify(
+    model: str | Path,
+    images: Sequence[ImageSource] | None = None,
+    *,
+    random: int | None = None,
+    threshold: float = 0.99,
+    reference: str | Path = TRANSFORMERS,
+    prompt: str | None = None,
+    steps: int | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    revision: str | None = None,
+    save: Path | None = None,
+) -> Report:
+    """Runs `model` and its reference on the same pictures, each alone and all in one request, and compares them.
+
+    images: paths, URLs, bytes or Pillow images; without them `random` drawn ones (3). reference: "transformers" (its
+    modules with `model`'s own tensors), the folder of another checkpoint of the family for the same modules, or a file
+    of golden values, which brings its own pictures and questions. prompt, steps: what a language model is asked and
+    how many greedy tokens of its answer are compared (8). save: a file for the reference's values. UserError and its
+    kinds when something given cannot be used.
+    """
+    if not 0 <= threshold < 1:
+        raise UserError(f"threshold must be at least 0 and below 1, got {threshold}", code="bad_option")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not known; use {', '.join(DTYPES)}", code="bad_option")
+    checkpoint, place_of = open_model(model, revision), _device(device)
+    image_facts(checkpoint)  # a configuration that siglane refuses is refused before the reference has run
+    if Path(reference).suffix == ".safetensors":
+        given = (images, random, prompt, steps, save)
+        expected = _stored(checkpoint, Path(reference), free=all(one is None for one in given))
+    else:
+        pictures = _pictures(images, random)
+        asked, steps = _question(prompt, steps)
+        folder = checkpoint.root if str(reference) == TRANSFORMERS else open_model(reference).root
+        family = _family(checkpoint, folder)
+        expected = _expected(family, folder, str(reference), pictures, asked, steps, place_of, DTYPES[dtype])
+        if save is not None:
+            save_golden(expected, save)
+    comparisons = _compared(Ours(checkpoint, place_of, DTYPES[dtype]), expected, threshold)
+    return Report(
+        model=str(model),
+        reference=expected.reference,
+        family=expected.family,
+        device=str(place_of),
+        dtype=dtype,
+        threshold=threshold,
+        prompt=expected.prompt,
+        pictures=expected.pictures,
+        comparisons=tuple(sorted(comparisons, key=lambda one: place(one.stage))),
+    )
+
+
+def _pictures(images: Sequence[ImageSource] | None, random: int | None) -> tuple[Picture, ...]:
+    if images is not None:
+        if random is not None:
+            raise UserError("--images and --random exclude each other", code="bad_option")
+        if not 1 <= len(images) <= MOST_PICTURES:
+            raise UserError(f"between 1 and {MOST_PICTURES} images are compared, got {len(images)}", code="bad_option")
+        return read_pictures(images)
+    count = 3 if random is None else random
+    if not 1 <= count <= MOST_PICTURES:
+        raise UserError(f"random must be between 1 and {MOST_PICTURES}, got {count}", code="bad_option")
+    return draw_pictures(count)
+
+
+def _question(prompt: str | None, steps: int | None) -> tuple[str, int]:
+    """White space around it belongs to no family's prompt."""
+    asked = (PROMPT if prompt is None else prompt).strip()
+    if not asked:
+        raise UserError("the prompt is empty; ask something", code="bad_option")
+    steps = STEPS if steps is None else steps
+    if not 0 <= steps <= MOST_STEPS:
+        raise UserError(f"steps must be between 0 and {MOST_STEPS}, got {steps}", code="bad_option")
+    return asked, steps
+
+
+def _stored(checkpoint: Checkpoint, file: Path, *, free: bool) -> Golden:
+    """The golden values in `file`; free: whether nothing was asked for that they already answer."""
+    if not free:
+        raise UserError(
+            f"{file} brings its own pictures, prompt and values; leave out --images, --random, --prompt, --steps and "
+            "--save-golden",
+            code="bad_option",
+        )
+    golden, own = load_golden(file), (tower_family(checkpoint) or vlm_family(checkpoint)).name
+    if golden.family != own:
+        raise UserError(
+            f"{file} holds golden values of {golden.family}, the model is of {own}",
+            code="bad_reference",
+            param="reference",
+        )
+    return replace(golden, reference=f"{file} ({golden.reference})")
+
+
+def _expected(
+    family: ReferenceFamily,
+    folder: Path,
+    name: str,
+    pictures: Sequence[Picture],
+    prompt: str,
+    steps: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Golden:
+    """What the reference gives for each picture alone, and for all in one request when there are several."""
+    opened = [open_picture(picture.data, picture.name) for picture in pictures]
+    try:
+        with _quiet_transformers():
+            loaded = family.load(folder, device, dtype)
+    except SiglaneError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # it reads the JSON without looking
+        raise ConfigError(f"{folder}: the reference does not understand its configuration: {error!r}") from error
+    requests = {f"image.{number}": [picture] for number, picture in enumerate(opened)}
+    if len(opened) > 1:
+        requests[TOGETHER] = opened
+    # the reference's convolution in float32, whatever torch's default is
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        traces = {case: loaded.run(shown, prompt, steps) for case, shown in requests.items()}
+    return Golden(
+        family=family.name,
+        reference=name,
+        prompt=prompt if family.speaks else None,
+        pictures=tuple(pictures),
+        traces=traces,
+    )
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Its warnings about tiny vocabularies and unknown model types are not about the comparison."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def _compared(ours: Ours, expected: Golden, threshold: float) -> list[Comparison]:
+    decoded = [decode_picture(picture.name, picture.data) for picture in expected.pictures]
+    requests = {f"image.{number}": [image] for number, image in enumerate(decoded)} | {TOGETHER: decoded}
+    found: list[Comparison] = []
+    for case, reference in expected.traces.items():
+        if case not in requests:
+            raise UserError(f"the golden values hold case {case!r}, which siglane does not know", code="bad_reference")
+        trace = ours.run(ours.patches(requests[case]), expected.prompt or "", expected.steps)
+        if "projector_input" not in reference:  # then it is the features, which the reference names once
+            trace.pop("projector_input", None)
+        found += compare_traces(case, trace, reference, threshold)
+    return [*found, _packing(ours, decoded, threshold)]
+
+
+def _packing(ours: Ours, images: Sequence[DecodedImage], threshold: float) -> Comparison:
+    """Requests of one picture each, alone and in one packed call; a single picture is packed with itself."""
+    patches = [ours.patches([image])[0] for image in images]
+    patches = patches if len(patches) > 1 else patches * 2
+    return packing([ours.see([one]) for one in patches], ours.see(patches), threshold)
+
+
+def _family(checkpoint: Checkpoint, folder: Path) -> ReferenceFamily:
+    """The reference of both, which must be the same."""
+    own, other = family_of(checkpoint.root), family_of(folder)
+    if own is None:
+        raise UserError(
+            f"{checkpoint.root}: there is no reference for this family; give golden values (--reference FILE)",
+            code="no_reference",
+            param="reference",
+        )
+    if other is None or other.name != own.name:
+        found = "no checkpoint that siglane has a reference for" if other is None else f"a checkpoint of {other.name}"
+        raise UserError(
+            f"the reference {folder} is {found}, the model is of {own.name}; give one of the same family",
+            code="bad_reference",
+            param="reference",
+        )
+    return own
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError as error:
+        raise UserError(f"device {name!r} is not known; use auto, cpu, cuda or cuda:N", code="bad_option") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N", code="bad_option")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {name!r} was asked for, but torch finds no CUDA here; use cpu", code="bad_option")
+    return device

@@ -1,0 +1,287 @@
+"""The stages between a picture and an answer, and how two implementations are compared at each.
+
+A trace holds one tensor per stage, one row per patch, projector row or token; patches of all tiles of all pictures of
+a request follow each other, in raster order inside a tile.
+
+    preprocessing    normalised pixel patches             [patches, patch_dim]
+    patch_embedding  their embeddings                     [patches, hidden_size]
+    positions        with positions added                 [patches, hidden_size]
+    block.N          output of the tower's block N        [patches, hidden_size]
+    features         what the tower gives                 [patches, hidden_size]
+    pooled           the MAP head's embeddings            [tiles, hidden_size]
+    projector_input  where it is not the features (s2)    [patches, channels]
+    projector        the language model's image rows      [rows, width]
+    packing          a picture alone against packed with others, both by siglane
+    spliced          text embeddings and image rows       [tokens, width]
+    lm.block.N       output of the decoder's block N      [tokens, width]
+    logits           at the prompt's last positions       [at most LOGIT_ROWS, vocabulary]
+    tokens           the greedy answer's ids              [steps]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+
+Trace = dict[str, torch.Tensor]
+
+ORDER = (
+    "preprocessing", "patch_embedding", "positions", "block", "features", "pooled", "projector_input", "projector",
+    "packing", "spliced", "lm.block", "logits", "tokens",
+)  # fmt: skip
+PACKING, TOKENS = "packing", "tokens"
+LOGIT_ROWS = 8  # of a 152k vocabulary; the last block is compared at every position
+# two float32 implementations stay within 1e-11; the exact GELU for tanh's is 7e-9 off, far above any useful threshold
+EXACT = 1 - 1e-9
+SAME_ROW = 4  # times the dtype's epsilon of the mean row norm: closer rows are equal, whatever their directions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One stage of one case ("image.0": the first picture alone, "together": all in one request).
+
+    scale: norm of siglane's tensor over the reference's, which a cosine cannot see. The numbers are None where shapes
+    differ, values are not finite or (tokens) there is nothing to measure; note says what a reader should know.
+    """
+
+    case: str
+    stage: str
+    shape: tuple[int, ...] | None
+    reference_shape: tuple[int, ...] | None
+    max_abs_error: float | None = None
+    mean_cosine: float | None = None
+    min_cosine: float | None = None
+    scale: float | None = None
+    ok: bool
+    note: str = ""
+
+
+def place(stage: str) -> tuple[int, int]:
+    """Where `stage` stands in a forward: a key to sort by."""
+    kind, _, number = stage.rpartition(".")
+    return (ORDER.index(kind), int(number)) if number.isdigit() else (ORDER.index(stage), 0)
+
+
+def compare_traces(case: str, ours: Trace, reference: Trace, threshold: float) -> list[Comparison]:
+    """Every stage of either trace, in the order of the forward."""
+    halved = "logits" in reference and reference["logits"].dtype.itemsize < 4
+    found = []
+    for stage in sorted({*ours, *reference}, key=place):
+        if stage not in ours or stage not in reference:
+            found.append(_one_sided(case, stage, ours.get(stage), reference.get(stage)))
+        elif stage == TOKENS:
+            found.append(_compare_tokens(case, ours[stage], reference[stage], halved=halved))
+        else:
+            found.append(compare(case, stage, ours[stage], reference[stage], threshold))
+    return found
+
+
+def compare(case: str, stage: str, ours: torch.Tensor, reference: torch.Tensor, threshold: float) -> Comparison:
+    """ok: shapes are equal, all values finite, every row's cosine above `threshold`, the scale as close to 1."""
+    shape, reference_shape = tuple(ours.shape), tuple(reference.shape)
+    if shape != reference_shape:
+        return _failed(case, stage, shape, reference_shape, f"the reference has shape {list(reference_shape)}")
+    a, b = ours.double(), reference.double()
+    if not (a.isfinite().all() and b.isfinite().all()):
+        side = "siglane" if b.isfinite().all() else "the reference"
+        return _failed(case, stage, shape, reference_shape, f"{side} gives values that are not finite")
+    cosines = _cosines(a, b, SAME_ROW * torch.finfo(reference.dtype).eps)
+    lowest, scale = cosines.min().item(), _scale(a, b)
+    alike, well_scaled = lowest > threshold, threshold < scale and scale * threshold < 1
+    return Comparison(
+        case=case,
+        stage=stage,
+        shape=shape,
+        reference_shape=reference_shape,
+        max_abs_error=(a - b).abs().max().item(),
+        mean_cosine=cosines.mean().item(),
+        min_cosine=lowest,
+        scale=scale if math.isfinite(scale) else None,
+        ok=alike and well_scaled,
+        note="" if well_scaled or not alike else f"siglane's values are {scale:.3g} times the reference's",
+    )
+
+
+def _compare_tokens(case: str, ours: torch.Tensor, reference: torch.Tensor, *, halved: bool) -> Comparison:
+    """Greedy ids are equal in float32; in half precision two right answers part where two logits nearly tie."""
+    same = torch.equal(ours, reference)
+    note = "" if same else f"{ours.tolist()} instead of {reference.tolist()}"
+    return Comparison(
+        case=case,
+        stage=TOKENS,
+        shape=tuple(ours.shape),
+        reference_shape=tuple(reference.shape),
+        ok=same or halved,
+        note=note,
+    )
+
+
+def _scale(a: torch.Tensor, b: torch.Tensor) -> float:
+    ours, reference = a.norm().item(), b.norm().item()
+    if reference == 0:
+        return math.inf if ours else 1.0
+    return ours / reference
+
+
+def _cosines(a: torch.Tensor, b: torch.Tensor, nearest: float) -> torch.Tensor:
+    """Of each row; rows that differ by less than rounding (two all but black patches) count as parallel."""
+    norms = a.norm(dim=-1) * b.norm(dim=-1)
+    cosines = (a * b).sum(-1) / norms.clamp_min(torch.finfo(torch.float64).tiny)
+    equal = (a - b).norm(dim=-1) <= nearest * b.norm(dim=-1).mean()
+    return cosines.clamp(-1, 1).masked_fill(equal, 1.0)
+
+
+def _one_sided(case: str, stage: str, ours: torch.Tensor | None, reference: torch.Tensor | None) -> Comparison:
+    """A block that one side does not run shows in what follows it; any other stage must be there."""
+    shape, reference_shape = (None if side is None else tuple(side.shape) for side in (ours, reference))
+    note = f"only {'the reference' if ours is None else 'siglane'} has it"
+    return Comparison(
+        case=case, stage=stage, shape=shape, reference_shape=reference_shape, ok="block." in stage, note=note
+    )  # fmt: skip
+
+
+def _failed(
+    case: str, stage: str, shape: tuple[int, ...], reference_shape: tuple[int, ...], note: str
+) -> Comparison:  # fmt: skip
+    return Comparison(case=case, stage=stage, shape=shape, reference_shape=reference_shape, ok=False, note=note)
+
+
+def packing(alone: Sequence[Trace], packed: Trace, threshold: float) -> Comparison:
+    """Traces of pictures alone against the one of all in a single call, both siglane's: the worst stage."""
+    found = []
+    for stage in alone[0]:
+        rows = torch.cat([trace[stage] for trace in alone])
+        found.append(compare("packed", stage, packed[stage], rows, threshold))
+    failed = [one for one in found if not one.ok]
+    worst = failed[0] if failed else min(found, key=lambda one: one.min_cosine or 0.0)
+    errors = [one.max_abs_error for one in found if one.max_abs_error is not None]
+    return Comparison(
+        case=worst.case,
+        stage=PACKING,
+        shape=worst.shape,
+        reference_shape=worst.reference_shape,
+        max_abs_error=max(errors, default=None),
+        mean_cosine=worst.mean_cosine,
+        min_cosine=worst.min_cosine,
+        scale=worst.scale,
+        ok=not failed,
+        note=f"{'first' if failed else 'least alike'} at {worst.stage}{': ' if worst.note else ''}{worst.note}",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """data: the bytes of its file; width, height: of the upright picture."""
+
+    name: str
+    data: bytes
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What `siglane verify` found. comparisons: stage by stage in the order of the forward, case by case in each."""
+
+    model: str
+    reference: str
+    family: str
+    device: str
+    dtype: str
+    threshold: float
+    prompt: str | None
+    pictures: tuple[Picture, ...]
+    comparisons: tuple[Comparison, ...]
+
+    @property
+    def ok(self) -> bool:
+        return self.first_diverging is None
+
+    @property
+    def first_diverging(self) -> str | None:
+        """The first stage that is not ok in some case."""
+        return next((one.stage for one in self.comparisons if not one.ok), None)
+
+    @property
+    def first_inexact(self) -> str | None:
+        """In float32, the first stage that passed but is further off than rounding explains."""
+        if self.dtype != "float32":
+            return None
+        passed = (one for one in self.comparisons if one.ok and one.min_cosine is not None)
+        return next((one.stage for one in passed if (one.min_cosine or 0.0) < EXACT), None)
+
+    def stages(self) -> Iterator[tuple[str, tuple[Comparison, ...]]]:
+        """Every stage with its cases."""
+        for stage, cases in groupby(self.comparisons, key=lambda one: one.stage):
+            yield stage, tuple(cases)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document that `--json` prints; `stages` sums each stage up over its cases."""
+        return {
+            "model": self.model,
+            "family": self.family,
+            "reference": self.reference,
+            "device": self.device,
+            "dtype": self.dtype,
+            "threshold": self.threshold,
+            "ok": self.ok,
+            "first_diverging_stage": self.first_diverging,
+            "first_inexact_stage": self.first_inexact,
+            "prompt": self.prompt,
+            "images": [{"image": one.name, "width": one.width, "height": one.height} for one in self.pictures],
+            "stages": [_summary_row(summary(cases)) for _, cases in self.stages()],
+            "cases": [{"case": one.case, **_summary_row(one)} for one in self.comparisons],
+        }
+
+
+def summary(cases: Sequence[Comparison]) -> Comparison:
+    """One stage over all its cases: rows added up, the worst of every number, the first failing case's note."""
+    worst = next((one for one in cases if not one.ok), min(cases, key=_likeness))
+    shapes = [[one.shape for one in cases], [one.reference_shape for one in cases]]
+    means = [(one.mean_cosine, one.shape[0]) for one in cases if one.mean_cosine is not None and one.shape]
+    rows = sum(count for _, count in means)
+    return Comparison(
+        case=worst.case,
+        stage=worst.stage,
+        shape=_added(shapes[0]),
+        reference_shape=_added(shapes[1]),
+        max_abs_error=_most(max, [one.max_abs_error for one in cases]),
+        mean_cosine=sum(mean * count for mean, count in means) / rows if rows else None,
+        min_cosine=_most(min, [one.min_cosine for one in cases]),
+        scale=worst.scale,
+        ok=worst.ok,
+        note=worst.note,
+    )
+
+
+def _likeness(one: Comparison) -> float:
+    return -1.0 if one.min_cosine is None else one.min_cosine
+
+
+def _most(choose: Any, values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return choose(known) if known else None
+
+
+def _added(shapes: Sequence[tuple[int, ...] | None]) -> tuple[int, ...] | None:
+    known = [shape for shape in shapes if shape is not None]
+    return (sum(shape[0] for shape in known), *known[0][1:]) if known else None
+
+
+def _summary_row(one: Comparison) -> dict[str, Any]:
+    return {
+        "stage": one.stage,
+        "shape": None if one.shape is None else list(one.shape),
+        "reference_shape": None if one.reference_shape is None else list(one.reference_shape),
+        "max_abs_error": one.max_abs_error,
+        "mean_cosine": one.mean_cosine,
+        "min_cosine": one.min_cosine,
+        "scale": one.scale,
+        "ok": one.ok,
+        "note": one.note,
+    }
