@@ -64,7 +64,7 @@ def test_documented_siglane_commands_run(page: str, line: str, tmp_path: Path) -
     words = shlex.split(line, comments=True)[1:]
     if words[0] == "serve":
         pytest.skip("servers are started by tests/server; `make demo` runs the documented request")
-    for flag in ("-o", "--out"):
+    for flag in ("-o", "--out", "--report"):
         if flag in words:
             place = words.index(flag) + 1
             words[place] = str(tmp_path / words[place])
