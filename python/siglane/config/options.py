@@ -1,0 +1,169 @@
+"""Settings as frozen dataclasses: what a field is called on the command line and in the environment, how it is read.
+
+A field `max_tokens: int | None = field(default=None, metadata={"help": "..."})` is `--max-tokens N` and
+`SIGLANE_MAX_TOKENS`. Metadata: `help`, and `short` for a one-letter flag. Types: bool, int, float, str, Path, Literal,
+`X | None`, and tuples of them for settings that take several values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from siglane.errors import UserError
+
+Config = TypeVar("Config")
+
+PREFIX = "SIGLANE_"
+WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Option:
+    """One field as a setting. parse: text of one value -> value, ValueError when it is not one."""
+
+    name: str
+    help: str
+    default: Any  # dataclasses.MISSING when the option is required
+    kind: type
+    choices: tuple[str, ...]
+    many: bool
+    short: str | None
+    parse: Callable[[str], Any]
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return PREFIX + self.name.upper()
+
+    def from_environment(self) -> Any:
+        """The variable's value; MISSING when it is not set or empty. UserError names the variable."""
+        text = os.environ.get(self.variable, "")
+        if not text:
+            return dataclasses.MISSING
+        try:
+            if self.kind is bool:
+                return _parse_switch(text)
+            return tuple(self.parse(part) for part in _list_of(text)) if self.many else self.parse(text)
+        except ValueError as error:
+            raise UserError(
+                f"environment variable {self.variable}={text!r} {error}", code="bad_environment", param=self.variable
+            ) from error
+
+
+def options_of(config: type[Any], help: Mapping[str, str] | None = None) -> list[Option]:
+    """The options of a dataclass, in its order; `help` adds texts for fields without metadata."""
+    hints = typing.get_type_hints(config)
+    texts = help or {}
+    return [
+        _option(field, hints[field.name], field.metadata.get("help", texts.get(field.name, "")))
+        for field in dataclasses.fields(config)
+    ]
+
+
+def read_environment(config: type[Config], **given: Any) -> Config:
+    """Builds `config` from `given`, then the environment, then its defaults. UserError names a variable at fault."""
+    options = [option for option in options_of(config) if option.name not in given]
+    found = {option: option.from_environment() for option in options}
+    return build(config, given, {option: value for option, value in found.items() if value is not dataclasses.MISSING})
+
+
+def build(config: type[Config], given: Mapping[str, Any], variables: Mapping[Option, Any]) -> Config:
+    """`config` of the values `given` and those that the environment's `variables` hold, which an error names."""
+    try:
+        return config(**given, **{option.name: value for option, value in variables.items()})
+    except UserError as error:
+        guilty = [option.variable for option in variables if option.name in error.message]
+        if not guilty:
+            raise
+        raise UserError(f"{error.message} (from {', '.join(guilty)})", code=error.code, param=guilty[0]) from error
+
+
+def _option(field: dataclasses.Field[Any], hint: Any, help: str) -> Option:
+    hint = _without_none(hint)
+    many = typing.get_origin(hint) is tuple
+    element = typing.get_args(hint)[0] if many else hint
+    choices = typing.get_args(element) if typing.get_origin(element) is Literal else ()
+    kind = str if choices else element if isinstance(element, type) else tuple
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    parse = _parser_of(field.name, element, choices)
+    return Option(field.name, help, default, kind, choices, many, field.metadata.get("short"), parse)
+
+
+def _without_none(hint: Any) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (hint,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
+    return hint
+
+
+def _parser_of(name: str, element: Any, choices: tuple[str, ...]) -> Callable[[str], Any]:
+    if choices:
+        return lambda text: _parse_choice(text, choices)
+    if typing.get_origin(element) is tuple:
+        fields = [_parser_of(name, part, ()) for part in typing.get_args(element)]
+        return lambda text: _parse_fields(text, fields)
+    if element is int:
+        return _parse_bytes if name.endswith("_bytes") else _parse_int
+    parsers: dict[Any, Callable[[str], Any]] = {float: _parse_float, bool: _parse_switch, Path: Path}
+    return parsers.get(element, str)
+
+
+def _parse_choice(text: str, choices: tuple[str, ...]) -> str:
+    if text not in choices:
+        raise ValueError(f"is not one of {', '.join(choices)}")
+    return text
+
+
+def _parse_fields(text: str, parsers: list[Callable[[str], Any]]) -> tuple[Any, ...]:
+    parts = text.split(":")
+    if len(parts) != len(parsers):
+        raise ValueError(f"is not {len(parsers)} values joined by ':'")
+    return tuple(parse(part) for parse, part in zip(parsers, parts, strict=True))
+
+
+def _parse_int(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError("is not a whole number") from None
+
+
+def _parse_bytes(text: str) -> int:
+    unit = UNITS.get(text[-1:].upper())
+    return _parse_int(text[:-1]) * unit if unit else _parse_int(text)
+
+
+def _parse_float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError("is not a number") from None
+
+
+def _parse_switch(text: str) -> bool:
+    try:
+        return WORDS[text.lower()]
+    except KeyError:
+        raise ValueError("is not a switch; use 1 or 0") from None
+
+
+def _list_of(text: str) -> list[str]:
+    """Values of a variable that holds several: a JSON list of strings, or text between commas."""
+    if not text.startswith("["):
+        return text.split(",")
+    found = json.loads(text)
+    if not isinstance(found, list) or not all(isinstance(part, str) for part in found):
+        raise ValueError("is not a JSON list of strings")
+    return found
