@@ -21,7 +21,7 @@ from siglane.training.native import PRINT_SCALES
 from siglane.training.scenes import WORDS, draw, random_scene
 from siglane.types import Size
 
-BUDGETS = tuple(side * side for side in (96, 128, 160, 192, 224, 256, 320, 384))
+BUDGETS = tuple(side * side for side in (96, 128, 160, 192, 256, 320, 384))
 CANVAS = Size(384, 384)
 CLEARLY = 0.3
 RESULTS = Path(__file__).parent / "results"
