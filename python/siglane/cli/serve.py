@@ -7,8 +7,9 @@ import dataclasses
 from typing import TextIO
 
 from siglane.cli.common import ModelOptions, add_model
-from siglane.cli.options import add_options, read_options
+from siglane.cli.options import add_options, options_of, read_options
 from siglane.config.layout.rule import ImageBudget
+from siglane.config.media import MediaConfig
 from siglane.errors import UserError
 from siglane.server.config import ServerConfig
 
@@ -17,22 +18,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
     from siglane.engine.config import EngineConfig
 
     add_model(parser)
-    add_options(parser, ServerConfig, "server")
+    media = {option.name for option in options_of(MediaConfig)}
+    add_options(parser, ServerConfig, "server", only={option.name for option in options_of(ServerConfig)} - media)
+    add_options(parser, MediaConfig, "images and videos of requests")
     add_options(parser, ImageBudget, "budget of every image; clients may ask for less")
     add_options(parser, EngineConfig, "engine")
 
 
 def run(arguments: argparse.Namespace, out: TextIO) -> int:
     from siglane.engine.config import EngineConfig
-    from siglane.weights.demo import DEMO, demo_folder
+    from siglane.weights.demo import FOLDERS, demo_folder
 
     config = read_options(ServerConfig, arguments)
     engine = read_options(EngineConfig, arguments)
     budget = read_options(ImageBudget, arguments)
     model = arguments.model
-    if model == DEMO:
-        model = str(demo_folder() / "model")
-        config = dataclasses.replace(config, served_model_name=config.served_model_name or DEMO)
+    if model in FOLDERS:
+        config = dataclasses.replace(config, served_model_name=config.served_model_name or model)
+        model = str(demo_folder() / FOLDERS[model])
     try:
         from siglane.server.run import preflight, serve
     except ImportError as error:

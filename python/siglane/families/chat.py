@@ -25,6 +25,7 @@ from siglane.config.layout.rule import no_video
 from siglane.config.video import VideoRule
 from siglane.errors import ConfigError, UserError
 from siglane.families.family import PromptRules
+from siglane.families.template import self_contained
 from siglane.types import (
     Features,
     ImagePart,
@@ -134,29 +135,29 @@ class PromptBuilder:
             for message, parts in zip(messages, conversation, strict=True)
         ]
         pieces = self._reserved.split(self._render(turns, self._variables(arguments, mark)), mark)
-        # a template may put images before videos, but keeps the order within each kind
-        waiting = {token: deque(number for number in order if tokens[number] == token) for token in self._placeholders}
-        for token, numbers in waiting.items():
-            written = pieces[1::2].count(token)  # not in the plain pieces: there it is a user's text
-            if written != len(numbers):
-                kind = "image" if token == self._image_token else "video"
-                raise UserError(
-                    f"the chat template wrote {written} {kind} placeholders for {len(numbers)} {kind}s",
-                    code="chat_template_failed",
-                    param="messages",
-                )
-        layouts = self._pieces(conversation, images)
-        shown: list[int] = []
-        writer = _Writer(self._encode, self._special_ids, self._image_token_id)
-        for place, piece in enumerate(pieces):
-            if place % 2 == 0:
-                writer.text(piece)
-            elif piece in waiting:
-                shown.append(waiting[piece].popleft())
-                writer.image(layouts[shown[-1]])
-            else:
-                writer.token(self._special_ids[piece])
-        return Prompt(writer.finish(), tuple(writer.spans), tuple(images[number] for number in shown))
+        return self._written(pieces, tokens, self._pieces(conversation, images), images, order)
+
+    def template(self) -> str:
+        """The checkpoint's chat template for engines that render it themselves (`families/template.py`)."""
+        video = None if self._video is None else self._video.token
+        return self_contained(self._template, self._rules, self._roles_with_parts, self._image_token, video)
+
+    def rendered(self, text: str, images: Sequence[ImagePatches]) -> Prompt:
+        """The prompt of a conversation that `template()` has rendered; its placeholders stand for `images` in order,
+        pictures and videos counted apart.
+
+        Special tokens written in `text` count, whoever wrote them: here nobody can tell the template's words from a
+        user's. UserError when placeholders and images do not match one to one.
+        """
+        mark = f"\ue000{secrets.randbits(128)}\ue001"
+        pieces = self._reserved.split(text, mark)
+        tokens = [self._placeholder(image) for image in images]
+        layouts = {number: image.layout.pieces for number, image in enumerate(images)}
+        for place, number in _placeholders(pieces, tokens, self._placeholders):
+            last = place + 2 < len(pieces) and not pieces[place + 1] and pieces[place + 2] not in self._placeholders
+            if self._rules.strip_messages and last:
+                layouts[number] = _without_trailing_space(layouts[number])
+        return self._written(pieces, tokens, layouts, images)
 
     def text(self, text: str) -> Prompt:
         """`text` as it is, no template. Special tokens written in it count, the image placeholder is plain text."""
@@ -167,6 +168,27 @@ class PromptBuilder:
             else:
                 writer.token(self._special_ids[piece])
         return Prompt(writer.finish())
+
+    def _written(
+        self,
+        pieces: Sequence[str],
+        tokens: Sequence[str],
+        layouts: Mapping[int, tuple[Piece, ...]],
+        images: Sequence[ImagePatches],
+        order: Sequence[int] | None = None,
+    ) -> Prompt:
+        """The ids of a rendered prompt. pieces: as `ReservedStrings.split` gives them; tokens: the placeholder of each
+        image; layouts: what stands for each; order: of the images in the messages, None for their own."""
+        places = dict(_placeholders(pieces, tokens, self._placeholders, order))
+        writer = _Writer(self._encode, self._special_ids, self._image_token_id)
+        for place, piece in enumerate(pieces):
+            if place % 2 == 0:
+                writer.text(piece)
+            elif place in places:
+                writer.image(layouts[places[place]])
+            else:
+                writer.token(self._special_ids[piece])
+        return Prompt(writer.finish(), tuple(writer.spans), tuple(images[number] for number in places.values()))
 
     def _parts(self, message: Message) -> Parts:
         parts = message.parts
@@ -322,6 +344,26 @@ def without_added_tokens(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     definition.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
     plain: Tokenizer = Tokenizer.from_str(json.dumps(definition))
     return plain
+
+
+def _placeholders(
+    pieces: Sequence[str], tokens: Sequence[str], known: Sequence[str], order: Sequence[int] | None = None
+) -> list[tuple[int, int]]:
+    """(number of the piece, number of its image) of every placeholder. UserError when they do not match one to one.
+
+    A template may put images before videos, but keeps the order within each kind.
+    """
+    numbers = range(len(tokens)) if order is None else order
+    waiting = {token: deque(number for number in numbers if tokens[number] == token) for token in known}
+    for kind, token in zip(("image", "video"), known, strict=False):
+        written = pieces[1::2].count(token)  # not in the plain pieces: there it is a user's text
+        if written != len(waiting[token]):
+            raise UserError(
+                f"the chat template wrote {written} {kind} placeholders for {len(waiting[token])} {kind}s",
+                code="chat_template_failed",
+                param="messages",
+            )
+    return [(place, waiting[piece].popleft()) for place, piece in enumerate(pieces) if place % 2 and piece in waiting]
 
 
 def _either(patterns: Iterable[str]) -> str:

@@ -55,15 +55,24 @@ def load_model(
     dtype: of the language model, and of tower and projector unless `vision_dtype` says otherwise. ConfigError or
     WeightError, before anything is allocated, when configuration and tensors do not belong together.
     """
-    family = vlm_family(checkpoint)
-    plan = family.vision_plan(config).under("", "vision.") + family.language_plan(config).under("", "language.")
-    sources = dict.fromkeys((*family.vision_sources(checkpoint), *family.language_sources(checkpoint)))
-    tensors = stored_tensors(sources)
-    _check_depth(tensors, config.vision.num_hidden_layers, config.language.num_hidden_layers)
-    model = _rehearsed(lambda: VisionLanguageModel(config, tp, attention_backend), plan, tensors)
+    model, plan, tensors = _rehearsed_whole(checkpoint, config, tp, attention_backend)
     allocate(model.vision, torch.device(device), vision_dtype or dtype)
     allocate(model.language, torch.device(device), dtype)
     return _filled(model, plan, tensors)
+
+
+def model_tensors(checkpoint: Checkpoint) -> tuple[StoredTensor, ...]:
+    """All tensors of a vision-language checkpoint, known by their files' headers. WeightError as `stored_tensors`."""
+    family = vlm_family(checkpoint)
+    return stored_tensors(dict.fromkeys((*family.vision_sources(checkpoint), *family.language_sources(checkpoint))))
+
+
+def check_model(checkpoint: Checkpoint, config: VlmConfig) -> None:
+    """Compares the names and shapes of all tensors with the configuration; reads and allocates nothing else.
+
+    ConfigError or WeightError as `load_model`, for a host that fills the language model by itself.
+    """
+    _rehearsed_whole(checkpoint, config)
 
 
 def load_vision(
@@ -110,6 +119,18 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     for tensor in stored_tensors(dict.fromkeys(sources)):
         sizes[tensor.dtype] += math.prod(tensor.shape)
     return sizes.most_common(1)[0][0]
+
+
+def _rehearsed_whole(
+    checkpoint: Checkpoint,
+    config: VlmConfig,
+    tp: TensorParallel | None = None,
+    attention_backend: BackendChoice = "auto",
+) -> tuple[VisionLanguageModel, WeightPlan, tuple[StoredTensor, ...]]:
+    family, tensors = vlm_family(checkpoint), model_tensors(checkpoint)
+    plan = family.vision_plan(config).under("", "vision.") + family.language_plan(config).under("", "language.")
+    _check_depth(tensors, config.vision.num_hidden_layers, config.language.num_hidden_layers)
+    return _rehearsed(lambda: VisionLanguageModel(config, tp, attention_backend), plan, tensors), plan, tensors
 
 
 def _check_depth(tensors: Sequence[StoredTensor], *layers: int) -> None:

@@ -79,6 +79,15 @@ class Processor:
         """
         return self._prompts.chat(messages, images, chat_template_kwargs or {})
 
+    def chat_template(self) -> str:
+        """One Jinja template for engines that render it themselves; `rendered_prompt` takes what it writes."""
+        return self._prompts.template()
+
+    def rendered_prompt(self, text: str, images: Sequence[ImagePatches]) -> Prompt:
+        """The prompt of a conversation rendered by `chat_template`. UserError when it does not have one placeholder
+        for each image."""
+        return self._prompts.rendered(text, images)
+
     def text_prompt(self, text: str) -> Prompt:
         """`text` without a chat template. Special tokens written in it count; the image placeholder is plain text."""
         return self._prompts.text(text)

@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
+from siglane.config.media import MediaConfig
 from siglane.config.preprocess import DecodeConfig
 from siglane.config.video import VideoRule
 from siglane.errors import ImageError
@@ -45,6 +46,19 @@ class MediaPolicy:
     max_bytes: int = 20 * 2**20
     timeout: float = 10.0
     max_redirects: int = 3
+
+    @classmethod
+    def of(cls, config: MediaConfig) -> MediaPolicy:
+        """What a server's settings allow its clients to name as a picture."""
+        root = config.allowed_local_media_path
+        return cls(
+            allowed_local_root=None if root is None else Path(root),
+            allow_http=config.allow_http_images,
+            allow_private_addresses=config.allow_private_addresses,
+            max_bytes=config.max_image_bytes,
+            timeout=config.image_timeout,
+            max_redirects=config.image_redirects,
+        )
 
 
 def fetch(url: str, policy: MediaPolicy) -> bytes:

@@ -12,13 +12,11 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 
 from siglane.config.layout.rule import CHECKPOINT_LIMITS, ImageBudget, no_video
-from siglane.config.preprocess import DecodeConfig
 from siglane.config.video import VideoRule
 from siglane.errors import ImageError, UserError
 from siglane.families.processor import Processor
@@ -66,9 +64,9 @@ class MediaLoader:
         self._config, self._processor, self._budget = config, processor, budget
         self._rule = processor.config.preprocess.rule
         self._rule.within(budget)
-        self._policy = media_policy(config)
+        self._policy = MediaPolicy.of(config)
         self._video_policy = replace(self._policy, max_bytes=config.max_video_bytes)
-        self._decode = decode_config(config)
+        self._decode = config.decode
         cores = config.decode_threads or min(8, os.cpu_count() or 1)
         self._fetchers = ThreadPoolExecutor(config.fetch_threads, thread_name_prefix="fetch")
         self._workers = ThreadPoolExecutor(cores, thread_name_prefix="decode")
@@ -219,29 +217,6 @@ def _blaming(ref: MediaRef, function: Callable[P, T], *args: P.args, **kwargs: P
         return function(*args, **kwargs)
     except UserError as error:
         raise error.at(ref.param) from None
-
-
-def media_policy(config: ServerConfig) -> MediaPolicy:
-    root = config.allowed_local_media_path
-    return MediaPolicy(
-        allowed_local_root=None if root is None else Path(root),
-        allow_http=config.allow_http_images,
-        allow_private_addresses=config.allow_private_addresses,
-        max_bytes=config.max_image_bytes,
-        timeout=config.image_timeout,
-        max_redirects=config.image_redirects,
-    )
-
-
-def decode_config(config: ServerConfig) -> DecodeConfig:
-    return DecodeConfig(
-        alpha=config.image_alpha,
-        depth16=config.image_16bit,
-        max_pixels=config.max_image_pixels,
-        formats=config.image_formats,
-        max_clip_pixels=config.max_video_pixels,
-        clip_seconds=config.video_seconds,
-    )
 
 
 def hollow(layout: ImageLayout) -> ImagePatches:

@@ -76,6 +76,15 @@ class WeightPlan:
                 return Destination(entry.target.format(**found.groupdict()), entry.part, entry.twin)
         return None
 
+    def source(self, destination: Destination) -> str | None:
+        """The tensor that fills `destination`, the reverse of `find`; None when no rule does. For plans without optional
+        text in their patterns."""
+        for entry in self.entries:
+            if isinstance(entry, Rule) and entry.part == destination.part:
+                if found := _compile(entry.target).fullmatch(destination.parameter):
+                    return entry.pattern.format(**found.groupdict())
+        return None
+
     def under(self, source: str, target: str) -> WeightPlan:
         """The same plan for tensors called `source` + name and parameters called `target` + name."""
         return WeightPlan(tuple(_moved(entry, source, target) for entry in self.entries))
