@@ -23,6 +23,11 @@ def is_vision_only(checkpoint: Checkpoint) -> bool:
     return tower_family(checkpoint) is not None
 
 
+def is_vlm(checkpoint: Checkpoint) -> bool:
+    """Whether this is a vision-language checkpoint of a known family."""
+    return any(family.matches(checkpoint) for family in VLM_FAMILIES)
+
+
 def image_facts(checkpoint: Checkpoint) -> ImageFacts:
     """The image facts of any known checkpoint, from its JSON files alone: no weights, no tokenizer."""
     if tower := tower_family(checkpoint):

@@ -77,12 +77,14 @@ class WeightPlan:
         return None
 
     def source(self, destination: Destination) -> str | None:
-        """The tensor that fills `destination`, the reverse of `find`; None when no rule does. For plans without optional
-        text in their patterns."""
-        for entry in self.entries:
-            if isinstance(entry, Rule) and entry.part == destination.part:
-                if found := _compile(entry.target).fullmatch(destination.parameter):
-                    return entry.pattern.format(**found.groupdict())
+        """The tensor that fills `destination`, the reverse of `find`; None when no rule does.
+
+        For plans whose patterns have no optional text.
+        """
+        rules = (entry for entry in self.entries if isinstance(entry, Rule) and entry.part == destination.part)
+        for rule in rules:
+            if found := _compile(rule.target).fullmatch(destination.parameter):
+                return rule.pattern.format(**found.groupdict())
         return None
 
     def under(self, source: str, target: str) -> WeightPlan:

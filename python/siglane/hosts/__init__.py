@@ -1,0 +1,1 @@
+"""Engines of others that run siglane's vision: one folder for each."""

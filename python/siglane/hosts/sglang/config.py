@@ -1,0 +1,57 @@
+"""The configuration class that SGLang and transformers see: what they need to build the language model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from siglane.config.text import LanguageConfig
+
+ARCHITECTURE = "SiglaneForConditionalGeneration"
+
+
+class SiglaneConfig(PretrainedConfig):
+    """config.json of a view (`view.py`).
+
+    checkpoint: folder of the model's own files, where siglane reads everything else; text_config: the language model's;
+    vision_config: SGLang asks only whether there is one; image_token_id: stands at the places of images.
+    """
+
+    model_type = "siglane"
+
+    def __init__(
+        self,
+        checkpoint: str = "",
+        text_config: dict[str, Any] | None = None,
+        vision_config: dict[str, Any] | None = None,
+        image_token_id: int = 0,
+        **others: Any,
+    ) -> None:
+        self.checkpoint = checkpoint
+        facts = dict(text_config or {"model_type": "qwen2"})
+        self.text_config = AutoConfig.for_model(facts.pop("model_type"), **facts)
+        self.vision_config = vision_config
+        self.image_token_id = image_token_id
+        super().__init__(**others)
+
+    def get_text_config(self, decoder: Any = None, encoder: Any = None) -> PretrainedConfig:
+        return self.text_config
+
+
+def text_config(language: LanguageConfig, dtype: str) -> dict[str, Any]:
+    """The facts of a language model under the names of the transformers class that has its architecture."""
+    facts: dict[str, Any] = {
+        "model_type": "qwen3" if language.qk_norm else "qwen2" if language.qkv_bias else "llama",
+        "hidden_act": "silu",
+        "tie_word_embeddings": language.tie_embeddings,
+        "rope_parameters": {"rope_type": "default", "rope_theta": language.rope_theta},
+        "rope_theta": language.rope_theta,
+        "attention_bias": language.output_bias,
+        "dtype": dtype,
+    }
+    same = (
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+        "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps",
+    )  # fmt: skip
+    return facts | {name: getattr(language, name) for name in same}

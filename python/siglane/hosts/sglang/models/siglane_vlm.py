@@ -1,0 +1,90 @@
+"""siglane's tower and projector with SGLang's language model: one class for every family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from sglang.srt.managers.mm_utils import general_mm_embed_routine, pad_mm_tokens
+from sglang.srt.models.llama import LlamaForCausalLM
+from sglang.srt.models.qwen2 import Qwen2ForCausalLM
+from sglang.srt.models.qwen3 import Qwen3ForCausalLM
+from sglang.srt.utils import add_prefix
+from torch import nn
+
+from siglane.families.model import check_model
+from siglane.families.parallel import ParallelStack
+from siglane.families.processor import load_processor
+from siglane.families.registry import vlm_family
+from siglane.hosts.sglang import bridge
+from siglane.hosts.sglang.config import ARCHITECTURE, SiglaneConfig
+from siglane.hosts.sglang.settings import host_config
+from siglane.hosts.sglang.weights import full_names, language_tensors
+from siglane.weights.hub import Checkpoint
+from siglane.weights.load import StrictLoad
+
+LANGUAGE_MODELS = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}
+
+
+class SiglaneForConditionalGeneration(nn.Module):
+    """config: of a view (`view.py`). ConfigError or WeightError when its checkpoint is not what it was."""
+
+    def __init__(self, config: SiglaneConfig, quant_config: Any = None, prefix: str = "") -> None:
+        super().__init__()
+        self.checkpoint = Checkpoint(Path(config.checkpoint))
+        self.family = vlm_family(self.checkpoint)
+        self.facts = load_processor(self.checkpoint).config
+        check_model(self.checkpoint, self.facts)
+        self.config = config
+        self.vision = ParallelStack(self.facts, bridge.tensor_parallel(), host_config().encoder_parallel)
+        self.language_model = LANGUAGE_MODELS[config.text_config.model_type](
+            config.text_config, quant_config, add_prefix("language_model", prefix)
+        )
+        self._loaded = False
+
+    def get_input_embeddings(self) -> nn.Module:
+        embeddings: nn.Module = self.language_model.get_input_embeddings()
+        return embeddings
+
+    @property
+    def lm_head(self) -> nn.Module:
+        head: nn.Module = self.language_model.lm_head
+        return head
+
+    def pad_input_ids(self, input_ids: Any, mm_inputs: Any) -> Any:
+        return pad_mm_tokens(input_ids, mm_inputs)
+
+    def get_image_feature(self, items: list[Any]) -> list[torch.Tensor]:
+        """What stands at the places of each item, `[places, hidden_size]`; any subset of a batch's images, one packed
+        forward for all of them."""
+        images = [bridge.patches_of(item, self.facts) for item in items]
+        rows = self.vision(images).split()
+        return [bridge.span_rows(*pair, self.get_input_embeddings()) for pair in zip(items, rows, strict=True)]
+
+    @torch.no_grad()
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: Any) -> Any:
+        return general_mm_embed_routine(
+            input_ids=input_ids,
+            forward_batch=forward_batch,
+            language_model=self.language_model,
+            multimodal_model=self,
+            positions=positions,
+        )
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """The first pass must fill every parameter of tower and projector; later ones, updates, may bring some."""
+        load = StrictLoad(self.family.vision_plan(self.facts), self.vision.stack)
+        tensors = language_tensors(weights, full_names(self.checkpoint), load, self.family, self.facts)
+        if self._loaded:
+            self.language_model.load_weights(tensors)
+            return
+        with load:
+            self.language_model.load_weights(tensors)
+        self.vision.eval().requires_grad_(False)
+        self._loaded = True
+
+
+assert SiglaneForConditionalGeneration.__name__ == ARCHITECTURE
+EntryClass = SiglaneForConditionalGeneration

@@ -1,0 +1,77 @@
+"""From a request's text and media to expanded ids and items, in SGLang's tokenizer process."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from sglang.srt.managers.schedule_batch import MultimodalProcessorOutput
+from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
+
+from siglane.config.layout.rule import ImageBudget
+from siglane.config.options import read_environment
+from siglane.errors import UserError
+from siglane.families.processor import load_processor
+from siglane.hosts.sglang import bridge
+from siglane.hosts.sglang.media import HostMedia, wanted
+from siglane.hosts.sglang.models.siglane_vlm import SiglaneForConditionalGeneration
+from siglane.hosts.sglang.settings import host_config
+from siglane.hosts.sglang.view import placeholder_id
+from siglane.weights.hub import Checkpoint
+
+
+class SiglaneProcessor(BaseMultimodalProcessor):
+    """SGLang's loaders are not used: they open any path and any address that a client names."""
+
+    models = [SiglaneForConditionalGeneration]  # noqa: RUF012 (SGLang's own declaration)
+    generates_input_ids_from_raw_prompt = True
+
+    def __init__(self, hf_config: Any, server_args: Any, processor: Any, transport_mode: Any, **others: Any) -> None:
+        super().__init__(hf_config, server_args, processor, transport_mode, **others)
+        self.prompts = load_processor(Checkpoint(Path(hf_config.checkpoint)))
+        self.media = HostMedia(host_config(), self.prompts, read_environment(ImageBudget))
+
+    async def process_mm_data_async(
+        self,
+        image_data: list[Any] | None,
+        audio_data: Any,
+        input_text: str | list[int],
+        request_obj: Any,
+        max_req_input_len: int | None = None,
+        **others: Any,
+    ) -> MultimodalProcessorOutput:
+        """ValueError, which SGLang answers with 400, for everything that is wrong with this request alone."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self.io_executor, self._process, input_text, request_obj, image_data, audio_data, max_req_input_len
+        )
+
+    def _process(
+        self, text: str | list[int], request: Any, images: Any, audio: Any, longest: int | None
+    ) -> MultimodalProcessorOutput:
+        if audio:
+            raise UserError("this model does not read audio", code="unsupported_media")
+        if getattr(request, "mm_hashes", None):  # not on every request type
+            raise UserError(
+                "mm_hashes are not accepted: siglane tells images apart by 32 bytes", code="unsupported_field"
+            )
+        refs = self.media.admit(wanted(images, request.video_data))
+        files = self.media.fetch(refs)
+        asked = bridge.Asked(self.media.sizes(refs, files), tuple(ref.budget for ref in refs))
+        text = text if isinstance(text, str) else self._tokenizer.decode(text)
+        draft = self.prompts.rendered_prompt(text, self.media.hollow(asked))
+        if longest is not None and len(draft.token_ids) > longest:
+            message = (
+                f"the prompt has {len(draft.token_ids)} tokens, {longest} are accepted; ask for fewer or smaller images"
+            )
+            raise UserError(message, code="context_length_exceeded")
+        patches = self.media.cut(refs, files, asked)
+        prompt = self.prompts.rendered_prompt(text, patches)
+        numbers = [next(number for number, one in enumerate(patches) if one is image) for image in prompt.images]
+        ids = list(prompt.token_ids)
+        place = placeholder_id(self.prompts.config)
+        for span in prompt.spans:
+            ids[span.start : span.stop] = [place] * (span.stop - span.start)
+        return MultimodalProcessorOutput(
+            input_ids=ids, mm_items=bridge.items_of(prompt, asked, numbers), im_token_id=place
+        )

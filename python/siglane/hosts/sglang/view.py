@@ -1,0 +1,129 @@
+"""A view: a small folder through which SGLang loads any checkpoint that siglane knows.
+
+SGLang reads config.json, the tokenizer and the weights from one folder, by the names transformers gives them. VILA
+keeps them in three folders, nanoVLM's config.json names no architecture and has no tokenizer beside it, Ovis2.5's needs
+remote code. A view has one configuration for all (`config.py`), siglane's tokenizer with a chat template that needs no
+help, and links to the checkpoint's own weights: nothing is copied or converted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import siglane.families.registry as registry
+from siglane import __version__
+from siglane.config.vlm import VlmConfig
+from siglane.errors import ConfigError, UserError
+from siglane.families.model import check_model, model_tensors, stored_dtype
+from siglane.families.processor import Processor, load_processor
+from siglane.hosts.sglang.config import ARCHITECTURE, SiglaneConfig, text_config
+from siglane.hosts.sglang.settings import host_config
+from siglane.weights.hub import REPOSITORY_ID, Checkpoint, open_checkpoint
+
+# architectures for which SGLang 0.5.23 has classes of its own, by siglane's family
+BUILT_IN = {"nvila": ("NVILAForConditionalGeneration", "NVILALiteForConditionalGeneration")}
+DESCRIPTIONS = ("*.json", "*/*.json", "*.jinja")
+
+
+def view_of(model: str, revision: str | None = None) -> Path | None:
+    """The view of `model`, a folder or hub id; None when it is SGLang's own business.
+
+    That is every model of no known family, a view, and one of a built-in architecture whose family is not in
+    SIGLANE_SGLANG_OVERRIDE. UserError for a broken checkpoint of a known family: nothing falls back in silence.
+    """
+    found = _described(model, revision)
+    if found is None or not (found.has("config.json") and registry.is_vlm(found)):
+        return None
+    family = registry.vlm_family(found)
+    config = host_config()
+    if known := [name for name in config.sglang_override if name not in (f.name for f in registry.VLM_FAMILIES)]:
+        raise ConfigError(f"SIGLANE_SGLANG_OVERRIDE names {known[0]!r}, which is no family of siglane's")
+    built_in = set(found.json("config.json").get("architectures") or []) & set(BUILT_IN.get(family.name, ()))
+    if built_in and family.name not in config.sglang_override:
+        return None
+    return write_view(open_checkpoint(model, revision), _views(config.sglang_views))
+
+
+def write_view(checkpoint: Checkpoint, views: Path) -> Path:
+    """The view of a checkpoint below folder `views`, made once for each state of its files.
+
+    ConfigError or WeightError when the checkpoint cannot be served.
+    """
+    files = sorted({tensor.file.resolve() for tensor in model_tensors(checkpoint)})
+    folder = views / f"{checkpoint.root.resolve().name}-{_state(checkpoint, files)}"
+    if folder.is_dir():
+        return folder
+    processor = load_processor(checkpoint)
+    check_model(checkpoint, processor.config)
+    views.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=views))
+    try:
+        fresh.chmod(0o755)
+        _fill(fresh, checkpoint, processor, files)
+        fresh.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return folder
+
+
+def _described(model: str, revision: str | None) -> Checkpoint | None:
+    """The model's descriptions, without weights; None for anything but a folder or a repository that can be had."""
+    if not Path(model).is_dir() and not REPOSITORY_ID.fullmatch(model):
+        return None
+    try:
+        return open_checkpoint(model, revision, patterns=DESCRIPTIONS)
+    except UserError:
+        return None  # SGLang says what it makes of the name
+
+
+def _views(named: str | None) -> Path:
+    return Path(named) if named else Path.home() / ".cache" / "siglane" / "sglang"
+
+
+def _state(checkpoint: Checkpoint, files: list[Path]) -> str:
+    """Changes with any file that a view is made of."""
+    described = [*checkpoint.root.glob("*.j*"), *checkpoint.root.glob("*/*.j*"), *files]
+    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(described)]
+    return hashlib.sha256(repr((__version__, facts)).encode()).hexdigest()[:16]
+
+
+def _fill(folder: Path, checkpoint: Checkpoint, processor: Processor, files: list[Path]) -> None:
+    config = processor.config
+    ends = list(config.eos_token_ids)
+    dtype = str(stored_dtype(checkpoint)).removeprefix("torch.")
+    root: dict[str, Any] = {
+        "architectures": [ARCHITECTURE],
+        "model_type": SiglaneConfig.model_type,
+        "family": config.family,
+        "checkpoint": str(checkpoint.root.resolve()),
+        "dtype": dtype,
+        "image_token_id": placeholder_id(config),
+        "eos_token_id": ends,
+        "tie_word_embeddings": config.language.tie_embeddings,
+        "text_config": text_config(config.language, dtype) | {"eos_token_id": ends},
+        "vision_config": {"hidden_size": config.vision.hidden_size, "num_hidden_layers": config.vision.depth},
+    }
+    _write(folder / "config.json", root)
+    _write(folder / "generation_config.json", {"eos_token_id": ends, "do_sample": False})
+    processor.tokenizer.chat_template = processor.chat_template()
+    processor.tokenizer.save_pretrained(str(folder))
+    for number, file in enumerate(files):
+        os.symlink(file, folder / f"part-{number:05d}.safetensors")
+
+
+def placeholder_id(config: VlmConfig) -> int:
+    """What stands at the places of images in ids that SGLang sees: within the vocabulary, which SGLang insists on."""
+    return config.image_token_id if 0 <= config.image_token_id < config.language.vocab_size else 0
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
