@@ -31,6 +31,9 @@ GIB = 1 << 30
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DoctorOptions:
     json: bool = field(default=False, metadata={"help": "print one JSON object"})
+    host: Literal["sglang"] | None = field(
+        default=None, metadata={"help": "examine siglane inside this engine instead, with a short self-test"}
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +52,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, out: TextIO) -> int:
     options = read_options(DoctorOptions, arguments)
     checks = []
-    for examine in (_python, _packages, _extras, _devices, _attention, _memory, _disk, _files, _environment, _demo):
-        found = _examined(examine)
-        checks += found
-        if not options.json:
-            out.writelines(f"{MARKS[check.status]:>6}  {check.name:<20} {check.detail}\n" for check in found)
-            out.flush()
+    own = (_python, _packages, _extras, _devices, _attention, _memory, _disk, _files, _environment, _demo)
+    for examine in own if options.host is None else (_python, _sglang):
+        for check in _examined(examine):
+            checks.append(check)
+            if not options.json:
+                out.write(f"{MARKS[check.status]:>6}  {check.name:<20} {check.detail}\n")
+                out.flush()
     broken = [check for check in checks if check.status == "broken"]
     if options.json:
         emit_json({"ok": not broken, "siglane": version("siglane"), "checks": [asdict(check) for check in checks]}, out)
@@ -64,12 +68,19 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     return 0
 
 
-def _examined(examine: Callable[[], Iterator[Check]]) -> list[Check]:
+def _examined(examine: Callable[[], Iterator[Check]]) -> Iterator[Check]:
     """The findings of one check; what it stumbles over is a finding too."""
     try:
-        return list(examine())
+        yield from examine()
     except Exception as error:
-        return [Check(examine.__name__.strip("_"), "broken", f"{type(error).__name__}: {error}")]
+        yield Check(examine.__name__.strip("_"), "broken", f"{type(error).__name__}: {error}")
+
+
+def _sglang() -> Iterator[Check]:
+    from siglane.hosts.sglang.doctor import examine
+
+    for name, broken, detail in examine():
+        yield Check(name, "broken" if broken else "ok", detail)
 
 
 def _python() -> Iterator[Check]:
@@ -222,10 +233,11 @@ def _environment() -> Iterator[Check]:
     from siglane.cli.tokens import TokensOptions
     from siglane.cli.verify import VerifyOptions
     from siglane.engine.config import EngineConfig
+    from siglane.hosts.sglang.settings import HostConfig
     from siglane.server.config import ServerConfig
     from siglane.types import SamplingParams
 
-    shared = (CommonOptions, ModelOptions, PictureOptions, EngineConfig, SamplingParams, ServerConfig)
+    shared = (CommonOptions, ModelOptions, PictureOptions, EngineConfig, SamplingParams, ServerConfig, HostConfig)
     own = (DemoOptions, DoctorOptions, EncodeOptions, GenerateOptions, LookOptions, TokensOptions, VerifyOptions)
     known = known_variables((*shared, *own))
     found = sorted(name for name in os.environ if name.startswith(PREFIX))
