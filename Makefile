@@ -7,8 +7,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off -c constraints.txt
+SGLANG := .venv-sglang
+SGLANG_TESTS := tests/hosts/sglang
+SGLANG_PIP := $(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off --no-warn-conflicts
 
-.PHONY: demo serve test test-slow test-gpu lint bench
+.PHONY: demo serve test test-slow test-gpu test-sglang lint bench
 .DEFAULT_GOAL := demo
 
 demo: $(READY)  ## ask the model that ships with siglane one question, through a real server
@@ -26,6 +29,9 @@ test-slow: $(READY)  ## the tests that take longer than ten seconds each
 test-gpu: $(READY)  ## the tests that need CUDA; without it they skip and say so
 	@$(BIN)/python -m pytest -q -rs -m gpu
 
+test-sglang: $(SGLANG)/.ready  ## the tests inside the real SGLang, without a GPU; an environment of its own, 3 GB
+	@$(SGLANG)/bin/python -m pytest -q -rs -m sglang $(SGLANG_TESTS)
+
 lint: $(READY)  ## style, format and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -41,4 +47,18 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) $(TORCH)
 	@echo "== installing siglane and its development tools"
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+$(SGLANG)/.ready: pyproject.toml constraints.txt $(SGLANG_TESTS)/requirements.txt $(SGLANG_TESTS)/no_deps.txt
+	@test -n "$(PYTHON)" || { echo "siglane needs Python 3.11 or newer on the PATH (or: make PYTHON=/path/to/python)" >&2; exit 1; }
+	@test -x $(SGLANG)/bin/python || { echo "== creating $(SGLANG) with $(PYTHON)"; $(PYTHON) -m venv $(SGLANG); }
+	@awk -F== 'NR == FNR { own[$$1]; next } !($$1 in own)' $(SGLANG_TESTS)/requirements.txt constraints.txt > $(SGLANG)/constraints.txt
+	@echo "== installing $(TORCH)"
+	@$(SGLANG_PIP) -c $(SGLANG)/constraints.txt $(TORCH)
+	@echo "== installing siglane and what SGLang imports"
+	@$(SGLANG_PIP) -c $(SGLANG)/constraints.txt -r $(SGLANG_TESTS)/requirements.txt -e '.[server,video]'
+	@echo "== installing SGLang"
+	@$(SGLANG_PIP) --no-deps -r $(SGLANG_TESTS)/no_deps.txt
+	@site=$$($(SGLANG)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		printf '%s\nimport torchvision_schemas\n' '$(CURDIR)/$(SGLANG_TESTS)/environment' > $$site/sglang_test_environment.pth
 	@touch $@

@@ -1,0 +1,206 @@
+"""The real SGLang on a machine without a GPU: its offline engine and its server, each in a process group of its own
+that is killed with everything below it. One core per rank.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+START_SECONDS = 180.0
+ANSWER_SECONDS = 120.0
+TAIL_CHARACTERS = 4000
+
+ENVIRONMENT = {
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "SGLANG_CPU_WORKERS": "1",  # its image processes; one per core by default
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+class HostError(RuntimeError):
+    """SGLang did not start, died or did not answer in time; the message ends with what it wrote last."""
+
+
+def engine_options(**more: Any) -> dict[str, Any]:
+    """SGLang's arguments for a machine without a GPU and its compiled kernels, `more` put over them."""
+    return {
+        "device": "cpu",
+        "attention_backend": "torch_native",
+        "mm_attention_backend": "sdpa",
+        "sampling_backend": "pytorch",
+        "disable_overlap_schedule": True,
+        "disable_cuda_graph": True,
+        "dtype": "float32",
+        "max_total_tokens": 16384,
+        "log_level": "error",
+        "port": free_port(),
+        **more,
+    }
+
+
+def environment(options: Mapping[str, Any], env: Mapping[str, str]) -> dict[str, str]:
+    """This process' environment with what SGLang needs, `env` put over it."""
+    ours = dict(ENVIRONMENT)
+    ranks = int(options.get("tp_size", 1))
+    if ranks > 1:  # by default a rank takes a NUMA node, and more ranks than nodes are refused
+        cores = sorted(os.sched_getaffinity(0))
+        ours["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[rank % len(cores)]) for rank in range(ranks))
+    return {**os.environ, **ours, **env}
+
+
+@dataclass(frozen=True, slots=True)
+class RunningEngine:
+    """`sglang.Engine` in its worker process. start_seconds: until it could take a request."""
+
+    process: subprocess.Popen[bytes]
+    pipe: Connection
+    log: Path
+    start_seconds: float
+
+    def generate(
+        self, requests: Sequence[Mapping[str, Any]], sampling: Mapping[str, Any], *, seconds: float = ANSWER_SECONDS
+    ) -> list[dict[str, Any]]:
+        """SGLang's answers ("text", "output_ids", "meta_info"), all requests submitted at once.
+
+        requests: keyword arguments of `Engine.async_generate` (prompt or input_ids, image_data, return_logprob, ...);
+        a request's own sampling_params go before `sampling`. A refused request answers {"error": message}.
+        Raises HostError if the engine dies or takes longer than `seconds`.
+        """
+        self.pipe.send(([dict(request) for request in requests], dict(sampling)))
+        answers: list[dict[str, Any]] = receive(self.process, self.pipe, self.log, seconds)
+        return answers
+
+
+@dataclass(frozen=True, slots=True)
+class RunningServer:
+    """`sglang serve`. base_url ends without a slash and without /v1. start_seconds: until /health said yes."""
+
+    process: subprocess.Popen[bytes]
+    base_url: str
+    log: Path
+    start_seconds: float
+
+
+@contextmanager
+def sglang_engine(
+    model: Path, *, env: Mapping[str, str] | None = None, start_seconds: float = START_SECONDS, **more: Any
+) -> Iterator[RunningEngine]:
+    """An offline engine serving the checkpoint in `model`; `more` are SGLang's arguments over `engine_options`."""
+    options = engine_options(model_path=str(model), **more)
+    ours, theirs = Pipe()
+    command = [sys.executable, str(Path(__file__).with_name("sglang_worker.py")), str(theirs.fileno())]
+    started = time.monotonic()
+    with process_group(command, environment(options, env or {}), (theirs.fileno(),)) as (process, log):
+        theirs.close()
+        with ours:
+            ours.send(options)
+            receive(process, ours, log, start_seconds)
+            yield RunningEngine(process, ours, log, time.monotonic() - started)
+            with suppress(OSError, subprocess.TimeoutExpired):  # already dead, or does not want to end: killed below
+                ours.send(None)
+                process.wait(timeout=20)
+
+
+@contextmanager
+def sglang_server(
+    model: Path, *, env: Mapping[str, str] | None = None, start_seconds: float = START_SECONDS, **more: Any
+) -> Iterator[RunningServer]:
+    """The command `sglang serve`, serving the checkpoint in `model`, once it is healthy."""
+    options = engine_options(model_path=str(model), host="127.0.0.1", **more)
+    command = [str(Path(sys.executable).with_name("sglang")), "serve", *flags(options)]
+    base_url = f"http://127.0.0.1:{options['port']}"
+    started = time.monotonic()
+    with process_group(command, environment(options, env or {})) as (process, log):
+        while not healthy(base_url):
+            watch(process, log, started + start_seconds)
+            time.sleep(0.5)
+        yield RunningServer(process, base_url, log, time.monotonic() - started)
+
+
+@contextmanager
+def process_group(
+    command: Sequence[str], env: Mapping[str, str], pass_fds: tuple[int, ...] = ()
+) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """A command in a session of its own, with a temporary folder of its own, and the file it writes to; leaving kills
+    every process in the session and removes the folder.
+    """
+    with tempfile.TemporaryDirectory(prefix="sglang-", ignore_cleanup_errors=True) as folder:
+        log = Path(folder) / "log.txt"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command, env={**env, "TMPDIR": folder}, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                pass_fds=pass_fds, start_new_session=True,
+            )  # fmt: skip
+        try:
+            yield process, log
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def receive(process: subprocess.Popen[bytes], pipe: Connection, log: Path, seconds: float) -> Any:
+    deadline = time.monotonic() + seconds
+    while not pipe.poll(0.5):
+        watch(process, log, deadline)
+    try:
+        return pipe.recv()
+    except EOFError:
+        raise HostError(f"sglang closed its pipe; its last words:\n{tail(log)}") from None
+
+
+def watch(process: subprocess.Popen[bytes], log: Path, deadline: float) -> None:
+    """Raises HostError once the process has ended or the time is over."""
+    if process.poll() is not None:
+        raise HostError(f"sglang ended with code {process.returncode}; its last words:\n{tail(log)}")
+    if time.monotonic() > deadline:
+        raise HostError(f"sglang did not answer in time; its last words:\n{tail(log)}")
+
+
+def tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-TAIL_CHARACTERS:]
+
+
+def healthy(base_url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{base_url}/health", timeout=30) as reply:
+            return bool(reply.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def flags(options: Mapping[str, Any]) -> list[str]:
+    """Arguments of `Engine` as those of the command line: True is a bare flag, False is absent."""
+    words: list[str] = []
+    for name, value in options.items():
+        if value is False:
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words.append(str(value))
+    return words
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,36 @@
+"""One offline SGLang engine, driven through a pipe by `sglang_host.sglang_engine`. SGLang's own processes import this
+file too (multiprocessing's spawn), so it imports nothing at the top that costs time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+async def answer(engine: Any, request: dict[str, Any], sampling: dict[str, Any]) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = await engine.async_generate(**{"sampling_params": sampling, **request})
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    return result
+
+
+async def answer_all(engine: Any, requests: list[dict[str, Any]], sampling: dict[str, Any]) -> list[dict[str, Any]]:
+    return await asyncio.gather(*(answer(engine, request, sampling) for request in requests))
+
+
+def main(pipe: Connection) -> None:
+    from sglang import Engine
+
+    engine = Engine(**pipe.recv())
+    pipe.send("ready")
+    while (job := pipe.recv()) is not None:
+        pipe.send(engine.loop.run_until_complete(answer_all(engine, *job)))
+    engine.shutdown()
+
+
+if __name__ == "__main__":
+    main(Connection(int(sys.argv[1])))
