@@ -9,11 +9,11 @@ from torch import nn
 
 from siglane.config.vision import VisionConfig
 from siglane.nn.attention import choose_backend
+from siglane.nn.encoder import Block, Rotary
 from siglane.nn.parallel import TensorParallel
 from siglane.nn.rope import rotary_tables_2d
 from siglane.types import AttentionBackend, BackendChoice, Grid, PackedPatches
 from siglane.vision.embed import PatchEmbedding
-from siglane.vision.encoder import Block, Rotary
 from siglane.vision.pool import MapHead
 from siglane.vision.position import PositionEmbedding
 from siglane.vision.window import BlockOrder

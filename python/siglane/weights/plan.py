@@ -128,23 +128,44 @@ def tower_plan(config: VisionConfig) -> WeightPlan:
         Rule("embeddings.patch_embedding.{leaf}", "patch_embedding.{leaf}"),
         Rule("embeddings.position_embedding.weight", "position_embedding.weight"),
     ]
-    for source, target, part in (
-        ("layer_norm1", "norm1", ""),
-        ("self_attn.q_proj", "attention.qkv", "q"),
-        ("self_attn.k_proj", "attention.qkv", "k"),
-        ("self_attn.v_proj", "attention.qkv", "v"),
-        ("self_attn.out_proj", "attention.out_proj", ""),
-        ("layer_norm2", "norm2", ""),
-        ("mlp.fc1", "mlp.fc1", ""),
-        ("mlp.fc2", "mlp.fc2", ""),
-    ):
-        entries.append(Rule(f"encoder.layers.{{i}}.{source}.{{leaf}}", f"blocks.{{i}}.{target}.{{leaf}}", part))
+    entries += _encoder_blocks()
     if config.post_norm:
         entries.append(Rule("post_layernorm.{leaf}", "post_norm.{leaf}"))
     else:
         entries.append(Ignore("post_layernorm.{leaf}", "the features are taken before the last norm"))
     entries += _HEAD if config.use_head else [Ignore("head.{rest}", "the pooling head is not used")]
     return WeightPlan(tuple(entries)).under("[vision_model.]", "")
+
+
+def _encoder_blocks() -> list[Entry]:
+    """transformers' `SiglipEncoder`, the same in both towers."""
+    return [
+        Rule(f"encoder.layers.{{i}}.{source}.{{leaf}}", f"blocks.{{i}}.{target}.{{leaf}}", part)
+        for source, target, part in (
+            ("layer_norm1", "norm1", ""),
+            ("self_attn.q_proj", "attention.qkv", "q"),
+            ("self_attn.k_proj", "attention.qkv", "k"),
+            ("self_attn.v_proj", "attention.qkv", "v"),
+            ("self_attn.out_proj", "attention.out_proj", ""),
+            ("layer_norm2", "norm2", ""),
+            ("mlp.fc1", "mlp.fc1", ""),
+            ("mlp.fc2", "mlp.fc2", ""),
+        )
+    ]
+
+
+def text_tower_plan() -> WeightPlan:
+    """transformers' `SiglipTextModel` and `Siglip2TextModel`."""
+    return WeightPlan(
+        (
+            Ignore("{rest}.position_ids", "a constant buffer of older versions"),
+            Rule("embeddings.token_embedding.weight", "token_embedding.weight"),
+            Rule("embeddings.position_embedding.weight", "position_embedding.weight"),
+            *_encoder_blocks(),
+            Rule("final_layer_norm.{leaf}", "final_norm.{leaf}"),
+            Rule("head.{leaf}", "head.{leaf}"),
+        )
+    )
 
 
 _HEAD: list[Entry] = [

@@ -1,25 +1,44 @@
-"""The pre-LN transformer blocks of SigLIP."""
+"""The pre-LN transformer blocks of SigLIP, the same in both of its towers."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from siglane.config.vision import VisionConfig
 from siglane.nn.act import activate
 from siglane.nn.attention import Segments, packed_attention
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear, attention_parallel
 from siglane.nn.parallel import TensorParallel
 from siglane.nn.rope import rotate
-from siglane.types import AttentionBackend
+from siglane.types import Activation, AttentionBackend
+
+
+class BlockFacts(Protocol):
+    """What a block needs to know; the configurations of both towers have it."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def hidden_act(self) -> Activation: ...
+    @property
+    def layer_norm_eps(self) -> float: ...
+
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
 class Attention(nn.Module):
-    """Self-attention within each segment: an image, a frame or a window."""
+    """Self-attention within each segment: an image, a frame, a window or a text."""
 
-    def __init__(self, config: VisionConfig, tp: TensorParallel) -> None:
+    def __init__(self, config: BlockFacts, tp: TensorParallel) -> None:
         super().__init__()
         heads, head_dim, hidden_size = config.num_attention_heads, config.head_dim, config.hidden_size
         tp = attention_parallel(tp, heads, heads)
@@ -40,7 +59,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers. A width that does not divide by the group's size (4304 on 3) is kept whole on every rank."""
 
-    def __init__(self, config: VisionConfig, tp: TensorParallel) -> None:
+    def __init__(self, config: BlockFacts, tp: TensorParallel) -> None:
         super().__init__()
         self.activation = config.hidden_act
         self.fc1 = ColumnParallelLinear(config.hidden_size, {"": config.intermediate_size}, bias=True, tp=tp)
@@ -53,7 +72,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """`x += attention(norm1(x)); x += mlp(norm2(x))`."""
 
-    def __init__(self, config: VisionConfig, tp: TensorParallel) -> None:
+    def __init__(self, config: BlockFacts, tp: TensorParallel) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.attention = Attention(config, tp)

@@ -1,0 +1,1 @@
+"""SigLIP's text tower, and how a text becomes its tokens."""

@@ -1,0 +1,43 @@
+"""Texts -> ids exactly as the text tower was trained on them (formats.md 1.6, 2.1)."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from siglane.config.dual import TextRule
+
+_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@dataclass(frozen=True, slots=True)
+class TextTokens:
+    """encode: text -> ids, without any special token."""
+
+    rule: TextRule
+    encode: Callable[[str], list[int]]
+
+    def prepared(self, text: str) -> str:
+        """What of a text reaches the tokenizer (transformers `SiglipTokenizer.canonicalize_text`, lower case first)."""
+        text = text.lower() if self.rule.lowercase else text
+        if not self.rule.delete_punctuation:
+            return text
+        return " ".join(text.translate(_WITHOUT_PUNCTUATION).split())
+
+    def ids(self, texts: Sequence[str]) -> torch.Tensor:
+        """i64 `[texts, rule.length]`."""
+        return torch.tensor([self._row(text) for text in texts]).reshape(len(texts), self.rule.length)
+
+    def kept(self, text: str) -> int:
+        """How many of its tokens a text keeps; fewer than `count` when it is longer than the model reads."""
+        return min(self.count(text), self.rule.length - 1)
+
+    def count(self, text: str) -> int:
+        return len(self.encode(self.prepared(text)))
+
+    def _row(self, text: str) -> list[int]:
+        ids = [*self.encode(self.prepared(text))[: self.rule.length - 1], self.rule.end_id]
+        return ids + [self.rule.pad_id] * (self.rule.length - len(ids))

@@ -1,0 +1,50 @@
+"""`SiglipTextModel`: padded ids -> one embedding per text (formats.md 1.3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from siglane.config.dual import TextTowerConfig
+from siglane.nn.attention import Segments, choose_backend
+from siglane.nn.embedding import VocabParallelEmbedding
+from siglane.nn.encoder import Block
+from siglane.nn.parallel import TensorParallel
+from siglane.types import AttentionBackend, BackendChoice
+
+
+class SiglipTextModel(nn.Module):
+    """Every position attends to every other, padding included: that is how the model was trained. The embedding is read
+    at the last position, whatever stands there."""
+
+    def __init__(
+        self, config: TextTowerConfig, tp: TensorParallel | None = None, attention_backend: BackendChoice = "auto"
+    ) -> None:
+        super().__init__()
+        tp = tp or TensorParallel.single()
+        self.config, self.attention_backend = config, attention_backend
+        self._backends: dict[tuple[torch.device, torch.dtype], AttentionBackend] = {}
+        self.token_embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
+        self.position_embedding = nn.Embedding(config.length, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, tp) for _ in range(config.num_hidden_layers))
+        self.final_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.projection_size)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids i64 `[B, S]`, S at most the trained length -> `[B, projection_size]`, not normalised."""
+        texts, length = ids.shape
+        x = self.token_embedding(ids.flatten()).unflatten(0, ids.shape) + self.position_embedding.weight[:length]
+        x = x.flatten(0, 1)
+        backend = self._backend(x)
+        segments = Segments.of([length] * texts, x.device)
+        for block in self.blocks:
+            x = block(x, segments, backend)
+        last = x.unflatten(0, ids.shape)[:, -1]  # norm and head see each row by itself
+        embeddings: torch.Tensor = self.head(self.final_norm(last))
+        return embeddings
+
+    def _backend(self, x: torch.Tensor) -> AttentionBackend:
+        key = (x.device, x.dtype)
+        if key not in self._backends:
+            self._backends[key] = choose_backend(self.attention_backend, *key)
+        return self._backends[key]
