@@ -10,8 +10,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --progre
 SGLANG := .venv-sglang
 SGLANG_TESTS := tests/hosts/sglang
 SGLANG_PIP := $(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off --no-warn-conflicts
+VLLM := .venv-vllm
+VLLM_TESTS := tests/hosts/vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off --no-warn-conflicts
 
-.PHONY: demo serve test test-slow test-gpu test-sglang lint bench
+.PHONY: demo serve test test-slow test-gpu test-sglang test-vllm lint bench
 .DEFAULT_GOAL := demo
 
 demo: $(READY)  ## ask the model that ships with siglane one question, through a real server
@@ -21,7 +24,7 @@ serve: $(READY)  ## keep that server running; prints a curl line to try
 	@$(BIN)/siglane demo --stay
 
 test: $(READY)  ## everything but the long tests
-	@$(BIN)/python -m pytest -q -n 2 -m "not slow"
+	@$(BIN)/python -m pytest -q -n 2 -m "not slow and not vllm"
 
 test-slow: $(READY)  ## the tests that take longer than ten seconds each
 	@$(BIN)/python -m pytest -q -m slow
@@ -31,6 +34,9 @@ test-gpu: $(READY)  ## the tests that need CUDA; without it they skip and say so
 
 test-sglang: $(SGLANG)/.ready  ## the tests inside the real SGLang, without a GPU; an environment of its own, 3 GB
 	@$(SGLANG)/bin/python -m pytest -q -rs -m sglang $(SGLANG_TESTS)
+
+test-vllm: $(READY) $(VLLM)/.ready  ## siglane's answers against the real vLLM's, without a GPU; an environment of its own, 3 GB
+	@$(BIN)/python -m pytest -q -rs -m vllm $(VLLM_TESTS)
 
 lint: $(READY)  ## style, format and types
 	@$(BIN)/ruff check .
@@ -61,4 +67,16 @@ $(SGLANG)/.ready: pyproject.toml constraints.txt $(SGLANG_TESTS)/requirements.tx
 	@$(SGLANG_PIP) --no-deps -r $(SGLANG_TESTS)/no_deps.txt
 	@site=$$($(SGLANG)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 		printf '%s\nimport torchvision_schemas\n' '$(CURDIR)/$(SGLANG_TESTS)/environment' > $$site/sglang_test_environment.pth
+	@touch $@
+
+$(VLLM)/.ready: constraints.txt $(wildcard $(VLLM_TESTS)/*.txt)
+	@test -n "$(PYTHON)" || { echo "siglane needs Python 3.11 or newer on the PATH (or: make PYTHON=/path/to/python)" >&2; exit 1; }
+	@test -x $(VLLM)/bin/python || { echo "== creating $(VLLM) with $(PYTHON)"; $(PYTHON) -m venv $(VLLM); }
+	@awk -F== 'NR == FNR { if (NF > 1) own[$$1]; next } !($$1 in own)' $(VLLM_TESTS)/requirements.txt constraints.txt > $(VLLM)/constraints.txt
+	@echo "== installing $(TORCH) and what vLLM imports"
+	@$(VLLM_PIP) -c $(VLLM)/constraints.txt $(TORCH) -r $(VLLM_TESTS)/requirements.txt
+	@echo "== installing vLLM"
+	@$(VLLM_PIP) --no-deps -r $(VLLM_TESTS)/no_deps.txt
+	@site=$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		printf '%s\nimport torchvision_schemas\n' '$(CURDIR)/$(VLLM_TESTS)/environment' > $$site/vllm_test_environment.pth
 	@touch $@
