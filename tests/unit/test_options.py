@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
 from siglane.cli.options import Parser, add_options, known_variables, options_of, read_options
+from siglane.config.layout.rule import ImageBudget
+from siglane.config.media import MediaConfig
+from siglane.config.options import read_environment
+from siglane.config.preprocess import DecodeConfig
 from siglane.engine.config import EngineConfig
-from siglane.errors import UserError
+from siglane.errors import ConfigError, UserError
+from siglane.hosts.sglang.settings import HostConfig
+from siglane.image.source import MediaPolicy
 from siglane.server.config import ServerConfig
 from siglane.types import SamplingParams
 
@@ -58,7 +65,12 @@ def test_every_type_is_read_from_flags() -> None:
     )
 
 
-def test_every_type_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def read_without_flags() -> Example:
+    return read_environment(Example)
+
+
+@pytest.mark.parametrize("reader", [read, read_without_flags])
+def test_every_type_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch, reader: Any) -> None:
     values = {
         "NAME": "x",
         "COUNT": "7",
@@ -72,7 +84,7 @@ def test_every_type_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch
     }
     for name, value in values.items():
         monkeypatch.setenv(f"SIGLANE_{name}", value)
-    assert read() == Example(
+    assert reader() == Example(
         name="x",
         count=7,
         share=0.5,
@@ -111,10 +123,11 @@ def test_flag_wins_over_variable_and_variable_over_default(monkeypatch: pytest.M
 )
 def test_a_bad_variable_is_named(monkeypatch: pytest.MonkeyPatch, variable: str, value: str, complaint: str) -> None:
     monkeypatch.setenv(f"SIGLANE_{variable}", value)
-    with pytest.raises(UserError) as caught:
-        read("-n", "x")
-    assert complaint in caught.value.message
-    assert caught.value.param == f"SIGLANE_{variable}"
+    for reader in (lambda: read("-n", "x"), lambda: read_environment(Example, name="x")):
+        with pytest.raises(UserError) as caught:
+            reader()
+        assert complaint in caught.value.message
+        assert caught.value.param == f"SIGLANE_{variable}"
 
 
 def test_a_bad_flag_is_not_blamed_on_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,8 +167,135 @@ def test_help_shows_default_and_variable() -> None:
     assert "[default: 256M, SIGLANE_CACHE_BYTES]" in text
 
 
-@pytest.mark.parametrize("config", [EngineConfig, ServerConfig, SamplingParams])
+@pytest.mark.parametrize("config", [EngineConfig, ServerConfig, SamplingParams, MediaConfig, HostConfig, ImageBudget])
 def test_the_real_configurations_have_flags_for_every_field(config: type[Any]) -> None:
     assert read(config=config) == config()
     assert all(option.help for option in options_of(config) if config is not SamplingParams)
     assert len(known_variables([config])) == len(options_of(config))
+
+
+def test_what_a_caller_gives_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIGLANE_COUNT", "not read")
+    monkeypatch.setenv("SIGLANE_SHARE", "0.5")
+    assert read_environment(Example, name="x", count=9) == Example(name="x", count=9, share=0.5)
+    with pytest.raises(UserError) as caught:
+        read_environment(Example, name="x", count=-1)
+    assert caught.value.message == "count must not be negative, got -1"
+
+
+def test_an_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for option in options_of(Example):
+        monkeypatch.setenv(option.variable, "")
+    assert read_environment(Example, name="x") == Example(name="x")
+
+
+def test_a_required_variable_that_is_missing_is_named() -> None:
+    with pytest.raises(UserError, match="environment variable SIGLANE_NAME is missing"):
+        read_environment(Example)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alike:
+    """`dtype` is a part of the other name."""
+
+    dtype: str = "a"
+    vision_dtype: str = "b"
+
+    def __post_init__(self) -> None:
+        if self.vision_dtype == "bad":
+            raise UserError("vision_dtype must not be bad", code="bad")
+
+
+def test_a_name_inside_another_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIGLANE_DTYPE", "c")
+    with pytest.raises(UserError) as caught:
+        read_environment(Alike, vision_dtype="bad")
+    assert caught.value.message == "vision_dtype must not be bad"
+    monkeypatch.setenv("SIGLANE_VISION_DTYPE", "bad")
+    with pytest.raises(UserError) as caught:
+        read_environment(Alike)
+    assert caught.value.param == "SIGLANE_VISION_DTYPE"
+
+
+def test_an_image_budget_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"DETAIL": "low", "MAX_PIXELS": "4096", "GRID_PINPOINTS": "384:768,384:384"}.items():
+        monkeypatch.setenv(f"SIGLANE_{name}", value)
+    found = read_environment(ImageBudget)
+    assert found == ImageBudget(detail="low", max_pixels=4096, grid_pinpoints=((384, 768), (384, 384)))
+    monkeypatch.setenv("SIGLANE_MAX_TILES", "0")
+    with pytest.raises(UserError, match=r"max_tiles must be at least 1, got 0 \(from SIGLANE_MAX_TILES\)"):
+        read_environment(ImageBudget)
+
+
+class TestMedia:
+    def test_a_server_and_a_host_have_the_same_settings(self) -> None:
+        common = [(one.name, one.default, one.metadata["help"]) for one in fields(MediaConfig)]
+        for config in (ServerConfig, HostConfig):
+            assert [(one.name, one.default, one.metadata.get("help")) for one in fields(config)][
+                : len(common)
+            ] == common
+
+    def test_the_defaults_are_those_of_a_stranger(self) -> None:
+        assert MediaPolicy.of(MediaConfig()) == MediaPolicy()
+        decode = MediaConfig().decode
+        assert decode == DecodeConfig(formats=MediaConfig().image_formats, clip_seconds=20.0)
+
+    def test_every_setting_reaches_what_reads_it(self) -> None:
+        config = MediaConfig(
+            max_image_bytes=11,
+            max_image_pixels=12,
+            max_video_pixels=13,
+            video_seconds=1.5,
+            image_alpha="drop",
+            image_16bit="clip",
+            image_formats=("PNG", "TIFF"),
+            allowed_local_media_path="/pictures",
+            allow_http_images=False,
+            allow_private_addresses=True,
+            image_timeout=2.5,
+            image_redirects=0,
+        )
+        assert MediaPolicy.of(config) == MediaPolicy(
+            allowed_local_root=Path("/pictures"),
+            allow_http=False,
+            allow_private_addresses=True,
+            max_bytes=11,
+            timeout=2.5,
+            max_redirects=0,
+        )
+        assert config.decode == DecodeConfig(
+            alpha="drop",
+            depth16="clip",
+            max_pixels=12,
+            formats=("PNG", "TIFF"),
+            max_clip_pixels=13,
+            clip_seconds=1.5,
+        )
+
+    @pytest.mark.parametrize("config", [MediaConfig, ServerConfig, HostConfig])
+    @pytest.mark.parametrize(
+        ("name", "value", "complaint"),
+        [
+            ("max_image_bytes", 0, "must be at least 1, got 0"),
+            ("max_video_bytes", 0, "must be at least 1, got 0"),
+            ("max_image_pixels", 0, "must be at least 1, got 0"),
+            ("max_video_pixels", -5, "must be at least 1, got -5"),
+            ("max_image_patches", 0, "must be at least 1, got 0"),
+            ("max_video_frames", 0, "must be at least 1, got 0"),
+            ("max_images", -1, "must be at least 0, got -1"),
+            ("max_videos", -1, "must be at least 0, got -1"),
+            ("image_redirects", -1, "must be at least 0, got -1"),
+            ("image_timeout", 0.0, "must be above 0, got 0.0"),
+            ("video_seconds", math.nan, "must be above 0, got nan"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, config: type[Any], name: str, value: Any, complaint: str) -> None:
+        with pytest.raises(ConfigError) as caught:
+            config(**{name: value})
+        assert caught.value.message == f"{name} {complaint}"
+
+    def test_the_smallest_values_are_taken(self) -> None:
+        config = MediaConfig(max_images=0, max_videos=0, image_redirects=0, max_image_bytes=1, max_video_frames=1)
+        assert asdict(config) == asdict(MediaConfig()) | {
+            "max_images": 0, "max_videos": 0, "image_redirects": 0, "max_image_bytes": 1, "max_video_frames": 1,
+        }  # fmt: skip

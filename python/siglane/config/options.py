@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -72,10 +73,19 @@ def options_of(config: type[Any], help: Mapping[str, str] | None = None) -> list
 
 
 def read_environment(config: type[Config], **given: Any) -> Config:
-    """Builds `config` from `given`, then the environment, then its defaults. UserError names a variable at fault."""
-    options = [option for option in options_of(config) if option.name not in given]
-    found = {option: option.from_environment() for option in options}
-    return build(config, given, {option: value for option, value in found.items() if value is not dataclasses.MISSING})
+    """Builds `config` from `given`, then the environment, then its defaults.
+
+    UserError names a variable that is missing or whose value cannot be used.
+    """
+    variables = {}
+    for option in options_of(config):
+        if option.name in given:
+            continue
+        if (found := option.from_environment()) is not dataclasses.MISSING:
+            variables[option] = found
+        elif option.default is dataclasses.MISSING:
+            raise UserError(f"environment variable {option.variable} is missing", code="bad_environment")
+    return build(config, given, variables)
 
 
 def build(config: type[Config], given: Mapping[str, Any], variables: Mapping[Option, Any]) -> Config:
@@ -83,7 +93,8 @@ def build(config: type[Config], given: Mapping[str, Any], variables: Mapping[Opt
     try:
         return config(**given, **{option.name: value for option, value in variables.items()})
     except UserError as error:
-        guilty = [option.variable for option in variables if option.name in error.message]
+        words = re.findall(r"\w+", error.message)
+        guilty = [option.variable for option in variables if option.name in words]
         if not guilty:
             raise
         raise UserError(f"{error.message} (from {', '.join(guilty)})", code=error.code, param=guilty[0]) from error

@@ -154,8 +154,8 @@ class PromptBuilder:
         tokens = [self._placeholder(image) for image in images]
         layouts = {number: image.layout.pieces for number, image in enumerate(images)}
         for place, number in _placeholders(pieces, tokens, self._placeholders):
-            last = place + 2 < len(pieces) and not pieces[place + 1] and pieces[place + 2] not in self._placeholders
-            if self._rules.strip_messages and last:
+            text, following = pieces[place + 1], "".join(pieces[place + 2 : place + 3])
+            if self._rules.strip_messages and not text and following not in self._placeholders:
                 layouts[number] = _without_trailing_space(layouts[number])
         return self._written(pieces, tokens, layouts, images)
 
@@ -390,12 +390,16 @@ def stripped(parts: Parts) -> Parts:
 def answer_alone(parts: Parts, thinking_end: str) -> Parts:
     """What follows the last `thinking_end` of a turn, all of it when there is none, without leading line feeds.
 
-    Qwen's and Ovis' templates do this too, but could not find the string once it is broken (`ReservedStrings`).
+    A text of nothing else is dropped, so that no joint stands in front of the answer. Qwen's and Ovis' templates do
+    this too, but could not find the string once it is broken (`ReservedStrings`).
     """
     ends = [place for place, part in enumerate(parts) if isinstance(part, str) and thinking_end in part]
     kept = list(parts[ends[-1] :] if ends else parts)
-    if kept and isinstance(first := kept[0], str):
+    while kept and isinstance(first := kept[0], str):
         kept[0] = first.rpartition(thinking_end)[2].lstrip("\n")
+        if kept[0]:
+            break
+        del kept[0]
     return tuple(kept)
 
 

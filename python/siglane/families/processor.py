@@ -138,7 +138,7 @@ def load_tokenizer(folder: Checkpoint, added_tokens: Sequence[str] = ()) -> PreT
     try:
         tokenizer = loader.from_pretrained(str(folder.root), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise many kinds, bare Exception among them
-        raise ConfigError(f"{folder.root}: the tokenizer cannot be loaded: {error}") from error
+        raise ConfigError(f"{folder.root}: the tokenizer cannot be loaded: {' '.join(str(error).split())}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigError(f"{folder.root}: siglane needs a fast tokenizer (tokenizer.json)")
     if folder.has("chat_template.json"):  # a processor's template; it is the newer one where a tokenizer has its own

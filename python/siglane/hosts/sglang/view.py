@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,12 @@ from typing import Any
 import siglane.families.registry as registry
 from siglane import __version__
 from siglane.config.vlm import VlmConfig
-from siglane.errors import ConfigError, UserError
+from siglane.errors import UserError
 from siglane.families.model import check_model, model_tensors, stored_dtype
 from siglane.families.processor import Processor, load_processor
 from siglane.hosts.sglang.config import ARCHITECTURE, SiglaneConfig, text_config
 from siglane.hosts.sglang.settings import host_config
-from siglane.weights.hub import REPOSITORY_ID, Checkpoint, open_checkpoint
+from siglane.weights.hub import FILE_PATTERNS, REPOSITORY_ID, Checkpoint, open_checkpoint
 
 # architectures for which SGLang 0.5.23 has classes of its own, by siglane's family
 BUILT_IN = {"nvila": ("NVILAForConditionalGeneration", "NVILALiteForConditionalGeneration")}
@@ -42,8 +41,13 @@ def view_of(model: str, revision: str | None = None) -> Path | None:
         return None
     family = registry.vlm_family(found)
     config = host_config()
-    if known := [name for name in config.sglang_override if name not in (f.name for f in registry.VLM_FAMILIES)]:
-        raise ConfigError(f"SIGLANE_SGLANG_OVERRIDE names {known[0]!r}, which is no family of siglane's")
+    known = [family.name for family in registry.VLM_FAMILIES]
+    if unknown := [name for name in config.sglang_override if name not in known]:
+        raise UserError(
+            f"SIGLANE_SGLANG_OVERRIDE names {unknown[0]!r}, which is no family of siglane's: {', '.join(known)}",
+            code="bad_environment",
+            param="SIGLANE_SGLANG_OVERRIDE",
+        )
     built_in = set(found.json("config.json").get("architectures") or []) & set(BUILT_IN.get(family.name, ()))
     if built_in and family.name not in config.sglang_override:
         return None
@@ -53,7 +57,7 @@ def view_of(model: str, revision: str | None = None) -> Path | None:
 def write_view(checkpoint: Checkpoint, views: Path) -> Path:
     """The view of a checkpoint below folder `views`, made once for each state of its files.
 
-    ConfigError or WeightError when the checkpoint cannot be served.
+    ConfigError or WeightError when the checkpoint cannot be served, UserError when `views` cannot be written.
     """
     files = sorted({tensor.file.resolve() for tensor in model_tensors(checkpoint)})
     folder = views / f"{checkpoint.root.resolve().name}-{_state(checkpoint, files)}"
@@ -61,17 +65,15 @@ def write_view(checkpoint: Checkpoint, views: Path) -> Path:
         return folder
     processor = load_processor(checkpoint)
     check_model(checkpoint, processor.config)
-    views.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=views))
     try:
-        fresh.chmod(0o755)
-        _fill(fresh, checkpoint, processor, files)
-        fresh.rename(folder)
-    except OSError:
+        views.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=views, ignore_cleanup_errors=True) as fresh:
+            os.chmod(fresh, 0o755)
+            _fill(Path(fresh), checkpoint, processor, files)
+            os.rename(fresh, folder)
+    except OSError as error:
         if not folder.is_dir():  # else another process was faster
-            raise
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+            raise _no_place(f"{views} cannot be written: {error}") from error
     return folder
 
 
@@ -86,13 +88,26 @@ def _described(model: str, revision: str | None) -> Checkpoint | None:
 
 
 def _views(named: str | None) -> Path:
-    return Path(named) if named else Path.home() / ".cache" / "siglane" / "sglang"
+    try:
+        return Path(named or "~/.cache/siglane/sglang").expanduser().absolute()
+    except RuntimeError as error:
+        raise _no_place(str(error)) from error
+
+
+def _no_place(reason: str) -> UserError:
+    return UserError(
+        f"no place for the view of the model: {reason}; set SIGLANE_SGLANG_VIEWS to a folder that can be written",
+        code="bad_environment",
+        param="SIGLANE_SGLANG_VIEWS",
+    )
 
 
 def _state(checkpoint: Checkpoint, files: list[Path]) -> str:
-    """Changes with any file that a view is made of."""
-    described = [*checkpoint.root.glob("*.j*"), *checkpoint.root.glob("*/*.j*"), *files]
-    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(described)]
+    """Changes with any file that a view is made of; nanoVLM's tokenizer may lie elsewhere."""
+    roots = (checkpoint.root, registry.vlm_family(checkpoint).tokenizer_folder(checkpoint).root)
+    patterns = [place + pattern for place in ("", "*/") for pattern in FILE_PATTERNS]
+    described = {file for root in roots for pattern in patterns for file in root.glob(pattern) if file.is_file()}
+    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted({*described, *files})]
     return hashlib.sha256(repr((__version__, facts)).encode()).hexdigest()[:16]
 
 

@@ -1,0 +1,123 @@
+"""`WeightPlan.source`, the reverse of `find`: any family's language tensors under transformers' names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import write_nvila_checkpoint
+from llava_onevision_checkpoint import write_llava_onevision_checkpoint
+from nanovlm_checkpoint import ERAS, write_nanovlm_checkpoint
+from ovis2_5_checkpoint import write_ovis2_5_checkpoint
+
+from siglane.config.text import LanguageConfig
+from siglane.families.model import model_tensors
+from siglane.families.processor import load_processor
+from siglane.families.registry import vlm_family
+from siglane.weights.hub import Checkpoint
+from siglane.weights.plan import Destination, Ignore, Rule, WeightPlan, qwen_plan
+
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    **{
+        f"nvila {layout}{' qwen3' * qwen3}{' tied' * tied}": partial(
+            write_nvila_checkpoint, layout=layout, qwen3=qwen3, tied=tied
+        )
+        for layout in ("folders", "hf", "vila")
+        for qwen3 in (False, True)
+        for tied in (False, True)
+    },
+    **{
+        f"llava_onevision {names}{' tied' * tied}": partial(write_llava_onevision_checkpoint, names=names, tied=tied)
+        for names in ("hub", "saved", "memory")
+        for tied in (False, True)
+    },
+    **{f"ovis2_5{' tied' * tied}": partial(write_ovis2_5_checkpoint, tied=tied) for tied in (False, True)},
+    **{f"nanovlm {era}": partial(write_nanovlm_checkpoint, era=era) for era in ERAS},
+    **{
+        f"nanovlm, {names}": partial(write_nanovlm_checkpoint, names=names) for names in ("embedding", "both", "untied")
+    },
+}
+
+
+def language_names(reference: Any) -> set[str]:
+    """Of the language model's tensors in transformers' own class, a tied head left out."""
+    if hasattr(reference, "language"):
+        names, tied = set(reference.language.state_dict()), reference.language.config.tie_word_embeddings
+    else:  # LLaVA-OneVision's is a part of a whole
+        parts = {"model.language_model.": "model.", "lm_head.": "lm_head."}
+        names = {
+            place + name.removeprefix(prefix)
+            for name in reference.model.state_dict()
+            for prefix, place in parts.items()
+            if name.startswith(prefix)
+        }
+        tied = reference.model.config.text_config.tie_word_embeddings
+    return names - {"lm_head.weight"} if tied else names
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_language_tensor_has_transformers_name(tmp_path: Path, name: str) -> None:
+    expected = language_names(WRITERS[name](tmp_path))
+    checkpoint = Checkpoint(tmp_path)
+    config = load_processor(checkpoint).config
+    ours, theirs = vlm_family(checkpoint).language_plan(config), qwen_plan(config.language)
+    sources: dict[str, str] = {}
+    for tensor in model_tensors(checkpoint):
+        destination = ours.find(tensor.name)
+        if not isinstance(destination, Destination):
+            continue
+        source = theirs.source(destination)
+        assert source is not None
+        assert theirs.find(source) == destination
+        assert source not in sources or destination.twin, f"{tensor.name} and {sources[source]} are both {source}"
+        sources[source] = tensor.name
+    assert set(sources) == expected
+
+
+def language_config(model_type: str, **facts: Any) -> LanguageConfig:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 12, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LanguageConfig.from_hf({**sizes, "model_type": model_type, "head_dim": 8, **facts})
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_it_is_the_reverse_of_find(tied: bool) -> None:
+    plan = qwen_plan(language_config("qwen3", tie_word_embeddings=tied))
+    names = ["model.embed_tokens.weight", "model.norm.weight"] + ["lm_head.weight"] * (not tied)
+    for layer in (0, 9, 10, 11):
+        for module in ("input_layernorm", "self_attn.q_norm", "self_attn.k_norm", "post_attention_layernorm"):
+            names.append(f"model.layers.{layer}.{module}.weight")
+        for module in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down"):
+            names += [f"model.layers.{layer}.{module}_proj.{leaf}" for leaf in ("weight", "bias")]
+    found = [plan.find(name) for name in names]
+    assert [plan.source(one) for one in found if isinstance(one, Destination)] == names
+    assert len(set(found)) == len(names)
+
+
+@pytest.mark.parametrize(
+    "destination",
+    [
+        Destination("lm_head.weight", ""),  # tied: nothing fills it
+        Destination("blocks.0.attention.qkv.weight", ""),  # which part?
+        Destination("blocks.0.attention.qkv.weight", "q+k+v"),
+        Destination("blocks.x.attention.qkv.weight", "q"),
+        Destination("blocks.0.attention.qkv.scale", "q"),
+        Destination("Xblocks.0.input_norm.weight", ""),
+        Destination("blocks.0.input_norm.weight.more", ""),
+        Destination("blocks_0_input_norm_weight", ""),
+        Destination("", ""),
+    ],
+)
+def test_what_no_tensor_fills_has_none(destination: Destination) -> None:
+    assert qwen_plan(language_config("qwen2", tie_word_embeddings=True)).source(destination) is None
+
+
+def test_the_first_rule_decides_and_ignored_tensors_fill_nothing() -> None:
+    plan = WeightPlan((Ignore("z.{leaf}", "no use"), Rule("a.{leaf}", "x.{leaf}"), Rule("b.{leaf}", "x.{leaf}")))
+    assert plan.source(Destination("x.bias", "")) == "a.bias"
+    assert plan.source(Destination("z.bias", "")) is None
+    moved = plan.under("from.", "to.")
+    assert moved.source(Destination("to.x.bias", "")) == "from.a.bias"
+    assert moved.source(Destination("x.bias", "")) is None
