@@ -45,7 +45,7 @@ def projector_flops(facts: ImageFacts, layout: ImageLayout) -> float:
 
 def rows(sizes: Sequence[Size], teraflops: float, efficiency: float) -> list[list[str]]:
     table = [["model", "image", "tiles", "patches", "tokens", "TFLOP an image", "images/s"]]
-    for folder in sorted(EXAMPLES.iterdir()):
+    for folder in sorted(folder for folder in EXAMPLES.iterdir() if folder.is_dir()):
         facts = image_facts(Checkpoint(folder))
         for size in sizes:
             (layout,) = facts.layouts([size])

@@ -25,7 +25,11 @@ SIZES = (Size(448, 448), Size(640, 480), Size(1920, 1080), Size(3000, 300), Size
 
 
 def examples() -> dict[str, ImageFacts]:
-    return {folder.name: image_facts(Checkpoint(folder)) for folder in sorted((HERE / "examples").iterdir())}
+    return {
+        folder.name: image_facts(Checkpoint(folder))
+        for folder in sorted((HERE / "examples").iterdir())
+        if folder.is_dir()
+    }
 
 
 def towers(known: dict[str, ImageFacts]) -> Iterable[list[str]]:

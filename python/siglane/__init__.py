@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from siglane.errors import EngineError, SiglaneError, UserError
     from siglane.llm import LLM, Generation, VisionEncoder
+    from siglane.tagging.tagger import Tag, Tagged, Tagger
     from siglane.types import SamplingParams
     from siglane.vision.packed import convert_from_packing_format, convert_to_packing_format, encode_packed
 
@@ -20,6 +21,9 @@ __all__ = [
     "Generation",
     "SamplingParams",
     "SiglaneError",
+    "Tag",
+    "Tagged",
+    "Tagger",
     "UserError",
     "VisionEncoder",
     "convert_from_packing_format",
@@ -33,6 +37,9 @@ _HOMES = {
     "Generation": "siglane.llm",
     "VisionEncoder": "siglane.llm",
     "SamplingParams": "siglane.types",
+    "Tag": "siglane.tagging.tagger",
+    "Tagged": "siglane.tagging.tagger",
+    "Tagger": "siglane.tagging.tagger",
     "EngineError": "siglane.errors",
     "SiglaneError": "siglane.errors",
     "UserError": "siglane.errors",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from siglane.config.reader import ConfigReader, RawConfig
 from siglane.config.vision import ACTIVATIONS
@@ -58,16 +59,21 @@ class TextTowerConfig:
 class TextRule:
     """How a text becomes `length` ids. A text padded or cased otherwise has another embedding.
 
-    lowercase: first of all; delete_punctuation: then every character of Python's `string.punctuation` goes and white
-    space collapses (SigLIP; SigLIP2 keeps texts as they are); end_id: stands behind the text; pad_id: fills it up on
-    the right. A longer text is cut, its end_id kept.
+    lowercase: first of all, the text as a whole as Python does, or character by character as `tokenizers` does (only
+    the whole text knows that a Greek sigma ends a word); delete_punctuation: then every character of Python's
+    `string.punctuation` goes and white space collapses (SigLIP; SigLIP2 keeps texts as they are); end_id: stands behind
+    the text; pad_id: fills it up on the right. A longer text is cut, its end_id kept.
     """
 
     length: int
-    lowercase: bool
+    lowercase: Literal["text", "characters"]
     delete_punctuation: bool
     end_id: int
     pad_id: int
+
+    def __str__(self) -> str:
+        punctuation = "deleted" if self.delete_punctuation else "kept"
+        return f"lower case, punctuation {punctuation}, {self.length} positions padded with id {self.pad_id}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

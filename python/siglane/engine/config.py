@@ -64,28 +64,16 @@ class EngineConfig:
 
     def resolve_device(self) -> torch.device:
         """ConfigError when the device is not known or not there."""
-        import torch
+        from siglane.nn.device import resolve_device
 
-        name = self.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            device = torch.device(name)
-        except RuntimeError as error:
-            raise ConfigError(f"device {self.device!r} is not known; use auto, cpu, cuda or cuda:N") from error
-        if device.type not in ("cpu", "cuda"):
-            raise ConfigError(f"device {self.device!r} is not supported; use auto, cpu, cuda or cuda:N")
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(f"device {self.device!r} was asked for, but torch finds no CUDA here; use cpu")
-        return device
+        return resolve_device(self.device)
 
     def resolve_dtypes(self, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
         """dtype of the language model and of the vision tower."""
-        import torch
+        from siglane.nn.device import resolve_dtype
 
-        known = {name: getattr(torch, name) for name in DTYPES}
-        language = known.get(self.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
-        return language, known.get(self.vision_dtype, language)
+        language = resolve_dtype(self.dtype, device)
+        return language, language if self.vision_dtype == "auto" else resolve_dtype(self.vision_dtype, device)
 
     def resolve_pages(self, language: LanguageConfig, kv_heads: int, dtype: torch.dtype, device: torch.device) -> int:
         """Pages of the KV cache: as asked, else by free memory; never more than all running requests can fill."""

@@ -42,12 +42,12 @@ class DualModel(nn.Module):
         self.logit_bias = nn.Parameter(torch.empty(1))
 
     def embed_images(self, images: Sequence[ImagePatches]) -> torch.Tensor:
-        """`[images, D]`, unit length."""
-        return F.normalize(self.vision.embeddings(images), dim=-1)
+        """`[images, D]`, float32, unit length."""
+        return F.normalize(self.vision.embeddings(images).float(), dim=-1)
 
     def embed_texts(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids `[texts, length]` -> `[texts, D]`, unit length."""
-        return F.normalize(self.text(ids.to(self.logit_scale.device)), dim=-1)
+        """ids `[texts, length]` -> `[texts, D]`, float32, unit length."""
+        return F.normalize(self.text(ids.to(self.logit_scale.device)).float(), dim=-1)
 
     def logits(self, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
         """Unit embeddings `[I, D]`, `[T, D]` -> `[I, T]`; a sigmoid of one is how likely its pair belongs together."""
@@ -89,10 +89,10 @@ def read_tokens(checkpoint: Checkpoint, text: TextTowerConfig) -> TextTokens:
         raise ConfigError(f"{checkpoint.root}: the tokenizer has {size} ids, the text tower {text.vocab_size}")
     if first:  # formats.md 1.6: padded with </s>
         return TextTokens(
-            TextRule(length=text.length, lowercase=True, delete_punctuation=True, end_id=1, pad_id=1), encode
+            TextRule(length=text.length, lowercase="text", delete_punctuation=True, end_id=1, pad_id=1), encode
         )
     return TextTokens(
-        TextRule(length=text.length, lowercase=True, delete_punctuation=False, end_id=1, pad_id=0), encode
+        TextRule(length=text.length, lowercase="characters", delete_punctuation=False, end_id=1, pad_id=0), encode
     )
 
 
@@ -116,7 +116,10 @@ def _sentencepiece(checkpoint: Checkpoint) -> tuple[Callable[[str], list[int]], 
     except ImportError as error:
         message = "this checkpoint's tokenizer is SentencePiece's; pip install 'siglane[tagging]'"
         raise UserError(message, code="missing_extra") from error
-    processor = SentencePieceProcessor(model_file=str(checkpoint.path("spiece.model")))
+    try:
+        processor = SentencePieceProcessor(model_file=str(checkpoint.path("spiece.model")))
+    except (RuntimeError, OSError) as error:
+        raise ConfigError(f"{checkpoint.root}: spiece.model cannot be loaded: {error}") from error
     return lambda text: list(processor.encode(text)), processor.get_piece_size()
 
 
@@ -128,14 +131,17 @@ def load_dual(
     tp: TensorParallel | None = None,
     attention_backend: BackendChoice = "auto",
 ) -> LoadedDual:
-    """dtype: of both towers, None for the stored one. ConfigError or WeightError before anything is allocated."""
+    """dtype: of both towers, None for the stored one; scale and bias are float32 whatever it is, in bfloat16 a logit
+    would be wrong by tenths. ConfigError or WeightError before anything is allocated."""
     config, texts = read_dual(checkpoint)
     tensors = stored_tensors([Source(checkpoint)])
     plan = dual_plan(config)
     with torch.device("meta"):
         model = DualModel(config, tp, attention_backend)
     rehearse(model, plan, tensors)
-    allocate(model, torch.device(device), dtype or stored_dtype(checkpoint))
+    device = torch.device(device)
+    allocate(model, device, dtype or stored_dtype(checkpoint))
+    model.logit_scale, model.logit_bias = (nn.Parameter(torch.empty(1, device=device)) for _ in range(2))
     fill(model, plan, tensors)
     return LoadedDual(model.eval().requires_grad_(False), EncoderProcessor(config.images), texts)
 

@@ -8,9 +8,9 @@ answered never takes another one with it. An `LLM` serves one caller at a time, 
 `siglane serve`.
 """
 
+from siglane.families.media import PREPARE_AHEAD
 from siglane.llm.encoder import Encoded, VisionEncoder
 from siglane.llm.generation import Generation
-from siglane.llm.media import PREPARE_AHEAD
 from siglane.llm.offline import LLM
 from siglane.llm.sampling import check_sampling
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,18 +15,10 @@ from siglane.engine.config import EngineConfig
 from siglane.engine.engine import STEP_PATCHES
 from siglane.engine.load import placement
 from siglane.errors import UserError
+from siglane.families.media import LOCAL_MEDIA, ImageSource, Media, ahead, image_item, video_item
 from siglane.families.model import load_vision
 from siglane.families.stack import VisionStack
 from siglane.image.source import MediaPolicy
-from siglane.llm.media import (
-    LOCAL_MEDIA,
-    PREPARE_AHEAD,
-    PREPARE_THREADS,
-    ImageSource,
-    Media,
-    image_item,
-    video_item,
-)
 from siglane.projector.assemble import projector_grids
 from siglane.types import BackendChoice, ImagePatches
 from siglane.vision.packed import encode_packed
@@ -37,8 +26,6 @@ from siglane.weights.demo import open_model
 from siglane.weights.hub import Checkpoint
 
 EncoderSource = ImageSource | Mapping[str, Any]
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class Encoded(NamedTuple):
@@ -110,7 +97,7 @@ class VisionEncoder:
     def run(self, images: Iterable[EncoderSource], *, project: bool = True) -> Iterator[Encoded]:
         """Encodes and, where there is a projector, projects each image, in order and as the images come."""
         group: list[ImagePatches] = []
-        for patches in _ahead(self._prepare, images):
+        for patches in ahead(self._prepare, images):
             if group and sum(image.layout.patches for image in (*group, patches)) > self._max_seq_len:
                 yield from self._encode(group, project)
                 group = []
@@ -139,18 +126,3 @@ class _ProjectorInput(dict[str, torch.Tensor]):
     def __setitem__(self, name: str, value: torch.Tensor) -> None:
         if name == "projector_input":
             super().__setitem__(name, value)
-
-
-def _ahead(prepare: Callable[[tuple[int, Item]], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`prepare((number, item))` of every item, in order, computed by a few threads a bounded number of items ahead."""
-    waiting: deque[Future[Result]] = deque()
-    numbered = enumerate(items)
-    pool = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="siglane-prepare")
-    try:
-        while True:
-            waiting.extend(pool.submit(prepare, item) for item in islice(numbered, PREPARE_AHEAD - len(waiting)))
-            if not waiting:
-                return
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)

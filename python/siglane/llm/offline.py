@@ -21,11 +21,11 @@ from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
 from siglane.engine.config import EngineConfig
 from siglane.engine.load import build_engine
 from siglane.engine.reasoning import AnswerStream
+from siglane.families.media import LOCAL_MEDIA, PREPARE_AHEAD, PREPARE_THREADS, Media
 from siglane.families.processor import Processor, load_processor
 from siglane.families.report import ImageReport
 from siglane.image.source import MediaPolicy
 from siglane.llm.generation import Answer, Generation, OnText, Row, blamed
-from siglane.llm.media import LOCAL_MEDIA, PREPARE_AHEAD, PREPARE_THREADS, Media
 from siglane.llm.prompts import ChatMessage, Conversation, PromptLike, conversation, one_message
 from siglane.llm.sampling import check_sampling, params_of_each
 from siglane.types import Prompt, Request, SamplingParams, TokenDelta

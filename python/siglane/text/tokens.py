@@ -10,6 +10,7 @@ import torch
 
 from siglane.config.dual import TextRule
 
+_SPACE_PIECE = "▁"  # what a space is called inside SentencePiece
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -21,11 +22,14 @@ class TextTokens:
     encode: Callable[[str], list[int]]
 
     def prepared(self, text: str) -> str:
-        """What of a text reaches the tokenizer (transformers `SiglipTokenizer.canonicalize_text`, lower case first)."""
-        text = text.lower() if self.rule.lowercase else text
+        """What of a text reaches the tokenizer.
+
+        Sources: transformers `SiglipTokenizer.canonicalize_text`, and `Siglip2Tokenizer`'s Lowercase normalizer.
+        """
+        text = text.lower() if self.rule.lowercase == "text" else "".join(map(str.lower, text))
         if not self.rule.delete_punctuation:
             return text
-        return " ".join(text.translate(_WITHOUT_PUNCTUATION).split())
+        return " ".join(text.replace(_SPACE_PIECE, " ").translate(_WITHOUT_PUNCTUATION).split())
 
     def ids(self, texts: Sequence[str]) -> torch.Tensor:
         """i64 `[texts, rule.length]`."""

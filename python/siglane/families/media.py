@@ -1,9 +1,12 @@
-"""What a Python caller may name as an image or a video, and how it is loaded."""
+"""What a Python caller may name as an image or a video, and how it is loaded, a few threads ahead of its use."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar, get_args
 
@@ -20,6 +23,7 @@ from siglane.image.video import chosen_pictures
 from siglane.types import DecodedClip, DecodedImage, Detail, ImagePatches
 
 P = ParamSpec("P")
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 ImageSource = str | Path | bytes | Image.Image
@@ -172,3 +176,20 @@ def check_keys(found: Any, known: set[str], where: str) -> None:
     if unknown:
         message = f"{where}: key {unknown[0]!r} is not known; siglane reads {', '.join(sorted(known))}"
         raise UserError(message, code="invalid_prompt", param=where)
+
+
+def ahead(
+    prepare: Callable[[tuple[int, Item]], Result], items: Iterable[Item], most: int = PREPARE_AHEAD
+) -> Iterator[Result]:
+    """`prepare((number, item))` of every item, in order, computed by a few threads at most `most` items ahead."""
+    waiting: deque[Future[Result]] = deque()
+    numbered = enumerate(items)
+    pool = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="siglane-prepare")
+    try:
+        while True:
+            waiting.extend(pool.submit(prepare, item) for item in islice(numbered, most - len(waiting)))
+            if not waiting:
+                return
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,157 @@
+"""`siglane tag`: which of many labels fit pictures, by SigLIP's zero-shot scores."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from siglane.cli.common import ModelOptions, PictureOptions, add_model, emit_json
+from siglane.cli.options import add_options, read_options
+from siglane.cli.rows import RowFile
+from siglane.config.options import options_of
+from siglane.errors import UserError
+from siglane.tagging.settings import TEMPLATES, TagSettings, read_settings
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+FROM_SETTINGS = "-"
+URL = re.compile(r"data:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+# MODEL and --threshold stand for the settings that have no flag of their own name
+SETTINGS = ("batch_size", "attention", "dtype", "quantization", "device", "max_tags", "max_num_patches")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TagOptions:
+    labels: Path = field(metadata={"help": "a text file with one label per line"})
+    template: tuple[str, ...] = field(
+        default=TEMPLATES, metadata={"help": "texts around a label; the mean of their embeddings is used"}
+    )
+    threshold: float | None = field(
+        default=None, metadata={"help": "tags below it are left out; 0.01 where settings do not say otherwise"}
+    )
+    top_k: int | None = field(default=None, metadata={"help": "so many tags per picture, whatever their confidence"})
+    output: Path | None = field(
+        default=None,
+        metadata={"help": "JSON Lines, written as it goes; pictures already in it are skipped", "short": "-o"},
+    )
+    json: bool = field(default=False, metadata={"help": "print one JSON list"})
+    config: Path | None = field(default=None, metadata={"help": "a TOML file with a section [plugins.siglip]"})
+    cache: Path | None = field(default=None, metadata={"help": "folder of label matrices; ~/.cache/siglane/labels"})
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="pictures, folders of pictures, patterns or URLs")
+    add_options(parser, TagOptions, "tag")
+    add_options(parser, TagSettings, "tagger", only=SETTINGS)
+    add_options(parser, PictureOptions, "pictures")
+
+
+def run(arguments: argparse.Namespace, out: TextIO) -> int:
+    options = read_options(TagOptions, arguments)
+    settings = read_settings(options.config, _flags(arguments, options))
+    pictures = list(dict.fromkeys(name for given in arguments.images for name in expand(given)))
+    if options.output is None:
+        return _emit(_rows(pictures, arguments, options, settings), None, options, out)
+    with RowFile(options.output, "image") as file:
+        waiting = [name for name in pictures if name not in file.known]
+        if len(waiting) < len(pictures):
+            print(f"siglane: {len(pictures) - len(waiting)} pictures are already in {file.path}", file=sys.stderr)
+        return _emit(_rows(waiting, arguments, options, settings), file, options, out)
+
+
+def _flags(arguments: argparse.Namespace, options: TagOptions) -> dict[str, Any]:
+    given = vars(arguments)
+    flags = {option.name: given[option.name] for option in options_of(TagSettings) if option.name in given}
+    if flags["model"] == FROM_SETTINGS:
+        del flags["model"]
+    return flags if options.threshold is None else flags | {"confidence_threshold": options.threshold}
+
+
+def expand(given: str) -> list[str]:
+    """The pictures that one argument names, in order: itself, those below a folder, or what a pattern matches.
+
+    UserError for a folder or a pattern without pictures. A missing file stays: it is an error of its own row.
+    """
+    if URL.match(given):
+        return [given]
+    if os.path.isdir(given):
+        found = sorted(_pictures_below(given))
+    elif os.path.exists(given) or not glob.has_magic(given):
+        return [given]
+    else:
+        found = sorted(name for name in glob.glob(given, recursive=True) if os.path.isfile(name))
+    if not found:
+        raise UserError(f"{given!r} holds no pictures; siglane looks for {', '.join(SUFFIXES)}", code="no_pictures")
+    return found
+
+
+def _pictures_below(folder: str) -> Iterator[str]:
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (
+            os.path.join(parent, name) for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+        )
+
+
+def _rows(
+    pictures: Sequence[str], arguments: argparse.Namespace, options: TagOptions, settings: TagSettings
+) -> Iterator[dict[str, Any]]:
+    """One row per picture, as they come; without pictures no model is loaded."""
+    if not pictures:
+        return
+    from tqdm import tqdm
+
+    from siglane.tagging.labels import read_labels
+    from siglane.tagging.tagger import Tagger
+
+    labels = read_labels(options.labels)
+    tagger = Tagger.from_settings(
+        settings,
+        revision=read_options(ModelOptions, arguments).revision,
+        templates=options.template,
+        cache=options.cache,
+        decode=read_options(PictureOptions, arguments).decode_config(),
+    )
+    print(f"siglane: {tagger.summary}", file=sys.stderr)
+    found = tagger.stream(
+        pictures,
+        labels,
+        threshold=settings.confidence_threshold,
+        max_tags=settings.max_tags,
+        top_k=options.top_k,
+    )
+    quiet = len(pictures) == 1 or not sys.stderr.isatty()
+    for name, tagged in zip(pictures, tqdm(found, total=len(pictures), unit="image", disable=quiet), strict=True):
+        yield {"image": name} | tagged.as_json()
+
+
+def _emit(rows: Iterator[dict[str, Any]], file: RowFile | None, options: TagOptions, out: TextIO) -> int:
+    """Every row as soon as it is known, but for the one JSON list. 1 when no picture could be read."""
+    kept: list[dict[str, Any]] = []
+    count = failed = 0
+    for row in rows:
+        count, failed = count + 1, failed + ("error" in row)
+        if file is not None:
+            file.append(row)
+        elif not options.json:
+            out.write(_line(row))
+            out.flush()
+        if options.json:
+            kept.append(row)
+    if options.json:
+        emit_json(kept, out)
+    elif file is not None:
+        out.write(f"{file.path}: {count - failed} pictures tagged, {failed} unreadable\n")
+    return 1 if count and failed == count else 0
+
+
+def _line(row: dict[str, Any]) -> str:
+    tags = ", ".join(f"{tag['label']} {tag['confidence']:.3f}" for tag in row["tags"])
+    return f"{row['image']}: {'error: ' + row['error'] if 'error' in row else tags or 'no tags'}\n"

@@ -1,0 +1,299 @@
+"""`Tagger`: pictures and labels -> tags, by SigLIP's two towers."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from siglane.config.dual import TextRule
+from siglane.config.layout.naflex import NaFlex
+from siglane.config.layout.rule import ImageBudget
+from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
+from siglane.errors import ConfigError, ImageError, UserError
+from siglane.families.dual import load_dual
+from siglane.families.media import LOCAL_MEDIA, PREPARE_AHEAD, ImageSource, Media, ahead, image_item
+from siglane.families.registry import image_facts
+from siglane.image.source import MediaPolicy
+from siglane.nn.attention import choose_backend
+from siglane.nn.device import resolve_device, resolve_dtype
+from siglane.tagging.cache import LabelCache, default_folder, state_of
+from siglane.tagging.labels import check_labels, check_templates, texts_of, warn_of_losses
+from siglane.tagging.quantise import quantize
+from siglane.tagging.settings import (
+    CONFIDENCE_THRESHOLD,
+    MAX_TAGS,
+    TEMPLATES,
+    Attention,
+    Dtype,
+    Quantization,
+    TagSettings,
+    check_limits,
+)
+from siglane.types import BackendChoice, ImagePatches
+from siglane.weights.demo import open_model
+from siglane.weights.hub import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+TaggedSource = ImageSource | Mapping[str, Any]
+
+BATCH_SIZES = {"cpu": 8, "cuda": 32}
+TEXTS = {"cpu": 32, "cuda": 512}  # texts of one forward
+MANY_TEXTS = 1000  # so many take long enough for a progress bar
+
+# names of transformers' attn_implementation -> what computes the same here
+BACKENDS: dict[Attention, BackendChoice] = {
+    "auto": "auto",
+    "sdpa": "sdpa",
+    "eager": "sdpa",
+    "flash_attention_2": "flash_attn",
+}
+
+
+class Tag(NamedTuple):
+    """confidence: 0..1, how likely label and picture belong together; the confidences of a picture have no sum."""
+
+    label: str
+    confidence: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tagged:
+    """One picture. tags: the most likely first; error: why it could not be read, None when it could."""
+
+    tags: tuple[Tag, ...] = ()
+    error: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        row: dict[str, Any] = {"tags": [tag._asdict() for tag in self.tags]}
+        return row if self.error is None else row | {"error": self.error}
+
+
+class _Batch(NamedTuple):
+    """errors: of each picture, None for one that could be read; embeddings: `[those that could, D]`."""
+
+    errors: list[UserError | None]
+    embeddings: torch.Tensor
+
+
+class Tagger:
+    """A SigLIP or SigLIP2 with both towers.
+
+    model: a folder or a hub id; batch_size: pictures of one packed forward, 0 for what suits the device;
+    max_num_patches: of a NaFlex model's pictures that name none of their own, None for what the checkpoint says;
+    templates: texts with `{label}`, a label's embedding is the mean of theirs; cache: folder of label matrices, None
+    for `~/.cache/siglane/labels`. Raises UserError for a model or a setting that cannot be used here.
+
+    Pictures are what `LLM` takes, or `{"image": source, "max_num_patches": 512}` with a budget of their own.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Checkpoint,
+        *,
+        revision: str | None = None,
+        device: str = "auto",
+        dtype: Dtype = "auto",
+        quantization: Quantization = "none",
+        attention: Attention = "auto",
+        batch_size: int = 0,
+        max_num_patches: int | None = None,
+        templates: Sequence[str] = TEMPLATES,
+        cache: str | Path | None = None,
+        media: MediaPolicy = LOCAL_MEDIA,
+        decode: DecodeConfig = LOCAL_DECODE,
+    ) -> None:
+        self.templates = check_templates(templates)
+        if batch_size < 0:
+            raise ConfigError(f"batch_size must not be negative, got {batch_size}")
+        on = resolve_device(device)
+        chosen = resolve_dtype(dtype, on)
+        backend = _backend(attention, on, chosen)
+        checkpoint = model if isinstance(model, Checkpoint) else open_model(model, revision)
+        loaded = load_dual(checkpoint, device=on, dtype=chosen, attention_backend=backend)
+        self._model = quantize(loaded.model, quantization, on)
+        self._tokens = loaded.texts
+        self._media = Media(media, decode, loaded.images, ImageBudget(max_num_patches=max_num_patches), None)
+        self._batch_size = batch_size or BATCH_SIZES[on.type]
+        self._texts = TEXTS[on.type]
+        folder = default_folder() if cache is None else Path(cache).expanduser()
+        self._cache = LabelCache(folder, state_of(checkpoint, str(chosen), quantization))
+        self.summary = f"{on}, {chosen}, {self._batch_size} pictures a batch; texts: {self.text_rule}"
+        logger.info("tagging on %s", self.summary)
+
+    @classmethod
+    def from_settings(cls, settings: TagSettings, **options: Any) -> Tagger:
+        """options: of the constructor, for what the settings do not say. UserError when they switch tagging off."""
+        if not settings.enabled:
+            raise UserError("tagging is switched off; set enabled to true", code="tagging_disabled", param="enabled")
+        if settings.model is None:
+            raise UserError("no model is given; name one, or set model", code="bad_settings", param="model")
+        checkpoint = open_model(settings.model, options.pop("revision", None))
+        return cls(
+            checkpoint,
+            device=settings.device,
+            dtype=settings.dtype,
+            quantization=settings.quantization,
+            attention=settings.attention,
+            batch_size=settings.batch_size,
+            max_num_patches=_patches_of(checkpoint, settings.max_num_patches),
+            **options,
+        )
+
+    @property
+    def text_rule(self) -> TextRule:
+        """How texts are prepared, cut and padded."""
+        return self._tokens.rule
+
+    def tag(
+        self,
+        images: Iterable[TaggedSource],
+        labels: Sequence[str],
+        *,
+        threshold: float = CONFIDENCE_THRESHOLD,
+        max_tags: int = MAX_TAGS,
+        top_k: int | None = None,
+    ) -> list[Tagged]:
+        """For each picture at most `max_tags` labels of at least `threshold`, the most likely first, among equals the
+        first of `labels`. top_k: so many labels instead, whatever their confidence.
+
+        A picture that cannot be read has an `error`; UserError for labels or limits that cannot be used.
+        """
+        return list(self.stream(images, labels, threshold=threshold, max_tags=max_tags, top_k=top_k))
+
+    def stream(
+        self,
+        images: Iterable[TaggedSource],
+        labels: Sequence[str],
+        *,
+        threshold: float = CONFIDENCE_THRESHOLD,
+        max_tags: int = MAX_TAGS,
+        top_k: int | None = None,
+    ) -> Iterator[Tagged]:
+        """`tag` as the pictures come: any iterable, of which a bounded number is read ahead."""
+        check_limits(threshold, max_tags)
+        if top_k is not None and top_k < 1:
+            raise ConfigError(f"top_k must be at least 1, got {top_k}")
+        names = check_labels(labels)
+        matrix = self._matrix(names)
+        least, most = (threshold, max_tags) if top_k is None else (0.0, top_k)
+        return chain.from_iterable(
+            _tagged(batch, self._scores(batch, matrix), names, least, most) for batch in self._batches(images)
+        )
+
+    def scores(self, images: Iterable[TaggedSource], labels: Sequence[str]) -> torch.Tensor:
+        """Sigmoid probabilities, f32 `[images, labels]`. UserError for the first picture that cannot be read."""
+        matrix = self._matrix(check_labels(labels))
+        rows = [self._scores(batch, matrix) for batch in map(_readable, self._batches(images))]
+        return torch.cat([torch.zeros(0, len(matrix)), *rows])
+
+    def embed_images(self, images: Iterable[TaggedSource]) -> torch.Tensor:
+        """f32 `[images, D]`, unit length. UserError for the first picture that cannot be read."""
+        rows = [batch.embeddings.cpu() for batch in map(_readable, self._batches(images))]
+        return torch.cat([torch.zeros(0, self._model.config.text.projection_size), *rows])
+
+    def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """f32 `[texts, D]`, unit length: of the texts themselves, without a template. Equal texts are read once."""
+        if not texts:
+            return torch.zeros(0, self._model.config.text.projection_size)
+        ids, places = torch.unique(self._tokens.ids(texts), dim=0, return_inverse=True)
+        quiet = None if len(ids) >= MANY_TEXTS else True  # None: where nobody looks
+        with torch.inference_mode():
+            parts = tqdm(ids.split(self._texts), desc="labels", leave=False, disable=quiet)
+            rows = [self._model.embed_texts(part).cpu() for part in parts]
+        return torch.cat(rows)[places]
+
+    def _matrix(self, labels: tuple[str, ...]) -> torch.Tensor:
+        """f32 `[labels, D]`, unit length, on the device."""
+        warn_of_losses(labels, self.templates, self._tokens)
+        matrix = self._cache.get(self.templates, labels, lambda: self._embed_labels(labels))
+        return matrix.to(self._model.logit_scale.device)
+
+    def _embed_labels(self, labels: Sequence[str]) -> torch.Tensor:
+        total = self.embed_texts(texts_of(self.templates[0], labels))
+        for template in self.templates[1:]:
+            total += self.embed_texts(texts_of(template, labels))
+        return F.normalize(total, dim=-1)
+
+    @torch.inference_mode()
+    def _scores(self, batch: _Batch, matrix: torch.Tensor) -> torch.Tensor:
+        """f32 `[readable pictures, labels]`, on the host."""
+        return self._model.logits(batch.embeddings, matrix).sigmoid().cpu()
+
+    def _batches(self, images: Iterable[TaggedSource]) -> Iterator[_Batch]:
+        """The readable pictures of a batch share one packed forward; the next ones are prepared meanwhile."""
+        prepared = ahead(self._prepare, images, max(PREPARE_AHEAD, 2 * self._batch_size))
+        while group := list(islice(prepared, self._batch_size)):
+            patches = [one for one in group if isinstance(one, ImagePatches)]
+            yield _Batch([one if isinstance(one, UserError) else None for one in group], self._embed(patches))
+
+    def _prepare(self, numbered: tuple[int, TaggedSource]) -> ImagePatches | UserError:
+        number, given = numbered
+        try:
+            return self._media.prepare([image_item(given, f"images[{number}]")]).patches[0]
+        except UserError as error:
+            return error
+        except OSError as error:  # a disk that fails while it is read
+            return ImageError(f"images[{number}] cannot be read: {error.strerror}", code="image_not_found")
+
+    @torch.inference_mode()
+    def _embed(self, patches: Sequence[ImagePatches]) -> torch.Tensor:
+        if not patches:
+            return torch.zeros(0, self._model.config.text.projection_size, device=self._model.logit_scale.device)
+        return self._model.embed_images(patches)
+
+
+def _tagged(
+    batch: _Batch, scores: torch.Tensor, labels: Sequence[str], threshold: float, most: int
+) -> Iterator[Tagged]:
+    confidences, order = scores.sort(dim=1, descending=True, stable=True)
+    rows = zip(confidences[:, :most].tolist(), order[:, :most].tolist(), strict=True)
+    for error in batch.errors:
+        if error is not None:
+            yield Tagged(error=error.message)
+            continue
+        values, numbers = next(rows)
+        if math.isnan(values[0]):
+            yield Tagged(error="the model gives no finite numbers for this picture; use another dtype")
+            continue
+        found = zip(values, numbers, strict=True)
+        yield Tagged(tuple(Tag(labels[number], value) for value, number in found if value >= threshold))
+
+
+def _readable(batch: _Batch) -> _Batch:
+    for error in batch.errors:
+        if error is not None:
+            raise error
+    return batch
+
+
+def _patches_of(checkpoint: Checkpoint, patches: int) -> int | None:
+    """The setting, for a model that has a use for it; the pictures of others have one size."""
+    if isinstance(image_facts(checkpoint).preprocess.rule, NaFlex):
+        return patches
+    if patches != TagSettings().max_num_patches:
+        logger.warning("max_num_patches %d does not apply to this model; its pictures have one size", patches)
+    return None
+
+
+def _backend(attention: Attention, device: torch.device, dtype: torch.dtype) -> BackendChoice:
+    if attention not in BACKENDS:
+        raise ConfigError(f"attention {attention!r} is not known; use {', '.join(BACKENDS)}")
+    try:
+        choose_backend(BACKENDS[attention], device, dtype)
+    except ConfigError as error:
+        message = (
+            f"attention {attention!r} cannot run on {device} in {dtype}: it needs the package flash-attn, a GPU of "
+            "Ampere or newer and bfloat16 or float16; use 'auto'"
+        )
+        raise ConfigError(message) from error
+    return BACKENDS[attention]
