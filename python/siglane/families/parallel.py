@@ -57,8 +57,16 @@ class ParallelStack(nn.Module):
         attention_backend: BackendChoice = "auto",
     ) -> None:
         super().__init__()
-        self.tp, self.parallel = tp, resolve(parallel, config, tp)
+        self.config, self.tp, self.parallel = config, tp, resolve(parallel, config, tp)
         self.stack = VisionStack(config, tp if self.parallel == "tp" else TensorParallel.single(), attention_backend)
+
+    def share(self) -> str:
+        """How much of the stack this rank holds, for a log."""
+        with torch.device("meta"):
+            whole = VisionStack(self.config)
+        held, of = (sum(one.numel() for one in stack.parameters()) for stack in (self.stack, whole))
+        place = f"rank {self.tp.rank} of {self.tp.size}"
+        return f"encoder {self.parallel}, {place} holds {held} of {of} parameters"
 
     def forward(self, images: Sequence[ImagePatches]) -> ImageTokens:
         """Rows `[T, output_size]` of all images, in order."""

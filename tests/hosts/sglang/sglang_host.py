@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 START_SECONDS = 180.0
 ANSWER_SECONDS = 120.0
@@ -59,7 +59,7 @@ def engine_options(**more: Any) -> dict[str, Any]:
 def environment(options: Mapping[str, Any], env: Mapping[str, str]) -> dict[str, str]:
     """This process' environment with what SGLang needs, `env` put over it."""
     ours = dict(ENVIRONMENT)
-    ranks = int(options.get("tp_size", 1))
+    ranks = int(options.get("tp_size", 1)) * int(options.get("dp_size", 1))
     if ranks > 1:  # by default a rank takes a NUMA node, and more ranks than nodes are refused
         cores = sorted(os.sched_getaffinity(0))
         ours["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[rank % len(cores)]) for rank in range(ranks))
@@ -80,13 +80,19 @@ class RunningEngine:
     ) -> list[dict[str, Any]]:
         """SGLang's answers ("text", "output_ids", "meta_info"), all requests submitted at once.
 
-        requests: keyword arguments of `Engine.async_generate` (prompt or input_ids, image_data, return_logprob, ...);
-        a request's own sampling_params go before `sampling`. A refused request answers {"error": message}.
+        requests: keyword arguments of `Engine.async_generate` (prompt or input_ids, image_data, return_logprob, ...; a
+        dictionary in image_data stands for SGLang's `ImageData`); a request's own sampling_params go before `sampling`.
+        A refused request answers {"error": message}.
         Raises HostError if the engine dies or takes longer than `seconds`.
         """
-        self.pipe.send(([dict(request) for request in requests], dict(sampling)))
-        answers: list[dict[str, Any]] = receive(self.process, self.pipe, self.log, seconds)
+        arguments = {"requests": [dict(request) for request in requests], "sampling": dict(sampling)}
+        answers: list[dict[str, Any]] = self.call("generate", seconds=seconds, **arguments)
         return answers
+
+    def call(self, method: str, *, seconds: float = ANSWER_SECONDS, **arguments: Any) -> Any:
+        """What another method of `Engine` returns, as far as it can be pickled; {"error": message} if it raises."""
+        self.pipe.send((method, arguments))
+        return receive(self.process, self.pipe, self.log, seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +127,20 @@ def sglang_engine(
 
 @contextmanager
 def sglang_server(
-    model: Path, *, env: Mapping[str, str] | None = None, start_seconds: float = START_SECONDS, **more: Any
+    model: Path,
+    *,
+    env: Mapping[str, str] | None = None,
+    start_seconds: float = START_SECONDS,
+    form: Literal["option", "positional", "module"] = "option",
+    **more: Any,
 ) -> Iterator[RunningServer]:
-    """The command `sglang serve`, serving the checkpoint in `model`, once it is healthy."""
-    options = engine_options(model_path=str(model), host="127.0.0.1", **more)
-    command = [str(Path(sys.executable).with_name("sglang")), "serve", *flags(options)]
+    """SGLang's server, once it is healthy. form: `sglang serve --model-path MODEL`, `sglang serve MODEL` or
+    `python -m sglang.launch_server --model-path MODEL`."""
+    options = engine_options(host="127.0.0.1", **more)
+    serve = [str(Path(sys.executable).with_name("sglang")), "serve"]
+    launch = [sys.executable, "-m", "sglang.launch_server"]
+    named = [str(model)] if form == "positional" else ["--model-path", str(model)]
+    command = [*(launch if form == "module" else serve), *named, *flags(options)]
     base_url = f"http://127.0.0.1:{options['port']}"
     started = time.monotonic()
     with process_group(command, environment(options, env or {})) as (process, log):

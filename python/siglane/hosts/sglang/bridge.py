@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+from sglang.srt.managers import mm_schedule
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
 
 from siglane.config.layout.rule import ImageBudget
@@ -83,6 +84,12 @@ def span_rows(item: MultimodalDataItem, rows: torch.Tensor, embedding: torch.nn.
     filled: torch.Tensor = embedding(ids.clamp(min=0)).to(rows.dtype)
     filled[places] = rows
     return filled
+
+
+def forget_rows() -> None:
+    """Empties SGLang's cache of encoded images: new weights empty only its prefix cache."""
+    if mm_schedule.embedding_cache is not None:
+        mm_schedule.embedding_cache.clear()
 
 
 def tensor_parallel() -> TensorParallel:

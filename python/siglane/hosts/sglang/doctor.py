@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any, NamedTuple
 
-from siglane.hosts.sglang.register import ARGUMENTS_HOOK, PACKAGE
+from siglane.hosts.sglang.register import ARGUMENTS_HOOK, PACKAGE, PACKAGES, register
 from siglane.hosts.sglang.self_test import prepare_environment
 
 TESTED = ("0.5.23",)
@@ -25,6 +25,7 @@ GROUP = "sglang.srt.plugins"
 
 # what siglane calls: where it is, and the parameters or fields it must have
 CALLED: dict[str, tuple[str, ...]] = {
+    "sglang.srt.managers.mm_schedule:init_mm_embedding_cache": ("max_size",),
     "sglang.srt.managers.mm_utils:general_mm_embed_routine": (
         "input_ids", "forward_batch", "language_model", "multimodal_model",
     ),
@@ -34,6 +35,8 @@ CALLED: dict[str, tuple[str, ...]] = {
     ),
     "sglang.srt.managers.schedule_batch:MultimodalDataItem.set_identity": ("identity",),
     "sglang.srt.managers.schedule_batch:MultimodalProcessorOutput": ("mm_items", "input_ids", "im_token_id"),
+    "sglang.srt.mem_cache.multimodal_cache:MultiModalStaticCache.clear": (),
+    "sglang.srt.model_executor.forward_batch_info:ForwardBatch.contains_mm_inputs": (),
     "sglang.srt.models.llama:LlamaForCausalLM": ("config", "quant_config", "prefix"),
     "sglang.srt.models.llama:LlamaForCausalLM.get_input_embeddings": (),
     "sglang.srt.models.qwen2:Qwen2ForCausalLM": ("config", "quant_config", "prefix"),
@@ -103,10 +106,9 @@ def _plugin() -> Iterator[Finding]:
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    for variable, expected in (
-        ("SGLANG_EXTERNAL_MODEL_PACKAGE", f"{PACKAGE}.models"),
-        ("SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE", f"{PACKAGE}.processors"),
-    ):
+    if not PACKAGES.keys() <= os.environ.keys():
+        register()  # raises what SGLang only logged
+    for variable, expected in PACKAGES.items():
         value = os.environ.get(variable)
         detail = "set by the plugin" if value == expected else f"is {value}; unset it, siglane needs {expected}"
         yield Finding(variable, value != expected, detail)
@@ -134,6 +136,7 @@ def _settings() -> Iterator[Finding]:
 
 def _calls() -> Iterator[Finding]:
     """Every function and class of SGLang's that siglane calls, with the parameters it gives them."""
+    fit = 0
     for place, expected in CALLED.items():
         try:
             found = set(inspect.signature(pkgutil.resolve_name(place)).parameters)
@@ -143,7 +146,10 @@ def _calls() -> Iterator[Finding]:
         missing = [name for name in expected if name not in found]
         if missing:
             yield Finding(place, True, f"has no parameter {', '.join(missing)}")
-    yield Finding("calls", False, f"{len(CALLED)} functions and classes have the parameters siglane gives them")
+        else:
+            fit += 1
+    detail = f"{fit} of {len(CALLED)} functions and classes have the parameters siglane gives them"
+    yield Finding("calls", fit < len(CALLED), detail)
 
 
 def _imports() -> Iterator[Finding]:

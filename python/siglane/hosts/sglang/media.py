@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any, get_args
+from dataclasses import asdict, replace
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from PIL import Image
@@ -15,55 +16,45 @@ from siglane.config.layout.rule import ImageBudget, no_video
 from siglane.config.media import MediaConfig
 from siglane.config.video import VideoRule
 from siglane.errors import ImageError, UserError
+from siglane.families.media import MediaItem, image_item, video_item
 from siglane.families.processor import Processor
 from siglane.hosts.sglang.bridge import Asked
 from siglane.image.decode import decode, from_pil, read_size
 from siglane.image.source import MediaPolicy, fetch
 from siglane.image.video import decode_clip, read_clip_size
-from siglane.types import DIGEST_BYTES, DecodedClip, DecodedImage, Detail, ImagePatches, Medium, Size
+from siglane.types import DIGEST_BYTES, DecodedClip, DecodedImage, ImagePatches, Medium, Size
 
-FETCH_THREADS = 16
+P = ParamSpec("P")
+Result = TypeVar("Result")
 
-
-@dataclass(frozen=True, slots=True)
-class MediaRef:
-    """One medium as a request names it. source: a URL, the bytes of a file, or a picture that the caller opened; place:
-    for messages; frames: shown of a video, None for a picture."""
-
-    source: str | bytes | Image.Image
-    place: str
-    video: bool
-    budget: ImageBudget
-    frames: int | None = None
+File = bytes | Image.Image
+FETCH_THREADS = 64  # they wait for web servers most of the time
 
 
-def wanted(images: Sequence[Any] | None, videos: Sequence[Any] | None) -> list[MediaRef]:
+def wanted(images: Sequence[Any] | None, videos: Sequence[Any] | None) -> list[MediaItem]:
     """The media of a request, pictures first. UserError for one that siglane does not read."""
-    found = []
-    for video, given in ((False, images or ()), (True, videos or ())):
-        kind = "video" if video else "image"
-        found += [_ref(one, f"{kind}_data[{index}]", video) for index, one in enumerate(given)]
-    return found
+    return [
+        *(_item(one, f"image_data[{index}]", video=False) for index, one in enumerate(images or ())),
+        *(_item(one, f"video_data[{index}]", video=True) for index, one in enumerate(videos or ())),
+    ]
 
 
-def _ref(given: Any, place: str, video: bool) -> MediaRef:
-    """SGLang's OpenAI route wraps a URL and its fields in a record of its own; its other routes pass what they got."""
-    if isinstance(given, str | bytes | Image.Image):
-        return MediaRef(given, place, video, ImageBudget())
-    if not isinstance(given, ImageData | VideoData):
-        message = f"{place}: siglane reads a URL, bytes or an open picture, got {type(given).__name__}"
+def _item(given: Any, where: str, *, video: bool) -> MediaItem:
+    """SGLang's OpenAI routes wrap a URL and its fields in a record of their own, its native route passes a text or a
+    dictionary, its engine also bytes and open pictures."""
+    kind, read = ("video", video_item) if video else ("image", image_item)
+    if isinstance(given, ImageData | VideoData):
+        given = asdict(given)
+        given |= given.pop("preprocess_kwargs") or {}
+    if isinstance(given, Mapping):
+        names = {"url": kind, "max_dynamic_patch": "max_tiles"}
+        given = {names.get(name, name): value for name, value in given.items() if value is not None}
+        given.pop("content_hash", None)  # a hint for caches; siglane computes its own
+    item = _blaming(where, read, given, where)
+    if not isinstance(item.source, str | bytes | Image.Image):
+        message = f"{where}: siglane reads a URL, bytes or an open picture, got {type(item.source).__name__}"
         raise UserError(message, code="unsupported_media")
-    for name in ("max_long_side_pixel", "preprocess_kwargs"):
-        if getattr(given, name) is not None:
-            message = f"{place}: {name} is not known to siglane; use detail or max_dynamic_patch"
-            raise UserError(message, code="unsupported_field")
-    if isinstance(given, VideoData):
-        return MediaRef(given.url, place, video, ImageBudget())
-    detail: Detail = given.detail or "auto"
-    if detail not in get_args(Detail):
-        message = f"{place}: detail {detail!r} is not one of {', '.join(get_args(Detail))}"
-        raise UserError(message, code="invalid_budget")
-    return MediaRef(given.url, place, video, ImageBudget(detail=detail, max_tiles=given.max_dynamic_patch))
+    return item
 
 
 class HostMedia:
@@ -79,52 +70,57 @@ class HostMedia:
         self._policy = MediaPolicy.of(config)
         self._fetchers = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="siglane-fetch")
 
-    def admit(self, refs: Sequence[MediaRef]) -> list[MediaRef]:
+    def admit(self, items: Sequence[MediaItem]) -> list[MediaItem]:
         """The same with the limits and frames that are applied. UserError for too many, or a budget that cannot be."""
         for kind, most, count in (
-            ("images", self._config.max_images, sum(not ref.video for ref in refs)),
-            ("videos", self._config.max_videos, sum(ref.video for ref in refs)),
+            ("images", self._config.max_images, sum(not item.video for item in items)),
+            ("videos", self._config.max_videos, sum(item.video for item in items)),
         ):
             if count > most:
                 raise UserError(f"the request has {count} {kind}; at most {most} are accepted", code=f"too_many_{kind}")
-        return [_blaming(ref, self._admit, ref) for ref in refs]
+        return [_blaming(item.where, self._admit, item) for item in items]
 
-    def fetch(self, refs: Sequence[MediaRef]) -> list[bytes | Image.Image]:
-        """The files, in order; pictures that the caller opened stay as they are. ImageError names the first bad one."""
-        return list(self._fetchers.map(lambda ref: _blaming(ref, self._fetch, ref), refs))
+    async def fetch(self, items: Sequence[MediaItem]) -> list[File]:
+        """The files, in order; pictures that the caller opened stay as they are. ImageError names a bad one.
 
-    def sizes(self, refs: Sequence[MediaRef], files: Sequence[bytes | Image.Image]) -> tuple[Medium, ...]:
-        """From the files' headers. ImageError for a picture that cannot be read or is too large."""
-        sizes = tuple(_blaming(ref, self._size, ref, file) for ref, file in zip(refs, files, strict=True))
-        pixels, most = (
-            sum(size.width * size.height for size in sizes if isinstance(size, Size)),
-            self._config.max_image_pixels,
-        )
-        if pixels > most:
-            raise ImageError(
-                f"the images have {pixels} pixels together; at most {most} are accepted", code="image_too_large"
+        What comes over the network waits on threads of its own: a slow web server holds up nobody else.
+        """
+        loop = asyncio.get_running_loop()
+        return await asyncio.gather(
+            *(
+                loop.run_in_executor(
+                    self._fetchers if _is_remote(item.source) else None, _blaming, item.where, self._fetch, item
+                )
+                for item in items
             )
+        )
+
+    def sizes(self, items: Sequence[MediaItem], files: Sequence[File]) -> tuple[Medium, ...]:
+        """From the files' headers. ImageError for a picture that cannot be read or is too large."""
+        sizes = tuple(_blaming(item.where, self._size, item, file) for item, file in zip(items, files, strict=True))
+        pixels = sum(size.width * size.height for size in sizes if isinstance(size, Size))
+        if pixels > (most := self._config.max_image_pixels):
+            message = f"the images have {pixels} pixels together; at most {most} are accepted"
+            raise ImageError(message, code="image_too_large")
         return sizes
 
-    def hollow(self, asked: Asked) -> list[ImagePatches]:
+    def hollow(self, items: Sequence[MediaItem], asked: Asked) -> list[ImagePatches]:
         """Images of which only the layouts are known: enough to count a prompt's tokens. ImageError for one of too many
         patches."""
         layouts = self._processor.layouts(asked.media, asked.budgets)
         most = self._config.max_image_patches
-        for number, layout in enumerate(layouts):
+        for item, layout in zip(items, layouts, strict=True):
             if layout.patches > most:
-                message = f"medium {number} would be {layout.patches} patches; at most {most} are accepted"
+                message = f"{item.where} would be {layout.patches} patches; at most {most} are accepted"
                 raise ImageError(message, code="image_too_large")
         return [ImagePatches(torch.empty(layout.patches, 0), layout, bytes(DIGEST_BYTES)) for layout in layouts]
 
-    def cut(self, refs: Sequence[MediaRef], files: Sequence[bytes | Image.Image], asked: Asked) -> list[ImagePatches]:
+    def cut(self, items: Sequence[MediaItem], files: Sequence[File], asked: Asked) -> list[ImagePatches]:
         """Patches of all media, in order. ImageError names the one that cannot be decoded."""
         layouts = self._processor.layouts(asked.media, asked.budgets)
         return [
-            _blaming(
-                ref, lambda ref=ref, file=file, layout=layout: self._processor.patches(self._decoded(ref, file), layout)
-            )
-            for ref, file, layout in zip(refs, files, layouts, strict=True)
+            self._processor.patches(_blaming(item.where, self._decoded, item, file), layout)
+            for item, file, layout in zip(items, files, layouts, strict=True)
         ]
 
     @property
@@ -133,38 +129,43 @@ class HostMedia:
             raise no_video()
         return self._processor.config.video
 
-    def _admit(self, ref: MediaRef) -> MediaRef:
-        budget = ref.budget.under(self._budget)
+    def _admit(self, item: MediaItem) -> MediaItem:
+        budget = item.budget.under(self._budget)
         self._rule.within(budget)
-        frames = self._video.count(None, self._config.max_video_frames) if ref.video else None
-        return replace(ref, budget=budget, frames=frames)
+        frames = self._video.count(item.frames, self._config.max_video_frames) if item.video else None
+        return replace(item, budget=budget, frames=frames)
 
-    def _fetch(self, ref: MediaRef) -> bytes | Image.Image:
-        if not isinstance(ref.source, str):
-            return ref.source
-        most = self._config.max_video_bytes if ref.video else self._config.max_image_bytes
-        return fetch(ref.source, replace(self._policy, max_bytes=most))
+    def _fetch(self, item: MediaItem) -> File:
+        if isinstance(item.source, str):
+            most = self._config.max_video_bytes if item.video else self._config.max_image_bytes
+            return fetch(item.source, replace(self._policy, max_bytes=most))
+        assert isinstance(item.source, bytes | Image.Image)
+        return item.source
 
-    def _size(self, ref: MediaRef, file: bytes | Image.Image) -> Medium:
+    def _size(self, item: MediaItem, file: File) -> Medium:
         if isinstance(file, Image.Image):
             return from_pil(file, self._config.decode).size
-        if ref.frames is None:
+        if item.frames is None:
             return read_size(file, self._config.decode)
-        return read_clip_size(file, self._video, ref.frames, self._config.decode)
+        return read_clip_size(file, self._video, item.frames, self._config.decode)
 
-    def _decoded(self, ref: MediaRef, file: bytes | Image.Image) -> DecodedImage | DecodedClip:
+    def _decoded(self, item: MediaItem, file: File) -> DecodedImage | DecodedClip:
         if isinstance(file, Image.Image):
             return from_pil(file, self._config.decode)
-        if ref.frames is None:
+        if item.frames is None:
             return decode(file, self._config.decode)
-        return decode_clip(file, self._video, ref.frames, self._config.decode)
+        return decode_clip(file, self._video, item.frames, self._config.decode)
 
 
-def _blaming(ref: MediaRef, function: Any, *arguments: Any) -> Any:
+def _is_remote(source: object) -> bool:
+    return isinstance(source, str) and source[:8].lower().startswith(("http://", "https://"))
+
+
+def _blaming(where: str, function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
     """SGLang's answer holds the message alone, so the place goes into it."""
     try:
-        return function(*arguments)
+        return function(*args, **kwargs)
     except UserError as error:
-        if error.message.startswith(ref.place):
+        if error.message.startswith(where):
             raise
-        raise type(error)(f"{ref.place}: {error.message}", code=error.code) from error
+        raise UserError(f"{where}: {error.message}", code=error.code) from error

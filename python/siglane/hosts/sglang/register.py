@@ -13,8 +13,14 @@ from typing import Any
 logger = logging.getLogger("siglane.hosts.sglang")
 
 PACKAGE = "siglane.hosts.sglang"
+PACKAGES = {
+    "SGLANG_EXTERNAL_MODEL_PACKAGE": f"{PACKAGE}.models",
+    "SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE": f"{PACKAGE}.processors",
+}
 # not __post_init__, which SGLang's own comments propose: msgspec looks that one up when it makes the class
 ARGUMENTS_HOOK = "sglang.srt.server_args.ServerArgs.resolve_once"
+# arguments by which SGLang would run without siglane's processor, or the language model without its first layers
+UNSUPPORTED = {"encoder_only": False, "language_only": False, "pp_size": 1}
 
 
 def register() -> None:
@@ -24,15 +30,16 @@ def register() -> None:
 
     from siglane.hosts.sglang.config import SiglaneConfig
 
-    os.environ.setdefault("SGLANG_EXTERNAL_MODEL_PACKAGE", f"{PACKAGE}.models")
-    os.environ.setdefault("SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE", f"{PACKAGE}.processors")
+    for variable, package in PACKAGES.items():
+        os.environ.setdefault(variable, package)
     AutoConfig.register(SiglaneConfig.model_type, SiglaneConfig, exist_ok=True)
     HookRegistry.register(ARGUMENTS_HOOK, point_at_view, HookType.BEFORE)
     logger.info("siglane: models and processors of %s, hook on %s", PACKAGE, ARGUMENTS_HOOK)
 
 
 def point_at_view(arguments: Any) -> None:
-    """Replaces the path of a model that siglane serves by that of its view. UserError for a broken one of them.
+    """Replaces the path of a model that siglane serves by that of its view. UserError for a broken one of them, and
+    where something was set that keeps siglane from serving it: SGLang would look for another class.
 
     SGLang resolves its arguments once, in the launcher, before it reads anything of the model.
     """
@@ -42,8 +49,25 @@ def point_at_view(arguments: Any) -> None:
     view = view_of(asked, arguments.revision)
     if view is None:
         return
+    _check(arguments)
     if arguments.tokenizer_path == asked:
         arguments.tokenizer_path = None  # SGLang's default, the model's path
     arguments.served_model_name = arguments.served_model_name or asked
     arguments.model_path, arguments.revision = str(view), None
+    # workers of --tokenizer-worker-num load no plugins
+    os.environ.setdefault("SGLANG_HTTP_SERVER_APP_PATH", f"{PACKAGE}.app:app")
     logger.info("siglane: %s is served by siglane's tower, through %s", asked, view)
+
+
+def _check(arguments: Any) -> None:
+    from siglane.errors import UserError
+
+    asked = arguments.model_path
+    for variable, package in PACKAGES.items():
+        if (found := os.environ.get(variable)) != package:
+            message = f"{asked} is served by {package}, but {variable} is {found}; unset it"
+            raise UserError(message, code="bad_environment", param=variable)
+    for name, only in UNSUPPORTED.items():
+        if (found := getattr(arguments, name)) != only:
+            message = f"{asked} cannot be served with {name}={found}: siglane supports SGLang's --tp-size and --dp-size"
+            raise UserError(message, code="bad_argument", param=name)

@@ -35,15 +35,21 @@ def language_tensors(
     vision: StrictLoad,
     family: VlmFamily,
     config: VlmConfig,
+    *,
+    whole: bool,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """What belongs to the language model, under transformers' names; what belongs to `vision` is loaded on the way.
 
-    WeightError for a tensor of neither. Tied weights that are stored twice are yielded once.
+    whole: `weights` are all of the checkpoint's, not some that an update brings. WeightError for a tensor of neither,
+    and for one that is left out: SGLang's language model would keep what its memory held. Tied weights that are stored
+    twice are yielded once.
     """
+    waiting = dict(names) if whole else {}
     plan, hf_plan = family.language_plan(config), qwen_plan(config.language)
     seen: set[str] = set()
     for key, tensor in weights:
         name = names.get(key, key)
+        waiting.pop(key, None)
         if vision.plan.find(name) is not None:
             vision.take(name, tensor)
             continue
@@ -61,3 +67,8 @@ def language_tensors(
                     yield hf_name, tensor
             case Ignore():
                 continue
+    if waiting:
+        raise WeightError(
+            f"SGLang read {len(names) - len(waiting)} of {len(names)} tensors, not {next(iter(waiting.values()))}; the "
+            "checkpoint's files are not those that its view links to"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from siglane.hosts.sglang.weights import full_names, language_tensors
 from siglane.weights.hub import Checkpoint
 from siglane.weights.load import StrictLoad
 
+logger = logging.getLogger(__name__)
+
 LANGUAGE_MODELS = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}
 
 
@@ -42,6 +45,7 @@ class SiglaneForConditionalGeneration(nn.Module):
         self.language_model = LANGUAGE_MODELS[config.text_config.model_type](
             config.text_config, quant_config, add_prefix("language_model", prefix)
         )
+        logger.info("siglane: %s, %s", self.facts.family, self.vision.share())
         self._loaded = False
 
     def get_input_embeddings(self) -> nn.Module:
@@ -60,11 +64,15 @@ class SiglaneForConditionalGeneration(nn.Module):
         """What stands at the places of each item, `[places, hidden_size]`; any subset of a batch's images, one packed
         forward for all of them."""
         images = [bridge.patches_of(item, self.facts) for item in items]
+        logger.debug("siglane: %d images to encode", len(images))
         rows = self.vision(images).split()
         return [bridge.span_rows(*pair, self.get_input_embeddings()) for pair in zip(items, rows, strict=True)]
 
     @torch.no_grad()
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: Any) -> Any:
+        if not forward_batch.contains_mm_inputs():  # beside images SGLang does it itself
+            # its native route takes any id from a client; one outside the vocabulary would end the scheduler
+            input_ids = input_ids.clamp(0, self.config.text_config.vocab_size - 1)
         return general_mm_embed_routine(
             input_ids=input_ids,
             forward_batch=forward_batch,
@@ -76,8 +84,11 @@ class SiglaneForConditionalGeneration(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """The first pass must fill every parameter of tower and projector; later ones, updates, may bring some."""
         load = StrictLoad(self.family.vision_plan(self.facts), self.vision.stack)
-        tensors = language_tensors(weights, full_names(self.checkpoint), load, self.family, self.facts)
+        tensors = language_tensors(
+            weights, full_names(self.checkpoint), load, self.family, self.facts, whole=not self._loaded
+        )
         if self._loaded:
+            bridge.forget_rows()
             self.language_model.load_weights(tensors)
             return
         with load:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProces
 from siglane.config.layout.rule import ImageBudget
 from siglane.config.options import read_environment
 from siglane.errors import UserError
+from siglane.families.media import MediaItem
 from siglane.families.processor import load_processor
 from siglane.hosts.sglang import bridge
-from siglane.hosts.sglang.media import HostMedia, wanted
+from siglane.hosts.sglang.media import File, HostMedia, wanted
 from siglane.hosts.sglang.models.siglane_vlm import SiglaneForConditionalGeneration
 from siglane.hosts.sglang.settings import host_config
 from siglane.hosts.sglang.view import placeholder_id
@@ -42,30 +44,29 @@ class SiglaneProcessor(BaseMultimodalProcessor):
         **others: Any,
     ) -> MultimodalProcessorOutput:
         """ValueError, which SGLang answers with 400, for everything that is wrong with this request alone."""
-        return await asyncio.get_running_loop().run_in_executor(
-            self.io_executor, self._process, input_text, request_obj, image_data, audio_data, max_req_input_len
-        )
-
-    def _process(
-        self, text: str | list[int], request: Any, images: Any, audio: Any, longest: int | None
-    ) -> MultimodalProcessorOutput:
-        if audio:
+        if audio_data:
             raise UserError("this model does not read audio", code="unsupported_media")
-        if getattr(request, "mm_hashes", None):  # not on every request type
+        if getattr(request_obj, "mm_hashes", None):  # not on every request type
             raise UserError(
                 "mm_hashes are not accepted: siglane tells images apart by 32 bytes", code="unsupported_field"
             )
-        refs = self.media.admit(wanted(images, request.video_data))
-        files = self.media.fetch(refs)
-        asked = bridge.Asked(self.media.sizes(refs, files), tuple(ref.budget for ref in refs))
-        text = text if isinstance(text, str) else self._tokenizer.decode(text)
-        draft = self.prompts.rendered_prompt(text, self.media.hollow(asked))
-        if longest is not None and len(draft.token_ids) > longest:
-            message = (
-                f"the prompt has {len(draft.token_ids)} tokens, {longest} are accepted; ask for fewer or smaller images"
-            )
+        items = self.media.admit(wanted(image_data, request_obj.video_data))
+        files = await self.media.fetch(items)
+        return await asyncio.get_running_loop().run_in_executor(
+            self.io_executor, self._process, input_text, items, files, max_req_input_len
+        )
+
+    def _process(
+        self, text: str | list[int], items: Sequence[MediaItem], files: Sequence[File], longest: int | None
+    ) -> MultimodalProcessorOutput:
+        asked = bridge.Asked(self.media.sizes(items, files), tuple(item.budget for item in items))
+        text = text if isinstance(text, str) else self._read(text)
+        draft = self.prompts.rendered_prompt(text, self.media.hollow(items, asked))
+        length = len(draft.token_ids)
+        if longest is not None and length >= longest:  # SGLang's scheduler takes only less
+            message = f"the prompt has {length} tokens, {longest - 1} are accepted; ask for fewer or smaller images"
             raise UserError(message, code="context_length_exceeded")
-        patches = self.media.cut(refs, files, asked)
+        patches = self.media.cut(items, files, asked)
         prompt = self.prompts.rendered_prompt(text, patches)
         numbers = [next(number for number, one in enumerate(patches) if one is image) for image in prompt.images]
         ids = list(prompt.token_ids)
@@ -75,3 +76,11 @@ class SiglaneProcessor(BaseMultimodalProcessor):
         return MultimodalProcessorOutput(
             input_ids=ids, mm_items=bridge.items_of(prompt, asked, numbers), im_token_id=place
         )
+
+    def _read(self, ids: Sequence[int]) -> str:
+        vocabulary = self.prompts.config.language.vocab_size
+        if outside := [token_id for token_id in ids if not 0 <= token_id < vocabulary]:
+            message = f"input_ids names token {outside[0]}; the vocabulary ends at {vocabulary - 1}"
+            raise UserError(message, code="invalid_value")
+        text: str = self._tokenizer.decode(ids)
+        return text

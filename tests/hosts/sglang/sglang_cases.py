@@ -1,0 +1,246 @@
+"""What SGLang and siglane's own engine are both asked: tiny checkpoints of every family, and prompts with pictures.
+
+A random model forgets its picture over many equal rows and then repeats one word. Scaled as here, attention chooses few
+rows and logits lie far apart, so answers tell pictures apart and rounding does not change them.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpoints import write_nvila_checkpoint
+from llava_onevision_checkpoint import write_llava_onevision_checkpoint
+from nanovlm_checkpoint import write_nanovlm_checkpoint
+from ovis2_5_checkpoint import write_ovis2_5_checkpoint
+from PIL import Image
+from reference import picture
+from safetensors.torch import load_file, save_file
+from sglang_host import RunningEngine
+from transformers import PreTrainedTokenizerFast
+
+from siglane.hosts.sglang.view import write_view
+from siglane.llm import LLM, Generation
+from siglane.types import SamplingParams
+from siglane.weights.hub import Checkpoint
+
+TOKENS = 64
+MARGIN = 1e-3  # of the best token over the next one, in logits: far above what two attentions differ by
+FEWEST_WORDS = 10  # different tokens of one answer
+QWEN = {"embed_tokens": 4.0, "layers.0.self_attn.q_proj": 2.0, "lm_head": 4.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """width, height: pixels; seed: of what it shows; max_tiles: a budget that its request names."""
+
+    width: int
+    height: int
+    seed: int = 0
+    max_tiles: int | None = None
+
+    @property
+    def url(self) -> str:
+        return data_url(picture(self.width, self.height, self.seed))
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A picture that a test drew by itself."""
+
+    image: Image.Image
+
+    @property
+    def url(self) -> str:
+        return data_url(self.image)
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """A video of `frames` pictures, all of them shown."""
+
+    width: int
+    height: int
+    frames: int
+    seed: int = 0
+
+    @property
+    def url(self) -> str:
+        file = io.BytesIO()
+        first, *others = (picture(self.width, self.height, self.seed + number) for number in range(self.frames))
+        first.save(file, "GIF", save_all=True, append_images=others, duration=100, loop=0)
+        return f"data:image/gif;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+Case = tuple[str | Picture | Drawn | Clip, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """write: a checkpoint of a seed into a folder; seeds: two whose answers discriminate; larger: what is multiplied,
+    by the end of a tensor's name; env: for SGLang; video: whether it reads videos."""
+
+    write: Callable[[Path, int], object]
+    seeds: tuple[int, int]
+    larger: Mapping[str, float] = field(default_factory=lambda: QWEN)
+    env: Mapping[str, str] = field(default_factory=dict)
+    video: bool = True
+
+
+FAMILIES = {
+    "nvila": Family(
+        lambda folder, seed: write_nvila_checkpoint(folder, layout="hf", lite=False, seed=seed),
+        seeds=(1, 5),
+        env={"SIGLANE_SGLANG_OVERRIDE": "nvila"},
+    ),
+    "vila": Family(
+        lambda folder, seed: write_nvila_checkpoint(folder, layout="folders", lite=True, seed=seed), seeds=(0, 5)
+    ),
+    "llava_onevision": Family(
+        lambda folder, seed: write_llava_onevision_checkpoint(folder, tied=False, seed=seed), seeds=(5, 0)
+    ),
+    "ovis2_5": Family(
+        lambda folder, seed: write_ovis2_5_checkpoint(folder, seed=seed),
+        seeds=(1, 2),
+        larger={"embed_tokens": 4.0, "q_norm": 3.0, "lm_head": 4.0, "visual_tokenizer.head.1": 6.0, "vte": 4.0},
+    ),
+    "nanovlm": Family(
+        lambda folder, seed: write_nanovlm_checkpoint(folder, names="untied", seed=seed),
+        seeds=(1, 4),
+        larger={"token_embedding": 4.0, "decoder.blocks.0.attn.q_proj": 2.0, "decoder.head": 4.0},
+        video=False,
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A checkpoint and its view, which SGLang is to find."""
+
+    folder: Path
+    view: Path
+    env: Mapping[str, str]
+    tokenizer: Any
+
+    def request(self, case: Case, **more: Any) -> dict[str, Any]:
+        """Arguments of `Engine.async_generate`: the view's chat template, rendered as SGLang's server does."""
+        found: dict[str, Any] = {"prompt": self.rendered(case)}
+        if images := [_image(part) for part in case if isinstance(part, Picture | Drawn)]:
+            found["image_data"] = images
+        if videos := [part.url for part in case if isinstance(part, Clip)]:
+            found["video_data"] = videos
+        return found | more
+
+    def rendered(self, case: Case) -> str:
+        content = [
+            {"type": "text", "text": part} if isinstance(part, str) else
+            {"type": "video" if isinstance(part, Clip) else "image"} for part in case
+        ]  # fmt: skip
+        messages = [{"role": "user", "content": content}]
+        text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return text
+
+
+def serve(name: str, folder: Path, **more: str) -> Served:
+    """A checkpoint of a family in `folder` and its view. more: variables for SGLang."""
+    write_checkpoint(name, folder / name)
+    return served(folder / name, folder / "views", {**FAMILIES[name].env, **more})
+
+
+def served(checkpoint: Path, views: Path, env: Mapping[str, str]) -> Served:
+    view = write_view(Checkpoint(checkpoint), views)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(view)
+    return Served(checkpoint, view, {**env, "SIGLANE_SGLANG_VIEWS": str(views)}, tokenizer)
+
+
+def write_checkpoint(name: str, folder: Path, seed: int | None = None) -> None:
+    """seed: the first of the family's by default."""
+    family = FAMILIES[name]
+    folder.mkdir(parents=True)
+    family.write(folder, family.seeds[0] if seed is None else seed)
+    enlarge(folder, family.larger)
+
+
+def enlarge(folder: Path, larger: Mapping[str, float]) -> None:
+    for file in folder.rglob("*.safetensors"):
+        rewrite(file, lambda state: {key: value * _factor(key, larger) for key, value in state.items()})
+
+
+def rewrite(file: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    """The tensors of a file, changed."""
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def _factor(name: str, larger: Mapping[str, float]) -> float:
+    return math.prod(by for end, by in larger.items() if name.endswith(f"{end}.weight"))
+
+
+def data_url(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def ask_siglane(folder: Path, cases: Sequence[Case], tokens: int = TOKENS) -> list[Generation]:
+    """The answers of siglane's own engine, through its public door, one after the other."""
+    llm = LLM(folder, device="cpu", dtype="float32", kv_tokens=16384)
+    sampling = SamplingParams(max_tokens=tokens, ignore_eos=True, logprobs=2)
+    messages = [[{"role": "user", "content": [_part(part) for part in case]}] for case in cases]
+    return [answer for one in messages for answer in llm.chat(one, sampling)]
+
+
+def _part(part: str | Picture | Drawn | Clip) -> dict[str, Any]:
+    match part:
+        case str():
+            return {"type": "text", "text": part}
+        case Clip():
+            return {"type": "video_url", "video_url": {"url": part.url}}
+        case Picture(max_tiles=int(most)):
+            return {"type": "image_url", "image_url": {"url": part.url, "max_tiles": most}}
+    return {"type": "image_url", "image_url": {"url": part.url}}
+
+
+def _image(part: Picture | Drawn) -> str | dict[str, Any]:
+    if isinstance(part, Drawn) or part.max_tiles is None:
+        return part.url
+    return {"url": part.url, "max_dynamic_patch": part.max_tiles}
+
+
+def ask_sglang(
+    engine: RunningEngine, requests: Sequence[Mapping[str, Any]], tokens: int = TOKENS, **more: Any
+) -> list[dict[str, Any]]:
+    """SGLang's greedy answers to requests that are submitted at once."""
+    return engine.generate(requests, {"temperature": 0.0, "max_new_tokens": tokens, "ignore_eos": True}, **more)
+
+
+def compare(theirs: Sequence[Mapping[str, Any]], ours: Sequence[Generation], names: Sequence[str]) -> None:
+    """AssertionError names the cases whose answers, or whose prompts' lengths, are not the same."""
+    errors = {name: answer["error"] for name, answer in zip(names, theirs, strict=True) if "error" in answer}
+    assert not errors, errors
+    for found, expected, what in (
+        ([one["meta_info"]["prompt_tokens"] for one in theirs], [one.usage.prompt_tokens for one in ours], "lengths"),
+        ([one["output_ids"] for one in theirs], [list(one.output_token_ids) for one in ours], "answers"),
+    ):
+        different = [name for name, one, other in zip(names, found, expected, strict=True) if one != other]
+        assert not different, f"{what} of {', '.join(different)} differ from siglane's"
+
+
+def check_that_answers_discriminate(answers: Sequence[Generation]) -> None:
+    """No two are the same, none is one word over and over, and rounding would change none."""
+    said = [answer.output_token_ids for answer in answers]
+    assert len(set(said)) == len(said)
+    words = [len(set(tokens)) for tokens in said]
+    assert min(words) >= min(FEWEST_WORDS, len(said[0]) // 4), words
+    margins = [margin(answer) for answer in answers]
+    assert min(margins) > MARGIN, margins
+
+
+def margin(answer: Generation) -> float:
+    """The least by which a chosen token was ahead of the next one, in logits."""
+    return min(chosen.top[0][1] - chosen.top[1][1] for chosen in answer.logprobs)

@@ -1,0 +1,86 @@
+"""Weights that are not what they were stop SGLang's start, and it says why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sglang_cases import rewrite, serve, write_checkpoint
+from sglang_host import HostError, sglang_engine
+
+from siglane.errors import WeightError
+from siglane.families.model import model_tensors
+from siglane.families.processor import load_processor
+from siglane.families.registry import vlm_family
+from siglane.families.stack import VisionStack
+from siglane.hosts.sglang.weights import full_names, language_tensors
+from siglane.weights.hub import Checkpoint
+from siglane.weights.load import StrictLoad
+
+State = dict[str, torch.Tensor]
+Change = Callable[[State], State]
+
+
+def without(name: str) -> Change:
+    return lambda state: {key: value for key, value in state.items() if key != name}
+
+
+def cut(name: str) -> Change:
+    return lambda state: state | {name: state[name][:-1].clone()}
+
+
+def with_another(name: str) -> Change:
+    return lambda state: state | {name: torch.ones(2)}
+
+
+# part of the checkpoint, what becomes of it, what SGLang says at last
+BROKEN: dict[str, tuple[str, Change, str]] = {
+    "missing": (
+        "vision_tower",
+        without("vision_model.encoder.layers.0.mlp.fc1.bias"),
+        "the checkpoint fills 71 of 72 parameters; missing: vision.tower.blocks.0.mlp.fc1.bias",
+    ),
+    "of another shape": (
+        "mm_projector",
+        cut("layers.1.weight"),
+        "tensor mm_projector.layers.1.weight has shape [287], the model needs [288]",
+    ),
+    "unknown": (
+        "llm",
+        with_another("model.layers.0.surprise"),
+        "tensor llm.model.layers.0.surprise is not known to this model",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_checkpoint_broken_behind_its_view_stops_the_start(what: str, tmp_path: Path) -> None:
+    part, change, message = BROKEN[what]
+    served = serve("vila", tmp_path)
+    rewrite(served.folder / part / "model.safetensors", change)
+    with pytest.raises(HostError) as stopped, sglang_engine(served.view, env=served.env):
+        pass
+    assert message in str(stopped.value)
+
+
+def test_a_tensor_that_sglang_leaves_out_is_missed(tmp_path: Path) -> None:
+    """SGLang's language models fill what they are given and ask for nothing."""
+    write_checkpoint("vila", tmp_path / "vila")
+    checkpoint = Checkpoint(tmp_path / "vila")
+    family, config = vlm_family(checkpoint), load_processor(checkpoint).config
+    names = full_names(checkpoint)
+    tensors = {tensor.key: load_file(tensor.file)[tensor.key] for tensor in model_tensors(checkpoint)}
+    left_out = "model.layers.1.self_attn.q_proj.weight"
+
+    def read(weights: State, *, whole: bool) -> dict[str, torch.Tensor]:
+        load = StrictLoad(family.vision_plan(config), VisionStack(config))
+        return dict(language_tensors(weights.items(), names, load, family, config, whole=whole))
+
+    assert left_out in read(tensors, whole=True)
+    del tensors[left_out]
+    assert left_out not in read(tensors, whole=False)
+    with pytest.raises(WeightError, match=rf"read {len(tensors)} of {len(tensors) + 1} tensors, not llm\.{left_out}"):
+        read(tensors, whole=True)
