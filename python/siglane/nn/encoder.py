@@ -7,12 +7,14 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from siglane.nn.act import activate
 from siglane.nn.attention import Segments, packed_attention
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear, attention_parallel
 from siglane.nn.parallel import TensorParallel
 from siglane.nn.rope import rotate
 from siglane.types import Activation, AttentionBackend
+
+# a CPU's caches hold the inner values of about so many rows; those of a whole batch would go through memory and back
+CACHED_ROWS = 384
 
 
 class BlockFacts(Protocol):
@@ -66,7 +68,13 @@ class MLP(nn.Module):
         self.fc2 = RowParallelLinear(config.intermediate_size, config.hidden_size, bias=True, tp=tp)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(activate(self.fc1(x), self.activation))
+        if x.device.type != "cpu" or torch.is_grad_enabled() or len(x) <= CACHED_ROWS:
+            return self._rows(x)
+        return torch.cat([self._rows(rows) for rows in x.split(CACHED_ROWS)])
+
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.fc2(self.fc1(x, self.activation))
+        return hidden
 
 
 class Block(nn.Module):

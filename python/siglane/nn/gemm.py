@@ -5,9 +5,17 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from siglane.nn.act import activate
+from siglane.types import Activation
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`x W^T + b`: x `[..., K]`, weight `[N, K]`, bias `[N]` -> `[..., N]`.
+# activations that oneDNN applies to a product's tiles while they are in cache: name and variant
+_FUSED: dict[Activation, tuple[str, str]] = {"gelu_tanh": ("gelu", "tanh"), "gelu_erf": ("gelu", "none")}
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: Activation | None = None
+) -> torch.Tensor:
+    """`x W^T + b`, then `activation`: x `[..., K]`, weight `[N, K]`, bias `[N]` -> `[..., N]`.
 
     On CPUs float32 goes to oneDNN, whose product is faster than torch's default on some processors
     (`python benchmark/machine.py`); its sums are float32 too. It has no gradient, so where one is wanted
@@ -16,9 +24,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
     # torch.compile has its own lowering of this product, for frozen weights only
     if on_cpu and not torch.compiler.is_compiling() and not _wants_gradient(x, weight, bias):
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return product
-    return F.linear(x, weight, bias)
+        name, variant = ("none", "") if activation is None else _FUSED.get(activation, ("none", ""))
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], variant)
+        return product if activation is None or activation in _FUSED else activate(product, activation)
+    product = F.linear(x, weight, bias)
+    return product if activation is None else activate(product, activation)
 
 
 def _wants_gradient(*tensors: torch.Tensor | None) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 
 from siglane.nn.gemm import linear
 from siglane.nn.parallel import TensorParallel
+from siglane.types import Activation
 
 
 class ShardedModule(nn.Module):
@@ -59,8 +60,9 @@ class ColumnParallelLinear(ShardedModule):
         self.weight = nn.Parameter(torch.empty(local, input_size))
         self.bias = nn.Parameter(torch.empty(local)) if bias else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = linear(x, self.weight, self.bias)
+    def forward(self, x: torch.Tensor, activation: Activation | None = None) -> torch.Tensor:
+        """activation: of the outputs, applied by the product itself where the kernel can."""
+        y = linear(x, self.weight, self.bias, activation)
         return self.tp.all_gather(y) if self.gather_output else y
 
     def parts(self, name: str) -> tuple[str, ...]:
