@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import orjson
@@ -12,22 +12,32 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from siglane.errors import EngineError, UserError
 from siglane.server.chat import complete, prepare
+from siglane.server.embedding import EmbeddingState, classify, embed
+from siglane.server.embedding_protocol import (
+    ClassificationList,
+    ClassificationRequest,
+    EmbeddingList,
+    EmbeddingRequest,
+)
 from siglane.server.errors import ErrorBody, JsonResponse, error_response, from_validation
 from siglane.server.exchange import exchange_of
+from siglane.server.metrics import METHODS
 from siglane.server.middleware import Authenticate, Gate, Intake, Observe, shutting_down
 from siglane.server.protocol import ChatCompletion, ChatCompletionRequest, ModelCard, ModelList, ignored_fields
-from siglane.server.state import ServerState
+from siglane.server.state import ModelState, ServerState
 from siglane.server.stream import ChatStream
 
 logger = logging.getLogger(__name__)
 
 CHAT = "/v1/chat/completions"
+EMBEDDINGS, CLASSIFY = "/v1/embeddings", "/v1/classify"
 IGNORED_FIELDS = "x-siglane-ignored-fields"
 FAILURES: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
@@ -47,24 +57,31 @@ class _Route(APIRoute):
         return handle_with_orjson
 
 
-def create_app(state: ServerState) -> FastAPI:
-    """The application around one `ServerState`. Its routes hold nothing of their own."""
+def create_app(state: ModelState) -> FastAPI:
+    """The application around one model that chats (`ServerState`) or embeds (`EmbeddingState`). Its routes hold nothing
+    of their own; those of the other kind say why they are not served."""
     # no docs pages: they load scripts from elsewhere; no redirects: they would repeat the Host header of the client
     app = FastAPI(title="siglane", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.router.route_class = _Route
-    _add_middleware(app, state)
+    served = (CHAT,) if isinstance(state, ServerState) else (EMBEDDINGS, CLASSIFY)
+    _add_middleware(app, state, served)
     for kind, answer in _failures().items():
         app.add_exception_handler(kind, answer)
     _add_probes(app, state)
     _add_models(app, state)
-    _add_chat(app, state)
+    if isinstance(state, ServerState):
+        _add_chat(app, state)
+        _add_refusals(app, (EMBEDDINGS, CLASSIFY), f"{state.name!r} chats; embeddings need a SigLIP with both towers")
+    elif isinstance(state, EmbeddingState):
+        _add_embeddings(app, state)
+        _add_refusals(app, (CHAT,), f"{state.name!r} embeds and classifies; a chat needs a vision-language model")
     return app
 
 
-def _add_middleware(app: FastAPI, state: ServerState) -> None:
+def _add_middleware(app: FastAPI, state: ModelState, served: tuple[str, ...]) -> None:
     config = state.config
     gate = Gate(config.max_queue, state.refusal, state.metrics)
-    paths = frozenset({CHAT})
+    paths = frozenset(served)
     # the last one added is the outermost
     app.add_middleware(Intake, paths=paths, gate=gate, max_bytes=config.max_body_bytes, timeout=config.body_timeout)
     app.add_middleware(Authenticate, api_key=config.api_key)
@@ -98,7 +115,7 @@ def _failures() -> dict[type[Exception], Callable[[Request, Any], Response]]:
     return {UserError: refused, EngineError: refused, RequestValidationError: invalid, HTTPException: no_route}
 
 
-def _add_probes(app: FastAPI, state: ServerState) -> None:
+def _add_probes(app: FastAPI, state: ModelState) -> None:
     @app.get("/health")
     async def health() -> Response:
         """Whether the process works: 503 only when its engine is gone."""
@@ -118,7 +135,7 @@ def _add_probes(app: FastAPI, state: ServerState) -> None:
         return Response(content, media_type=CONTENT_TYPE_LATEST)
 
 
-def _add_models(app: FastAPI, state: ServerState) -> None:
+def _add_models(app: FastAPI, state: ModelState) -> None:
     @app.get("/v1/models", responses=FAILURES)
     async def list_models() -> ModelList:
         return {"object": "list", "data": [state.card]}
@@ -129,21 +146,51 @@ def _add_models(app: FastAPI, state: ServerState) -> None:
         return state.card
 
 
-def _add_chat(app: FastAPI, state: ServerState) -> None:
+def _ignored_noter() -> Callable[[BaseModel], dict[str, str]]:
+    """Tells the client in a header which of its fields have no effect, and the log once."""
     warned: set[str] = set()
 
-    def note_ignored(fields: list[str]) -> dict[str, str]:
+    def note_ignored(body: BaseModel) -> dict[str, str]:
+        fields = ignored_fields(body)
         new = [name for name in fields if name not in warned]
         if new and len(warned) < 1000:  # names come from clients
             warned.update(new)
             logger.warning("requests set fields that have no effect here: %s", ", ".join(new))
         return {IGNORED_FIELDS: ",".join(fields)} if fields else {}
 
+    return note_ignored
+
+
+def _add_chat(app: FastAPI, state: ServerState) -> None:
+    note_ignored = _ignored_noter()
+
     @app.post(CHAT, responses={200: {"model": ChatCompletion}, **FAILURES}, response_model=None)
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Any:
         exchange = exchange_of(request.scope)
-        headers = note_ignored(ignored_fields(body))
+        headers = note_ignored(body)
         if not body.stream:
             return JsonResponse(await complete(body, exchange, state), headers=headers)
         prepared = await prepare(body, exchange, state)
         return ChatStream(body, prepared, exchange, state, headers)
+
+
+def _add_embeddings(app: FastAPI, state: EmbeddingState) -> None:
+    note_ignored = _ignored_noter()
+
+    @app.post(EMBEDDINGS, responses={200: {"model": EmbeddingList}, **FAILURES}, response_model=None)
+    async def create_embeddings(body: EmbeddingRequest, request: Request) -> Any:
+        headers = note_ignored(body)
+        return JsonResponse(await embed(body, exchange_of(request.scope), state), headers=headers)
+
+    @app.post(CLASSIFY, responses={200: {"model": ClassificationList}, **FAILURES}, response_model=None)
+    async def create_classification(body: ClassificationRequest, request: Request) -> Any:
+        headers = note_ignored(body)
+        return JsonResponse(await classify(body, exchange_of(request.scope), state), headers=headers)
+
+
+def _add_refusals(app: FastAPI, paths: Sequence[str], reason: str) -> None:
+    async def refuse() -> Response:
+        raise UserError(f"this path is not served: {reason}", code="not_found", status=404)
+
+    for path in paths:
+        app.add_api_route(path, refuse, methods=list(METHODS), include_in_schema=False)

@@ -26,6 +26,7 @@ from siglane.server.protocol import (
     VideoUrlPart,
 )
 from siglane.server.state import ServerState
+from siglane.server.stopwatch import Stopwatch
 from siglane.types import ImagePart, Message, Prompt, Request, Role, SamplingParams, TokenLogprob, Usage
 
 LEAST_TEMPERATURE = 1e-4  # below it dividing float32 logits overflows; the likeliest token is taken instead
@@ -70,23 +71,6 @@ async def prepare(body: ChatCompletionRequest, exchange: Exchange, state: Server
     )
     reports = [state.media.report(*pair) for pair in zip(refs, layouts, strict=True)]
     return Prepared(request_id, prompt, requests, reports, watch.seconds)
-
-
-class Stopwatch:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def note(self, stage: str) -> None:
-        """Books the time since the last note under `stage`."""
-        now = time.monotonic()
-        self.add(stage, now - self._last)
-        self._last = now
-
-    def add(self, stage: str, seconds: float) -> None:
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
 
 def read_messages(messages: Sequence[ChatMessage]) -> tuple[tuple[Message, ...], list[MediaRef]]:

@@ -19,7 +19,7 @@ import torch
 from siglane.config.layout.rule import CHECKPOINT_LIMITS, ImageBudget, no_video
 from siglane.config.video import VideoRule
 from siglane.errors import ImageError, UserError
-from siglane.families.processor import Processor
+from siglane.families.processor import ImageProcessor
 from siglane.families.report import ImageReport, report_image
 from siglane.image.decode import decode, read_size
 from siglane.image.source import MediaPolicy, fetch
@@ -57,11 +57,14 @@ class CutImage(NamedTuple):
 class MediaLoader:
     """Fetches, checks, decodes and cuts pictures and videos in two bounded pools: one for waiting, one for computing.
 
-    budget: the server's. UserError when the model does not know one of its limits.
+    budget: the server's; video: how the model reads videos, None for one that does not. UserError when the model does
+    not know one of the budget's limits.
     """
 
-    def __init__(self, config: ServerConfig, processor: Processor, budget: ImageBudget = CHECKPOINT_LIMITS) -> None:
-        self._config, self._processor, self._budget = config, processor, budget
+    def __init__(
+        self, config: ServerConfig, processor: ImageProcessor, budget: ImageBudget, video: VideoRule | None
+    ) -> None:
+        self._config, self._processor, self._budget, self._video_rule = config, processor, budget, video
         self._rule = processor.config.preprocess.rule
         self._rule.within(budget)
         self._policy = MediaPolicy.of(config)
@@ -91,9 +94,9 @@ class MediaLoader:
 
     @property
     def _video(self) -> VideoRule:
-        if self._processor.config.video is None:
+        if self._video_rule is None:
             raise no_video()
-        return self._processor.config.video
+        return self._video_rule
 
     async def fetch(self, refs: Sequence[MediaRef], tenant: str, account: Account) -> list[bytes]:
         """The files of all pictures, in order. Raises ImageError that names the first one that cannot be had."""

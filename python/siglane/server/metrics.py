@@ -40,13 +40,13 @@ class Metrics:
         own: dict[str, Any] = {"registry": self.registry}
         timing: dict[str, Any] = {**own, "buckets": _SECONDS}
         self._http = Counter("siglane_http_requests", "HTTP requests", ["route", "method", "status"], **own)
-        self._requests = Counter("siglane_requests", "Chat completions by how they ended", ["outcome"], **own)
+        self._requests = Counter("siglane_requests", "Requests to the model by how they ended", ["outcome"], **own)
         self._tokens = Counter("siglane_tokens", "Tokens of answered requests", ["kind"], **own)
         self._stages = Histogram("siglane_stage_seconds", "Seconds of a request by stage", ["stage"], **timing)
         self._duration = Histogram("siglane_request_seconds", "Seconds from request to last token", **timing)
         self.first_token = Histogram("siglane_time_to_first_token_seconds", "Seconds to the first token", **timing)
         self.images = Counter("siglane_images", "Images in answered requests", **own)
-        self.in_flight = Gauge("siglane_requests_in_flight", "Chat completions being worked on", **own)
+        self.in_flight = Gauge("siglane_requests_in_flight", "Requests to the model being worked on", **own)
         self.inflight_bytes = Gauge("siglane_inflight_bytes", "Bytes of bodies and images held for requests", **own)
 
     def watch_engine(self, read: Callable[[], object]) -> None:

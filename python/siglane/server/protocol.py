@@ -82,7 +82,7 @@ FinishReason = Literal["stop", "length"]
 TemplateValue = str | int | float | bool | None
 
 
-class _Model(BaseModel):
+class RequestModel(BaseModel):
     # strict: true is not 1 and "1" is not 1; extra: unknown fields are reported, see ignored_fields
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -92,7 +92,7 @@ Side = Annotated[int, Field(ge=1, le=MAX_PINPOINT_SIDE)]
 Pinpoint = Annotated[list[Side], Field(min_length=2, max_length=2)]  # height, width
 
 
-class _Budgeted(_Model):
+class _Budgeted(RequestModel):
     """The fields of `ImageBudget` beside a URL: wishes, which the server lowers to its own budget."""
 
     url: str
@@ -120,17 +120,17 @@ class VideoUrl(_Budgeted):
     num_frames: Limit | None = None
 
 
-class TextPart(_Model):
+class TextPart(RequestModel):
     type: Literal["text"]
     text: str
 
 
-class ImageUrlPart(_Model):
+class ImageUrlPart(RequestModel):
     type: Literal["image_url"]
     image_url: ImageUrl
 
 
-class VideoUrlPart(_Model):
+class VideoUrlPart(RequestModel):
     type: Literal["video_url"]
     video_url: VideoUrl
 
@@ -161,7 +161,7 @@ Content = Annotated[
 ]
 
 
-class ChatMessage(_Model):
+class ChatMessage(RequestModel):
     """reasoning_content: of an earlier answer; accepted as it was sent, the model reads only answers."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -170,7 +170,7 @@ class ChatMessage(_Model):
 
     @model_validator(mode="after")
     def _check(self) -> ChatMessage:
-        _refuse(self.model_extra or {}, dict.fromkeys(_REFUSED_IN_MESSAGES, ()))
+        refuse_fields(self.model_extra or {}, dict.fromkeys(_REFUSED_IN_MESSAGES, ()))
         if self.role == "user" and self.content == "":
             raise UserError("the content of a user message must not be empty", code="empty_content")
         if self.role != "user" and any(isinstance(part, ImageUrlPart | VideoUrlPart) for part in self.content):
@@ -178,12 +178,12 @@ class ChatMessage(_Model):
         return self
 
 
-class StreamOptions(_Model):
+class StreamOptions(RequestModel):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
-class ChatCompletionRequest(_Model):
+class ChatCompletionRequest(RequestModel):
     """Null means absent. The bounds of the sampling fields keep float32 logits finite."""
 
     model: str | None = None
@@ -266,7 +266,7 @@ class ChatCompletionRequest(_Model):
 
     @model_validator(mode="after")
     def _check(self) -> ChatCompletionRequest:
-        _refuse(self.model_extra or {}, REFUSED)
+        refuse_fields(self.model_extra or {}, REFUSED)
         if self.stream_options is not None and not self.stream:
             message = "stream_options is only accepted together with stream"
             raise UserError(message, code="invalid_value", param="stream_options")
@@ -297,7 +297,7 @@ class ChatCompletionRequest(_Model):
         return tuple(self.stop or ())
 
 
-def _refuse(extra: Mapping[str, Any], refused: Mapping[str, tuple[object, ...]]) -> None:
+def refuse_fields(extra: Mapping[str, Any], refused: Mapping[str, tuple[object, ...]]) -> None:
     for name, value in extra.items():
         if name in refused and value and value not in refused[name]:
             raise UserError(f"{name} is not supported by this server", code="unsupported_field", param=name)

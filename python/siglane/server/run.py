@@ -31,7 +31,9 @@ from siglane.server.errors import error_body
 
 if TYPE_CHECKING:
     from siglane.engine.process import EngineSpec
-    from siglane.server.state import ServerState
+    from siglane.server.embedding import EmbeddingState
+    from siglane.server.state import ModelState, ServerState
+    from siglane.weights.hub import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -94,29 +96,58 @@ def serve(
         _raise_file_limit()
 
         # torch and transformers are loaded here, after everything that can fail at once
-        from siglane.engine.process import EngineProcess
-        from siglane.families.processor import load_processor
+        from siglane.families.dual import has_both_towers
         from siglane.server.app import create_app
-        from siglane.server.state import ServerState
         from siglane.weights.hub import open_checkpoint
 
         checkpoint = open_checkpoint(spec.model, spec.revision)  # downloads it, where the engine's process will look
-        engine = EngineProcess(spec)
-        engine.start(wait=False)
-        try:
-            processor = load_processor(checkpoint)
-            state = ServerState(config, spec.model, processor, engine, budget)
+        behind = embedding if has_both_towers(checkpoint) else chatting
+        with behind(config, spec, checkpoint, budget) as state:
             server = Server(uvicorn_config(create_app(state), config), state)
             server.stop_when_engine_fails()
             host, port = listener.getsockname()[:2]
             logger.info("serving %s on http://%s:%d/v1", state.name, f"[{host}]" if ":" in host else host, port)
             server.run([listener])
             state.close()
-        finally:
-            engine.close()
     if server.failure is not None:
         raise server.failure
     return 0
+
+
+@contextlib.contextmanager
+def chatting(
+    config: ServerConfig, spec: EngineSpec, checkpoint: Checkpoint, budget: ImageBudget
+) -> Iterator[ServerState]:
+    """A vision-language model with its engine in a process of its own, which loads while the server starts."""
+    from siglane.engine.process import EngineProcess
+    from siglane.families.processor import load_processor
+    from siglane.server.state import ServerState
+
+    engine = EngineProcess(spec)
+    engine.start(wait=False)
+    try:
+        yield ServerState(config, spec.model, load_processor(checkpoint), engine, budget)
+    finally:
+        engine.close()
+
+
+@contextlib.contextmanager
+def embedding(
+    config: ServerConfig, spec: EngineSpec, checkpoint: Checkpoint, budget: ImageBudget
+) -> Iterator[EmbeddingState]:
+    """A SigLIP with both towers on a thread of its own, which loads them while the server starts."""
+    from siglane.families.dual import read_dual
+    from siglane.server.embedder import Embedder
+    from siglane.server.embedding import EmbeddingState
+
+    facts, tokens = read_dual(checkpoint)
+    embedder = Embedder(checkpoint, spec.config)
+    state = EmbeddingState(config, spec.model, facts, tokens, embedder, budget)
+    embedder.start()
+    try:
+        yield state
+    finally:
+        embedder.close()
 
 
 def uvicorn_config(app: Any, config: ServerConfig) -> uvicorn.Config:
@@ -139,7 +170,7 @@ def uvicorn_config(app: Any, config: ServerConfig) -> uvicorn.Config:
 class Server(uvicorn.Server):
     """uvicorn with a drain: the first signal stops admission and lets requests finish, the second ends them now."""
 
-    def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
+    def __init__(self, config: uvicorn.Config, state: ModelState) -> None:
         super().__init__(config)
         self._state = state
         self._deadline: float | None = None

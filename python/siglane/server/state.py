@@ -6,12 +6,14 @@ import hashlib
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 from siglane.config.layout.rule import CHECKPOINT_LIMITS, ImageBudget
+from siglane.config.video import VideoRule
 from siglane.engine.process import EngineProcess
 from siglane.engine.reasoning import AnswerStream
 from siglane.errors import EngineError, UserError
-from siglane.families.processor import Processor
+from siglane.families.processor import ImageProcessor, Processor
 from siglane.server.answer import Answer
 from siglane.server.config import ServerConfig
 from siglane.server.errors import overloaded
@@ -24,34 +26,42 @@ from siglane.server.protocol import ModelCard
 from siglane.types import Request
 
 
-class ServerState:
-    """One model behind one server. Lives on one event loop; `model` is its folder or hub id, `budget` the ceiling of
-    its clients'."""
+class Backend(Protocol):
+    """What computes: an `EngineProcess`, or an `Embedder`."""
+
+    @property
+    def state(self) -> str: ...
+
+    def wait_ready(self) -> None: ...
+
+
+class ModelState:
+    """One model behind one server. Lives on one event loop; `model` is its folder or hub id, `facts` what makes its
+    answers, `budget` the ceiling of its clients'."""
+
+    context_length: int
 
     def __init__(
         self,
         config: ServerConfig,
         model: str,
-        processor: Processor,
-        engine: EngineProcess,
-        budget: ImageBudget = CHECKPOINT_LIMITS,
+        facts: object,
+        images: ImageProcessor,
+        engine: Backend,
+        budget: ImageBudget,
+        video: VideoRule | None = None,
     ) -> None:
-        self.config, self.processor, self.engine = config, processor, engine
+        self.config, self.engine = config, engine
         self.name = config.served_model_name or model.rstrip("/").rpartition("/")[2]
         self.names = frozenset({self.name, model, *config.model_aliases})
         self.root = model
         self.created = int(time.time())
-        self.fingerprint = "fp_" + hashlib.sha256(f"{model}\0{processor.config}".encode()).hexdigest()[:12]
+        self.fingerprint = "fp_" + hashlib.sha256(f"{model}\0{facts}".encode()).hexdigest()[:12]
         self.metrics = Metrics()
-        self.metrics.watch_engine(engine.stats)
         self.budget = ByteBudget(config.max_inflight_bytes, self.metrics.inflight_bytes)
-        self.media = MediaLoader(config, processor, budget)
-        self.token_texts = TokenTexts(processor.tokenizer)
-        self.longest_token = max(map(len, processor.tokenizer.get_vocab()))
+        self.media = MediaLoader(config, images, budget, video)
         self.draining = False
-        self._commands = ThreadPoolExecutor(1, thread_name_prefix="engine-commands")
-        self._answers: set[Answer] = set()
-        self._ended = False
+        self.ended = False
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name not in self.names:
@@ -68,7 +78,7 @@ class ServerState:
             "owned_by": "siglane",
             "root": self.root,
             "parent": None,
-            "max_model_len": self.processor.context_length,
+            "max_model_len": self.context_length,
         }
 
     def refusal(self) -> EngineError | None:
@@ -81,13 +91,42 @@ class ServerState:
             return overloaded(f"the model is {self.engine.state}; try again", code=f"engine_{self.engine.state}")
         return overloaded("the engine is down", code="engine_down")
 
+    def fail_all(self) -> None:
+        """Ends every running request with an error and takes no other, because the time to drain is over."""
+        self.ended = True
+
+    def close(self) -> None:
+        self.media.close()
+
+
+class ServerState(ModelState):
+    """A vision-language model, which chats."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        model: str,
+        processor: Processor,
+        engine: EngineProcess,
+        budget: ImageBudget = CHECKPOINT_LIMITS,
+    ) -> None:
+        super().__init__(config, model, processor.config, processor, engine, budget, processor.config.video)
+        self.processor = processor
+        self.context_length = processor.context_length
+        self.metrics.watch_engine(engine.stats)
+        self.token_texts = TokenTexts(processor.tokenizer)
+        self.longest_token = max(map(len, processor.tokenizer.get_vocab()))
+        self._process = engine
+        self._commands = ThreadPoolExecutor(1, thread_name_prefix="engine-commands")
+        self._answers: set[Answer] = set()
+
     async def ask(self, requests: Sequence[Request]) -> Answer:
         """Hands one client's requests (its n choices) to the engine. The caller ends with `release`."""
         streams = [AnswerStream.of(request, self.processor) for request in requests]
-        answer = Answer(requests, streams, self.engine, self._commands)
+        answer = Answer(requests, streams, self._process, self._commands)
         self._answers.add(answer)
         try:
-            if self._ended:
+            if self.ended:
                 raise shutting_down()
             await answer.start()
         except BaseException:
@@ -100,11 +139,10 @@ class ServerState:
         answer.close()
 
     def fail_all(self) -> None:
-        """Ends every running request with an error and takes no other, because the time to drain is over."""
-        self._ended = True
+        super().fail_all()
         for answer in self._answers:
             answer.fail(shutting_down())
 
     def close(self) -> None:
-        self.media.close()
+        super().close()
         self._commands.shutdown(wait=False)

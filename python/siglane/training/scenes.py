@@ -101,18 +101,24 @@ class Scene:
 
 
 def random_scene(
-    rng: np.random.Generator, printed: str | None = None, canvas: Size | None = None, print_scale: float = 1.0
+    rng: np.random.Generator,
+    printed: str | None = None,
+    canvas: Size | None = None,
+    print_scale: float = 1.0,
+    shapes_wanted: int | None = None,
+    sign_share: float = SIGN_SHARE,
 ) -> Scene:
     """A scene in which every question of `questions.py` has exactly one right answer.
 
     printed: what its sign says; by default chance decides whether there is one and what it says. canvas: by default
-    one of CANVASES. print_scale: size of the sign and its print, 1 at most.
+    one of CANVASES. print_scale: size of the sign and its print, 1 at most. shapes_wanted: 1 to 4, by default any of
+    them; sign_share: how often there is a sign.
     """
     canvas = canvas or CANVASES[rng.integers(len(CANVASES))]
     background = _jitter((238, 238, 236), 14, rng)
-    count = int(rng.integers(1, 5))
+    count = shapes_wanted or int(rng.integers(1, 5))
     while True:  # a crowded canvas may leave no room for the last shape: begin again
-        text = printed or _random_text(rng)
+        text = printed or _random_text(rng, sign_share)
         sign = _random_sign(canvas, text, print_scale, rng) if text else None
         shapes: list[Shape] = []
         for _ in range(count):
@@ -144,8 +150,8 @@ def random_page(rng: np.random.Generator, canvas: Size, print_scale: float) -> S
     return Scene(canvas, _jitter((238, 238, 236), 14, rng), (), None, tuple(signs))
 
 
-def _random_text(rng: np.random.Generator) -> str | None:
-    if rng.random() >= SIGN_SHARE:
+def _random_text(rng: np.random.Generator, sign_share: float) -> str | None:
+    if rng.random() >= sign_share:
         return None
     if rng.random() < NUMBER_SHARE:
         return str(rng.integers(10 ** int(rng.integers(1, 4))))

@@ -1,0 +1,75 @@
+"""`siglane embed`: vectors of pictures and texts by a SigLIP with both towers."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from siglane.cli.common import ModelOptions, PictureOptions, add_model, check_writable, emit_json
+from siglane.cli.options import add_options, read_options
+from siglane.config.options import options_of
+from siglane.errors import UserError
+from siglane.tagging.settings import TagSettings, read_settings
+
+SETTINGS = ("batch_size", "attention", "dtype", "quantization", "device", "max_num_patches")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedOptions:
+    text: tuple[str, ...] = field(default=(), metadata={"help": "texts, embedded as they are"})
+    output: Path | None = field(
+        default=None, metadata={"help": "a safetensors file: images [I, D] and texts [T, D], float32", "short": "-o"}
+    )
+    json: bool = field(default=False, metadata={"help": "print the vectors as one JSON list"})
+
+    def __post_init__(self) -> None:
+        if self.output is None and not self.json:
+            raise UserError("nowhere to put the vectors; give --output or --json", code="bad_option")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("images", metavar="IMAGE", nargs="*", help="pictures: paths or URLs")
+    add_options(parser, EmbedOptions, "embed")
+    add_options(parser, TagSettings, "model of both towers", only=SETTINGS)
+    add_options(parser, PictureOptions, "pictures")
+
+
+def run(arguments: argparse.Namespace, out: TextIO) -> int:
+    options = read_options(EmbedOptions, arguments)
+    if not (arguments.images or options.text):
+        raise UserError("there is nothing to embed; name pictures, or give --text", code="bad_option")
+    if options.output is not None:
+        check_writable(options.output)
+    given = vars(arguments)
+    settings = read_settings(None, {one.name: given[one.name] for one in options_of(TagSettings) if one.name in given})
+
+    from siglane.tagging.tagger import Tagger
+
+    tagger = Tagger.from_settings(
+        settings,
+        revision=read_options(ModelOptions, arguments).revision,
+        decode=read_options(PictureOptions, arguments).decode_config(),
+    )
+    tensors = {"images": tagger.embed_images(arguments.images), "texts": tagger.embed_texts(options.text)}
+    if options.output is not None:
+        _write({name: tensor for name, tensor in tensors.items() if len(tensor)}, options.output)
+    if options.json:
+        names = [*({"image": image} for image in arguments.images), *({"text": text} for text in options.text)]
+        vectors = [*tensors["images"].tolist(), *tensors["texts"].tolist()]
+        emit_json([name | {"embedding": vector} for name, vector in zip(names, vectors, strict=True)], out)
+    else:
+        count, width = len(arguments.images) + len(options.text), tensors["texts"].shape[1]
+        out.write(f"{options.output}: {count} vectors of {width}\n")
+    return 0
+
+
+def _write(tensors: dict[str, Any], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path)
+    except Exception as error:  # SafetensorError wraps the system's message
+        raise UserError(f"cannot write {path}: {error}", code="cannot_write") from error

@@ -1,0 +1,98 @@
+"""`siglane train`: a SigLIP on image-text pairs, from a model or from scratch."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TextIO
+
+from siglane.cli.common import emit_json
+from siglane.cli.options import add_options, read_options
+from siglane.errors import UserError
+
+if TYPE_CHECKING:
+    from siglane.weights.hub import Checkpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    out: Path = field(metadata={"help": "folder for model/, checkpoint.pt, log.jsonl and loss.png"})
+    model: str | None = field(default=None, metadata={"help": "folder or hub id of a SigLIP with both towers"})
+    revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a hub id"})
+    from_scratch: Path | None = field(
+        default=None,
+        metadata={"help": "config.json of a SigLIP with fresh weights; files beside it are used, or made where absent"},
+    )
+    resume: bool = field(default=False, metadata={"help": "go on from the checkpoint in the folder, if there is one"})
+    strict: bool = field(default=False, metadata={"help": "stop at a pair that cannot be used instead of skipping it"})
+    store: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "dtype of the weights in model/"}
+    )
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N"})
+    minutes: float | None = field(default=None, metadata={"help": "stop after this long; --resume continues"})
+    json: bool = field(default=False, metadata={"help": "print one JSON document about the run"})
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.from_scratch is None):
+            raise UserError("give either --model or --from-scratch", code="bad_option")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    from siglane.training.contrastive import TrainConfig
+
+    parser.add_argument(
+        "pairs", metavar="PAIRS", type=Path, help="JSON Lines of image and caption, or a folder of WebDataset tars"
+    )
+    add_options(parser, RunOptions, "run")
+    add_options(parser, TrainConfig, "training")
+
+
+def run(arguments: argparse.Namespace, out: TextIO) -> int:
+    options = read_options(RunOptions, arguments)
+    source = _source(options)
+
+    from siglane.nn.device import DTYPES, resolve_device
+    from siglane.training.contrastive import TrainConfig
+    from siglane.training.curve import CURVE, draw_curve
+    from siglane.training.pairs import open_pairs
+    from siglane.training.run import LOG, MODEL, Share, Skipped, join_ranks, leave_ranks, open_run, train
+
+    config = read_options(TrainConfig, arguments)
+    if config.fresh_text and options.from_scratch:
+        raise UserError("--fresh-text needs a --model whose image tower stays", code="bad_option")
+    device = join_ranks(resolve_device(options.device))
+    pairs, bad = open_pairs(arguments.pairs)
+    skipped = Skipped(options.strict)
+    skipped.add(bad)
+    trainer = open_run(source, pairs, options.out, config, device, resume=options.resume)
+    minutes = math.inf if options.minutes is None else options.minutes
+    train(trainer, pairs, options.out, skipped=skipped, store=DTYPES[options.store], minutes=minutes)
+    first = Share.of(trainer.group).rank == 0
+    leave_ranks()
+    if not first:
+        return 0
+    model = options.out / MODEL
+    if not draw_curve(options.out / LOG, options.out / CURVE):
+        print(f"no {CURVE}: drawing needs matplotlib (pip install matplotlib)", file=sys.stderr)
+    if options.json:
+        counts = {"step": trainer.step, "steps": trainer.steps, "skipped": len(skipped.names)}
+        emit_json({"model": str(model)} | counts, out)
+    else:
+        rest = "" if trainer.done else "; --resume continues"
+        out.write(f"{model}: step {trainer.step} of {trainer.steps}, {len(skipped.names)} pairs skipped{rest}\n")
+    return 0
+
+
+def _source(options: RunOptions) -> Checkpoint | Path:
+    """Where the weights come from, found before the slow imports."""
+    if options.from_scratch is not None:
+        if not options.from_scratch.is_file():
+            raise UserError(f"there is no file {options.from_scratch}; give a SigLIP's config.json", code="bad_option")
+        return options.from_scratch
+    from siglane.weights.demo import open_model
+
+    assert options.model is not None
+    return open_model(options.model, options.revision)

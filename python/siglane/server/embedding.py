@@ -1,0 +1,269 @@
+"""POST /v1/embeddings and /v1/classify: a server around both towers of a SigLIP."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pybase64
+import torch
+import torch.nn.functional as F
+
+from siglane.config.dual import DualConfig
+from siglane.config.layout.rule import CHECKPOINT_LIMITS, ImageBudget
+from siglane.errors import EngineError, UserError
+from siglane.families.processor import EncoderProcessor
+from siglane.families.report import ImageReport
+from siglane.server.config import ServerConfig
+from siglane.server.embedder import Embedder, Embedding, Item
+from siglane.server.embedding_protocol import (
+    Classification,
+    ClassificationList,
+    ClassificationRequest,
+    EmbeddingList,
+    EmbeddingRequest,
+    EncoderReport,
+    EncoderUsage,
+    Input,
+    PromptDetails,
+    TextInput,
+)
+from siglane.server.exchange import Exchange
+from siglane.server.media import MediaRef
+from siglane.server.middleware import shutting_down
+from siglane.server.state import ModelState
+from siglane.server.stopwatch import Stopwatch
+from siglane.tagging.labels import check_labels, check_templates, texts_of
+from siglane.tagging.settings import TEMPLATES
+from siglane.text.tokens import TextTokens
+from siglane.types import ImageLayout
+
+KEPT_TEXTS = 16384  # vectors; labels come again with every request
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Vector:
+    """f32 `[D]`, unit length. tokens: of a text, or patches of a picture; cut: whether a text was too long."""
+
+    vector: torch.Tensor
+    tokens: int
+    cut: bool = False
+
+
+class _Read(NamedTuple):
+    """A text as the tower reads it. ids: i64 `[length]`; kept: how many of them are not padding."""
+
+    ids: torch.Tensor
+    kept: int
+    cut: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Embedded:
+    vectors: list[_Vector]
+    images: list[ImageReport]
+    usage: EncoderUsage
+
+
+class EmbeddingState(ModelState):
+    """One SigLIP behind one server. `model` is its folder or hub id."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        model: str,
+        facts: DualConfig,
+        tokens: TextTokens,
+        embedder: Embedder,
+        budget: ImageBudget = CHECKPOINT_LIMITS,
+    ) -> None:
+        super().__init__(config, model, facts, EncoderProcessor(facts.images), embedder, budget)
+        self.tokens, self.embedder = tokens, embedder
+        self.width = facts.text.projection_size
+        self.context_length = facts.text.length
+        self.known: OrderedDict[str, _Vector] = OrderedDict()
+
+    @property
+    def prepared_as(self) -> str:
+        """How texts are prepared, in words."""
+        rule = self.tokens.rule
+        punctuation = "without punctuation" if rule.delete_punctuation else "with punctuation"
+        return f"lower case, {punctuation}, cut and padded to {rule.length} tokens with id {rule.pad_id}"
+
+    def fail_all(self) -> None:
+        super().fail_all()
+        self.embedder.fail_all(shutting_down())
+
+    def remember(self, texts: Mapping[str, _Vector]) -> None:
+        """Keeps the vectors of the texts that were asked for last."""
+        for text, vector in texts.items():
+            self.known[text] = vector
+            self.known.move_to_end(text)
+        while len(self.known) > KEPT_TEXTS:
+            self.known.popitem(last=False)
+
+
+async def embed(body: EmbeddingRequest, exchange: Exchange, state: EmbeddingState) -> EmbeddingList:
+    """The vectors of all inputs, in order. UserError or EngineError names the first input without one."""
+    state.check_model(body.model)
+    if body.dimensions not in (None, state.width):
+        message = f"the vectors of {state.name!r} have {state.width} dimensions; leave dimensions out"
+        raise UserError(message, code="invalid_value", param="dimensions")
+    inputs = list(body.inputs())
+    found = await _embed(inputs, exchange, state)
+    as_text = body.encoding_format == "base64"
+    return {
+        "object": "list",
+        "model": state.name,
+        "data": [
+            {"object": "embedding", "index": index, "embedding": _encoded(one.vector, as_text)}
+            for index, one in enumerate(found.vectors)
+        ],
+        "usage": found.usage,
+        "siglane": _report(found, inputs, state),
+    }
+
+
+async def classify(body: ClassificationRequest, exchange: Exchange, state: EmbeddingState) -> ClassificationList:
+    """The labels that fit each picture, by sigmoid scores."""
+    state.check_model(body.model)
+    labels = check_labels(body.labels)
+    given = body.templates or ([body.template] if body.template is not None else TEMPLATES)
+    templates = check_templates(given)
+    texts = [text for template in templates for text in texts_of(template, labels)]
+    pictures = list(body.pictures())
+    where = [f"labels[{number}]" for _ in templates for number in range(len(labels))]
+    inputs: list[Input] = [*pictures, *map(TextInput, texts, where)]
+    found = await _embed(inputs, exchange, state)
+    vectors = torch.stack([one.vector for one in found.vectors])
+    images, written = vectors[: len(pictures)], vectors[len(pictures) :]
+    tags = await state.media.run(_tags, images, written, labels, state, body.threshold, body.max_tags)
+    return {
+        "object": "list",
+        "model": state.name,
+        "data": tags,
+        "usage": found.usage,
+        "siglane": _report(found, inputs, state),
+    }
+
+
+@torch.inference_mode()
+def _tags(
+    images: torch.Tensor,
+    written: torch.Tensor,
+    labels: Sequence[str],
+    state: EmbeddingState,
+    threshold: float,
+    most: int,
+) -> list[Classification]:
+    """images `[I, D]`, written `[templates * labels, D]`: a label's vector is the mean of its templates'."""
+    matrix = F.normalize(written.unflatten(0, (-1, len(labels))).sum(0), dim=-1)
+    confidences, order = state.embedder.scores(images, matrix).sort(dim=1, descending=True, stable=True)
+    rows = zip(confidences[:, :most].tolist(), order[:, :most].tolist(), strict=True)
+    return [
+        {
+            "object": "classification",
+            "index": index,
+            "tags": [
+                {"label": labels[number], "confidence": value}
+                for value, number in zip(values, numbers, strict=True)
+                if value >= threshold
+            ],
+        }
+        for index, (values, numbers) in enumerate(rows)
+    ]
+
+
+async def _embed(inputs: Sequence[Input], exchange: Exchange, state: EmbeddingState) -> _Embedded:
+    """Pictures and texts side by side. What is known of a text is taken from the state."""
+    watch = Stopwatch()
+    refs = _admitted([one for one in inputs if isinstance(one, MediaRef)], state)
+    files = await state.media.fetch(refs, "", exchange.account)
+    watch.note("fetch")
+    layouts = await state.media.lay_out(refs, files)
+    cut = await state.media.cut(refs, files, layouts, exchange.account)
+    watch.add("decode", sum(image.decoding for image in cut))
+    watch.add("prepare", sum(image.cutting for image in cut))
+    written = {one.text: state.known.get(one.text) for one in inputs if isinstance(one, TextInput)}
+    new = [text for text, vector in written.items() if vector is None]
+    read = await state.media.run(_read, new, state.tokens)
+    places = {one.text: one.param for one in reversed(inputs) if isinstance(one, TextInput)}
+    done = await _computed(
+        [*(image.patches for image in cut), *(text.ids for text in read)],
+        [*(ref.param for ref in refs), *(places[text] for text in new)],
+        state,
+    )
+    if done:
+        watch.add("queue", max(one.queue for one in done))
+        watch.add("encode", max(one.encode for one in done))
+    pictures = [_Vector(*pair) for pair in zip((one.vector for one in done), map(_patches, layouts), strict=False)]
+    fresh = (_Vector(one.vector, text.kept, text.cut) for one, text in zip(done[len(cut) :], read, strict=True))
+    known = {text: vector for text, vector in written.items() if vector is not None}
+    texts = known | dict(zip(new, fresh, strict=True))
+    state.remember(texts)
+    state.metrics.observe_stages(watch.seconds)
+    state.metrics.images.inc(len(refs))
+    remaining = iter(pictures)
+    vectors = [texts[one.text] if isinstance(one, TextInput) else next(remaining) for one in inputs]
+    reports = [state.media.report(*pair) for pair in zip(refs, layouts, strict=True)]
+    return _Embedded(vectors, reports, _usage(inputs, vectors, state))
+
+
+def _admitted(refs: Sequence[MediaRef], state: EmbeddingState) -> list[MediaRef]:
+    try:
+        return state.media.admit(refs)
+    except UserError as error:  # of all of them together, it blames a chat's messages
+        raise (error.at(refs[0].param.partition("[")[0]) if error.param == "messages" else error) from None
+
+
+def _read(texts: Sequence[str], tokens: TextTokens) -> list[_Read]:
+    counts = [tokens.count(text) for text in texts]
+    most = tokens.rule.length - 1  # the last one is the end
+    return [
+        _Read(ids, min(count, most) + 1, count > most) for ids, count in zip(tokens.ids(texts), counts, strict=True)
+    ]
+
+
+async def _computed(items: Sequence[Item], places: Sequence[str], state: EmbeddingState) -> list[Embedding]:
+    """All embeddings, or the error of the first item without one, which names it."""
+    if state.ended:
+        raise shutting_down()
+    futures = [asyncio.wrap_future(state.embedder.submit(item)) for item in items]
+    results = await asyncio.gather(*futures, return_exceptions=True)
+    done: list[Embedding] = []
+    for place, result in zip(places, results, strict=True):
+        if isinstance(result, EngineError) and result.status == 500:
+            raise EngineError(f"{place}: {result.message}", code=result.code)
+        if isinstance(result, BaseException):
+            raise result
+        done.append(result)
+    return done
+
+
+def _patches(layout: ImageLayout) -> int:
+    return layout.patches
+
+
+def _usage(inputs: Sequence[Input], vectors: Sequence[_Vector], state: EmbeddingState) -> EncoderUsage:
+    """Counts an answer that was given in full."""
+    pairs = list(zip(inputs, vectors, strict=True))
+    patches = sum(vector.tokens for one, vector in pairs if isinstance(one, MediaRef))
+    tokens = sum(vector.tokens for one, vector in pairs if isinstance(one, TextInput))
+    state.metrics.count_tokens(prompt=patches + tokens, cached=0, image=patches, completion=0)
+    details: PromptDetails = {"image_tokens": patches, "text_tokens": tokens}
+    return {"prompt_tokens": patches + tokens, "total_tokens": patches + tokens, "prompt_tokens_details": details}
+
+
+def _report(found: _Embedded, inputs: Sequence[Input], state: EmbeddingState) -> EncoderReport:
+    pairs = zip(inputs, found.vectors, strict=True)
+    cut = list(dict.fromkeys(one.param for one, vector in pairs if vector.cut))
+    report: EncoderReport = {"images": found.images, "texts": state.prepared_as}
+    return {**report, "cut": cut} if cut else report
+
+
+def _encoded(vector: torch.Tensor, as_text: bool) -> list[float] | str:
+    values = vector.numpy().astype("<f4")
+    return pybase64.b64encode(values.tobytes()).decode() if as_text else values.tolist()

@@ -1,0 +1,247 @@
+"""What clients of `/v1/embeddings` and `/v1/classify` send and get.
+
+An input is a text or a picture, in any of the shapes that servers of today read: OpenAI's strings, SGLang's
+`{"text"}` / `{"image"}`, llama.cpp's `{"content": [parts]}`, and vLLM's `messages`. Bounds are checked here, and a
+field is honoured, refused or reported as ignored, as in `protocol.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+from typing_extensions import TypedDict
+
+from siglane.config.layout.rule import ImageBudget
+from siglane.errors import UserError
+from siglane.families.report import ImageReport
+from siglane.server.media import MediaRef
+from siglane.server.protocol import (
+    REFUSED,
+    ChatMessage,
+    Content,
+    ImageUrl,
+    ImageUrlPart,
+    RequestModel,
+    TextPart,
+    refuse_fields,
+)
+from siglane.tagging.settings import CONFIDENCE_THRESHOLD, MAX_TAGS
+
+MAX_INPUTS = 2048
+MAX_LABELS = 16384
+MAX_TEMPLATES = 128
+MAX_CHARACTERS = 1 << 16  # of a text; the model reads its first few dozen tokens
+
+
+@dataclass(frozen=True, slots=True)
+class TextInput:
+    """param: where it stands, as `input[0]`."""
+
+    text: str
+    param: str
+
+
+Input = TextInput | MediaRef
+
+
+def _as_url(value: Any) -> Any:
+    return {"url": value} if isinstance(value, str) else value
+
+
+Picture = Annotated[ImageUrl, BeforeValidator(_as_url)]
+
+
+class InputItem(RequestModel):
+    text: str | None = None
+    image: Picture | None = None
+    content: Content | None = None
+
+
+def _input_tag(item: Any) -> str:
+    return "#text" if isinstance(item, str) else "#item"
+
+
+def _as_list(value: Any) -> Any:
+    values = [value] if isinstance(value, str | dict) else value
+    if not isinstance(values, list):
+        raise UserError("must be a text, an object, or a list of them", code="invalid_value")
+    if not 1 <= len(values) <= MAX_INPUTS:
+        raise UserError(f"between 1 and {MAX_INPUTS} items are accepted", code="invalid_value")
+    if any(isinstance(item, int | list) for item in values):
+        raise UserError("token ids are not accepted; send texts", code="invalid_value")
+    return values
+
+
+Inputs = Annotated[
+    list[Annotated[Annotated[str, Tag("#text")] | Annotated[InputItem, Tag("#item")], Discriminator(_input_tag)]],
+    BeforeValidator(_as_list),
+]
+
+
+class EmbeddingRequest(RequestModel):
+    model: str | None = None
+    input: Inputs | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1)] | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> EmbeddingRequest:
+        refuse_fields(self.model_extra or {}, REFUSED)
+        if (self.input is None) == (self.messages is None):
+            raise UserError("send either input or messages", code="missing_field", param="input")
+        list(self.inputs())  # UserError for an item that is not one text or one picture
+        return self
+
+    def inputs(self) -> Iterator[Input]:
+        """In the order of the answer's vectors."""
+        for number, item in enumerate(self.input or ()):
+            yield _read(item, f"input[{number}]")
+        for message in self.messages or ():
+            yield _of_content(message.content, "messages[0].content")
+
+
+class ClassificationRequest(RequestModel):
+    """images: URLs, or objects with a URL and a budget; `input` is another name for it."""
+
+    model: str | None = None
+    images: Annotated[list[Picture], Field(min_length=1, max_length=MAX_INPUTS)] | None = None
+    input: Inputs | None = None
+    labels: Annotated[list[str], Field(min_length=1, max_length=MAX_LABELS)]
+    template: str | None = None
+    templates: Annotated[list[str], Field(min_length=1, max_length=MAX_TEMPLATES)] | None = None
+    threshold: Annotated[float, Field(ge=0, le=1)] = CONFIDENCE_THRESHOLD
+    max_tags: Annotated[int, Field(ge=1)] = MAX_TAGS
+
+    @field_validator("images", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | dict) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> ClassificationRequest:
+        refuse_fields(self.model_extra or {}, REFUSED)
+        if (self.images is None) == (self.input is None):
+            raise UserError("send either images or input", code="missing_field", param="images")
+        if self.template is not None and self.templates is not None:
+            raise UserError("template and templates are the same; send one", code="invalid_value", param="template")
+        for name, texts in (("labels", self.labels), ("templates", self.templates or [self.template or ""])):
+            if any(len(text) > MAX_CHARACTERS for text in texts):
+                raise UserError(f"a text has at most {MAX_CHARACTERS} characters", code="invalid_value", param=name)
+        list(self.pictures())
+        return self
+
+    def pictures(self) -> Iterator[MediaRef]:
+        for number, image in enumerate(self.images or ()):
+            yield MediaRef(image.url, f"images[{number}]", image.budget)
+        for number, item in enumerate(self.input or ()):
+            param = f"input[{number}]"
+            read = MediaRef(item, param, ImageBudget()) if isinstance(item, str) else _read(item, param)
+            if isinstance(read, TextInput):
+                raise UserError("only pictures are classified", code="invalid_value", param=read.param)
+            yield read
+
+
+def _read(item: str | InputItem, param: str) -> Input:
+    if isinstance(item, str):
+        return _text(item, param)
+    if item.content is not None:
+        if item.text is not None or item.image is not None:
+            raise UserError("content stands alone, without text and image", code="invalid_value", param=param)
+        return _of_content(item.content, f"{param}.content")
+    if item.image is None:
+        if item.text is None:
+            raise UserError("an item needs text, image or content", code="missing_field", param=param)
+        return _text(item.text, f"{param}.text")
+    return _only([item.text or ""], [MediaRef(item.image.url, f"{param}.image", item.image.budget)], param)
+
+
+def _of_content(content: str | Sequence[Any], param: str) -> Input:
+    if isinstance(content, str):
+        return _text(content, param)
+    texts = [part.text for part in content if isinstance(part, TextPart)]
+    pictures = [
+        MediaRef(part.image_url.url, f"{param}[{number}]", part.image_url.budget)
+        for number, part in enumerate(content)
+        if isinstance(part, ImageUrlPart)
+    ]
+    if len(texts) + len(pictures) < len(content):
+        raise UserError("videos are not embedded", code="unsupported_content_type", param=param)
+    return _only(texts, pictures, param)
+
+
+def _only(texts: Sequence[str], pictures: Sequence[MediaRef], param: str) -> Input:
+    """One text or one picture. Each has a tower of its own: there is no vector of both."""
+    if not pictures:
+        return _text("\n".join(texts), param)
+    if len(pictures) > 1 or any(texts):
+        message = "an item is one text or one picture, the model has no vector of several; send them as items"
+        raise UserError(message, code="invalid_value", param=param)
+    return pictures[0]
+
+
+def _text(text: str, param: str) -> TextInput:
+    if not 0 < len(text) <= MAX_CHARACTERS:
+        raise UserError(f"a text has between 1 and {MAX_CHARACTERS} characters", code="invalid_value", param=param)
+    return TextInput(text, param)
+
+
+class PromptDetails(TypedDict):
+    image_tokens: int
+    text_tokens: int
+
+
+class EncoderUsage(TypedDict):
+    """Patches of pictures and tokens of texts, the end token among them and what is cut off not."""
+
+    prompt_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+
+class EmbeddingObject(TypedDict):
+    """embedding: numbers, or in base64 the bytes of little-endian float32."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EncoderReport(TypedDict):
+    """texts: how they are prepared; cut: the texts that were longer than the model reads."""
+
+    images: list[ImageReport]
+    texts: str
+    cut: NotRequired[list[str]]
+
+
+class EmbeddingList(TypedDict):
+    object: Literal["list"]
+    model: str
+    data: list[EmbeddingObject]
+    usage: EncoderUsage
+    siglane: EncoderReport
+
+
+class TagReply(TypedDict):
+    label: str
+    confidence: float
+
+
+class Classification(TypedDict):
+    """tags: the most likely first, among equals in the order of the request's labels."""
+
+    object: Literal["classification"]
+    index: int
+    tags: list[TagReply]
+
+
+class ClassificationList(TypedDict):
+    object: Literal["list"]
+    model: str
+    data: list[Classification]
+    usage: EncoderUsage
+    siglane: EncoderReport

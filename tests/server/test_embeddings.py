@@ -1,0 +1,396 @@
+"""`/v1/embeddings` and `/v1/classify`: real sockets, tiny SigLIPs with both towers, transformers as the reference."""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from dual_checkpoint import Kind, write_dual_checkpoint
+from openai import BadRequestError, NotFoundError
+from PIL import Image
+from serving import HOST, MODEL, RunningServer, assert_error, eventually, image_part, picture
+
+from siglane.engine.config import EngineConfig
+from siglane.engine.process import EngineSpec
+from siglane.errors import EngineError, UserError
+from siglane.families.dual import load_dual, read_dual
+from siglane.server.app import create_app
+from siglane.server.config import ServerConfig
+from siglane.server.embedder import Embedder
+from siglane.server.embedding import EmbeddingState
+from siglane.server.run import Server, listen, serve, uvicorn_config
+from siglane.types import DecodedImage
+from siglane.weights.hub import open_checkpoint
+
+TEXTS = ["This is a photo of a cat.", "two green shapes", "hello, WORLD & rivers!"]
+PICTURES = [picture(60, 40, seed=1), picture(17, 90, seed=2), picture(1, 1, seed=3)]
+LABELS = ["a cat", "a dog", "two green shapes", "the old town hall"]
+
+
+@contextmanager
+def embedding_server(folder: Path, **options: Any) -> Iterator[RunningServer]:
+    config = ServerConfig(**{"port": 0, "served_model_name": MODEL, "drain_timeout": 5.0, **options})
+    checkpoint = open_checkpoint(folder)
+    embedder = Embedder(checkpoint, EngineConfig(device="cpu", threads=1))
+    state = EmbeddingState(config, str(folder), *read_dual(checkpoint), embedder)
+    embedder.start()
+    embedder.wait_ready()
+    listener = listen(HOST, 0)
+    server = Server(uvicorn_config(create_app(state), config), state)
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    try:
+        eventually(lambda: server.started)
+        yield RunningServer(state, server, listener.getsockname()[1], thread)
+    finally:
+        server.drain()
+        server.drain()
+        thread.join(timeout=20)
+        state.close()
+        embedder.close()
+        listener.close()
+
+
+@pytest.fixture(scope="module", params=["siglip", "siglip2", "naflex"])
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, kind: Kind) -> Path:
+    folder = tmp_path_factory.mktemp("dual") / kind
+    write_dual_checkpoint(folder, kind)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def siglip(folder: Path) -> Iterator[RunningServer]:
+    with embedding_server(folder) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def fixed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """One server for what does not depend on the kind of model."""
+    folder = tmp_path_factory.mktemp("dual") / "siglip2"
+    write_dual_checkpoint(folder, "siglip2")
+    with embedding_server(folder, max_images=4, max_image_bytes=200_000) as server:
+        yield server
+
+
+def url(data: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def post(server: RunningServer, path: str, **body: Any) -> httpx2.Response:
+    with server.http() as client:
+        return client.post(path, json=body)
+
+
+def vectors(response: httpx2.Response) -> np.ndarray:
+    assert response.status_code == 200, response.text
+    data = response.json()["data"]
+    assert [row["index"] for row in data] == list(range(len(data)))
+    return np.array([row["embedding"] for row in data], dtype=np.float32)
+
+
+@torch.no_grad()
+def reference(folder: Path, kind: Kind) -> tuple[np.ndarray, np.ndarray, Any]:
+    """transformers' vectors of `TEXTS` and `PICTURES`, and its model."""
+    from transformers import Siglip2Model, SiglipModel
+
+    model = (Siglip2Model if kind == "naflex" else SiglipModel).from_pretrained(folder).eval()
+    loaded = load_dual(open_checkpoint(folder), device="cpu")
+    texts = F.normalize(model.get_text_features(loaded.texts.ids(TEXTS)).pooler_output, dim=-1)
+    rows = []
+    for data in PICTURES:
+        image = DecodedImage.from_rgb(np.array(Image.open(io.BytesIO(data)).convert("RGB")))
+        (layout,) = loaded.images.layouts([image.size])
+        packed = loaded.model.vision.pack([loaded.images.patches(image, layout)])
+        (grid,) = packed.grids
+        if kind == "naflex":
+            inputs = {
+                "pixel_values": packed.pixels[None],
+                "pixel_attention_mask": torch.ones(1, grid.area, dtype=torch.int64),
+                "spatial_shapes": torch.tensor([[grid.h, grid.w]]),
+            }
+        else:
+            patch = model.config.vision_config.patch_size
+            pixels = packed.pixels.reshape(grid.h, grid.w, 3, patch, patch).permute(2, 0, 3, 1, 4)
+            inputs = {"pixel_values": pixels.reshape(1, 3, grid.h * patch, grid.w * patch)}
+        rows.append(F.normalize(model.get_image_features(**inputs).pooler_output, dim=-1))
+    return texts.numpy(), torch.cat(rows).numpy(), model
+
+
+def test_vectors_are_transformers(siglip: RunningServer, folder: Path, kind: Kind) -> None:
+    texts, images, _ = reference(folder, kind)
+    mixed = [TEXTS[0], {"image": url(PICTURES[0])}, {"text": TEXTS[1]}, {"image": {"url": url(PICTURES[1])}}, TEXTS[2]]
+    found = vectors(post(siglip, "/v1/embeddings", model=MODEL, input=mixed))
+    expected = np.stack((texts[0], images[0], texts[1], images[1], texts[2]))
+    assert np.abs(found - expected).max() < 1e-5
+    assert (
+        np.abs(vectors(post(siglip, "/v1/embeddings", input={"image": url(PICTURES[2])}))[0] - images[2]).max() < 1e-5
+    )
+    assert np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+
+
+def test_the_openai_client(siglip: RunningServer, folder: Path, kind: Kind) -> None:
+    """Without a word about it, the client asks for base64."""
+    texts, _, _ = reference(folder, kind)
+    client = siglip.openai()
+    answer = client.embeddings.create(model=MODEL, input=TEXTS)
+    assert np.abs(np.array([row.embedding for row in answer.data]) - texts).max() < 1e-5
+    assert [row.index for row in answer.data] == [0, 1, 2]
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens > 6
+    one = client.embeddings.create(model=MODEL, input=TEXTS[1], encoding_format="float", dimensions=32)
+    assert np.abs(np.array(one.data[0].embedding) - texts[1]).max() < 1e-5
+    assert [model.id for model in client.models.list()] == [MODEL]
+    with pytest.raises(BadRequestError, match="32 dimensions"):
+        client.embeddings.create(model=MODEL, input="a", dimensions=16)
+    with pytest.raises(NotFoundError, match="not served here"):
+        client.embeddings.create(model="other", input="a")
+    with pytest.raises(NotFoundError, match="embeds and classifies"):
+        client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "hello"}])
+
+
+def test_the_three_shapes_agree(fixed: RunningServer) -> None:
+    one = vectors(post(fixed, "/v1/embeddings", input=[{"text": "", "image": url(PICTURES[0])}]))
+    part = image_part(PICTURES[0])
+    two = vectors(post(fixed, "/v1/embeddings", input=[{"content": [part]}]))
+    three = vectors(post(fixed, "/v1/embeddings", messages=[{"role": "user", "content": [part]}]))
+    assert np.array_equal(one, two)
+    assert np.array_equal(one, three)
+    words = vectors(post(fixed, "/v1/embeddings", input=[{"content": [{"type": "text", "text": TEXTS[0]}]}]))
+    assert np.array_equal(words, vectors(post(fixed, "/v1/embeddings", input=TEXTS[0])))
+
+
+def test_usage_and_report(fixed: RunningServer) -> None:
+    body = post(fixed, "/v1/embeddings", input=["two green shapes", {"image": url(PICTURES[0])}, "a " * 200]).json()
+    tokens = fixed.state.tokens
+    expected = tokens.count("two green shapes") + 1 + tokens.rule.length
+    details = body["usage"]["prompt_tokens_details"]
+    assert details == {"image_tokens": 16, "text_tokens": expected}
+    assert body["usage"]["prompt_tokens"] == body["usage"]["total_tokens"] == 16 + expected
+    assert body["siglane"]["cut"] == ["input[2]"]
+    assert "64 tokens" in body["siglane"]["texts"]
+    assert body["siglane"]["images"][0]["width"] == 60
+    again = post(fixed, "/v1/embeddings", input=["two green shapes"]).json()
+    assert again["usage"]["total_tokens"] == tokens.count("two green shapes") + 1  # known by now, counted all the same
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "param"),
+    [
+        ({}, "missing_field", "input"),
+        ({"input": []}, "invalid_value", "input"),
+        ({"input": 3}, "invalid_value", "input"),
+        ({"input": [1, 2, 3]}, "invalid_value", "input"),
+        ({"input": [[1, 2], [3]]}, "invalid_value", "input"),
+        ({"input": ["a"] * 2049}, "invalid_value", "input"),
+        ({"input": ["a", ""]}, "invalid_value", "input[1]"),
+        ({"input": ["a", {}]}, "missing_field", "input[1]"),
+        ({"input": ["a", {"text": "b", "image": url(PICTURES[0])}]}, "invalid_value", "input[1]"),
+        ({"input": ["a", {"text": 3}]}, "invalid_value", "input[1].text"),
+        ({"input": ["a" * 70000]}, "invalid_value", "input[0]"),
+        ({"input": "a", "messages": [{"role": "user", "content": "b"}]}, "missing_field", "input"),
+        ({"input": "a", "encoding_format": "int8"}, "invalid_value", "encoding_format"),
+        ({"input": "a", "dimensions": 0}, "invalid_value", "dimensions"),
+        ({"input": "a", "truncate_prompt_tokens": 3}, "unsupported_field", "truncate_prompt_tokens"),
+        ({"input": [{"content": [image_part(PICTURES[0])] * 2}]}, "invalid_value", "input[0].content"),
+        ({"input": [{"image": url(PICTURES[0])}, {"image": url(b"nothing")}]}, "image_decode_failed", "input[1].image"),
+        ({"input": [{"image": "file:///etc/passwd"}]}, None, "input[0].image"),
+        ({"input": [{"image": "http://127.0.0.1:9/a.png"}]}, None, "input[0].image"),
+        ({"input": [{"image": {"url": url(PICTURES[0]), "max_num_patches": 9}}]}, None, "input[0].image"),
+        ({"input": [{"image": url(PICTURES[0])}] * 5}, "too_many_images", "input"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "data:,"}}]}]},
+            "unsupported_content_type",
+            "messages[0].content",
+        ),
+    ],
+)
+def test_bad_requests_name_the_item(fixed: RunningServer, body: dict[str, Any], code: str | None, param: str) -> None:
+    assert_error(post(fixed, "/v1/embeddings", **body), 400, code, param)
+
+
+def test_scores_are_transformers(siglip: RunningServer, folder: Path, kind: Kind) -> None:
+    _, images, model = reference(folder, kind)
+    texts = [f"This is a photo of {label}." for label in LABELS]
+    tokens = read_dual(open_checkpoint(folder))[1]
+    with torch.no_grad():
+        written = F.normalize(model.get_text_features(tokens.ids(texts)).pooler_output, dim=-1)
+        logits = torch.from_numpy(images) @ written.T * model.logit_scale.exp() + model.logit_bias
+    expected = logits.sigmoid()
+    body = {"labels": LABELS, "images": [url(data) for data in PICTURES], "threshold": 0}
+    answer = post(siglip, "/v1/classify", model=MODEL, **body).json()
+    for row, scores in zip(answer["data"], expected, strict=True):
+        assert {tag["label"] for tag in row["tags"]} == set(LABELS)
+        confidences = [tag["confidence"] for tag in row["tags"]]
+        assert confidences == sorted(confidences, reverse=True)
+        for tag in row["tags"]:
+            assert abs(tag["confidence"] - float(scores[LABELS.index(tag["label"])])) < 1e-4
+    few = post(siglip, "/v1/classify", **body | {"max_tags": 2}).json()["data"]
+    assert [row["tags"] for row in few] == [row["tags"][:2] for row in answer["data"]]
+    bar = float(expected.flatten().sort().values[5:7].mean())  # between two scores
+    some = post(siglip, "/v1/classify", **body | {"threshold": bar}).json()["data"]
+    assert [len(row["tags"]) for row in some] == (expected >= bar).sum(1).tolist()
+
+
+def test_templates_and_other_names(fixed: RunningServer) -> None:
+    body = {"labels": LABELS, "threshold": 0}
+    plain = post(fixed, "/v1/classify", images=url(PICTURES[0]), template="{label}", **body).json()
+    listed = post(fixed, "/v1/classify", input=[url(PICTURES[0])], templates=["{label}"], **body).json()
+    assert plain["data"] == listed["data"]
+    both = post(fixed, "/v1/classify", images=url(PICTURES[0]), templates=["{label}", "a {label}!"], **body).json()
+    found = {tag["label"]: tag["confidence"] for tag in both["data"][0]["tags"]}
+    texts = vectors(post(fixed, "/v1/embeddings", input=[*LABELS, *(f"a {label}!" for label in LABELS)]))
+    mean = texts[:4] + texts[4:]
+    image = vectors(post(fixed, "/v1/embeddings", input={"image": url(PICTURES[0])}))[0]
+    logits = mean / np.linalg.norm(mean, axis=1, keepdims=True) @ image * np.exp(4.0) - 3.0
+    for label, logit in zip(LABELS, logits, strict=True):
+        assert abs(found[label] - 1 / (1 + np.exp(-logit))) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "param"),
+    [
+        ({"labels": ["a"]}, "missing_field", "images"),
+        ({"images": [url(PICTURES[0])]}, "missing_field", "labels"),
+        ({"images": [url(PICTURES[0])], "labels": []}, "invalid_value", "labels"),
+        ({"images": [url(PICTURES[0])], "labels": ["a", "a "]}, "bad_labels", "labels"),
+        ({"images": [url(PICTURES[0])], "labels": ["a"], "template": "no place"}, "bad_template", "templates"),
+        ({"images": [url(PICTURES[0])], "labels": ["a"], "threshold": 2}, "invalid_value", "threshold"),
+        ({"images": [url(PICTURES[0])], "labels": ["a"], "max_tags": 0}, "invalid_value", "max_tags"),
+        ({"images": [url(PICTURES[0]), url(b"x")], "labels": ["a"]}, "image_decode_failed", "images[1]"),
+        ({"input": [{"text": "a"}], "labels": ["a"]}, "invalid_value", "input[0].text"),
+        ({"images": [url(PICTURES[0])] * 5, "labels": ["a"]}, "too_many_images", "images"),
+    ],
+)
+def test_bad_classifications(fixed: RunningServer, body: dict[str, Any], code: str, param: str) -> None:
+    assert_error(post(fixed, "/v1/classify", **body), 400, code, param)
+
+
+def test_clients_share_a_forward_and_get_what_they_get_alone(fixed: RunningServer) -> None:
+    embedder = fixed.state.embedder
+    bodies = [{"input": [{"image": url(picture(30 + n, 50, seed=n))}, f"text number {n}"]} for n in range(8)]
+    alone = [vectors(post(fixed, "/v1/embeddings", **body)) for body in bodies]
+    fixed.state.known.clear()
+    groups: list[int] = []
+    compute, gate = embedder._compute, threading.Event()
+
+    def counting(model: Any, group: list[Any]) -> None:
+        groups.append(len(group))
+        gate.wait(10)
+        compute(model, group)
+
+    embedder._compute = counting
+    results: dict[int, np.ndarray] = {}
+    try:
+        threads = [
+            threading.Thread(
+                target=lambda n=n: results.update({n: vectors(post(fixed, "/v1/embeddings", **bodies[n]))})
+            )
+            for n in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        eventually(lambda: len(embedder._images) + len(embedder._ids) + sum(groups) == 16)
+        gate.set()
+        for thread in threads:
+            thread.join(30)
+    finally:
+        embedder._compute = compute
+    assert max(groups) >= 7
+    for number, expected in enumerate(alone):
+        assert np.abs(results[number] - expected).max() < 1e-5
+
+
+def test_what_fails_in_company_fails_alone(fixed: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from siglane.server import embedder as module
+
+    forward = module._forward
+
+    def failing(model: Any, items: list[Any]) -> torch.Tensor:
+        rows = forward(model, items)
+        if any(isinstance(item, torch.Tensor) and item[0] == poison for item in items):
+            raise RuntimeError("out of memory at 0x7f00")
+        return rows
+
+    poison = fixed.state.tokens.ids(["zebra crossing"])[0, 0]
+    good = vectors(post(fixed, "/v1/embeddings", input=["rivers at night"]))
+    fixed.state.known.clear()
+    monkeypatch.setattr(module, "_forward", failing)
+    response = post(fixed, "/v1/embeddings", input=["rivers at night", "zebra crossing"])
+    assert_error(response, 500, "internal_error")
+    assert response.json()["error"]["message"].startswith("input[1]: it could not be embedded")
+    assert np.abs(vectors(post(fixed, "/v1/embeddings", input=["rivers at night"])) - good).max() < 1e-6
+    monkeypatch.setattr(module, "_forward", lambda model, items: forward(model, items) * torch.nan)
+    assert_error(post(fixed, "/v1/embeddings", input=["a yellow star"]), 500, "not_finite")
+    monkeypatch.undo()
+    assert vectors(post(fixed, "/v1/embeddings", input=["a yellow star"])).shape == (1, 32)
+
+
+def test_key_limits_probes_and_metrics(tmp_path: Path) -> None:
+    write_dual_checkpoint(tmp_path, "siglip2")
+    with embedding_server(tmp_path, api_key="secret", max_body_bytes=4096) as server:
+        assert_error(post(server, "/v1/embeddings", input="a"), 401, "invalid_api_key")
+        assert_error(post(server, "/v1/classify", images=["a"], labels=["b"]), 401, "invalid_api_key")
+        client = server.openai(api_key="secret")
+        assert len(client.embeddings.create(model=MODEL, input=["a", "b"]).data) == 2
+        with server.http() as http:
+            headers = {"authorization": "Bearer secret"}
+            large = http.post("/v1/embeddings", json={"input": "a" * 5000}, headers=headers)
+            assert_error(large, 413, "request_too_large")
+            assert http.get("/ready").status_code == 200
+            assert "siglane_requests_total" in http.get("/metrics").text
+        assert server.metric("siglane_requests_total", outcome="ok") == 1
+        assert server.metric("siglane_tokens_total", kind="prompt") > 2
+        assert server.metric("siglane_inflight_bytes") == 0
+        server.state.draining = True
+        with server.http() as http:
+            assert_error(http.post("/v1/embeddings", json={"input": "a"}, headers=headers), 503, "server_shutting_down")
+
+
+def test_a_chat_server_does_not_embed(server: RunningServer) -> None:
+    for path in ("/v1/embeddings", "/v1/classify"):
+        response = post(server, path, input="a")
+        assert_error(response, 404, "not_found")
+        assert "chats" in response.json()["error"]["message"]
+
+
+def test_ending_while_a_client_waits(tmp_path: Path) -> None:
+    write_dual_checkpoint(tmp_path, "siglip2")
+    with embedding_server(tmp_path) as server:
+        embedder = server.state.embedder
+        compute, gate = embedder._compute, threading.Event()
+        embedder._compute = lambda model, group: (gate.wait(10), compute(model, group))
+        answers: list[httpx2.Response] = []
+        thread = threading.Thread(target=lambda: answers.append(post(server, "/v1/embeddings", input="a")))
+        thread.start()
+        eventually(lambda: embedder._running)
+        server.server.drain()
+        server.server.drain()
+        thread.join(10)
+        gate.set()
+        assert_error(answers[0], 503, "server_shutting_down")
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
+    write_dual_checkpoint(tmp_path, "siglip2")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        serve(ServerConfig(port=0), EngineSpec(str(tmp_path), EngineConfig(device="cpu")))
+    embedder = Embedder(open_checkpoint(tmp_path), EngineConfig(device="cpu"))
+    with pytest.raises(EngineError, match="starting"):
+        embedder.submit(torch.zeros(64, dtype=torch.int64))

@@ -1,0 +1,310 @@
+"""8-bit layers against integer arithmetic, and quantised towers against float32."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from siglane.config.vision import VisionConfig
+from siglane.errors import ConfigError, UserError
+from siglane.families.model import load_vision
+from siglane.nn import quant
+from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from siglane.nn.parallel import TensorParallel
+from siglane.nn.quant import Int8Linear, quantise, row_codes
+from siglane.types import DecodedImage, Grid, PackedPatches
+from siglane.vision.tower import SiglipVisionModel
+from siglane.weights.hub import open_checkpoint
+
+DEMOS = Path(__file__).parents[2] / "python" / "siglane" / "demo"
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def by_integers(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The same product written down naively, float64 and int64, one row and one output at a time."""
+    result = np.zeros((len(x), len(weight)))
+    for column, row in enumerate(weight.double().numpy()):
+        scale = np.abs(row).max() / 127 or 1.0
+        codes = np.rint(row / scale).astype(np.int64)
+        for number, values in enumerate(x.double().numpy()):
+            low, high = min(values.min(), 0.0), max(values.max(), 0.0)
+            step = (high - low) / 254 or 1.0
+            zero = int(np.rint(-low / step))
+            result[number, column] = step * scale * int(((np.rint(values / step).astype(np.int64)) * codes).sum())
+            assert 0 <= (np.rint(values / step) + zero).min() <= (np.rint(values / step) + zero).max() <= 255
+    return torch.from_numpy(result).float() + (0 if bias is None else bias)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 48, 96), (7, 31, 33), (3, 588, 5), (33, 64, 16)])
+def test_a_layer_is_integer_arithmetic(shape: tuple[int, int, int], with_bias: bool) -> None:
+    rows, inputs, outputs = shape
+    x, weight = drawn(rows, inputs), drawn(outputs, inputs, seed=1)
+    bias = drawn(outputs, seed=2) if with_bias else None
+    expected = by_integers(x, weight, bias)
+    difference = (Int8Linear(weight, bias)(x) - expected).abs().max()
+    assert difference <= 1e-4 * max(1.0, float(expected.abs().max()))  # a value on the border of two codes may differ
+
+
+@torch.no_grad()
+def test_more_rows_than_one_product_takes() -> None:
+    rows = 2 * quant.ROWS + 3
+    x, weight, bias = drawn(rows, 40), drawn(24, 40, seed=1), drawn(24, seed=2)
+    layer = Int8Linear(weight, bias)
+    y = layer(x)
+    assert torch.allclose(y, by_integers(x, weight, bias), atol=2e-3)
+    assert torch.equal(layer(x.unflatten(0, (1, rows))), y[None])
+    alone = torch.cat([layer(row) for row in x.split(1)])
+    assert (alone - y).abs().max() <= 1e-5  # a row never depends on its neighbours
+    assert layer(x[:0]).shape == (0, 24)
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("factor", [1e-20, 1.0, 1e20])
+def test_codes_are_the_nearest_ones(factor: float) -> None:
+    x = drawn(50, 300) * factor
+    x[0], x[1], x[2], x[3, 5] = 0, x[1].abs(), -x[2].abs(), 1000 * factor
+    codes, scale, zero = row_codes(x)
+    assert codes.dtype == torch.uint8
+    assert ((codes.float() - zero) * scale - x).abs().max(dim=1).values.le(0.5001 * scale[:, 0]).all()
+    assert torch.equal((codes[0].float() - zero[0]) * scale[0], torch.zeros(300))
+
+
+@torch.no_grad()
+def test_zero_rows_zero_outputs_and_undefined_values() -> None:
+    x, weight, bias = drawn(6, 64), drawn(8, 64, seed=1), drawn(8, seed=2)
+    weight[3] = 0
+    layer = Int8Linear(weight, bias)
+    clean = layer(x)
+    assert torch.equal(clean[:, 3], bias[3].expand(6))
+    x[0] = 0
+    assert torch.allclose(layer(x)[0], bias)
+    x[1, 2], x[2, 2], x[3, 2] = torch.nan, torch.inf, -torch.inf
+    y = layer(x)
+    assert not y[1:4].isfinite().any()
+    assert torch.allclose(y[4:], clean[4:], atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_huge_outlier_spoils_only_its_own_row() -> None:
+    x, weight = drawn(8, 256), drawn(64, 256, seed=1)
+    x[2, 17] = 300.0
+    error = F.linear(x, weight) - Int8Linear(weight, None)(x)
+    relative = error.norm(dim=1) / F.linear(x, weight).norm(dim=1)
+    assert relative[torch.arange(8) != 2].max() < 0.015
+    assert relative[2] < 0.05
+
+
+def ranks(size: int) -> list[TensorParallel]:
+    return [TensorParallel(rank, size, lambda x: x, lambda x: x) for rank in range(size)]
+
+
+def filled(layer: nn.Module, seed: int) -> nn.Module:
+    """A whole layer's weights by their parts, cut as a checkpoint's are."""
+    for name, parameter in layer.named_parameters():
+        for number, part in enumerate(layer.parts(name)):
+            if isinstance(layer, RowParallelLinear):
+                rows, columns = layer.output_size, layer.input_size
+            else:
+                rows, columns = layer.part_size(part), layer.input_size
+            shape = (rows, columns) if parameter.ndim == 2 else (rows,)
+            layer.load_part(name, part, drawn(*shape, seed=seed + number + 10 * parameter.ndim))
+    return layer
+
+
+class Holder(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+
+def quantised(layer: nn.Module) -> nn.Module:
+    return quantise(Holder(layer), "8bit", "cpu").layer
+
+
+@torch.no_grad()
+def test_shards_make_up_the_whole() -> None:
+    x, single = drawn(9, 32), TensorParallel.single()
+
+    def column(tp: TensorParallel) -> nn.Module:
+        return filled(ColumnParallelLinear(32, {"a": 8, "b": 12}, bias=True, tp=tp), 1)
+
+    def row(tp: TensorParallel) -> nn.Module:
+        return filled(RowParallelLinear(32, 16, bias=True, tp=tp), 2)
+
+    def qkv(tp: TensorParallel) -> nn.Module:
+        return filled(QKVParallelLinear(32, 4, 4, 8, bias=True, tp=tp), 3)
+
+    near = {"atol": 0.35, "rtol": 0.0}  # of sums of 32 products of normal values
+    assert torch.allclose(quantised(column(single))(x), column(single)(x), **near)
+    assert torch.allclose(quantised(row(single))(x), row(single)(x), **near)
+    for tp in ranks(2):
+        assert torch.allclose(quantised(column(tp))(x), column(tp)(x), **near)
+        for ours, theirs in zip(quantised(qkv(tp))(x), qkv(tp)(x), strict=True):
+            assert ours.shape == theirs.shape == (9, 2, 8)
+            assert torch.allclose(ours, theirs, **near)
+        part = x.narrow(1, 16 * tp.rank, 16)
+        assert torch.allclose(quantised(row(tp))(part), row(tp)(part), **near)
+    bias = row(single).bias
+    parts = [quantised(row(tp))(x.narrow(1, 16 * tp.rank, 16)) - bias for tp in ranks(2)]
+    assert torch.allclose(sum(parts) + bias, row(single)(x), **near)  # the bias is added once
+
+
+def tower(seed: int = 0, **changes: object) -> SiglipVisionModel:
+    config = VisionConfig(
+        hidden_size=64, intermediate_size=172, num_hidden_layers=3, num_attention_heads=4, num_channels=3,
+        patch_size=14, position_grid=Grid(16, 16), hidden_act="gelu_tanh", layer_norm_eps=1e-6,
+        patch_layout="channel_last", position_resize="bilinear_antialias", rope_theta=None, windows=None, depth=3,
+        post_norm=True, use_head=True,
+    )  # fmt: skip
+    model = SiglipVisionModel(replace(config, **changes))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        nn.init.normal_(parameter, centre, 0.1 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5, generator)
+    return model.eval().requires_grad_(False)
+
+
+def packed(*grids: Grid, seed: int = 5) -> PackedPatches:
+    return PackedPatches(drawn(sum(grid.area for grid in grids), 3 * 14**2, seed=seed), grids)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("outliers", [0, 2])
+def test_embeddings_of_a_tower(outliers: int) -> None:
+    """outliers: channels that every norm makes sixty times as large and the weights behind it as small, as trained
+    towers have a few."""
+    models = [tower(), tower()]
+    for block in (block for model in models for block in model.blocks):
+        for norm, layer in ((block.norm1, block.attention.qkv), (block.norm2, block.mlp.fc1)):
+            norm.weight[:outliers] *= 60
+            norm.bias[:outliers] *= 60
+            layer.weight[:, :outliers] /= 60
+    exact, ours = models[0], quantise(models[1], "8bit", "cpu")
+    batch = packed(Grid(16, 16), Grid(3, 21), Grid(1, 1))
+    features, quantised_features = exact(batch), ours(batch)
+    assert F.cosine_similarity(quantised_features, features).min() > 0.999
+    pooled = exact.pool(features, batch.grids)
+    assert F.cosine_similarity(ours.pool(quantised_features, batch.grids), pooled).min() > 0.9995
+    alone = ours(PackedPatches(batch.pixels[256:319], (Grid(3, 21),)))
+    assert F.cosine_similarity(alone, quantised_features[256:319]).min() > 0.99999
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["model", "native"])
+def test_towers_of_the_shipped_models(name: str) -> None:
+    checkpoint = open_checkpoint(DEMOS / name)
+    (exact, processor), (ours, _) = (load_vision(checkpoint, device="cpu", dtype=torch.float32) for _ in range(2))
+    quantise(ours, "8bit", "cpu")
+    pictures = [np.array(Image.open(DEMOS / "pictures" / file).convert("RGB")) for file in ("cafe.png", "hello.png")]
+    images = [DecodedImage.from_rgb(picture) for picture in pictures]
+    layouts = processor.layouts([image.size for image in images])
+    patches = [processor.patches(image, layout) for image, layout in zip(images, layouts, strict=True)]
+    for found, expected in zip(ours.features(patches), exact.features(patches), strict=True):
+        assert F.cosine_similarity(found, expected, dim=-1).mean() > 0.9995
+        assert F.cosine_similarity(found, expected, dim=-1).min() > 0.999
+    for found, expected in zip(ours.project(patches), exact.project(patches), strict=True):
+        assert F.cosine_similarity(found, expected, dim=-1).min() > 0.999
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_a_quarter_of_the_memory() -> None:
+    side = 4096  # a matrix that the allocator gives back to the system when it is freed
+    before = resident_bytes()
+    layer = ColumnParallelLinear(side, {"": side}, bias=True, tp=TensorParallel.single())
+    nn.init.normal_(layer.weight, std=0.02)
+    nn.init.zeros_(layer.bias)
+    holder = Holder(layer)
+    del layer
+    whole = resident_bytes() - before
+    quantise(holder, "8bit", "cpu")
+    left = resident_bytes() - before
+    assert holder.layer.linear.nbytes < 0.26 * 4 * side * side
+    assert whole > 3.9 * side * side
+    assert left < 0.35 * whole
+
+
+def test_what_is_quantised_stays_as_it_is() -> None:
+    model = tower()
+    state = model.state_dict()
+    quantise(model, "8bit", "cpu")
+    with pytest.raises(ConfigError, match="nothing to quantise"):
+        quantise(model, "8bit", "cpu")
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        model.load_state_dict(state)
+    for change in (lambda layer: layer.bfloat16(), lambda layer: layer.to("meta")):
+        with pytest.raises(ValueError, match="cannot be moved or cast"):
+            change(model.blocks[0].attention.qkv)
+    for keep in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(ValueError, match="cannot be copied"):
+            keep(model)
+    assert model.float().eval().cpu() is model
+
+
+def test_gradients_are_refused() -> None:
+    layer, x = Int8Linear(drawn(4, 8), None), drawn(2, 8).requires_grad_()
+    with pytest.raises(ValueError, match="has no gradient"):
+        layer(x)
+    assert layer(x.detach()).shape == (2, 4)
+    assert not list(layer.parameters())
+
+
+def test_what_cannot_be_had_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="no 4-bit products for CPUs"):
+        quantise(tower(), "4bit", "cpu")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for kind in ("8bit", "4bit"):
+        with pytest.raises(UserError, match="pip install bitsandbytes"):
+            quantise(tower(), kind, "cuda")
+    with pytest.raises(ConfigError, match="nothing to quantise"):
+        quantise(nn.Linear(4, 4), "8bit", "cpu")
+
+
+def test_a_processor_whose_sums_overflow_is_refused() -> None:
+    """oneDNN limited to AVX2 adds neighbouring products up in 16 bits, which is wrong without a word."""
+    code = """
+import torch
+from siglane.errors import UserError
+from siglane.nn.linear import ColumnParallelLinear
+from siglane.nn.parallel import TensorParallel
+from siglane.nn.quant import quantise
+layer = ColumnParallelLinear(8, {"": 8}, bias=False, tp=TensorParallel.single())
+try:
+    quantise(torch.nn.Sequential(layer), "8bit", "cpu")
+except UserError as error:
+    print(error)
+"""
+    environment = {"ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "no exact 8-bit products" in done.stdout
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+def test_weight_only_by_a_library(kind: quant.Bits) -> None:
+    """The libraries' CPU kernels stand in for their CUDA ones: layers, dtypes and shapes are the same."""
+    pytest.importorskip("bitsandbytes")
+    x, weight, bias = drawn(5, 128).bfloat16(), drawn(96, 128, seed=1).bfloat16(), drawn(96, seed=2).bfloat16()
+    layer = quant._bitsandbytes_linear(kind, torch.device("cpu"), weight, bias)
+    expected = F.linear(x, weight, bias)
+    assert (layer(x) - expected).norm() / expected.norm() < {"8bit": 0.02, "4bit": 0.15}[kind]
