@@ -11,9 +11,9 @@ import torch
 
 from siglane.config.vision import VisionConfig
 from siglane.errors import ConfigError
+from siglane.nn import encoder
 from siglane.nn.rope import rotary_tables_2d, rotate
 from siglane.types import Grid, PackedPatches
-from siglane.vision import encoder
 from siglane.vision.tower import SiglipVisionModel
 
 CPU = torch.device("cpu")

@@ -440,7 +440,7 @@ class TestSettings:
         assert "confidence_threshold 0.5 leaves out almost everything" in caplog.text
 
     def test_a_tagger_of_settings(self, model: Path, naflex: Path, tmp_path: Path, caplog: Any) -> None:
-        caplog.set_level(logging.INFO)
+        caplog.set_level(logging.INFO, logger="siglane")  # a command that ran before leaves warnings only
         found = Tagger.from_settings(TagSettings(model=str(model)), cache=tmp_path / "cache")
         assert (
             "tagging on cpu, torch.float32, 8 pictures a batch; texts: lower case, punctuation kept, 64" in caplog.text
