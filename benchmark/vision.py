@@ -28,6 +28,7 @@ from torch import nn
 from transformers import Siglip2VisionConfig, Siglip2VisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from siglane.config.vision import PatchLayout, PositionResize, VisionConfig
+from siglane.nn.prepack import prepack
 from siglane.types import Grid, PackedPatches
 from siglane.vision import tower as siglane_tower
 
@@ -73,6 +74,7 @@ def siglane(shape: Shape, positions: Grid, layout: PatchLayout, resize: Position
     tower = siglane_tower.SiglipVisionModel(config)
     for parameter in tower.parameters():
         nn.init.normal_(parameter, std=0.02)
+    prepack(tower)  # as every engine does after loading
     return tower.eval().requires_grad_(False)
 
 

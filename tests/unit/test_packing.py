@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch.nn.attention import varlen
 
 from siglane.config.vision import PositionResize, VisionConfig
 from siglane.nn.attention import (
+    LONG,
+    PIECE_ROWS,
     AttentionBackend,
     CausalSegments,
     Segments,
@@ -33,6 +36,8 @@ Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 SQUARE = [Grid(6, 6)] * 10
 EQUAL_COUNTS = [Grid(4, 9), Grid(6, 6), Grid(9, 4), Grid(6, 6), Grid(4, 9)] * 2  # 36 patches each, other positions
 MIXED = [Grid(4, 9), Grid(1, 1), Grid(6, 6), Grid(6, 6), Grid(2, 31), Grid(9, 4), Grid(7, 3), Grid(1, 50), *SQUARE[:2]]
+# so many patches that they are computed in pieces, the long ones head by head
+LARGE = [*(Grid(33, 33), Grid(18, 18), Grid(1, 50), Grid(18, 18), Grid(20, 16), Grid(16, 20), Grid(40, 30)), *MIXED[:3]]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +69,9 @@ def encode(tower: SiglipVisionModel, images: Sequence[torch.Tensor], grids: Sequ
 
 
 class TestCompany:
-    @pytest.mark.parametrize("grids", [SQUARE, EQUAL_COUNTS, MIXED], ids=["square", "equal counts", "mixed"])
+    @pytest.mark.parametrize(
+        "grids", [SQUARE, EQUAL_COUNTS, MIXED, LARGE], ids=["square", "equal counts", "mixed", "large"]
+    )
     @pytest.mark.parametrize("rule", ["bilinear_antialias", "bicubic"])
     def test_an_image_alone_in_company_and_in_another_order_is_the_same(
         self, tower: SiglipVisionModel, grids: list[Grid], rule: PositionResize
@@ -136,6 +143,18 @@ class TestAttention:
         q, k, v = qkv(sum(lengths), *heads)
         ours = packed_attention(q, k, v, Segments.of(lengths, CPU), scale=0.37, backend="sdpa", causal=causal)
         torch.testing.assert_close(ours, dense(q, k, v, lengths, 0.37, causal), atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("heads", [(4, 4, 16), (2, 2, 72), (4, 2, 8)])
+    @pytest.mark.parametrize("lengths", [[LONG], [LONG - 1, LONG + 1], [1100, 40, 1100, 1100], [3000]])
+    def test_long_segments_too(self, lengths: list[int], heads: tuple[int, int, int]) -> None:
+        """They are computed head by head on CPUs, very long ones in parts, but not where a gradient is wanted."""
+        q, k, v = qkv(sum(lengths), *heads)
+        expected = dense(q, k, v, lengths, 0.37, causal=False)
+        segments = Segments.of(lengths, CPU)
+        for x in (q, q.clone().requires_grad_()):
+            ours = packed_attention(x, k, v, segments, scale=0.37, backend="sdpa")
+            assert ours.requires_grad == x.requires_grad
+            torch.testing.assert_close(ours.detach(), expected, atol=1e-5, rtol=0)
 
     @pytest.mark.parametrize(("lengths", "heads"), EVERY_CASE)
     def test_causal_segments_are_the_dense_causal_attention(
@@ -270,6 +289,20 @@ class TestSegments:
         assert segments.runs == runs
         assert segments.max_len == max(lengths, default=0)
         assert segments.cu_seqlens is None  # nothing reads it on the CPU
+
+    @pytest.mark.parametrize("lengths", [[PIECE_ROWS], [1000, 24, 1], [5000, 3], [900, 900, 200, 100, 25], [7] * 400])
+    def test_pieces_are_the_same_segments(self, lengths: list[int]) -> None:
+        pieces = Segments.of(lengths, CPU).pieces
+        if sum(lengths) <= PIECE_ROWS:
+            assert pieces == ()
+            return
+        assert [length for piece in pieces for length in piece.lengths] == lengths
+        assert all(piece.rows <= PIECE_ROWS or len(piece.lengths) == 1 for piece in pieces)
+        assert all(one.rows + other.lengths[0] > PIECE_ROWS for one, other in pairwise(pieces))
+        assert not any(piece.pieces for piece in pieces)
+
+    def test_only_cpus_work_piece_by_piece(self) -> None:
+        assert Segments.of([900, 900], torch.device("meta")).pieces == ()
 
     def test_cumulative_lengths_start_at_zero(self) -> None:
         lengths = cu_seqlens_of([3, 1, 4])

@@ -12,6 +12,7 @@ from siglane.engine.engine import Engine
 from siglane.families.model import load_model
 from siglane.families.processor import Processor, load_processor
 from siglane.nn.attention import choose_backend
+from siglane.nn.prepack import prepack
 from siglane.weights.demo import open_model
 from siglane.weights.hub import Checkpoint
 
@@ -38,6 +39,7 @@ def build_engine(checkpoint: Checkpoint, processor: Processor, config: EngineCon
         vision_dtype=vision_dtype,
         attention_backend=config.attention_backend,
     )
+    prepack(model)
     logger.info("loaded %s in %.1f s (%s, %s)", checkpoint.root.name, time.monotonic() - begin, device, dtype)
     return Engine(model, config, processor.eos_token_ids, processor.config.thinking)
 

@@ -19,6 +19,7 @@ from siglane.families.media import LOCAL_MEDIA, ImageSource, Media, ahead, image
 from siglane.families.model import load_vision
 from siglane.families.stack import VisionStack
 from siglane.image.source import MediaPolicy
+from siglane.nn.prepack import prepack
 from siglane.projector.assemble import projector_grids
 from siglane.types import BackendChoice, ImagePatches
 from siglane.vision.packed import encode_packed
@@ -65,6 +66,7 @@ class VisionEncoder:
         self._model, self._processor = load_vision(
             checkpoint, device=on, dtype=vision_dtype, attention_backend=attention_backend
         )
+        prepack(self._model)
         # without packing the second image is always one too many
         self._max_seq_len = (max_seq_len or STEP_PATCHES[on.type]) if enable_packing else 0
         facts = self._processor.config

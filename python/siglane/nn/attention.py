@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from siglane.errors import ConfigError
+from siglane.nn.gemm import has_fast_product, linear
 from siglane.types import AttentionBackend, BackendChoice
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,11 @@ logger = logging.getLogger(__name__)
 
 FLASHINFER_HEAD_DIMS = (64, 128, 256)
 KERNEL_HEAD_DIM_STEP = 8  # flash kernels take head dims that are multiples of 8
+# on CPUs: rows that pass through a block together, so that what one operation writes is still in a cache when the next
+# one reads it
+PIECE_ROWS = 1024
+LONG = 320  # rows of a segment from which two plain products beat a CPU's fused attention
+SCORES = 1 << 20  # of one head that a CPU's cache takes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,19 +37,40 @@ class Segments:
     """Lengths of the sequences packed in a tensor, with what the backends need derived once per forward.
 
     cu_seqlens: i32 `[B + 1]` on the device (None on CPU, where nothing reads it); max_len on the host;
-    runs: (length, how many in a row) of neighbours of equal length.
+    runs: (length, how many in a row) of neighbours of equal length; pieces: on CPU the same segments in groups of at
+    most PIECE_ROWS rows, or one segment; empty where one piece is all.
     """
 
     lengths: tuple[int, ...]
     max_len: int
     cu_seqlens: torch.Tensor | None
     runs: tuple[tuple[int, int], ...]
+    pieces: tuple[Segments, ...] = ()
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Segments:
-        cu_seqlens = None if device.type == "cpu" else cu_seqlens_of(lengths, device)
+        on_cpu = device.type == "cpu"
+        cu_seqlens = None if on_cpu else cu_seqlens_of(lengths, device)
         runs = tuple((length, sum(1 for _ in group)) for length, group in groupby(lengths))
-        return cls(tuple(lengths), max(lengths, default=0), cu_seqlens, runs)
+        groups = _groups(lengths) if on_cpu else []
+        pieces = tuple(cls.of(group, device) for group in groups) if len(groups) > 1 else ()
+        return cls(tuple(lengths), max(lengths, default=0), cu_seqlens, runs, pieces)
+
+    @property
+    def rows(self) -> int:
+        return sum(self.lengths)
+
+
+def _groups(lengths: Sequence[int]) -> list[list[int]]:
+    groups: list[list[int]] = []
+    rows = 0
+    for length in lengths:
+        if not groups or rows + length > PIECE_ROWS:
+            groups.append([])
+            rows = 0
+        groups[-1].append(length)
+        rows += length
+    return groups
 
 
 PackedAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Segments, float, bool], torch.Tensor]
@@ -82,15 +109,32 @@ def _sdpa(
 ) -> torch.Tensor:
     """One call per run of equal lengths, each a batch of its own."""
     grouped = q.shape[1] != k.shape[1]
+    by_head = not causal and not grouped and has_fast_product(q, k, v)
     outputs = []
     start = 0
     for length, count in segments.runs:
-        stop = start + length * count
-        qs, ks, vs = (x[start:stop].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
-        attended = F.scaled_dot_product_attention(qs, ks, vs, is_causal=causal, scale=scale, enable_gqa=grouped)
-        outputs.append(attended.transpose(1, 2).flatten(0, 1))
-        start = stop
+        qs, ks, vs = (x.narrow(0, start, length * count).unflatten(0, (count, length)) for x in (q, k, v))
+        if by_head and length >= LONG:
+            outputs += [_by_head(*one, scale) for one in zip(qs, ks, vs, strict=True)]
+        else:
+            qs, ks, vs = (x.transpose(1, 2) for x in (qs, ks, vs))
+            attended = F.scaled_dot_product_attention(qs, ks, vs, is_causal=causal, scale=scale, enable_gqa=grouped)
+            outputs.append(attended.transpose(1, 2).flatten(0, 1))
+        start += length * count
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _by_head(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """One long segment by oneDNN's products, one head after another so that its scores stay in the cache."""
+    length, heads, _ = q.shape
+    rows = max(LONG, SCORES // length)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for head in range(heads):
+        queries, keys, values = q[:, head] * scale, k[:, head].contiguous(), v[:, head].T.contiguous()
+        for start in range(0, length, rows):
+            weights = torch.softmax(linear(queries[start : start + rows], keys), -1)
+            out[start : start + rows, head] = linear(weights, values)
+    return out
 
 
 def _padded(

@@ -7,14 +7,11 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from siglane.nn.attention import Segments, packed_attention
+from siglane.nn.attention import PIECE_ROWS, Segments, packed_attention
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear, attention_parallel
 from siglane.nn.parallel import TensorParallel
 from siglane.nn.rope import rotate
 from siglane.types import Activation, AttentionBackend
-
-# a CPU's caches hold the inner values of about so many rows; those of a whole batch would go through memory and back
-CACHED_ROWS = 384
 
 
 class BlockFacts(Protocol):
@@ -68,9 +65,9 @@ class MLP(nn.Module):
         self.fc2 = RowParallelLinear(config.intermediate_size, config.hidden_size, bias=True, tp=tp)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type != "cpu" or torch.is_grad_enabled() or len(x) <= CACHED_ROWS:
+        if x.device.type != "cpu" or torch.is_grad_enabled() or len(x) <= PIECE_ROWS:
             return self._rows(x)
-        return torch.cat([self._rows(rows) for rows in x.split(CACHED_ROWS)])
+        return torch.cat([self._rows(rows) for rows in x.split(PIECE_ROWS)])
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
         hidden: torch.Tensor = self.fc2(self.fc1(x, self.activation))
@@ -89,6 +86,16 @@ class Block(nn.Module):
 
     def forward(
         self, x: torch.Tensor, segments: Segments, backend: AttentionBackend, rotary: Rotary | None = None
+    ) -> torch.Tensor:
+        if not segments.pieces or torch.is_grad_enabled():
+            return self._whole(x, segments, backend, rotary)
+        sizes = [piece.rows for piece in segments.pieces]
+        tables = [None] * len(sizes) if rotary is None else list(zip(*(t.split(sizes) for t in rotary), strict=True))
+        parts = zip(x.split(sizes), segments.pieces, tables, strict=True)
+        return torch.cat([self._whole(rows, piece, backend, table) for rows, piece, table in parts])
+
+    def _whole(
+        self, x: torch.Tensor, segments: Segments, backend: AttentionBackend, rotary: Rotary | None
     ) -> torch.Tensor:
         x = x + self.attention(self.norm1(x), segments, backend, rotary)
         return x + self.mlp(self.norm2(x))

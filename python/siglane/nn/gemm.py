@@ -18,17 +18,21 @@ def linear(
     """`x W^T + b`, then `activation`: x `[..., K]`, weight `[N, K]`, bias `[N]` -> `[..., N]`.
 
     On CPUs float32 goes to oneDNN, whose product is faster than torch's default on some processors
-    (`python benchmark/machine.py`); its sums are float32 too. It has no gradient, so where one is wanted
-    the default stays.
+    (`python benchmark/machine.py`); its sums are float32 too.
     """
-    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    # torch.compile has its own lowering of this product, for frozen weights only
-    if on_cpu and not torch.compiler.is_compiling() and not _wants_gradient(x, weight, bias):
+    if has_fast_product(x, weight, bias):
         name, variant = ("none", "") if activation is None else _FUSED.get(activation, ("none", ""))
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], variant)
         return product if activation is None or activation in _FUSED else activate(product, activation)
     product = F.linear(x, weight, bias)
     return product if activation is None else activate(product, activation)
+
+
+def has_fast_product(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether x, multiplied with tensors of its device and dtype, goes to oneDNN: it has no gradient, and torch.compile
+    has a lowering of its own, for frozen weights only."""
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return on_cpu and not torch.compiler.is_compiling() and not _wants_gradient(x, *others)
 
 
 def _wants_gradient(*tensors: torch.Tensor | None) -> bool:

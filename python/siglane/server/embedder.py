@@ -19,6 +19,7 @@ from siglane.engine.engine import STEP_PATCHES
 from siglane.engine.load import placement
 from siglane.errors import EngineError, SiglaneError
 from siglane.families.dual import DualModel, load_dual
+from siglane.nn.prepack import prepack
 from siglane.types import ImagePatches
 from siglane.weights.hub import Checkpoint
 
@@ -138,6 +139,7 @@ class Embedder:
         began = time.monotonic()
         backend = self._config.attention_backend
         model = load_dual(self._checkpoint, device=self._device, dtype=self._dtype, attention_backend=backend).model
+        prepack(model)
         seconds = time.monotonic() - began
         logger.info("loaded %s in %.1f s (%s, %s)", self._checkpoint.root.name, seconds, self._device, self._dtype)
         return model

@@ -25,6 +25,7 @@ from siglane.families.registry import image_facts
 from siglane.image.source import MediaPolicy
 from siglane.nn.attention import choose_backend
 from siglane.nn.device import resolve_device, resolve_dtype
+from siglane.nn.prepack import prepack
 from siglane.tagging.cache import LabelCache, default_folder, state_of
 from siglane.tagging.labels import check_labels, check_templates, texts_of, warn_of_losses
 from siglane.tagging.quantise import quantize
@@ -121,6 +122,7 @@ class Tagger:
         checkpoint = model if isinstance(model, Checkpoint) else open_model(model, revision)
         loaded = load_dual(checkpoint, device=on, dtype=chosen, attention_backend=backend)
         self._model = quantize(loaded.model, quantization, on)
+        prepack(self._model)
         self._tokens = loaded.texts
         self._media = Media(media, decode, loaded.images, ImageBudget(max_num_patches=max_num_patches), None)
         self._batch_size = batch_size or BATCH_SIZES[on.type]

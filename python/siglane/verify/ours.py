@@ -11,6 +11,7 @@ from siglane.families.processor import ImageProcessor, Processor, load_processor
 from siglane.families.registry import is_vision_only
 from siglane.families.stack import VisionEncoderModel
 from siglane.nn.attention import Segments, packed_attention
+from siglane.nn.prepack import prepack
 from siglane.types import DecodedImage, ImagePart, ImagePatches, Message, Prompt
 from siglane.verify.stages import LOGIT_ROWS, TOKENS, Trace
 from siglane.weights.hub import Checkpoint
@@ -33,6 +34,7 @@ class Ours:
             self.prompts = self.processor = load_processor(checkpoint)
             self.model = load_model(checkpoint, self.prompts.config, device=device, dtype=dtype)
             self.encoder = self.model.vision
+        prepack(self.model or self.encoder)
 
     def patches(self, images: Sequence[DecodedImage]) -> list[ImagePatches]:
         """Of one request that holds all of them."""

@@ -11,6 +11,7 @@ from torch import nn
 from siglane.config.vision import VisionConfig
 from siglane.nn.act import activate
 from siglane.nn.attention import Segments
+from siglane.nn.gemm import linear
 
 
 class MapHead(nn.Module):
@@ -35,9 +36,9 @@ class MapHead(nn.Module):
     def forward(self, features: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         wq, wk, wv = self.in_proj_weight.chunk(3)
         bq, bk, bv = self.in_proj_bias.chunk(3)
-        q = F.linear(self.probe[0], wq, bq).unflatten(-1, (self.heads, -1))
-        k = F.linear(features, wk, bk).unflatten(-1, (self.heads, -1))
-        v = F.linear(features, wv, bv).unflatten(-1, (self.heads, -1))
+        q = linear(self.probe[0], wq, bq).unflatten(-1, (self.heads, -1))
+        k = linear(features, wk, bk).unflatten(-1, (self.heads, -1))
+        v = linear(features, wv, bv).unflatten(-1, (self.heads, -1))
         pooled = []
         start = 0
         for length, count in Segments.of(lengths, torch.device("cpu")).runs:
