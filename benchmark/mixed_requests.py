@@ -30,6 +30,7 @@ from siglane.config.vlm import VlmConfig
 from siglane.engine.config import EngineConfig
 from siglane.engine.engine import Engine
 from siglane.families.model import VisionLanguageModel
+from siglane.nn.prepack import prepack
 from siglane.types import Grid, ImagePatches, ImageSpan, Prompt, Request, SamplingParams, Size, digest_of
 
 BAR = 0.9
@@ -74,6 +75,7 @@ def build_model(config: VlmConfig) -> VisionLanguageModel:
     model = VisionLanguageModel(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
+    prepack(model)  # as for every engine (`siglane/engine/load.py`)
     return model.eval().requires_grad_(False)
 
 

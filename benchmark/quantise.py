@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from machine import description, onednn_rate
 from vision import FIXED, PATCH, RESULTS, Shape, ratio, siglane
 
+from siglane.nn.prepack import prepack
 from siglane.nn.quant import Int8Linear, quantise
 from siglane.types import PackedPatches
 
@@ -48,10 +49,13 @@ def measure(shape: Shape, batch: int, repeats: int) -> dict[str, Any]:
     towers = {}
     for name in ("float32", "8bit"):
         torch.manual_seed(0)
-        towers[name] = siglane(shape, FIXED, "channel_first", "never")
+        towers[name] = siglane(shape, FIXED, "channel_first", "never", packed=False)
+    sizes = {"float32": weight_bytes(towers["float32"].blocks)}
+    prepack(towers["float32"])
     begin = time.perf_counter()
     quantise(towers["8bit"], "8bit", "cpu")
     quantising = time.perf_counter() - begin
+    sizes["8bit"] = weight_bytes(towers["8bit"].blocks)
     packed = PackedPatches(torch.randn(batch * FIXED.area, 3 * PATCH**2), (FIXED,) * batch)
     features = {name: tower(packed) for name, tower in towers.items()}  # and warms up
     seconds: dict[str, list[float]] = {name: [] for name in towers}
@@ -69,7 +73,7 @@ def measure(shape: Shape, batch: int, repeats: int) -> dict[str, Any]:
             "seconds": round(statistics.median(found), 4),
             "gops": round(flops / statistics.median(found) / 1e9, 1),
             "ceiling_gops": round(statistics.median(rates[name]) / 1e9, 1),
-            "weight_bytes": weight_bytes(towers[name].blocks),
+            "weight_bytes": sizes[name],
         }
         for name, found in seconds.items()
     } | {

@@ -64,7 +64,10 @@ class Shape:
         return linear + 4 * d * self.layers * sum(grid.area**2 for grid in grids)
 
 
-def siglane(shape: Shape, positions: Grid, layout: PatchLayout, resize: PositionResize) -> nn.Module:
+def siglane(
+    shape: Shape, positions: Grid, layout: PatchLayout, resize: PositionResize, packed: bool = True
+) -> nn.Module:
+    """packed: its weights, as by every engine after loading."""
     config = VisionConfig(
         hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads, num_channels=3, patch_size=PATCH, position_grid=positions,
@@ -74,7 +77,8 @@ def siglane(shape: Shape, positions: Grid, layout: PatchLayout, resize: Position
     tower = siglane_tower.SiglipVisionModel(config)
     for parameter in tower.parameters():
         nn.init.normal_(parameter, std=0.02)
-    prepack(tower)  # as every engine does after loading
+    if packed:
+        prepack(tower)
     return tower.eval().requires_grad_(False)
 
 

@@ -75,21 +75,26 @@ CONFIG: dict[str, Any] = {
 }
 
 RECIPE = TrainConfig(
-    steps=1400, batch_size=128, learning_rate=1.5e-3, warmup=50, weight_decay=0.05, initial_bias=-math.log(128), seed=1
+    steps=2800, batch_size=128, learning_rate=2e-3, warmup=50, weight_decay=0.05, initial_bias=-math.log(128), seed=1
 )  # fmt: skip
-BEGINNING = 450 * RECIPE.batch_size  # pairs
+BEGINNING = 1200 * RECIPE.batch_size  # pairs
+FIRST_SHARE, FIRST_DISTANCE = 0.3, 0.1  # of the beginning: as near, and captions of colour and kind alone
 LOCKED_RECIPE = replace(RECIPE, steps=300, lock_image=True, fresh_text=True, seed=2)
 HELD_OUT = 1000  # seed of the scenes for measuring
 
 
 @dataclass(frozen=True, slots=True)
 class PaintedPair:
-    """Scene number `number` of a seed and what is said about it. distance: from which its shape is seen when the
-    picture must be a close-up, 0 to 1; None when chance decides what the picture is."""
+    """Scene number `number` of a seed and what is said about it.
+
+    distance: from which its shape is seen when the picture must be a close-up, 0 to 1; None when chance decides what
+    the picture is. plain: the caption is the label.
+    """
 
     seed: int
     number: int
     distance: float | None = None
+    plain: bool = False
 
     @property
     def name(self) -> str:
@@ -97,6 +102,8 @@ class PaintedPair:
 
     @property
     def caption(self) -> str:
+        if self.plain:
+            return "{0.colour} {0.kind}".format(self.scene().shapes[0])
         sized = 0.0 if self.near else SIZED_SHARE  # a close-up does not show how big its shape is
         return caption(self.scene(), self._rng(1), sized)
 
@@ -125,8 +132,9 @@ class PaintedPair:
 class PaintedPairs:
     """`Pairs` of a seed without end.
 
-    The first `beginning` pairs are close-ups of one shape, at first as near as can be, then farther and farther: where
-    every shape fills its picture a fresh tower tells them apart at once, small ones anywhere it does not for long.
+    The first `beginning` pairs are close-ups of one shape, at first as near as can be and said in two words, then
+    farther and farther: from where every shape fills its picture and every caption is its label two fresh towers find
+    together what a shape is; from small shapes and long captions they learn the colours and stay there.
     """
 
     seed: int
@@ -134,7 +142,13 @@ class PaintedPairs:
     size: None = None
 
     def __getitem__(self, index: int, /) -> PaintedPair:
-        return PaintedPair(self.seed, index, index / self.beginning if index < self.beginning else None)
+        if index >= self.beginning:
+            return PaintedPair(self.seed, index)
+        done = index / self.beginning
+        if done < FIRST_SHARE:
+            return PaintedPair(self.seed, index, FIRST_DISTANCE * done / FIRST_SHARE, plain=True)
+        farther = (done - FIRST_SHARE) / (1 - FIRST_SHARE)
+        return PaintedPair(self.seed, index, FIRST_DISTANCE + (1 - FIRST_DISTANCE) * farther)
 
 
 def decoded(picture: Image.Image) -> DecodedImage:

@@ -31,6 +31,7 @@ from siglane.weights.plan import Destination
 
 CONFIG, PREPROCESSOR, TOKENIZER = "config.json", "preprocessor_config.json", "tokenizer.json"
 TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, "spiece.model", "special_tokens_map.json", "added_tokens.json")
+TOKEN_DEVIATION = 0.3  # of fresh token tables: texts must be told apart before anything can be learned from them
 PAD, END, UNKNOWN = "<pad>", "<eos>", "<unk>"  # SigLIP2's, ids 0, 1 and 3 there; here <unk> is 2
 
 
@@ -117,6 +118,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, length: int) -> None:
 def start_weights(model: DualModel, fresh: nn.Module, log_scale: float, bias: float) -> None:
     """Fresh weights for `fresh`, the model or a part of it; log_scale: t', the logarithm of the scale."""
     initialise(fresh)
+    nn.init.normal_(model.text.token_embedding.weight, std=TOKEN_DEVIATION)
     nn.init.constant_(model.logit_scale, log_scale)
     nn.init.constant_(model.logit_bias, bias)
 

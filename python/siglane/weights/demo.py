@@ -1,4 +1,4 @@
-"""The models that ship inside the package: "demo" (NVILA-Lite's layout) and "demo-native" (Ovis2.5's)."""
+"""The models that ship inside the package: "demo" (NVILA-Lite's layout), "demo-native" (Ovis2.5's), "demo-siglip"."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from siglane.errors import UserError
 from siglane.weights.hub import Checkpoint, open_checkpoint
 
 DEMO = "demo"
-FOLDERS = {DEMO: "model", "demo-native": "native"}
+FOLDERS = {DEMO: "model", "demo-native": "native", "demo-siglip": "siglip"}
 
 
 def open_model(model: str | Path, revision: str | None = None) -> Checkpoint:
