@@ -302,7 +302,14 @@ class TestOutput:
         os.mkfifo(tmp_path / "stuck.png")  # nobody writes: the run waits here until it is stopped
         images = [*pictures(folder), str(tmp_path / "stuck.png")]
         program = [sys.executable, "-m", "siglane.cli.main", *command[:2], *images, *command[3:], "--batch-size", "2"]
-        with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            program,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # a shell has its background jobs ignore the signal, and what they start
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        ) as process:
             deadline = time.monotonic() + 120
             while not (out.exists() and len(rows_of(out)) >= 6) and time.monotonic() < deadline:
                 time.sleep(0.05)
