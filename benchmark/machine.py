@@ -15,23 +15,28 @@ from collections.abc import Callable
 import torch
 
 from siglane.nn.gemm import linear
+from siglane.nn.prepack import packed_weight
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @torch.inference_mode()
-def gemm_rate(product: Product = torch.nn.functional.linear, repeats: int = 9) -> float:
+def gemm_rate(
+    product: Product = torch.nn.functional.linear, repeats: int = 9, *, rows: int = 2304, packed: bool = False
+) -> float:
     """float32 multiply-adds of a matrix product of SigLIP-base's MLP shape, in FLOP/s; the median of `repeats`.
 
-    product: torch's own by default, which is what transformers runs on.
+    product: torch's own by default, which is what transformers runs on; packed: with weights as by `nn/prepack.py`.
     """
-    a, b = torch.randn(2304, 768), torch.randn(3072, 768)
+    a, b = torch.randn(rows, 768), torch.randn(3072, 768)
+    if packed:
+        b = packed_weight(b)
     seconds = []
     for _ in range(repeats + 1):
         begin = time.perf_counter()
         product(a, b)
         seconds.append(time.perf_counter() - begin)
-    return 2 * 2304 * 768 * 3072 / statistics.median(seconds[1:])
+    return 2 * rows * 768 * 3072 / statistics.median(seconds[1:])
 
 
 def onednn_rate() -> float:
@@ -52,4 +57,8 @@ def description() -> dict[str, str | int]:
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rates = {"torch_gflops": gemm_rate() / 1e9, "siglane_gflops": onednn_rate() / 1e9}
+    for rows in (2, 8, 16):  # of a step in which so many answers grow by one token
+        for packed in (False, True):
+            name = f"siglane_{rows}_rows{'_packed' * packed}_gflops"
+            rates[name] = gemm_rate(linear, 99, rows=rows, packed=packed) / 1e9
     print(json.dumps({**description(), **rates}, indent=1))

@@ -67,8 +67,18 @@ class RunningServer:
 def running(
     processor: Processor, engine: EngineProcess, *, budget: ImageBudget = CHECKPOINT_LIMITS, **options: Any
 ) -> Iterator[RunningServer]:
-    config = ServerConfig(**{"port": 0, "served_model_name": MODEL, "drain_timeout": 5.0, **options})
-    state = ServerState(config, "folder/of-tiny", processor, engine, budget)
+    config = config_of(**options)
+    with listening(ServerState(config, "folder/of-tiny", processor, engine, budget), config) as server:
+        yield server
+
+
+def config_of(**options: Any) -> ServerConfig:
+    return ServerConfig(**{"port": 0, "served_model_name": MODEL, "drain_timeout": 5.0, **options})
+
+
+@contextmanager
+def listening(state: Any, config: ServerConfig) -> Iterator[RunningServer]:
+    """A server of `state` on a thread; closes the state with it."""
     listener = listen(HOST, config.port)
     server = Server(uvicorn_config(create_app(state), config), state)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)

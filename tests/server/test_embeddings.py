@@ -18,17 +18,16 @@ import torch.nn.functional as F
 from dual_checkpoint import Kind, write_dual_checkpoint
 from openai import BadRequestError, NotFoundError
 from PIL import Image
-from serving import HOST, MODEL, RunningServer, assert_error, eventually, image_part, picture
+from serving import MODEL, RunningServer, assert_error, config_of, eventually, image_part, listening, picture
 
 from siglane.engine.config import EngineConfig
 from siglane.engine.process import EngineSpec
 from siglane.errors import EngineError, UserError
 from siglane.families.dual import load_dual, read_dual
-from siglane.server.app import create_app
 from siglane.server.config import ServerConfig
 from siglane.server.embedder import Embedder
 from siglane.server.embedding import EmbeddingState
-from siglane.server.run import Server, listen, serve, uvicorn_config
+from siglane.server.run import serve
 from siglane.types import DecodedImage
 from siglane.weights.hub import open_checkpoint
 
@@ -39,26 +38,16 @@ LABELS = ["a cat", "a dog", "two green shapes", "the old town hall"]
 
 @contextmanager
 def embedding_server(folder: Path, **options: Any) -> Iterator[RunningServer]:
-    config = ServerConfig(**{"port": 0, "served_model_name": MODEL, "drain_timeout": 5.0, **options})
+    config = config_of(**options)
     checkpoint = open_checkpoint(folder)
     embedder = Embedder(checkpoint, EngineConfig(device="cpu", threads=1))
-    state = EmbeddingState(config, str(folder), *read_dual(checkpoint), embedder)
     embedder.start()
     embedder.wait_ready()
-    listener = listen(HOST, 0)
-    server = Server(uvicorn_config(create_app(state), config), state)
-    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-    thread.start()
     try:
-        eventually(lambda: server.started)
-        yield RunningServer(state, server, listener.getsockname()[1], thread)
+        with listening(EmbeddingState(config, str(folder), *read_dual(checkpoint), embedder), config) as server:
+            yield server
     finally:
-        server.drain()
-        server.drain()
-        thread.join(timeout=20)
-        state.close()
         embedder.close()
-        listener.close()
 
 
 @pytest.fixture(scope="module", params=["siglip", "siglip2", "naflex"])

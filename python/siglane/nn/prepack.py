@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,10 +16,10 @@ ROWS = 512  # of the products that oneDNN lays the weights out for; other sizes 
 def prepack(model: nn.Module) -> None:
     """Lays the float32 weights of `model`'s linear layers out anew, on CPUs; elsewhere nothing happens.
 
-    Without it oneDNN does so within every product, which costs a batch of 2 to 16 rows more than the product itself
-    (`python benchmark/machine.py`). The sums stay the same. For inference only: a packed weight is no parameter any
-    more, it cannot be trained, saved, moved, cast or loaded into. Weights that layers share stay as they are, because
-    an embedding reads them row by row.
+    Without it oneDNN does so within every product, which takes half of the rate of those of few rows
+    (`python benchmark/machine.py`). The sums stay the same, but for their order where there is a single row. For
+    inference only: a packed weight is no parameter any more, it cannot be trained, saved, moved, cast or loaded into.
+    Weights that layers share stay as they are, because an embedding reads them row by row.
     """
     if not torch.backends.mkldnn.is_available():
         return
@@ -28,6 +29,12 @@ def prepack(model: nn.Module) -> None:
             continue
         weight = layer.weight
         if weight.device.type == "cpu" and weight.dtype == torch.float32 and owners[id(weight)] == 1:
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+            packed: Any = packed_weight(weight.detach())
             del layer.weight
-            layer.weight = packed
+            layer.weight = packed  # a plain attribute from now on
+
+
+def packed_weight(weight: torch.Tensor) -> torch.Tensor:
+    """weight: float32 `[N, K]` on a CPU with oneDNN -> the same for `nn/gemm.py: linear`, in oneDNN's own layout."""
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+    return packed

@@ -15,20 +15,21 @@ from types import ModuleType
 from typing import Any
 
 SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-_kept: list[Any] = []  # a torch.library.Library takes its operators along when it is collected
+_kept: list[Any] = []  # a Library of torch takes its operators along when it is collected
 
 
 def declare_operators(binary: Path) -> None:
     """Defines nms and qnms unless `binary`, torchvision's compiled part, does."""
     import torch
+    from torch import library
 
     try:
         torch.ops.load_library(str(binary))
     except OSError:
-        library = torch.library.Library("torchvision", "DEF")
+        fragment = library.Library("torchvision", "DEF")
         for operator in ("nms", "qnms"):
-            library.define(operator + SCHEMA)
-        _kept.append(library)
+            fragment.define(operator + SCHEMA)
+        _kept.append(fragment)
 
 
 class DeclareFirst:

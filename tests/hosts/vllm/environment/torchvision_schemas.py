@@ -34,11 +34,12 @@ class OperatorsFirst:
     def _declare(self, compiled: Path) -> None:
         """compiled: declares them itself where it can be loaded."""
         import torch
+        from torch import library
 
         try:
             torch.ops.load_library(str(compiled))
         except OSError:
-            self._library = torch.library.Library("torchvision", "DEF")
+            self._library = library.Library("torchvision", "DEF")
             for operator in OPERATORS:
                 self._library.define(operator + SCHEMA)
 
