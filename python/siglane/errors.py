@@ -62,6 +62,10 @@ class WeightError(UserError):
         super().__init__(message, code="bad_checkpoint")
 
 
+class OtherWeights(WeightError):
+    """A tensor differs from the one that already stands in its place."""
+
+
 class EngineError(SiglaneError):
     """The engine failed at one request (HTTP 5xx). `code` as in `UserError`."""
 

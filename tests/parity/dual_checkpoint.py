@@ -12,7 +12,7 @@ import torch
 from checkpoints import randomise
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import Siglip2Config, Siglip2Model, SiglipConfig, SiglipModel
+from transformers import Siglip2Config, Siglip2Model, SiglipConfig, SiglipModel, SiglipVisionModel
 
 Kind = Literal["siglip", "siglip2", "naflex"]
 DualReference = SiglipModel | Siglip2Model
@@ -38,9 +38,11 @@ def write_dual_checkpoint(
     max_num_patches: int = 64,
     layers: int = 2,
     seed: int = 0,
+    tower: SiglipVisionModel | None = None,
 ) -> DualReference:
     """Returns the reference with the same weights. tokenizer: which file a v1 checkpoint has; image_size, patch_size:
-    of fixed resolution; max_num_patches: NaFlex' own (patches of 16, a learned grid of 4x4)."""
+    of fixed resolution; max_num_patches: NaFlex' own (patches of 16, a learned grid of 4x4); tower: the image tower,
+    with its head and of that resolution, in place of a new one."""
     folder.mkdir(parents=True, exist_ok=True)
     sizes: dict[str, Any] = {
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers, "num_attention_heads": 2,
@@ -64,12 +66,18 @@ def write_dual_checkpoint(
         }  # fmt: skip
     else:
         vision = sizes | {"patch_size": patch_size, "image_size": image_size}
+        if tower is not None:
+            vision = tower.config.to_dict()
         model = SiglipModel(SiglipConfig(vision_config=vision, text_config=text))
         preprocessor |= {
             "image_processor_type": "SiglipImageProcessor", "size": {"height": image_size, "width": image_size},
         }  # fmt: skip
     model.eval()
     randomise(model, seed)
+    if tower is not None:
+        model.vision_model.load_state_dict(
+            {name.removeprefix("vision_model."): value for name, value in tower.state_dict().items()}
+        )
     with torch.no_grad():
         model.logit_scale.fill_(LOG_SCALE)
         model.logit_bias.fill_(BIAS)

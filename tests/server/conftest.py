@@ -11,8 +11,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))  # the writers of 
 from checkpoints import write_nvila_checkpoint
 from serving import RunningServer, running
 
+from siglane.engine.child import EngineSpec
 from siglane.engine.config import EngineConfig
-from siglane.engine.process import EngineProcess, EngineSpec
+from siglane.engine.process import EngineProcess
 from siglane.families.processor import Processor, load_processor
 from siglane.weights.hub import open_checkpoint
 

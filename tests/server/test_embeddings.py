@@ -20,8 +20,8 @@ from openai import BadRequestError, NotFoundError
 from PIL import Image
 from serving import MODEL, RunningServer, assert_error, config_of, eventually, image_part, listening, picture
 
+from siglane.engine.child import EngineSpec
 from siglane.engine.config import EngineConfig
-from siglane.engine.process import EngineSpec
 from siglane.errors import EngineError, UserError
 from siglane.families.dual import load_dual, read_dual
 from siglane.server.config import ServerConfig
@@ -293,7 +293,7 @@ def test_clients_share_a_forward_and_get_what_they_get_alone(fixed: RunningServe
         ]
         for thread in threads:
             thread.start()
-        eventually(lambda: len(embedder._images) + len(embedder._ids) + sum(groups) == 16)
+        eventually(lambda: len(embedder._queue) + sum(groups) == 16)
         gate.set()
         for thread in threads:
             thread.join(30)
@@ -305,7 +305,7 @@ def test_clients_share_a_forward_and_get_what_they_get_alone(fixed: RunningServe
 
 
 def test_what_fails_in_company_fails_alone(fixed: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    from siglane.server import embedder as module
+    from siglane.engine import embedding as module
 
     forward = module._forward
 

@@ -36,7 +36,8 @@ from serving import (
     told_by,
 )
 
-from siglane.engine.process import EngineProcess, EngineSpec
+from siglane.engine.child import EngineSpec
+from siglane.engine.process import EngineProcess
 from siglane.errors import UserError
 from siglane.families.processor import Processor
 from siglane.server.config import ServerConfig
@@ -322,7 +323,7 @@ config = ServerConfig(port=int(sys.argv[2]), served_model_name="tiny")
 try:
     listener = preflight(config, sys.argv[1])
     from siglane.engine.config import EngineConfig
-    from siglane.engine.process import EngineSpec
+    from siglane.engine.child import EngineSpec
     sys.exit(serve(config, EngineSpec(sys.argv[1], EngineConfig(device="cpu", threads=1)), listener))
 except SiglaneError as error:
     print(error, file=sys.stderr)

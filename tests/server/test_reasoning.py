@@ -10,8 +10,9 @@ import pytest
 from scripted_checkpoint import ANSWER, THOUGHT, THOUGHT_TOKENS, write_scripted_checkpoint
 from serving import MODEL, RunningServer, assert_error, chat, image_part, picture, running, stream
 
+from siglane.engine.child import EngineSpec
 from siglane.engine.config import EngineConfig
-from siglane.engine.process import EngineProcess, EngineSpec
+from siglane.engine.process import EngineProcess
 from siglane.families.processor import load_processor
 from siglane.weights.hub import open_checkpoint
 

@@ -20,9 +20,10 @@ import pytest
 from checkpoints import write_nvila_checkpoint
 
 from siglane.engine import process
+from siglane.engine.child import EngineSpec
 from siglane.engine.config import EngineConfig
 from siglane.engine.load import load_engine
-from siglane.engine.process import EngineProcess, EngineSpec
+from siglane.engine.process import EngineProcess
 from siglane.errors import EngineError, UserError
 from siglane.families.processor import load_processor
 from siglane.types import DecodedImage, ImagePart, Message, Prompt, Request, SamplingParams, TokenDelta
@@ -370,7 +371,8 @@ PARENT = """
 import sys
 from threading import Event
 from siglane.engine.config import EngineConfig
-from siglane.engine.process import EngineProcess, EngineSpec
+from siglane.engine.child import EngineSpec
+from siglane.engine.process import EngineProcess
 
 if __name__ == "__main__":
     engine = EngineProcess(EngineSpec(sys.argv[1], EngineConfig(device="cpu", threads=1, kv_tokens=1024)))

@@ -44,6 +44,6 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
 
     listener = preflight(config, model)
 
-    from siglane.engine.process import EngineSpec
+    from siglane.engine.child import EngineSpec
 
     return serve(config, EngineSpec(model, engine, read_options(ModelOptions, arguments).revision), listener, budget)

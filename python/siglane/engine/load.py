@@ -1,4 +1,4 @@
-"""A checkpoint to a running engine."""
+"""A checkpoint to a running engine, with a SigLIP's towers beside it where they are asked for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 
 from siglane.engine.config import EngineConfig
 from siglane.engine.engine import Engine
-from siglane.families.model import load_model
+from siglane.families.dual import LoadedDual, load_dual
+from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import Processor, load_processor
 from siglane.nn.attention import choose_backend
 from siglane.nn.prepack import prepack
@@ -27,6 +28,31 @@ def load_engine(model: str, config: EngineConfig, revision: str | None = None) -
 
 def build_engine(checkpoint: Checkpoint, processor: Processor, config: EngineConfig) -> Engine:
     """Loads the weights; `processor` is the checkpoint's own."""
+    return _started(_load(checkpoint, processor, config), processor, config)
+
+
+def load_with_tagger(
+    model: str, tagger: str, config: EngineConfig, revision: str | None = None
+) -> tuple[Engine, LoadedDual]:
+    """`load_engine`, and both towers of the SigLIP `tagger`: its image tower is the chat model's own where their
+    weights are equal."""
+    checkpoint, dual = open_model(model, revision), open_model(tagger)
+    processor = load_processor(checkpoint)
+    loaded = _load(checkpoint, processor, config)
+    device, _, vision_dtype = placement(config)
+    towers = load_dual(
+        dual,
+        device=device,
+        dtype=vision_dtype,
+        attention_backend=config.attention_backend,
+        tower=loaded.vision.tower,
+    )
+    engine = _started(loaded, processor, config)  # packs the weights, after which they can no longer be shared
+    prepack(towers.model)
+    return engine, towers
+
+
+def _load(checkpoint: Checkpoint, processor: Processor, config: EngineConfig) -> VisionLanguageModel:
     begin = time.monotonic()
     device, dtype, vision_dtype = placement(config)
     if config.threads:
@@ -39,8 +65,12 @@ def build_engine(checkpoint: Checkpoint, processor: Processor, config: EngineCon
         vision_dtype=vision_dtype,
         attention_backend=config.attention_backend,
     )
-    prepack(model)
     logger.info("loaded %s in %.1f s (%s, %s)", checkpoint.root.name, time.monotonic() - begin, device, dtype)
+    return model
+
+
+def _started(model: VisionLanguageModel, processor: Processor, config: EngineConfig) -> Engine:
+    prepack(model)
     return Engine(model, config, processor.eos_token_ids, processor.config.thinking)
 
 

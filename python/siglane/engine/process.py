@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 import pickle
-import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Literal
 
-from siglane.engine.config import EngineConfig
-from siglane.engine.engine import Engine, EngineStats
-from siglane.engine.load import load_engine
+from siglane.engine.child import EngineSpec, TaggerFacts, run_child
+from siglane.engine.embedding import Calibration, Embedding, Item
+from siglane.engine.engine import EngineStats
 from siglane.errors import EngineError, SiglaneError
 from siglane.types import Request, TokenDelta
 
@@ -27,21 +24,12 @@ logger = logging.getLogger(__name__)
 
 State = Literal["starting", "ready", "restarting", "dead", "closed"]
 OnDelta = Callable[[TokenDelta], None]
+OnEmbedding = Callable[[Embedding | SiglaneError], None]
 
 RESTARTS_ALLOWED = 5
 RESTART_WINDOW_SECONDS = 300.0
-STATS_SECONDS = 0.5
 CLOSE_SECONDS = 10.0
 END_SECONDS = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class EngineSpec:
-    """What a child needs to build its engine: a checkpoint folder or hub id, and the engine's configuration."""
-
-    model: str
-    config: EngineConfig
-    revision: str | None = None
 
 
 class EngineProcess:
@@ -49,7 +37,8 @@ class EngineProcess:
     callbacks run on the one thread that empties it, so they must neither block nor call back.
 
     Every submitted request gets exactly one delta with a finish_reason: the engine's own, "abort" after `abort`, or
-    "error" with `EngineError(code="engine_restarting", status=503)` when the process died under it.
+    "error" with `EngineError(code="engine_restarting", status=503)` when the process died under it. Likewise every item
+    to embed gets one embedding or error, unless it is forgotten.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -58,7 +47,9 @@ class EngineProcess:
         self.failure: SiglaneError | None = None
         self._context = multiprocessing.get_context("spawn")
         self._lock = threading.Lock()
+        self.calibration: Calibration | None = None  # of the towers, once they are loaded
         self._pending: dict[str, OnDelta] = {}
+        self._embeddings: dict[int, OnEmbedding] = {}
         self._stats: EngineStats | None = None
         self._starts: list[float] = []
         self._changed = threading.Condition()
@@ -84,8 +75,7 @@ class EngineProcess:
         with self._lock:
             if request.request_id in self._pending:
                 raise ValueError(f"request id {request.request_id!r} is in use")
-            if self.state != "ready" or self._pipe is None:
-                raise _down() if self.state in ("closed", "dead") else _restarting()
+            self._check_ready()
             self._pending[request.request_id] = on_delta
             self._send(message)
 
@@ -94,6 +84,23 @@ class EngineProcess:
         with self._lock:
             if self._pipe is not None and request_id in self._pending:
                 self._send(pickle.dumps(("abort", request_id)))
+
+    def embed(self, number: int, item: Item, on_embedding: OnEmbedding) -> None:
+        """Hands a picture or text over, for the towers of `spec.tagger`. EngineError (503) when the engine is not
+        ready."""
+        message = pickle.dumps(("embed", (number, item)), protocol=5)
+        with self._lock:
+            if number in self._embeddings:
+                raise ValueError(f"number {number} is in use")
+            self._check_ready()
+            self._embeddings[number] = on_embedding
+            self._send(message)
+
+    def forget(self, number: int) -> None:
+        """An embedding that nobody waits for any more."""
+        with self._lock:
+            if self._embeddings.pop(number, None) is not None and self._pipe is not None:
+                self._send(pickle.dumps(("forget", number)))
 
     def stats(self) -> EngineStats | None:
         """The child's figures, at most half a second old while it works. None before it is ready."""
@@ -106,7 +113,7 @@ class EngineProcess:
     def close(self, drain: float = 0.0) -> None:
         """Waits up to `drain` seconds for running requests, then ends the child; what is left gets an error delta."""
         deadline = time.monotonic() + drain
-        while self._pending and self.state == "ready" and time.monotonic() < deadline:
+        while (self._pending or self._embeddings) and self.state == "ready" and time.monotonic() < deadline:
             time.sleep(0.02)
         self._set_state("closed")
         if self._lock.acquire(timeout=CLOSE_SECONDS):  # a child that does not read makes a sender hold it
@@ -130,6 +137,11 @@ class EngineProcess:
         elif self._process is not None:
             self._process.kill()
 
+    def _check_ready(self) -> None:
+        """Called with the lock held."""
+        if self.state != "ready" or self._pipe is None:
+            raise self._unready()
+
     def _send(self, message: bytes) -> None:
         """Called with the lock held. A broken pipe is the reader's business: it sees the end and restarts."""
         assert self._pipe is not None
@@ -151,7 +163,9 @@ class EngineProcess:
         """One child, from its start to its end."""
         self._starts.append(time.monotonic())
         parent_end, child_end = self._context.Pipe()
-        process = self._context.Process(target=_child, args=(child_end, self.spec), name="siglane-engine", daemon=True)
+        process = self._context.Process(
+            target=run_child, args=(child_end, self.spec), name="siglane-engine", daemon=True
+        )
         try:
             with child_end:
                 process.start()
@@ -173,10 +187,13 @@ class EngineProcess:
                 if kind == "deltas":
                     for delta in value:
                         self._deliver(delta)
+                elif kind == "embedding":
+                    self._deliver_embedding(*value)
                 elif kind == "stats":
                     self._stats = value
                 elif kind == "ready":
                     with self._lock:
+                        self._note_tagger(value)
                         self._pipe = pipe
                         self._set_state("ready")
                         if self.state == "closed":
@@ -185,6 +202,12 @@ class EngineProcess:
                     self._give_up(value)
         except (EOFError, OSError):
             return
+
+    def _note_tagger(self, facts: TaggerFacts | None) -> None:
+        if facts is not None:
+            self.calibration = facts.calibration
+            place = f"loaded beside: {facts.apart}" if facts.apart else "the chat model's own"
+            logger.info("%s tags beside the chat model; its image tower is %s", self.spec.tagger, place)
 
     def _after_end(self) -> None:
         """The child is gone: its requests end, and it is started again unless that happens too often."""
@@ -196,10 +219,12 @@ class EngineProcess:
                 else:
                     self._set_state("restarting")
                 logger.error("the engine process died (%d recent starts); state %s", len(recent), self.state)
-            lost = list(self._pending)
-        error = _down() if self.state in ("closed", "dead") else _restarting()
+            lost, unembedded = list(self._pending), list(self._embeddings)
+        error = self._unready()
         for request_id in lost:
             self._deliver(TokenDelta(request_id, finish_reason="error", error=error))
+        for number in unembedded:
+            self._deliver_embedding(number, error)
 
     def _deliver(self, delta: TokenDelta) -> None:
         callback = self._pending.get(delta.request_id)
@@ -211,6 +236,20 @@ class EngineProcess:
             except Exception:
                 logger.exception("a delta's callback failed")
 
+    def _deliver_embedding(self, number: int, result: Embedding | SiglaneError) -> None:
+        callback = self._embeddings.pop(number, None)
+        if callback is not None:
+            try:
+                callback(result)
+            except Exception:
+                logger.exception("an embedding's callback failed")
+
+    def _unready(self) -> EngineError:
+        if self.state in ("closed", "dead"):
+            return EngineError("the engine is down", code="engine_down", status=503)
+        message = "the engine is starting; try again in a few seconds"
+        return EngineError(message, code="engine_restarting", status=503)
+
     def _give_up(self, failure: SiglaneError) -> None:
         self.failure = failure
         self._set_state("dead")
@@ -221,78 +260,3 @@ class EngineProcess:
             if self.state != "closed" and (self.state != "dead" or state == "closed"):
                 self.state = state
             self._changed.notify_all()
-
-
-def _restarting() -> EngineError:
-    return EngineError("the engine is starting; try again in a few seconds", code="engine_restarting", status=503)
-
-
-def _down() -> EngineError:
-    return EngineError("the engine is down", code="engine_down", status=503)
-
-
-def _child(pipe: Connection, spec: EngineSpec) -> None:
-    """The engine's process: reads requests while there are any, computes, writes deltas."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides when to end
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
-    try:
-        engine = load_engine(spec.model, spec.config, spec.revision)
-    except SiglaneError as error:
-        _write(pipe, "failed", error)
-        return
-    except Exception as error:
-        logger.exception("the engine could not be built")
-        _write(pipe, "failed", EngineError(f"the engine could not be built: {error}", code="engine_start"))
-        return
-    try:
-        _write(pipe, "stats", engine.stats())
-        _write(pipe, "ready", None)
-        _serve(pipe, engine)
-    except (EOFError, OSError):
-        logger.info("the parent is gone; the engine ends")
-
-
-def _serve(pipe: Connection, engine: Engine) -> None:
-    told = 0.0
-    while True:
-        if not engine.has_work or time.monotonic() - told > STATS_SECONDS:
-            told = time.monotonic()
-            _write(pipe, "stats", engine.stats())
-        patience = 0 if engine.has_work else None
-        while pipe.poll(patience):
-            kind, value = pickle.loads(pipe.recv_bytes())
-            if kind == "close":
-                return
-            delta = _take(engine, value) if kind == "add" else engine.abort(value)
-            if delta is not None:
-                _write(pipe, "deltas", [delta])
-            patience = 0
-        deltas = engine.step() if engine.has_work else []
-        if deltas:
-            _write(pipe, "deltas", deltas)
-
-
-def _end_with_parent() -> None:
-    """The pipe tells of the parent's end too, but is not looked at during a step or while the model loads."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _take(engine: Engine, request: Request) -> TokenDelta | None:
-    """Queues a request; one that can never run ends here with its error."""
-    try:
-        engine.add(request)
-    except SiglaneError as error:
-        return TokenDelta(request.request_id, finish_reason="error", error=error)
-    except Exception as error:
-        logger.exception("request %s could not be queued", request.request_id)
-        reason = EngineError(f"the request could not be queued ({type(error).__name__})")
-        return TokenDelta(request.request_id, finish_reason="error", error=reason)
-    return None
-
-
-def _write(pipe: Connection, kind: str, value: object) -> None:
-    pipe.send_bytes(pickle.dumps((kind, value), protocol=5))

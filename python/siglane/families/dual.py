@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,8 @@ from torch import nn
 
 from siglane.config.dual import DualConfig, TextRule, TextTowerConfig
 from siglane.config.reader import ConfigReader
-from siglane.errors import ConfigError, UserError
+from siglane.config.vision import VisionConfig
+from siglane.errors import ConfigError, OtherWeights, UserError
 from siglane.families.model import stored_dtype
 from siglane.families.processor import EncoderProcessor
 from siglane.families.registry import tower_family
@@ -20,6 +22,7 @@ from siglane.nn.parallel import TensorParallel
 from siglane.text.tokens import TextTokens
 from siglane.text.tower import SiglipTextModel
 from siglane.types import BackendChoice, ImagePatches
+from siglane.vision.tower import SiglipVisionModel
 from siglane.weights.hub import Checkpoint, Source
 from siglane.weights.load import allocate, fill, rehearse, stored_tensors
 from siglane.weights.plan import Rule, WeightPlan, text_tower_plan, tower_plan
@@ -55,11 +58,16 @@ class DualModel(nn.Module):
 
 
 class LoadedDual(NamedTuple):
-    """A model in eval mode without gradients, and what turns pictures and texts into its input."""
+    """A model in eval mode without gradients, and what turns pictures and texts into its input.
+
+    apart: why the image tower has layers of its own in place of those it was offered, None when it shares them or was
+    offered none.
+    """
 
     model: DualModel
     images: EncoderProcessor
     texts: TextTokens
+    apart: str | None = None
 
 
 def has_both_towers(checkpoint: Checkpoint) -> bool:
@@ -130,20 +138,58 @@ def load_dual(
     dtype: torch.dtype | None = None,
     tp: TensorParallel | None = None,
     attention_backend: BackendChoice = "auto",
+    tower: SiglipVisionModel | None = None,
 ) -> LoadedDual:
     """dtype: of both towers, None for the stored one; scale and bias are float32 whatever it is, in bfloat16 a logit
-    would be wrong by tenths. ConfigError or WeightError before anything is allocated."""
+    would be wrong by tenths. ConfigError or WeightError before anything is allocated.
+
+    tower: a chat model's, on the same device and in the same dtype. Where the checkpoint holds the same numbers its
+    layers are used and only what it leaves out, such as the head, is loaded.
+    """
     config, texts = read_dual(checkpoint)
     tensors = stored_tensors([Source(checkpoint)])
     plan = dual_plan(config)
-    with torch.device("meta"):
-        model = DualModel(config, tp, attention_backend)
-    rehearse(model, plan, tensors)
-    device = torch.device(device)
-    allocate(model, device, dtype or stored_dtype(checkpoint))
-    model.logit_scale, model.logit_bias = (nn.Parameter(torch.empty(1, device=device)) for _ in range(2))
-    fill(model, plan, tensors)
-    return LoadedDual(model.eval().requires_grad_(False), EncoderProcessor(config.images), texts)
+    device, dtype = torch.device(device), dtype or stored_dtype(checkpoint)
+
+    def load(tower: SiglipVisionModel | None, apart: str | None = None) -> LoadedDual:
+        with torch.device("meta"):
+            model = DualModel(config, tp, attention_backend)
+        rehearse(model, plan, tensors)
+        if tower is not None:
+            _stand_on(model.vision.tower, tower)
+        held = [name for name, parameter in model.named_parameters() if not parameter.is_meta]
+        allocate(model, device, dtype)
+        model.logit_scale, model.logit_bias = (nn.Parameter(torch.empty(1, device=device)) for _ in range(2))
+        fill(model, plan, tensors, held)
+        return LoadedDual(model.eval().requires_grad_(False), EncoderProcessor(config.images), texts, apart)
+
+    if tower is not None and not _same_layers(tower.config, config.images.vision):
+        return load(None, "the towers' configurations differ")
+    try:
+        return load(tower)
+    except OtherWeights as error:
+        return load(None, error.message)
+
+
+def _same_layers(one: VisionConfig, other: VisionConfig) -> bool:
+    """Whether the towers differ at most in how many of their layers they run."""
+    run = replace(
+        one,
+        num_hidden_layers=other.num_hidden_layers,
+        depth=other.depth,
+        post_norm=other.post_norm,
+        use_head=other.use_head,
+    )
+    return one.depth <= other.depth and run == other
+
+
+def _stand_on(own: SiglipVisionModel, tower: SiglipVisionModel) -> None:
+    """Puts the layers of `tower` in place of `own`'s; what `tower` does not run stays."""
+    own.patch_embedding, own.position_embedding = tower.patch_embedding, tower.position_embedding
+    for number, block in enumerate(tower.blocks):
+        own.blocks[number] = block
+    if tower.post_norm is not None and tower.config.depth == own.config.depth:
+        own.post_norm = tower.post_norm
 
 
 def dual_plan(config: DualConfig) -> WeightPlan:

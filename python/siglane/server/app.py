@@ -58,23 +58,29 @@ class _Route(APIRoute):
 
 
 def create_app(state: ModelState) -> FastAPI:
-    """The application around one model that chats (`ServerState`) or embeds (`EmbeddingState`). Its routes hold nothing
-    of their own; those of the other kind say why they are not served."""
+    """The application around a model that chats (`ServerState`), embeds (`EmbeddingState`), or one of each. Its routes
+    hold nothing of their own; those that have no model say why they are not served."""
     # no docs pages: they load scripts from elsewhere; no redirects: they would repeat the Host header of the client
     app = FastAPI(title="siglane", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.router.route_class = _Route
-    served = (CHAT,) if isinstance(state, ServerState) else (EMBEDDINGS, CLASSIFY)
+    models = (state, *state.company)
+    chats = next((one for one in models if isinstance(one, ServerState)), None)
+    embeds = next((one for one in models if isinstance(one, EmbeddingState)), None)
+    served = (CHAT,) * bool(chats) + (EMBEDDINGS, CLASSIFY) * bool(embeds)
     _add_middleware(app, state, served)
     for kind, answer in _failures().items():
         app.add_exception_handler(kind, answer)
     _add_probes(app, state)
     _add_models(app, state)
-    if isinstance(state, ServerState):
-        _add_chat(app, state)
-        _add_refusals(app, (EMBEDDINGS, CLASSIFY), f"{state.name!r} chats; embeddings need a SigLIP with both towers")
-    elif isinstance(state, EmbeddingState):
-        _add_embeddings(app, state)
+    if chats:
+        _add_chat(app, chats)
+    else:
         _add_refusals(app, (CHAT,), f"{state.name!r} embeds and classifies; a chat needs a vision-language model")
+    if embeds:
+        _add_embeddings(app, embeds)
+    else:
+        reason = f"{state.name!r} chats; embeddings need a SigLIP with both towers beside it (siglane serve --tagger)"
+        _add_refusals(app, (EMBEDDINGS, CLASSIFY), reason)
     return app
 
 
@@ -138,12 +144,13 @@ def _add_probes(app: FastAPI, state: ModelState) -> None:
 def _add_models(app: FastAPI, state: ModelState) -> None:
     @app.get("/v1/models", responses=FAILURES)
     async def list_models() -> ModelList:
-        return {"object": "list", "data": [state.card]}
+        return {"object": "list", "data": [one.card for one in (state, *state.company)]}
 
     @app.get("/v1/models/{name:path}", responses=FAILURES)
     async def get_model(name: str) -> ModelCard:
-        state.check_model(name)
-        return state.card
+        owner = next((one for one in (state, *state.company) if name in one.names), state)
+        owner.check_model(name)
+        return owner.card
 
 
 def _ignored_noter() -> Callable[[BaseModel], dict[str, str]]:

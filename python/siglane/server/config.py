@@ -25,6 +25,13 @@ class ServerConfig(MediaConfig):
         default=None, metadata={"help": "name of the model in the API; default: MODEL as given (a folder: its name)"}
     )
     model_aliases: tuple[str, ...] = field(default=(), metadata={"help": "further names the model answers to"})
+    tagger: str | None = field(
+        default=None,
+        metadata={
+            "help": "SigLIP with both towers for /v1/embeddings and /v1/classify beside the chat; an image tower that "
+            "is the chat model's own is loaded once"
+        },
+    )
     cors_origins: tuple[str, ...] = field(
         default=(), metadata={"help": "web origins whose pages may call the server; none by default"}
     )

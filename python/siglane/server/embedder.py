@@ -1,76 +1,44 @@
-"""Both towers of a SigLIP on one thread: what all clients wait for at the same time shares a forward."""
+"""Where a server embeds pictures and texts: on a thread of its own, or in the engine's process beside a chat."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal
 
 import torch
 
 from siglane.engine.config import EngineConfig
-from siglane.engine.engine import STEP_PATCHES
+from siglane.engine.embedding import Calibration, Embedding, EmbeddingJob, EmbeddingQueue, Item, compute
 from siglane.engine.load import placement
+from siglane.engine.process import EngineProcess
 from siglane.errors import EngineError, SiglaneError
 from siglane.families.dual import DualModel, load_dual
 from siglane.nn.prepack import prepack
-from siglane.types import ImagePatches
 from siglane.weights.hub import Checkpoint
 
 logger = logging.getLogger(__name__)
 
 State = Literal["starting", "ready", "dead", "closed"]
-Item = ImagePatches | torch.Tensor  # a picture, or a text's ids i64 `[length]`
-TEXTS = {"cpu": 32, "cuda": 512}  # of one forward
 CLOSE_SECONDS = 10.0
 
 
-class Embedding(NamedTuple):
-    """vector: f32 `[D]` of unit length, on the host; queue, encode: seconds it waited and its forward took."""
-
-    vector: torch.Tensor
-    queue: float
-    encode: float
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    item: Item
-    future: Future[Embedding] = field(default_factory=Future)
-    arrived: float = field(default_factory=time.monotonic)
-
-    def end(self, result: Embedding | SiglaneError) -> None:
-        with contextlib.suppress(InvalidStateError):  # its client has left, or the server told it that it ends
-            if isinstance(result, Embedding):
-                self.future.set_result(result)
-            else:
-                self.future.set_exception(result)
-
-
 class Embedder:
-    """Loads the model on its thread and embeds what is submitted, from any thread.
-
-    A forward takes pictures up to `max_seq_len` patches (a larger one alone), or texts; which of the two is told by who
-    has waited longest. What fails in company is tried again alone, so that nobody pays for a neighbour.
-    """
+    """Loads the model on its thread and embeds what is submitted, from any thread."""
 
     def __init__(self, checkpoint: Checkpoint, config: EngineConfig) -> None:
         self.state: State = "starting"
         self.failure: SiglaneError | None = None
         self._checkpoint, self._config = checkpoint, config
         self._device, _, self._dtype = placement(config)
-        self._patches = (config.max_seq_len or STEP_PATCHES[self._device.type]) if config.enable_packing else 0
-        self._texts = TEXTS[self._device.type]
-        self._images: deque[_Job] = deque()
-        self._ids: deque[_Job] = deque()
-        self._running: list[_Job] = []
-        self._scale, self._bias = torch.empty(0), torch.empty(0)
+        self._queue = EmbeddingQueue(config, self._device)
+        self._running: list[EmbeddingJob] = []
+        self._calibration: Calibration | None = None
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="embedder", daemon=True)
 
@@ -86,24 +54,23 @@ class Embedder:
 
     def submit(self, item: Item) -> Future[Embedding]:
         """The embedding to come. EngineError (503) when the model is not ready."""
-        job = _Job(item)
+        job = EmbeddingJob(item)
         with self._changed:
             if self.state != "ready":
                 raise EngineError(f"the model is {self.state}; try again", code="engine_down", status=503)
-            (self._images if isinstance(item, ImagePatches) else self._ids).append(job)
+            self._queue.add(job)
             self._changed.notify_all()
         return job.future
 
     def scores(self, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
         """How likely each pair belongs together: vectors `[I, D]` and `[T, D]`, on the host -> `[I, T]` in 0..1."""
-        return (images @ texts.T * self._scale + self._bias).sigmoid()
+        assert self._calibration is not None, "vectors come from a loaded model"
+        return self._calibration.scores(images, texts)
 
     def fail_all(self, error: SiglaneError) -> None:
         """Ends everything that waits or is computed."""
         with self._changed:
-            jobs = [*self._images, *self._ids, *self._running]
-            self._images.clear()
-            self._ids.clear()
+            jobs = [*self._queue.clear(), *self._running]
         for job in jobs:
             job.end(error)
 
@@ -123,7 +90,7 @@ class Embedder:
             self.failure = error if isinstance(error, SiglaneError) else EngineError(reason, code="engine_start")
             self._set_state("dead")
             return
-        self._scale, self._bias = model.logit_scale.exp().cpu(), model.logit_bias.cpu()
+        self._calibration = Calibration.of(model)
         self._set_state("ready")
         try:
             while group := self._next_group():
@@ -150,57 +117,64 @@ class Embedder:
                 self.state = state
             self._changed.notify_all()
 
-    def _next_group(self) -> list[_Job]:
-        """What shares the next forward; empty when the end has come. Whoever has left by now takes no room in it."""
+    def _next_group(self) -> list[EmbeddingJob]:
+        """What shares the next forward; empty when the end has come."""
         with self._changed:
-            while True:
-                self._running = []
-                self._changed.wait_for(lambda: self._images or self._ids or self.state == "closed")
-                if self.state == "closed":
-                    return []
-                queues = (queue for queue in (self._images, self._ids) if queue)
-                waiting = min(queues, key=lambda queue: queue[0].arrived)
-                room = self._texts if waiting is self._ids else self._patches
-                while waiting and (not self._running or _cost(waiting[0].item) <= room):
-                    job = waiting.popleft()
-                    if job.future.set_running_or_notify_cancel():
-                        self._running.append(job)
-                        room -= _cost(job.item)
-                if self._running:
-                    return self._running
+            self._running = []
+            while not self._running and self.state != "closed":
+                self._changed.wait_for(lambda: len(self._queue) or self.state == "closed")
+                self._running = self._queue.take()
+            return self._running
 
-    def _compute(self, model: DualModel, jobs: Sequence[_Job]) -> None:
-        began = time.monotonic()
-        vectors = _embed(model, [job.item for job in jobs])
-        seconds = time.monotonic() - began
-        for job, vector in zip(jobs, vectors, strict=True):
-            waited = began - job.arrived
-            job.end(vector if isinstance(vector, SiglaneError) else Embedding(vector, waited, seconds))
+    def _compute(self, model: DualModel, jobs: Sequence[EmbeddingJob]) -> None:
+        compute(model, jobs)
 
 
-def _cost(item: Item) -> int:
-    return item.layout.patches if isinstance(item, ImagePatches) else 1
+class EngineEmbedder:
+    """The towers that live in a chat model's engine, with the interface of `Embedder`."""
 
+    def __init__(self, engine: EngineProcess) -> None:
+        self._engine = engine
+        self._numbers = itertools.count()
+        self._jobs: dict[int, EmbeddingJob] = {}
+        self._commands = ThreadPoolExecutor(1, thread_name_prefix="embedder-commands")  # the pipe may be full
 
-@torch.inference_mode()
-def _embed(model: DualModel, items: Sequence[Item]) -> list[torch.Tensor | SiglaneError]:
-    """The vectors of items of one kind, or why an item has none."""
-    if not items:
-        return []
-    try:
-        rows = _forward(model, items).cpu()
-    except Exception as error:
-        if len(items) > 1:
-            return [result for item in items for result in _embed(model, [item])]
-        logger.exception("an item could not be embedded")
-        return [EngineError(f"it could not be embedded ({type(error).__name__})", code="internal_error")]
-    undefined = EngineError("the model gives no finite numbers for it; use another dtype", code="not_finite")
-    # each owns its memory: a slice would keep the whole batch
-    return [row.clone() if bool(row.isfinite().all()) else undefined for row in rows]
+    @property
+    def state(self) -> str:
+        return self._engine.state
 
+    def wait_ready(self) -> None:
+        self._engine.wait_ready()
 
-def _forward(model: DualModel, items: Sequence[Item]) -> torch.Tensor:
-    images = [item for item in items if isinstance(item, ImagePatches)]
-    if images:
-        return model.embed_images(images)
-    return model.embed_texts(torch.stack([item for item in items if isinstance(item, torch.Tensor)]))
+    def submit(self, item: Item) -> Future[Embedding]:
+        """The embedding to come; its error is EngineError (503) when the engine is not ready, or dies under it."""
+        number, job = next(self._numbers), EmbeddingJob(item)
+        self._jobs[number] = job
+        job.future.add_done_callback(lambda future: self._ended(number, future))
+        self._commands.submit(self._hand_over, number, job)
+        return job.future
+
+    def scores(self, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        """As `Embedder.scores`."""
+        assert self._engine.calibration is not None, "vectors come from a loaded model"
+        return self._engine.calibration.scores(images, texts)
+
+    def fail_all(self, error: SiglaneError) -> None:
+        """Ends everything that waits or is computed."""
+        for job in list(self._jobs.values()):
+            job.end(error)
+
+    def close(self) -> None:
+        self._commands.shutdown(wait=False)
+
+    def _hand_over(self, number: int, job: EmbeddingJob) -> None:
+        try:
+            self._engine.embed(number, job.item, job.end)
+        except SiglaneError as error:
+            job.end(error)
+
+    def _ended(self, number: int, future: Future[Embedding]) -> None:
+        del self._jobs[number]
+        if future.cancelled():
+            with contextlib.suppress(RuntimeError):  # the server is closing, and with it the engine
+                self._commands.submit(self._engine.forget, number)

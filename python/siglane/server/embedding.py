@@ -14,11 +14,12 @@ import torch.nn.functional as F
 
 from siglane.config.dual import DualConfig
 from siglane.config.layout.rule import CHECKPOINT_LIMITS, ImageBudget
+from siglane.engine.embedding import Embedding, Item
 from siglane.errors import EngineError, UserError
 from siglane.families.processor import EncoderProcessor
 from siglane.families.report import ImageReport
 from siglane.server.config import ServerConfig
-from siglane.server.embedder import Embedder, Embedding, Item
+from siglane.server.embedder import Embedder, EngineEmbedder
 from siglane.server.embedding_protocol import (
     Classification,
     ClassificationList,
@@ -77,10 +78,11 @@ class EmbeddingState(ModelState):
         model: str,
         facts: DualConfig,
         tokens: TextTokens,
-        embedder: Embedder,
+        embedder: Embedder | EngineEmbedder,
         budget: ImageBudget = CHECKPOINT_LIMITS,
+        beside: ModelState | None = None,
     ) -> None:
-        super().__init__(config, model, facts, EncoderProcessor(facts.images), embedder, budget)
+        super().__init__(config, model, facts, EncoderProcessor(facts.images), embedder, budget, beside=beside)
         self.tokens, self.embedder = tokens, embedder
         self.width = facts.text.projection_size
         self.context_length = facts.text.length
@@ -96,6 +98,10 @@ class EmbeddingState(ModelState):
     def fail_all(self) -> None:
         super().fail_all()
         self.embedder.fail_all(shutting_down())
+
+    def close(self) -> None:
+        super().close()
+        self.embedder.close()
 
     def remember(self, texts: Mapping[str, _Vector]) -> None:
         """Keeps the vectors of the texts that were asked for last."""

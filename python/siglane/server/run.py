@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import functools
 import logging
@@ -28,11 +29,15 @@ from siglane.errors import SiglaneError, UserError
 from siglane.server import logs
 from siglane.server.config import ServerConfig
 from siglane.server.errors import error_body
+from siglane.weights.demo import FOLDERS
 
 if TYPE_CHECKING:
-    from siglane.engine.process import EngineSpec
+    from siglane.config.dual import DualConfig
+    from siglane.engine.child import EngineSpec
+    from siglane.engine.process import EngineProcess
     from siglane.server.embedding import EmbeddingState
     from siglane.server.state import ModelState, ServerState
+    from siglane.text.tokens import TextTokens
     from siglane.weights.hub import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -48,17 +53,24 @@ def preflight(config: ServerConfig, model: str) -> socket.socket:
 
     Call it before importing anything that loads torch.
     """
-    folder = Path(model).expanduser()
-    if not folder.is_dir() and (folder.is_absolute() or folder.exists() or not REPOSITORY_ID.fullmatch(model)):
-        message = f"there is no folder {model!r}; give a model's folder or its hub id (owner/name)"
-        raise UserError(message, code="model_not_found", param="model")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        message = f"{model} holds no config.json; give the folder of a model"
-        raise UserError(message, code="model_not_found", param="model")
+    check_model_exists(model, "model")
+    if config.tagger is not None and config.tagger not in FOLDERS:
+        check_model_exists(config.tagger, "tagger")
     root = config.allowed_local_media_path
     if root is not None and not Path(root).is_dir():
         raise UserError(f"allowed_local_media_path {root!r} is not a folder", code="bad_option")
     return listen(config.host, config.port)
+
+
+def check_model_exists(model: str, param: str) -> None:
+    """UserError for a folder that is none, or holds no model."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir() and (folder.is_absolute() or folder.exists() or not REPOSITORY_ID.fullmatch(model)):
+        message = f"there is no folder {model!r}; give a model's folder or its hub id (owner/name)"
+        raise UserError(message, code="model_not_found", param=param)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        message = f"{model} holds no config.json; give the folder of a model"
+        raise UserError(message, code="model_not_found", param=param)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -123,12 +135,37 @@ def chatting(
     from siglane.families.processor import load_processor
     from siglane.server.state import ServerState
 
+    if config.tagger is not None:
+        spec = dataclasses.replace(spec, tagger=config.tagger)
+    tagger = None if spec.tagger is None else read_tagger(spec.tagger)
     engine = EngineProcess(spec)
     engine.start(wait=False)
     try:
-        yield ServerState(config, spec.model, load_processor(checkpoint), engine, budget)
+        state = ServerState(config, spec.model, load_processor(checkpoint), engine, budget)
+        if tagger is not None:
+            state.company = (tagging(state, *tagger, engine),)
+        yield state
     finally:
         engine.close()
+
+
+def read_tagger(model: str) -> tuple[str, DualConfig, TextTokens]:
+    """The SigLIP beside a chat model: its name, facts and tokenizer. Downloads it, where the engine's process will
+    look. UserError when it has no text tower."""
+    from siglane.families.dual import read_dual
+    from siglane.weights.demo import open_model
+
+    return model, *read_dual(open_model(model))
+
+
+def tagging(
+    chat: ServerState, model: str, facts: DualConfig, tokens: TextTokens, engine: EngineProcess
+) -> EmbeddingState:
+    """Budgets of images are the chat model's; the SigLIP reads pictures as its checkpoint says."""
+    from siglane.server.embedder import EngineEmbedder
+    from siglane.server.embedding import EmbeddingState
+
+    return EmbeddingState(chat.config, model, facts, tokens, EngineEmbedder(engine), beside=chat)
 
 
 @contextlib.contextmanager
@@ -140,6 +177,9 @@ def embedding(
     from siglane.server.embedder import Embedder
     from siglane.server.embedding import EmbeddingState
 
+    if config.tagger is not None:
+        message = f"{spec.model} is a SigLIP itself; leave --tagger out"
+        raise UserError(message, code="bad_option", param="tagger")
     facts, tokens = read_dual(checkpoint)
     embedder = Embedder(checkpoint, spec.config)
     state = EmbeddingState(config, spec.model, facts, tokens, embedder, budget)

@@ -37,7 +37,8 @@ class Backend(Protocol):
 
 class ModelState:
     """One model behind one server. Lives on one event loop; `model` is its folder or hub id, `facts` what makes its
-    answers, `budget` the ceiling of its clients'."""
+    answers, `budget` the ceiling of its clients'; beside: another model of the same server, whose figures and limits it
+    shares and to whose names it answers too."""
 
     context_length: int
 
@@ -50,16 +51,22 @@ class ModelState:
         engine: Backend,
         budget: ImageBudget,
         video: VideoRule | None = None,
+        beside: ModelState | None = None,
     ) -> None:
         self.config, self.engine = config, engine
-        self.name = config.served_model_name or model.rstrip("/").rpartition("/")[2]
-        self.names = frozenset({self.name, model, *config.model_aliases})
+        folder = model.rstrip("/").rpartition("/")[2]
+        self.name = folder if beside else config.served_model_name or folder
+        others = beside.names if beside else config.model_aliases
+        self.names: frozenset[str] = frozenset({self.name, model, *others})
         self.root = model
         self.created = int(time.time())
         self.fingerprint = "fp_" + hashlib.sha256(f"{model}\0{facts}".encode()).hexdigest()[:12]
-        self.metrics = Metrics()
-        self.budget = ByteBudget(config.max_inflight_bytes, self.metrics.inflight_bytes)
+        self.metrics: Metrics = beside.metrics if beside else Metrics()
+        self.budget: ByteBudget = (
+            beside.budget if beside else ByteBudget(config.max_inflight_bytes, self.metrics.inflight_bytes)
+        )
         self.media = MediaLoader(config, images, budget, video)
+        self.company: tuple[ModelState, ...] = ()  # further models of the same server, which end with this one
         self.draining = False
         self.ended = False
 
@@ -94,9 +101,13 @@ class ModelState:
     def fail_all(self) -> None:
         """Ends every running request with an error and takes no other, because the time to drain is over."""
         self.ended = True
+        for other in self.company:
+            other.fail_all()
 
     def close(self) -> None:
         self.media.close()
+        for other in self.company:
+            other.close()
 
 
 class ServerState(ModelState):

@@ -7,7 +7,7 @@ to its weights fails here, in milliseconds. Then the parameters are allocated an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from siglane.config.reader import read_json
-from siglane.errors import WeightError
+from siglane.errors import OtherWeights, WeightError
 from siglane.nn.linear import ShardedModule, copy_checked
 from siglane.weights.hub import Checkpoint, Source
 from siglane.weights.plan import Destination, Elsewhere, Ignore, WeightPlan
@@ -124,11 +124,12 @@ class StrictLoad:
         with StrictLoad(plan, module) as load:
             host.load_weights(load.route(iterator))
 
-    `ignored` lists (name, reason) of what the plan leaves out.
+    `ignored` lists (name, reason) of what the plan leaves out. held: parameters that have their values; their tensors
+    have to be the same, once cast.
     """
 
-    def __init__(self, plan: WeightPlan, module: nn.Module) -> None:
-        self.plan, self.module = plan, module
+    def __init__(self, plan: WeightPlan, module: nn.Module, held: Collection[str] = ()) -> None:
+        self.plan, self.module, self.held = plan, module, frozenset(held)
         self.ignored: list[tuple[str, str]] = []
         self._owners = {name: _owner(module, name) for name, _ in module.named_parameters()}
         self._waiting = {
@@ -163,7 +164,8 @@ class StrictLoad:
         """Loads or ignores one tensor; returns its other owner's name for it when the plan places it elsewhere.
 
         tensor: whole, any floating dtype; it is cast. WeightError names tensor and `file` when the plan does not know
-        the name, the model has no such parameter, the parameter is already filled or the shapes differ.
+        the name, the model has no such parameter, the parameter is already filled or the shapes differ; OtherWeights
+        when the parameter is held, or tied, and has other values.
         """
         place = f"{file}: tensor {name}" if file else f"tensor {name}"
         match self.plan.find(name):
@@ -174,23 +176,27 @@ class StrictLoad:
             case Elsewhere(prefix):
                 return name.removeprefix(prefix)
             case Destination(twin=True) as destination if destination in self._filled_by:
-                self._compare(destination, tensor, place)
+                self._compare(destination, tensor, place, f"{self._filled_by[destination]}, to which it is tied")
             case Destination(parameter, part):
                 parts = [Destination(parameter, one) for one in part.split("+")]
                 for destination in parts:
                     self._claim(destination, name, place)
                 for destination, piece in zip(parts, self._pieces(parts, tensor, place), strict=True):
-                    self._fill(destination, piece, place)
+                    if parameter in self.held:
+                        self._compare(destination, piece, place, f"the loaded {parameter}")
+                    else:
+                        self._fill(destination, piece, place)
         return None
 
-    def _compare(self, destination: Destination, tensor: torch.Tensor, place: str) -> None:
-        """A second copy of tied weights: loaded over the first, it changes nothing."""
+    def _compare(self, destination: Destination, tensor: torch.Tensor, place: str, first: str) -> None:
+        """A second copy of the weights: loaded over the first, it changes nothing."""
         owner, leaf = self._owners[destination.parameter]
         parameter = owner.get_parameter(leaf)
         before = parameter.detach().clone()
         self._fill(destination, tensor, place)
         if not parameter.is_meta and not torch.equal(before, parameter):
-            raise WeightError(f"{place} differs from {self._filled_by[destination]}, to which it is tied")
+            parameter.data.copy_(before)
+            raise OtherWeights(f"{place} differs from {first}")
 
     def _pieces(self, parts: list[Destination], tensor: torch.Tensor, place: str) -> tuple[torch.Tensor, ...]:
         """A tensor that holds several parts, cut along its first dimension."""
@@ -244,21 +250,28 @@ def rehearse(module: nn.Module, plan: WeightPlan, tensors: Iterable[StoredTensor
 
 
 def allocate(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Gives the parameters of a `module` built on the meta device memory, not yet filled and without gradients.
+    """Gives the parameters of `module` that are on the meta device memory, not yet filled and without gradients.
 
     Buffers move to `device` and keep their dtype.
     """
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):
+            if not parameter.is_meta:
+                continue
             empty = torch.empty(parameter.shape, dtype=dtype, device=device)
             setattr(owner, name, nn.Parameter(empty, requires_grad=False))
         for name, buffer in owner.named_buffers(recurse=False):
             setattr(owner, name, buffer.to(device))
 
 
-def fill(module: nn.Module, plan: WeightPlan, tensors: Iterable[StoredTensor]) -> tuple[tuple[str, str], ...]:
-    """Reads and loads the tensors, one in memory at a time. Returns (name, reason) of the ignored ones."""
-    with StrictLoad(plan, module) as load:
+def fill(
+    module: nn.Module, plan: WeightPlan, tensors: Iterable[StoredTensor], held: Collection[str] = ()
+) -> tuple[tuple[str, str], ...]:
+    """Reads and loads the tensors, one in memory at a time. Returns (name, reason) of the ignored ones.
+
+    held: as of `StrictLoad`.
+    """
+    with StrictLoad(plan, module, held) as load:
         for file, group in groupby(tensors, key=lambda tensor: tensor.file):
             with _open(file) as handle:
                 for tensor in group:

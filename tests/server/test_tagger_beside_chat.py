@@ -1,0 +1,283 @@
+"""A SigLIP beside a chat model in one engine: an image tower they share exists once, neither changes the other."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+import torch
+from checkpoints import Reference, write_nvila_checkpoint
+from dual_checkpoint import write_dual_checkpoint
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from serving import (
+    MODEL,
+    RunningServer,
+    ask_good,
+    assert_error,
+    assert_unharmed,
+    chat,
+    config_of,
+    eventually,
+    image_part,
+    listening,
+    picture,
+)
+
+from siglane.engine.child import EngineSpec
+from siglane.engine.config import EngineConfig
+from siglane.engine.load import load_engine, load_with_tagger
+from siglane.engine.process import EngineProcess
+from siglane.errors import EngineError, UserError
+from siglane.families.dual import load_dual
+from siglane.families.processor import load_processor
+from siglane.server.config import ServerConfig
+from siglane.server.run import preflight, read_tagger, serve, tagging
+from siglane.server.state import ServerState
+from siglane.types import DecodedImage, ImagePart, Message, Request, SamplingParams
+from siglane.weights.hub import open_checkpoint
+
+CPU = EngineConfig(device="cpu", threads=1, kv_tokens=65536)
+TEXTS = ["two green shapes", "a cat"]
+PICTURES = [picture(60, 40, seed=1), picture(17, 90, seed=2)]
+
+
+@dataclass(frozen=True)
+class Folders:
+    """dual: a SigLIP with the image tower of `chat`; drifted: one whose image tower differs in a single number."""
+
+    chat: Path
+    dual: Path
+    drifted: Path
+    reference: Reference
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    root = tmp_path_factory.mktemp("beside")
+    reference = write_nvila_checkpoint(root / "chat")
+    for name in ("dual", "drifted"):
+        write_dual_checkpoint(root / name, "siglip2", image_size=56, patch_size=14, tower=reference.tower)
+    weights = load_file(root / "drifted/model.safetensors")
+    weights["vision_model.encoder.layers.1.self_attn.k_proj.weight"][3, 5] += 0.25
+    save_file(weights, root / "drifted/model.safetensors")
+    return Folders(root / "chat", root / "dual", root / "drifted", reference)
+
+
+@contextmanager
+def both(folders: Folders, dual: Path, **options: Any) -> Iterator[RunningServer]:
+    config = config_of(**options)
+    engine = EngineProcess(EngineSpec(str(folders.chat), CPU, tagger=str(dual)))
+    engine.start()
+    try:
+        state = ServerState(config, "folder/of-tiny", load_processor(open_checkpoint(folders.chat)), engine)
+        state.company = (tagging(state, *read_tagger(str(dual)), engine),)
+        with listening(state, config) as server:
+            yield server
+    finally:
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def beside(folders: Folders) -> Iterator[RunningServer]:
+    with both(folders, folders.dual) as server:
+        yield server
+
+
+def post(server: RunningServer, path: str, **body: Any) -> httpx2.Response:
+    with server.http() as client:
+        return client.post(path, json=body)
+
+
+def url(data: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def embedded(server: RunningServer, model: str | None = None) -> np.ndarray:
+    named = {} if model is None else {"model": model}
+    answer = post(server, "/v1/embeddings", input=[*({"image": url(one)} for one in PICTURES), *TEXTS], **named)
+    assert answer.status_code == 200, answer.text
+    return np.array([row["embedding"] for row in answer.json()["data"]], dtype=np.float32)
+
+
+@torch.inference_mode()
+def expected(dual: Path) -> np.ndarray:
+    """By the checkpoint alone."""
+    model, images, texts = load_dual(open_checkpoint(dual), device="cpu")[:3]
+    decoded = [DecodedImage.from_rgb(np.array(Image.open(io.BytesIO(data)).convert("RGB"))) for data in PICTURES]
+    patches = [images.patches(one, *images.layouts([one.size])) for one in decoded]
+    return torch.cat([model.embed_images(patches), model.embed_texts(texts.ids(TEXTS))]).numpy()
+
+
+def answers(engine: Any, folders: Folders) -> list[int]:
+    """Greedy tokens about a picture."""
+    processor = load_processor(open_checkpoint(folders.chat))
+    image = DecodedImage.from_rgb(np.random.default_rng(5).integers(0, 256, (70, 110, 3), dtype=np.uint8))
+    patches = processor.patches(image, *processor.layouts([image.size]))
+    prompt = processor.prompt([Message("user", ("What is it?", ImagePart(0)))], [patches])
+    engine.add(Request("a", prompt, SamplingParams(ignore_eos=True), 12))
+    tokens: list[int] = []
+    while engine.has_work:
+        tokens += [token for delta in engine.step() for token in delta.token_ids]
+    return tokens
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_of_equal_weights_exist_once(folders: Folders, dtype: str) -> None:
+    config = EngineConfig(device="cpu", threads=1, kv_tokens=2048, vision_dtype=dtype)  # type: ignore[arg-type]
+    engine, (dual, _, _, apart) = load_with_tagger(str(folders.chat), str(folders.dual), config)
+    assert apart is None
+    own, tower = dual.vision.tower, engine.runner.model.vision.tower
+    assert len(own.blocks) == len(tower.blocks) + 1  # VILA does not run the last one
+    assert all(one is other for one, other in zip(own.blocks, tower.blocks, strict=False))
+    assert own.patch_embedding is tower.patch_embedding
+    assert own.position_embedding is tower.position_embedding
+    assert own.head is not None
+    assert answers(engine, folders) == answers(load_engine(str(folders.chat), config), folders)
+
+
+def test_a_tower_that_differs_is_loaded_beside(folders: Folders) -> None:
+    config = EngineConfig(device="cpu", threads=1, kv_tokens=2048)
+    engine, (dual, _, _, apart) = load_with_tagger(str(folders.chat), str(folders.drifted), config)
+    assert apart is not None
+    assert "encoder.layers.1.self_attn.k_proj.weight differs" in apart
+    tower = engine.runner.model.vision.tower
+    assert not any(one is other for one, other in zip(dual.vision.tower.blocks, tower.blocks, strict=False))
+    assert answers(engine, folders) == answers(load_engine(str(folders.chat), config), folders)
+
+
+@pytest.mark.parametrize("facts", [{"layer_norm_eps": 1e-3}, {"hidden_act": "gelu"}])
+def test_equal_weights_of_another_kind_of_tower_are_not_shared(
+    folders: Folders, tmp_path: Path, facts: dict[str, Any]
+) -> None:
+    tower = folders.reference.tower
+    before = {name: getattr(tower.config, name) for name in facts}
+    try:
+        tower.config.update(facts)
+        write_dual_checkpoint(tmp_path, "siglip2", tower=tower)
+    finally:
+        tower.config.update(before)
+    config = EngineConfig(device="cpu", kv_tokens=2048)
+    engine, (dual, _, _, apart) = load_with_tagger(str(folders.chat), str(tmp_path), config)
+    assert apart == "the towers' configurations differ"
+    assert dual.vision.tower.patch_embedding is not engine.runner.model.vision.tower.patch_embedding
+
+
+def test_embeddings_are_those_of_the_checkpoint_alone(beside: RunningServer, folders: Folders) -> None:
+    assert np.abs(embedded(beside) - expected(folders.dual)).max() < 1e-5
+
+
+def test_embeddings_of_a_tower_that_differs_are_its_own(folders: Folders) -> None:
+    with both(folders, folders.drifted) as server:
+        vectors = embedded(server)
+    assert np.abs(vectors - expected(folders.drifted)).max() < 1e-5
+    assert np.abs(vectors[: len(PICTURES)] - expected(folders.dual)[: len(PICTURES)]).max() > 1e-4
+
+
+def test_tags_and_chat_side_by_side(beside: RunningServer, folders: Folders) -> None:
+    alone, vectors = ask_good(beside), embedded(beside)
+
+    def busy() -> None:
+        for _ in range(3):
+            for one in beside.state.company:
+                one.known.clear()  # type: ignore[attr-defined]
+            np.testing.assert_allclose(embedded(beside), vectors, atol=1e-6)
+            body = {"images": [url(PICTURES[0])], "labels": ["a cat", "two green shapes"], "threshold": 0}
+            assert len(post(beside, "/v1/classify", **body).json()["data"][0]["tags"]) == 2
+
+    assert_unharmed(beside, alone, busy)
+
+
+def test_both_models_are_listed_and_named(beside: RunningServer) -> None:
+    client = beside.openai()
+    assert [one.id for one in client.models.list().data] == [MODEL, "dual"]
+    assert client.models.retrieve("dual").id == "dual"
+    for name in ("dual", MODEL):
+        assert client.embeddings.create(model=name, input="a cat").model == "dual"
+    with beside.http() as http:
+        assert_error(http.get("/v1/models/other"), 404, "model_not_found")
+        assert_error(http.post("/v1/chat/completions", json=chat("x", model="dual")), 404, "model_not_found")
+        assert "siglane_engine_steps" in http.get("/metrics").text
+        assert http.get("/ready").status_code == 200
+
+
+def test_an_item_that_is_refused_harms_nobody(beside: RunningServer) -> None:
+    vectors = embedded(beside)
+    bad = post(beside, "/v1/embeddings", input=[{"image": url(PICTURES[0])}, {"image": url(b"no picture")}])
+    assert_error(bad, 400, "image_decode_failed", "input[1].image")
+    np.testing.assert_allclose(embedded(beside), vectors, atol=1e-6)
+
+
+def test_whoever_leaves_is_forgotten(folders: Folders) -> None:
+    """Their pictures take no room in a later forward, and nothing of them stays."""
+    engine = EngineProcess(EngineSpec(str(folders.chat), CPU, tagger=str(folders.dual)))
+    engine.start()
+    try:
+        _, _, tokens = read_tagger(str(folders.dual))
+        (ids,) = tokens.ids(["a cat"])
+        done = threading.Event()
+        results: list[Any] = []
+        for number in range(200):
+            engine.embed(number, ids, results.append)
+        for number in range(200):
+            engine.forget(number)
+        engine.embed(200, ids, lambda result: (results.append(result), done.set()))
+        assert done.wait(30)
+        assert len(results) <= 201
+        assert not isinstance(results[-1], EngineError)
+        assert not engine._embeddings
+    finally:
+        engine.close()
+    with pytest.raises(EngineError, match="down"):
+        engine.embed(201, ids, results.append)
+
+
+def test_an_engine_that_dies_fails_what_it_embeds_and_comes_back(folders: Folders) -> None:
+    with both(folders, folders.dual) as server:
+        vectors = embedded(server)
+        engine = server.state.engine
+        os.kill(engine.pid, signal.SIGSTOP)  # what is sent now waits
+        responses: list[httpx2.Response] = []
+        thread = threading.Thread(target=lambda: responses.append(post(server, "/v1/embeddings", input="a bird")))
+        thread.start()
+        eventually(lambda: engine._embeddings)
+        os.kill(engine.pid, signal.SIGKILL)
+        thread.join(30)
+        assert_error(responses[0], 503, "engine_restarting")
+        eventually(lambda: engine.state == "ready", 90)
+        np.testing.assert_allclose(embedded(server), vectors, atol=1e-6)
+
+
+def test_taggers_that_cannot_be_used(folders: Folders, tmp_path: Path) -> None:
+    options = {"port": 0, "log_level": "error"}
+    with pytest.raises(UserError, match="no folder") as refused:
+        preflight(ServerConfig(**options, tagger=str(tmp_path / "nothing")), str(folders.chat))
+    assert refused.value.param == "tagger"
+    with pytest.raises(UserError, match="has no text tower"):
+        serve(ServerConfig(**options, tagger=str(folders.chat)), EngineSpec(str(folders.chat), CPU))
+    with pytest.raises(UserError, match="is a SigLIP itself"):
+        serve(ServerConfig(**options, tagger=str(folders.dual)), EngineSpec(str(folders.dual), CPU))
+
+
+def test_without_a_tagger_the_error_says_how(server: RunningServer) -> None:
+    response = post(server, "/v1/classify", images=[url(PICTURES[0])], labels=["a"])
+    assert_error(response, 404, "not_found")
+    assert "--tagger" in response.json()["error"]["message"]
+
+
+def test_a_picture_may_be_asked_about_and_tagged(beside: RunningServer) -> None:
+    answer = beside.post(chat(image_part(PICTURES[0]), "What is this?"))
+    assert answer.status_code == 200
+    tags = post(beside, "/v1/classify", images=[url(PICTURES[0])], labels=TEXTS, threshold=0)
+    assert {tag["label"] for tag in tags.json()["data"][0]["tags"]} == set(TEXTS)
