@@ -8,6 +8,7 @@ READY := $(VENV)/.ready
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off -c constraints.txt
 SGLANG := .venv-sglang
+SCHEMAS := tests/hosts/environment/torchvision_schemas.py
 SGLANG_TESTS := tests/hosts/sglang
 SGLANG_PIP := $(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off --no-warn-conflicts
 VLLM := .venv-vllm
@@ -55,7 +56,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) -e '.[dev]'
 	@touch $@
 
-$(SGLANG)/.ready: pyproject.toml constraints.txt $(SGLANG_TESTS)/requirements.txt $(SGLANG_TESTS)/no_deps.txt
+$(SGLANG)/.ready: pyproject.toml constraints.txt $(SCHEMAS) $(SGLANG_TESTS)/requirements.txt $(SGLANG_TESTS)/no_deps.txt
 	@test -n "$(PYTHON)" || { echo "siglane needs Python 3.11 or newer on the PATH (or: make PYTHON=/path/to/python)" >&2; exit 1; }
 	@test -x $(SGLANG)/bin/python || { echo "== creating $(SGLANG) with $(PYTHON)"; $(PYTHON) -m venv $(SGLANG); }
 	@awk -F== 'NR == FNR { own[$$1]; next } !($$1 in own)' $(SGLANG_TESTS)/requirements.txt constraints.txt > $(SGLANG)/constraints.txt
@@ -66,10 +67,11 @@ $(SGLANG)/.ready: pyproject.toml constraints.txt $(SGLANG_TESTS)/requirements.tx
 	@echo "== installing SGLang"
 	@$(SGLANG_PIP) --no-deps -r $(SGLANG_TESTS)/no_deps.txt
 	@site=$$($(SGLANG)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
-		printf '%s\nimport torchvision_schemas\n' '$(CURDIR)/$(SGLANG_TESTS)/environment' > $$site/sglang_test_environment.pth
+		printf '%s\n%s\nimport torchvision_schemas\n' '$(CURDIR)/$(SGLANG_TESTS)/environment' '$(CURDIR)/$(dir $(SCHEMAS))' \
+		> $$site/sglang_test_environment.pth
 	@touch $@
 
-$(VLLM)/.ready: constraints.txt $(wildcard $(VLLM_TESTS)/*.txt)
+$(VLLM)/.ready: constraints.txt $(SCHEMAS) $(wildcard $(VLLM_TESTS)/*.txt)
 	@test -n "$(PYTHON)" || { echo "siglane needs Python 3.11 or newer on the PATH (or: make PYTHON=/path/to/python)" >&2; exit 1; }
 	@test -x $(VLLM)/bin/python || { echo "== creating $(VLLM) with $(PYTHON)"; $(PYTHON) -m venv $(VLLM); }
 	@awk -F== 'NR == FNR { if (NF > 1) own[$$1]; next } !($$1 in own)' $(VLLM_TESTS)/requirements.txt constraints.txt > $(VLLM)/constraints.txt
@@ -78,5 +80,5 @@ $(VLLM)/.ready: constraints.txt $(wildcard $(VLLM_TESTS)/*.txt)
 	@echo "== installing vLLM"
 	@$(VLLM_PIP) --no-deps -r $(VLLM_TESTS)/no_deps.txt
 	@site=$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
-		printf '%s\nimport torchvision_schemas\n' '$(CURDIR)/$(VLLM_TESTS)/environment' > $$site/vllm_test_environment.pth
+		printf '%s\nimport torchvision_schemas\n' '$(CURDIR)/$(dir $(SCHEMAS))' > $$site/vllm_test_environment.pth
 	@touch $@
