@@ -34,13 +34,6 @@ from siglane.types import SamplingParams
 HEADERS = 1000
 
 
-@pytest.fixture(autouse=True)
-def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in os.environ:
-        if name.startswith("SIGLANE_"):
-            monkeypatch.delenv(name)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("cli") / "tiny"

@@ -32,13 +32,6 @@ from siglane.tagging.settings import TagSettings, read_settings
 LABELS = ["a cat", "a dog", "two shapes", "a red square", "snow boots"]
 
 
-@pytest.fixture(autouse=True)
-def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in os.environ:
-        if name.startswith("SIGLANE_"):
-            monkeypatch.delenv(name)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tagging") / "siglip"
