@@ -126,14 +126,14 @@ def _sdpa(
 
 def _by_head(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """One long segment by oneDNN's products, one head after another so that its scores stay in the cache."""
-    length, heads, _ = q.shape
-    rows = max(LONG, SCORES // length)
+    rows = max(LONG, SCORES // len(q))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    for head in range(heads):
-        queries, keys, values = q[:, head] * scale, k[:, head].contiguous(), v[:, head].T.contiguous()
-        for start in range(0, length, rows):
-            weights = torch.softmax(linear(queries[start : start + rows], keys), -1)
-            out[start : start + rows, head] = linear(weights, values)
+    # all views at once: sixteen times seven small calls would take a hundredth of a block's time
+    heads = zip(q.unbind(1), k.unbind(1), v.permute(1, 2, 0).unbind(), out.unbind(1), strict=True)
+    for queries, keys, values, attended in heads:
+        keys, values = keys.contiguous(), values.contiguous()
+        for some, into in zip((queries * scale).split(rows), attended.split(rows), strict=True):
+            into.copy_(linear(torch.softmax(linear(some, keys), -1), values))
     return out
 
 
