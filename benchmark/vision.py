@@ -139,13 +139,18 @@ def openvino_run(model: nn.Module, pixels: torch.Tensor) -> Run | None:
 
 @torch.inference_mode()
 def interleaved(runs: dict[str, Run], repeats: int) -> tuple[dict[str, list[float]], list[float]]:
-    """Seconds of every contender in every round, and torch's matrix-product rate after each round."""
+    """Seconds of every contender in every round, and torch's matrix-product rate after each round.
+
+    Every round begins with another contender: what ran before leaves its threads and its data behind.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     rates = []
+    names = list(runs)
     for repeat in range(repeats + 1):
-        for name, run in runs.items():
+        first = repeat % len(names)
+        for name in names[first:] + names[:first]:
             begin = time.perf_counter()
-            run()
+            runs[name]()
             if repeat:  # the first round warms up and compiles
                 seconds[name].append(time.perf_counter() - begin)
         rates.append(gemm_rate(repeats=5))

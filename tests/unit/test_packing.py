@@ -156,6 +156,17 @@ class TestAttention:
             assert ours.requires_grad == x.requires_grad
             torch.testing.assert_close(ours.detach(), expected, atol=1e-5, rtol=0)
 
+    @pytest.mark.parametrize("spread", [1, 30, 1000])
+    @pytest.mark.parametrize("shift", [-1000, -80, -50, 0, 50, 80, 1000])
+    def test_scores_of_any_size(self, shift: int, spread: int) -> None:
+        """Exponentials beyond float32's range change nothing; the scores are whole numbers, thus exact."""
+        q, k, v = qkv(LONG, 2, 2, 8)
+        q, k = (q * spread).round().clamp(-spread, spread), k.sign()
+        q[..., 0], k[..., 0] = shift, 1
+        segments = Segments.of([LONG], CPU)
+        ours = packed_attention(q, k, v, segments, scale=1.0, backend="sdpa")
+        torch.testing.assert_close(ours, dense(q, k, v, [LONG], 1.0, causal=False), atol=5e-5, rtol=0)
+
     @pytest.mark.parametrize(("lengths", "heads"), EVERY_CASE)
     def test_causal_segments_are_the_dense_causal_attention(
         self, lengths: list[int], heads: tuple[int, int, int]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -30,6 +31,8 @@ KERNEL_HEAD_DIM_STEP = 8  # flash kernels take head dims that are multiples of 8
 PIECE_ROWS = 1024
 LONG = 320  # rows of a segment from which two plain products beat a CPU's fused attention
 SCORES = 1 << 20  # of one head that a CPU's cache takes
+LOG2_E = math.log2(math.e)
+SAFE_SUMS = (1e-25, 1e30)  # of a row's exponentials: no weight that counts is lost to float32's range
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -132,9 +135,25 @@ def _by_head(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) ->
     heads = zip(q.unbind(1), k.unbind(1), v.permute(1, 2, 0).unbind(), out.unbind(1), strict=True)
     for queries, keys, values, attended in heads:
         keys, values = keys.contiguous(), values.contiguous()
-        for some, into in zip((queries * scale).split(rows), attended.split(rows), strict=True):
-            into.copy_(linear(torch.softmax(linear(some, keys), -1), values))
+        for some, into in zip(queries.split(rows), attended.split(rows), strict=True):
+            weights, totals = _weights(some, keys, scale)
+            torch.div(linear(weights, values), totals, out=into)
     return out
+
+
+def _weights(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The softmax of one head before its division: weights `[rows, keys]` and their sums `[rows, 1]`.
+
+    exp2 takes a third of the time of a CPU's softmax. Only where the exponentials leave float32's range is each row's
+    largest score taken off first, as softmax does.
+    """
+    weights = linear(queries * (scale * LOG2_E), keys).exp2_()
+    totals = weights.sum(-1, keepdim=True)
+    least, most = totals.aminmax()
+    if not (SAFE_SUMS[0] < least.item() and most.item() < SAFE_SUMS[1]):
+        weights = torch.softmax(linear(queries * scale, keys), -1)
+        totals = torch.ones_like(totals)
+    return weights, totals
 
 
 def _padded(
