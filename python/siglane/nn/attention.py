@@ -132,9 +132,9 @@ def _by_head(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) ->
     rows = max(LONG, SCORES // len(q))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     # all views at once: sixteen times seven small calls would take a hundredth of a block's time
-    heads = zip(q.unbind(1), k.unbind(1), v.permute(1, 2, 0).unbind(), out.unbind(1), strict=True)
+    heads = zip(q.unbind(1), k.unbind(1), v.unbind(1), out.unbind(1), strict=True)
     for queries, keys, values, attended in heads:
-        keys, values = keys.contiguous(), values.contiguous()
+        keys, values = keys.contiguous(), values.contiguous().T  # oneDNN reads either order, but no wider rows
         for some, into in zip(queries.split(rows), attended.split(rows), strict=True):
             weights, totals = _weights(some, keys, scale)
             torch.div(linear(weights, values), totals, out=into)
