@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 BACKLOG = 4096
 FILES = 65536  # one per connection; the usual limit of 1024 would refuse clients long before the queue does
+LINGER_SECONDS = 1.0  # for a client to read that what it sends is not HTTP, before its connection is closed
 CLOSING_SECONDS = 3  # for the last bytes of failed answers to leave
 REPOSITORY_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -278,14 +279,16 @@ class PatientProtocol(H11Protocol):
         self._stall_timeout = stall_timeout
         self._idle_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
+        self._refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._watch_idle()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._watch_idle()
+        if not self._refused:
+            super().data_received(data)
+            self._watch_idle()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -308,12 +311,19 @@ class PatientProtocol(H11Protocol):
             self._stall_timer = None
 
     def send_400_response(self, msg: str) -> None:
-        """What is not HTTP gets the body that every other failure has."""
-        if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
+        """What is not HTTP gets the body that every other failure has; behind an answer that has begun, nothing."""
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if not (answering and self.cycle.response_started):
             body = orjson.dumps(error_body(UserError(msg, code="invalid_http")))
             head = "HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-type: application/json"
             self.transport.write(f"{head}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
-        self.transport.close()
+        if answering:
+            self.transport.close()
+            return
+        self._refused = True  # the rest is read and forgotten: closed over it, the connection would lose the answer too
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
     def _watch_idle(self) -> None:
         """The client has one idle timeout for its next whole header (and for a refused body's end), however it
