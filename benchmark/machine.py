@@ -44,6 +44,17 @@ def onednn_rate() -> float:
     return gemm_rate(linear)
 
 
+def microseconds(function: Callable[[torch.Tensor], torch.Tensor], repeats: int = 199) -> float:
+    """Of a function of one head's scores at 576 patches; the median of `repeats`."""
+    scores = torch.randn(576, 576)
+    seconds = []
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        function(scores)
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds[1:]) * 1e6
+
+
 def description() -> dict[str, str | int]:
     """Hardware and versions, for the JSON of a result."""
     return {
@@ -61,4 +72,7 @@ if __name__ == "__main__":
         for packed in (False, True):
             name = f"siglane_{rows}_rows{'_packed' * packed}_gflops"
             rates[name] = gemm_rate(linear, 99, rows=rows, packed=packed) / 1e9
+    # what the attention of long segments chooses between (siglane/nn/attention.py)
+    rates["softmax_us"] = microseconds(lambda scores: scores.softmax(-1))
+    rates["exp2_us"] = microseconds(torch.exp2)
     print(json.dumps({**description(), **rates}, indent=1))

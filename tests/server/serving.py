@@ -55,6 +55,10 @@ class RunningServer:
         with self.http() as client:
             return client.post("/v1/chat/completions", json=body, **options)
 
+    def post_to(self, path: str, **body: Any) -> httpx2.Response:
+        with self.http() as client:
+            return client.post(path, json=body)
+
     def connect(self) -> socket.socket:
         return socket.create_connection((HOST, self.port), timeout=30)
 
@@ -112,8 +116,12 @@ def image_url(url: str, **fields: Any) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url, **fields}}
 
 
+def data_url(data: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
 def image_part(data: bytes, **fields: Any) -> dict[str, Any]:
-    return image_url(f"data:image/png;base64,{base64.b64encode(data).decode()}", **fields)
+    return image_url(data_url(data), **fields)
 
 
 def video_part(data: bytes, **fields: Any) -> dict[str, Any]:

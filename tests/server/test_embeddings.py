@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import threading
 from collections.abc import Iterator
@@ -18,8 +17,9 @@ import torch.nn.functional as F
 from dual_checkpoint import Kind, write_dual_checkpoint
 from openai import BadRequestError, NotFoundError
 from PIL import Image
-from serving import MODEL, RunningServer, assert_error, config_of, eventually, image_part, listening, picture
+from serving import MODEL, RunningServer, assert_error, config_of, data_url, eventually, image_part, listening, picture
 
+from siglane.engine import embedding
 from siglane.engine.child import EngineSpec
 from siglane.engine.config import EngineConfig
 from siglane.errors import EngineError, UserError
@@ -33,6 +33,7 @@ from siglane.weights.hub import open_checkpoint
 
 TEXTS = ["This is a photo of a cat.", "two green shapes", "hello, WORLD & rivers!"]
 PICTURES = [picture(60, 40, seed=1), picture(17, 90, seed=2), picture(1, 1, seed=3)]
+PICTURE = data_url(PICTURES[0])
 LABELS = ["a cat", "a dog", "two green shapes", "the old town hall"]
 
 
@@ -77,15 +78,6 @@ def fixed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
         yield server
 
 
-def url(data: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
-
-
-def post(server: RunningServer, path: str, **body: Any) -> httpx2.Response:
-    with server.http() as client:
-        return client.post(path, json=body)
-
-
 def vectors(response: httpx2.Response) -> np.ndarray:
     assert response.status_code == 200, response.text
     data = response.json()["data"]
@@ -123,13 +115,18 @@ def reference(folder: Path, kind: Kind) -> tuple[np.ndarray, np.ndarray, Any]:
 
 def test_vectors_are_transformers(siglip: RunningServer, folder: Path, kind: Kind) -> None:
     texts, images, _ = reference(folder, kind)
-    mixed = [TEXTS[0], {"image": url(PICTURES[0])}, {"text": TEXTS[1]}, {"image": {"url": url(PICTURES[1])}}, TEXTS[2]]
-    found = vectors(post(siglip, "/v1/embeddings", model=MODEL, input=mixed))
+    mixed = [
+        TEXTS[0],
+        {"image": PICTURE},
+        {"text": TEXTS[1]},
+        {"image": {"url": data_url(PICTURES[1])}},
+        TEXTS[2],
+    ]
+    found = vectors(siglip.post_to("/v1/embeddings", model=MODEL, input=mixed))
     expected = np.stack((texts[0], images[0], texts[1], images[1], texts[2]))
     assert np.abs(found - expected).max() < 1e-5
-    assert (
-        np.abs(vectors(post(siglip, "/v1/embeddings", input={"image": url(PICTURES[2])}))[0] - images[2]).max() < 1e-5
-    )
+    (alone,) = vectors(siglip.post_to("/v1/embeddings", input={"image": data_url(PICTURES[2])}))
+    assert np.abs(alone - images[2]).max() < 1e-5
     assert np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
 
 
@@ -153,18 +150,18 @@ def test_the_openai_client(siglip: RunningServer, folder: Path, kind: Kind) -> N
 
 
 def test_the_three_shapes_agree(fixed: RunningServer) -> None:
-    one = vectors(post(fixed, "/v1/embeddings", input=[{"text": "", "image": url(PICTURES[0])}]))
+    one = vectors(fixed.post_to("/v1/embeddings", input=[{"text": "", "image": PICTURE}]))
     part = image_part(PICTURES[0])
-    two = vectors(post(fixed, "/v1/embeddings", input=[{"content": [part]}]))
-    three = vectors(post(fixed, "/v1/embeddings", messages=[{"role": "user", "content": [part]}]))
+    two = vectors(fixed.post_to("/v1/embeddings", input=[{"content": [part]}]))
+    three = vectors(fixed.post_to("/v1/embeddings", messages=[{"role": "user", "content": [part]}]))
     assert np.array_equal(one, two)
     assert np.array_equal(one, three)
-    words = vectors(post(fixed, "/v1/embeddings", input=[{"content": [{"type": "text", "text": TEXTS[0]}]}]))
-    assert np.array_equal(words, vectors(post(fixed, "/v1/embeddings", input=TEXTS[0])))
+    words = vectors(fixed.post_to("/v1/embeddings", input=[{"content": [{"type": "text", "text": TEXTS[0]}]}]))
+    assert np.array_equal(words, vectors(fixed.post_to("/v1/embeddings", input=TEXTS[0])))
 
 
 def test_usage_and_report(fixed: RunningServer) -> None:
-    body = post(fixed, "/v1/embeddings", input=["two green shapes", {"image": url(PICTURES[0])}, "a " * 200]).json()
+    body = fixed.post_to("/v1/embeddings", input=["two green shapes", {"image": PICTURE}, "a " * 200]).json()
     tokens = fixed.state.tokens
     expected = tokens.count("two green shapes") + 1 + tokens.rule.length
     details = body["usage"]["prompt_tokens_details"]
@@ -173,7 +170,7 @@ def test_usage_and_report(fixed: RunningServer) -> None:
     assert body["siglane"]["cut"] == ["input[2]"]
     assert "64 tokens" in body["siglane"]["texts"]
     assert body["siglane"]["images"][0]["width"] == 60
-    again = post(fixed, "/v1/embeddings", input=["two green shapes"]).json()
+    again = fixed.post_to("/v1/embeddings", input=["two green shapes"]).json()
     assert again["usage"]["total_tokens"] == tokens.count("two green shapes") + 1  # known by now, counted all the same
 
 
@@ -188,7 +185,7 @@ def test_usage_and_report(fixed: RunningServer) -> None:
         ({"input": ["a"] * 2049}, "invalid_value", "input"),
         ({"input": ["a", ""]}, "invalid_value", "input[1]"),
         ({"input": ["a", {}]}, "missing_field", "input[1]"),
-        ({"input": ["a", {"text": "b", "image": url(PICTURES[0])}]}, "invalid_value", "input[1]"),
+        ({"input": ["a", {"text": "b", "image": PICTURE}]}, "invalid_value", "input[1]"),
         ({"input": ["a", {"text": 3}]}, "invalid_value", "input[1].text"),
         ({"input": ["a" * 70000]}, "invalid_value", "input[0]"),
         ({"input": "a", "messages": [{"role": "user", "content": "b"}]}, "missing_field", "input"),
@@ -196,11 +193,15 @@ def test_usage_and_report(fixed: RunningServer) -> None:
         ({"input": "a", "dimensions": 0}, "invalid_value", "dimensions"),
         ({"input": "a", "truncate_prompt_tokens": 3}, "unsupported_field", "truncate_prompt_tokens"),
         ({"input": [{"content": [image_part(PICTURES[0])] * 2}]}, "invalid_value", "input[0].content"),
-        ({"input": [{"image": url(PICTURES[0])}, {"image": url(b"nothing")}]}, "image_decode_failed", "input[1].image"),
+        (
+            {"input": [{"image": PICTURE}, {"image": data_url(b"nothing")}]},
+            "image_decode_failed",
+            "input[1].image",
+        ),
         ({"input": [{"image": "file:///etc/passwd"}]}, None, "input[0].image"),
         ({"input": [{"image": "http://127.0.0.1:9/a.png"}]}, None, "input[0].image"),
-        ({"input": [{"image": {"url": url(PICTURES[0]), "max_num_patches": 9}}]}, None, "input[0].image"),
-        ({"input": [{"image": url(PICTURES[0])}] * 5}, "too_many_images", "input"),
+        ({"input": [{"image": {"url": PICTURE, "max_num_patches": 9}}]}, None, "input[0].image"),
+        ({"input": [{"image": PICTURE}] * 5}, "too_many_images", "input"),
         (
             {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "data:,"}}]}]},
             "unsupported_content_type",
@@ -209,7 +210,7 @@ def test_usage_and_report(fixed: RunningServer) -> None:
     ],
 )
 def test_bad_requests_name_the_item(fixed: RunningServer, body: dict[str, Any], code: str | None, param: str) -> None:
-    assert_error(post(fixed, "/v1/embeddings", **body), 400, code, param)
+    assert_error(fixed.post_to("/v1/embeddings", **body), 400, code, param)
 
 
 def test_scores_are_transformers(siglip: RunningServer, folder: Path, kind: Kind) -> None:
@@ -220,31 +221,31 @@ def test_scores_are_transformers(siglip: RunningServer, folder: Path, kind: Kind
         written = F.normalize(model.get_text_features(tokens.ids(texts)).pooler_output, dim=-1)
         logits = torch.from_numpy(images) @ written.T * model.logit_scale.exp() + model.logit_bias
     expected = logits.sigmoid()
-    body = {"labels": LABELS, "images": [url(data) for data in PICTURES], "threshold": 0}
-    answer = post(siglip, "/v1/classify", model=MODEL, **body).json()
+    body = {"labels": LABELS, "images": [data_url(data) for data in PICTURES], "threshold": 0}
+    answer = siglip.post_to("/v1/classify", model=MODEL, **body).json()
     for row, scores in zip(answer["data"], expected, strict=True):
         assert {tag["label"] for tag in row["tags"]} == set(LABELS)
         confidences = [tag["confidence"] for tag in row["tags"]]
         assert confidences == sorted(confidences, reverse=True)
         for tag in row["tags"]:
             assert abs(tag["confidence"] - float(scores[LABELS.index(tag["label"])])) < 1e-4
-    few = post(siglip, "/v1/classify", **body | {"max_tags": 2}).json()["data"]
+    few = siglip.post_to("/v1/classify", **body | {"max_tags": 2}).json()["data"]
     assert [row["tags"] for row in few] == [row["tags"][:2] for row in answer["data"]]
     bar = float(expected.flatten().sort().values[5:7].mean())  # between two scores
-    some = post(siglip, "/v1/classify", **body | {"threshold": bar}).json()["data"]
+    some = siglip.post_to("/v1/classify", **body | {"threshold": bar}).json()["data"]
     assert [len(row["tags"]) for row in some] == (expected >= bar).sum(1).tolist()
 
 
 def test_templates_and_other_names(fixed: RunningServer) -> None:
     body = {"labels": LABELS, "threshold": 0}
-    plain = post(fixed, "/v1/classify", images=url(PICTURES[0]), template="{label}", **body).json()
-    listed = post(fixed, "/v1/classify", input=[url(PICTURES[0])], templates=["{label}"], **body).json()
+    plain = fixed.post_to("/v1/classify", images=PICTURE, template="{label}", **body).json()
+    listed = fixed.post_to("/v1/classify", input=[PICTURE], templates=["{label}"], **body).json()
     assert plain["data"] == listed["data"]
-    both = post(fixed, "/v1/classify", images=url(PICTURES[0]), templates=["{label}", "a {label}!"], **body).json()
+    both = fixed.post_to("/v1/classify", images=PICTURE, templates=["{label}", "a {label}!"], **body).json()
     found = {tag["label"]: tag["confidence"] for tag in both["data"][0]["tags"]}
-    texts = vectors(post(fixed, "/v1/embeddings", input=[*LABELS, *(f"a {label}!" for label in LABELS)]))
+    texts = vectors(fixed.post_to("/v1/embeddings", input=[*LABELS, *(f"a {label}!" for label in LABELS)]))
     mean = texts[:4] + texts[4:]
-    image = vectors(post(fixed, "/v1/embeddings", input={"image": url(PICTURES[0])}))[0]
+    image = vectors(fixed.post_to("/v1/embeddings", input={"image": PICTURE}))[0]
     logits = mean / np.linalg.norm(mean, axis=1, keepdims=True) @ image * np.exp(4.0) - 3.0
     for label, logit in zip(LABELS, logits, strict=True):
         assert abs(found[label] - 1 / (1 + np.exp(-logit))) < 1e-4
@@ -254,60 +255,55 @@ def test_templates_and_other_names(fixed: RunningServer) -> None:
     ("body", "code", "param"),
     [
         ({"labels": ["a"]}, "missing_field", "images"),
-        ({"images": [url(PICTURES[0])]}, "missing_field", "labels"),
-        ({"images": [url(PICTURES[0])], "labels": []}, "invalid_value", "labels"),
-        ({"images": [url(PICTURES[0])], "labels": ["a", "a "]}, "bad_labels", "labels"),
-        ({"images": [url(PICTURES[0])], "labels": ["a"], "template": "no place"}, "bad_template", "templates"),
-        ({"images": [url(PICTURES[0])], "labels": ["a"], "threshold": 2}, "invalid_value", "threshold"),
-        ({"images": [url(PICTURES[0])], "labels": ["a"], "max_tags": 0}, "invalid_value", "max_tags"),
-        ({"images": [url(PICTURES[0]), url(b"x")], "labels": ["a"]}, "image_decode_failed", "images[1]"),
+        ({"images": [PICTURE]}, "missing_field", "labels"),
+        ({"images": [PICTURE], "labels": []}, "invalid_value", "labels"),
+        ({"images": [PICTURE], "labels": ["a", "a "]}, "bad_labels", "labels"),
+        ({"images": [PICTURE], "labels": ["a"], "template": "no place"}, "bad_template", "templates"),
+        ({"images": [PICTURE], "labels": ["a"], "threshold": 2}, "invalid_value", "threshold"),
+        ({"images": [PICTURE], "labels": ["a"], "max_tags": 0}, "invalid_value", "max_tags"),
+        ({"images": [PICTURE, data_url(b"x")], "labels": ["a"]}, "image_decode_failed", "images[1]"),
         ({"input": [{"text": "a"}], "labels": ["a"]}, "invalid_value", "input[0].text"),
-        ({"images": [url(PICTURES[0])] * 5, "labels": ["a"]}, "too_many_images", "images"),
+        ({"images": [PICTURE] * 5, "labels": ["a"]}, "too_many_images", "images"),
     ],
 )
 def test_bad_classifications(fixed: RunningServer, body: dict[str, Any], code: str, param: str) -> None:
-    assert_error(post(fixed, "/v1/classify", **body), 400, code, param)
+    assert_error(fixed.post_to("/v1/classify", **body), 400, code, param)
 
 
-def test_clients_share_a_forward_and_get_what_they_get_alone(fixed: RunningServer) -> None:
+def test_clients_share_a_forward_and_get_what_they_get_alone(
+    fixed: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     embedder = fixed.state.embedder
-    bodies = [{"input": [{"image": url(picture(30 + n, 50, seed=n))}, f"text number {n}"]} for n in range(8)]
-    alone = [vectors(post(fixed, "/v1/embeddings", **body)) for body in bodies]
+    bodies = [{"input": [{"image": data_url(picture(30 + n, 50, seed=n))}, f"text number {n}"]} for n in range(8)]
+    alone = [vectors(fixed.post_to("/v1/embeddings", **body)) for body in bodies]
     fixed.state.known.clear()
     groups: list[int] = []
-    compute, gate = embedder._compute, threading.Event()
+    gate = threading.Event()
 
     def counting(model: Any, group: list[Any]) -> None:
         groups.append(len(group))
         gate.wait(10)
-        compute(model, group)
+        embedding.compute(model, group)
 
-    embedder._compute = counting
+    monkeypatch.setattr("siglane.server.embedder.compute", counting)
     results: dict[int, np.ndarray] = {}
-    try:
-        threads = [
-            threading.Thread(
-                target=lambda n=n: results.update({n: vectors(post(fixed, "/v1/embeddings", **bodies[n]))})
-            )
-            for n in range(8)
-        ]
-        for thread in threads:
-            thread.start()
-        eventually(lambda: len(embedder._queue) + sum(groups) == 16)
-        gate.set()
-        for thread in threads:
-            thread.join(30)
-    finally:
-        embedder._compute = compute
+    threads = [
+        threading.Thread(target=lambda n=n: results.update({n: vectors(fixed.post_to("/v1/embeddings", **bodies[n]))}))
+        for n in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: len(embedder._queue) + sum(groups) == 16)
+    gate.set()
+    for thread in threads:
+        thread.join(30)
     assert max(groups) >= 7
     for number, expected in enumerate(alone):
         assert np.abs(results[number] - expected).max() < 1e-5
 
 
 def test_what_fails_in_company_fails_alone(fixed: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    from siglane.engine import embedding as module
-
-    forward = module._forward
+    forward = embedding._forward
 
     def failing(model: Any, items: list[Any]) -> torch.Tensor:
         rows = forward(model, items)
@@ -316,24 +312,24 @@ def test_what_fails_in_company_fails_alone(fixed: RunningServer, monkeypatch: py
         return rows
 
     poison = fixed.state.tokens.ids(["zebra crossing"])[0, 0]
-    good = vectors(post(fixed, "/v1/embeddings", input=["rivers at night"]))
+    good = vectors(fixed.post_to("/v1/embeddings", input=["rivers at night"]))
     fixed.state.known.clear()
-    monkeypatch.setattr(module, "_forward", failing)
-    response = post(fixed, "/v1/embeddings", input=["rivers at night", "zebra crossing"])
+    monkeypatch.setattr(embedding, "_forward", failing)
+    response = fixed.post_to("/v1/embeddings", input=["rivers at night", "zebra crossing"])
     assert_error(response, 500, "internal_error")
     assert response.json()["error"]["message"].startswith("input[1]: it could not be embedded")
-    assert np.abs(vectors(post(fixed, "/v1/embeddings", input=["rivers at night"])) - good).max() < 1e-6
-    monkeypatch.setattr(module, "_forward", lambda model, items: forward(model, items) * torch.nan)
-    assert_error(post(fixed, "/v1/embeddings", input=["a yellow star"]), 500, "not_finite")
+    assert np.abs(vectors(fixed.post_to("/v1/embeddings", input=["rivers at night"])) - good).max() < 1e-6
+    monkeypatch.setattr(embedding, "_forward", lambda model, items: forward(model, items) * torch.nan)
+    assert_error(fixed.post_to("/v1/embeddings", input=["a yellow star"]), 500, "not_finite")
     monkeypatch.undo()
-    assert vectors(post(fixed, "/v1/embeddings", input=["a yellow star"])).shape == (1, 32)
+    assert vectors(fixed.post_to("/v1/embeddings", input=["a yellow star"])).shape == (1, 32)
 
 
 def test_key_limits_probes_and_metrics(tmp_path: Path) -> None:
     write_dual_checkpoint(tmp_path, "siglip2")
     with embedding_server(tmp_path, api_key="secret", max_body_bytes=4096) as server:
-        assert_error(post(server, "/v1/embeddings", input="a"), 401, "invalid_api_key")
-        assert_error(post(server, "/v1/classify", images=["a"], labels=["b"]), 401, "invalid_api_key")
+        assert_error(server.post_to("/v1/embeddings", input="a"), 401, "invalid_api_key")
+        assert_error(server.post_to("/v1/classify", images=["a"], labels=["b"]), 401, "invalid_api_key")
         client = server.openai(api_key="secret")
         assert len(client.embeddings.create(model=MODEL, input=["a", "b"]).data) == 2
         with server.http() as http:
@@ -352,19 +348,21 @@ def test_key_limits_probes_and_metrics(tmp_path: Path) -> None:
 
 def test_a_chat_server_does_not_embed(server: RunningServer) -> None:
     for path in ("/v1/embeddings", "/v1/classify"):
-        response = post(server, path, input="a")
+        response = server.post_to(path, input="a")
         assert_error(response, 404, "not_found")
         assert "chats" in response.json()["error"]["message"]
 
 
-def test_ending_while_a_client_waits(tmp_path: Path) -> None:
+def test_ending_while_a_client_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_dual_checkpoint(tmp_path, "siglip2")
     with embedding_server(tmp_path) as server:
         embedder = server.state.embedder
-        compute, gate = embedder._compute, threading.Event()
-        embedder._compute = lambda model, group: (gate.wait(10), compute(model, group))
+        gate = threading.Event()
+        monkeypatch.setattr(
+            "siglane.server.embedder.compute", lambda model, group: (gate.wait(10), embedding.compute(model, group))
+        )
         answers: list[httpx2.Response] = []
-        thread = threading.Thread(target=lambda: answers.append(post(server, "/v1/embeddings", input="a")))
+        thread = threading.Thread(target=lambda: answers.append(server.post_to("/v1/embeddings", input="a")))
         thread.start()
         eventually(lambda: embedder._running)
         server.server.drain()

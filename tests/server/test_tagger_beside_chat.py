@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import os
 import signal
@@ -29,6 +28,7 @@ from serving import (
     assert_unharmed,
     chat,
     config_of,
+    data_url,
     eventually,
     image_part,
     listening,
@@ -95,18 +95,9 @@ def beside(folders: Folders) -> Iterator[RunningServer]:
         yield server
 
 
-def post(server: RunningServer, path: str, **body: Any) -> httpx2.Response:
-    with server.http() as client:
-        return client.post(path, json=body)
-
-
-def url(data: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
-
-
 def embedded(server: RunningServer, model: str | None = None) -> np.ndarray:
     named = {} if model is None else {"model": model}
-    answer = post(server, "/v1/embeddings", input=[*({"image": url(one)} for one in PICTURES), *TEXTS], **named)
+    answer = server.post_to("/v1/embeddings", input=[*({"image": data_url(one)} for one in PICTURES), *TEXTS], **named)
     assert answer.status_code == 200, answer.text
     return np.array([row["embedding"] for row in answer.json()["data"]], dtype=np.float32)
 
@@ -193,8 +184,8 @@ def test_tags_and_chat_side_by_side(beside: RunningServer, folders: Folders) -> 
             for one in beside.state.company:
                 one.known.clear()  # type: ignore[attr-defined]
             np.testing.assert_allclose(embedded(beside), vectors, atol=1e-6)
-            body = {"images": [url(PICTURES[0])], "labels": ["a cat", "two green shapes"], "threshold": 0}
-            assert len(post(beside, "/v1/classify", **body).json()["data"][0]["tags"]) == 2
+            body = {"images": [data_url(PICTURES[0])], "labels": ["a cat", "two green shapes"], "threshold": 0}
+            assert len(beside.post_to("/v1/classify", **body).json()["data"][0]["tags"]) == 2
 
     assert_unharmed(beside, alone, busy)
 
@@ -214,7 +205,7 @@ def test_both_models_are_listed_and_named(beside: RunningServer) -> None:
 
 def test_an_item_that_is_refused_harms_nobody(beside: RunningServer) -> None:
     vectors = embedded(beside)
-    bad = post(beside, "/v1/embeddings", input=[{"image": url(PICTURES[0])}, {"image": url(b"no picture")}])
+    bad = beside.post_to("/v1/embeddings", input=[{"image": data_url(PICTURES[0])}, {"image": data_url(b"no picture")}])
     assert_error(bad, 400, "image_decode_failed", "input[1].image")
     np.testing.assert_allclose(embedded(beside), vectors, atol=1e-6)
 
@@ -249,7 +240,7 @@ def test_an_engine_that_dies_fails_what_it_embeds_and_comes_back(folders: Folder
         engine = server.state.engine
         os.kill(engine.pid, signal.SIGSTOP)  # what is sent now waits
         responses: list[httpx2.Response] = []
-        thread = threading.Thread(target=lambda: responses.append(post(server, "/v1/embeddings", input="a bird")))
+        thread = threading.Thread(target=lambda: responses.append(server.post_to("/v1/embeddings", input="a bird")))
         thread.start()
         eventually(lambda: engine._embeddings)
         os.kill(engine.pid, signal.SIGKILL)
@@ -271,7 +262,7 @@ def test_taggers_that_cannot_be_used(folders: Folders, tmp_path: Path) -> None:
 
 
 def test_without_a_tagger_the_error_says_how(server: RunningServer) -> None:
-    response = post(server, "/v1/classify", images=[url(PICTURES[0])], labels=["a"])
+    response = server.post_to("/v1/classify", images=[data_url(PICTURES[0])], labels=["a"])
     assert_error(response, 404, "not_found")
     assert "--tagger" in response.json()["error"]["message"]
 
@@ -279,5 +270,5 @@ def test_without_a_tagger_the_error_says_how(server: RunningServer) -> None:
 def test_a_picture_may_be_asked_about_and_tagged(beside: RunningServer) -> None:
     answer = beside.post(chat(image_part(PICTURES[0]), "What is this?"))
     assert answer.status_code == 200
-    tags = post(beside, "/v1/classify", images=[url(PICTURES[0])], labels=TEXTS, threshold=0)
+    tags = beside.post_to("/v1/classify", images=[data_url(PICTURES[0])], labels=TEXTS, threshold=0)
     assert {tag["label"] for tag in tags.json()["data"][0]["tags"]} == set(TEXTS)

@@ -131,7 +131,7 @@ def _by_head(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) ->
     """One long segment by oneDNN's products, one head after another so that its scores stay in the cache."""
     rows = max(LONG, SCORES // len(q))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    # all views at once: sixteen times seven small calls would take a hundredth of a block's time
+    # all views at once: a block has few other calls, and each takes its microseconds
     heads = zip(q.unbind(1), k.unbind(1), v.unbind(1), out.unbind(1), strict=True)
     for queries, keys, values, attended in heads:
         keys, values = keys.contiguous(), values.contiguous().T  # oneDNN reads either order, but no wider rows
@@ -144,8 +144,8 @@ def _by_head(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) ->
 def _weights(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The softmax of one head before its division: weights `[rows, keys]` and their sums `[rows, 1]`.
 
-    exp2 takes a third of the time of a CPU's softmax. Only where the exponentials leave float32's range is each row's
-    largest score taken off first, as softmax does.
+    exp2 takes a part of the time of a CPU's softmax (`python benchmark/machine.py`). Only where the exponentials leave
+    float32's range is each row's largest score taken off first, as softmax does.
     """
     weights = linear(queries * (scale * LOG2_E), keys).exp2_()
     totals = weights.sum(-1, keepdim=True)

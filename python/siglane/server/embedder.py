@@ -7,7 +7,6 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal
 
@@ -94,7 +93,7 @@ class Embedder:
         self._set_state("ready")
         try:
             while group := self._next_group():
-                self._compute(model, group)
+                compute(model, group)
         except Exception:
             logger.exception("the thread of the model has ended")
             self._set_state("dead")
@@ -125,9 +124,6 @@ class Embedder:
                 self._changed.wait_for(lambda: len(self._queue) or self.state == "closed")
                 self._running = self._queue.take()
             return self._running
-
-    def _compute(self, model: DualModel, jobs: Sequence[EmbeddingJob]) -> None:
-        compute(model, jobs)
 
 
 class EngineEmbedder:

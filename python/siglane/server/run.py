@@ -29,7 +29,7 @@ from siglane.errors import SiglaneError, UserError
 from siglane.server import logs
 from siglane.server.config import ServerConfig
 from siglane.server.errors import error_body
-from siglane.weights.demo import FOLDERS
+from siglane.weights.demo import FOLDERS, open_model
 
 if TYPE_CHECKING:
     from siglane.config.dual import DualConfig
@@ -136,10 +136,8 @@ def chatting(
     from siglane.families.processor import load_processor
     from siglane.server.state import ServerState
 
-    if config.tagger is not None:
-        spec = dataclasses.replace(spec, tagger=config.tagger)
-    tagger = None if spec.tagger is None else read_tagger(spec.tagger)
-    engine = EngineProcess(spec)
+    tagger = None if config.tagger is None else read_tagger(config.tagger)
+    engine = EngineProcess(dataclasses.replace(spec, tagger=config.tagger))
     engine.start(wait=False)
     try:
         state = ServerState(config, spec.model, load_processor(checkpoint), engine, budget)
@@ -154,7 +152,6 @@ def read_tagger(model: str) -> tuple[str, DualConfig, TextTokens]:
     """The SigLIP beside a chat model: its name, facts and tokenizer. Downloads it, where the engine's process will
     look. UserError when it has no text tower."""
     from siglane.families.dual import read_dual
-    from siglane.weights.demo import open_model
 
     return model, *read_dual(open_model(model))
 
