@@ -11,11 +11,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from siglane.config.projector import LinearLayer, projected_grid
+from siglane.config.projector import LinearLayer
 from siglane.config.vision import VisionConfig
 from siglane.config.vlm import ImageFacts
 from siglane.families.registry import image_facts
 from siglane.projector.assemble import projector_grids
+from siglane.tiling.merge import projected_grid
 from siglane.types import Grid, ImageLayout, Size
 from siglane.weights.hub import Checkpoint
 

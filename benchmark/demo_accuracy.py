@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +19,11 @@ import numpy as np
 from machine import description
 
 from siglane import LLM, SamplingParams
-from siglane.training.questions import QUESTION_KINDS, Question, ask
-from siglane.training.scenes import WORDS, Scene, draw, random_scene
+
+sys.path.append(str(Path(__file__).parents[1]))  # recipes/ is no part of the installed package
+
+from recipes.demo.questions import QUESTION_KINDS, Question, ask
+from recipes.demo.scenes import WORDS, Scene, draw, random_scene
 
 BARS = {"all": 0.95, "printed words": 0.85}
 RESULT = Path(__file__).parent / "results" / "demo_accuracy.json"

@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 import torch
 
-from siglane.nn.gemm import linear
-from siglane.nn.prepack import packed_weight
+from siglane.nn.cpu.packing import packed_weight
+from siglane.nn.cpu.product import linear
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -26,7 +26,7 @@ def gemm_rate(
 ) -> float:
     """float32 multiply-adds of a matrix product of SigLIP-base's MLP shape, in FLOP/s; the median of `repeats`.
 
-    product: torch's own by default, which is what transformers runs on; packed: with weights as by `nn/prepack.py`.
+    product: torch's own by default, which is what transformers runs on; packed: with weights as by `nn/cpu/packing.py`.
     """
     a, b = torch.randn(rows, 768), torch.randn(3072, 768)
     if packed:
@@ -40,7 +40,7 @@ def gemm_rate(
 
 
 def onednn_rate() -> float:
-    """The same product by the kernel that siglane's layers use (`siglane/nn/gemm.py`)."""
+    """The same product by the kernel that siglane's layers use (`siglane/nn/cpu/product.py`)."""
     return gemm_rate(linear)
 
 

@@ -21,16 +21,16 @@ from pathlib import Path
 import torch
 from machine import description, gemm_rate, onednn_rate
 
-from siglane.config.layout.navit import NativeResolution
+from siglane.config.language import LanguageConfig
 from siglane.config.preprocess import PreprocessConfig
 from siglane.config.projector import LinearLayer, NormLayer, ProjectorConfig, VocabularyConfig
-from siglane.config.text import LanguageConfig
 from siglane.config.vision import VisionConfig
 from siglane.config.vlm import VlmConfig
-from siglane.engine.config import EngineConfig
 from siglane.engine.engine import Engine
 from siglane.families.model import VisionLanguageModel
-from siglane.nn.prepack import prepack
+from siglane.nn.cpu.packing import prepack
+from siglane.settings.engine import EngineConfig
+from siglane.tiling.navit import NativeResolution
 from siglane.types import Grid, ImagePatches, ImageSpan, Prompt, Request, SamplingParams, Size, digest_of
 
 BAR = 0.9

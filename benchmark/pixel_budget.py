@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ import numpy as np
 from machine import description
 
 from siglane import LLM, SamplingParams
-from siglane.training.native import PRINT_SCALES
-from siglane.training.scenes import WORDS, draw, random_scene
 from siglane.types import Size
+
+sys.path.append(str(Path(__file__).parents[1]))  # recipes/ is no part of the installed package
+
+from recipes.demo.native import PRINT_SCALES
+from recipes.demo.scenes import WORDS, draw, random_scene
 
 BUDGETS = tuple(side * side for side in (96, 128, 160, 192, 256, 320, 384))
 CANVAS = Size(384, 384)

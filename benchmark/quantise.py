@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,17 @@ import torch.nn.functional as F
 from machine import description, onednn_rate
 from vision import FIXED, PATCH, RESULTS, Shape, ratio, siglane
 
-from siglane.families.dual import load_dual
-from siglane.nn.prepack import prepack
-from siglane.nn.quant import Int8Linear, quantise
-from siglane.training.demo_siglip import LABELS, decoded
+from siglane.families.two_tower import load_two_tower
+from siglane.nn.cpu.int8 import Int8Linear, quantise
+from siglane.nn.cpu.packing import prepack
 from siglane.training.evaluate import embed_classes, embed_pictures
-from siglane.training.scenes import draw, random_scene
 from siglane.types import PackedPatches
 from siglane.weights.demo import open_model
+
+sys.path.append(str(Path(__file__).parents[1]))  # recipes/ is no part of the installed package
+
+from recipes.demo.scenes import draw, random_scene
+from recipes.demo.siglip import LABELS, decoded
 
 DEMO_SEED = 4321
 
@@ -94,13 +98,16 @@ def measure(shape: Shape, batch: int, repeats: int) -> dict[str, Any]:
 def on_the_demo(pictures: int) -> dict[str, Any]:
     """`demo-siglip` in 8 bits beside float32, on fresh scenes of one shape and the 32 labels of colour and shape."""
     exact, coarse = (
-        load_dual(open_model("demo-siglip"), device=torch.device("cpu"), dtype=torch.float32) for _ in range(2)
+        load_two_tower(open_model("demo-siglip"), device=torch.device("cpu"), dtype=torch.float32) for _ in range(2)
     )
     quantise(coarse.model, "8bit", "cpu")
     rngs = [np.random.default_rng([DEMO_SEED, number]) for number in range(pictures)]
     scenes = [decoded(draw(random_scene(rng, shapes_wanted=1, sign_share=0.0))) for rng in rngs]
-    images = [embed_pictures(dual, scenes) for dual in (exact, coarse)]
-    first = [(x @ embed_classes(dual, LABELS).T).argmax(-1) for x, dual in zip(images, (exact, coarse), strict=True)]
+    images = [embed_pictures(two_tower, scenes) for two_tower in (exact, coarse)]
+    first = [
+        (x @ embed_classes(two_tower, LABELS).T).argmax(-1)
+        for x, two_tower in zip(images, (exact, coarse), strict=True)
+    ]
     return {
         "pictures": pictures,
         "top_1_agreement": round(float((first[0] == first[1]).float().mean()), 4),

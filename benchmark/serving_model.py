@@ -6,6 +6,7 @@ Random weights; the layout, names and code path are those of a real VILA folder.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -13,7 +14,9 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from siglane.training.tokenizer import QWEN2_PATTERN
+sys.path.append(str(Path(__file__).parents[1]))  # recipes/ is no part of the installed package
+
+from recipes.demo.tokenizer import QWEN2_PATTERN
 
 VISION = {
     "hidden_size": 768,

@@ -28,7 +28,7 @@ from torch import nn
 from transformers import Siglip2VisionConfig, Siglip2VisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from siglane.config.vision import PatchLayout, PositionResize, VisionConfig
-from siglane.nn.prepack import prepack
+from siglane.nn.cpu.packing import prepack
 from siglane.types import Grid, PackedPatches
 from siglane.vision import tower as siglane_tower
 
@@ -120,7 +120,7 @@ def openvino_run(model: nn.Module, pixels: torch.Tensor) -> Run | None:
     except ImportError:
         return None
 
-    class Features(nn.Module):
+    class ImagePlaceholder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
@@ -129,7 +129,7 @@ def openvino_run(model: nn.Module, pixels: torch.Tensor) -> Run | None:
             features: torch.Tensor = self.model(pixel_values).last_hidden_state
             return features
 
-    converted = openvino.convert_model(Features(), example_input=pixels)
+    converted = openvino.convert_model(ImagePlaceholder(), example_input=pixels)
     compiled = openvino.Core().compile_model(
         converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     )

@@ -11,13 +11,13 @@ import huggingface_hub
 import pytest
 from checkpoints import Layout, build_tokenizer, write_nvila_checkpoint
 
-from siglane.config.layout.rule import Cells, Place
 from siglane.config.vlm import VlmConfig
 from siglane.errors import ConfigError, UserError
 from siglane.families import nvila
 from siglane.families.processor import load_processor, load_tokenizer
 from siglane.families.registry import vlm_family
-from siglane.types import Features, Size
+from siglane.tiling.rule import ImageContext, PatchGeometry
+from siglane.types import ImagePlaceholder, Size
 from siglane.weights.hub import Checkpoint, open_checkpoint
 
 
@@ -175,10 +175,10 @@ class TestRealSizes:
         s2_rows: int,
     ) -> None:
         lite, s2 = (facts(tmp_path / str(flag), lite=flag, image_size=448) for flag in (True, False))
-        layout = lite.preprocess.rule.image(Size(*size), Cells(14, lite.projector), Place())
+        layout = lite.preprocess.rule.image(Size(*size), PatchGeometry(14, lite.projector), ImageContext())
         assert (layout.arrangement.w, layout.arrangement.h) == grid
         assert (len(layout.tiles), layout.image_tokens) == (tiles, rows)
-        layout = s2.preprocess.rule.image(Size(*size), Cells(14, s2.projector), Place())
+        layout = s2.preprocess.rule.image(Size(*size), PatchGeometry(14, s2.projector), ImageContext())
         assert (layout.arrangement.w, layout.arrangement.h) == s2_grid
         assert (len(layout.tiles), layout.image_tokens) == (5 + s2_grid[0] * s2_grid[1], s2_rows)
 
@@ -187,7 +187,7 @@ class TestRealSizes:
         processor = load_processor(open_checkpoint(tmp_path))
         for layout in processor.layouts([Size(1920, 1080), Size(640, 480)]):
             assert (len(layout.tiles), layout.image_tokens) == (1, 121)
-            assert layout.pieces[0] == Features(121)
+            assert layout.pieces[0] == ImagePlaceholder(121)
 
 
 class TestDetection:

@@ -17,9 +17,9 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 from siglane import Tagger
-from siglane.config.dual import TextRule, TextTowerConfig
+from siglane.config.two_tower import TextRule, TextTowerConfig
 from siglane.errors import ConfigError
-from siglane.families.dual import load_dual, read_dual
+from siglane.families.two_tower import load_two_tower, read_two_tower
 from siglane.text.tokens import TextTokens
 from siglane.weights.hub import open_checkpoint
 
@@ -96,7 +96,7 @@ def test_embeddings_logits_and_scores(written: tuple[Path, DualReference]) -> No
     images, labels = tagger.embed_images(pictures()), tagger.embed_texts(texts)
     assert_close(images, expected.image_embeds)
     assert_close(labels, expected.text_embeds)
-    loaded = load_dual(open_checkpoint(folder), device="cpu", dtype=torch.float32)
+    loaded = load_two_tower(open_checkpoint(folder), device="cpu", dtype=torch.float32)
     logits = loaded.model.logits(images, labels)
     assert (logits - expected.logits_per_image).abs().max() <= 2e-4
     scores = tagger.scores(pictures(), LABELS)
@@ -126,7 +126,7 @@ def test_the_pipelines_scores(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("kind", ["siglip", "siglip2"])
 def test_every_tap_of_the_text_tower(tmp_path: Path, kind: Kind) -> None:
     model = write_dual_checkpoint(tmp_path, kind, layers=3)
-    loaded = load_dual(open_checkpoint(tmp_path), device="cpu", dtype=torch.float32)
+    loaded = load_two_tower(open_checkpoint(tmp_path), device="cpu", dtype=torch.float32)
     taps: list[torch.Tensor] = []
     for block in loaded.model.text.blocks:
         block.register_forward_hook(lambda module, given, found: taps.append(found.unflatten(0, (-1, 64))))
@@ -143,7 +143,7 @@ def test_every_tap_of_the_text_tower(tmp_path: Path, kind: Kind) -> None:
 def test_token_ids(tmp_path: Path, name: str, length: int) -> None:
     kind, options = VARIANTS[name]
     write_dual_checkpoint(tmp_path, kind, **options, length=length)
-    _, tokens = read_dual(open_checkpoint(tmp_path))
+    _, tokens = read_two_tower(open_checkpoint(tmp_path))
     ids = tokens.ids(TEXTS)
     assert ids.shape == (len(TEXTS), length)
     expected = reference_ids(tmp_path, TEXTS, length)
@@ -154,7 +154,7 @@ def test_token_ids(tmp_path: Path, name: str, length: int) -> None:
 def test_both_forms_of_siglips_tokenizer_give_the_same_ids(tmp_path: Path) -> None:
     for form in ("spiece", "json"):
         write_dual_checkpoint(tmp_path / form, tokenizer=form)
-    first, second = (read_dual(open_checkpoint(tmp_path / form))[1].ids(TEXTS) for form in ("spiece", "json"))
+    first, second = (read_two_tower(open_checkpoint(tmp_path / form))[1].ids(TEXTS) for form in ("spiece", "json"))
     assert torch.equal(first, second)
     assert (tmp_path / "spiece/spiece.model").exists()
     assert not (tmp_path / "json/spiece.model").exists()
@@ -163,7 +163,7 @@ def test_both_forms_of_siglips_tokenizer_give_the_same_ids(tmp_path: Path) -> No
 def test_what_siglip_deletes_and_siglip2_keeps(tmp_path: Path) -> None:
     write_dual_checkpoint(tmp_path / "first", "siglip")
     write_dual_checkpoint(tmp_path / "second", "siglip2")
-    first, second = (read_dual(open_checkpoint(tmp_path / name))[1] for name in ("first", "second"))
+    first, second = (read_two_tower(open_checkpoint(tmp_path / name))[1] for name in ("first", "second"))
     assert first.prepared("Snow_Boots: the “BIG” ones!") == "snowboots the “big” ones"
     assert second.prepared("Snow_Boots: the “BIG” ones!") == "snow_boots: the “big” ones!"
     for tokens, same in ((first, True), (second, False)):
@@ -253,7 +253,7 @@ def test_a_budget_of_naflex_for_all_and_for_one(tmp_path: Path, budget: int) -> 
 
 def test_half_precision_keeps_scale_and_bias(tmp_path: Path) -> None:
     model = write_dual_checkpoint(tmp_path)
-    loaded = load_dual(open_checkpoint(tmp_path), device="cpu", dtype=torch.bfloat16)
+    loaded = load_two_tower(open_checkpoint(tmp_path), device="cpu", dtype=torch.bfloat16)
     assert loaded.model.vision.dtype == torch.bfloat16
     assert (loaded.model.logit_scale, loaded.model.logit_bias) == (model.logit_scale, model.logit_bias)
     exact = Tagger(tmp_path, cache=tmp_path / "cache").scores(pictures()[:3], LABELS)
@@ -268,20 +268,20 @@ class TestRefusals:
 
         write_siglip_checkpoint(tmp_path)
         with pytest.raises(ConfigError, match="has no text tower"):
-            read_dual(open_checkpoint(tmp_path))
+            read_two_tower(open_checkpoint(tmp_path))
 
     def test_no_tokenizer(self, tmp_path: Path) -> None:
         write_dual_checkpoint(tmp_path)
         (tmp_path / "spiece.model").unlink()
         with pytest.raises(ConfigError, match=r"neither tokenizer.json nor spiece.model"):
-            read_dual(open_checkpoint(tmp_path))
+            read_two_tower(open_checkpoint(tmp_path))
 
     @pytest.mark.parametrize(("kind", "file"), [("siglip", "spiece.model"), ("siglip2", "tokenizer.json")])
     def test_a_damaged_tokenizer(self, tmp_path: Path, kind: Kind, file: str) -> None:
         write_dual_checkpoint(tmp_path, kind)
         (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:50])
         with pytest.raises(ConfigError, match=file):
-            read_dual(open_checkpoint(tmp_path))
+            read_two_tower(open_checkpoint(tmp_path))
 
     def test_a_tokenizer_of_another_model(self, tmp_path: Path) -> None:
         write_dual_checkpoint(tmp_path, "siglip2")
@@ -289,7 +289,7 @@ class TestRefusals:
         raw["text_config"]["vocab_size"] = 10
         (tmp_path / "config.json").write_text(json.dumps(raw))
         with pytest.raises(ConfigError, match="the tokenizer has 420 ids, the text tower 10"):
-            read_dual(open_checkpoint(tmp_path))
+            read_two_tower(open_checkpoint(tmp_path))
 
     def test_a_tower_without_a_head(self, tmp_path: Path) -> None:
         write_dual_checkpoint(tmp_path)
@@ -297,7 +297,7 @@ class TestRefusals:
         raw["vision_config"]["vision_use_head"] = False
         (tmp_path / "config.json").write_text(json.dumps(raw))
         with pytest.raises(ConfigError, match="vision_use_head false"):
-            read_dual(open_checkpoint(tmp_path))
+            read_two_tower(open_checkpoint(tmp_path))
 
 
 def test_a_cut_text_keeps_its_end() -> None:

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from siglane.errors import ConfigError, UserError
-from siglane.families import chat
-from siglane.families.chat import ReservedStrings
 from siglane.families.processor import Processor, load_processor
+from siglane.families.prompt import builder as chat
+from siglane.families.prompt.builder import ReservedStrings
 from siglane.types import Message
 from siglane.weights.hub import open_checkpoint
 

@@ -19,16 +19,16 @@ from transfer import assert_parity
 from transformers import LlavaOnevisionConfig
 
 from siglane.cli.main import main
-from siglane.config.layout.rule import ImageBudget
 from siglane.errors import ConfigError
 from siglane.families.model import VisionLanguageModel, load_model, load_vision
 from siglane.families.processor import Processor, load_processor
 from siglane.families.stack import VisionStack
 from siglane.nn.attention import CausalSegments
 from siglane.nn.parallel import TensorParallel
+from siglane.tiling.rule import ImageBudget
 from siglane.types import (
-    DecodedClip,
     DecodedImage,
+    DecodedVideo,
     Grid,
     ImageLayout,
     ImagePart,
@@ -242,9 +242,9 @@ class TestClips:
 
     FRAMES = 3
 
-    def clip(self) -> tuple[DecodedClip, list[Image.Image]]:
+    def clip(self) -> tuple[DecodedVideo, list[Image.Image]]:
         frames = [picture(*WIDE, seed=seed) for seed in range(self.FRAMES)]
-        return DecodedClip.of([DecodedImage.from_rgb(np.array(frame)) for frame in frames]), frames
+        return DecodedVideo.of([DecodedImage.from_rgb(np.array(frame)) for frame in frames]), frames
 
     def pixels(self, reference: LlavaOnevision, frames: list[Image.Image]) -> torch.Tensor:
         """What the video processor makes, `[1, frames, 3, side, side]`: resize, rescale, normalise."""

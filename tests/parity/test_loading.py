@@ -18,7 +18,7 @@ from siglane.families import nvila
 from siglane.families.model import VisionLanguageModel, load_model, load_vision
 from siglane.families.processor import load_processor
 from siglane.families.stack import VisionStack
-from siglane.nn.gemm import linear
+from siglane.nn.cpu.product import linear
 from siglane.nn.parallel import TensorParallel
 from siglane.weights.hub import open_checkpoint
 from siglane.weights.load import StrictLoad, stored_tensors

@@ -22,9 +22,6 @@ from transfer import assert_parity
 
 from siglane import LLM, SamplingParams
 from siglane.cli.main import main
-from siglane.config.layout.nanovlm import WholeTiles
-from siglane.config.layout.rule import ImageBudget
-from siglane.config.layout.squash import Squash
 from siglane.errors import ConfigError, UserError, WeightError
 from siglane.families.model import VisionLanguageModel, load_model, load_vision
 from siglane.families.processor import Processor, load_processor
@@ -32,7 +29,10 @@ from siglane.families.registry import image_facts, vlm_family
 from siglane.lm.llama import InputRMSNorm, LlamaModel
 from siglane.nn.attention import CausalSegments
 from siglane.nn.parallel import TensorParallel
-from siglane.types import Clip, DecodedImage, ImagePart, ImagePatches, ImageSpan, Message, Prompt, Size
+from siglane.tiling.nanovlm import WholeTiles
+from siglane.tiling.rule import ImageBudget
+from siglane.tiling.squash import Squash
+from siglane.types import DecodedImage, ImagePart, ImagePatches, ImageSpan, Message, Prompt, Size, VideoSize
 from siglane.weights.hub import open_checkpoint
 
 WIDE, TALL, SQUARE, SMALL = (130, 70), (40, 95), (60, 60), (20, 13)
@@ -468,7 +468,7 @@ def test_two_ranks_load_both_names(tmp_path: Path) -> None:
 
 def test_videos_are_refused(pair: Pair) -> None:
     with pytest.raises(UserError, match="not videos"):
-        pair.processor.layouts([Clip(Size(64, 64), 4)])
+        pair.processor.layouts([VideoSize(Size(64, 64), 4)])
 
 
 def test_the_offline_api_answers_as_the_reference(pair: Pair, tmp_path: Path) -> None:

@@ -23,20 +23,19 @@ from torch.multiprocessing.spawn import start_processes
 from transformers import SiglipVisionModel
 
 from siglane.cli.main import main
-from siglane.config.layout.navit import NativeResolution
 from siglane.config.vision import VisionConfig, WindowConfig
 from siglane.errors import ConfigError, UserError, WeightError
-from siglane.families.chat import answer_alone
 from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import Processor, load_processor
+from siglane.families.prompt.builder import answer_alone
 from siglane.families.registry import image_facts, vlm_family
 from siglane.llm import LLM, VisionEncoder
 from siglane.nn.attention import CausalSegments
 from siglane.nn.parallel import TensorParallel
+from siglane.tiling.navit import NativeResolution
 from siglane.types import (
-    Clip,
-    DecodedClip,
     DecodedImage,
+    DecodedVideo,
     Grid,
     ImagePart,
     ImagePatches,
@@ -44,6 +43,7 @@ from siglane.types import (
     Prompt,
     SamplingParams,
     Size,
+    VideoSize,
 )
 from siglane.weights.hub import open_checkpoint
 
@@ -104,7 +104,7 @@ def patches_of(processor: Processor, images: Sequence[Image.Image]) -> list[Imag
 
 
 def clip_of(processor: Processor, frames: Sequence[Image.Image]) -> ImagePatches:
-    clip = DecodedClip.of([DecodedImage.from_rgb(np.array(frame)) for frame in frames])
+    clip = DecodedVideo.of([DecodedImage.from_rgb(np.array(frame)) for frame in frames])
     (layout,) = processor.layouts([clip.size])
     return processor.patches(clip, layout)
 
@@ -464,7 +464,9 @@ class TestFacts:
         assert rule == NativeResolution(factor=8, min_pixels=448**2, max_pixels=1792**2, resample="bilinear")
 
     def test_layouts_need_no_tokenizer(self, pair: Pair) -> None:
-        layouts = image_facts(open_checkpoint(pair.reference.folder)).layouts([Size(50, 30), Clip(Size(50, 30), 2)])
+        layouts = image_facts(open_checkpoint(pair.reference.folder)).layouts(
+            [Size(50, 30), VideoSize(Size(50, 30), 2)]
+        )
         assert [layout.rows for layout in layouts] == [6 * 4 + 2, 2 * 6 * 4 + 2]
 
     @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from transfer import QWEN, assert_parity, fill, randomise
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from siglane.config.text import LanguageConfig
+from siglane.config.language import LanguageConfig
 from siglane.lm.qwen import QwenModel
 from siglane.nn.attention import CausalSegments
 

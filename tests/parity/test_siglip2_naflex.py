@@ -18,9 +18,9 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import (
 )
 
 from siglane import VisionEncoder, convert_from_packing_format, convert_to_packing_format, encode_packed
-from siglane.config.layout.rule import ImageBudget
 from siglane.errors import ConfigError
 from siglane.families.model import load_vision
+from siglane.tiling.rule import ImageBudget
 from siglane.types import Grid, PackedPatches
 from siglane.weights.hub import open_checkpoint
 

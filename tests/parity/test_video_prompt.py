@@ -11,7 +11,7 @@ from checkpoints import write_nvila_checkpoint
 
 from siglane.errors import ConfigError, UserError
 from siglane.families.processor import Processor, load_processor
-from siglane.types import Clip, DecodedClip, DecodedImage, ImagePart, ImagePatches, Message, Prompt, Size
+from siglane.types import DecodedImage, DecodedVideo, ImagePart, ImagePatches, Message, Prompt, Size, VideoSize
 from siglane.weights.hub import open_checkpoint
 
 PICTURE, FRAMES = Size(90, 50), 3
@@ -40,7 +40,7 @@ def media(processor: Processor, *kinds: str) -> list[ImagePatches]:
     for number, kind in enumerate(kinds):
         rgb = np.full((PICTURE.height, PICTURE.width, 3), 10 * number, np.uint8)
         one = DecodedImage.from_rgb(rgb)
-        medium = one if kind == "image" else DecodedClip.of([one] * FRAMES)
+        medium = one if kind == "image" else DecodedVideo.of([one] * FRAMES)
         (layout,) = processor.layouts([medium.size])
         found.append(processor.patches(medium, layout))
     return found
@@ -54,7 +54,7 @@ def ask(processor: Processor, parts: tuple[str | ImagePart, ...], *kinds: str) -
 def test_a_video_has_as_many_placeholders_as_frames_were_decoded(tmp_path: Path, template: str | None) -> None:
     processor = load(tmp_path, template)
     prompt = ask(processor, (ImagePart(0), "What?"), "video")
-    (layout,) = processor.layouts([Clip(PICTURE, FRAMES)])
+    (layout,) = processor.layouts([VideoSize(PICTURE, FRAMES)])
     placeholders = prompt.token_ids.count(processor.config.image_token_id)
     assert placeholders == layout.rows == sum(stop - start for start, stop, _ in prompt.spans)
     assert len(prompt.spans) == FRAMES
@@ -83,7 +83,7 @@ def test_a_template_that_loses_a_video_is_an_error(tmp_path: Path) -> None:
 def test_a_users_text_is_never_a_video(tmp_path: Path, template: str | None) -> None:
     processor = load(tmp_path, template)
     prompt = ask(processor, (ImagePart(0), "<vila/video> <image> <vi", "la/video>"), "video")
-    (layout,) = processor.layouts([Clip(PICTURE, FRAMES)])
+    (layout,) = processor.layouts([VideoSize(PICTURE, FRAMES)])
     assert prompt.token_ids.count(processor.config.image_token_id) == layout.rows
     special = processor.tokenizer.get_added_vocab()
     assert special["<vila/video>"] not in prompt.token_ids

@@ -12,9 +12,9 @@ from checkpoints import write_nvila_checkpoint
 from serving import RunningServer, running
 
 from siglane.engine.child import EngineSpec
-from siglane.engine.config import EngineConfig
 from siglane.engine.process import EngineProcess
 from siglane.families.processor import Processor, load_processor
+from siglane.settings.engine import EngineConfig
 from siglane.weights.hub import open_checkpoint
 
 

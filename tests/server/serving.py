@@ -20,13 +20,13 @@ import numpy as np
 from openai import OpenAI
 from PIL import Image
 
-from siglane.config.layout.rule import CHECKPOINT_LIMITS, ImageBudget
 from siglane.engine.process import EngineProcess
 from siglane.families.processor import Processor
 from siglane.server.app import create_app
-from siglane.server.config import ServerConfig
 from siglane.server.run import Server, listen, uvicorn_config
 from siglane.server.state import ServerState
+from siglane.settings.server import ServerConfig
+from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
 
 MODEL = "tiny"
 HOST = "127.0.0.1"

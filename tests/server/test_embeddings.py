@@ -19,15 +19,15 @@ from openai import BadRequestError, NotFoundError
 from PIL import Image
 from serving import MODEL, RunningServer, assert_error, config_of, data_url, eventually, image_part, listening, picture
 
-from siglane.engine import embedding
+from siglane.engine import embed_worker
 from siglane.engine.child import EngineSpec
-from siglane.engine.config import EngineConfig
 from siglane.errors import EngineError, UserError
-from siglane.families.dual import load_dual, read_dual
-from siglane.server.config import ServerConfig
+from siglane.families.two_tower import load_two_tower, read_two_tower
 from siglane.server.embedder import Embedder
 from siglane.server.embedding import EmbeddingState
 from siglane.server.run import serve
+from siglane.settings.engine import EngineConfig
+from siglane.settings.server import ServerConfig
 from siglane.types import DecodedImage
 from siglane.weights.hub import open_checkpoint
 
@@ -45,7 +45,7 @@ def embedding_server(folder: Path, **options: Any) -> Iterator[RunningServer]:
     embedder.start()
     embedder.wait_ready()
     try:
-        with listening(EmbeddingState(config, str(folder), *read_dual(checkpoint), embedder), config) as server:
+        with listening(EmbeddingState(config, str(folder), *read_two_tower(checkpoint), embedder), config) as server:
             yield server
     finally:
         embedder.close()
@@ -58,7 +58,7 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, kind: Kind) -> Path:
-    folder = tmp_path_factory.mktemp("dual") / kind
+    folder = tmp_path_factory.mktemp("two_tower") / kind
     write_dual_checkpoint(folder, kind)
     return folder
 
@@ -72,7 +72,7 @@ def siglip(folder: Path) -> Iterator[RunningServer]:
 @pytest.fixture(scope="module")
 def fixed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """One server for what does not depend on the kind of model."""
-    folder = tmp_path_factory.mktemp("dual") / "siglip2"
+    folder = tmp_path_factory.mktemp("two_tower") / "siglip2"
     write_dual_checkpoint(folder, "siglip2")
     with embedding_server(folder, max_images=4, max_image_bytes=200_000) as server:
         yield server
@@ -91,7 +91,7 @@ def reference(folder: Path, kind: Kind) -> tuple[np.ndarray, np.ndarray, Any]:
     from transformers import Siglip2Model, SiglipModel
 
     model = (Siglip2Model if kind == "naflex" else SiglipModel).from_pretrained(folder).eval()
-    loaded = load_dual(open_checkpoint(folder), device="cpu")
+    loaded = load_two_tower(open_checkpoint(folder), device="cpu")
     texts = F.normalize(model.get_text_features(loaded.texts.ids(TEXTS)).pooler_output, dim=-1)
     rows = []
     for data in PICTURES:
@@ -216,7 +216,7 @@ def test_bad_requests_name_the_item(fixed: RunningServer, body: dict[str, Any], 
 def test_scores_are_transformers(siglip: RunningServer, folder: Path, kind: Kind) -> None:
     _, images, model = reference(folder, kind)
     texts = [f"This is a photo of {label}." for label in LABELS]
-    tokens = read_dual(open_checkpoint(folder))[1]
+    tokens = read_two_tower(open_checkpoint(folder))[1]
     with torch.no_grad():
         written = F.normalize(model.get_text_features(tokens.ids(texts)).pooler_output, dim=-1)
         logits = torch.from_numpy(images) @ written.T * model.logit_scale.exp() + model.logit_bias
@@ -283,7 +283,7 @@ def test_clients_share_a_forward_and_get_what_they_get_alone(
     def counting(model: Any, group: list[Any]) -> None:
         groups.append(len(group))
         gate.wait(10)
-        embedding.compute(model, group)
+        embed_worker.compute(model, group)
 
     monkeypatch.setattr("siglane.server.embedder.compute", counting)
     results: dict[int, np.ndarray] = {}
@@ -303,7 +303,7 @@ def test_clients_share_a_forward_and_get_what_they_get_alone(
 
 
 def test_what_fails_in_company_fails_alone(fixed: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = embedding._forward
+    forward = embed_worker._forward
 
     def failing(model: Any, items: list[Any]) -> torch.Tensor:
         rows = forward(model, items)
@@ -314,12 +314,12 @@ def test_what_fails_in_company_fails_alone(fixed: RunningServer, monkeypatch: py
     poison = fixed.state.tokens.ids(["zebra crossing"])[0, 0]
     good = vectors(fixed.post_to("/v1/embeddings", input=["rivers at night"]))
     fixed.state.known.clear()
-    monkeypatch.setattr(embedding, "_forward", failing)
+    monkeypatch.setattr(embed_worker, "_forward", failing)
     response = fixed.post_to("/v1/embeddings", input=["rivers at night", "zebra crossing"])
     assert_error(response, 500, "internal_error")
     assert response.json()["error"]["message"].startswith("input[1]: it could not be embedded")
     assert np.abs(vectors(fixed.post_to("/v1/embeddings", input=["rivers at night"])) - good).max() < 1e-6
-    monkeypatch.setattr(embedding, "_forward", lambda model, items: forward(model, items) * torch.nan)
+    monkeypatch.setattr(embed_worker, "_forward", lambda model, items: forward(model, items) * torch.nan)
     assert_error(fixed.post_to("/v1/embeddings", input=["a yellow star"]), 500, "not_finite")
     monkeypatch.undo()
     assert vectors(fixed.post_to("/v1/embeddings", input=["a yellow star"])).shape == (1, 32)
@@ -359,7 +359,7 @@ def test_ending_while_a_client_waits(tmp_path: Path, monkeypatch: pytest.MonkeyP
         embedder = server.state.embedder
         gate = threading.Event()
         monkeypatch.setattr(
-            "siglane.server.embedder.compute", lambda model, group: (gate.wait(10), embedding.compute(model, group))
+            "siglane.server.embedder.compute", lambda model, group: (gate.wait(10), embed_worker.compute(model, group))
         )
         answers: list[httpx2.Response] = []
         thread = threading.Thread(target=lambda: answers.append(server.post_to("/v1/embeddings", input="a")))

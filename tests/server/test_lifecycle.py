@@ -40,8 +40,8 @@ from siglane.engine.child import EngineSpec
 from siglane.engine.process import EngineProcess
 from siglane.errors import UserError
 from siglane.families.processor import Processor
-from siglane.server.config import ServerConfig
 from siglane.server.run import preflight
+from siglane.settings.server import ServerConfig
 
 LONG = chat("x", max_tokens=4000, ignore_eos=True)
 
@@ -316,13 +316,13 @@ def test_what_cannot_work_is_said_before_anything_is_loaded(checkpoint: Path, tm
 
 PROGRAM = """
 import sys
-from siglane.server.config import ServerConfig
+from siglane.settings.server import ServerConfig
 from siglane.errors import SiglaneError
 from siglane.server.run import preflight, serve
 config = ServerConfig(port=int(sys.argv[2]), served_model_name="tiny")
 try:
     listener = preflight(config, sys.argv[1])
-    from siglane.engine.config import EngineConfig
+    from siglane.settings.engine import EngineConfig
     from siglane.engine.child import EngineSpec
     sys.exit(serve(config, EngineSpec(sys.argv[1], EngineConfig(device="cpu", threads=1)), listener))
 except SiglaneError as error:
@@ -424,6 +424,6 @@ def test_a_port_in_use_costs_no_time(checkpoint: Path, tmp_path: Path) -> None:
 def test_the_checks_before_loading_load_nothing_heavy() -> None:
     """Row 69."""
     heavy = "{'torch', 'transformers', 'fastapi'}"
-    program = f"import sys, siglane.server.run, siglane.server.config; print({heavy} & {{*sys.modules}})"
+    program = f"import sys, siglane.server.run, siglane.settings.server; print({heavy} & {{*sys.modules}})"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"

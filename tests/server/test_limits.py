@@ -32,7 +32,7 @@ from serving import (
 
 from siglane.engine.process import EngineProcess
 from siglane.families.processor import Processor
-from siglane.server.config import ServerConfig
+from siglane.settings.server import ServerConfig
 
 CHAT = "/v1/chat/completions"
 LONG = chat("x", max_tokens=3000, ignore_eos=True, stream=True)

@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))  # small video files
 
 from clips import animation, video
 
-from siglane.config.layout.rule import ImageBudget
 from siglane.engine.process import EngineProcess
 from siglane.errors import UserError
 from siglane.families.processor import Processor
+from siglane.tiling.rule import ImageBudget
 
 WIDE = picture(200, 90)
 CLIP = video(12)
@@ -182,7 +182,7 @@ class TestVideos:
         def never(*_: object) -> None:
             raise AssertionError("decoded")
 
-        monkeypatch.setattr("siglane.server.media.decode_clip", never)
+        monkeypatch.setattr("siglane.server.media.decode_video", never)
         long = "picture " * 3900
         assert refusal(server, video_part(CLIP), long)[0] == "context_length_exceeded"
 

@@ -11,9 +11,9 @@ from scripted_checkpoint import ANSWER, THOUGHT, THOUGHT_TOKENS, write_scripted_
 from serving import MODEL, RunningServer, assert_error, chat, image_part, picture, running, stream
 
 from siglane.engine.child import EngineSpec
-from siglane.engine.config import EngineConfig
 from siglane.engine.process import EngineProcess
 from siglane.families.processor import load_processor
+from siglane.settings.engine import EngineConfig
 from siglane.weights.hub import open_checkpoint
 
 SENTENCE = "Considering the limited time by the user, I have to give the solution based on the thinking directly now."

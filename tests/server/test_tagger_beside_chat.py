@@ -36,15 +36,15 @@ from serving import (
 )
 
 from siglane.engine.child import EngineSpec
-from siglane.engine.config import EngineConfig
 from siglane.engine.load import load_engine, load_with_tagger
 from siglane.engine.process import EngineProcess
 from siglane.errors import EngineError, UserError
-from siglane.families.dual import load_dual
 from siglane.families.processor import load_processor
-from siglane.server.config import ServerConfig
+from siglane.families.two_tower import load_two_tower
 from siglane.server.run import preflight, read_tagger, serve, tagging
 from siglane.server.state import ServerState
+from siglane.settings.engine import EngineConfig
+from siglane.settings.server import ServerConfig
 from siglane.types import DecodedImage, ImagePart, Message, Request, SamplingParams
 from siglane.weights.hub import open_checkpoint
 
@@ -55,10 +55,10 @@ PICTURES = [picture(60, 40, seed=1), picture(17, 90, seed=2)]
 
 @dataclass(frozen=True)
 class Folders:
-    """dual: a SigLIP with the image tower of `chat`; drifted: one whose image tower differs in a single number."""
+    """two_tower: a SigLIP with the image tower of `chat`; drifted: one whose image tower differs in a single number."""
 
     chat: Path
-    dual: Path
+    two_tower: Path
     drifted: Path
     reference: Reference
 
@@ -67,22 +67,22 @@ class Folders:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     root = tmp_path_factory.mktemp("beside")
     reference = write_nvila_checkpoint(root / "chat")
-    for name in ("dual", "drifted"):
+    for name in ("two_tower", "drifted"):
         write_dual_checkpoint(root / name, "siglip2", image_size=56, patch_size=14, tower=reference.tower)
     weights = load_file(root / "drifted/model.safetensors")
     weights["vision_model.encoder.layers.1.self_attn.k_proj.weight"][3, 5] += 0.25
     save_file(weights, root / "drifted/model.safetensors")
-    return Folders(root / "chat", root / "dual", root / "drifted", reference)
+    return Folders(root / "chat", root / "two_tower", root / "drifted", reference)
 
 
 @contextmanager
-def both(folders: Folders, dual: Path, **options: Any) -> Iterator[RunningServer]:
+def both(folders: Folders, two_tower: Path, **options: Any) -> Iterator[RunningServer]:
     config = config_of(**options)
-    engine = EngineProcess(EngineSpec(str(folders.chat), CPU, tagger=str(dual)))
+    engine = EngineProcess(EngineSpec(str(folders.chat), CPU, tagger=str(two_tower)))
     engine.start()
     try:
         state = ServerState(config, "folder/of-tiny", load_processor(open_checkpoint(folders.chat)), engine)
-        state.company = (tagging(state, *read_tagger(str(dual)), engine),)
+        state.company = (tagging(state, *read_tagger(str(two_tower)), engine),)
         with listening(state, config) as server:
             yield server
     finally:
@@ -91,7 +91,7 @@ def both(folders: Folders, dual: Path, **options: Any) -> Iterator[RunningServer
 
 @pytest.fixture(scope="module")
 def beside(folders: Folders) -> Iterator[RunningServer]:
-    with both(folders, folders.dual) as server:
+    with both(folders, folders.two_tower) as server:
         yield server
 
 
@@ -103,9 +103,9 @@ def embedded(server: RunningServer, model: str | None = None) -> np.ndarray:
 
 
 @torch.inference_mode()
-def expected(dual: Path) -> np.ndarray:
+def expected(two_tower: Path) -> np.ndarray:
     """By the checkpoint alone."""
-    model, images, texts = load_dual(open_checkpoint(dual), device="cpu")[:3]
+    model, images, texts = load_two_tower(open_checkpoint(two_tower), device="cpu")[:3]
     decoded = [DecodedImage.from_rgb(np.array(Image.open(io.BytesIO(data)).convert("RGB"))) for data in PICTURES]
     patches = [images.patches(one, *images.layouts([one.size])) for one in decoded]
     return torch.cat([model.embed_images(patches), model.embed_texts(texts.ids(TEXTS))]).numpy()
@@ -127,9 +127,9 @@ def answers(engine: Any, folders: Folders) -> list[int]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_layers_of_equal_weights_exist_once(folders: Folders, dtype: str) -> None:
     config = EngineConfig(device="cpu", threads=1, kv_tokens=2048, vision_dtype=dtype)  # type: ignore[arg-type]
-    engine, (dual, _, _, apart) = load_with_tagger(str(folders.chat), str(folders.dual), config)
+    engine, (two_tower, _, _, apart) = load_with_tagger(str(folders.chat), str(folders.two_tower), config)
     assert apart is None
-    own, tower = dual.vision.tower, engine.runner.model.vision.tower
+    own, tower = two_tower.vision.tower, engine.runner.model.vision.tower
     assert len(own.blocks) == len(tower.blocks) + 1  # VILA does not run the last one
     assert all(one is other for one, other in zip(own.blocks, tower.blocks, strict=False))
     assert own.patch_embedding is tower.patch_embedding
@@ -140,11 +140,11 @@ def test_layers_of_equal_weights_exist_once(folders: Folders, dtype: str) -> Non
 
 def test_a_tower_that_differs_is_loaded_beside(folders: Folders) -> None:
     config = EngineConfig(device="cpu", threads=1, kv_tokens=2048)
-    engine, (dual, _, _, apart) = load_with_tagger(str(folders.chat), str(folders.drifted), config)
+    engine, (two_tower, _, _, apart) = load_with_tagger(str(folders.chat), str(folders.drifted), config)
     assert apart is not None
     assert "encoder.layers.1.self_attn.k_proj.weight differs" in apart
     tower = engine.runner.model.vision.tower
-    assert not any(one is other for one, other in zip(dual.vision.tower.blocks, tower.blocks, strict=False))
+    assert not any(one is other for one, other in zip(two_tower.vision.tower.blocks, tower.blocks, strict=False))
     assert answers(engine, folders) == answers(load_engine(str(folders.chat), config), folders)
 
 
@@ -160,20 +160,20 @@ def test_equal_weights_of_another_kind_of_tower_are_not_shared(
     finally:
         tower.config.update(before)
     config = EngineConfig(device="cpu", kv_tokens=2048)
-    engine, (dual, _, _, apart) = load_with_tagger(str(folders.chat), str(tmp_path), config)
+    engine, (two_tower, _, _, apart) = load_with_tagger(str(folders.chat), str(tmp_path), config)
     assert apart == "the towers' configurations differ"
-    assert dual.vision.tower.patch_embedding is not engine.runner.model.vision.tower.patch_embedding
+    assert two_tower.vision.tower.patch_embedding is not engine.runner.model.vision.tower.patch_embedding
 
 
 def test_embeddings_are_those_of_the_checkpoint_alone(beside: RunningServer, folders: Folders) -> None:
-    assert np.abs(embedded(beside) - expected(folders.dual)).max() < 1e-5
+    assert np.abs(embedded(beside) - expected(folders.two_tower)).max() < 1e-5
 
 
 def test_embeddings_of_a_tower_that_differs_are_its_own(folders: Folders) -> None:
     with both(folders, folders.drifted) as server:
         vectors = embedded(server)
     assert np.abs(vectors - expected(folders.drifted)).max() < 1e-5
-    assert np.abs(vectors[: len(PICTURES)] - expected(folders.dual)[: len(PICTURES)]).max() > 1e-4
+    assert np.abs(vectors[: len(PICTURES)] - expected(folders.two_tower)[: len(PICTURES)]).max() > 1e-4
 
 
 def test_tags_and_chat_side_by_side(beside: RunningServer, folders: Folders) -> None:
@@ -192,13 +192,13 @@ def test_tags_and_chat_side_by_side(beside: RunningServer, folders: Folders) -> 
 
 def test_both_models_are_listed_and_named(beside: RunningServer) -> None:
     client = beside.openai()
-    assert [one.id for one in client.models.list().data] == [MODEL, "dual"]
-    assert client.models.retrieve("dual").id == "dual"
-    for name in ("dual", MODEL):
-        assert client.embeddings.create(model=name, input="a cat").model == "dual"
+    assert [one.id for one in client.models.list().data] == [MODEL, "two_tower"]
+    assert client.models.retrieve("two_tower").id == "two_tower"
+    for name in ("two_tower", MODEL):
+        assert client.embeddings.create(model=name, input="a cat").model == "two_tower"
     with beside.http() as http:
         assert_error(http.get("/v1/models/other"), 404, "model_not_found")
-        assert_error(http.post("/v1/chat/completions", json=chat("x", model="dual")), 404, "model_not_found")
+        assert_error(http.post("/v1/chat/completions", json=chat("x", model="two_tower")), 404, "model_not_found")
         assert "siglane_engine_steps" in http.get("/metrics").text
         assert http.get("/ready").status_code == 200
 
@@ -212,10 +212,10 @@ def test_an_item_that_is_refused_harms_nobody(beside: RunningServer) -> None:
 
 def test_whoever_leaves_is_forgotten(folders: Folders) -> None:
     """Their pictures take no room in a later forward, and nothing of them stays."""
-    engine = EngineProcess(EngineSpec(str(folders.chat), CPU, tagger=str(folders.dual)))
+    engine = EngineProcess(EngineSpec(str(folders.chat), CPU, tagger=str(folders.two_tower)))
     engine.start()
     try:
-        _, _, tokens = read_tagger(str(folders.dual))
+        _, _, tokens = read_tagger(str(folders.two_tower))
         (ids,) = tokens.ids(["a cat"])
         done = threading.Event()
         results: list[Any] = []
@@ -235,7 +235,7 @@ def test_whoever_leaves_is_forgotten(folders: Folders) -> None:
 
 
 def test_an_engine_that_dies_fails_what_it_embeds_and_comes_back(folders: Folders) -> None:
-    with both(folders, folders.dual) as server:
+    with both(folders, folders.two_tower) as server:
         vectors = embedded(server)
         engine = server.state.engine
         os.kill(engine.pid, signal.SIGSTOP)  # what is sent now waits
@@ -258,7 +258,7 @@ def test_taggers_that_cannot_be_used(folders: Folders, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no text tower"):
         serve(ServerConfig(**options, tagger=str(folders.chat)), EngineSpec(str(folders.chat), CPU))
     with pytest.raises(UserError, match="is a SigLIP itself"):
-        serve(ServerConfig(**options, tagger=str(folders.dual)), EngineSpec(str(folders.dual), CPU))
+        serve(ServerConfig(**options, tagger=str(folders.two_tower)), EngineSpec(str(folders.two_tower), CPU))
 
 
 def test_without_a_tagger_the_error_says_how(server: RunningServer) -> None:

@@ -12,15 +12,15 @@ from siglane.engine.batch import Chunk
 from siglane.engine.batch import Sequence as Running
 from siglane.engine.features import FeatureCache
 from siglane.engine.kv import PageAllocator
-from siglane.engine.radix import PrefixCache
-from siglane.engine.scheduler import Budget, Scheduler, Step
+from siglane.engine.prefix_cache import PrefixCache
+from siglane.engine.scheduler import Scheduler, Step, StepBudget
 from siglane.engine.splice import splice
 from siglane.types import (
     Box,
-    Features,
     Grid,
     ImageLayout,
     ImagePatches,
+    ImagePlaceholder,
     ImageSpan,
     Prompt,
     Request,
@@ -39,7 +39,7 @@ VOCABULARY = 97
 def image(name: int, rows: int = 4, patches: int = 4) -> ImagePatches:
     """An image of which only identity and sizes matter; equal numbers are equal images."""
     tile = Tile((Resize(Size(patches, 1), "bicubic"),), Box(0, 0, patches, 1), Grid(1, patches))
-    layout = ImageLayout(Size(patches, 1), (tile,), (Features(rows),), Grid(1, 1))
+    layout = ImageLayout(Size(patches, 1), (tile,), (ImagePlaceholder(rows),), Grid(1, 1))
     return ImagePatches(torch.zeros(patches, 1), layout, digest_of(b"kit", f"{name} {rows} {patches}".encode()))
 
 
@@ -107,7 +107,7 @@ class Rig:
         prefix_cache: bool = True,
         feature_bytes: int = 1 << 20,
     ) -> None:
-        self.budget = Budget(tokens, patches, running)
+        self.budget = StepBudget(tokens, patches, running)
         self.allocator = PageAllocator(pages)
         self.cache = PrefixCache(self.allocator, page_size) if prefix_cache else None
         self.features = FeatureCache(feature_bytes)
@@ -142,7 +142,7 @@ class Rig:
         step = self.scheduler.plan()
         self.check_plan(step)
         self.check_pages()
-        for key, wanting in step.misses.items():
+        for key, wanting in step.images_to_encode.items():
             asked, number = wanting[0][0].request.prompt, wanting[0][1]
             rows = rows_of(asked.images[number])
             self.encoded.append(asked.images[number].digest)
@@ -180,14 +180,15 @@ class Rig:
         assert embeds.flatten().tolist() == expected[chunk.start : chunk.stop]
 
     def slot(self, sequence: Running, position: int) -> tuple[int, int]:
-        return sequence.pages[position // self.page_size], position % self.page_size
+        return sequence.block_table[position // self.page_size], position % self.page_size
 
     def check_plan(self, step: Step) -> None:
         assert step.chunks, "an empty step although there is work"
         assert sum(chunk.tokens for chunk in step.chunks) <= self.budget.tokens
         assert len(self.scheduler.running) <= self.budget.running
         patches = [
-            wanting[0][0].request.prompt.images[wanting[0][1]].layout.patches for wanting in step.misses.values()
+            wanting[0][0].request.prompt.images[wanting[0][1]].layout.patches
+            for wanting in step.images_to_encode.values()
         ]
         assert sum(patches) <= self.budget.patches or len(patches) == 1
         names = [chunk.sequence.request.request_id for chunk in step.chunks]

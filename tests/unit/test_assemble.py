@@ -10,11 +10,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siglane.config.layout.rule import Cells, Place
-from siglane.config.layout.vila import VilaTiling
 from siglane.config.projector import vila_projector
 from siglane.projector.assemble import assemble, projector_grids, projector_input
-from siglane.types import AnyRes, Assembly, Box, Features, Grid, ImageLayout, MergedScales, Newline, Resize, Size, Tile
+from siglane.tiling.rule import ImageContext, PatchGeometry
+from siglane.tiling.vila import VilaTiling
+from siglane.types import (
+    AnyRes,
+    Assembly,
+    Box,
+    Grid,
+    ImageLayout,
+    ImagePlaceholder,
+    MergedScales,
+    Newline,
+    Resize,
+    Size,
+    Tile,
+)
 
 WIDTH = 5
 NEWLINE = torch.tensor([9.0, 8.0, 7.0, 6.0, 5.0])
@@ -27,7 +39,7 @@ def rows_of(count: int, seed: int = 0) -> torch.Tensor:
 
 def layout_of(tiles: int, arrangement: Grid, assembly: Assembly | None, image_tokens: int) -> ImageLayout:
     tile = Tile((Resize(Size(8, 8), "bicubic"),), Box(0, 0, 8, 8), Grid(2, 2))
-    return ImageLayout(Size(8, 8), (tile,) * tiles, (Features(image_tokens),), arrangement, assembly)
+    return ImageLayout(Size(8, 8), (tile,) * tiles, (ImagePlaceholder(image_tokens),), arrangement, assembly)
 
 
 def bilinear(picture: list[list[torch.Tensor]], target: Grid) -> list[list[torch.Tensor]]:
@@ -149,8 +161,8 @@ class TestMergedScales:
             s2_scales=scales, fill=(0, 0, 0),
         )  # fmt: skip
         channels = 3
-        cells = Cells(4, vila_projector("identity", input_size=channels * len(scales), output_size=WIDTH))
-        layout = rule.image(size, cells, Place())
+        geometry = PatchGeometry(4, vila_projector("identity", input_size=channels * len(scales), output_size=WIDTH))
+        layout = rule.image(size, geometry, ImageContext())
         last, grid = layout.arrangement, Grid(2, 2)
         features = torch.randn(layout.patches, channels, generator=torch.Generator().manual_seed(0))
         arrangements = [*(Grid(scale // 8, scale // 8) for scale in scales[:-1]), last]
@@ -207,7 +219,7 @@ class TestCount:
         count = 8 if assembly is None else tokens.get(assembly, 8)
         layout = layout_of(2, Grid(1, 1), assembly, count)
         assert assemble(rows_of(8), (Grid(2, 2),) * 2, layout, NEWLINE).shape == (count, WIDTH)
-        wrong = replace(layout, pieces=(Features(count + off),))
+        wrong = replace(layout, pieces=(ImagePlaceholder(count + off),))
         with pytest.raises(RuntimeError, match=f"gave {count} rows, the layout says {count + off}"):
             assemble(rows_of(8), (Grid(2, 2),) * 2, wrong, NEWLINE)
 

@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 from checkpoints import write_nvila_checkpoint
 
-from siglane.config.layout.anyres import AnyResTiling
-from siglane.config.layout.naflex import NaFlex
-from siglane.config.layout.nanovlm import WholeTiles
-from siglane.config.layout.navit import NativeResolution
-from siglane.config.layout.rule import CHECKPOINT_LIMITS, LIMITS, Cells, ImageBudget, LayoutRule, Place
-from siglane.config.layout.squash import Squash
-from siglane.config.layout.vila import VilaTiling
 from siglane.config.projector import ProjectorConfig, llava_projector, vila_projector
 from siglane.errors import UserError
 from siglane.families.registry import image_facts
 from siglane.families.report import report_image
-from siglane.types import Clip, ImageLayout, Size
+from siglane.tiling.anyres import AnyResTiling
+from siglane.tiling.naflex import NaFlex
+from siglane.tiling.nanovlm import WholeTiles
+from siglane.tiling.navit import NativeResolution
+from siglane.tiling.rule import CHECKPOINT_LIMITS, LIMITS, ImageBudget, ImageContext, LayoutRule, PatchGeometry
+from siglane.tiling.squash import Squash
+from siglane.tiling.vila import VilaTiling
+from siglane.types import ImageLayout, Size, VideoSize
 from siglane.weights.hub import open_checkpoint
 
 ONE_TO_ONE = llava_projector(input_size=3, output_size=4)
@@ -63,7 +63,7 @@ A_LIMIT = {
 
 def layout_of(name: str, budget: ImageBudget, size: Size = WIDE) -> ImageLayout:
     rule, projector, _ = RULES[name]
-    return rule.within(budget).rule.image(size, Cells(14, projector), Place())
+    return rule.within(budget).rule.image(size, PatchGeometry(14, projector), ImageContext())
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -160,7 +160,7 @@ class TestUnderAServersCeiling:
 def test_each_image_has_its_own_budget_and_videos_do_not_count_as_images(tmp_path: Path) -> None:
     write_nvila_checkpoint(tmp_path)
     facts = image_facts(open_checkpoint(tmp_path))
-    alone, clip = facts.layouts([WIDE, Clip(Size(640, 480), 4)])
+    alone, clip = facts.layouts([WIDE, VideoSize(Size(640, 480), 4)])
     assert len(alone.tiles) > 1
     assert alone == facts.layouts([WIDE])[0]
     assert (clip.frames, len(clip.tiles)) == (4, 4)

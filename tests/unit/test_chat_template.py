@@ -22,8 +22,8 @@ from ovis2_5_checkpoint import write_ovis2_5_checkpoint
 from siglane.errors import UserError
 from siglane.families.family import PromptRules
 from siglane.families.processor import Processor, load_processor
-from siglane.families.template import self_contained
-from siglane.types import Clip, ImagePart, ImagePatches, Medium, Message, Role, Size, digest_of
+from siglane.families.prompt.template import self_contained
+from siglane.types import ImagePart, ImagePatches, Medium, Message, Role, Size, VideoSize, digest_of
 from siglane.weights.hub import open_checkpoint
 
 Kind = Literal["image", "video"]
@@ -145,7 +145,7 @@ def both(
     found = [part for _, content in kept if not isinstance(content, str) for part in content if part in (IMAGE, VIDEO)]
     order = sorted(range(len(found)), key=lambda n: found[n] == VIDEO) if pictures_first else list(range(len(found)))
     media: list[Medium] = [
-        conversation.media[n] if found[n] == IMAGE else Clip(conversation.media[n], 2) for n in order
+        conversation.media[n] if found[n] == IMAGE else VideoSize(conversation.media[n], 2) for n in order
     ]
     numbers = iter([order.index(n) for n in range(len(found))])
     messages, turns = [], []
@@ -265,12 +265,12 @@ class TestErrors:
         processor = processors[name]
         if processor.config.video is None:
             with pytest.raises(UserError, match="images, not videos"):
-                hollow(processor, [Clip(Size(20, 30), 2)])
+                hollow(processor, [VideoSize(Size(20, 30), 2)])
             return
         with pytest.raises(UserError, match="wrote 1 video placeholders for 0 videos"):
             processor.rendered_prompt(self.text(processor, VIDEO), [])
         with pytest.raises(UserError, match="wrote 0 video placeholders for 1 videos"):
-            processor.rendered_prompt(self.text(processor, "What?"), hollow(processor, [Clip(Size(20, 30), 2)]))
+            processor.rendered_prompt(self.text(processor, "What?"), hollow(processor, [VideoSize(Size(20, 30), 2)]))
 
 
 @pytest.mark.parametrize("name", WRITERS)

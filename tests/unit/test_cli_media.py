@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from siglane.cli.main import main
-from siglane.config.layout.rule import ImageBudget
+from siglane.tiling.rule import ImageBudget
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from transformers import Qwen2Config, Qwen3Config, SiglipVisionConfig
 
-from siglane.config.layout.squash import Squash
-from siglane.config.layout.vila import VilaTiling
+from siglane.config.language import LanguageConfig
 from siglane.config.preprocess import ImageProcessorConfig, PreprocessConfig
 from siglane.config.reader import LARGEST_SIZE, ConfigReader, read_json
-from siglane.config.text import LanguageConfig
 from siglane.config.vision import VisionConfig, resolve_layer
 from siglane.errors import ConfigError
+from siglane.tiling.squash import Squash
+from siglane.tiling.vila import VilaTiling
 from siglane.types import Grid, Size
 
 QWEN2 = {"model_type": "qwen2", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}

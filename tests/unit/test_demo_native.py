@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from recipes.demo.native import PRINT_SCALES
+from recipes.demo.scenes import WORDS, draw, random_scene
 from siglane import LLM, SamplingParams
-from siglane.training.native import PRINT_SCALES
-from siglane.training.scenes import WORDS, draw, random_scene
 from siglane.types import Size
 from siglane.weights.demo import demo_folder
 

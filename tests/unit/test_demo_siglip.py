@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import SiglipModel
 
+from recipes.demo.siglip import HELD_OUT, LOCKED_RECIPE, PaintedPairs, accuracies
 from siglane import Tagger
 from siglane.cli.main import main
-from siglane.families.dual import load_dual
+from siglane.families.two_tower import load_two_tower
 from siglane.training.contrastive import TrainConfig
-from siglane.training.demo_siglip import HELD_OUT, LOCKED_RECIPE, PaintedPairs, accuracies
 from siglane.training.run import MODEL, Skipped, open_run, train
 from siglane.weights.demo import demo_folder, open_model
 
@@ -36,15 +36,15 @@ def test_the_shipped_shapes_have_their_names_as_tags(tmp_path: Path, capsys: pyt
 
 
 def test_it_knows_colours_and_shapes_on_scenes_it_has_not_seen() -> None:
-    dual = load_dual(open_model("demo-siglip"), device="cpu", dtype=torch.float32)
-    assert accuracies(dual, seed=HELD_OUT + 50, pictures=256)["single"] >= 0.9
+    two_tower = load_two_tower(open_model("demo-siglip"), device="cpu", dtype=torch.float32)
+    assert accuracies(two_tower, seed=HELD_OUT + 50, pictures=256)["single"] >= 0.9
 
 
 def test_transformers_reads_it(tagger: Tagger) -> None:
     folder = demo_folder() / "siglip"
     model, loading = SiglipModel.from_pretrained(folder, output_loading_info=True)
     assert not loading["missing_keys"] | loading["unexpected_keys"] | loading["mismatched_keys"]
-    ours = load_dual(open_model("demo-siglip"), device="cpu", dtype=torch.float32)
+    ours = load_two_tower(open_model("demo-siglip"), device="cpu", dtype=torch.float32)
     ids = ours.texts.ids(["a red circle", "a photo of a sign"])
     with torch.no_grad():
         theirs = model.eval().float().get_text_features(input_ids=ids)
@@ -64,5 +64,5 @@ def test_a_fresh_text_tower_learns_what_the_locked_image_tower_knows(tmp_path: P
     pairs = PaintedPairs(recipe.seed)
     trainer = open_run(open_model("demo-siglip"), pairs, tmp_path, recipe, torch.device("cpu"), resume=False)
     train(trainer, pairs, tmp_path, skipped=Skipped())
-    dual = load_dual(open_model(tmp_path / MODEL), device="cpu", dtype=torch.float32)
-    assert accuracies(dual, seed=HELD_OUT + 51, pictures=256)["single"] >= 0.8
+    two_tower = load_two_tower(open_model(tmp_path / MODEL), device="cpu", dtype=torch.float32)
+    assert accuracies(two_tower, seed=HELD_OUT + 51, pictures=256)["single"] >= 0.8

@@ -19,13 +19,13 @@ import torch
 from checkpoints import write_nvila_checkpoint
 
 from siglane.engine.batch import StepBatch
-from siglane.engine.config import EngineConfig
 from siglane.engine.engine import Engine
 from siglane.engine.load import load_engine
 from siglane.errors import EngineError, UserError
 from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import Processor, load_processor
 from siglane.nn.attention import CausalSegments
+from siglane.settings.engine import EngineConfig
 from siglane.types import (
     DecodedImage,
     ImagePart,

@@ -19,30 +19,34 @@ PACKAGE = Path(siglane.__file__).parent
 FLOORS = {
     "types": 0,
     "errors": 0,
-    "config": 1,
+    "tiling": 1,
     "nn": 1,
-    "image": 2,
-    "vision": 2,
-    "projector": 2,
-    "text": 2,
-    "lm": 2,
-    "weights": 2,
-    "families": 3,
-    "engine": 4,
-    "tagging": 4,
-    "training": 4,
-    "hosts": 4,
-    "verify": 4,
-    "llm": 5,
-    "server": 5,
-    "cli": 6,
+    "config": 2,
+    "settings": 3,
+    "image": 4,
+    "vision": 4,
+    "projector": 4,
+    "text": 4,
+    "lm": 4,
+    "weights": 4,
+    "media": 5,
+    "families": 6,
+    "engine": 7,
+    "tagging": 7,
+    "training": 7,
+    "hosts": 7,
+    "verify": 7,
+    "llm": 8,
+    "server": 8,
+    "look": 8,
+    "cli": 9,
 }
 FRONT_DOOR = PACKAGE / "__init__.py"  # re-exports everything, so nobody inside goes through it
 LOADERS = ("import_module", "__import__")
 SGLANG_HOST = PurePosixPath("hosts/sglang")
 
-VISION_STACK = ("types", "errors", "config", "nn", "image", "vision", "projector")
-ON_DEMAND = ("image/remote.py",)  # imported by the function that fetches a URL
+VISION_STACK = ("types", "errors", "tiling", "nn", "config", "settings", "image", "vision", "projector")
+ON_DEMAND = ("media/remote.py",)  # imported by the function that fetches a URL
 EXTRAS = ("fastapi", "orjson", "pybase64", "prometheus_client", "av", "sglang", "flashinfer")
 HTTP_CLIENT = "httpx2"  # huggingface_hub has it too, so only the vision stack proper can do without
 
@@ -113,7 +117,7 @@ def test_imports_go_down_only() -> None:
         ("vision/tower.py", "from siglane.projector.mlp import Projector", "imports projector on its own floor"),
         ("types.py", "from siglane.errors import UserError", "types (floor 0) imports errors on its own floor"),
         ("llm.py", "from siglane.server.app import app", "imports server on its own floor"),
-        ("vision/tower.py", "def late():\n    from siglane.engine import batch", ":2: vision (floor 2) imports engine"),
+        ("vision/tower.py", "def late():\n    from siglane.engine import batch", ":2: vision (floor 4) imports engine"),
         ("nn/norm.py", "if TYPE_CHECKING:\n    from siglane.lm.qwen import QwenModel", "imports lm on a higher floor"),
         ("nn/norm.py", "from ..lm.qwen import QwenModel", "imports lm on a higher floor"),
         ("nn/norm.py", "from .. import lm", "imports lm on a higher floor"),

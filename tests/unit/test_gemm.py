@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from siglane.nn.gemm import linear
+from siglane.nn.cpu.product import linear
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 576])

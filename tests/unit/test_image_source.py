@@ -31,8 +31,8 @@ from PIL import Image
 
 from siglane.config.preprocess import DecodeConfig
 from siglane.errors import ImageError
-from siglane.image import remote
-from siglane.image.source import MediaPolicy, fetch, load_source
+from siglane.media import remote
+from siglane.media.source import MediaPolicy, fetch, load_source
 
 POLICY = MediaPolicy()
 PUBLIC = "93.184.216.34"

@@ -13,9 +13,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from siglane.config.layout.rule import Cells
-from siglane.config.layout.squash import Squash
-from siglane.config.layout.vila import VilaTiling
 from siglane.config.preprocess import PreprocessConfig
 from siglane.config.projector import vila_projector
 from siglane.config.vision import PatchLayout, VisionConfig
@@ -24,20 +21,23 @@ from siglane.image import tile as tile_module
 from siglane.image.patchify import normalisation, patchify, to_patches
 from siglane.image.resize import resize, resize_in_float
 from siglane.image.tile import render_tiles
+from siglane.tiling.rule import PatchGeometry
+from siglane.tiling.squash import Squash
+from siglane.tiling.vila import VilaTiling
 from siglane.types import (
     Box,
-    Clip,
-    DecodedClip,
     DecodedImage,
-    Features,
+    DecodedVideo,
     Grid,
     ImageLayout,
     ImagePatches,
+    ImagePlaceholder,
     Pad,
     Resize,
     Size,
     Step,
     Tile,
+    VideoSize,
     digest_of,
 )
 
@@ -52,7 +52,7 @@ def picture(width: int, height: int, seed: int = 0) -> Rgb:
 
 def layout_of(source: Size, tiles: tuple[Tile, ...], *, frames: int = 0) -> ImageLayout:
     rows = sum(tile.grid.area for tile in tiles)
-    return ImageLayout(source, tiles, (Features(rows),), Grid(1, len(tiles)), frames=frames)
+    return ImageLayout(source, tiles, (ImagePlaceholder(rows),), Grid(1, len(tiles)), frames=frames)
 
 
 def cut(steps: tuple[Step, ...], left: int = 0, top: int = 0, side: int = 8, frame: int = 0) -> Tile:
@@ -265,14 +265,14 @@ class TestFrames:
             tile=Size(8, 8), resample="bicubic", tiling="dynamic", min_tiles=1, max_tiles=6, s2_scales=(), fill=BLACK
         )
         images = [DecodedImage.from_rgb(picture(30, 20, seed)) for seed in range(3)]
-        cells = Cells(PATCH, vila_projector("identity", input_size=8, output_size=8))
-        layout = rule.clip(Clip(Size(30, 20), 3), cells)
-        patches = to_patches(DecodedClip.of(images), layout, preprocess(), vision())
+        geometry = PatchGeometry(PATCH, vila_projector("identity", input_size=8, output_size=8))
+        layout = rule.video(VideoSize(Size(30, 20), 3), geometry)
+        patches = to_patches(DecodedVideo.of(images), layout, preprocess(), vision())
         alone = [patchify([resize(image.rgb, Size(8, 8), "bicubic")], PATCH, "channel_first") for image in images]
         assert torch.equal(patches.pixels, torch.cat(alone))
-        turned = to_patches(DecodedClip.of(images[::-1]), layout, preprocess(), vision())
+        turned = to_patches(DecodedVideo.of(images[::-1]), layout, preprocess(), vision())
         assert turned.digest != patches.digest
-        assert to_patches(DecodedClip.of(images), layout, preprocess(), vision()).digest == patches.digest
+        assert to_patches(DecodedVideo.of(images), layout, preprocess(), vision()).digest == patches.digest
 
 
 # --- bytes beside floats --------------------------------------------------------------------------------------------

@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from siglane.config.layout.rule import Cells, Place
-from siglane.config.layout.vila import VilaTiling
 from siglane.config.preprocess import RESAMPLES, PreprocessConfig
 from siglane.config.projector import ProjectorConfig
 from siglane.config.vision import PatchLayout, VisionConfig
@@ -21,6 +19,8 @@ from siglane.errors import ConfigError
 from siglane.image.patchify import normalisation, patchify, to_patches
 from siglane.image.resize import resize
 from siglane.image.tile import render_tiles
+from siglane.tiling.rule import ImageContext, PatchGeometry
+from siglane.tiling.vila import VilaTiling
 from siglane.types import DecodedImage, Grid, ImageLayout, Size
 
 TILE, PATCH = 56, 14
@@ -75,7 +75,7 @@ def tiled(**changes: object) -> PreprocessConfig:
 
 
 def layout_of(image: DecodedImage, preprocess: PreprocessConfig, *, alone: bool = True) -> ImageLayout:
-    return preprocess.rule.image(image.size, Cells(PATCH, PROJECTOR), Place(0, 1 if alone else 2))
+    return preprocess.rule.image(image.size, PatchGeometry(PATCH, PROJECTOR), ImageContext(0, 1 if alone else 2))
 
 
 # --- the reference, step by step ----------------------------------------------------------------------------------

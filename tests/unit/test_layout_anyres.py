@@ -18,13 +18,13 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.llava_onevision.modeling_llava_onevision import unpad_image
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
-from siglane.config.layout.anyres import AnyResTiling, best_pinpoint, fitted, shrunk, unpadded
-from siglane.config.layout.rule import Cells, ImageBudget, Place
 from siglane.config.projector import llava_projector
 from siglane.errors import ConfigError, UserError
 from siglane.image.tile import render_tiles
 from siglane.projector.assemble import assemble
-from siglane.types import AnyRes, Box, Clip, Detail, Grid, ImageLayout, Newline, Pad, Resize, Size
+from siglane.tiling.anyres import AnyResTiling, best_pinpoint, fitted, shrunk, unpadded
+from siglane.tiling.rule import ImageBudget, ImageContext, PatchGeometry
+from siglane.types import AnyRes, Box, Detail, Grid, ImageLayout, Newline, Pad, Resize, Size, VideoSize
 
 MANY = settings(max_examples=1000, deadline=None, database=None)
 SOME = settings(max_examples=60, deadline=None, database=None)
@@ -32,7 +32,7 @@ SOME = settings(max_examples=60, deadline=None, database=None)
 SIZES = st.builds(Size, st.integers(1, 6000), st.integers(1, 6000))
 PINPOINTS = tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7))
 PROJECTOR = llava_projector(input_size=4, output_size=4)
-CELLS = Cells(14, PROJECTOR)
+GEOMETRY = PatchGeometry(14, PROJECTOR)
 
 RULE = AnyResTiling(
     tile=Size(384, 384), resample="bicubic", frame_resample="bilinear", fill=(127, 127, 127), pinpoints=PINPOINTS,
@@ -43,7 +43,7 @@ SMALL = replace(RULE, tile=Size(28, 28), pinpoints=tuple((28 * i, 28 * j) for i 
 
 
 def layout_of(size: Size, rule: AnyResTiling = RULE, *, images: int = 1) -> ImageLayout:
-    return rule.image(size, CELLS, Place(0, images))
+    return rule.image(size, GEOMETRY, ImageContext(0, images))
 
 
 class TheirCount(LlavaOnevisionProcessor):
@@ -191,7 +191,7 @@ class TestOneTile:
         """Alone it is anyres' first tile and a newline; among others nothing changes."""
         low = RULE.within(ImageBudget(detail="low"))
         assert low.detail == "low"
-        layout = low.rule.image(Size(1920, 1080), CELLS, Place(0, images))
+        layout = low.rule.image(Size(1920, 1080), GEOMETRY, ImageContext(0, images))
         assert layout.image_tokens == 730
         whole = layout_of(Size(1920, 1080), images=images)
         assert layout.tiles == whole.tiles[:1]
@@ -199,7 +199,7 @@ class TestOneTile:
 
 @pytest.mark.parametrize("frames", [1, 2, 32])
 def test_a_clip_is_a_quarter_of_every_frame_and_one_newline(frames: int) -> None:
-    layout = RULE.clip(Clip(Size(640, 360), frames), CELLS)
+    layout = RULE.video(VideoSize(Size(640, 360), frames), GEOMETRY)
     assert layout.image_tokens == 196 * frames + 1
     assert layout.assembly == Newline(Grid(14, 14))
     assert [tile.frame for tile in layout.tiles] == list(range(frames))
@@ -212,7 +212,7 @@ def test_a_clip_is_a_quarter_of_every_frame_and_one_newline(frames: int) -> None
 def test_every_row_has_its_place(size: Size, small: bool, images: int) -> None:
     """`assemble` counts the rows of a real map against the layout."""
     rule = SMALL if small else RULE
-    layout = rule.image(size, CELLS, Place(0, images))
+    layout = rule.image(size, GEOMETRY, ImageContext(0, images))
     rows = torch.rand(layout.patches, 2)
     assembled = assemble(rows, layout.grids, layout, torch.full((2,), 7.0))
     assert len(assembled) == layout.image_tokens
@@ -238,7 +238,7 @@ class TestBudgets:
     @given(SIZES, st.integers(1, 40))
     @SOME
     def test_max_tiles(self, size: Size, most: int) -> None:
-        layout = RULE.within(ImageBudget(max_tiles=most)).rule.image(size, CELLS, Place())
+        layout = RULE.within(ImageBudget(max_tiles=most)).rule.image(size, GEOMETRY, ImageContext())
         assert 1 <= layout.arrangement.area == len(layout.tiles) - 1 <= most
 
     def test_the_smallest_canvas_always_stays(self) -> None:

@@ -9,14 +9,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_size_for_max_num_patches
 
-from siglane.config.layout.naflex import MOST_PATCHES, NaFlex, fitted
-from siglane.config.layout.rule import Cells, ImageBudget, Place
 from siglane.config.projector import vila_projector
 from siglane.errors import ConfigError, UserError
-from siglane.types import Box, Clip, Grid, Resize, Size
+from siglane.tiling.naflex import MOST_PATCHES, NaFlex, fitted
+from siglane.tiling.rule import ImageBudget, ImageContext, PatchGeometry
+from siglane.types import Box, Grid, Resize, Size, VideoSize
 
 RULE = NaFlex(patch_size=16, max_num_patches=256, resample="bilinear")
-CELLS = Cells(16, vila_projector("identity", input_size=4, output_size=4))
+GEOMETRY = PatchGeometry(16, vila_projector("identity", input_size=4, output_size=4))
 SIZES = st.builds(Size, st.integers(1, 8000), st.integers(1, 8000))
 
 
@@ -33,7 +33,7 @@ SIZES = st.builds(Size, st.integers(1, 8000), st.integers(1, 8000))
 )
 def test_vectors(height: int, width: int, resized: tuple[int, int], grid: tuple[int, int]) -> None:
     """formats.md 2.2."""
-    layout = RULE.image(Size(width, height), CELLS, Place())
+    layout = RULE.image(Size(width, height), GEOMETRY, ImageContext())
     (tile,) = layout.tiles
     assert (tile.canvas.height, tile.canvas.width) == resized
     assert tile.grid == Grid(*grid)
@@ -55,7 +55,7 @@ def test_the_search_is_the_references(size: Size, patch: int, most: int) -> None
 @given(size=SIZES, most=st.integers(1, 2048))
 def test_a_picture_never_has_more_patches_than_allowed(size: Size, most: int) -> None:
     for budget in (ImageBudget(max_num_patches=most), ImageBudget(max_num_patches=most, detail="original")):
-        assert RULE.within(budget).rule.image(size, CELLS, Place()).patches <= most
+        assert RULE.within(budget).rule.image(size, GEOMETRY, ImageContext()).patches <= most
 
 
 @pytest.mark.parametrize(
@@ -78,14 +78,14 @@ def test_details(budget: ImageBudget, most: int, detail: str) -> None:
 def test_original_keeps_the_size_of_what_fits() -> None:
     rule, applied = RULE.within(ImageBudget(detail="original"))
     assert applied == "original"
-    assert rule.image(Size(100, 50), CELLS, Place()).grids == (Grid(4, 7),)
-    assert 0.9 * MOST_PATCHES < rule.image(Size(3000, 2000), CELLS, Place()).patches <= MOST_PATCHES
+    assert rule.image(Size(100, 50), GEOMETRY, ImageContext()).grids == (Grid(4, 7),)
+    assert 0.9 * MOST_PATCHES < rule.image(Size(3000, 2000), GEOMETRY, ImageContext()).patches <= MOST_PATCHES
 
 
 def test_refusals() -> None:
     with pytest.raises(UserError, match="max_tiles does not apply"):
         RULE.within(ImageBudget(max_tiles=3))
     with pytest.raises(UserError, match="videos"):
-        RULE.clip(Clip(Size(10, 10), 2), CELLS)
+        RULE.video(VideoSize(Size(10, 10), 2), GEOMETRY)
     with pytest.raises(ConfigError, match="max_num_patches"):
         NaFlex(patch_size=16, max_num_patches=0, resample="bilinear")

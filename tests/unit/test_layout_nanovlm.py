@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siglane.config.layout.nanovlm import WholeTiles
-from siglane.config.layout.rule import CHECKPOINT_LIMITS, Cells, ImageBudget, Place
 from siglane.config.projector import pixel_shuffle_projector
 from siglane.errors import ConfigError, UserError
-from siglane.types import Box, Clip, Features, Grid, Marker, Resize, Size, Token
+from siglane.tiling.nanovlm import WholeTiles
+from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget, ImageContext, PatchGeometry
+from siglane.types import Box, Grid, ImagePlaceholder, Marker, Resize, Size, Token, VideoSize
 
-CELLS = Cells(16, pixel_shuffle_projector(4, input_size=768, output_size=960))  # 512 pixels: 64 rows
+GEOMETRY = PatchGeometry(16, pixel_shuffle_projector(4, input_size=768, output_size=960))  # 512 pixels: 64 rows
 TOKENS = tuple(tuple(f"<row_{row}_col_{column}>" for column in range(1, 9)) for row in range(1, 9))
 NEWEST = WholeTiles(side=512, longest=4, enlarge=True, global_token="<|global_image|>", tile_tokens=TOKENS)
 PLAIN = replace(NEWEST, enlarge=False)
@@ -25,8 +25,8 @@ SIZES = st.builds(Size, st.integers(1, 5000), st.integers(1, 5000))
 RULES = st.sampled_from([NEWEST, PLAIN, GRID, replace(PLAIN, side=224, longest=1), replace(PLAIN, side=96, longest=3)])
 
 
-def layout(rule: WholeTiles, width: int, height: int, place: Place = Place()) -> Any:  # noqa: B008 (frozen)
-    return rule.image(Size(width, height), CELLS, place)
+def layout(rule: WholeTiles, width: int, height: int, place: ImageContext = ImageContext()) -> Any:  # noqa: B008 (frozen)
+    return rule.image(Size(width, height), GEOMETRY, place)
 
 
 @pytest.mark.parametrize(
@@ -72,29 +72,31 @@ def test_the_whole_picture_comes_first() -> None:
     assert last.box == Box(1536, 1024, 2048, 1536)
     assert {tile.steps for tile in found.tiles[1:]} == {(canvas,)}
     names = ["<|global_image|>", *(f"<row_{row}_col_{column}>" for row in (1, 2, 3) for column in (1, 2, 3, 4))]
-    assert found.pieces == tuple(piece for name in names for piece in (Token(name), Features(64)))
+    assert found.pieces == tuple(piece for name in names for piece in (Token(name), ImagePlaceholder(64)))
 
 
 def test_a_single_tile_is_the_whole_picture() -> None:
-    assert layout(PLAIN, 300, 200).pieces == (Token("<|global_image|>"), Features(64))
+    assert layout(PLAIN, 300, 200).pieces == (Token("<|global_image|>"), ImagePlaceholder(64))
     assert layout(PLAIN, 300, 200).tiles[0].steps == (Resize(Size(512, 512), "bicubic"),)
 
 
 def test_without_the_whole_picture_a_single_tile_has_its_own_token() -> None:
-    assert layout(GRID, 300, 200).pieces == (Token("<row_1_col_1>"), Features(64))
+    assert layout(GRID, 300, 200).pieces == (Token("<row_1_col_1>"), ImagePlaceholder(64))
     names = ["<row_1_col_1>", "<row_1_col_2>"]
-    assert layout(GRID, 1024, 512).pieces == tuple(piece for name in names for piece in (Token(name), Features(64)))
+    assert layout(GRID, 1024, 512).pieces == tuple(
+        piece for name in names for piece in (Token(name), ImagePlaceholder(64))
+    )
 
 
 def test_one_of_several_is_announced() -> None:
     for rule in (NEWEST, GRID):
-        found = layout(rule, 300, 200, Place(2, 3))
+        found = layout(rule, 300, 200, ImageContext(2, 3))
         assert found.pieces[0] == Marker("<image: 2>", isolated=False)
         assert found.pieces[1:] == layout(rule, 300, 200).pieces
 
 
 def test_tiles_without_tokens() -> None:
-    assert layout(replace(GRID, tile_tokens=()), 1024, 512).pieces == (Features(64), Features(64))
+    assert layout(replace(GRID, tile_tokens=()), 1024, 512).pieces == (ImagePlaceholder(64), ImagePlaceholder(64))
 
 
 @given(SIZES, RULES)
@@ -120,8 +122,8 @@ def test_max_tiles_is_kept_and_only_ever_shortens(size: Size, rule: WholeTiles, 
 def test_low_is_one_tile() -> None:
     rule, applied = NEWEST.within(ImageBudget(detail="low"))
     assert applied == "low"
-    found = rule.image(Size(640, 480), CELLS, Place())
-    assert (found.arrangement, found.pieces) == (Grid(1, 1), (Token("<|global_image|>"), Features(64)))
+    found = rule.image(Size(640, 480), GEOMETRY, ImageContext())
+    assert (found.arrangement, found.pieces) == (Grid(1, 1), (Token("<|global_image|>"), ImagePlaceholder(64)))
 
 
 def test_other_details_are_the_checkpoints() -> None:
@@ -137,7 +139,7 @@ def test_a_budget_of_another_kind_is_refused() -> None:
 
 def test_videos_are_refused() -> None:
     with pytest.raises(UserError, match="not videos"):
-        NEWEST.clip(Clip(Size(64, 64), 2), CELLS)
+        NEWEST.video(VideoSize(Size(64, 64), 2), GEOMETRY)
 
 
 @pytest.mark.parametrize(

@@ -9,18 +9,18 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from siglane.config.layout.navit import NativeResolution, smart_resize
-from siglane.config.layout.rule import Cells, ImageBudget, Place
 from siglane.config.projector import vocabulary_projector
 from siglane.errors import ConfigError, UserError
-from siglane.types import Box, Clip, Features, Grid, ImageLayout, Indicator, Resize, Size
+from siglane.tiling.navit import NativeResolution, smart_resize
+from siglane.tiling.rule import ImageBudget, ImageContext, PatchGeometry
+from siglane.types import Box, Grid, ImageLayout, ImagePlaceholder, Indicator, Resize, Size, VideoSize
 
 MANY = settings(max_examples=1000, deadline=None, database=None)
 
 FACTOR = 32
 LEAST, MOST = 448**2, 1792**2
 RULE = NativeResolution(factor=FACTOR, min_pixels=LEAST, max_pixels=MOST, resample="bilinear")
-CELLS = Cells(16, vocabulary_projector(2, 1028, 4, head="head", table="vte", input_size=8, output_size=8))
+GEOMETRY = PatchGeometry(16, vocabulary_projector(2, 1028, 4, head="head", table="vte", input_size=8, output_size=8))
 
 
 def resized(width: int, height: int, least: int = LEAST, most: int | None = MOST) -> Size:
@@ -28,7 +28,7 @@ def resized(width: int, height: int, least: int = LEAST, most: int | None = MOST
 
 
 def layout_of(width: int, height: int, rule: NativeResolution = RULE) -> ImageLayout:
-    return rule.image(Size(width, height), CELLS, Place())
+    return rule.image(Size(width, height), GEOMETRY, ImageContext())
 
 
 def pixels(layout: ImageLayout) -> int:
@@ -61,7 +61,7 @@ def test_vectors(
     assert tile.grid == Grid(*grid)
     assert layout.image_tokens == atoms
     assert layout.rows == atoms + 2
-    assert layout.pieces == (Indicator(0), Features(atoms), Indicator(1))
+    assert layout.pieces == (Indicator(0), ImagePlaceholder(atoms), Indicator(1))
     assert resized(width, height, most=1344 * 1792) == Size(to_small[1], to_small[0])
 
 
@@ -124,15 +124,15 @@ def test_a_strip_that_the_reference_would_make_0_pixels_high_is_one_block_high()
 
 class TestClips:
     def test_every_frame_is_a_tile_at_the_first_ones_size(self) -> None:
-        layout = RULE.clip(Clip(Size(640, 480), 3), CELLS)
+        layout = RULE.video(VideoSize(Size(640, 480), 3), GEOMETRY)
         assert [tile.frame for tile in layout.tiles] == [0, 1, 2]
         assert {tile.grid for tile in layout.tiles} == {Grid(30, 40)}
-        assert layout.pieces == (Indicator(2), Features(900), Indicator(3))
+        assert layout.pieces == (Indicator(2), ImagePlaceholder(900), Indicator(3))
         assert (layout.frames, layout.source, layout.rows) == (3, Size(640, 480), 902)
 
     def test_bounds_are_per_frame(self) -> None:
         budget = ImageBudget(max_pixels=896**2)
-        layout = RULE.within(budget).rule.clip(Clip(Size(1920, 1080), 8), CELLS)
+        layout = RULE.within(budget).rule.video(VideoSize(Size(1920, 1080), 8), GEOMETRY)
         (size,) = {tile.canvas for tile in layout.tiles}
         assert 0.9 * 896**2 < size.width * size.height <= 896**2
 
@@ -146,18 +146,18 @@ class TestBudgets:
         rule, detail = RULE.within(ImageBudget(detail="low"))
         assert detail == "low"
         assert rule == replace(RULE, max_pixels=LEAST)
-        assert rule.image(Size(4000, 3000), CELLS, Place()).image_tokens == 12 * 16
+        assert rule.image(Size(4000, 3000), GEOMETRY, ImageContext()).image_tokens == 12 * 16
 
     def test_original_only_rounds(self) -> None:
         rule, detail = RULE.within(ImageBudget(detail="original"))
         assert detail == "original"
-        assert rule.image(Size(6000, 4000), CELLS, Place()).tiles[0].canvas == Size(6016, 4000)
-        assert rule.image(Size(70, 30), CELLS, Place()).tiles[0].canvas == Size(64, 32)
+        assert rule.image(Size(6000, 4000), GEOMETRY, ImageContext()).tiles[0].canvas == Size(6016, 4000)
+        assert rule.image(Size(70, 30), GEOMETRY, ImageContext()).tiles[0].canvas == Size(64, 32)
 
     def test_an_original_that_is_limited_is_high(self) -> None:
         rule, detail = RULE.within(ImageBudget(detail="original", max_pixels=10**6))
         assert detail == "high"
-        assert pixels(rule.image(Size(6000, 4000), CELLS, Place())) <= 10**6
+        assert pixels(rule.image(Size(6000, 4000), GEOMETRY, ImageContext())) <= 10**6
 
     @pytest.mark.parametrize("most", [1024, 5000, 448**2 - 1, 600_000, 9_000_000])
     @pytest.mark.parametrize("size", [(3000, 2000), (40, 30), (1, 2999), (5000, 100)])
@@ -165,11 +165,11 @@ class TestBudgets:
         """Also below the checkpoint's least, which it then lowers."""
         rule, detail = RULE.within(ImageBudget(max_pixels=most))
         assert detail == "auto"
-        assert pixels(rule.image(Size(*size), CELLS, Place())) <= most
+        assert pixels(rule.image(Size(*size), GEOMETRY, ImageContext())) <= most
 
     def test_min_pixels_enlarges(self) -> None:
         rule, _ = RULE.within(ImageBudget(min_pixels=10**6))
-        assert pixels(rule.image(Size(100, 100), CELLS, Place())) >= 10**6
+        assert pixels(rule.image(Size(100, 100), GEOMETRY, ImageContext())) >= 10**6
 
     def test_low_takes_the_callers_least(self) -> None:
         assert RULE.within(ImageBudget(detail="low", min_pixels=10**5)).rule == replace(

@@ -12,19 +12,32 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from siglane.config.layout.rule import Cells, ImageBudget, Place
-from siglane.config.layout.squash import Squash
-from siglane.config.layout.vila import MOST_TILES, Tiling, VilaTiling, closest_tile_grid, tile_bounds
 from siglane.config.projector import (
     ProjectorConfig,
     average_projector,
     pixel_shuffle_projector,
-    projected_grid,
     vila_projector,
 )
 from siglane.errors import UserError
 from siglane.projector.mlp import Projector
-from siglane.types import Box, Clip, Detail, Features, Grid, ImageLayout, Marker, MergedScales, Pad, Resize, Size, Tile
+from siglane.tiling.merge import projected_grid
+from siglane.tiling.rule import ImageBudget, ImageContext, PatchGeometry
+from siglane.tiling.squash import Squash
+from siglane.tiling.vila import MOST_TILES, Tiling, VilaTiling, closest_tile_grid, tile_bounds
+from siglane.types import (
+    Box,
+    Detail,
+    Grid,
+    ImageLayout,
+    ImagePlaceholder,
+    Marker,
+    MergedScales,
+    Pad,
+    Resize,
+    Size,
+    Tile,
+    VideoSize,
+)
 
 MANY = settings(max_examples=1000, deadline=None, database=None)
 SOME = settings(max_examples=150, deadline=None, database=None)
@@ -54,7 +67,7 @@ def layout_of(
     size: Size, family: tuple[VilaTiling, ProjectorConfig], *, patch: int = 14, alone: bool = True
 ) -> ImageLayout:
     tiling, projector = family
-    return tiling.image(size, Cells(patch, projector), Place(0, 1 if alone else 2))
+    return tiling.image(size, PatchGeometry(patch, projector), ImageContext(0, 1 if alone else 2))
 
 
 @cache
@@ -144,11 +157,11 @@ class TestVectors:
 
     def test_a_newline_follows_every_block_of_features(self) -> None:
         embedded, text = Marker("\n", isolated=True), Marker("\n", isolated=False)
-        assert layout_of(Size(10, 10), LITE).pieces == (Features(121), embedded, text)
-        assert layout_of(Size(640, 480), LITE).pieces == (Features(121), embedded, text) * 13
-        assert layout_of(Size(640, 480), LITE, alone=False).pieces == (Features(121), embedded)
-        assert layout_of(Size(640, 480), S2).pieces == (Features(3072), embedded)
-        assert layout_of(Size(640, 480), S2, alone=False).pieces == (Features(256), embedded)
+        assert layout_of(Size(10, 10), LITE).pieces == (ImagePlaceholder(121), embedded, text)
+        assert layout_of(Size(640, 480), LITE).pieces == (ImagePlaceholder(121), embedded, text) * 13
+        assert layout_of(Size(640, 480), LITE, alone=False).pieces == (ImagePlaceholder(121), embedded)
+        assert layout_of(Size(640, 480), S2).pieces == (ImagePlaceholder(3072), embedded)
+        assert layout_of(Size(640, 480), S2, alone=False).pieces == (ImagePlaceholder(256), embedded)
 
     @pytest.mark.parametrize(
         ("side", "patch", "kind", "tokens"),
@@ -323,11 +336,11 @@ class TestClip:
     @pytest.mark.parametrize("frames", [1, 2, 8])
     def test_every_frame_is_one_tile_with_a_newline_behind_it(self, tiling: Tiling, frames: int) -> None:
         size = Size(640, 480)
-        layout = rule(tiling).clip(Clip(size, frames), Cells(14, S2[1]))
+        layout = rule(tiling).video(VideoSize(size, frames), PatchGeometry(14, S2[1]))
         still = layout_of(size, (rule(tiling), S2[1]), alone=False)
         assert [tile.frame for tile in layout.tiles] == list(range(frames))
         assert [replace(tile, frame=0) for tile in layout.tiles] == list(still.tiles) * frames
-        assert layout.pieces == (Features(256), Marker("\n", isolated=True)) * frames
+        assert layout.pieces == (ImagePlaceholder(256), Marker("\n", isolated=True)) * frames
         assert (layout.source, layout.frames, layout.arrangement) == (size, frames, Grid(1, 1))
         assert layout.assembly == (MergedScales((), 3) if tiling == "dynamic_s2" else None)
         assert (layout.image_tokens, layout.patches) == (256 * frames, 1024 * frames)
@@ -400,7 +413,7 @@ class TestBudget:
             return
         within, applied = own.within(ImageBudget(detail="high", max_tiles=most))
         assert applied == "high"
-        layout = within.image(size, Cells(14, S2[1]), Place())
+        layout = within.image(size, PatchGeometry(14, S2[1]), ImageContext())
         assert 1 <= layout.arrangement.area <= most
         assert tuple(layout.arrangement) == closest_by_the_book(size, tile_bounds(own)[0], most, 448)[::-1]
 
@@ -417,6 +430,6 @@ class TestBudget:
     def test_low_is_one_tile_as_in_company(self, size: Size, tiling: Tiling) -> None:
         within, applied = rule(tiling).within(ImageBudget(detail="low", max_tiles=4))
         assert applied == "low"
-        alone = within.image(size, Cells(14, S2[1]), Place())
+        alone = within.image(size, PatchGeometry(14, S2[1]), ImageContext())
         assert alone == layout_of(size, (rule(tiling), S2[1]), alone=False)
         assert len(alone.tiles) == 1

@@ -12,9 +12,9 @@ from checkpoints import write_nvila_checkpoint, write_siglip_checkpoint
 from clips import animation, frame, video
 from PIL import Image
 
-from siglane.config.layout.rule import ImageBudget
 from siglane.errors import UserError
 from siglane.llm import LLM, Generation, VisionEncoder
+from siglane.tiling.rule import ImageBudget
 from siglane.types import SamplingParams
 
 SHORT = SamplingParams(max_tokens=6, ignore_eos=True)

@@ -18,18 +18,18 @@ from ovis2_5_checkpoint import write_ovis2_5_checkpoint
 from PIL import Image
 from siglip2_checkpoint import write_siglip2_checkpoint
 
-from siglane.cli import view as pages
-from siglane.cli.drawing import FOLD_GAP, PAPER, flow, folded, folds
 from siglane.cli.main import main
-from siglane.cli.view import Positions, View, draw, unpatchify
 from siglane.image.patchify import patchify
 from siglane.image.tile import render_tiles
+from siglane.look import view as pages
+from siglane.look.drawing import FOLD_GAP, PAPER, flow, folded, folds
+from siglane.look.view import Positions, View, draw, unpatchify
 from siglane.types import (
     AnyRes,
     Box,
-    Features,
     Grid,
     ImageLayout,
+    ImagePlaceholder,
     Indicator,
     Marker,
     MergedScales,
@@ -68,7 +68,9 @@ def native(size: Size, grid: Grid) -> ImageLayout:
     """One tile of any shape between two learned rows, as Ovis2.5's."""
     canvas = Size(grid.w * PATCH, grid.h * PATCH)
     tile = Tile((Resize(canvas, "bilinear"),), Box(0, 0, *canvas), grid)
-    return ImageLayout(size, (tile,), (Indicator(0), Features(max(1, grid.area // 4)), Indicator(1)), Grid(1, 1))
+    return ImageLayout(
+        size, (tile,), (Indicator(0), ImagePlaceholder(max(1, grid.area // 4)), Indicator(1)), Grid(1, 1)
+    )
 
 
 def anyres(size: Size, columns: int, rows: int) -> ImageLayout:
@@ -82,7 +84,7 @@ def anyres(size: Size, columns: int, rows: int) -> ImageLayout:
     tiles = cut(1, 1, side, [Resize(Size(side, side), "bicubic")]) + cut(columns, rows, side, steps)
     crop = Box(0, 0, columns * n, rows * n)
     tokens = n * n + rows * n * (columns * n + 1)
-    return ImageLayout(size, tuple(tiles), (Features(tokens),), Grid(rows, columns), AnyRes(crop, None))
+    return ImageLayout(size, tuple(tiles), (ImagePlaceholder(tokens),), Grid(rows, columns), AnyRes(crop, None))
 
 
 def row_tokens(size: Size, columns: int, rows: int) -> ImageLayout:
@@ -90,10 +92,10 @@ def row_tokens(size: Size, columns: int, rows: int) -> ImageLayout:
     side = 64
     big = Resize(Size(columns * side, rows * side), "bicubic")
     whole = [big, Resize(Size(side, side), "bilinear", in_float=True)]
-    pieces: list[Piece] = [Token("<|global_image|>"), Features(4)]
+    pieces: list[Piece] = [Token("<|global_image|>"), ImagePlaceholder(4)]
     for row in range(rows):
         for column in range(columns):
-            pieces += [Token(f"<row_{row + 1}_col_{column + 1}>"), Features(4)]
+            pieces += [Token(f"<row_{row + 1}_col_{column + 1}>"), ImagePlaceholder(4)]
     tiles = cut(1, 1, side, whole) + cut(columns, rows, side, [big])
     return ImageLayout(size, tuple(tiles), tuple(pieces), Grid(rows, columns))
 
@@ -105,24 +107,24 @@ def scales(size: Size) -> ImageLayout:
         for columns, rows in ((1, 1), (2, 2), (4, 3))
         for tile in cut(columns, rows, side, [Resize(Size(columns * side, rows * side), "bicubic")])
     ]
-    return ImageLayout(size, tuple(tiles), (Features(48), LINE_FEED[0]), Grid(3, 4), MergedScales((1, 2), 3))
+    return ImageLayout(size, tuple(tiles), (ImagePlaceholder(48), LINE_FEED[0]), Grid(3, 4), MergedScales((1, 2), 3))
 
 
 def thumbnail(size: Size) -> ImageLayout:
     tiles = cut(4, 3, 64, [Resize(Size(256, 192), "bicubic")]) + cut(1, 1, 64, [Resize(Size(64, 64), "bicubic")])
-    return ImageLayout(size, tuple(tiles), (Features(4), *LINE_FEED) * 13, Grid(3, 4))
+    return ImageLayout(size, tuple(tiles), (ImagePlaceholder(4), *LINE_FEED) * 13, Grid(3, 4))
 
 
 def video(size: Size, frames: int) -> ImageLayout:
     tiles = [cut(1, 1, 64, [Resize(Size(64, 64), "bicubic")], frame)[0] for frame in range(frames)]
-    return ImageLayout(size, tuple(tiles), (Features(4 * frames + 1),), Grid(1, 1), Newline(Grid(2, 2)), frames)
+    return ImageLayout(size, tuple(tiles), (ImagePlaceholder(4 * frames + 1),), Grid(1, 1), Newline(Grid(2, 2)), frames)
 
 
 def film(size: Size, frames: int, grid: Grid) -> ImageLayout:
     """Frames of any shape in one run, as Ovis2.5's."""
     (tile,) = native(size, grid).tiles
     tiles = tuple(replace(tile, frame=frame) for frame in range(frames))
-    pieces = (Indicator(2), Features(frames * grid.area // 4), Indicator(3))
+    pieces = (Indicator(2), ImagePlaceholder(frames * grid.area // 4), Indicator(3))
     return ImageLayout(size, tiles, pieces, Grid(1, 1), frames=frames)
 
 
@@ -162,7 +164,7 @@ def test_every_kind_of_layout_can_be_drawn(layout: ImageLayout) -> None:
 
 
 def test_names_with_other_letters_are_drawn() -> None:
-    layout = replace(LAYOUTS["one pixel"], pieces=(Marker("\n<row ä>", isolated=False), Features(4)))
+    layout = replace(LAYOUTS["one pixel"], pieces=(Marker("\n<row ä>", isolated=False), ImagePlaceholder(4)))
     assert draw(view_of(layout, name="ü\n.png", model="модель")).width > 1000
 
 
@@ -174,7 +176,7 @@ def test_the_chips_say_what_stands_in_the_prompt() -> None:
     assert texts[:4] == ["tile 1: 4 tokens", "\n", "\n", "tile 2: 4 tokens"]
     texts = [chip.text for chip in pages._chips(view_of(LAYOUTS["native resolution"]))]
     assert texts == ["learned row 0", "300 tokens", "learned row 1"]
-    marker = replace(LAYOUTS["one pixel"], pieces=(Marker("a\n\tb", isolated=True), Features(4)))
+    marker = replace(LAYOUTS["one pixel"], pieces=(Marker("a\n\tb", isolated=True), ImagePlaceholder(4)))
     assert pages._chips(view_of(marker))[0].text == "a\n\\tb"
 
 

@@ -9,16 +9,16 @@ from typing import Any, Literal
 
 import pytest
 
-from siglane.cli.options import Parser, add_options, known_variables, options_of, read_options
-from siglane.config.layout.rule import ImageBudget
-from siglane.config.media import MediaConfig
-from siglane.config.options import read_environment
 from siglane.config.preprocess import DecodeConfig
-from siglane.engine.config import EngineConfig
 from siglane.errors import ConfigError, UserError
 from siglane.hosts.sglang.settings import HostConfig
-from siglane.image.source import MediaPolicy
-from siglane.server.config import ServerConfig
+from siglane.media.source import MediaPolicy
+from siglane.settings.engine import EngineConfig
+from siglane.settings.flags import Parser, add_options, known_variables, options_of, read_options
+from siglane.settings.media import MediaConfig
+from siglane.settings.options import read_environment
+from siglane.settings.server import ServerConfig
+from siglane.tiling.rule import ImageBudget
 from siglane.types import SamplingParams
 
 
@@ -238,7 +238,7 @@ class TestMedia:
     def test_the_defaults_are_those_of_a_stranger(self) -> None:
         assert MediaPolicy.of(MediaConfig()) == MediaPolicy()
         decode = MediaConfig().decode
-        assert decode == DecodeConfig(formats=MediaConfig().image_formats, clip_seconds=20.0)
+        assert decode == DecodeConfig(formats=MediaConfig().image_formats, video_seconds=20.0)
 
     def test_every_setting_reaches_what_reads_it(self) -> None:
         config = MediaConfig(
@@ -268,8 +268,8 @@ class TestMedia:
             depth16="clip",
             max_pixels=12,
             formats=("PNG", "TIFF"),
-            max_clip_pixels=13,
-            clip_seconds=1.5,
+            max_video_pixels=13,
+            video_seconds=1.5,
         )
 
     @pytest.mark.parametrize("config", [MediaConfig, ServerConfig, HostConfig])

@@ -17,8 +17,8 @@ from torch.nn.attention import varlen
 
 from siglane.config.vision import PositionResize, VisionConfig
 from siglane.nn.attention import (
+    CHUNK_ROWS,
     LONG,
-    PIECE_ROWS,
     AttentionBackend,
     CausalSegments,
     Segments,
@@ -301,15 +301,15 @@ class TestSegments:
         assert segments.max_len == max(lengths, default=0)
         assert segments.cu_seqlens is None  # nothing reads it on the CPU
 
-    @pytest.mark.parametrize("lengths", [[PIECE_ROWS], [1000, 24, 1], [5000, 3], [900, 900, 200, 100, 25], [7] * 400])
+    @pytest.mark.parametrize("lengths", [[CHUNK_ROWS], [1000, 24, 1], [5000, 3], [900, 900, 200, 100, 25], [7] * 400])
     def test_pieces_are_the_same_segments(self, lengths: list[int]) -> None:
         pieces = Segments.of(lengths, CPU).pieces
-        if sum(lengths) <= PIECE_ROWS:
+        if sum(lengths) <= CHUNK_ROWS:
             assert pieces == ()
             return
         assert [length for piece in pieces for length in piece.lengths] == lengths
-        assert all(piece.rows <= PIECE_ROWS or len(piece.lengths) == 1 for piece in pieces)
-        assert all(one.rows + other.lengths[0] > PIECE_ROWS for one, other in pairwise(pieces))
+        assert all(piece.rows <= CHUNK_ROWS or len(piece.lengths) == 1 for piece in pieces)
+        assert all(one.rows + other.lengths[0] > CHUNK_ROWS for one, other in pairwise(pieces))
         assert not any(piece.pieces for piece in pieces)
 
     def test_only_cpus_work_piece_by_piece(self) -> None:

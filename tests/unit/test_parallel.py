@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.multiprocessing.spawn import start_processes
 
+from siglane.config.language import LanguageConfig
 from siglane.config.projector import (
     ProjectorConfig,
     average_projector,
@@ -26,7 +27,6 @@ from siglane.config.projector import (
     vila_projector,
     vocabulary_projector,
 )
-from siglane.config.text import LanguageConfig
 from siglane.config.vision import VisionConfig
 from siglane.lm.qwen import QwenModel
 from siglane.nn.attention import CausalSegments
@@ -335,20 +335,20 @@ class TestValue:
         assert (single.rank, single.size) == (0, 1)
         assert single.all_reduce(tensor) is tensor
         assert single.all_gather(tensor) is tensor
-        assert torch.equal(single.cut(tensor, 0), tensor)
+        assert torch.equal(single.shard(tensor, 0), tensor)
 
     def test_what_does_not_divide_is_replicated(self) -> None:
         group = self.rank(1, 4)
-        assert group.fits(8, 12) is group
-        assert group.fits() is group
-        assert group.fits(8, 6).size == 1
-        assert group.fits(4304).size == 4
-        assert self.rank(1, 3).fits(4304).size == 1
+        assert group.divides(8, 12) is group
+        assert group.divides() is group
+        assert group.divides(8, 6).size == 1
+        assert group.divides(4304).size == 4
+        assert self.rank(1, 3).divides(4304).size == 1
 
     def test_a_cut_is_an_equal_share_in_the_order_of_the_ranks(self) -> None:
         tensor = torch.arange(24).reshape(4, 6)
-        assert torch.equal(torch.cat([self.rank(rank, 2).cut(tensor, 0) for rank in range(2)]), tensor)
-        assert torch.equal(torch.cat([self.rank(rank, 3).cut(tensor, 1) for rank in range(3)], 1), tensor)
+        assert torch.equal(torch.cat([self.rank(rank, 2).shard(tensor, 0) for rank in range(2)]), tensor)
+        assert torch.equal(torch.cat([self.rank(rank, 3).shard(tensor, 1) for rank in range(3)], 1), tensor)
 
     @pytest.mark.parametrize(
         ("heads", "kv_heads", "size", "cut"),

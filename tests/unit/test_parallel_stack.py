@@ -31,7 +31,7 @@ from siglane.families.processor import load_processor
 from siglane.families.registry import vlm_family
 from siglane.families.stack import VisionStack
 from siglane.nn.parallel import TensorParallel
-from siglane.types import DecodedClip, DecodedImage, ImagePatches, ImageTokens
+from siglane.types import DecodedImage, DecodedVideo, ImagePatches, ImageTokens
 from siglane.weights.hub import Checkpoint
 from siglane.weights.load import fill, stored_tensors
 
@@ -75,7 +75,7 @@ class Told:
 def pictures(folder: Path) -> list[ImagePatches]:
     processor = load_processor(Checkpoint(folder))
     random = np.random.default_rng(0)
-    found: list[DecodedImage | DecodedClip] = [
+    found: list[DecodedImage | DecodedVideo] = [
         DecodedImage.from_rgb(random.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in SIZES
     ]
     layouts = processor.layouts([one.size for one in found])

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from siglane.nn.cpu.packing import prepack
 from siglane.nn.embedding import VocabParallelEmbedding
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from siglane.nn.parallel import TensorParallel
-from siglane.nn.prepack import prepack
 
 ONE = TensorParallel.single()
 

@@ -21,11 +21,11 @@ from checkpoints import write_nvila_checkpoint
 
 from siglane.engine import process
 from siglane.engine.child import EngineSpec
-from siglane.engine.config import EngineConfig
 from siglane.engine.load import load_engine
 from siglane.engine.process import EngineProcess
 from siglane.errors import EngineError, UserError
 from siglane.families.processor import load_processor
+from siglane.settings.engine import EngineConfig
 from siglane.types import DecodedImage, ImagePart, Message, Prompt, Request, SamplingParams, TokenDelta
 from siglane.weights.hub import open_checkpoint
 
@@ -370,7 +370,7 @@ def ended(pid: int | None) -> bool:
 PARENT = """
 import sys
 from threading import Event
-from siglane.engine.config import EngineConfig
+from siglane.settings.engine import EngineConfig
 from siglane.engine.child import EngineSpec
 from siglane.engine.process import EngineProcess
 

@@ -20,10 +20,10 @@ from torch import nn
 from siglane.config.vision import VisionConfig
 from siglane.errors import ConfigError, UserError
 from siglane.families.model import load_vision
-from siglane.nn import quant
+from siglane.nn.cpu import int8 as quant
+from siglane.nn.cpu.int8 import Int8Linear, quantise, row_codes
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from siglane.nn.parallel import TensorParallel
-from siglane.nn.quant import Int8Linear, quantise, row_codes
 from siglane.types import DecodedImage, Grid, PackedPatches
 from siglane.vision.tower import SiglipVisionModel
 from siglane.weights.hub import open_checkpoint
@@ -287,7 +287,7 @@ import torch
 from siglane.errors import UserError
 from siglane.nn.linear import ColumnParallelLinear
 from siglane.nn.parallel import TensorParallel
-from siglane.nn.quant import quantise
+from siglane.nn.cpu.int8 import quantise
 layer = ColumnParallelLinear(8, {"": 8}, bias=False, tp=TensorParallel.single())
 try:
     quantise(torch.nn.Sequential(layer), "8bit", "cpu")

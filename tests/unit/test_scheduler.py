@@ -112,7 +112,7 @@ class TestImages:
         rig = Rig(tokens=100, patches=4, feature_bytes=0)
         rig.add(request("a", prompt(1, image(1), 2, image(1), 3)), request("b", prompt(4, image(1), 5)))
         step = rig.step()
-        assert [[number for _, number in wanting] for wanting in step.misses.values()] == [[0, 1, 0]]
+        assert [[number for _, number in wanting] for wanting in step.images_to_encode.values()] == [[0, 1, 0]]
         rig.run()
         assert len(rig.encoded) == 1
 

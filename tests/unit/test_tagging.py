@@ -24,10 +24,10 @@ from dual_checkpoint import write_dual_checkpoint
 
 from siglane import Tag, Tagged, Tagger
 from siglane.errors import ConfigError, UserError
-from siglane.families.media import PREPARE_AHEAD
+from siglane.families.pipeline import PREPARE_AHEAD
+from siglane.settings.tagging import TagSettings, read_settings
 from siglane.tagging.cache import default_folder
 from siglane.tagging.labels import read_labels
-from siglane.tagging.settings import TagSettings, read_settings
 
 LABELS = ["a cat", "a dog", "two shapes", "a red square", "snow boots"]
 

@@ -13,7 +13,6 @@ from checkpoints import write_nvila_checkpoint
 
 from siglane.config.vlm import Thinking
 from siglane.engine.batch import StepBatch
-from siglane.engine.config import EngineConfig
 from siglane.engine.engine import Engine
 from siglane.engine.load import build_engine
 from siglane.engine.thinking import ThinkingBudget, thinking_start
@@ -21,6 +20,7 @@ from siglane.errors import UserError
 from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import Processor, load_processor
 from siglane.nn.attention import CausalSegments
+from siglane.settings.engine import EngineConfig
 from siglane.types import Prompt, Request, SamplingParams, TokenDelta, TokenLogprob
 from siglane.weights.hub import open_checkpoint
 

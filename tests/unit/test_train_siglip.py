@@ -18,15 +18,16 @@ import torch.distributed as dist
 from PIL import Image
 from torch.multiprocessing.spawn import start_processes
 
+from recipes.demo import siglip as demo_siglip
+from recipes.demo.siglip import LABELS, PaintedPairs
 from siglane.cli.main import main
 from siglane.config.preprocess import LOCAL_DECODE
 from siglane.errors import ConfigError, UserError
-from siglane.families.dual import load_dual
+from siglane.families.two_tower import load_two_tower
 from siglane.image.decode import from_pil
-from siglane.training import demo_siglip, evaluate
+from siglane.training import evaluate
 from siglane.training.contrastive import TrainConfig, Trainer, precision_of
-from siglane.training.demo_siglip import LABELS, PaintedPairs
-from siglane.training.dual_files import caption_tokenizer, checkpoint_tensors
+from siglane.training.files import caption_tokenizer, checkpoint_tensors
 from siglane.training.pairs import batch_indices, load_batch, open_pairs
 from siglane.training.run import MODEL, Skipped, open_run, train, world
 from siglane.weights.hub import Checkpoint
@@ -220,9 +221,11 @@ def test_a_model_learns_colours_from_scratch(kind: str, tmp_path: Path) -> None:
     losses = [row["loss"] for row in logged(tmp_path / "out")]
     assert len(losses) == 60
     assert losses[-1] < 0.6 * losses[0]
-    dual = trainer.dual
-    images = evaluate.embed_pictures(dual, (from_pil(picture(number)[0], LOCAL_DECODE) for number in range(20, 40)))
-    classes = evaluate.embed_classes(dual, list(COLOURS), ("a {label} picture",))
+    two_tower = trainer.two_tower
+    images = evaluate.embed_pictures(
+        two_tower, (from_pil(picture(number)[0], LOCAL_DECODE) for number in range(20, 40))
+    )
+    classes = evaluate.embed_classes(two_tower, list(COLOURS), ("a {label} picture",))
     assert evaluate.zero_shot_accuracy(images, classes, torch.arange(20) % 4) > 0.9
 
 
@@ -234,7 +237,9 @@ def test_a_step_sees_the_mean_of_its_batches(tmp_path: Path) -> None:
         return open_run(source, pairs, tmp_path / name, replace(CONFIG, precision="float32"), CPU)
 
     both = fresh("both")
-    batches = [load_batch(both.dual.images, group, [pairs[i] for i in group]) for group in ((0, 1, 2), (3, 4, 5, 6))]
+    batches = [
+        load_batch(both.two_tower.images, group, [pairs[i] for i in group]) for group in ((0, 1, 2), (3, 4, 5, 6))
+    ]
     together = both.train_on(batches)
     alone = [fresh("alone").train_on([batch]) for batch in batches]
     assert together["loss"] == pytest.approx(sum(facts["loss"] for facts in alone) / 2, rel=1e-5)
@@ -256,7 +261,7 @@ def test_a_locked_image_tower_stays_and_its_pictures_are_seen_once(tmp_path: Pat
     again = open_run(model, pairs, tmp_path / "again", config, CPU)
     for step in range(6):
         numbers = batch_indices(12, 4, config.seed, step).tolist()
-        again.train_on([load_batch(again.dual.images, numbers, [pairs[number] for number in numbers])])
+        again.train_on([load_batch(again.two_tower.images, numbers, [pairs[number] for number in numbers])])
     for name, value in weights(again).items():
         torch.testing.assert_close(value, after[name], atol=1e-5, rtol=0)
 
@@ -346,7 +351,7 @@ def test_transformers_and_siglane_load_the_same_model(kind: str, tmp_path: Path)
     trainer = run(write_lines(tmp_path), write_config(tmp_path, kind), tmp_path / "out")
     folder = tmp_path / "out" / MODEL
     theirs = {"siglip": SiglipModel, "siglip2": Siglip2Model}[kind].from_pretrained(folder, dtype=torch.float32).eval()
-    ours = load_dual(Checkpoint(folder), device="cpu", dtype=torch.float32)
+    ours = load_two_tower(Checkpoint(folder), device="cpu", dtype=torch.float32)
     assert all(torch.equal(value, weights(trainer)[name]) for name, value in ours.model.state_dict().items())
     texts = ["a red picture", "A Blue picture", "nothing of the kind: déjà vu, " + "word " * 20]
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -372,7 +377,7 @@ def test_a_checkpoint_of_transformers_is_written_back_as_it_was(kind: str, tmp_p
     torch.manual_seed(5)
     AutoModel.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
     stored = load_file(folder / "model.safetensors")
-    tensors = checkpoint_tensors(load_dual(Checkpoint(folder), device="cpu").model)
+    tensors = checkpoint_tensors(load_two_tower(Checkpoint(folder), device="cpu").model)
     assert tensors.keys() == stored.keys() == checkpoint_tensors(trainer.model).keys()
     for name, value in stored.items():
         assert torch.equal(tensors[name], value), name
@@ -457,9 +462,9 @@ def test_a_folder_of_classes_is_measured(tmp_path: Path, capsys) -> None:
     assert found["linear_probe"] == 1.0  # plain colours are apart even in a tower of noise
     order = sorted(COLOURS)
     classes = evaluate.embed_classes(
-        trainer.dual, [f"{label} picture" for label in order], ("a {label}", "the {label}")
+        trainer.two_tower, [f"{label} picture" for label in order], ("a {label}", "the {label}")
     )
-    images = evaluate.embed_pictures(trainer.dual, (from_pil(picture(n)[0], LOCAL_DECODE) for n in range(24)))
+    images = evaluate.embed_pictures(trainer.two_tower, (from_pil(picture(n)[0], LOCAL_DECODE) for n in range(24)))
     targets = torch.tensor([order.index(list(COLOURS)[n % 4]) for n in range(24)])
     assert found["zero_shot"] == evaluate.zero_shot_accuracy(images, classes, targets)
     with pytest.raises(UserError, match="two classes"):

@@ -13,12 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from siglane.training import demo, model, native, pictures
-from siglane.training.data import IGNORE, BatchShape, BranchAttention, beginning, ending, make_batch
-from siglane.training.demo import Recipe, Trainer
-from siglane.training.questions import NO_SIGN, QUESTION_KINDS, ask
-from siglane.training.scenes import CHARACTERS, COLOURS, KINDS, LABELS, WORDS, draw, patch_labels, random_scene
-from siglane.training.tokenizer import CHAT_TEMPLATE, END, IMAGE, VOCAB_SIZE, save_tokenizer, train_tokenizer
+from recipes.demo import model, native, pictures
+from recipes.demo import train as demo
+from recipes.demo.data import IGNORE, BatchShape, BranchAttention, beginning, ending, make_batch
+from recipes.demo.questions import NO_SIGN, QUESTION_KINDS, ask
+from recipes.demo.scenes import CHARACTERS, COLOURS, KINDS, LABELS, WORDS, draw, patch_labels, random_scene
+from recipes.demo.tokenizer import CHAT_TEMPLATE, END, IMAGE, VOCAB_SIZE, save_tokenizer, train_tokenizer
+from recipes.demo.train import Recipe, Trainer
 from siglane.types import Grid
 from siglane.weights.demo import demo_folder
 
@@ -138,11 +139,11 @@ def test_branches_are_single_turn_conversations(tokenizer):
 @pytest.fixture(scope="module")
 def kinds(tokenizer):
     """The two kinds of demo model with small batches and tokenizers."""
-    small_ovis = dataclasses.replace(native.NativeWiring(), questions=3, page_batches=0)
+    small_ovis = dataclasses.replace(native.NativePromptFormat(), questions=3, page_batches=0)
     own = train_tokenizer(scenes=400, special=native.SPECIAL)
     return {
-        "nvila": dataclasses.replace(demo.NVILA, wiring=SMALL, tokenizer=lambda: tokenizer),
-        "ovis2_5": dataclasses.replace(demo.OVIS, wiring=small_ovis, tokenizer=lambda: own),
+        "nvila": dataclasses.replace(demo.NVILA, prompt_format=SMALL, tokenizer=lambda: tokenizer),
+        "ovis2_5": dataclasses.replace(demo.OVIS, prompt_format=small_ovis, tokenizer=lambda: own),
     }
 
 
@@ -154,7 +155,7 @@ def small_recipe(kind, **changes) -> Recipe:
 def test_three_steps_reduce_the_loss(kinds, name):
     kind = kinds[name]
     trainer = Trainer(small_recipe(kind, steps=100, seeing_steps=0), torch.device("cpu"))
-    batch = make_batch(trainer.tokenizer, kind.wiring, seed=0, number=0)
+    batch = make_batch(trainer.tokenizer, kind.prompt_format, seed=0, number=0)
     losses = [trainer.train_on(batch) for _ in range(4)]
     assert losses[-1]["answer"] < losses[0]["answer"]
     assert losses[-1]["naming"] < losses[0]["naming"]
@@ -180,7 +181,7 @@ def test_resuming_gives_the_same_weights(tokenizer, kinds, tmp_path: Path):
 def test_export_loads_in_transformers(tokenizer, monkeypatch, tmp_path: Path):
     from transformers import AutoModelForCausalLM, SiglipVisionModel
 
-    from siglane.training.export import export
+    from recipes.demo.export import export
 
     demo_model = model.DemoModel(tokenizer)
     export(demo_model, tokenizer, tmp_path)
@@ -210,9 +211,9 @@ def test_the_shipped_pictures_are_the_recipes(tmp_path: Path):
 
 
 def test_pages_are_looked_at_and_not_asked_about(kinds):
-    wiring = dataclasses.replace(kinds["ovis2_5"].wiring, page_batches=2)
+    prompt_format = dataclasses.replace(kinds["ovis2_5"].prompt_format, page_batches=2)
     own = kinds["ovis2_5"].tokenizer()
-    page, scenes_ = (make_batch(own, wiring, seed=0, number=number) for number in range(2))
+    page, scenes_ = (make_batch(own, prompt_format, seed=0, number=number) for number in range(2))
     assert page.kinds.shape[1] == 0
     assert (page.targets == IGNORE).all()
     assert scenes_.kinds.shape[1] == 3

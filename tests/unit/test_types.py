@@ -9,10 +9,10 @@ import torch
 from siglane.types import (
     Box,
     DecodedImage,
-    Features,
     Grid,
     ImageLayout,
     ImagePatches,
+    ImagePlaceholder,
     ImageSpan,
     ImageTokens,
     Marker,
@@ -29,7 +29,7 @@ IMAGE_ID = 99
 def image(name: str, rows: int = 3) -> ImagePatches:
     """Two patches that become `rows` rows, in two pieces."""
     tile = Tile((Resize(Size(2, 1), "bicubic"),), Box(0, 0, 2, 1), Grid(1, 2))
-    pieces = (Features(rows - 1), Marker("\n", isolated=True), Features(1))
+    pieces = (ImagePlaceholder(rows - 1), Marker("\n", isolated=True), ImagePlaceholder(1))
     return ImagePatches(
         torch.zeros(2, 3), ImageLayout(Size(2, 1), (tile,), pieces, Grid(1, 1)), digest_of(name.encode())
     )

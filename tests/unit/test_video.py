@@ -11,17 +11,17 @@ from clips import LEVELS, animation, frame, growing, number_of, video
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siglane.config.layout.rule import Cells
-from siglane.config.layout.vila import VilaTiling
 from siglane.config.preprocess import DecodeConfig
 from siglane.config.projector import vila_projector
 from siglane.config.video import Spread, VideoRule
 from siglane.errors import ImageError, UserError
 from siglane.image.resize import resize
-from siglane.image.source import MediaPolicy, load_clip
 from siglane.image.tile import render_tiles
-from siglane.image.video import _Film, chosen_pictures, decode_clip, read_clip_size
-from siglane.types import Clip, DecodedClip, DecodedImage, Size
+from siglane.image.video import _Film, chosen_pictures, decode_video, read_video_size
+from siglane.media.source import MediaPolicy, load_video
+from siglane.tiling.rule import PatchGeometry
+from siglane.tiling.vila import VilaTiling
+from siglane.types import DecodedImage, DecodedVideo, Size, VideoSize
 
 RULE = VideoRule("<video>", 8, 64)
 CONFIG = DecodeConfig()
@@ -36,7 +36,7 @@ FORMATS = [
 ]
 
 
-def numbers(clip: DecodedClip) -> list[int]:
+def numbers(clip: DecodedVideo) -> list[int]:
     return [number_of(pixels) for pixels in clip.frames]
 
 
@@ -73,9 +73,9 @@ class TestSpread:
 @pytest.mark.parametrize("spread", ["rounded", "centred"])
 def test_the_frames_asked_for_come_in_order(container: str, codec: str, spread: Spread) -> None:
     data, rule = video(25, container=container, codec=codec), VideoRule("<video>", 8, 64, spread)
-    clip = decode_clip(data, rule, 8, CONFIG)
+    clip = decode_video(data, rule, 8, CONFIG)
     assert numbers(clip) == list(rule.indices(25, 8))
-    assert clip.size == read_clip_size(data, rule, 8, CONFIG) == Clip(Size(64, 48), 8)
+    assert clip.size == read_video_size(data, rule, 8, CONFIG) == VideoSize(Size(64, 48), 8)
     white, black = clip.frames[0][4, 4], clip.frames[0][-4, -4]
     assert white.min() > 245
     assert black.max() < 10
@@ -84,25 +84,25 @@ def test_the_frames_asked_for_come_in_order(container: str, codec: str, spread: 
 @pytest.mark.parametrize("format", ["GIF", "WEBP"])
 def test_animations_are_videos_too(format: str) -> None:
     data = animation(12, format)
-    clip = decode_clip(data, RULE, 4, CONFIG)
+    clip = decode_video(data, RULE, 4, CONFIG)
     assert numbers(clip) == list(RULE.indices(12, 4))
-    assert clip.size == read_clip_size(data, RULE, 4, CONFIG)
+    assert clip.size == read_video_size(data, RULE, 4, CONFIG)
 
 
 def test_a_short_file_has_fewer_frames() -> None:
     data = video(3)
-    assert numbers(decode_clip(data, RULE, 8, CONFIG)) == [0, 1, 2]
-    assert read_clip_size(data, RULE, 8, CONFIG).frames == 3
-    assert numbers(decode_clip(video(1), RULE, 8, CONFIG)) == [0]
+    assert numbers(decode_video(data, RULE, 8, CONFIG)) == [0, 1, 2]
+    assert read_video_size(data, RULE, 8, CONFIG).frames == 3
+    assert numbers(decode_video(video(1), RULE, 8, CONFIG)) == [0]
 
 
 @pytest.mark.parametrize(("rotation", "corner"), [(90, (-4, 4)), (-90, (4, -4)), (180, (-4, -4))])
 def test_a_turned_video_is_upright(rotation: int, corner: tuple[int, int]) -> None:
     """rotation 90: shown turned counter-clockwise, so that the upper left corner comes to the lower left."""
     data = video(4, rotation=rotation)
-    clip = decode_clip(data, RULE, 2, CONFIG)
+    clip = decode_video(data, RULE, 2, CONFIG)
     size = Size(64, 48) if rotation == 180 else Size(48, 64)
-    assert clip.size == read_clip_size(data, RULE, 2, CONFIG) == Clip(size, 2)
+    assert clip.size == read_video_size(data, RULE, 2, CONFIG) == VideoSize(size, 2)
     shown = clip.frames[0]
     corners = {(y, x): int(shown[y, x].min()) for y in (4, -4) for x in (4, -4)}
     assert max(corners, key=lambda place: corners[place]) == corner
@@ -118,20 +118,20 @@ def test_only_the_groups_that_hold_a_frame_are_decoded(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(_Film, "_decode_next", counting)
     data = video(300, group=10, bf="0")
-    found = numbers(decode_clip(data, VideoRule("", 3, 3), 3, CONFIG))
+    found = numbers(decode_video(data, VideoRule("", 3, 3), 3, CONFIG))
     assert found == [number % LEVELS for number in (0, 150, 299)]
     assert len(decoded) <= 3 * 12
     decoded.clear()
-    read_clip_size(data, RULE, 3, CONFIG)
+    read_video_size(data, RULE, 3, CONFIG)
     assert len(decoded) <= 10
 
 
 @pytest.mark.parametrize("options", [{"x264-params": "open-gop=1"}, {"bf": "3"}, {"tune": "zerolatency"}])
 def test_frames_around_a_key_frame_are_exact(options: dict[str, str]) -> None:
     data, every = video(25, group=6, **options), VideoRule("", 8, 64)
-    assert numbers(decode_clip(data, every, 25, CONFIG)) == list(range(25))
+    assert numbers(decode_video(data, every, 25, CONFIG)) == list(range(25))
     for count in range(1, 25):
-        assert numbers(decode_clip(data, every, count, CONFIG)) == list(every.indices(25, count))
+        assert numbers(decode_video(data, every, count, CONFIG)) == list(every.indices(25, count))
 
 
 class TestRefusals:
@@ -147,39 +147,39 @@ class TestRefusals:
         ],
     )
     def test_what_is_no_video_is_never_guessed_at(self, data: bytes) -> None:
-        for read in (read_clip_size, decode_clip):
+        for read in (read_video_size, decode_video):
             with pytest.raises(ImageError) as caught:
                 read(data, RULE, 8, CONFIG)
             assert caught.value.code == "video_format_not_allowed"
 
     def test_a_codec_that_nobody_sends_is_refused_by_name(self) -> None:
         with pytest.raises(ImageError, match="ffv1 is not accepted") as caught:
-            read_clip_size(video(3, container="matroska", codec="ffv1"), RULE, 8, CONFIG)
+            read_video_size(video(3, container="matroska", codec="ffv1"), RULE, 8, CONFIG)
         assert caught.value.code == "video_format_not_allowed"
 
     @pytest.mark.parametrize(
         ("config", "code"),
         [
             (DecodeConfig(max_pixels=64 * 48 - 1), "image_too_large"),
-            (DecodeConfig(max_clip_pixels=8 * 64 * 48 - 1), "image_too_large"),
+            (DecodeConfig(max_video_pixels=8 * 64 * 48 - 1), "image_too_large"),
             (DecodeConfig(max_file_frames=9), "video_too_long"),
-            (DecodeConfig(clip_seconds=-1.0), "video_timeout"),
+            (DecodeConfig(video_seconds=-1.0), "video_timeout"),
         ],
     )
     @pytest.mark.parametrize("data", [video(10), animation(10)], ids=["mp4", "gif"])
     def test_caps(self, data: bytes, config: DecodeConfig, code: str) -> None:
         with pytest.raises(ImageError) as caught:
-            decode_clip(data, RULE, 8, config)
+            decode_video(data, RULE, 8, config)
         assert caught.value.code == code
 
     def test_a_video_that_grows_is_refused_before_its_large_frames_fill_the_memory(self) -> None:
-        assert decode_clip(growing(3, (64, 48), (64, 48)), RULE, 3, CONFIG).size.frames == 3
+        assert decode_video(growing(3, (64, 48), (64, 48)), RULE, 3, CONFIG).size.frames == 3
         data = growing(3, (64, 48), (640, 480))
-        assert read_clip_size(data, RULE, 3, CONFIG) == Clip(Size(64, 48), 3)
+        assert read_video_size(data, RULE, 3, CONFIG) == VideoSize(Size(64, 48), 3)
         with pytest.raises(ImageError, match="changes its size"):
-            decode_clip(data, RULE, 3, CONFIG)
+            decode_video(data, RULE, 3, CONFIG)
         with pytest.raises(ImageError) as caught:  # the decoder itself stops at what one frame may have
-            decode_clip(data, RULE, 3, DecodeConfig(max_pixels=64 * 48))
+            decode_video(data, RULE, 3, DecodeConfig(max_pixels=64 * 48))
         assert caught.value.code == "video_decode_failed"
 
     def test_damaged_files_are_refused_or_decoded_to_the_frames_that_were_announced(self) -> None:
@@ -192,8 +192,8 @@ class TestRefusals:
                 for place in generator.integers(0, len(broken), 20 * (trial > 0)):
                     broken[place] = generator.integers(0, 256)
                 try:
-                    announced = read_clip_size(bytes(broken), RULE, 4, CONFIG)
-                    assert len(decode_clip(bytes(broken), RULE, 4, CONFIG).frames) == announced.frames
+                    announced = read_video_size(bytes(broken), RULE, 4, CONFIG)
+                    assert len(decode_video(bytes(broken), RULE, 4, CONFIG).frames) == announced.frames
                 except ImageError:
                     refused += 1
         assert refused > 10
@@ -201,9 +201,9 @@ class TestRefusals:
     def test_without_pyav_the_extra_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "av", None)
         with pytest.raises(UserError, match=r"siglane\[video\]") as caught:
-            decode_clip(b"\0\0\0\x18ftypisom", RULE, 8, CONFIG)
+            decode_video(b"\0\0\0\x18ftypisom", RULE, 8, CONFIG)
         assert caught.value.code == "missing_extra"
-        assert numbers(decode_clip(animation(4), RULE, 2, CONFIG)) == [0, 3]  # Pillow's own formats need none
+        assert numbers(decode_video(animation(4), RULE, 2, CONFIG)) == [0, 3]  # Pillow's own formats need none
 
 
 def test_sources_of_a_local_caller(tmp_path: Path) -> None:
@@ -211,11 +211,11 @@ def test_sources_of_a_local_caller(tmp_path: Path) -> None:
     path.write_bytes(video(6))
     policy = MediaPolicy(allow_private_addresses=True)
     sources = (path, str(path), path.as_uri(), path.read_bytes())
-    digests = {load_clip(source, policy, RULE, 3, CONFIG).digest for source in sources}
+    digests = {load_video(source, policy, RULE, 3, CONFIG).digest for source in sources}
     assert len(digests) == 1
-    assert load_clip(path, policy, RULE, 2, CONFIG).digest not in digests
+    assert load_video(path, policy, RULE, 2, CONFIG).digest not in digests
     with pytest.raises(ImageError, match=r"nowhere\.mp4"):
-        load_clip(tmp_path / "nowhere.mp4", policy, RULE, 2, CONFIG)
+        load_video(tmp_path / "nowhere.mp4", policy, RULE, 2, CONFIG)
 
 
 class TestPictures:
@@ -231,23 +231,23 @@ class TestPictures:
             chosen_pictures([], rule, None)
 
     def test_frames_of_other_sizes_are_resized_to_the_first_ones_target(self) -> None:
-        clip = DecodedClip.of([DecodedImage.from_rgb(frame(n, size)) for n, size in enumerate([(64, 48), (30, 90)])])
+        clip = DecodedVideo.of([DecodedImage.from_rgb(frame(n, size)) for n, size in enumerate([(64, 48), (30, 90)])])
         rule = tiling("squash")
-        layout = rule.clip(clip.size, CELLS)
+        layout = rule.video(clip.size, GEOMETRY)
         drawn = render_tiles(clip.frames, layout)
         for pixels, source in zip(drawn, clip.frames, strict=True):
             assert np.array_equal(pixels, resize(source, Size(56, 56), "bicubic"))
 
     def test_a_model_that_pads_wants_one_size(self) -> None:
-        clip = DecodedClip.of([DecodedImage.from_rgb(frame(n, size)) for n, size in enumerate([(64, 48), (30, 90)])])
+        clip = DecodedVideo.of([DecodedImage.from_rgb(frame(n, size)) for n, size in enumerate([(64, 48), (30, 90)])])
         with pytest.raises(ImageError) as caught:
-            render_tiles(clip.frames, tiling("pad").clip(clip.size, CELLS))
+            render_tiles(clip.frames, tiling("pad").clip(clip.size, GEOMETRY))
         assert caught.value.code == "frame_sizes_differ"
-        same = DecodedClip.of([DecodedImage.from_rgb(frame(n)) for n in range(2)])
-        assert len(render_tiles(same.frames, tiling("pad").clip(same.size, CELLS))) == 2
+        same = DecodedVideo.of([DecodedImage.from_rgb(frame(n)) for n in range(2)])
+        assert len(render_tiles(same.frames, tiling("pad").clip(same.size, GEOMETRY))) == 2
 
 
-CELLS = Cells(14, vila_projector("mlp_downsample_3x3_fix", input_size=3, output_size=4))
+GEOMETRY = PatchGeometry(14, vila_projector("mlp_downsample_3x3_fix", input_size=3, output_size=4))
 
 
 def tiling(name: str) -> VilaTiling:

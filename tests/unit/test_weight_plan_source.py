@@ -13,7 +13,7 @@ from llava_onevision_checkpoint import write_llava_onevision_checkpoint
 from nanovlm_checkpoint import ERAS, write_nanovlm_checkpoint
 from ovis2_5_checkpoint import write_ovis2_5_checkpoint
 
-from siglane.config.text import LanguageConfig
+from siglane.config.language import LanguageConfig
 from siglane.families.model import model_tensors
 from siglane.families.processor import load_processor
 from siglane.families.registry import vlm_family

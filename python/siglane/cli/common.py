@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from siglane.cli.options import add_options, read_options
 from siglane.errors import UserError
+from siglane.settings.flags import add_options, read_options
 
 if TYPE_CHECKING:
     from siglane.config.preprocess import DecodeConfig

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TextIO
 
-from siglane.cli.options import PREFIX, add_options, read_options
 from siglane.errors import SiglaneError
+from siglane.settings.flags import PREFIX, add_options, read_options
 
 HOST, USUAL_PORT = "127.0.0.1", 8000
 START_SECONDS, ANSWER_SECONDS, STOP_SECONDS = 120.0, 60.0, 40.0

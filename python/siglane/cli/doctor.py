@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Literal, TextIO
 
 from siglane.cli.common import CommonOptions, ModelOptions, PictureOptions, emit_json
-from siglane.cli.options import PREFIX, add_options, known_variables, read_options
 from siglane.errors import SiglaneError
+from siglane.settings.flags import PREFIX, add_options, known_variables, read_options
 
 Status = Literal["ok", "note", "broken"]
 MARKS: dict[Status, str] = {"ok": "ok", "note": "--", "broken": "BROKEN"}
@@ -232,9 +232,9 @@ def _environment() -> Iterator[Check]:
     from siglane.cli.look import LookOptions
     from siglane.cli.tokens import TokensOptions
     from siglane.cli.verify import VerifyOptions
-    from siglane.engine.config import EngineConfig
     from siglane.hosts.sglang.settings import HostConfig
-    from siglane.server.config import ServerConfig
+    from siglane.settings.engine import EngineConfig
+    from siglane.settings.server import ServerConfig
     from siglane.types import SamplingParams
 
     shared = (CommonOptions, ModelOptions, PictureOptions, EngineConfig, SamplingParams, ServerConfig, HostConfig)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from siglane.cli.common import ModelOptions, PictureOptions, add_model, check_writable, emit_json
-from siglane.cli.options import add_options, read_options
-from siglane.config.options import options_of
 from siglane.errors import UserError
-from siglane.tagging.settings import TagSettings, read_settings
+from siglane.settings.flags import add_options, read_options
+from siglane.settings.options import options_of
+from siglane.settings.tagging import TagSettings, read_settings
 
 SETTINGS = ("batch_size", "attention", "dtype", "quantization", "device", "max_num_patches")
 

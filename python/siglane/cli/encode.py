@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from siglane.cli.common import PictureOptions, add_model, check_writable, checkpoint_of, emit_json
-from siglane.cli.options import add_options, read_options
-from siglane.config.layout.rule import ImageBudget
 from siglane.errors import UserError
+from siglane.settings.flags import add_options, read_options
+from siglane.tiling.rule import ImageBudget
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ ENGINE_OPTIONS = ("device", "dtype", "attention_backend", "max_seq_len", "enable
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    from siglane.engine.config import EngineConfig
+    from siglane.settings.engine import EngineConfig
 
     add_model(parser)
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="pictures: paths or URLs")
@@ -47,8 +47,8 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
 
     from tqdm import tqdm
 
-    from siglane.engine.config import EngineConfig
     from siglane.llm import VisionEncoder
+    from siglane.settings.engine import EngineConfig
 
     engine = read_options(EngineConfig, arguments)
     chosen = {name: getattr(engine, name) for name in ENGINE_OPTIONS}

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
 from siglane.cli.common import PictureOptions, add_model, checkpoint_of, emit_json
-from siglane.cli.options import add_options, read_options
-from siglane.config.layout.rule import ImageBudget
 from siglane.errors import UserError
+from siglane.settings.flags import add_options, read_options
+from siglane.tiling.rule import ImageBudget
 
 if TYPE_CHECKING:
     from siglane.llm import Generation
@@ -53,7 +53,7 @@ class GenerateOptions:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    from siglane.engine.config import EngineConfig
+    from siglane.settings.engine import EngineConfig
     from siglane.types import SamplingParams
 
     add_model(parser)
@@ -65,7 +65,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, out: TextIO) -> int:
-    from siglane.engine.config import EngineConfig
+    from siglane.settings.engine import EngineConfig
     from siglane.types import SamplingParams
 
     options = read_options(GenerateOptions, arguments)

@@ -15,15 +15,15 @@ from siglane.cli.common import (
     emit_json,
     load_image_processor,
 )
-from siglane.cli.options import add_options, read_options
 from siglane.cli.tokens import describe
-from siglane.config.layout.rule import ImageBudget, no_video
 from siglane.errors import UserError
+from siglane.settings.flags import add_options, read_options
+from siglane.tiling.rule import ImageBudget, no_video
 
 if TYPE_CHECKING:
     from siglane.config.preprocess import DecodeConfig
     from siglane.config.vlm import ImageFacts
-    from siglane.types import DecodedClip, DecodedImage
+    from siglane.types import DecodedImage, DecodedVideo
 
 VIDEO_BYTES = 1 << 30
 
@@ -52,11 +52,11 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     budget = read_options(ImageBudget, arguments)
     check_writable(options.output)
 
-    from siglane.cli.drawing import counted
-    from siglane.cli.view import Positions, View, draw, unpatchify
     from siglane.families.processor import Processor
     from siglane.families.report import report_image
-    from siglane.types import DecodedClip
+    from siglane.look.drawing import counted
+    from siglane.look.view import Positions, View, draw, unpatchify
+    from siglane.types import DecodedVideo
 
     processor = load_image_processor(checkpoint_of(arguments))
     medium = _medium(arguments.image, options, processor.config, decode)
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     view = View(
         name=Path(arguments.image).name[-60:],
         model=Path(arguments.model).name,
-        frames=medium.frames if isinstance(medium, DecodedClip) else (medium.rgb,),
+        frames=medium.frames if isinstance(medium, DecodedVideo) else (medium.rgb,),
         layout=layout,
         tiles=tuple(tiles),
         patch_size=vision.patch_size,
@@ -87,10 +87,10 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     return 0
 
 
-def _medium(source: str, options: LookOptions, facts: ImageFacts, decode: DecodeConfig) -> DecodedImage | DecodedClip:
+def _medium(source: str, options: LookOptions, facts: ImageFacts, decode: DecodeConfig) -> DecodedImage | DecodedVideo:
     """The picture, or the frames of a video that the model would be shown."""
     from siglane.config.vlm import VlmConfig
-    from siglane.image.source import MediaPolicy, load_clip, load_source
+    from siglane.media.source import MediaPolicy, load_source, load_video
 
     if not options.video:
         if options.num_frames is not None:
@@ -99,4 +99,4 @@ def _medium(source: str, options: LookOptions, facts: ImageFacts, decode: Decode
     if not isinstance(facts, VlmConfig) or facts.video is None:
         raise no_video()
     policy = MediaPolicy(allow_private_addresses=True, max_bytes=VIDEO_BYTES)
-    return load_clip(source, policy, facts.video, facts.video.count(options.num_frames), decode)
+    return load_video(source, policy, facts.video, facts.video.count(options.num_frames), decode)

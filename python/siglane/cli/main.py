@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from siglane.cli.common import CommonOptions, add_common
-from siglane.cli.options import Parser, read_options
 from siglane.errors import SiglaneError
+from siglane.settings.flags import Parser, read_options
 
 COMMANDS = {
     "generate": "ask a model one question about pictures",

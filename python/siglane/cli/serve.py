@@ -7,15 +7,15 @@ import dataclasses
 from typing import TextIO
 
 from siglane.cli.common import ModelOptions, add_model
-from siglane.cli.options import add_options, options_of, read_options
-from siglane.config.layout.rule import ImageBudget
-from siglane.config.media import MediaConfig
 from siglane.errors import UserError
-from siglane.server.config import ServerConfig
+from siglane.settings.flags import add_options, options_of, read_options
+from siglane.settings.media import MediaConfig
+from siglane.settings.server import ServerConfig
+from siglane.tiling.rule import ImageBudget
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    from siglane.engine.config import EngineConfig
+    from siglane.settings.engine import EngineConfig
 
     add_model(parser)
     media = {option.name for option in options_of(MediaConfig)}
@@ -26,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, out: TextIO) -> int:
-    from siglane.engine.config import EngineConfig
+    from siglane.settings.engine import EngineConfig
     from siglane.weights.demo import FOLDERS, demo_folder
 
     config = read_options(ServerConfig, arguments)

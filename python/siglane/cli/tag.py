@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from siglane.cli.common import ModelOptions, PictureOptions, add_model, emit_json
-from siglane.cli.options import add_options, read_options
 from siglane.cli.rows import RowFile
-from siglane.config.options import options_of
 from siglane.errors import UserError
-from siglane.tagging.settings import TEMPLATES, TagSettings, read_settings
+from siglane.settings.flags import add_options, read_options
+from siglane.settings.options import options_of
+from siglane.settings.tagging import TEMPLATES, TagSettings, read_settings
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 FROM_SETTINGS = "-"

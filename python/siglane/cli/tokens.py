@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
 from siglane.cli.common import PictureOptions, add_model, checkpoint_of, emit_json
-from siglane.cli.options import add_options, read_options
-from siglane.config.layout.rule import ImageBudget
 from siglane.errors import UserError
+from siglane.settings.flags import add_options, read_options
+from siglane.tiling.rule import ImageBudget
 
 if TYPE_CHECKING:
     from siglane.families.report import ImageReport
@@ -69,13 +69,13 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
 
 
 def _medium(text: str) -> Medium:
-    from siglane.types import Clip, Size
+    from siglane.types import Size, VideoSize
 
     found = SIZE.fullmatch(text)
     if found is None:
         raise UserError(f"--sizes {text!r} is not a size; write width x height as 640x480", code="bad_option")
     size = Size(int(found[1]), int(found[2]))
-    return Clip(size, int(found[3])) if found[3] else size
+    return VideoSize(size, int(found[3])) if found[3] else size
 
 
 def describe(name: str, report: ImageReport) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
 from siglane.cli.common import emit_json
-from siglane.cli.options import add_options, read_options
 from siglane.errors import UserError
+from siglane.settings.flags import add_options, read_options
 
 if TYPE_CHECKING:
     from siglane.weights.hub import Checkpoint

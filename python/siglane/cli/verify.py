@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
 from siglane.cli.common import ModelOptions, add_model, check_writable, checkpoint_of, emit_json
-from siglane.cli.options import add_options, read_options
 from siglane.errors import UserError
+from siglane.settings.flags import add_options, read_options
 
 if TYPE_CHECKING:
     from siglane.verify import Comparison, Report

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from siglane.config.layout.rule import LayoutRule
 from siglane.config.reader import ConfigReader, RawConfig
 from siglane.errors import ConfigError
+from siglane.tiling.rule import LayoutRule
 from siglane.types import Resample, Size
 
 AlphaRule = Literal["white", "drop"]
@@ -25,7 +25,7 @@ class DecodeConfig:
     alpha: transparent pixels are composed on white, or the alpha channel is dropped as transformers does;
     depth16: 16-bit, integer and float pictures are scaled to 8 bit, or clipped as Pillow's convert does;
     max_pixels, max_aspect: read from the header, checked before any pixel is decoded; formats: Pillow names.
-    Of a video: max_clip_pixels: of all frames shown together; max_file_frames: in the file; clip_seconds: that its
+    Of a video: max_video_pixels: of all frames shown together; max_file_frames: in the file; video_seconds: that its
     decoding may take.
     """
 
@@ -34,9 +34,9 @@ class DecodeConfig:
     max_pixels: int = 33_000_000
     max_aspect: int = 200
     formats: tuple[str, ...] = FORMATS
-    max_clip_pixels: int = 1 << 27
+    max_video_pixels: int = 1 << 27
     max_file_frames: int = 500_000
-    clip_seconds: float = 30.0
+    video_seconds: float = 30.0
 
 
 # a local caller's strip of 17 x 4000 pixels is meant; a server's client sends one to find out what breaks

@@ -6,14 +6,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 from siglane.errors import ConfigError
+from siglane.tiling.merge import Merge
 from siglane.types import Activation, Grid
 
 NORM_EPS = 1e-5  # torch's LayerNorm default, which VILA's projectors use
-
-Merge = Literal["none", "blocks", "pixel_shuffle", "average"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,20 +183,3 @@ def _config(
         merge=merge, factor=factor, target=None, column_major=column_major, layers=layers,
         input_size=input_size, output_size=output_size,
     )  # fmt: skip
-
-
-def projected_grid(grid: Grid, projector: ProjectorConfig) -> Grid:
-    """Rows and columns the projector makes of one tile's patch grid."""
-    match projector.merge:
-        case "none":
-            return grid
-        case "average":
-            if projector.target is None:
-                raise ValueError("an averaging projector needs a target grid")
-            return projector.target
-        case "pixel_shuffle":
-            if grid.h % projector.factor or grid.w % projector.factor:
-                raise ValueError(f"pixel shuffle by {projector.factor} does not divide a grid of {grid.h}x{grid.w}")
-            return Grid(grid.h // projector.factor, grid.w // projector.factor)
-        case "blocks":
-            return Grid(-(-grid.h // projector.factor), -(-grid.w // projector.factor))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from siglane.config.layout.rule import Cells, ImageBudget, Place
+from siglane.config.language import LanguageConfig
 from siglane.config.preprocess import PreprocessConfig
 from siglane.config.projector import ProjectorConfig
-from siglane.config.text import LanguageConfig
 from siglane.config.video import VideoRule
 from siglane.config.vision import VisionConfig
-from siglane.types import Clip, ImageLayout, Medium
+from siglane.tiling.rule import ImageBudget, ImageContext, PatchGeometry
+from siglane.types import ImageLayout, Medium, VideoSize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,20 +27,20 @@ class ImageFacts:
     ) -> tuple[ImageLayout, ...]:
         """The layouts of all images and videos of one request, from their sizes alone.
 
-        budgets: one for each, None for the checkpoint's own limits. UserError as `LayoutRule.within` and `.clip`.
+        budgets: one for each, None for the checkpoint's own limits. UserError as `LayoutRule.within` and `.video`.
         Videos do not count when images are: one image beside a video is tiled as if alone, as the references do.
         """
-        cells = Cells(self.vision.patch_size, self.projector)
+        geometry = PatchGeometry(self.vision.patch_size, self.projector)
         limits = budgets or [None] * len(media)
-        images = sum(not isinstance(medium, Clip) for medium in media)
+        images = sum(not isinstance(medium, VideoSize) for medium in media)
         found: list[ImageLayout] = []
         for medium, budget in zip(media, limits, strict=True):
             rule = self.preprocess.rule if budget is None else self.preprocess.rule.within(budget).rule
-            if isinstance(medium, Clip):
-                found.append(rule.clip(medium, cells))
+            if isinstance(medium, VideoSize):
+                found.append(rule.video(medium, geometry))
             else:
                 index = sum(layout.frames == 0 for layout in found)
-                found.append(rule.image(medium, cells, Place(index, images)))
+                found.append(rule.image(medium, geometry, ImageContext(index, images)))
         return tuple(found)
 
 

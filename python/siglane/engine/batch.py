@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from siglane.engine.features import FeatureKey
-from siglane.engine.radix import Node
+from siglane.engine.prefix_cache import Node
 from siglane.engine.thinking import ThinkingBudget
 from siglane.types import Request, Timings
 
@@ -35,9 +35,10 @@ def image_rows(request: Request) -> tuple[ImageRows, ...]:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One request on its way. `computed` tokens are in the KV cache, in `pages`; the first of them in locked `nodes`.
+    """One request on its way. `computed` tokens are in the KV cache, in the pages of `block_table`, the first of
+    them shared by locked `prefix_nodes`.
 
-    features: rows of the images that the rest of the prompt still needs, by image number; budget: of its thinking.
+    features: rows of the images that the rest of the prompt still needs, by image number.
     """
 
     request: Request
@@ -46,10 +47,10 @@ class Sequence:
     cache_ids: list[int]
     spans: tuple[ImageRows, ...]
     generator: torch.Generator
-    budget: ThinkingBudget | None = None
+    thinking_budget: ThinkingBudget | None = None
     computed: int = 0
-    pages: list[int] = field(default_factory=list)
-    nodes: list[Node] = field(default_factory=list)
+    block_table: list[int] = field(default_factory=list)
+    prefix_nodes: list[Node] = field(default_factory=list)
     features: dict[int, torch.Tensor] = field(default_factory=dict)
     cached_tokens: int = 0
     encoded_images: int = 0
@@ -60,10 +61,10 @@ class Sequence:
 
     @classmethod
     def of(
-        cls, request: Request, order: int, generator: torch.Generator, budget: ThinkingBudget | None = None
+        cls, request: Request, order: int, generator: torch.Generator, thinking_budget: ThinkingBudget | None = None
     ) -> Sequence:
         token_ids, cache_ids = list(request.prompt.token_ids), list(request.prompt.cache_ids())
-        return cls(request, order, token_ids, cache_ids, image_rows(request), generator, budget)
+        return cls(request, order, token_ids, cache_ids, image_rows(request), generator, thinking_budget)
 
     @property
     def prompt_length(self) -> int:
@@ -76,7 +77,7 @@ class Sequence:
     @property
     def forced_id(self) -> int | None:
         """The next token where a spent thinking budget decides it, None where the model does."""
-        return None if self.budget is None else self.budget.forced_id(self.output_ids)
+        return None if self.thinking_budget is None else self.thinking_budget.forced_id(self.output_ids)
 
     @property
     def remaining(self) -> int:

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
-from siglane.engine.config import EngineConfig
-from siglane.engine.embedding import Calibration, Embedding, EmbeddingJob, EmbeddingQueue, Item, compute
+from siglane.engine.embed_worker import Calibration, Embedding, EmbeddingJob, EmbeddingQueue, Item, compute
 from siglane.engine.engine import Engine
 from siglane.engine.load import load_engine, load_with_tagger
 from siglane.errors import EngineError, SiglaneError
-from siglane.families.dual import DualModel, LoadedDual
+from siglane.families.two_tower import LoadedTwoTower, TwoTowerModel
+from siglane.settings.engine import EngineConfig
 from siglane.types import Request, TokenDelta
 
 logger = logging.getLogger(__name__)
@@ -62,14 +62,14 @@ def run_child(pipe: Connection, spec: EngineSpec) -> None:
         logger.info("the parent is gone; the engine ends")
 
 
-def _load(spec: EngineSpec) -> tuple[Engine, LoadedDual | None]:
+def _load(spec: EngineSpec) -> tuple[Engine, LoadedTwoTower | None]:
     if spec.tagger is None:
         return load_engine(spec.model, spec.config, spec.revision), None
     return load_with_tagger(spec.model, spec.tagger, spec.config, spec.revision)
 
 
 class TaggerFacts(NamedTuple):
-    """What the parent learns of the towers. apart: as in `LoadedDual`."""
+    """What the parent learns of the towers. apart: as in `LoadedTwoTower`."""
 
     calibration: Calibration
     apart: str | None
@@ -78,7 +78,7 @@ class TaggerFacts(NamedTuple):
 class Towers:
     """The SigLIP beside the engine: its forwards take turns with the engine's steps."""
 
-    def __init__(self, model: DualModel, config: EngineConfig, pipe: Connection) -> None:
+    def __init__(self, model: TwoTowerModel, config: EngineConfig, pipe: Connection) -> None:
         self._model, self._pipe = model, pipe
         self._queue = EmbeddingQueue(config, model.logit_scale.device)
         self._jobs: dict[int, EmbeddingJob] = {}

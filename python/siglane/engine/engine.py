@@ -12,18 +12,18 @@ from dataclasses import dataclass
 import torch
 
 from siglane.config.vlm import Thinking
+from siglane.engine.attention import choose_paged_backend
 from siglane.engine.batch import Chunk, Sequence, StepBatch
-from siglane.engine.config import EngineConfig
 from siglane.engine.features import FeatureCache, FeatureKey
 from siglane.engine.kv import PageAllocator, PagedKV
-from siglane.engine.paged import choose_paged_backend
-from siglane.engine.radix import PrefixCache
+from siglane.engine.prefix_cache import PrefixCache
 from siglane.engine.runner import Runner
 from siglane.engine.sampler import Choice, sample
-from siglane.engine.scheduler import Budget, Scheduler
+from siglane.engine.scheduler import Scheduler, StepBudget
 from siglane.engine.thinking import thinking_budget
 from siglane.errors import EngineError, UserError
 from siglane.families.model import VisionLanguageModel
+from siglane.settings.engine import EngineConfig
 from siglane.types import FinishReason, ImagePatches, Request, SamplingParams, TokenDelta
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Engine:
         self.allocator = PageAllocator(pages)
         self.prefix_cache = PrefixCache(self.allocator, config.page_size) if config.prefix_cache else None
         self.features = FeatureCache(config.feature_cache_bytes)
-        budget = Budget(
+        budget = StepBudget(
             tokens=config.max_batch_tokens or STEP_TOKENS[device.type],
             patches=config.max_seq_len or STEP_PATCHES[device.type],
             running=config.max_running,
@@ -124,7 +124,7 @@ class Engine:
         """One forward: what it adds to each request, in the order of the batch."""
         step = self.scheduler.plan()
         self._note_start(step.chunks)
-        deltas = self._encode(step.misses)
+        deltas = self._encode(step.images_to_encode)
         chunks = [chunk for chunk in step.chunks if chunk.sequence.request.request_id in self._sequences]
         computed, logits, failed = self._forward(chunks)
         deltas += failed
@@ -160,19 +160,19 @@ class Engine:
                 chunk.sequence.cached_tokens = chunk.start
                 self._cached_tokens += chunk.start
 
-    def _encode(self, misses: dict[FeatureKey, list[tuple[Sequence, int]]]) -> list[TokenDelta]:
+    def _encode(self, images_to_encode: dict[FeatureKey, list[tuple[Sequence, int]]]) -> list[TokenDelta]:
         """Gives every miss its features; returns the deltas of requests whose image cannot be encoded."""
-        if not misses:
+        if not images_to_encode:
             return []
         begin = time.monotonic()
-        images = [wanting[0][0].request.prompt.images[wanting[0][1]] for wanting in misses.values()]
+        images = [wanting[0][0].request.prompt.images[wanting[0][1]] for wanting in images_to_encode.values()]
         encoded = self._encode_isolated(images)
         seconds = time.monotonic() - begin
-        for sequence in {sequence for wanting in misses.values() for sequence, _ in wanting}:
+        for sequence in {sequence for wanting in images_to_encode.values() for sequence, _ in wanting}:
             if not sequence.prefilled:  # again after a preemption: a part of its decode time
                 sequence.encode_seconds += seconds
         failed: list[TokenDelta] = []
-        for (key, wanting), rows in zip(misses.items(), encoded, strict=True):
+        for (key, wanting), rows in zip(images_to_encode.items(), encoded, strict=True):
             if isinstance(rows, torch.Tensor):
                 self.features.put(key, rows)
                 self._encoded_images += 1

@@ -6,7 +6,7 @@ from collections import deque
 
 import torch
 
-from siglane.config.text import LanguageConfig
+from siglane.config.language import LanguageConfig
 
 
 class PagedKV:

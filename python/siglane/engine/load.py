@@ -7,13 +7,13 @@ import time
 
 import torch
 
-from siglane.engine.config import EngineConfig
 from siglane.engine.engine import Engine
-from siglane.families.dual import LoadedDual, load_dual
 from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import Processor, load_processor
+from siglane.families.two_tower import LoadedTwoTower, load_two_tower
 from siglane.nn.attention import choose_backend
-from siglane.nn.prepack import prepack
+from siglane.nn.cpu.packing import prepack
+from siglane.settings.engine import EngineConfig
 from siglane.weights.demo import open_model
 from siglane.weights.hub import Checkpoint
 
@@ -33,15 +33,15 @@ def build_engine(checkpoint: Checkpoint, processor: Processor, config: EngineCon
 
 def load_with_tagger(
     model: str, tagger: str, config: EngineConfig, revision: str | None = None
-) -> tuple[Engine, LoadedDual]:
+) -> tuple[Engine, LoadedTwoTower]:
     """`load_engine`, and both towers of the SigLIP `tagger`: its image tower is the chat model's own where their
     weights are equal."""
-    checkpoint, dual = open_model(model, revision), open_model(tagger)
+    checkpoint, two_tower = open_model(model, revision), open_model(tagger)
     processor = load_processor(checkpoint)
     loaded = _load(checkpoint, processor, config)
     device, _, vision_dtype = placement(config)
-    towers = load_dual(
-        dual,
+    towers = load_two_tower(
+        two_tower,
         device=device,
         dtype=vision_dtype,
         attention_backend=config.attention_backend,

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from typing import Literal
 
 from siglane.engine.child import EngineSpec, TaggerFacts, run_child
-from siglane.engine.embedding import Calibration, Embedding, Item
+from siglane.engine.embed_worker import Calibration, Embedding, Item
 from siglane.engine.engine import EngineStats
 from siglane.errors import EngineError, SiglaneError
 from siglane.types import Request, TokenDelta

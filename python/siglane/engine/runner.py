@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from siglane.engine.attention import paged_attention
 from siglane.engine.batch import StepBatch
 from siglane.engine.kv import PagedKV
-from siglane.engine.paged import paged_attention
 from siglane.engine.splice import splice
 from siglane.families.model import VisionLanguageModel
 from siglane.types import ImagePatches

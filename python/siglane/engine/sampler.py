@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from siglane.engine.batch import Sequence as Running
+from siglane.engine.batch import Sequence
 from siglane.errors import EngineError
 from siglane.types import SamplingParams, TokenLogprob
 
@@ -27,7 +26,7 @@ class Choice(NamedTuple):
 
 
 def sample(
-    logits: torch.Tensor, sequences: Sequence[Running], eos_token_ids: frozenset[int]
+    logits: torch.Tensor, sequences: list[Sequence], eos_token_ids: frozenset[int]
 ) -> list[Choice | EngineError]:
     """logits `[B, vocab_size]`, one row per sequence -> one choice per row.
 
@@ -38,13 +37,13 @@ def sample(
     finite = torch.isfinite(logits).all(dim=-1).tolist()
     best = logits.argmax(dim=-1).tolist()
     choices: list[Choice | EngineError] = []
-    for row, running in enumerate(sequences):
+    for row, sequence in enumerate(sequences):
         if not finite[row]:
             choices.append(EngineError("the model gave NaN or infinite logits", code="engine_nan"))
-        elif running.forced_id is None and _plain_greedy(running.request.sampling):
+        elif sequence.forced_id is None and _plain_greedy(sequence.request.sampling):
             choices.append(Choice(best[row], None))
         else:
-            choices.append(_choose_isolated(logits[row].cpu(), running, eos_token_ids))
+            choices.append(_choose_isolated(logits[row].cpu(), sequence, eos_token_ids))
     return choices
 
 
@@ -62,34 +61,34 @@ def _plain_greedy(params: SamplingParams) -> bool:
     )
 
 
-def _choose_isolated(logits: torch.Tensor, running: Running, eos_token_ids: frozenset[int]) -> Choice | EngineError:
+def _choose_isolated(logits: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[int]) -> Choice | EngineError:
     try:
-        return _choose(logits, running, eos_token_ids)
+        return _choose(logits, sequence, eos_token_ids)
     except Exception as error:
-        logger.exception("choosing a token for request %s failed", running.request.request_id)
+        logger.exception("choosing a token for request %s failed", sequence.request.request_id)
         return EngineError(f"the next token could not be chosen ({type(error).__name__})")
 
 
-def _choose(logits: torch.Tensor, running: Running, eos_token_ids: frozenset[int]) -> Choice:
-    params = running.request.sampling
+def _choose(logits: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[int]) -> Choice:
+    params = sequence.request.sampling
     logprobs = torch.log_softmax(logits, dim=-1) if params.logprobs is not None else None
-    forced_id = running.forced_id
-    token_id = _draw(logits, running, eos_token_ids) if forced_id is None else forced_id
+    forced_id = sequence.forced_id
+    token_id = _draw(logits, sequence, eos_token_ids) if forced_id is None else forced_id
     return Choice(token_id, None if logprobs is None else _report(logprobs, token_id, params.logprobs or 0))
 
 
-def _draw(logits: torch.Tensor, running: Running, eos_token_ids: frozenset[int]) -> int:
-    params = running.request.sampling
-    scores = _adjust(logits.clone(), running, eos_token_ids)
+def _draw(logits: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[int]) -> int:
+    params = sequence.request.sampling
+    scores = _adjust(logits.clone(), sequence, eos_token_ids)
     if params.temperature == 0:
         return int(scores.argmax())
     probabilities = filter_probabilities(scores, params)
-    return int(torch.multinomial(probabilities, 1, generator=running.generator))
+    return int(torch.multinomial(probabilities, 1, generator=sequence.generator))
 
 
-def _adjust(scores: torch.Tensor, running: Running, eos_token_ids: frozenset[int]) -> torch.Tensor:
+def _adjust(scores: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[int]) -> torch.Tensor:
     """Bias, minimum length and penalties, in vLLM's order and with its meanings."""
-    params, output_ids, vocab_size = running.request.sampling, running.output_ids, scores.shape[0]
+    params, output_ids, vocab_size = sequence.request.sampling, sequence.output_ids, scores.shape[0]
     if params.logit_bias:
         ids, values = zip(*params.logit_bias, strict=True)
         scores.index_add_(0, torch.tensor(ids), torch.tensor(values, dtype=scores.dtype))
@@ -97,7 +96,7 @@ def _adjust(scores: torch.Tensor, running: Running, eos_token_ids: frozenset[int
         ends = sorted({i for i in (*eos_token_ids, *params.stop_token_ids) if 0 <= i < vocab_size})
         scores[ends] = -torch.inf
     if params.repetition_penalty != 1:  # placeholders may lie outside the vocabulary
-        seen = torch.tensor(sorted({i for i in running.token_ids if 0 <= i < vocab_size}), dtype=torch.long)
+        seen = torch.tensor(sorted({i for i in sequence.token_ids if 0 <= i < vocab_size}), dtype=torch.long)
         values_seen = scores[seen]
         penalty = params.repetition_penalty
         scores[seen] = torch.where(values_seen > 0, values_seen / penalty, values_seen * penalty)

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from siglane.engine.batch import Chunk, Sequence, StepBatch
 from siglane.engine.features import FeatureCache, FeatureKey
 from siglane.engine.kv import PageAllocator
-from siglane.engine.radix import NextPage, PrefixCache
+from siglane.engine.prefix_cache import NextPage, PrefixCache
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
+class StepBudget:
     """What one step may cost, and how many requests may run."""
 
     tokens: int
@@ -27,10 +27,10 @@ class Budget:
 
 @dataclass(slots=True)
 class Step:
-    """A planned step. misses: images to encode first, and for each the sequences that want it with its number there."""
+    """A planned step. images_to_encode: first, and for each the sequences that want it with its number there."""
 
     chunks: list[Chunk] = field(default_factory=list)
-    misses: dict[FeatureKey, list[tuple[Sequence, int]]] = field(default_factory=dict)
+    images_to_encode: dict[FeatureKey, list[tuple[Sequence, int]]] = field(default_factory=dict)
     tokens_left: int = 0
     patches_left: int = 0
 
@@ -44,7 +44,7 @@ class Scheduler:
 
     def __init__(
         self,
-        budget: Budget,
+        budget: StepBudget,
         allocator: PageAllocator,
         prefix_cache: PrefixCache | None,
         features: FeatureCache,
@@ -103,7 +103,7 @@ class Scheduler:
         return True
 
     def _gather_images(self, sequence: Sequence, stop: int, step: Step) -> int:
-        """Makes sure that the images before `stop` have features or are among the step's misses.
+        """Makes sure that the images before `stop` have features or are among those the step encodes.
 
         Returns where the chunk must end: before the first image that the patch budget has no room for. A step takes at
         least one image, however large.
@@ -112,7 +112,7 @@ class Scheduler:
             if image in sequence.features:
                 continue
             key, layout = sequence.feature_key(image), sequence.request.prompt.images[image].layout
-            wanting = step.misses.get(key)
+            wanting = step.images_to_encode.get(key)
             if wanting is not None:
                 wanting.append((sequence, image))
                 continue
@@ -120,9 +120,9 @@ class Scheduler:
             if rows is not None:
                 sequence.features[image] = rows
                 continue
-            if step.misses and layout.patches > step.patches_left:
+            if step.images_to_encode and layout.patches > step.patches_left:
                 return min(span.start for span in sequence.spans if span.image == image)
-            step.misses[key] = [(sequence, image)]
+            step.images_to_encode[key] = [(sequence, image)]
             step.patches_left -= layout.patches
         return stop
 
@@ -153,8 +153,8 @@ class Scheduler:
             return None
         nodes, following = self.prefix_cache.match(sequence.cache_ids, sequence.request.cache_salt)
         self.prefix_cache.lock(nodes)
-        sequence.nodes = nodes
-        sequence.pages = [node.page for node in nodes]
+        sequence.prefix_nodes = nodes
+        sequence.block_table = [node.page for node in nodes]
         sequence.computed = len(nodes) * self.page_size
         return following if following.key is not None else None
 
@@ -171,7 +171,7 @@ class Scheduler:
         When none are left, cached prefixes go first, then (for a running sequence) the youngest neighbours are put
         back into the queue, the sequence itself last. False when it did not get its pages.
         """
-        needed = -(-len(sequence.token_ids) // self.page_size) - len(sequence.pages)
+        needed = -(-len(sequence.token_ids) // self.page_size) - len(sequence.block_table)
         if needed <= 0:
             return True
         while not self._make_room(needed):
@@ -181,7 +181,7 @@ class Scheduler:
             self._preempt(youngest)
             if youngest is sequence:
                 return False
-        sequence.pages += self.allocator.take(needed)
+        sequence.block_table += self.allocator.take(needed)
         return True
 
     def _make_room(self, pages: int) -> bool:
@@ -202,13 +202,13 @@ class Scheduler:
     def _share(self, sequence: Sequence) -> None:
         if self.prefix_cache is not None:
             known = sequence.cache_ids[: sequence.computed]
-            sequence.nodes = self.prefix_cache.insert(
-                known, sequence.pages, sequence.request.cache_salt, sequence.nodes
+            sequence.prefix_nodes = self.prefix_cache.insert(
+                known, sequence.block_table, sequence.request.cache_salt, sequence.prefix_nodes
             )
 
     def _release(self, sequence: Sequence) -> None:
-        self.allocator.give(sequence.pages[len(sequence.nodes) :])
+        self.allocator.give(sequence.block_table[len(sequence.prefix_nodes) :])
         if self.prefix_cache is not None:
-            self.prefix_cache.unlock(sequence.nodes)
-        sequence.pages, sequence.nodes, sequence.features = [], [], {}
+            self.prefix_cache.unlock(sequence.prefix_nodes)
+        sequence.block_table, sequence.prefix_nodes, sequence.features = [], [], {}
         sequence.computed = 0

@@ -9,16 +9,16 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from siglane.config.layout.anyres import AnyResTiling, Pinpoint
+from siglane.config.language import LanguageConfig
 from siglane.config.preprocess import ImageProcessorConfig, PreprocessConfig
 from siglane.config.projector import llava_projector
 from siglane.config.reader import ConfigReader
-from siglane.config.text import LanguageConfig
 from siglane.config.video import VideoRule
 from siglane.config.vision import ACTIVATIONS, VisionConfig
 from siglane.config.vlm import ImageFacts, VlmConfig
 from siglane.errors import ConfigError
 from siglane.families.family import PromptRules, VlmFamily
+from siglane.tiling.anyres import AnyResTiling, Pinpoint
 from siglane.weights.hub import Checkpoint, Source
 from siglane.weights.plan import Ignore, Rule, WeightPlan, projector_plan, qwen_plan, tower_plan
 

@@ -16,18 +16,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from siglane.config.layout.nanovlm import WholeTiles
-from siglane.config.layout.rule import LayoutRule
-from siglane.config.layout.squash import Squash
+from siglane.config.language import LanguageConfig
 from siglane.config.preprocess import PreprocessConfig
 from siglane.config.projector import pixel_shuffle_projector
 from siglane.config.reader import ConfigReader
-from siglane.config.text import LanguageConfig
 from siglane.config.vision import VisionConfig
 from siglane.config.vlm import ImageFacts, VlmConfig
 from siglane.errors import ConfigError, UserError
 from siglane.families.family import PromptRules, VlmFamily
 from siglane.families.tokens import end_of_answer
+from siglane.tiling.nanovlm import WholeTiles
+from siglane.tiling.rule import LayoutRule
+from siglane.tiling.squash import Squash
 from siglane.types import Grid, Size
 from siglane.weights.hub import TOKENIZER_PATTERNS, Checkpoint, Source, open_checkpoint
 from siglane.weights.plan import Entry, Ignore, Rule, WeightPlan, projector_plan

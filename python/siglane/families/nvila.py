@@ -10,16 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from siglane.config.layout.vila import MOST_TILES, Tiling, VilaTiling
+from siglane.config.language import LanguageConfig
 from siglane.config.preprocess import ImageProcessorConfig, PreprocessConfig
 from siglane.config.projector import vila_projector
 from siglane.config.reader import ConfigReader
-from siglane.config.text import LanguageConfig
 from siglane.config.video import VideoRule
 from siglane.config.vision import VisionConfig
 from siglane.config.vlm import ImageFacts, VlmConfig
 from siglane.errors import ConfigError
 from siglane.families.family import PromptRules, VlmFamily
+from siglane.tiling.vila import MOST_TILES, Tiling, VilaTiling
 from siglane.types import Grid, Size
 from siglane.weights.hub import Checkpoint, Source
 from siglane.weights.plan import WeightPlan, projector_plan, qwen_plan, tower_plan

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from siglane.config.layout.navit import NativeResolution
+from siglane.config.language import LanguageConfig
 from siglane.config.preprocess import ImageProcessorConfig, PreprocessConfig
 from siglane.config.projector import vocabulary_projector
 from siglane.config.reader import ConfigReader
-from siglane.config.text import LanguageConfig
 from siglane.config.video import VideoRule
 from siglane.config.vision import VisionConfig
 from siglane.config.vlm import ImageFacts, Thinking, VlmConfig
 from siglane.errors import ConfigError
 from siglane.families.family import PromptRules, VlmFamily
 from siglane.families.tokens import end_of_answer
+from siglane.tiling.navit import NativeResolution
 from siglane.weights.hub import Checkpoint, Source
 from siglane.weights.plan import WeightPlan, projector_plan, qwen_plan, tower_plan
 
@@ -48,7 +48,7 @@ FORCED_END = (
 
 # No default system turn; the text behind `</think>` is all that is kept of earlier answers (`PromptRules`). The hub's
 # template also takes the letters `<image>` and `<video>` out of messages, lest they become placeholders; siglane's
-# prompts cannot be written that way (families/chat.py), so a user's text stays as it is.
+# prompts cannot be written that way (families/prompt/builder.py), so a user's text stays as it is.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' ~ message['role'] ~ '\n' ~ message['content'] ~ '<|im_end|>\n' }}"

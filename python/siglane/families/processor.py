@@ -8,14 +8,14 @@ from typing import Any, Protocol
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from siglane.config.layout.rule import ImageBudget
 from siglane.config.vlm import ImageFacts, VlmConfig
 from siglane.errors import ConfigError
-from siglane.families.chat import PromptBuilder
 from siglane.families.family import PromptRules
+from siglane.families.prompt.builder import PromptBuilder
 from siglane.families.registry import vlm_family
 from siglane.image.patchify import to_patches
-from siglane.types import DecodedClip, DecodedImage, ImageLayout, ImagePatches, Medium, Message, Prompt
+from siglane.tiling.rule import ImageBudget
+from siglane.types import DecodedImage, DecodedVideo, ImageLayout, ImagePatches, Medium, Message, Prompt
 from siglane.weights.hub import Checkpoint
 
 
@@ -29,7 +29,7 @@ class ImageProcessor(Protocol):
         self, media: Sequence[Medium], budgets: Sequence[ImageBudget | None] | None = None
     ) -> tuple[ImageLayout, ...]: ...
 
-    def patches(self, image: DecodedImage | DecodedClip, layout: ImageLayout) -> ImagePatches: ...
+    def patches(self, image: DecodedImage | DecodedVideo, layout: ImageLayout) -> ImagePatches: ...
 
 
 class Processor:
@@ -61,7 +61,7 @@ class Processor:
         """The layouts of all images and videos of one request, from their sizes alone (`ImageFacts.layouts`)."""
         return self.config.layouts(media, budgets)
 
-    def patches(self, image: DecodedImage | DecodedClip, layout: ImageLayout) -> ImagePatches:
+    def patches(self, image: DecodedImage | DecodedVideo, layout: ImageLayout) -> ImagePatches:
         """Patches `[layout.patches, patch_dim]`. ValueError when the layout is another size's."""
         return to_patches(image, layout, self.config.preprocess, self.config.vision)
 
@@ -104,7 +104,7 @@ class EncoderProcessor:
     ) -> tuple[ImageLayout, ...]:
         return self.config.layouts(media, budgets)
 
-    def patches(self, image: DecodedImage | DecodedClip, layout: ImageLayout) -> ImagePatches:
+    def patches(self, image: DecodedImage | DecodedVideo, layout: ImageLayout) -> ImagePatches:
         """Patches `[layout.patches, patch_dim]`. ValueError when the layout is another size's."""
         return to_patches(image, layout, self.config.preprocess, self.config.vision)
 

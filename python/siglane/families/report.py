@@ -6,7 +6,7 @@ from typing import Any, NotRequired
 
 from typing_extensions import TypedDict  # pydantic reads no other on Python 3.11
 
-from siglane.config.layout.rule import ImageBudget, LayoutRule
+from siglane.tiling.rule import ImageBudget, LayoutRule
 from siglane.types import Detail, ImageLayout
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from siglane.config.layout.squash import Squash
 from siglane.config.preprocess import ImageProcessorConfig, PreprocessConfig
 from siglane.config.projector import vila_projector
 from siglane.config.reader import ConfigReader
@@ -16,6 +15,7 @@ from siglane.config.vision import VisionConfig
 from siglane.config.vlm import ImageFacts
 from siglane.errors import ConfigError
 from siglane.families.family import TowerFamily
+from siglane.tiling.squash import Squash
 from siglane.weights.hub import Checkpoint
 from siglane.weights.plan import Elsewhere, Ignore, WeightPlan, tower_plan
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from siglane.config.layout.naflex import NaFlex
 from siglane.config.preprocess import ImageProcessorConfig, PreprocessConfig
 from siglane.config.projector import vila_projector
 from siglane.config.reader import ConfigReader
@@ -17,6 +16,7 @@ from siglane.config.vlm import ImageFacts
 from siglane.errors import ConfigError
 from siglane.families.family import TowerFamily
 from siglane.families.siglip import plan
+from siglane.tiling.naflex import NaFlex
 from siglane.types import Grid
 from siglane.weights.hub import Checkpoint
 

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from siglane.config.preprocess import PreprocessConfig
-from siglane.config.projector import projected_grid
 from siglane.config.vision import VisionConfig
 from siglane.config.vlm import VlmConfig
 from siglane.image.patchify import normalisation
@@ -17,7 +16,8 @@ from siglane.nn.parallel import TensorParallel
 from siglane.projector.assemble import assemble, projector_grids, projector_input
 from siglane.projector.build import build_projector
 from siglane.projector.visual_vocabulary import VisualVocabulary
-from siglane.types import BackendChoice, Features, ImagePatches, ImageTokens, Indicator, PackedPatches
+from siglane.tiling.merge import projected_grid
+from siglane.types import BackendChoice, ImagePatches, ImagePlaceholder, ImageTokens, Indicator, PackedPatches
 from siglane.vision.tower import SiglipVisionModel, Taps
 
 
@@ -154,7 +154,7 @@ class VisionStack(VisionEncoderModel):
             raise ValueError("the layout has indicators, the model has no visual vocabulary")
         pieces, start = [], 0
         for piece in layout.pieces:
-            if isinstance(piece, Features):
+            if isinstance(piece, ImagePlaceholder):
                 pieces.append(rows[start : start + piece.rows])
                 start += piece.rows
             elif isinstance(piece, Indicator):

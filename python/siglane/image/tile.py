@@ -1,4 +1,4 @@
-"""An upright picture -> the tiles the tower sees, drawn step by step as the layout says (config/layout)."""
+"""An upright picture -> the tiles the tower sees, drawn step by step as the layout says (tiling)."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from siglane.config.preprocess import DecodeConfig
 from siglane.config.video import VideoRule
 from siglane.errors import ImageError, UserError
 from siglane.image.decode import from_pil, read_size
-from siglane.types import Clip, DecodedClip, DecodedImage, Size
+from siglane.types import DecodedImage, DecodedVideo, Size, VideoSize
 
 if TYPE_CHECKING:
     from av.packet import Packet
@@ -35,25 +35,25 @@ ANIMATIONS = ("GIF", "WEBP")
 ACCEPTED = "MP4, MOV, WebM, Matroska, AVI, GIF, WebP"
 
 
-def read_clip_size(data: bytes, rule: VideoRule, frames: int, config: DecodeConfig) -> Clip:
+def read_video_size(data: bytes, rule: VideoRule, frames: int, config: DecodeConfig) -> VideoSize:
     """Size of the upright first frame, and how many of at most `frames` the file has. Decodes that frame alone.
 
-    What `decode_clip` returns has exactly these. Raises ImageError: video_format_not_allowed, video_decode_failed,
+    What `decode_video` returns has exactly these. Raises ImageError: video_format_not_allowed, video_decode_failed,
     video_too_long, image_too_large; UserError missing_extra without PyAV.
     """
     with _as_video_error():
         if (animation := _animation(data, config)) is not None:
-            return Clip(read_size(data, config), len(_chosen(animation.n_frames, rule, frames, config)))
+            return VideoSize(read_size(data, config), len(_chosen(animation.n_frames, rule, frames, config)))
         with _film(data, config) as film:
             times = film.times(rule, frames)
-            return Clip(film.size(len(times)), len(times))
+            return VideoSize(film.size(len(times)), len(times))
 
 
-def decode_clip(data: bytes, rule: VideoRule, frames: int, config: DecodeConfig) -> DecodedClip:
+def decode_video(data: bytes, rule: VideoRule, frames: int, config: DecodeConfig) -> DecodedVideo:
     """At most `frames` frames, chosen by `rule`. Only the groups of pictures that hold them are decoded.
 
-    A frame that is missing in a damaged file is replaced by the next one that is not. Raises as `read_clip_size`, and
-    ImageError video_timeout after `config.clip_seconds`.
+    A frame that is missing in a damaged file is replaced by the next one that is not. Raises as `read_video_size`, and
+    ImageError video_timeout after `config.video_seconds`.
     """
     with _as_video_error():
         if (animation := _animation(data, config)) is not None:
@@ -61,7 +61,7 @@ def decode_clip(data: bytes, rule: VideoRule, frames: int, config: DecodeConfig)
         with _film(data, config) as film:
             times = film.times(rule, frames)
             film.size(len(times))
-            return DecodedClip.of([DecodedImage.from_rgb(film.picture(shown)) for shown in times])
+            return DecodedVideo.of([DecodedImage.from_rgb(film.picture(shown)) for shown in times])
 
 
 def chosen_pictures(pictures: Sequence[Any], rule: VideoRule, frames: int | None) -> list[Any]:
@@ -87,10 +87,10 @@ def _check_clip(size: Size, frames: int, config: DecodeConfig) -> None:
     if pixels > config.max_pixels:
         message = f"the video has {size.width} x {size.height} pixels; at most {config.max_pixels} are accepted"
         raise ImageError(message, code="image_too_large")
-    if pixels * frames > config.max_clip_pixels:
+    if pixels * frames > config.max_video_pixels:
         message = (
-            f"{frames} frames of {size.width} x {size.height} pixels are more than the {config.max_clip_pixels} pixels "
-            "accepted; ask for fewer frames"
+            f"{frames} frames of {size.width} x {size.height} pixels are more than the {config.max_video_pixels} "
+            "pixels accepted; ask for fewer frames"
         )
         raise ImageError(message, code="image_too_large")
 
@@ -107,7 +107,7 @@ class _Film:
         stamps = sorted({stamp for stamp in shown if stamp is not None})
         self._stamped = len(stamps) == len(shown)
         self._shown = stamps if self._stamped else list(range(len(shown)))
-        self._deadline = time.monotonic() + config.clip_seconds
+        self._deadline = time.monotonic() + config.video_seconds
         self._next = 0  # packet to be decoded next
         self._decoded: deque[tuple[int, VideoFrame]] = deque()
         self._count = 0
@@ -167,7 +167,7 @@ class _Film:
 
     def _decode_next(self) -> None:
         if time.monotonic() > self._deadline:
-            message = f"decoding the video took more than {self._config.clip_seconds:g} seconds"
+            message = f"decoding the video took more than {self._config.video_seconds:g} seconds"
             raise ImageError(message, code="video_timeout")
         packet = self._packets[self._next] if self._next < len(self._packets) else None  # None: what is left inside
         self._next += 1
@@ -231,19 +231,19 @@ def _animation(data: bytes, config: DecodeConfig) -> Any:
     return None
 
 
-def _decode_animation(animation: Any, rule: VideoRule, frames: int, config: DecodeConfig) -> DecodedClip:
+def _decode_animation(animation: Any, rule: VideoRule, frames: int, config: DecodeConfig) -> DecodedVideo:
     chosen = _chosen(animation.n_frames, rule, frames, config)
     _check_clip(Size(*animation.size), len(chosen), config)
-    deadline = time.monotonic() + config.clip_seconds
+    deadline = time.monotonic() + config.video_seconds
     decoded = []
     for number in range(chosen[-1] + 1):  # a frame is drawn over the one before
         if time.monotonic() > deadline:
-            message = f"decoding the video took more than {config.clip_seconds:g} seconds"
+            message = f"decoding the video took more than {config.video_seconds:g} seconds"
             raise ImageError(message, code="video_timeout")
         animation.seek(number)
         if number in chosen:
             decoded.append(from_pil(animation, config))
-    return DecodedClip.of(decoded)
+    return DecodedVideo.of(decoded)
 
 
 def _quarter_turns(frame: VideoFrame) -> int:

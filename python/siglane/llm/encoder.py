@@ -8,19 +8,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from siglane.config.layout.rule import CHECKPOINT_LIMITS, ImageBudget
 from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
 from siglane.config.vlm import VlmConfig
-from siglane.engine.config import EngineConfig
 from siglane.engine.engine import STEP_PATCHES
 from siglane.engine.load import placement
 from siglane.errors import UserError
-from siglane.families.media import LOCAL_MEDIA, ImageSource, Media, ahead, image_item, video_item
 from siglane.families.model import load_vision
+from siglane.families.pipeline import LOCAL_MEDIA, ImageSource, Media, ahead, image_item, video_item
 from siglane.families.stack import VisionStack
-from siglane.image.source import MediaPolicy
-from siglane.nn.prepack import prepack
+from siglane.media.source import MediaPolicy
+from siglane.nn.cpu.packing import prepack
 from siglane.projector.assemble import projector_grids
+from siglane.settings.engine import EngineConfig
+from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
 from siglane.types import BackendChoice, ImagePatches
 from siglane.vision.packed import encode_packed
 from siglane.weights.demo import open_model

@@ -16,18 +16,18 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from siglane.config.layout.rule import CHECKPOINT_LIMITS, ImageBudget
 from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
-from siglane.engine.config import EngineConfig
 from siglane.engine.load import build_engine
 from siglane.engine.reasoning import AnswerStream
-from siglane.families.media import LOCAL_MEDIA, PREPARE_AHEAD, PREPARE_THREADS, Media
+from siglane.families.pipeline import LOCAL_MEDIA, PREPARE_AHEAD, PREPARE_THREADS, Media
 from siglane.families.processor import Processor, load_processor
 from siglane.families.report import ImageReport
-from siglane.image.source import MediaPolicy
 from siglane.llm.generation import Answer, Generation, OnText, Row, blamed
 from siglane.llm.prompts import ChatMessage, Conversation, PromptLike, conversation, one_message
 from siglane.llm.sampling import check_sampling, params_of_each
+from siglane.media.source import MediaPolicy
+from siglane.settings.engine import EngineConfig
+from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
 from siglane.types import Prompt, Request, SamplingParams, TokenDelta
 from siglane.weights.demo import open_model
 from siglane.weights.hub import Checkpoint

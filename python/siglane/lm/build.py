@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from siglane.config.text import LanguageConfig
+from siglane.config.language import LanguageConfig
 from siglane.lm.llama import LlamaModel
 from siglane.lm.qwen import QwenModel
 from siglane.nn.parallel import TensorParallel

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from siglane.config.text import LanguageConfig
+from siglane.config.language import LanguageConfig
 from siglane.nn.act import activate
 from siglane.nn.attention import LayerAttention
 from siglane.nn.embedding import VocabParallelEmbedding

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from siglane.errors import ConfigError
-from siglane.nn.gemm import has_fast_product, linear
+from siglane.nn.cpu.product import linear, uses_onednn
 from siglane.types import AttentionBackend, BackendChoice
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ FLASHINFER_HEAD_DIMS = (64, 128, 256)
 KERNEL_HEAD_DIM_STEP = 8  # flash kernels take head dims that are multiples of 8
 # on CPUs: rows that pass through a block together, so that what one operation writes is still in a cache when the next
 # one reads it
-PIECE_ROWS = 1024
+CHUNK_ROWS = 1024
 LONG = 320  # rows of a segment from which two plain products beat a CPU's fused attention
 SCORES = 1 << 20  # of one head that a CPU's cache takes
 LOG2_E = math.log2(math.e)
@@ -41,7 +41,7 @@ class Segments:
 
     cu_seqlens: i32 `[B + 1]` on the device (None on CPU, where nothing reads it); max_len on the host;
     runs: (length, how many in a row) of neighbours of equal length; pieces: on CPU the same segments in groups of at
-    most PIECE_ROWS rows, or one segment; empty where one piece is all.
+    most CHUNK_ROWS rows, or one segment; empty where one piece is all.
     """
 
     lengths: tuple[int, ...]
@@ -68,7 +68,7 @@ def _groups(lengths: Sequence[int]) -> list[list[int]]:
     groups: list[list[int]] = []
     rows = 0
     for length in lengths:
-        if not groups or rows + length > PIECE_ROWS:
+        if not groups or rows + length > CHUNK_ROWS:
             groups.append([])
             rows = 0
         groups[-1].append(length)
@@ -112,7 +112,7 @@ def _sdpa(
 ) -> torch.Tensor:
     """One call per run of equal lengths, each a batch of its own."""
     grouped = q.shape[1] != k.shape[1]
-    by_head = not causal and not grouped and has_fast_product(q, k, v)
+    by_head = not causal and not grouped and uses_onednn(q, k, v)
     outputs = []
     start = 0
     for length, count in segments.runs:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from siglane.nn.gemm import linear
+from siglane.nn.cpu.product import linear
 from siglane.nn.linear import ShardedModule
 from siglane.nn.parallel import TensorParallel
 
@@ -20,7 +20,7 @@ class VocabParallelEmbedding(ShardedModule):
 
     def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel) -> None:
         super().__init__()
-        self.tp = tp.fits(vocab_size)
+        self.tp = tp.divides(vocab_size)
         self.vocab_size, self.hidden_size = vocab_size, hidden_size
         self.weight = nn.Parameter(torch.empty(vocab_size // self.tp.size, hidden_size))
 
@@ -39,4 +39,4 @@ class VocabParallelEmbedding(ShardedModule):
         if tensor.shape != (self.vocab_size, self.hidden_size):
             raise ValueError(f"has shape {list(tensor.shape)}, the model needs {[self.vocab_size, self.hidden_size]}")
         with torch.no_grad():
-            self.weight.copy_(self.tp.cut(tensor, 0))
+            self.weight.copy_(self.tp.shard(tensor, 0))

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from siglane.nn.attention import PIECE_ROWS, Segments, packed_attention
+from siglane.nn.attention import CHUNK_ROWS, Segments, packed_attention
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear, attention_parallel
 from siglane.nn.parallel import TensorParallel
 from siglane.nn.rope import rotate
@@ -65,9 +65,9 @@ class MLP(nn.Module):
         self.fc2 = RowParallelLinear(config.intermediate_size, config.hidden_size, bias=True, tp=tp)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type != "cpu" or torch.is_grad_enabled() or len(x) <= PIECE_ROWS:
+        if x.device.type != "cpu" or torch.is_grad_enabled() or len(x) <= CHUNK_ROWS:
             return self._rows(x)
-        return torch.cat([self._rows(rows) for rows in x.split(PIECE_ROWS)])
+        return torch.cat([self._rows(rows) for rows in x.split(CHUNK_ROWS)])
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
         hidden: torch.Tensor = self.fc2(self.fc1(x, self.activation))

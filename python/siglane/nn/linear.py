@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from siglane.nn.gemm import linear
+from siglane.nn.cpu.product import linear
 from siglane.nn.parallel import TensorParallel
 from siglane.types import Activation
 
@@ -54,7 +54,7 @@ class ColumnParallelLinear(ShardedModule):
         gather_output: bool = False,
     ) -> None:
         super().__init__()
-        self.tp = tp.fits(*sections.values())
+        self.tp = tp.divides(*sections.values())
         self.input_size, self.sections, self.gather_output = input_size, sections, gather_output
         local = sum(sections.values()) // self.tp.size
         self.weight = nn.Parameter(torch.empty(local, input_size))
@@ -77,7 +77,7 @@ class ColumnParallelLinear(ShardedModule):
         if tensor.shape != whole:
             raise ValueError(f"has shape {list(tensor.shape)}, the model needs {list(whole)}")
         start = sum(size for other, size in _before(self.sections, part)) // self.tp.size
-        shard = self.tp.cut(tensor, 0)
+        shard = self.tp.shard(tensor, 0)
         with torch.no_grad():
             self.get_parameter(name).narrow(0, start, shard.shape[0]).copy_(shard)
 
@@ -95,7 +95,7 @@ class RowParallelLinear(ShardedModule):
 
     def __init__(self, input_size: int, output_size: int, *, bias: bool, tp: TensorParallel) -> None:
         super().__init__()
-        self.tp = tp.fits(input_size)
+        self.tp = tp.divides(input_size)
         self.input_size, self.output_size = input_size, output_size
         self.weight = nn.Parameter(torch.empty(output_size, input_size // self.tp.size))
         self.bias = nn.Parameter(torch.empty(output_size)) if bias else None
@@ -113,7 +113,7 @@ class RowParallelLinear(ShardedModule):
         if tensor.shape != (self.output_size, self.input_size):
             raise ValueError(f"has shape {list(tensor.shape)}, the model needs {[self.output_size, self.input_size]}")
         with torch.no_grad():
-            self.weight.copy_(self.tp.cut(tensor, 1))
+            self.weight.copy_(self.tp.shard(tensor, 1))
 
 
 class QKVParallelLinear(ShardedModule):

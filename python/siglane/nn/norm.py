@@ -57,4 +57,4 @@ class ShardedLayerNorm(ShardedModule):
         if tensor.shape != (self.size,):
             raise ValueError(f"has shape {list(tensor.shape)}, the model needs {[self.size]}")
         with torch.no_grad():
-            self.get_parameter(name).copy_(self.tp.cut(tensor, 0))
+            self.get_parameter(name).copy_(self.tp.shard(tensor, 0))

@@ -53,11 +53,11 @@ class TensorParallel:
 
         return cls(dist.get_rank(group), size, all_reduce, all_gather)
 
-    def fits(self, *counts: int) -> TensorParallel:
+    def divides(self, *counts: int) -> TensorParallel:
         """Itself when every count divides by its size, else a group of one: the layer is replicated instead of cut."""
         return self if all(count % self.size == 0 for count in counts) else TensorParallel.single()
 
-    def cut(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    def shard(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         """This rank's equal share of `tensor` along `dim`."""
         share = tensor.shape[dim] // self.size
         return tensor.narrow(dim, self.rank * share, share)

@@ -8,7 +8,8 @@ from itertools import groupby
 import torch
 import torch.nn.functional as F
 
-from siglane.config.projector import ProjectorConfig, projected_grid
+from siglane.config.projector import ProjectorConfig
+from siglane.tiling.merge import projected_grid
 from siglane.types import Grid
 
 

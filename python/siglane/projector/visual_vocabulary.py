@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from siglane.config.projector import LinearLayer, NormLayer, ProjectorConfig
-from siglane.nn.gemm import linear
+from siglane.nn.cpu.product import linear
 from siglane.nn.linear import ColumnParallelLinear, ShardedModule
 from siglane.nn.norm import ShardedLayerNorm
 from siglane.nn.parallel import TensorParallel
@@ -37,7 +37,7 @@ class VisualVocabulary(ShardedModule):
         projection, norm = config.layers
         assert isinstance(projection, LinearLayer)
         assert isinstance(norm, NormLayer)
-        self.tp = (tp or TensorParallel.single()).fits(self.vocabulary.size)
+        self.tp = (tp or TensorParallel.single()).divides(self.vocabulary.size)
         self.head = ColumnParallelLinear(
             projection.input_size, {"": projection.output_size}, bias=projection.bias, tp=self.tp
         )
@@ -71,5 +71,5 @@ class VisualVocabulary(ShardedModule):
         if list(tensor.shape) != whole:
             raise ValueError(f"has shape {list(tensor.shape)}, the model needs {whole}")
         with torch.no_grad():
-            self.table[: self.words].copy_(self.tp.cut(tensor[: self.vocabulary.size], 0))
+            self.table[: self.words].copy_(self.tp.shard(tensor[: self.vocabulary.size], 0))
             self.table[self.words :].copy_(tensor[self.vocabulary.size :])

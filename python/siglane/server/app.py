@@ -19,6 +19,7 @@ from starlette.responses import Response
 
 from siglane.errors import EngineError, UserError
 from siglane.server.chat import complete, prepare
+from siglane.server.context import context_of
 from siglane.server.embedding import EmbeddingState, classify, embed
 from siglane.server.embedding_protocol import (
     ClassificationList,
@@ -27,7 +28,6 @@ from siglane.server.embedding_protocol import (
     EmbeddingRequest,
 )
 from siglane.server.errors import ErrorBody, JsonResponse, error_response, from_validation
-from siglane.server.exchange import exchange_of
 from siglane.server.metrics import METHODS
 from siglane.server.middleware import Authenticate, Gate, Intake, Observe, shutting_down
 from siglane.server.protocol import ChatCompletion, ChatCompletionRequest, ModelCard, ModelList, ignored_fields
@@ -104,7 +104,7 @@ def _add_middleware(app: FastAPI, state: ModelState, served: tuple[str, ...]) ->
 
 def _failures() -> dict[type[Exception], Callable[[Request, Any], Response]]:
     def refused(request: Request, error: UserError | EngineError) -> Response:
-        exchange_of(request.scope).failed = error.code
+        context_of(request.scope).failed = error.code
         return error_response(error)
 
     def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -173,12 +173,12 @@ def _add_chat(app: FastAPI, state: ServerState) -> None:
 
     @app.post(CHAT, responses={200: {"model": ChatCompletion}, **FAILURES}, response_model=None)
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Any:
-        exchange = exchange_of(request.scope)
+        context = context_of(request.scope)
         headers = note_ignored(body)
         if not body.stream:
-            return JsonResponse(await complete(body, exchange, state), headers=headers)
-        prepared = await prepare(body, exchange, state)
-        return ChatStream(body, prepared, exchange, state, headers)
+            return JsonResponse(await complete(body, context, state), headers=headers)
+        prepared = await prepare(body, context, state)
+        return ChatStream(body, prepared, context, state, headers)
 
 
 def _add_embeddings(app: FastAPI, state: EmbeddingState) -> None:
@@ -187,12 +187,12 @@ def _add_embeddings(app: FastAPI, state: EmbeddingState) -> None:
     @app.post(EMBEDDINGS, responses={200: {"model": EmbeddingList}, **FAILURES}, response_model=None)
     async def create_embeddings(body: EmbeddingRequest, request: Request) -> Any:
         headers = note_ignored(body)
-        return JsonResponse(await embed(body, exchange_of(request.scope), state), headers=headers)
+        return JsonResponse(await embed(body, context_of(request.scope), state), headers=headers)
 
     @app.post(CLASSIFY, responses={200: {"model": ClassificationList}, **FAILURES}, response_model=None)
     async def create_classification(body: ClassificationRequest, request: Request) -> Any:
         headers = note_ignored(body)
-        return JsonResponse(await classify(body, exchange_of(request.scope), state), headers=headers)
+        return JsonResponse(await classify(body, context_of(request.scope), state), headers=headers)
 
 
 def _add_refusals(app: FastAPI, paths: Sequence[str], reason: str) -> None:

@@ -11,7 +11,7 @@ from siglane.engine.thinking import check_thinking_budget
 from siglane.errors import UserError
 from siglane.families.report import ImageReport
 from siglane.server.answer import Answer
-from siglane.server.exchange import Exchange
+from siglane.server.context import RequestContext
 from siglane.server.media import MediaRef, hollow
 from siglane.server.protocol import (
     AssistantMessage,
@@ -43,7 +43,7 @@ class Prepared:
     seconds: dict[str, float]
 
 
-async def prepare(body: ChatCompletionRequest, exchange: Exchange, state: ServerState) -> Prepared:
+async def prepare(body: ChatCompletionRequest, context: RequestContext, state: ServerState) -> Prepared:
     """Everything before the engine. Raises UserError for a request that cannot be served, cheapest checks first."""
     state.check_model(body.model)
     messages, refs = read_messages(body.messages)
@@ -52,7 +52,7 @@ async def prepare(body: ChatCompletionRequest, exchange: Exchange, state: Server
     check_length(messages, state)
     salt = body.cache_salt or ""
     watch = Stopwatch()
-    files = await state.media.fetch(refs, salt, exchange.account)
+    files = await state.media.fetch(refs, salt, context.lease)
     watch.note("fetch")
     layouts = await state.media.lay_out(refs, files)
     # the prompt is written around images of which only headers were read: what is too long is never decoded
@@ -60,7 +60,7 @@ async def prepare(body: ChatCompletionRequest, exchange: Exchange, state: Server
     prompt = await state.media.run(state.processor.prompt, messages, images, body.chat_template_kwargs)
     max_tokens = resolve_max_tokens(body, prompt, state)
     watch.note("prepare")
-    cut = await state.media.cut(refs, files, layouts, exchange.account)
+    cut = await state.media.cut(refs, files, layouts, context.lease)
     watch.add("decode", sum(image.decoding for image in cut))
     watch.add("prepare", sum(image.cutting for image in cut))
     # a template may have put them into another order than the messages did
@@ -119,15 +119,15 @@ def too_long(tokens: int, shown: str, state: ServerState) -> UserError:
 
 def resolve_max_tokens(body: ChatCompletionRequest, prompt: Prompt, state: ServerState) -> int:
     """The client's bound when there is room for it, all the room when it names none."""
-    length, context = len(prompt.token_ids), state.processor.context_length
-    room = context - length
+    length, longest = len(prompt.token_ids), state.processor.context_length
+    room = longest - length
     if room < 1:
         raise too_long(length, f"{length} ({prompt.image_tokens} of them for images)", state)
     wanted = body.requested_tokens
     if wanted is not None and wanted > room:
         raise UserError(
             f"the prompt has {length} tokens ({prompt.image_tokens} of them for images) and {wanted} are to be "
-            f"generated; the context holds {context}",
+            f"generated; the context holds {longest}",
             code="context_length_exceeded",
             param="max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens",
         )
@@ -178,9 +178,9 @@ def _nth(sampling: SamplingParams, index: int) -> SamplingParams:
     return replace(sampling, n=1, seed=None if seed is None else (seed + index) % (1 << 63))
 
 
-async def complete(body: ChatCompletionRequest, exchange: Exchange, state: ServerState) -> ChatCompletion:
+async def complete(body: ChatCompletionRequest, context: RequestContext, state: ServerState) -> ChatCompletion:
     """The whole answer at once."""
-    prepared = await prepare(body, exchange, state)
+    prepared = await prepare(body, context, state)
     answer = await state.ask(prepared.requests)
     texts = ["" for _ in prepared.requests]
     reasonings = ["" for _ in prepared.requests]
@@ -197,7 +197,7 @@ async def complete(body: ChatCompletionRequest, exchange: Exchange, state: Serve
                 endings[piece.index] = (piece.finish_reason, piece.matched_stop)
     finally:
         state.release(answer)
-    note_answer(answer, prepared, exchange, state)
+    note_answer(answer, prepared, context, state)
     choices: list[Choice] = [
         {
             "index": index,
@@ -248,7 +248,7 @@ def siglane_report(body: ChatCompletionRequest, prepared: Prepared, answer: Answ
     return report
 
 
-def note_answer(answer: Answer, prepared: Prepared, exchange: Exchange, state: ServerState) -> None:
+def note_answer(answer: Answer, prepared: Prepared, context: RequestContext, state: ServerState) -> None:
     """Counts an answer that was given in full."""
     usage, metrics = answer.usage, state.metrics
     metrics.count_tokens(
@@ -260,4 +260,4 @@ def note_answer(answer: Answer, prepared: Prepared, exchange: Exchange, state: S
     metrics.images.inc(len(prepared.images))
     metrics.observe_stages({**prepared.seconds, **answer.stages})
     if answer.first_token is not None:
-        metrics.first_token.observe(answer.first_token - exchange.began)
+        metrics.first_token.observe(answer.first_token - context.began)

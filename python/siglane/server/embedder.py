@@ -12,13 +12,13 @@ from typing import Literal
 
 import torch
 
-from siglane.engine.config import EngineConfig
-from siglane.engine.embedding import Calibration, Embedding, EmbeddingJob, EmbeddingQueue, Item, compute
+from siglane.engine.embed_worker import Calibration, Embedding, EmbeddingJob, EmbeddingQueue, Item, compute
 from siglane.engine.load import placement
 from siglane.engine.process import EngineProcess
 from siglane.errors import EngineError, SiglaneError
-from siglane.families.dual import DualModel, load_dual
-from siglane.nn.prepack import prepack
+from siglane.families.two_tower import TwoTowerModel, load_two_tower
+from siglane.nn.cpu.packing import prepack
+from siglane.settings.engine import EngineConfig
 from siglane.weights.hub import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -99,12 +99,14 @@ class Embedder:
             self._set_state("dead")
             self.fail_all(EngineError("the model is down", code="engine_down", status=503))
 
-    def _load(self) -> DualModel:
+    def _load(self) -> TwoTowerModel:
         if self._config.threads:
             torch.set_num_threads(self._config.threads)
         began = time.monotonic()
         backend = self._config.attention_backend
-        model = load_dual(self._checkpoint, device=self._device, dtype=self._dtype, attention_backend=backend).model
+        model = load_two_tower(
+            self._checkpoint, device=self._device, dtype=self._dtype, attention_backend=backend
+        ).model
         prepack(model)
         seconds = time.monotonic() - began
         logger.info("loaded %s in %.1f s (%s, %s)", self._checkpoint.root.name, seconds, self._device, self._dtype)

@@ -12,13 +12,12 @@ import pybase64
 import torch
 import torch.nn.functional as F
 
-from siglane.config.dual import DualConfig
-from siglane.config.layout.rule import CHECKPOINT_LIMITS, ImageBudget
-from siglane.engine.embedding import Embedding, Item
+from siglane.config.two_tower import TwoTowerConfig
+from siglane.engine.embed_worker import Embedding, Item
 from siglane.errors import EngineError, UserError
 from siglane.families.processor import EncoderProcessor
 from siglane.families.report import ImageReport
-from siglane.server.config import ServerConfig
+from siglane.server.context import RequestContext
 from siglane.server.embedder import Embedder, EngineEmbedder
 from siglane.server.embedding_protocol import (
     Classification,
@@ -32,14 +31,15 @@ from siglane.server.embedding_protocol import (
     PromptDetails,
     TextInput,
 )
-from siglane.server.exchange import Exchange
 from siglane.server.media import MediaRef
 from siglane.server.middleware import shutting_down
 from siglane.server.state import ModelState
 from siglane.server.stopwatch import Stopwatch
+from siglane.settings.server import ServerConfig
+from siglane.settings.tagging import TEMPLATES
 from siglane.tagging.labels import check_labels, check_templates, texts_of
-from siglane.tagging.settings import TEMPLATES
 from siglane.text.tokens import TextTokens
+from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
 from siglane.types import ImageLayout
 
 KEPT_TEXTS = 16384  # vectors; labels come again with every request
@@ -76,7 +76,7 @@ class EmbeddingState(ModelState):
         self,
         config: ServerConfig,
         model: str,
-        facts: DualConfig,
+        facts: TwoTowerConfig,
         tokens: TextTokens,
         embedder: Embedder | EngineEmbedder,
         budget: ImageBudget = CHECKPOINT_LIMITS,
@@ -112,14 +112,14 @@ class EmbeddingState(ModelState):
             self.known.popitem(last=False)
 
 
-async def embed(body: EmbeddingRequest, exchange: Exchange, state: EmbeddingState) -> EmbeddingList:
+async def embed(body: EmbeddingRequest, context: RequestContext, state: EmbeddingState) -> EmbeddingList:
     """The vectors of all inputs, in order. UserError or EngineError names the first input without one."""
     state.check_model(body.model)
     if body.dimensions not in (None, state.width):
         message = f"the vectors of {state.name!r} have {state.width} dimensions; leave dimensions out"
         raise UserError(message, code="invalid_value", param="dimensions")
     inputs = list(body.inputs())
-    found = await _embed(inputs, exchange, state)
+    found = await _embed(inputs, context, state)
     as_text = body.encoding_format == "base64"
     return {
         "object": "list",
@@ -133,7 +133,7 @@ async def embed(body: EmbeddingRequest, exchange: Exchange, state: EmbeddingStat
     }
 
 
-async def classify(body: ClassificationRequest, exchange: Exchange, state: EmbeddingState) -> ClassificationList:
+async def classify(body: ClassificationRequest, context: RequestContext, state: EmbeddingState) -> ClassificationList:
     """The labels that fit each picture, by sigmoid scores."""
     state.check_model(body.model)
     labels = check_labels(body.labels)
@@ -143,7 +143,7 @@ async def classify(body: ClassificationRequest, exchange: Exchange, state: Embed
     pictures = list(body.pictures())
     where = [f"labels[{number}]" for _ in templates for number in range(len(labels))]
     inputs: list[Input] = [*pictures, *map(TextInput, texts, where)]
-    found = await _embed(inputs, exchange, state)
+    found = await _embed(inputs, context, state)
     vectors = torch.stack([one.vector for one in found.vectors])
     images, written = vectors[: len(pictures)], vectors[len(pictures) :]
     tags = await state.media.run(_tags, images, written, labels, state, body.threshold, body.max_tags)
@@ -183,14 +183,14 @@ def _tags(
     ]
 
 
-async def _embed(inputs: Sequence[Input], exchange: Exchange, state: EmbeddingState) -> _Embedded:
+async def _embed(inputs: Sequence[Input], context: RequestContext, state: EmbeddingState) -> _Embedded:
     """Pictures and texts side by side. What is known of a text is taken from the state."""
     watch = Stopwatch()
     refs = _admitted([one for one in inputs if isinstance(one, MediaRef)], state)
-    files = await state.media.fetch(refs, "", exchange.account)
+    files = await state.media.fetch(refs, "", context.lease)
     watch.note("fetch")
     layouts = await state.media.lay_out(refs, files)
-    cut = await state.media.cut(refs, files, layouts, exchange.account)
+    cut = await state.media.cut(refs, files, layouts, context.lease)
     watch.add("decode", sum(image.decoding for image in cut))
     watch.add("prepare", sum(image.cutting for image in cut))
     written = {one.text: state.known.get(one.text) for one in inputs if isinstance(one, TextInput)}

@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 from typing_extensions import TypedDict
 
-from siglane.config.layout.rule import ImageBudget
 from siglane.errors import UserError
 from siglane.families.report import ImageReport
 from siglane.server.media import MediaRef
@@ -28,7 +27,8 @@ from siglane.server.protocol import (
     TextPart,
     refuse_fields,
 )
-from siglane.tagging.settings import CONFIDENCE_THRESHOLD, MAX_TAGS
+from siglane.settings.tagging import CONFIDENCE_THRESHOLD, MAX_TAGS
+from siglane.tiling.rule import ImageBudget
 
 MAX_INPUTS = 2048
 MAX_LABELS = 16384

@@ -16,17 +16,17 @@ from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 
-from siglane.config.layout.rule import CHECKPOINT_LIMITS, ImageBudget, no_video
 from siglane.config.video import VideoRule
 from siglane.errors import ImageError, UserError
 from siglane.families.processor import ImageProcessor
 from siglane.families.report import ImageReport, report_image
 from siglane.image.decode import decode, read_size
-from siglane.image.source import MediaPolicy, fetch
-from siglane.image.video import decode_clip, read_clip_size
-from siglane.server.config import ServerConfig
-from siglane.server.exchange import Account
-from siglane.types import DIGEST_BYTES, DecodedClip, DecodedImage, ImageLayout, ImagePatches, Medium, Size
+from siglane.image.video import decode_video, read_video_size
+from siglane.media.source import MediaPolicy, fetch
+from siglane.server.context import ByteLease
+from siglane.settings.server import ServerConfig
+from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget, no_video
+from siglane.types import DIGEST_BYTES, DecodedImage, DecodedVideo, ImageLayout, ImagePatches, Medium, Size
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -46,7 +46,7 @@ class MediaRef(NamedTuple):
     limits: ImageBudget = CHECKPOINT_LIMITS
 
 
-class CutImage(NamedTuple):
+class PreprocessedImage(NamedTuple):
     """The patches of a picture or video, and the seconds that decoding and cutting took."""
 
     patches: ImagePatches
@@ -98,21 +98,21 @@ class MediaLoader:
             raise no_video()
         return self._video_rule
 
-    async def fetch(self, refs: Sequence[MediaRef], tenant: str, account: Account) -> list[bytes]:
+    async def fetch(self, refs: Sequence[MediaRef], tenant: str, lease: ByteLease) -> list[bytes]:
         """The files of all pictures, in order. Raises ImageError that names the first one that cannot be had."""
         slots = asyncio.Semaphore(FETCHES_PER_REQUEST)
-        return await _all(self._fetch(ref, tenant, slots, account) for ref in refs)
+        return await _all(self._fetch(ref, tenant, slots, lease) for ref in refs)
 
     async def lay_out(self, refs: Sequence[MediaRef], files: Sequence[bytes]) -> tuple[ImageLayout, ...]:
         """What the model will see of each picture or video, from the files' headers."""
         return await self.run(self._lay_out, refs, files)
 
     async def cut(
-        self, refs: Sequence[MediaRef], files: Sequence[bytes], layouts: Sequence[ImageLayout], account: Account
-    ) -> list[CutImage]:
+        self, refs: Sequence[MediaRef], files: Sequence[bytes], layouts: Sequence[ImageLayout], lease: ByteLease
+    ) -> list[PreprocessedImage]:
         """Patches of all pictures. EngineError (503) when all requests together hold too much already."""
-        cut = await _all(self._cut(*medium, account) for medium in zip(refs, files, layouts, strict=True))
-        account.take(sum(image.patches.pixels.nbytes for image in cut))
+        cut = await _all(self._cut(*medium, lease) for medium in zip(refs, files, layouts, strict=True))
+        lease.take(sum(image.patches.pixels.nbytes for image in cut))
         return cut
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -129,12 +129,12 @@ class MediaLoader:
     def _policy_of(self, ref: MediaRef) -> MediaPolicy:
         return self._video_policy if ref.video else self._policy
 
-    async def _fetch(self, ref: MediaRef, tenant: str, slots: asyncio.Semaphore, account: Account) -> bytes:
+    async def _fetch(self, ref: MediaRef, tenant: str, slots: asyncio.Semaphore, lease: ByteLease) -> bytes:
         if ref.url[:5].lower() == "data:":  # computing, not waiting, and its bytes are paid for with the body
             return await self.run(_blaming, ref, fetch, ref.url, self._policy_of(ref))
         async with slots:
             data = await self._fly(ref, tenant)
-        account.take(len(data))
+        lease.take(len(data))
         return data
 
     async def _fly(self, ref: MediaRef, tenant: str) -> bytes:
@@ -174,7 +174,7 @@ class MediaLoader:
     def _read_size(self, ref: MediaRef, data: bytes) -> Medium:
         if ref.frames is None:
             return read_size(data, self._decode)
-        return read_clip_size(data, self._video, ref.frames, self._decode)
+        return read_video_size(data, self._video, ref.frames, self._decode)
 
     def _check_patches(self, layout: ImageLayout) -> None:
         most = self._config.max_image_patches
@@ -182,26 +182,26 @@ class MediaLoader:
             message = f"it would be {layout.patches} patches; at most {most} are accepted; ask for a smaller budget"
             raise ImageError(message, code="image_too_large")
 
-    def _decoded(self, ref: MediaRef, data: bytes) -> DecodedImage | DecodedClip:
+    def _decoded(self, ref: MediaRef, data: bytes) -> DecodedImage | DecodedVideo:
         if ref.frames is None:
             return decode(data, self._decode)
-        return decode_clip(data, self._video, ref.frames, self._decode)
+        return decode_video(data, self._video, ref.frames, self._decode)
 
-    async def _cut(self, ref: MediaRef, data: bytes, layout: ImageLayout, account: Account) -> CutImage:
-        def work() -> CutImage:  # one job, so that the decoded picture never outlives it
+    async def _cut(self, ref: MediaRef, data: bytes, layout: ImageLayout, lease: ByteLease) -> PreprocessedImage:
+        def work() -> PreprocessedImage:  # one job, so that the decoded picture never outlives it
             began = time.monotonic()
             image = self._decoded(ref, data)
             decoded = time.monotonic()
             patches = self._processor.patches(image, layout)
-            return CutImage(patches, decoded - began, time.monotonic() - decoded)
+            return PreprocessedImage(patches, decoded - began, time.monotonic() - decoded)
 
         # a still picture's pixels are few beside its patches; the frames of a video wait in memory for each other
         held = layout.source.width * layout.source.height * 3 * layout.frames
-        account.take(held)
+        lease.take(held)
         try:
             return await self.run(_blaming, ref, work)
         finally:
-            account.give(held)
+            lease.give(held)
 
 
 async def _all(jobs: Iterable[Awaitable[T]]) -> list[T]:

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from siglane.errors import EngineError, UserError
+from siglane.server.context import KEY, ByteLease, InflightBytes, RequestContext, context_of, request_id_of
 from siglane.server.errors import as_api_error, error_response, overloaded
-from siglane.server.exchange import KEY, Account, ByteBudget, Exchange, exchange_of, request_id_of
 from siglane.server.metrics import Metrics, Outcome
 
 logger = logging.getLogger(__name__)
@@ -27,58 +27,58 @@ OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
 class Observe:
     """Gives every request an id, a log line and a place in the metrics; answers what nobody else has caught."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, budget: ByteBudget) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, budget: InflightBytes) -> None:
         self.app, self.metrics, self.budget = app, metrics, budget
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        exchange = Exchange(request_id_of(scope), Account(self.budget))
-        scope[KEY] = exchange
-        send = _noting(exchange, send)
+        context = RequestContext(request_id_of(scope), ByteLease(self.budget))
+        scope[KEY] = context
+        send = _noting(context, send)
         try:
             await self.app(scope, receive, send)
         except asyncio.CancelledError:
-            if exchange.status is None:  # cancelled by the end of the drain, not by its client
+            if context.status is None:  # cancelled by the end of the drain, not by its client
                 await error_response(shutting_down())(scope, receive, send)
             raise
         except Exception as error:
-            exchange.failed = as_api_error(error).code
-            logger.exception("a request failed", extra={"request_id": exchange.request_id})
-            if exchange.status is not None:
+            context.failed = as_api_error(error).code
+            logger.exception("a request failed", extra={"request_id": context.request_id})
+            if context.status is not None:
                 raise  # the connection is closed, so that a cut answer cannot be taken for a whole one
             await error_response(as_api_error(error))(scope, receive, send)
         finally:
-            exchange.account.close()
-            self._note(scope, exchange)
+            context.lease.close()
+            self._note(scope, context)
 
-    def _note(self, scope: Scope, exchange: Exchange) -> None:
+    def _note(self, scope: Scope, context: RequestContext) -> None:
         route = getattr(scope.get("route"), "path", "other")
-        status = 499 if exchange.cancelled or exchange.status is None else exchange.status
+        status = 499 if context.cancelled or context.status is None else context.status
         self.metrics.count_http(route, scope["method"], status)
-        ending = "left by its client" if exchange.cancelled else exchange.failed or str(status)
-        milliseconds = round(exchange.seconds * 1000)
+        ending = "left by its client" if context.cancelled else context.failed or str(status)
+        milliseconds = round(context.seconds * 1000)
         extra = {
-            "request_id": exchange.request_id,
+            "request_id": context.request_id,
             "method": scope["method"],
             "route": route,
             "status": status,
             "milliseconds": milliseconds,
-            "code": exchange.failed,
+            "code": context.failed,
         }
         level = logging.DEBUG if route in OPEN_PATHS else logging.INFO
         logger.log(level, "%s %s: %s in %d ms", scope["method"], route, ending, milliseconds, extra=extra)
 
 
-def _noting(exchange: Exchange, send: Send) -> Send:
+def _noting(context: RequestContext, send: Send) -> Send:
     async def noting(message: Message) -> None:
         if message["type"] == "http.response.start":
-            exchange.status = message["status"]
-            request_id = (b"x-request-id", exchange.request_id.encode())
+            context.status = message["status"]
+            request_id = (b"x-request-id", context.request_id.encode())
             message = {**message, "headers": [*message.get("headers", ()), request_id]}
         elif message["type"] == "http.response.body" and not message.get("more_body", False):
-            exchange.finished = True
+            context.finished = True
         await send(message)
 
     return noting
@@ -99,7 +99,7 @@ class Authenticate:
             await self.app(scope, receive, send)
             return
         error = UserError("a valid API key is needed: 'Authorization: Bearer KEY'", code="invalid_api_key", status=401)
-        exchange_of(scope).failed = error.code
+        context_of(scope).failed = error.code
         await error_response(error)(scope, receive, send)
 
     def _allowed(self, scope: Scope) -> bool:
@@ -152,21 +152,21 @@ class Intake:
         if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in self.paths:
             await self.app(scope, receive, send)
             return
-        exchange = exchange_of(scope)
+        context = context_of(scope)
         try:
             self.gate.check()
             self._check_headers(dict(scope["headers"]))
-            body = await self._read(receive, exchange.account)
+            body = await self._read(receive, context.lease)
             if body is None:
-                exchange.cancelled = True
+                context.cancelled = True
                 return
             with self.gate.entered():
-                await self._run(body, exchange, scope, receive, send)
+                await self._run(body, context, scope, receive, send)
         except (UserError, EngineError) as error:
-            exchange.failed = error.code
+            context.failed = error.code
             await error_response(error)(scope, receive, send)
         finally:
-            self.gate.metrics.count_request(_outcome(exchange), exchange.seconds)
+            self.gate.metrics.count_request(_outcome(context), context.seconds)
 
     def _check_headers(self, headers: dict[bytes, bytes]) -> None:
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
@@ -181,16 +181,16 @@ class Intake:
         message = f"the body is larger than {self.max_bytes} bytes"
         return UserError(message, code="request_too_large", status=413)
 
-    async def _read(self, receive: Receive, account: Account) -> bytes | None:
+    async def _read(self, receive: Receive, lease: ByteLease) -> bytes | None:
         """The body; None when the client left before its end."""
         try:
             async with asyncio.timeout(self.timeout):
-                return await self._read_all(receive, account)
+                return await self._read_all(receive, lease)
         except TimeoutError:
             message = f"the request body did not arrive within {self.timeout:g} seconds"
             raise UserError(message, code="request_timeout", status=408) from None
 
-    async def _read_all(self, receive: Receive, account: Account) -> bytes | None:
+    async def _read_all(self, receive: Receive, lease: ByteLease) -> bytes | None:
         chunks: list[bytes] = []
         more = True
         while more:
@@ -198,21 +198,21 @@ class Intake:
             if message["type"] == "http.disconnect":
                 return None
             chunk = message.get("body", b"")
-            if account.held + len(chunk) > self.max_bytes:
+            if lease.held + len(chunk) > self.max_bytes:
                 raise self._too_large()
-            account.take(len(chunk))
+            lease.take(len(chunk))
             chunks.append(chunk)
             more = message.get("more_body", False)
         return b"".join(chunks)
 
-    async def _run(self, body: bytes, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _run(self, body: bytes, context: RequestContext, scope: Scope, receive: Receive, send: Send) -> None:
         work = asyncio.ensure_future(self.app(scope, _replay(body), send))
         # with the body read, the only thing left to receive is that the client has gone
         watch = asyncio.ensure_future(receive())
         try:
             await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done() and not exchange.finished:
-                exchange.cancelled = True
+            if not work.done() and not context.finished:
+                context.cancelled = True
                 work.cancel()
             await asyncio.wait({work})
         finally:
@@ -222,16 +222,16 @@ class Intake:
             work.result()
 
 
-def _outcome(exchange: Exchange) -> Outcome:
-    if exchange.cancelled:
+def _outcome(context: RequestContext) -> Outcome:
+    if context.cancelled:
         return "cancelled"
-    if exchange.status == 503:
+    if context.status == 503:
         return "rejected"
-    if exchange.status is None or exchange.status >= 500:
+    if context.status is None or context.status >= 500:
         return "server_error"
-    if exchange.status >= 400:
+    if context.status >= 400:
         return "client_error"
-    return "server_error" if exchange.failed else "ok"
+    return "server_error" if context.failed else "ok"
 
 
 def _replay(body: bytes) -> Receive:

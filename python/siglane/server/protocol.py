@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 from typing_extensions import TypedDict  # pydantic reads no other on Python 3.11
 
-from siglane.config.layout.rule import LIMITS, ImageBudget
 from siglane.errors import UserError
 from siglane.families.report import ImageReport
+from siglane.tiling.rule import LIMITS, ImageBudget
 from siglane.types import Detail
 
 MAX_MESSAGES = 2048

@@ -24,15 +24,15 @@ import orjson
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from siglane.config.layout.rule import CHECKPOINT_LIMITS, ImageBudget
 from siglane.errors import SiglaneError, UserError
 from siglane.server import logs
-from siglane.server.config import ServerConfig
 from siglane.server.errors import error_body
+from siglane.settings.server import ServerConfig
+from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
 from siglane.weights.demo import FOLDERS, open_model
 
 if TYPE_CHECKING:
-    from siglane.config.dual import DualConfig
+    from siglane.config.two_tower import TwoTowerConfig
     from siglane.engine.child import EngineSpec
     from siglane.engine.process import EngineProcess
     from siglane.server.embedding import EmbeddingState
@@ -109,7 +109,7 @@ def serve(
         _raise_file_limit()
 
         # torch and transformers are loaded here, after everything that can fail at once
-        from siglane.families.dual import has_both_towers
+        from siglane.families.two_tower import has_both_towers
         from siglane.server.app import create_app
         from siglane.weights.hub import open_checkpoint
 
@@ -148,16 +148,16 @@ def chatting(
         engine.close()
 
 
-def read_tagger(model: str) -> tuple[str, DualConfig, TextTokens]:
+def read_tagger(model: str) -> tuple[str, TwoTowerConfig, TextTokens]:
     """The SigLIP beside a chat model: its name, facts and tokenizer. Downloads it, where the engine's process will
     look. UserError when it has no text tower."""
-    from siglane.families.dual import read_dual
+    from siglane.families.two_tower import read_two_tower
 
-    return model, *read_dual(open_model(model))
+    return model, *read_two_tower(open_model(model))
 
 
 def tagging(
-    chat: ServerState, model: str, facts: DualConfig, tokens: TextTokens, engine: EngineProcess
+    chat: ServerState, model: str, facts: TwoTowerConfig, tokens: TextTokens, engine: EngineProcess
 ) -> EmbeddingState:
     """Budgets of images are the chat model's; the SigLIP reads pictures as its checkpoint says."""
     from siglane.server.embedder import EngineEmbedder
@@ -171,14 +171,14 @@ def embedding(
     config: ServerConfig, spec: EngineSpec, checkpoint: Checkpoint, budget: ImageBudget
 ) -> Iterator[EmbeddingState]:
     """A SigLIP with both towers on a thread of its own, which loads them while the server starts."""
-    from siglane.families.dual import read_dual
+    from siglane.families.two_tower import read_two_tower
     from siglane.server.embedder import Embedder
     from siglane.server.embedding import EmbeddingState
 
     if config.tagger is not None:
         message = f"{spec.model} is a SigLIP itself; leave --tagger out"
         raise UserError(message, code="bad_option", param="tagger")
-    facts, tokens = read_dual(checkpoint)
+    facts, tokens = read_two_tower(checkpoint)
     embedder = Embedder(checkpoint, spec.config)
     state = EmbeddingState(config, spec.model, facts, tokens, embedder, budget)
     embedder.start()

@@ -8,21 +8,21 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from siglane.config.layout.rule import CHECKPOINT_LIMITS, ImageBudget
 from siglane.config.video import VideoRule
 from siglane.engine.process import EngineProcess
 from siglane.engine.reasoning import AnswerStream
 from siglane.errors import EngineError, UserError
 from siglane.families.processor import ImageProcessor, Processor
 from siglane.server.answer import Answer
-from siglane.server.config import ServerConfig
+from siglane.server.context import InflightBytes
 from siglane.server.errors import overloaded
-from siglane.server.exchange import ByteBudget
 from siglane.server.logprobs import TokenTexts
 from siglane.server.media import MediaLoader
 from siglane.server.metrics import Metrics
 from siglane.server.middleware import shutting_down
 from siglane.server.protocol import ModelCard
+from siglane.settings.server import ServerConfig
+from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
 from siglane.types import Request
 
 
@@ -62,8 +62,8 @@ class ModelState:
         self.created = int(time.time())
         self.fingerprint = "fp_" + hashlib.sha256(f"{model}\0{facts}".encode()).hexdigest()[:12]
         self.metrics: Metrics = beside.metrics if beside else Metrics()
-        self.budget: ByteBudget = (
-            beside.budget if beside else ByteBudget(config.max_inflight_bytes, self.metrics.inflight_bytes)
+        self.budget: InflightBytes = (
+            beside.budget if beside else InflightBytes(config.max_inflight_bytes, self.metrics.inflight_bytes)
         )
         self.media = MediaLoader(config, images, budget, video)
         self.company: tuple[ModelState, ...] = ()  # further models of the same server, which end with this one

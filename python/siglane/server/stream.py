@@ -23,8 +23,8 @@ from starlette.types import Receive, Scope, Send
 
 from siglane.server.answer import Answer, Piece
 from siglane.server.chat import Prepared, note_answer, siglane_report, usage_reply
+from siglane.server.context import RequestContext
 from siglane.server.errors import as_api_error, error_body
-from siglane.server.exchange import Exchange
 from siglane.server.protocol import ChatCompletionChunk, ChatCompletionRequest, ChunkChoice, StreamOptions
 from siglane.server.state import ServerState
 
@@ -50,12 +50,12 @@ class ChatStream(StreamingResponse):
         self,
         request: ChatCompletionRequest,
         prepared: Prepared,
-        exchange: Exchange,
+        context: RequestContext,
         state: ServerState,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__((), headers={**HEADERS, **(headers or {})}, media_type="text/event-stream")
-        self._request, self._prepared, self._exchange, self._state = request, prepared, exchange, state
+        self._request, self._prepared, self._exchange, self._state = request, prepared, context, state
         self._options = request.stream_options or StreamOptions()
         self._created = int(time.time())
         self._spoken: set[int] = set()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from siglane.families.dual import DualModel
-from siglane.nn.quant import quantise
-from siglane.tagging.settings import Quantization
+from siglane.families.two_tower import TwoTowerModel
+from siglane.nn.cpu.int8 import quantise
+from siglane.settings.tagging import Quantization
 
 
-def quantize(model: DualModel, kind: Quantization, device: torch.device) -> DualModel:
+def quantize(model: TwoTowerModel, kind: Quantization, device: torch.device) -> TwoTowerModel:
     """`model` with its weights kept as `kind` says, "none": as it is. UserError for a kind not available here."""
     if kind != "none":
         quantise(model, kind, device)

@@ -14,22 +14,17 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from siglane.config.dual import TextRule
-from siglane.config.layout.naflex import NaFlex
-from siglane.config.layout.rule import ImageBudget
 from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
+from siglane.config.two_tower import TextRule
 from siglane.errors import ConfigError, ImageError, UserError
-from siglane.families.dual import load_dual
-from siglane.families.media import LOCAL_MEDIA, PREPARE_AHEAD, ImageSource, Media, ahead, image_item
+from siglane.families.pipeline import LOCAL_MEDIA, PREPARE_AHEAD, ImageSource, Media, ahead, image_item
 from siglane.families.registry import image_facts
-from siglane.image.source import MediaPolicy
+from siglane.families.two_tower import load_two_tower
+from siglane.media.source import MediaPolicy
 from siglane.nn.attention import choose_backend
+from siglane.nn.cpu.packing import prepack
 from siglane.nn.device import resolve_device, resolve_dtype
-from siglane.nn.prepack import prepack
-from siglane.tagging.cache import LabelCache, default_folder, state_of
-from siglane.tagging.labels import check_labels, check_templates, texts_of, warn_of_losses
-from siglane.tagging.quantise import quantize
-from siglane.tagging.settings import (
+from siglane.settings.tagging import (
     CONFIDENCE_THRESHOLD,
     MAX_TAGS,
     TEMPLATES,
@@ -39,6 +34,11 @@ from siglane.tagging.settings import (
     TagSettings,
     check_limits,
 )
+from siglane.tagging.cache import LabelCache, default_folder, state_of
+from siglane.tagging.labels import check_labels, check_templates, texts_of, warn_of_losses
+from siglane.tagging.quantise import quantize
+from siglane.tiling.naflex import NaFlex
+from siglane.tiling.rule import ImageBudget
 from siglane.types import BackendChoice, ImagePatches
 from siglane.weights.demo import open_model
 from siglane.weights.hub import Checkpoint
@@ -120,7 +120,7 @@ class Tagger:
         chosen = resolve_dtype(dtype, on)
         backend = _backend(attention, on, chosen)
         checkpoint = model if isinstance(model, Checkpoint) else open_model(model, revision)
-        loaded = load_dual(checkpoint, device=on, dtype=chosen, attention_backend=backend)
+        loaded = load_two_tower(checkpoint, device=on, dtype=chosen, attention_backend=backend)
         self._model = quantize(loaded.model, quantization, on)
         prepack(self._model)
         self._tokens = loaded.texts

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from siglane.config.dual import TextRule
+from siglane.config.two_tower import TextRule
 
 _SPACE_PIECE = "▁"  # what a space is called inside SentencePiece
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from siglane.config.dual import TextTowerConfig
+from siglane.config.two_tower import TextTowerConfig
 from siglane.nn.attention import Segments, choose_backend
 from siglane.nn.embedding import VocabParallelEmbedding
 from siglane.nn.encoder import Block

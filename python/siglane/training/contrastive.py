@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from siglane.errors import UserError
-from siglane.families.dual import DualModel, LoadedDual
+from siglane.families.two_tower import LoadedTwoTower, TwoTowerModel
 from siglane.nn.device import DTYPES
 from siglane.training.pairs import Batch, batches_in
 from siglane.training.sigmoid import CHUNK, INITIAL_BIAS, Group, chunked_sigmoid_loss
@@ -81,12 +81,14 @@ class TrainConfig:
 class Trainer:
     """Model, optimiser and step count: everything a checkpoint holds."""
 
-    def __init__(self, dual: LoadedDual, config: TrainConfig, pairs: int | None, group: Group | None = None) -> None:
-        """dual: in float32 on its device; pairs: how many there are, None for no end."""
-        self.dual, self.config, self.group, self.step = dual, config, group, 0
+    def __init__(
+        self, two_tower: LoadedTwoTower, config: TrainConfig, pairs: int | None, group: Group | None = None
+    ) -> None:
+        """two_tower: in float32 on its device; pairs: how many there are, None for no end."""
+        self.two_tower, self.config, self.group, self.step = two_tower, config, group, 0
         self.steps = config.all_steps(pairs)
         self.facts = config.facts() | {"steps": self.steps, "pairs": pairs}
-        model = dual.model.train().requires_grad_(True)
+        model = two_tower.model.train().requires_grad_(True)
         model.vision.requires_grad_(not config.lock_image)
         self.device = model.logit_scale.device
         self.products = precision_of(self.device, config.precision)
@@ -98,8 +100,8 @@ class Trainer:
         self.optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
 
     @property
-    def model(self) -> DualModel:
-        return self.dual.model
+    def model(self) -> TwoTowerModel:
+        return self.two_tower.model
 
     @property
     def done(self) -> bool:
@@ -133,8 +135,8 @@ class Trainer:
         if not batch.numbers:
             nothing = torch.zeros(0, self.model.config.text.projection_size, device=self.device)
             return nothing, nothing
-        with products(self.device, self.products):
-            texts = self.model.embed_texts(self.dual.texts.ids(batch.captions))
+        with mixed_precision(self.device, self.products):
+            texts = self.model.embed_texts(self.two_tower.texts.ids(batch.captions))
             if isinstance(batch.images, torch.Tensor):
                 return batch.images.to(self.device), texts
             with torch.set_grad_enabled(not self.config.lock_image):
@@ -189,7 +191,7 @@ def _cpu_multiplies_bfloat16() -> bool:
 
 
 @contextmanager
-def products(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+def mixed_precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Matrix products in `dtype`; parameters stay float32. On CPU, attention as plain matrix products, whose backward
     is several times faster there."""
     with ExitStack() as stack:

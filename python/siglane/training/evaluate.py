@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from siglane.config.preprocess import LOCAL_DECODE
 from siglane.errors import UserError
-from siglane.families.dual import LoadedDual, load_dual
+from siglane.families.two_tower import LoadedTwoTower, load_two_tower
 from siglane.image.decode import decode, naming, open_file
 from siglane.nn.device import resolve_device
 from siglane.training.pairs import PICTURES
@@ -29,32 +29,34 @@ RIDGE = 1e-3
 
 
 @torch.no_grad()
-def embed_pictures(dual: LoadedDual, pictures: Iterable[DecodedImage]) -> torch.Tensor:
+def embed_pictures(two_tower: LoadedTwoTower, pictures: Iterable[DecodedImage]) -> torch.Tensor:
     """Unit embeddings f32 `[pictures, D]`; only BATCH pictures are held at a time."""
     found: list[torch.Tensor] = []
     waiting: list[ImagePatches] = []
 
     def flush() -> None:
         if waiting:
-            found.append(dual.model.embed_images(waiting).float().cpu())
+            found.append(two_tower.model.embed_images(waiting).float().cpu())
             waiting.clear()
 
     for picture in pictures:
-        (layout,) = dual.images.layouts([picture.size])
-        waiting.append(dual.images.patches(picture, layout))
+        (layout,) = two_tower.images.layouts([picture.size])
+        waiting.append(two_tower.images.patches(picture, layout))
         if len(waiting) == BATCH:
             flush()
     flush()
-    return torch.cat(found) if found else torch.zeros(0, dual.model.config.text.projection_size)
+    return torch.cat(found) if found else torch.zeros(0, two_tower.model.config.text.projection_size)
 
 
 @torch.no_grad()
-def embed_classes(dual: LoadedDual, classes: Sequence[str], templates: Sequence[str] = TEMPLATES) -> torch.Tensor:
+def embed_classes(
+    two_tower: LoadedTwoTower, classes: Sequence[str], templates: Sequence[str] = TEMPLATES
+) -> torch.Tensor:
     """One unit embedding per class, f32 `[classes, D]`: the mean over `templates`, each with {label} in it."""
     means = []
     for label in classes:
-        ids = dual.texts.ids([template.format(label=label) for template in templates])
-        means.append(dual.model.embed_texts(ids).float().cpu().mean(0))
+        ids = two_tower.texts.ids([template.format(label=label) for template in templates])
+        means.append(two_tower.model.embed_texts(ids).float().cpu().mean(0))
     return F.normalize(torch.stack(means), dim=-1)
 
 
@@ -115,10 +117,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     options = parser.parse_args(arguments)
     labels, files = class_files(options.images)
-    dual = load_dual(open_model(options.model), device=resolve_device(options.device), dtype=torch.float32)
-    images = embed_pictures(dual, (_decoded(file) for file, _ in files))
+    two_tower = load_two_tower(open_model(options.model), device=resolve_device(options.device), dtype=torch.float32)
+    images = embed_pictures(two_tower, (_decoded(file) for file, _ in files))
     targets = torch.tensor([target for _, target in files])
-    classes = embed_classes(dual, labels, options.templates)
+    classes = embed_classes(two_tower, labels, options.templates)
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(options.seed))
     fitted, held = order.chunk(2) if len(files) > 1 else (order, order)
     probe = linear_probe(images[fitted], targets[fitted], len(labels), ridge=options.ridge)

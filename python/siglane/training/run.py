@@ -29,9 +29,9 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from siglane.errors import UserError
-from siglane.families.dual import load_dual
-from siglane.training.contrastive import TrainConfig, Trainer, products
-from siglane.training.dual_files import copy_files, fresh_dual, start_weights, write_files, write_weights
+from siglane.families.two_tower import load_two_tower
+from siglane.training.contrastive import TrainConfig, Trainer, mixed_precision
+from siglane.training.files import copy_files, fresh_dual, start_weights, write_files, write_weights
 from siglane.training.pairs import BadRow, Batch, Pairs, batch_indices, loaded_ahead
 from siglane.training.sigmoid import INITIAL_LOG_SCALE, Group
 from siglane.weights.hub import Checkpoint
@@ -101,13 +101,13 @@ def open_run(
     torch.manual_seed(config.seed)  # the same weights on every rank
     scalars = INITIAL_LOG_SCALE, config.initial_bias
     if isinstance(source, Checkpoint):
-        dual = load_dual(source, device=device, dtype=torch.float32)
+        two_tower = load_two_tower(source, device=device, dtype=torch.float32)
         if config.fresh_text:
-            start_weights(dual.model, dual.model.text, *scalars)
+            start_weights(two_tower.model, two_tower.model.text, *scalars)
     else:
-        dual = fresh_dual(folder, device)
-        start_weights(dual.model, dual.model, *scalars)
-    return Trainer(dual, config, pairs.size, group)
+        two_tower = fresh_dual(folder, device)
+        start_weights(two_tower.model, two_tower.model, *scalars)
+    return Trainer(two_tower, config, pairs.size, group)
 
 
 def world() -> Group | None:
@@ -217,7 +217,7 @@ def _batches(trainer: Trainer, pairs: Pairs, out: Path, pool: Executor, skipped:
         for number in numbers
     )
     if not config.lock_image or pairs.size is None:
-        return loaded_ahead(pool, pairs, trainer.dual.images, groups)
+        return loaded_ahead(pool, pairs, trainer.two_tower.images, groups)
     path = out / LOCKED
     if share.rank == 0 and (trainer.step == 0 or not path.exists()):
         embed_locked(trainer, pairs, pairs.size, path, pool, skipped)
@@ -249,10 +249,10 @@ def embed_locked(trainer: Trainer, pairs: Pairs, size: int, path: Path, pool: Ex
     step = trainer.config.batch_size
     groups = (range(start, min(start + step, size)) for start in range(0, size, step))
     with tqdm(total=size, unit="image", desc="locked tower", dynamic_ncols=True) as bar:
-        for batch in loaded_ahead(pool, pairs, trainer.dual.images, groups):
+        for batch in loaded_ahead(pool, pairs, trainer.two_tower.images, groups):
             skipped.add(batch.bad)
             if batch.numbers and not isinstance(batch.images, torch.Tensor):
-                with products(trainer.device, trainer.products):
+                with mixed_precision(trainer.device, trainer.products):
                     found = trainer.model.embed_images(batch.images)
                 embeddings[list(batch.numbers)] = found.float().cpu()
                 usable[list(batch.numbers)] = True

@@ -13,7 +13,7 @@ from PIL import Image
 
 from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
 from siglane.image.decode import decode, naming, open_file
-from siglane.image.source import MediaPolicy, fetch
+from siglane.media.source import MediaPolicy, fetch
 from siglane.types import DecodedImage
 from siglane.verify.stages import Picture
 

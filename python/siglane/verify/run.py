@@ -15,11 +15,11 @@ from siglane.errors import ConfigError, SiglaneError, UserError
 from siglane.families.registry import image_facts, tower_family, vlm_family
 from siglane.types import DecodedImage
 from siglane.verify.golden import Golden, load_golden, save_golden
-from siglane.verify.ours import Ours
 from siglane.verify.pictures import ImageSource, decode_picture, draw_pictures, read_pictures
 from siglane.verify.references.pixels import open_picture
 from siglane.verify.references.reference import ReferenceFamily
 from siglane.verify.references.registry import family_of
+from siglane.verify.runner import SiglaneRunner
 from siglane.verify.stages import Comparison, Picture, Report, compare_traces, packing, place
 from siglane.weights.demo import open_model
 from siglane.weights.hub import Checkpoint
@@ -71,7 +71,7 @@ def verify(
         expected = _expected(family, folder, str(reference), pictures, asked, steps, place_of, DTYPES[dtype])
         if save is not None:
             save_golden(expected, save)
-    comparisons = _compared(Ours(checkpoint, place_of, DTYPES[dtype]), expected, threshold)
+    comparisons = _compared(SiglaneRunner(checkpoint, place_of, DTYPES[dtype]), expected, threshold)
     return Report(
         model=str(model),
         reference=expected.reference,
@@ -172,7 +172,7 @@ def _quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
 
 
-def _compared(ours: Ours, expected: Golden, threshold: float) -> list[Comparison]:
+def _compared(ours: SiglaneRunner, expected: Golden, threshold: float) -> list[Comparison]:
     decoded = [decode_picture(picture.name, picture.data) for picture in expected.pictures]
     requests = {f"image.{number}": [image] for number, image in enumerate(decoded)} | {TOGETHER: decoded}
     found: list[Comparison] = []
@@ -186,7 +186,7 @@ def _compared(ours: Ours, expected: Golden, threshold: float) -> list[Comparison
     return [*found, _packing(ours, decoded, threshold)]
 
 
-def _packing(ours: Ours, images: Sequence[DecodedImage], threshold: float) -> Comparison:
+def _packing(ours: SiglaneRunner, images: Sequence[DecodedImage], threshold: float) -> Comparison:
     """Requests of one picture each, alone and in one packed call; a single picture is packed with itself."""
     patches = [ours.patches([image])[0] for image in images]
     patches = patches if len(patches) > 1 else patches * 2

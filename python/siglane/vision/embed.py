@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from siglane.config.vision import VisionConfig
-from siglane.nn.gemm import linear
+from siglane.nn.cpu.product import linear
 from siglane.nn.linear import ShardedModule, copy_checked
 
 

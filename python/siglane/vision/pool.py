@@ -11,7 +11,7 @@ from torch import nn
 from siglane.config.vision import VisionConfig
 from siglane.nn.act import activate
 from siglane.nn.attention import Segments
-from siglane.nn.gemm import linear
+from siglane.nn.cpu.product import linear
 
 
 class MapHead(nn.Module):

@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
+from siglane.config.language import LanguageConfig
 from siglane.config.projector import ActivationLayer, LinearLayer, NormLayer, ProjectorConfig, VocabularyConfig
-from siglane.config.text import LanguageConfig
 from siglane.config.vision import VisionConfig
 
 PLACEHOLDERS = {"i": r"\d+", "leaf": "weight|bias", "rest": ".+"}

@@ -62,7 +62,7 @@ class Drawn:
 
 
 @dataclass(frozen=True, slots=True)
-class Clip:
+class VideoSize:
     """A video of `frames` pictures, all of them shown."""
 
     width: int
@@ -78,7 +78,7 @@ class Clip:
         return f"data:image/gif;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-Case = tuple[str | Picture | Drawn | Clip, ...]
+Case = tuple[str | Picture | Drawn | VideoSize, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,14 +133,14 @@ class Served:
         found: dict[str, Any] = {"prompt": self.rendered(case)}
         if images := [_image(part) for part in case if isinstance(part, Picture | Drawn)]:
             found["image_data"] = images
-        if videos := [part.url for part in case if isinstance(part, Clip)]:
+        if videos := [part.url for part in case if isinstance(part, VideoSize)]:
             found["video_data"] = videos
         return found | more
 
     def rendered(self, case: Case) -> str:
         content = [
             {"type": "text", "text": part} if isinstance(part, str) else
-            {"type": "video" if isinstance(part, Clip) else "image"} for part in case
+            {"type": "video" if isinstance(part, VideoSize) else "image"} for part in case
         ]  # fmt: skip
         messages = [{"role": "user", "content": content}]
         text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -195,11 +195,11 @@ def ask_siglane(folder: Path, cases: Sequence[Case], tokens: int = TOKENS) -> li
     return [answer for one in messages for answer in llm.chat(one, sampling)]
 
 
-def _part(part: str | Picture | Drawn | Clip) -> dict[str, Any]:
+def _part(part: str | Picture | Drawn | VideoSize) -> dict[str, Any]:
     match part:
         case str():
             return {"type": "text", "text": part}
-        case Clip():
+        case VideoSize():
             return {"type": "video_url", "video_url": {"url": part.url}}
         case Picture(max_tiles=int(most)):
             return {"type": "image_url", "image_url": {"url": part.url, "max_tiles": most}}

@@ -18,10 +18,10 @@ import pytest
 from PIL import Image
 from sglang_cases import (
     Case,
-    Clip,
     Drawn,
     Picture,
     Served,
+    VideoSize,
     ask_sglang,
     ask_siglane,
     compare,
@@ -163,7 +163,7 @@ def good_cases() -> list[Case]:
     cases: list[Case] = [(f"What is in image {number}?",) for number in range(8)]
     cases += [(image(number), QUESTION) for number in range(28)]
     cases += [("The image ", image(number), " or ", image(number + 1), image(number + 2), "?") for number in range(10)]
-    cases += [(Clip(64, 48, 2 + number, 200 + number), QUESTION) for number in range(6)]
+    cases += [(VideoSize(64, 48, 2 + number, 200 + number), QUESTION) for number in range(6)]
     return cases
 
 

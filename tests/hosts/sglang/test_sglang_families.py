@@ -11,9 +11,9 @@ import pytest
 from sglang_cases import (
     FAMILIES,
     Case,
-    Clip,
     Picture,
     Served,
+    VideoSize,
     ask_sglang,
     ask_siglane,
     check_that_answers_discriminate,
@@ -40,8 +40,8 @@ CASES: Mapping[str, Case] = {
     "picture last": (QUESTION, Picture(77, 50, 11)),
 }  # fmt: skip
 VIDEO: Mapping[str, Case] = {
-    "video": (Clip(64, 48, 3, 20), "\n", QUESTION),
-    "another video": (Clip(64, 48, 2, 30), "\n", QUESTION),
+    "video": (VideoSize(64, 48, 3, 20), "\n", QUESTION),
+    "another video": (VideoSize(64, 48, 2, 30), "\n", QUESTION),
 }
 
 

@@ -12,8 +12,8 @@ from llava_onevision_checkpoint import write_llava_onevision_checkpoint
 from sglang_cases import (
     QWEN,
     Case,
-    Clip,
     Picture,
+    VideoSize,
     ask_sglang,
     ask_siglane,
     check_that_answers_discriminate,
@@ -33,7 +33,7 @@ CASES: dict[str, Case] = {
     "two": (Picture(60, 60, 3), Picture(17, 300, 4), QUESTION),
     "four": (Picture(1, 1, 5), "\n", Picture(64, 48, 6), " or ", Picture(48, 64, 7), QUESTION, Picture(90, 90, 8)),
 }
-VIDEO: Case = (Clip(64, 48, 3, 20), QUESTION)
+VIDEO: Case = (VideoSize(64, 48, 3, 20), QUESTION)
 HELD = re.compile(r"encoder (\w+), rank (\d) of 2 holds (\d+) of (\d+) parameters")
 
 

@@ -10,10 +10,10 @@ import torch
 from sglang.srt.managers import mm_schedule
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
 
-from siglane.config.layout.rule import ImageBudget
 from siglane.config.vlm import ImageFacts
 from siglane.nn.parallel import TensorParallel
-from siglane.types import Clip, ImagePatches, Medium, Prompt, Size
+from siglane.tiling.rule import ImageBudget
+from siglane.types import ImagePatches, Medium, Prompt, Size, VideoSize
 
 TEXT = -1  # marks nothing in `span_ids`: a place of the image
 
@@ -26,14 +26,14 @@ class Asked:
     budgets: tuple[ImageBudget, ...]
 
     def to_json(self) -> str:
-        media = [[*(one.size if isinstance(one, Clip) else one), _frames(one)] for one in self.media]
+        media = [[*(one.size if isinstance(one, VideoSize) else one), _frames(one)] for one in self.media]
         return json.dumps({"media": media, "budgets": [asdict(budget) for budget in self.budgets]})
 
     @classmethod
     def from_json(cls, text: str) -> Asked:
         found = json.loads(text)
         media = tuple(
-            Clip(Size(width, height), frames) if frames else Size(width, height)
+            VideoSize(Size(width, height), frames) if frames else Size(width, height)
             for width, height, frames in found["media"]
         )
         return cls(media, tuple(_budget(fields) for fields in found["budgets"]))
@@ -101,7 +101,7 @@ def tensor_parallel() -> TensorParallel:
 
 
 def _frames(medium: Medium) -> int:
-    return medium.frames if isinstance(medium, Clip) else 0
+    return medium.frames if isinstance(medium, VideoSize) else 0
 
 
 def _budget(fields: dict[str, object]) -> ImageBudget:

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from siglane.config.text import LanguageConfig
+from siglane.config.language import LanguageConfig
 
 ARCHITECTURE = "SiglaneForConditionalGeneration"
 

@@ -123,9 +123,9 @@ def _plugin() -> Iterator[Finding]:
 
 
 def _settings() -> Iterator[Finding]:
-    from siglane.config.layout.rule import ImageBudget
-    from siglane.config.options import read_environment
     from siglane.hosts.sglang.settings import host_config
+    from siglane.settings.options import read_environment
+    from siglane.tiling.rule import ImageBudget
 
     config, budget = host_config(), read_environment(ImageBudget)
     media = "http" if config.allow_http_images else "no http"

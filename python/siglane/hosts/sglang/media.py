@@ -12,17 +12,17 @@ import torch
 from PIL import Image
 from sglang.srt.utils.common import ImageData, VideoData
 
-from siglane.config.layout.rule import ImageBudget, no_video
-from siglane.config.media import MediaConfig
 from siglane.config.video import VideoRule
 from siglane.errors import ImageError, UserError
-from siglane.families.media import MediaItem, image_item, video_item
+from siglane.families.pipeline import MediaItem, image_item, video_item
 from siglane.families.processor import Processor
 from siglane.hosts.sglang.bridge import Asked
 from siglane.image.decode import decode, from_pil, read_size
-from siglane.image.source import MediaPolicy, fetch
-from siglane.image.video import decode_clip, read_clip_size
-from siglane.types import DIGEST_BYTES, DecodedClip, DecodedImage, ImagePatches, Medium, Size
+from siglane.image.video import decode_video, read_video_size
+from siglane.media.source import MediaPolicy, fetch
+from siglane.settings.media import MediaConfig
+from siglane.tiling.rule import ImageBudget, no_video
+from siglane.types import DIGEST_BYTES, DecodedImage, DecodedVideo, ImagePatches, Medium, Size
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -147,14 +147,14 @@ class HostMedia:
             return from_pil(file, self._config.decode).size
         if item.frames is None:
             return read_size(file, self._config.decode)
-        return read_clip_size(file, self._video, item.frames, self._config.decode)
+        return read_video_size(file, self._video, item.frames, self._config.decode)
 
-    def _decoded(self, item: MediaItem, file: File) -> DecodedImage | DecodedClip:
+    def _decoded(self, item: MediaItem, file: File) -> DecodedImage | DecodedVideo:
         if isinstance(file, Image.Image):
             return from_pil(file, self._config.decode)
         if item.frames is None:
             return decode(file, self._config.decode)
-        return decode_clip(file, self._video, item.frames, self._config.decode)
+        return decode_video(file, self._video, item.frames, self._config.decode)
 
 
 def _is_remote(source: object) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from siglane.config.media import MediaConfig
-from siglane.config.options import read_environment
 from siglane.families.parallel import EncoderParallel
+from siglane.settings.media import MediaConfig
+from siglane.settings.options import read_environment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,16 +10,16 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import MultimodalProcessorOutput
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
 
-from siglane.config.layout.rule import ImageBudget
-from siglane.config.options import read_environment
 from siglane.errors import UserError
-from siglane.families.media import MediaItem
+from siglane.families.pipeline import MediaItem
 from siglane.families.processor import load_processor
 from siglane.hosts.sglang import bridge
 from siglane.hosts.sglang.media import File, HostMedia, wanted
 from siglane.hosts.sglang.models.siglane_vlm import SiglaneForConditionalGeneration
 from siglane.hosts.sglang.settings import host_config
 from siglane.hosts.sglang.view import placeholder_id
+from siglane.settings.options import read_environment
+from siglane.tiling.rule import ImageBudget
 from siglane.weights.hub import Checkpoint
 
 

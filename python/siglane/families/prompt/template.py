@@ -1,0 +1,111 @@
+"""A chat template that needs no help: what `families/prompt/builder.py` does to messages in Python, written in Jinja.
+
+Other engines render templates themselves. The one made here takes messages as the OpenAI API has them (a text, a list
+of text and media parts, or no content at all), applies the family's `PromptRules`, and hands the checkpoint's own
+template what it expects. What it cannot do is keep a user's text apart from special tokens: that needs the tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from typing import get_args
+
+from siglane.families.family import PromptRules
+from siglane.types import Role
+
+ROLES = frozenset(get_args(Role))
+
+# Any content -> a list of parts. What a loop sets is forgotten behind it, only attributes of a namespace stay; the name
+# `siglane` cannot clash with a template's own.
+_PARTS = (
+    "{%- set siglane.parts = [] -%}"
+    "{%- if message['content'] is string -%}"
+    "{%- set siglane.parts = [{'type': 'text', 'text': message['content']}] -%}"
+    "{%- elif message['content'] -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- if part['type'] in ['image', 'image_url'] -%}{%- set siglane.parts = siglane.parts + [{'type': 'image'}] -%}"
+    "{%- elif part['type'] in ['video', 'video_url'] -%}{%- set siglane.parts = siglane.parts + [{'type': 'video'}] -%}"
+    "{%- elif part['type'] == 'text' -%}"
+    "{%- set siglane.parts = siglane.parts + [{'type': 'text', 'text': part['text'] or ''}] -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- endif -%}"
+)
+_MEDIA_FIRST = (
+    "{%- set siglane.parts = (siglane.parts | rejectattr('type', 'equalto', 'text') | list)"
+    " + (siglane.parts | selectattr('type', 'equalto', 'text') | list) -%}"
+)
+
+
+def self_contained(
+    template: str, rules: PromptRules, roles_with_parts: Collection[Role], image_token: str, video_token: str | None
+) -> str:
+    """`template` behind Jinja code that applies `rules` to the messages.
+
+    roles_with_parts: those whose content `template` takes as a list; any other's becomes a text in which `image_token`
+    and `video_token` stand for the media. A role that siglane does not know (`tool`) is a list where all of ours are.
+    """
+    return (
+        "{%- set siglane = namespace(messages=[], parts=[], kept=[], content='') -%}"
+        "{%- for message in messages -%}"
+        + _PARTS
+        + _thoughts(rules.thinking_end)
+        + (_MEDIA_FIRST if rules.images_first else "")
+        + (_stripped("lstrip()") + _stripped("rstrip()", " | reverse | list") if rules.strip_messages else "")
+        + "{%- set siglane.content = siglane.parts -%}"
+        + ("" if set(roles_with_parts) >= ROLES else _joined(roles_with_parts, rules.joint, image_token, video_token))
+        + "{%- set siglane.messages = siglane.messages + [dict(message, content=siglane.content)] -%}"
+        "{%- endfor -%}"
+        # Jinja drops one line feed behind a block, and `template` still begins a line, as it does alone
+        "{%- set messages = siglane.messages %}\n" + template
+    )
+
+
+def _thoughts(end: str) -> str:
+    """An assistant's turn without its reasoning (`chat.answer_alone`)."""
+    if not end:
+        return ""
+    return (
+        "{%- if message['role'] == 'assistant' -%}"
+        "{%- set siglane.kept = [] -%}"
+        "{%- for part in siglane.parts -%}"
+        f"{{%- if part['type'] == 'text' and {_quoted(end)} in part['text'] -%}}"
+        f"{{%- set siglane.kept = [{{'type': 'text', 'text': part['text'].split({_quoted(end)})[-1]}}] -%}}"
+        "{%- else -%}{%- set siglane.kept = siglane.kept + [part] -%}{%- endif -%}"
+        "{%- endfor -%}"
+        "{%- set siglane.parts = siglane.kept -%}" + _stripped("lstrip('\\n')") + "{%- endif -%}"
+    )
+
+
+def _stripped(method: str, order: str = "") -> str:
+    """Texts at one end of a message lose what `method` takes off, and are dropped when nothing is left."""
+    return (
+        "{%- set siglane.kept = [] -%}"
+        f"{{%- for part in siglane.parts{order} -%}}"
+        "{%- if siglane.kept or part['type'] != 'text' -%}{%- set siglane.kept = siglane.kept + [part] -%}"
+        f"{{%- elif part['text'].{method} -%}}"
+        f"{{%- set siglane.kept = [{{'type': 'text', 'text': part['text'].{method}}}] -%}}"
+        "{%- endif -%}"
+        "{%- endfor -%}"
+        f"{{%- set siglane.parts = siglane.kept{order} -%}}"
+    )
+
+
+def _joined(roles_with_parts: Collection[Role], joint: str, image_token: str, video_token: str | None) -> str:
+    """One text of the parts, for the other roles."""
+    words = {"image": image_token, "video": image_token if video_token is None else video_token}
+    return (
+        f"{{%- if message['role'] not in {_quoted(sorted(roles_with_parts))} -%}}"
+        "{%- set siglane.kept = [] -%}"
+        "{%- for part in siglane.parts -%}"
+        f"{{%- set siglane.kept = siglane.kept + [{_quoted(words)}.get(part['type'], part['text'])] -%}}"
+        "{%- endfor -%}"
+        f"{{%- set siglane.content = siglane.kept | join({_quoted(joint)}) -%}}"
+        "{%- endif -%}"
+    )
+
+
+def _quoted(value: object) -> str:
+    """A text, list or dict as Jinja writes it, which is JSON."""
+    return json.dumps(value, ensure_ascii=False)

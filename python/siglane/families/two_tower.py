@@ -1,0 +1,199 @@
+"""SigLIP and SigLIP2 with both towers: what tags images and embeds images and texts (formats.md sections 1 and 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from siglane.config.reader import ConfigReader
+from siglane.config.two_tower import TextRule, TextTowerConfig, TwoTowerConfig
+from siglane.config.vision import VisionConfig
+from siglane.errors import ConfigError, OtherWeights, UserError
+from siglane.families.model import stored_dtype
+from siglane.families.processor import EncoderProcessor
+from siglane.families.registry import tower_family
+from siglane.families.stack import VisionEncoderModel
+from siglane.nn.parallel import TensorParallel
+from siglane.text.tokens import TextTokens
+from siglane.text.tower import SiglipTextModel
+from siglane.types import BackendChoice, ImagePatches
+from siglane.vision.tower import SiglipVisionModel
+from siglane.weights.hub import Checkpoint, Source
+from siglane.weights.load import allocate, fill, rehearse, stored_tensors
+from siglane.weights.plan import Rule, WeightPlan, text_tower_plan, tower_plan
+
+BOTH_TOWERS = ("siglip", "siglip2")
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+class TwoTowerModel(nn.Module):
+    """Both towers and the two scalars that turn their cosines into logits."""
+
+    def __init__(
+        self, config: TwoTowerConfig, tp: TensorParallel | None = None, attention_backend: BackendChoice = "auto"
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = VisionEncoderModel(config.images.vision, config.images.preprocess, tp, attention_backend)
+        self.text = SiglipTextModel(config.text, tp, attention_backend)
+        self.logit_scale = nn.Parameter(torch.empty(1))  # a logarithm
+        self.logit_bias = nn.Parameter(torch.empty(1))
+
+    def embed_images(self, images: Sequence[ImagePatches]) -> torch.Tensor:
+        """`[images, D]`, float32, unit length."""
+        return F.normalize(self.vision.embeddings(images).float(), dim=-1)
+
+    def embed_texts(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids `[texts, length]` -> `[texts, D]`, float32, unit length."""
+        return F.normalize(self.text(ids.to(self.logit_scale.device)).float(), dim=-1)
+
+    def logits(self, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        """Unit embeddings `[I, D]`, `[T, D]` -> `[I, T]`; a sigmoid of one is how likely its pair belongs together."""
+        return images @ texts.T * self.logit_scale.exp() + self.logit_bias
+
+
+class LoadedTwoTower(NamedTuple):
+    """A model in eval mode without gradients, and what turns pictures and texts into its input.
+
+    apart: why the image tower has layers of its own in place of those it was offered, None when it shares them or was
+    offered none.
+    """
+
+    model: TwoTowerModel
+    images: EncoderProcessor
+    texts: TextTokens
+    apart: str | None = None
+
+
+def has_both_towers(checkpoint: Checkpoint) -> bool:
+    return checkpoint.has("config.json") and checkpoint.json("config.json").get("model_type") in BOTH_TOWERS
+
+
+def read_two_tower(checkpoint: Checkpoint) -> tuple[TwoTowerConfig, TextTokens]:
+    """The facts and the tokenizer. ConfigError for a checkpoint without a text tower, or with facts not known."""
+    family = tower_family(checkpoint)
+    if family is None or not has_both_towers(checkpoint):
+        raise ConfigError(f"{checkpoint.root} has no text tower; tagging needs a SigLIP or SigLIP2 with both towers")
+    root = ConfigReader(checkpoint.json("config.json"), "config.json")
+    text = TextTowerConfig.from_hf(root.section("text_config").raw)
+    texts = read_tokens(checkpoint, text)
+    return TwoTowerConfig(images=family.read_config(checkpoint, head=True), text=text, texts=texts.rule), texts
+
+
+def read_tokens(checkpoint: Checkpoint, text: TextTowerConfig) -> TextTokens:
+    """SigLIP's SentencePiece with its own rules, or SigLIP2's Gemma tokenizer, as the checkpoint's files say.
+
+    ConfigError when there is no tokenizer, or one with ids outside the tower's table.
+    """
+    stated: dict[str, Any] = checkpoint.json(TOKENIZER_CONFIG) if checkpoint.has(TOKENIZER_CONFIG) else {}
+    first = checkpoint.has("spiece.model") or str(stated.get("tokenizer_class", "")).startswith("SiglipTokenizer")
+    encode, size = _tokenizer_json(checkpoint) if checkpoint.has("tokenizer.json") else _sentencepiece(checkpoint)
+    if size > text.vocab_size:
+        raise ConfigError(f"{checkpoint.root}: the tokenizer has {size} ids, the text tower {text.vocab_size}")
+    if first:  # formats.md 1.6: padded with </s>
+        return TextTokens(
+            TextRule(length=text.length, lowercase="text", delete_punctuation=True, end_id=1, pad_id=1), encode
+        )
+    return TextTokens(
+        TextRule(length=text.length, lowercase="characters", delete_punctuation=False, end_id=1, pad_id=0), encode
+    )
+
+
+def _tokenizer_json(checkpoint: Checkpoint) -> tuple[Callable[[str], list[int]], int]:
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(checkpoint.path("tokenizer.json")))
+    except Exception as error:  # tokenizers raises a bare Exception
+        raise ConfigError(f"{checkpoint.root}: tokenizer.json cannot be loaded: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.get_vocab_size()
+
+
+def _sentencepiece(checkpoint: Checkpoint) -> tuple[Callable[[str], list[int]], int]:
+    if not checkpoint.has("spiece.model"):
+        raise ConfigError(f"{checkpoint.root} has neither tokenizer.json nor spiece.model")
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError as error:
+        message = "this checkpoint's tokenizer is SentencePiece's; pip install 'siglane[tagging]'"
+        raise UserError(message, code="missing_extra") from error
+    try:
+        processor = SentencePieceProcessor(model_file=str(checkpoint.path("spiece.model")))
+    except (RuntimeError, OSError) as error:
+        raise ConfigError(f"{checkpoint.root}: spiece.model cannot be loaded: {error}") from error
+    return lambda text: list(processor.encode(text)), processor.get_piece_size()
+
+
+def load_two_tower(
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    tp: TensorParallel | None = None,
+    attention_backend: BackendChoice = "auto",
+    tower: SiglipVisionModel | None = None,
+) -> LoadedTwoTower:
+    """dtype: of both towers, None for the stored one; scale and bias are float32 whatever it is, in bfloat16 a logit
+    would be wrong by tenths. ConfigError or WeightError before anything is allocated.
+
+    tower: a chat model's, on the same device and in the same dtype. Where the checkpoint holds the same numbers its
+    layers are used and only what it leaves out, such as the head, is loaded.
+    """
+    config, texts = read_two_tower(checkpoint)
+    tensors = stored_tensors([Source(checkpoint)])
+    plan = two_tower_plan(config)
+    device, dtype = torch.device(device), dtype or stored_dtype(checkpoint)
+
+    def load(tower: SiglipVisionModel | None, apart: str | None = None) -> LoadedTwoTower:
+        with torch.device("meta"):
+            model = TwoTowerModel(config, tp, attention_backend)
+        rehearse(model, plan, tensors)
+        if tower is not None:
+            _stand_on(model.vision.tower, tower)
+        held = [name for name, parameter in model.named_parameters() if not parameter.is_meta]
+        allocate(model, device, dtype)
+        model.logit_scale, model.logit_bias = (nn.Parameter(torch.empty(1, device=device)) for _ in range(2))
+        fill(model, plan, tensors, held)
+        return LoadedTwoTower(model.eval().requires_grad_(False), EncoderProcessor(config.images), texts, apart)
+
+    if tower is not None and not _same_layers(tower.config, config.images.vision):
+        return load(None, "the towers' configurations differ")
+    try:
+        return load(tower)
+    except OtherWeights as error:
+        return load(None, error.message)
+
+
+def _same_layers(one: VisionConfig, other: VisionConfig) -> bool:
+    """Whether the towers differ at most in how many of their layers they run."""
+    run = replace(
+        one,
+        num_hidden_layers=other.num_hidden_layers,
+        depth=other.depth,
+        post_norm=other.post_norm,
+        use_head=other.use_head,
+    )
+    return one.depth <= other.depth and run == other
+
+
+def _stand_on(own: SiglipVisionModel, tower: SiglipVisionModel) -> None:
+    """Puts the layers of `tower` in place of `own`'s; what `tower` does not run stays."""
+    own.patch_embedding, own.position_embedding = tower.patch_embedding, tower.position_embedding
+    for number, block in enumerate(tower.blocks):
+        own.blocks[number] = block
+    if tower.post_norm is not None and tower.config.depth == own.config.depth:
+        own.post_norm = tower.post_norm
+
+
+def two_tower_plan(config: TwoTowerConfig) -> WeightPlan:
+    """transformers' `SiglipModel` and `Siglip2Model` -> `TwoTowerModel`."""
+    scalars = WeightPlan((Rule("logit_scale", "logit_scale"), Rule("logit_bias", "logit_bias")))
+    text = text_tower_plan().under("text_model.", "text.")
+    return scalars + text + tower_plan(config.images.vision).under("", "vision.tower.")

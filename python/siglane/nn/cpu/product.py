@@ -1,0 +1,39 @@
+"""The matrix product behind every linear layer, by the fastest float32 kernel the machine has."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from siglane.nn.act import activate
+from siglane.types import Activation
+
+# activations that oneDNN applies to a product's tiles while they are in cache: name and variant
+_FUSED: dict[Activation, tuple[str, str]] = {"gelu_tanh": ("gelu", "tanh"), "gelu_erf": ("gelu", "none")}
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: Activation | None = None
+) -> torch.Tensor:
+    """`x W^T + b`, then `activation`: x `[..., K]`, weight `[N, K]`, bias `[N]` -> `[..., N]`.
+
+    On CPUs float32 goes to oneDNN, whose product is faster than torch's default on some processors
+    (`python benchmark/machine.py`); its sums are float32 too.
+    """
+    if uses_onednn(x, weight, bias):
+        name, variant = ("none", "") if activation is None else _FUSED.get(activation, ("none", ""))
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], variant)
+        return product if activation is None or activation in _FUSED else activate(product, activation)
+    product = F.linear(x, weight, bias)
+    return product if activation is None else activate(product, activation)
+
+
+def uses_onednn(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether x, multiplied with tensors of its device and dtype, goes to oneDNN: it has no gradient, and torch.compile
+    has a lowering of its own, for frozen weights only."""
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return on_cpu and not torch.compiler.is_compiling() and not _wants_gradient(x, *others)
+
+
+def _wants_gradient(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -1,0 +1,83 @@
+"""One HTTP request from the first byte to the last, as every layer of the server sees it."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from dataclasses import dataclass, field
+
+from prometheus_client import Gauge
+from starlette.types import Scope
+
+from siglane.server.errors import overloaded
+
+KEY = "siglane.context"
+_CLIENT_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+
+
+class InflightBytes:
+    """Bytes that all requests together may hold, from socket to engine."""
+
+    def __init__(self, limit: int, gauge: Gauge) -> None:
+        self.limit, self.used, self._gauge = limit, 0, gauge
+
+    def change(self, count: int) -> None:
+        if count > 0 and self.used + count > self.limit:
+            raise overloaded("the server holds too many images at the moment; try again")
+        self.used += count
+        self._gauge.set(self.used)
+
+
+@dataclass(slots=True)
+class ByteLease:
+    """What one request holds of the budget."""
+
+    budget: InflightBytes
+    held: int = 0
+
+    def take(self, count: int) -> None:
+        """Raises EngineError (503) when all requests together would hold too much."""
+        self.budget.change(count)
+        self.held += count
+
+    def give(self, count: int) -> None:
+        self.budget.change(-count)
+        self.held -= count
+
+    def close(self) -> None:
+        self.give(self.held)
+
+
+@dataclass(slots=True)
+class RequestContext:
+    """status: of the response, once it has begun; finished: its last byte was handed over.
+
+    cancelled: the client left before; failed: the error that ended the answer, for log and metrics.
+    """
+
+    request_id: str
+    lease: ByteLease
+    began: float = field(default_factory=time.monotonic)
+    status: int | None = None
+    finished: bool = False
+    cancelled: bool = False
+    failed: str | None = None
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+
+def request_id_of(scope: Scope) -> str:
+    """The client's x-request-id when it is harmless, else a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _CLIENT_ID.fullmatch(value):
+            return str(value, "ascii")
+    return secrets.token_hex(16)
+
+
+def context_of(scope: Scope) -> RequestContext:
+    context = scope[KEY]
+    assert isinstance(context, RequestContext)
+    return context

@@ -1,0 +1,1 @@
+"""What an operator sets: flags, environment and TOML from one dataclass each."""

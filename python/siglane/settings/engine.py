@@ -1,0 +1,89 @@
+"""Everything that can be set about the engine; flags and environment variables are generated from these fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from siglane.config.language import LanguageConfig
+from siglane.errors import ConfigError
+from siglane.types import BackendChoice
+
+if TYPE_CHECKING:  # flags are read and wrong ones reported before torch's second of import
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
+KV_BYTES_ON_CPU = 1 << 30
+KV_SHARE_OF_FREE_GPU = 0.8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N"})
+    dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16; auto: float32 on CPU"})
+    vision_dtype: str = field(default="auto", metadata={"help": "dtype of the vision tower; auto: as dtype"})
+    attention_backend: BackendChoice = field(
+        default="auto", metadata={"help": "packed vision attention: auto, sdpa, torch_varlen, flash_attn, flashinfer"}
+    )
+    paged_backend: str = field(
+        default="auto", metadata={"help": "paged attention of the language model: auto, torch or flashinfer"}
+    )
+    page_size: int = field(default=16, metadata={"help": "tokens per KV page"})
+    kv_tokens: int = field(default=0, metadata={"help": "tokens the KV cache holds; 0 sizes it by the free memory"})
+    max_running: int = field(default=64, metadata={"help": "requests that are computed at the same time"})
+    max_batch_tokens: int = field(
+        default=0, metadata={"help": "tokens of one step, longer prompts are chunked; 0: 512 on CPU, 4096 on CUDA"}
+    )
+    max_seq_len: int = field(
+        default=0,
+        metadata={
+            "help": "patches of one packed forward (a larger image runs alone); 0: 1024 on CPU, 16384 on CUDA",
+        },
+    )
+    enable_packing: bool = field(
+        default=True, metadata={"help": "encode images of all requests together; off: one forward for each image"}
+    )
+    feature_cache_bytes: int = field(
+        default=256 << 20, metadata={"help": "bytes of encoded images kept, so that a known image is not encoded again"}
+    )
+    prefix_cache: bool = field(default=True, metadata={"help": "reuse the KV pages of prompts that begin alike"})
+    threads: int = field(default=0, metadata={"help": "CPU threads of the engine; 0 leaves torch's choice"})
+
+    def __post_init__(self) -> None:
+        for name in ("page_size", "max_running"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("kv_tokens", "max_batch_tokens", "max_seq_len", "feature_cache_bytes", "threads"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("dtype", "vision_dtype"):
+            if getattr(self, name) != "auto" and getattr(self, name) not in DTYPES:
+                raise ConfigError(f"{name} {getattr(self, name)!r} is not known; use auto, {', '.join(DTYPES)}")
+        if self.paged_backend not in ("auto", "torch", "flashinfer"):
+            raise ConfigError(f"paged_backend {self.paged_backend!r} is not known; use auto, torch or flashinfer")
+
+    def resolve_device(self) -> torch.device:
+        """ConfigError when the device is not known or not there."""
+        from siglane.nn.device import resolve_device
+
+        return resolve_device(self.device)
+
+    def resolve_dtypes(self, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+        """dtype of the language model and of the vision tower."""
+        from siglane.nn.device import resolve_dtype
+
+        language = resolve_dtype(self.dtype, device)
+        return language, language if self.vision_dtype == "auto" else resolve_dtype(self.vision_dtype, device)
+
+    def resolve_pages(self, language: LanguageConfig, kv_heads: int, dtype: torch.dtype, device: torch.device) -> int:
+        """Pages of the KV cache: as asked, else by free memory; never more than all running requests can fill."""
+        if self.kv_tokens:
+            return max(1, self.kv_tokens // self.page_size)
+        token_bytes = 2 * language.num_hidden_layers * kv_heads * language.head_dim * dtype.itemsize
+        free = KV_BYTES_ON_CPU
+        if device.type == "cuda":
+            import torch
+
+            free = int(torch.cuda.mem_get_info(device)[0] * KV_SHARE_OF_FREE_GPU)
+        most = self.max_running * -(-language.max_position_embeddings // self.page_size)
+        return max(1, min(free // (token_bytes * self.page_size), most))

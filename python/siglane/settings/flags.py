@@ -1,0 +1,106 @@
+"""Flags generated from `settings/options.py`: a flag wins over its variable, the variable over the default."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from siglane.errors import UserError
+from siglane.settings.options import PREFIX, UNITS, Option, build, options_of
+
+__all__ = ["PREFIX", "Parser", "add_options", "known_variables", "options_of", "read_options"]
+
+Config = TypeVar("Config")
+
+METAVARS = {int: "N", float: "X", Path: "PATH"}
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are `UserError`s, printed by `main` like every other error.
+
+    Flags cannot be abbreviated: an abbreviation in a script breaks on the day a second flag begins alike.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs | {"allow_abbrev": False})
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help", code="bad_option")
+
+
+def add_options(
+    parser: argparse.ArgumentParser,
+    config: type[Any],
+    title: str,
+    *,
+    only: Collection[str] | None = None,
+    help: Mapping[str, str] | None = None,
+) -> None:
+    """Gives `parser` one flag for each field of `config`, or for those in `only`."""
+    group = parser.add_argument_group(title)
+    for option in options_of(config, help):
+        if only is None or option.name in only:
+            _add(group, option)
+
+
+def read_options(config: type[Config], arguments: argparse.Namespace) -> Config:
+    """Builds `config` from flags, then the environment, then its defaults.
+
+    UserError names a required flag that is absent, or a variable whose value cannot be used.
+    """
+    flags, variables = {}, {}
+    for option in options_of(config):
+        if hasattr(arguments, option.name):
+            found = getattr(arguments, option.name)
+            flags[option.name] = tuple(found) if option.many else found
+        elif (found := option.from_environment()) is not dataclasses.MISSING:
+            variables[option] = found
+        elif option.default is dataclasses.MISSING:
+            raise UserError(f"{option.flag} is missing; give it, or set {option.variable}", code="bad_option")
+    return build(config, flags, variables)
+
+
+def known_variables(configs: Iterable[type[Any]]) -> set[str]:
+    """Every environment variable these dataclasses read."""
+    return {option.variable for config in configs for option in options_of(config)}
+
+
+def _add(group: argparse._ArgumentGroup, option: Option) -> None:
+    names = [option.short, option.flag] if option.short else [option.flag]
+    common: dict[str, Any] = {"dest": option.name, "default": argparse.SUPPRESS, "help": _help(option)}
+    if option.kind is bool:
+        group.add_argument(*names, action=argparse.BooleanOptionalAction, **common)
+        return
+    if option.many:
+        common |= {"action": "extend", "nargs": "+"}
+    metavar = "{" + ",".join(option.choices) + "}" if option.choices else METAVARS.get(option.kind, "TEXT")
+
+    def parse(text: str) -> Any:
+        try:
+            return option.parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} {error}") from error
+
+    group.add_argument(*names, type=parse, metavar=metavar, **common)
+
+
+def _help(option: Option) -> str:
+    notes = [] if option.default is dataclasses.MISSING else [f"default: {_shown_default(option)}"]
+    return f"{option.help} [{', '.join([*notes, option.variable])}]".lstrip().replace("%", "%%")
+
+
+def _shown_default(option: Option) -> str:
+    match option.default:
+        case None | ():
+            return "none"
+        case bool():
+            return "on" if option.default else "off"
+        case int() if option.name.endswith("_bytes") and option.default % UNITS["M"] == 0:
+            return f"{option.default // UNITS['M']}M"
+        case tuple():
+            return ",".join(map(str, option.default))
+        case _:
+            return str(option.default)

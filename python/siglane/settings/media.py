@@ -1,0 +1,83 @@
+"""What requests may ask a server to read: the same settings for siglane's own server and for a host's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from siglane.config.preprocess import DecodeConfig
+from siglane.errors import ConfigError
+
+MIB = 1 << 20
+
+ImageFormat = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaConfig:
+    max_images: int = field(default=16, metadata={"help": "images per request"})
+    max_videos: int = field(default=1, metadata={"help": "videos per request; 0: none"})
+    max_image_bytes: int = field(default=20 * MIB, metadata={"help": "largest image file"})
+    max_video_bytes: int = field(default=100 * MIB, metadata={"help": "largest video file"})
+    max_image_pixels: int = field(default=33_000_000, metadata={"help": "pixels of one image, and of one request"})
+    max_image_patches: int = field(
+        default=1 << 16, metadata={"help": "patches of one image or video, whatever budget a client asks for"}
+    )
+    max_video_pixels: int = field(default=1 << 27, metadata={"help": "pixels of all frames shown of one video"})
+    max_video_frames: int | None = field(
+        default=None, metadata={"help": "frames that a client may have shown of one video; none: the model's own limit"}
+    )
+    video_seconds: float = field(default=20.0, metadata={"help": "seconds that decoding one video may take"})
+    image_alpha: Literal["white", "drop"] = field(
+        default="white", metadata={"help": "transparent pixels: composed on white, or drop the alpha channel"}
+    )
+    image_16bit: Literal["scale", "clip"] = field(
+        default="scale", metadata={"help": "16-bit pictures: scale to 8 bit, or clip as Pillow's convert does"}
+    )
+    image_formats: tuple[ImageFormat, ...] = field(
+        default=("JPEG", "PNG", "WEBP", "GIF", "BMP"), metadata={"help": "accepted image formats"}
+    )
+    allowed_local_media_path: str | None = field(
+        default=None, metadata={"help": "folder whose files requests may name by file:// URLs; none by default"}
+    )
+    allow_http_images: bool = field(default=True, metadata={"help": "fetch images and videos from http and https URLs"})
+    allow_private_addresses: bool = field(
+        default=False, metadata={"help": "fetch images and videos from private and loopback addresses too"}
+    )
+    image_timeout: float = field(
+        default=10.0, metadata={"help": "seconds to fetch one image or video, with its name look-up"}
+    )
+    image_redirects: int = field(default=3, metadata={"help": "redirects followed for one image or video"})
+
+    def __post_init__(self) -> None:
+        for name in ("max_image_bytes", "max_image_pixels", "max_video_bytes", "max_video_pixels", "max_image_patches"):
+            at_least(name, getattr(self, name), 1)
+        if self.max_video_frames is not None:
+            at_least("max_video_frames", self.max_video_frames, 1)
+        for name in ("max_images", "max_videos", "image_redirects"):
+            at_least(name, getattr(self, name), 0)
+        for name in ("image_timeout", "video_seconds"):
+            above_zero(name, getattr(self, name))
+
+    @property
+    def decode(self) -> DecodeConfig:
+        return DecodeConfig(
+            alpha=self.image_alpha,
+            depth16=self.image_16bit,
+            max_pixels=self.max_image_pixels,
+            formats=self.image_formats,
+            max_video_pixels=self.max_video_pixels,
+            video_seconds=self.video_seconds,
+        )
+
+
+def at_least(name: str, value: float, least: int) -> None:
+    """ConfigError when a setting is less."""
+    if not value >= least:
+        raise ConfigError(f"{name} must be at least {least}, got {value}")
+
+
+def above_zero(name: str, value: float) -> None:
+    """ConfigError when a setting is not."""
+    if not value > 0:
+        raise ConfigError(f"{name} must be above 0, got {value}")

@@ -1,0 +1,81 @@
+"""Everything that can be set about the server; flags and environment variables are generated from these fields.
+
+Light on purpose: no torch, no web framework, so that a bad port or a missing model is reported at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from siglane.errors import ConfigError
+from siglane.settings.media import MIB, MediaConfig, above_zero, at_least
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig(MediaConfig):
+    host: str = field(default="127.0.0.1", metadata={"help": "address to listen on; 0.0.0.0 lets others in"})
+    port: int = field(default=8000, metadata={"help": "TCP port; 0 takes a free one"})
+    api_key: str | None = field(
+        default=None,
+        repr=False,
+        metadata={"help": "key that clients must send as a bearer token, except to /health, /ready and /metrics"},
+    )
+    served_model_name: str | None = field(
+        default=None, metadata={"help": "name of the model in the API; default: MODEL as given (a folder: its name)"}
+    )
+    model_aliases: tuple[str, ...] = field(default=(), metadata={"help": "further names the model answers to"})
+    tagger: str | None = field(
+        default=None,
+        metadata={
+            "help": "SigLIP with both towers for /v1/embeddings and /v1/classify beside the chat; an image tower that "
+            "is the chat model's own is loaded once"
+        },
+    )
+    cors_origins: tuple[str, ...] = field(
+        default=(), metadata={"help": "web origins whose pages may call the server; none by default"}
+    )
+    default_temperature: float = field(default=1.0, metadata={"help": "temperature of requests that name none"})
+
+    max_queue: int = field(
+        default=256, metadata={"help": "requests being read, waiting or running at one time; more are answered 503"}
+    )
+    max_body_bytes: int = field(default=64 * MIB, metadata={"help": "largest request body"})
+    max_inflight_bytes: int = field(
+        default=4096 * MIB,
+        metadata={"help": "bodies, files and patches of all requests together; a request beyond it is answered 503"},
+    )
+    body_timeout: float = field(default=30.0, metadata={"help": "seconds a client has to send its request body"})
+    idle_timeout: int = field(
+        default=30, metadata={"help": "seconds a connection may stay without a (whole) request header"}
+    )
+    stall_timeout: float = field(
+        default=30.0, metadata={"help": "seconds a client may leave its answer unread before it is dropped"}
+    )
+    sse_keep_alive: float = field(
+        default=15.0, metadata={"help": "seconds of silence after which a stream gets a comment line; 0: never"}
+    )
+    drain_timeout: float = field(
+        default=30.0, metadata={"help": "seconds that running requests get to finish after SIGTERM"}
+    )
+
+    fetch_threads: int = field(default=16, metadata={"help": "images fetched at one time"})
+    decode_threads: int = field(default=0, metadata={"help": "images decoded at one time; 0: one per core, at most 8"})
+
+    log_format: Literal["text", "json"] = field(default="text", metadata={"help": "log lines as text or as JSON"})
+    log_level: Literal["debug", "info", "warning", "error"] = field(default="info", metadata={"help": "log threshold"})
+
+    def __post_init__(self) -> None:
+        MediaConfig.__post_init__(self)
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be between 0 and 65535, got {self.port}")
+        for name in ("max_queue", "max_body_bytes", "max_inflight_bytes", "idle_timeout", "fetch_threads"):
+            at_least(name, getattr(self, name), 1)
+        for name in ("decode_threads", "sse_keep_alive", "drain_timeout"):
+            at_least(name, getattr(self, name), 0)
+        for name in ("body_timeout", "stall_timeout"):
+            above_zero(name, getattr(self, name))
+        if not 0 <= self.default_temperature <= 2:
+            raise ConfigError(f"default_temperature must be between 0 and 2, got {self.default_temperature}")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
+            raise ConfigError("api_key must be printable ASCII and not empty")

@@ -1,0 +1,114 @@
+"""The tagger's settings: a TOML section, overridden by environment variables, overridden by flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from siglane.config.reader import ConfigReader
+from siglane.errors import ConfigError, UserError
+from siglane.settings.options import Option, build, options_of
+
+logger = logging.getLogger(__name__)
+
+Attention = Literal["auto", "sdpa", "flash_attention_2", "eager"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["none", "8bit", "4bit"]
+
+SECTION = ("plugins", "siglip")
+TEMPLATES = ("This is a photo of {label}.",)  # what SigLIP's zero-shot scores are made with (formats.md 1.6)
+UNUSUAL_THRESHOLD = 0.5
+CONFIDENCE_THRESHOLD = 0.01
+MAX_TAGS = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TagSettings:
+    """`[plugins.siglip]` of a TOML file. ConfigError names a field that cannot be."""
+
+    enabled: bool = field(default=True, metadata={"help": "off: tagging is refused"})
+    model: str | None = field(default=None, metadata={"help": "a checkpoint folder or a hub id"})
+    batch_size: int = field(default=0, metadata={"help": "pictures of one forward; 0: 8 on CPU, 32 on CUDA"})
+    attention: Attention = field(default="auto", metadata={"help": "attention of both towers; auto: what is fastest"})
+    dtype: Dtype = field(default="auto", metadata={"help": "dtype of both towers; auto: float32, on CUDA bfloat16"})
+    quantization: Quantization = field(default="none", metadata={"help": "bits that both towers' weights are kept in"})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N"})
+    confidence_threshold: float = field(
+        default=CONFIDENCE_THRESHOLD, metadata={"help": "tags below it are left out; sigmoid scores are low"}
+    )
+    max_tags: int = field(default=MAX_TAGS, metadata={"help": "tags of one picture"})
+    max_num_patches: int = field(default=256, metadata={"help": "patches of one picture, for NaFlex models"})
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 0:
+            raise ConfigError(f"batch_size must not be negative, got {self.batch_size}")
+        for option in options_of(type(self)):
+            value = getattr(self, option.name)
+            if option.choices and value not in option.choices:
+                raise ConfigError(f"{option.name} {value!r} is not known; use {', '.join(option.choices)}")
+        if self.max_num_patches < 1:
+            raise ConfigError(f"max_num_patches must be at least 1, got {self.max_num_patches}")
+        check_limits(self.confidence_threshold, self.max_tags, threshold_name="confidence_threshold")
+
+
+def check_limits(threshold: float, max_tags: int, *, threshold_name: str = "threshold") -> None:
+    """ConfigError for a threshold that is no probability or a number of tags below 1; warns of an unusual threshold."""
+    if not 0 <= threshold <= 1:
+        raise ConfigError(f"{threshold_name} must be between 0 and 1, got {threshold}")
+    if max_tags < 1:
+        raise ConfigError(f"max_tags must be at least 1, got {max_tags}")
+    if threshold >= UNUSUAL_THRESHOLD:
+        logger.warning(
+            "%s %s leaves out almost everything: sigmoid scores are low, a clear match may have 0.1; usual is %s",
+            threshold_name, threshold, CONFIDENCE_THRESHOLD,
+        )  # fmt: skip
+
+
+def read_settings(file: Path | None = None, flags: Mapping[str, Any] | None = None) -> TagSettings:
+    """`flags`, then the environment, then the file's section, then the defaults.
+
+    UserError names the file's key, the variable or the flag at fault.
+    """
+    given = dict(flags or {})
+    variables: dict[Option, Any] = {}
+    for option in options_of(TagSettings):
+        if option.name not in given and (found := option.from_environment()) is not dataclasses.MISSING:
+            variables[option] = found
+    overridden = {*given, *(option.name for option in variables)}
+    stated = _read_file(file) if file is not None else {}
+    return build(TagSettings, {key: stated[key] for key in stated.keys() - overridden} | given, variables)
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    """The section's keys, each of its type. A file without the section states nothing."""
+    try:
+        raw = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}", code="bad_settings") from error
+    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
+        raise UserError(f"{file} is not valid TOML: {error}", code="bad_settings") from error
+    reader = ConfigReader(raw, str(file))
+    for name in SECTION:
+        if not reader.has(name):
+            return {}
+        reader = reader.section(name)
+    known = {option.name: option for option in options_of(TagSettings)}
+    if unknown := sorted(reader.raw.keys() - known.keys()):
+        raise ConfigError(f"{reader.name}: key {unknown[0]!r} is not known; siglane reads {', '.join(known)}")
+    stated = {key: _typed(reader, known[key]) for key in reader.raw}
+    try:
+        TagSettings(**stated)
+    except ConfigError as error:
+        raise ConfigError(f"{reader.name}: {error.message}") from error
+    return stated
+
+
+def _typed(reader: ConfigReader, option: Option) -> Any:
+    if option.choices:
+        return reader.choice(option.name, {choice: choice for choice in option.choices})
+    return reader.value(option.name, option.kind)

@@ -1,0 +1,1 @@
+"""From an image's size to its layout: pure integers, one file a rule."""

@@ -1,0 +1,169 @@
+"""LLaVA-OneVision's anyres: the whole picture in one tile, then again in tiles of a fitting canvas (formats.md 6).
+
+Sources: transformers `image_processing_pil_llava_onevision.py`, `image_processing_utils.py` (`select_best_resolution`,
+`get_patch_output_size`) and `LlavaOnevisionModel.pack_image_features`. The quotients are floats there and here: their
+rounding decides how many rows an image has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from siglane.errors import ConfigError, UserError
+from siglane.tiling.rule import Budgeted, ImageBudget, ImageContext, PatchGeometry
+from siglane.tiling.vila import square
+from siglane.types import (
+    AnyRes,
+    Box,
+    Grid,
+    ImageLayout,
+    ImagePlaceholder,
+    Newline,
+    Pad,
+    Resample,
+    Resize,
+    Size,
+    Step,
+    Tile,
+    VideoSize,
+)
+
+Pinpoint = tuple[int, int]
+BLACK = (0, 0, 0)
+MOST_TILES = 1024  # a pinpoint beyond it is a mistake
+SHRUNK_FROM = 1.1  # a map is left as it is until its sides are this much longer than those of `max_maps` tiles
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnyResTiling:
+    """tile: pixels of one square tile; resample: of pictures, frame_resample: of a video's frames; fill: the colour
+    around a picture that shares its request with others; pinpoints: canvases (height, width) in pixels to choose from,
+    the first one of equals wins; max_maps: the tiles together keep about as many rows as so many tiles have (the number
+    in `anyres_max_9`); base_only: a picture is one tile even when it is alone (detail "low")."""
+
+    tile: Size
+    resample: Resample
+    frame_resample: Resample
+    fill: tuple[int, int, int]
+    pinpoints: tuple[Pinpoint, ...]
+    max_maps: int
+    base_only: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tile.width != self.tile.height:
+            raise ConfigError(f"anyres needs square tiles, got {self.tile.width}x{self.tile.height}")
+        if problem := self._problem(self.pinpoints, MOST_TILES):
+            raise ConfigError(f"image_grid_pinpoints: {problem}")
+
+    def image(self, size: Size, geometry: PatchGeometry, context: ImageContext) -> ImageLayout:
+        """The single picture of a request is tiled, any other is padded to a square and becomes one tile."""
+        if context.alone and not self.base_only:
+            return self._tiled(size, geometry)
+        padding = () if context.alone or size.width == size.height else (square(size, self.fill),)
+        whole = self._whole(geometry, self.resample, padding)
+        return ImageLayout(
+            size, (whole,), (ImagePlaceholder(geometry.projected(whole.grid).area + 1),), Grid(1, 1), Newline(None)
+        )
+
+    def video(self, video: VideoSize, geometry: PatchGeometry) -> ImageLayout:
+        """Every frame is squashed to one tile and keeps a quarter of its rows; one newline ends them all."""
+        tiles = tuple(replace(self._whole(geometry, self.frame_resample), frame=frame) for frame in range(video.frames))
+        rows = geometry.projected(tiles[0].grid)
+        pooled = Grid(-(-rows.h // 2), -(-rows.w // 2))
+        pieces = (ImagePlaceholder(video.frames * pooled.area + 1),)
+        return ImageLayout(video.size, tiles, pieces, Grid(1, 1), Newline(pooled), video.frames)
+
+    def within(self, budget: ImageBudget) -> Budgeted:
+        """`grid_pinpoints` replaces the canvases, `max_tiles` leaves out the larger ones but for the smallest; `low` is
+        the whole picture in one tile, every other detail the checkpoint's choice."""
+        budget.refuse_others("max_tiles", "grid_pinpoints")
+        if budget.detail == "low":
+            return Budgeted(replace(self, base_only=True), "low")
+        pinpoints = self.pinpoints
+        if budget.grid_pinpoints is not None:
+            pinpoints = budget.grid_pinpoints
+            if problem := self._problem(pinpoints, max(map(self._tiles, self.pinpoints))):
+                raise UserError(f"grid_pinpoints: {problem}", code="invalid_budget", param="grid_pinpoints")
+        if budget.max_tiles is not None:
+            fitting = tuple(pinpoint for pinpoint in pinpoints if self._tiles(pinpoint) <= budget.max_tiles)
+            pinpoints = fitting or (min(pinpoints, key=self._tiles),)
+        return Budgeted(replace(self, pinpoints=pinpoints), "auto" if budget.detail == "auto" else "high")
+
+    def _tiled(self, size: Size, geometry: PatchGeometry) -> ImageLayout:
+        height, width = best_pinpoint(size, self.pinpoints)
+        side, base = self.tile.width, self._whole(geometry, self.resample)
+        steps = fitted(size, Size(width, height), self.resample)
+        boxes = (Box(x, y, x + side, y + side) for y in range(0, height, side) for x in range(0, width, side))
+        tiles = (base, *(Tile(steps, box, base.grid) for box in boxes))
+        arrangement, rows = Grid(height // side, width // side), geometry.projected(base.grid)
+        crop = unpadded(size, Grid(arrangement.h * rows.h, arrangement.w * rows.w))
+        whole_map = Grid(crop.bottom - crop.top, crop.right - crop.left)
+        resized = shrunk(whole_map, self.max_maps * rows.area)
+        kept = resized or whole_map
+        pieces = (ImagePlaceholder(rows.area + kept.h * (kept.w + 1)),)
+        return ImageLayout(size, tiles, pieces, arrangement, AnyRes(crop, resized))
+
+    def _whole(self, geometry: PatchGeometry, resample: Resample, before: tuple[Step, ...] = ()) -> Tile:
+        """The whole picture squashed to one tile."""
+        box = Box(0, 0, self.tile.width, self.tile.height)
+        return Tile((*before, Resize(self.tile, resample)), box, geometry.grid(self.tile))
+
+    def _tiles(self, pinpoint: Pinpoint) -> int:
+        return pinpoint[0] * pinpoint[1] // (self.tile.width * self.tile.height)
+
+    def _problem(self, pinpoints: Sequence[Pinpoint], most: int) -> str | None:
+        """What is wrong with `pinpoints`, None when nothing is."""
+        side = self.tile.width
+        if not pinpoints:
+            return "give at least one (height, width)"
+        for height, width in pinpoints:
+            if min(height, width) < side or height % side or width % side:
+                return f"{height}x{width} is not a multiple of the tile's {side} pixels"
+            if self._tiles((height, width)) > most:
+                return f"{height}x{width} are {self._tiles((height, width))} tiles, at most {most} are possible"
+        return None
+
+
+def best_pinpoint(size: Size, pinpoints: Sequence[Pinpoint]) -> Pinpoint:
+    """The canvas that keeps most of the picture's pixels; of those the one that wastes least; of those the first."""
+
+    def worth(pinpoint: Pinpoint) -> tuple[int, int]:
+        height, width = pinpoint
+        scale = min(width / size.width, height / size.height)
+        kept = min(int(size.width * scale) * int(size.height * scale), size.width * size.height)
+        return kept, kept - height * width
+
+    return max(pinpoints, key=worth)
+
+
+def fitted(size: Size, canvas: Size, resample: Resample) -> tuple[Step, ...]:
+    """The picture as large as `canvas` allows at its aspect ratio, in the middle of black."""
+    across, down = canvas.width / size.width, canvas.height / size.height
+    if across < down:
+        inside = Size(canvas.width, min(math.ceil(size.height * across), canvas.height))
+    else:
+        inside = Size(min(math.ceil(size.width * down), canvas.width), canvas.height)
+    left, top = (canvas.width - inside.width) // 2, (canvas.height - inside.height) // 2
+    return Resize(inside, resample), Pad(canvas, left, top, BLACK)
+
+
+def unpadded(size: Size, rows: Grid) -> Box:
+    """The part of a map of `rows` that shows the picture; a very flat one may have none."""
+    if size.width / size.height > rows.w / rows.h:
+        padding = (rows.h - int(round(size.height * (rows.w / size.width), 7))) // 2
+        return Box(0, padding, rows.w, rows.h - padding)
+    padding = (rows.w - int(round(size.width * (rows.h / size.height), 7))) // 2
+    return Box(padding, 0, rows.w - padding, rows.h)
+
+
+def shrunk(rows: Grid, most: int) -> Grid | None:
+    """The smaller map that one of more than about `most` rows is brought to, None where it stays as it is.
+
+    At least one row and column remain; the reference fails where they do not.
+    """
+    ratio = math.sqrt(rows.area / most)
+    if ratio <= SHRUNK_FROM:
+        return None
+    return Grid(max(1, int(rows.h // ratio)), max(1, int(rows.w // ratio)))

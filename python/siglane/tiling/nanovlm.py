@@ -1,0 +1,104 @@
+"""nanoVLM's tiles: the picture brought to whole squares and cut row by row, all of it first (formats.md 7.2, 7.3).
+
+Source: huggingface/nanoVLM `data/custom_transforms.py` (DynamicResize, SplitImage, GlobalAndSplitImages) and
+`data/processors.py` (`get_image_string`). The quotients are floats there and here: their rounding decides how many
+tiles an image has. The pictures of its first two releases are `Squash`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from siglane.errors import ConfigError
+from siglane.tiling.rule import Budgeted, ImageBudget, ImageContext, PatchGeometry, no_video
+from siglane.types import Box, Grid, ImageLayout, ImagePlaceholder, Marker, Piece, Resize, Size, Tile, Token, VideoSize
+
+MOST_TILES = 1024  # pictures of more are a mistake
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WholeTiles:
+    """side: pixels of a square tile; longest: tiles along the longer side of a picture, at most; enlarge: every picture
+    has so many (`resize_to_max_side_len`); most: tiles of a picture, None for no limit but `longest`.
+
+    global_token: stands in front of the whole picture's rows, "" where the model is not shown it; tile_tokens: rows and
+    columns of what stands in front of each tile's, none in the releases that had no such tokens.
+    """
+
+    side: int
+    longest: int
+    enlarge: bool
+    global_token: str
+    tile_tokens: tuple[tuple[str, ...], ...]
+    most: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.longest**2 > MOST_TILES:
+            raise ConfigError(f"pictures of {self.longest}x{self.longest} tiles; at most {MOST_TILES} are possible")
+        tokens = self.tile_tokens
+        if tokens and (len(tokens) < self.longest or min(map(len, tokens)) < self.longest):
+            raise ConfigError(
+                f"pictures of {self.longest}x{self.longest} tiles need a token for each, r1c1 to "
+                f"r{self.longest}c{self.longest}; vlm_extra_tokens has {len(tokens)}x{min(map(len, tokens))} of them"
+            )
+
+    def image(self, size: Size, geometry: PatchGeometry, context: ImageContext) -> ImageLayout:
+        """The whole picture, where the model has a token for it and it is cut at all, and its tiles row by row.
+
+        Each image of several is announced by its number.
+        """
+        arrangement = self.arrangement(size)
+        rows = ImagePlaceholder(geometry.projected(geometry.grid(Size(self.side, self.side))).area)
+        tiles = self._tiles(arrangement, geometry)
+        pieces: list[Piece] = [] if context.alone else [Marker(f"<image: {context.index}>", isolated=False)]
+        if self.global_token:
+            pieces += [Token(self.global_token), rows]
+            if arrangement == (1, 1):
+                return ImageLayout(size, tiles, tuple(pieces), arrangement)
+            tiles = (self._whole(tiles[0]), *tiles)
+        for row in range(arrangement.h):
+            for column in range(arrangement.w):
+                pieces += [Token(self.tile_tokens[row][column]), rows] if self.tile_tokens else [rows]
+        return ImageLayout(size, tiles, tuple(pieces), arrangement)
+
+    def video(self, video: VideoSize, geometry: PatchGeometry) -> ImageLayout:
+        raise no_video()
+
+    def within(self, budget: ImageBudget) -> Budgeted:
+        """`max_tiles` lowers `longest` tile by tile until there are few enough; `low` is the picture in one tile, every
+        other detail the checkpoint's choice."""
+        budget.refuse_others("max_tiles")
+        if budget.detail == "low":
+            return Budgeted(replace(self, longest=1), "low")
+        return Budgeted(replace(self, most=budget.max_tiles), "auto" if budget.detail == "auto" else "high")
+
+    def arrangement(self, size: Size) -> Grid:
+        """Rows and columns of tiles: those of the largest `longest` that is within `most`."""
+        longest = self.longest
+        while self.most is not None and self._fitted(size, longest).area > self.most:
+            longest -= 1
+        return self._fitted(size, longest)
+
+    def _fitted(self, size: Size, longest: int) -> Grid:
+        """The reference's rounding can give the shorter side one tile more than `longest`; that one is left out."""
+        long, short = max(size), min(size)
+        along = longest if self.enlarge else min(longest, math.ceil(long / self.side))
+        scale = along * self.side / long
+        across = min(longest, max(1, math.ceil(short * scale / self.side)))
+        return Grid(across, along) if size.width >= size.height else Grid(along, across)
+
+    def _tiles(self, arrangement: Grid, geometry: PatchGeometry) -> tuple[Tile, ...]:
+        side = self.side
+        canvas = Size(arrangement.w * side, arrangement.h * side)
+        grid = geometry.grid(Size(side, side))
+        return tuple(
+            Tile((Resize(canvas, "bicubic"),), Box(x, y, x + side, y + side), grid)
+            for y in range(0, canvas.height, side)
+            for x in range(0, canvas.width, side)
+        )
+
+    def _whole(self, tile: Tile) -> Tile:
+        """The canvas of `tile` once more, as torchvision resizes a tensor."""
+        whole = Resize(Size(self.side, self.side), "bilinear", in_float=True)
+        return Tile((*tile.steps, whole), Box(0, 0, self.side, self.side), tile.grid)

@@ -1,0 +1,117 @@
+"""Native resolution: one tile of the whole picture, its sides multiples of a factor, its pixels within bounds
+(formats.md 3.2).
+
+Source: AIDC-AI/Ovis `ovis/model/modeling_ovis.py` (`smart_resize`), which has it from Qwen2-VL.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from siglane.errors import ConfigError, UserError
+from siglane.tiling.rule import Budgeted, ImageBudget, ImageContext, PatchGeometry
+from siglane.types import Box, Grid, ImageLayout, ImagePlaceholder, Indicator, Resample, Resize, Size, Tile, VideoSize
+
+LONGEST_ASPECT = 200
+IMAGE_START, IMAGE_END, VIDEO_START, VIDEO_END = map(Indicator, range(4))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NativeResolution:
+    """factor: both sides are multiples of it, patch_size times the patches along a merged block; min_pixels,
+    max_pixels: bounds of the resized picture or frame, no max_pixels: as large as it comes."""
+
+    factor: int
+    min_pixels: int
+    max_pixels: int | None
+    resample: Resample
+
+    def __post_init__(self) -> None:
+        if self.max_pixels is not None and not max(self.factor**2, self.min_pixels) <= self.max_pixels:
+            raise ConfigError(
+                f"max_pixels {self.max_pixels} is less than min_pixels {self.min_pixels} or than one block of "
+                f"{self.factor}x{self.factor}"
+            )
+
+    def image(self, size: Size, geometry: PatchGeometry, context: ImageContext) -> ImageLayout:
+        """The picture between the two indicators of an image."""
+        whole = self._whole(size, geometry)
+        pieces = (IMAGE_START, ImagePlaceholder(geometry.projected(whole.grid).area), IMAGE_END)
+        return ImageLayout(size, (whole,), pieces, Grid(1, 1))
+
+    def video(self, video: VideoSize, geometry: PatchGeometry) -> ImageLayout:
+        """All frames in one run between the two indicators of a video, each at the first one's size."""
+        whole = self._whole(video.size, geometry)
+        tiles = tuple(replace(whole, frame=frame) for frame in range(video.frames))
+        pieces = (VIDEO_START, ImagePlaceholder(video.frames * geometry.projected(whole.grid).area), VIDEO_END)
+        return ImageLayout(video.size, tiles, pieces, Grid(1, 1), frames=video.frames)
+
+    def within(self, budget: ImageBudget) -> Budgeted:
+        """`max_pixels` and `min_pixels` replace the checkpoint's bounds.
+
+        Detail `low` brings the upper bound down to the lower one, `original` only rounds the sides, without bounds;
+        where `max_pixels` limits it, that is `high`.
+        """
+        budget.refuse_others("max_pixels", "min_pixels")
+        detail, block = budget.detail, self.factor**2
+        least, most = (block, None) if detail == "original" else (self.min_pixels, self.max_pixels)
+        least, most = budget.min_pixels or least, budget.max_pixels or most
+        if detail == "low":
+            floor = max(least, block)
+            most = floor if most is None else min(floor, most)
+        if detail == "original" and most is not None:
+            detail = "high"
+        if most is not None and most < block:
+            message = f"max_pixels {most} is less than the {block} of one block of this model"
+            raise UserError(message, code="invalid_budget", param="max_pixels")
+        if most is not None and budget.min_pixels is None:
+            least = min(least, most)
+        if most is not None and most < least:
+            message = f"min_pixels {least} is more than max_pixels {most}"
+            raise UserError(message, code="invalid_budget", param="min_pixels")
+        return Budgeted(replace(self, min_pixels=least, max_pixels=most), detail)
+
+    def _whole(self, size: Size, geometry: PatchGeometry) -> Tile:
+        target = smart_resize(size, factor=self.factor, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
+        steps = (Resize(target, self.resample),)
+        return Tile(steps, Box(0, 0, target.width, target.height), geometry.grid(target))
+
+
+def smart_resize(size: Size, *, factor: int, min_pixels: int, max_pixels: int | None) -> Size:
+    """The size a picture of `size` is resized to: multiples of `factor`, between the bounds, its aspect nearly kept.
+
+    Rounds half to even, enlarges upwards and shrinks downwards as the reference does. Where the reference would leave
+    a side of 0 pixels (a strip that is far too long) or pass max_pixels while it enlarges, the sides are rounded
+    down, each at least `factor`, and max_pixels is kept.
+    """
+    width, height = _at_least(size, factor)
+    rounded = Size(round(width / factor) * factor, round(height / factor) * factor)
+    pixels = rounded.width * rounded.height
+    if max_pixels is not None and pixels > max_pixels:
+        shrink = math.sqrt((height * width) / max_pixels)
+        return _rounded_down(width / shrink, height / shrink, factor, max_pixels)
+    if pixels < min_pixels:
+        enlarge = math.sqrt(min_pixels / (height * width))
+        enlarged = Size(math.ceil(width * enlarge / factor) * factor, math.ceil(height * enlarge / factor) * factor)
+        if max_pixels is not None and enlarged.width * enlarged.height > max_pixels:
+            return _rounded_down(width * enlarge, height * enlarge, factor, max_pixels)
+        return enlarged
+    return rounded
+
+
+def _at_least(size: Size, factor: int) -> Size:
+    """A side shorter than `factor` is enlarged to it together with the other; any other strip is cut to 200 : 1."""
+    width, height = size
+    if min(size) < factor:
+        if height < width:
+            return Size(round(factor / height * width), factor)
+        return Size(factor, round(factor / width * height))
+    return Size(min(width, LONGEST_ASPECT * height), min(height, LONGEST_ASPECT * width))
+
+
+def _rounded_down(width: float, height: float, factor: int, max_pixels: int) -> Size:
+    blocks = max_pixels // factor**2
+    rows = max(1, math.floor(height / factor))
+    columns = min(max(1, math.floor(width / factor)), max(1, blocks // rows))
+    return Size(columns * factor, min(rows, blocks // columns) * factor)

@@ -1,0 +1,148 @@
+"""What a family states about its image path: one rule that turns a size into a layout, in integers only.
+
+Rules are frozen data. They live beside each other in this folder, one file each; a family picks one and fills in its
+numbers. No rule reads pixels or weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from siglane.errors import UserError
+from siglane.tiling.merge import PatchMerge, projected_grid
+from siglane.types import Detail, Grid, ImageLayout, Size, VideoSize
+
+LIMITS = ("max_pixels", "min_pixels", "max_num_patches", "max_tiles", "grid_pinpoints")
+
+
+@dataclass(frozen=True, slots=True)
+class PatchGeometry:
+    """How pixels become patches and patches become projector rows."""
+
+    patch_size: int
+    projector: PatchMerge
+
+    def grid(self, pixels: Size) -> Grid:
+        """Whole patches of an area; what is left over at the right and bottom is never read."""
+        return Grid(pixels.height // self.patch_size, pixels.width // self.patch_size)
+
+    def projected(self, grid: Grid) -> Grid:
+        return projected_grid(grid, self.projector)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageContext:
+    """The image is number `index` of the `count` images of its request."""
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def alone(self) -> bool:
+        return self.count == 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageBudget:
+    """What a caller allows one image to cost. None: what the checkpoint says. `detail` is OpenAI's field.
+
+    max_pixels, min_pixels: of the resized picture, per frame of a video (native-resolution towers); max_num_patches:
+    of the patch grid (NaFlex); max_tiles: of the dynamic grid, the whole image not counted; grid_pinpoints: the
+    resolutions (height, width) in pixels to choose from (anyres).
+
+    `siglane`'s flags and environment variables are generated from these fields; a server's budget is the ceiling of
+    its clients' (`under`), that of an `LLM` what its caller overrides (`over`).
+    """
+
+    detail: Detail = field(
+        default="auto",
+        metadata={"help": "of images that name none: low, high, original or auto (the checkpoint's)"},
+    )
+    max_pixels: int | None = field(
+        default=None, metadata={"help": "pixels of a picture once resized, for models of native resolution"}
+    )
+    min_pixels: int | None = field(
+        default=None,
+        metadata={"help": "smaller pictures are enlarged to it, for models of native resolution"},
+    )
+    max_num_patches: int | None = field(default=None, metadata={"help": "patches of a picture, for NaFlex models"})
+    max_tiles: int | None = field(
+        default=None, metadata={"help": "tiles of a picture, the whole one not counted, for models that cut tiles"}
+    )
+    grid_pinpoints: tuple[tuple[int, int], ...] | None = field(
+        default=None, metadata={"help": "HEIGHT:WIDTH resolutions to choose from, for models with such a list"}
+    )
+
+    def __post_init__(self) -> None:
+        for name in LIMITS[:-1]:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}", code="invalid_budget", param=name)
+        pinpoints = self.grid_pinpoints
+        if pinpoints is not None and (not pinpoints or min(map(min, pinpoints)) < 1):
+            message = f"grid_pinpoints must be pairs of at least 1 pixel, got {list(pinpoints)}"
+            raise UserError(message, code="invalid_budget", param="grid_pinpoints")
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """The limits that are set, by name."""
+        return {name: value for name in LIMITS if (value := getattr(self, name)) is not None}
+
+    def over(self, common: ImageBudget) -> ImageBudget:
+        """These wishes, and those of `common` where there are none."""
+        detail = common.detail if self.detail == "auto" else self.detail
+        return ImageBudget(detail=detail, **(common.limits | self.limits))
+
+    def under(self, ceiling: ImageBudget) -> ImageBudget:
+        """These wishes where they ask for less than `ceiling`, whose detail is only a default. UserError when none of
+        the resolutions wished for is among the ceiling's."""
+        limits = ceiling.limits | self.limits
+        for name in ("max_pixels", "max_num_patches", "max_tiles"):
+            if name in ceiling.limits:
+                limits[name] = min(limits[name], ceiling.limits[name])
+        if ceiling.max_pixels is not None and "min_pixels" in limits:
+            limits["min_pixels"] = min(limits["min_pixels"], ceiling.max_pixels)
+        if self.grid_pinpoints is not None and ceiling.grid_pinpoints is not None:
+            limits["grid_pinpoints"] = tuple(pair for pair in self.grid_pinpoints if pair in ceiling.grid_pinpoints)
+            if not limits["grid_pinpoints"]:
+                message = f"grid_pinpoints must be among {list(ceiling.grid_pinpoints)}"
+                raise UserError(message, code="invalid_budget", param="grid_pinpoints")
+        return ImageBudget(detail=ceiling.detail if self.detail == "auto" else self.detail, **limits)
+
+    def refuse_others(self, *known: str) -> None:
+        """UserError for a limit that is set and does not apply to this family: nothing is ignored in silence."""
+        for name in self.limits:
+            if name not in known:
+                usable = f"it knows {', '.join(known)}" if known else "its images have one size"
+                raise UserError(f"{name} does not apply to this model; {usable}", code="unsupported_budget", param=name)
+
+
+CHECKPOINT_LIMITS = ImageBudget()
+
+
+class Budgeted(NamedTuple):
+    """A rule within a budget, and the detail that was really applied."""
+
+    rule: LayoutRule
+    detail: Detail
+
+
+class LayoutRule(Protocol):
+    """A family's way from sizes to layouts."""
+
+    def image(self, size: Size, geometry: PatchGeometry, context: ImageContext) -> ImageLayout:
+        """The layout of a picture of `size` pixels."""
+        ...
+
+    def video(self, video: VideoSize, geometry: PatchGeometry) -> ImageLayout:
+        """The layout of a video. UserError `video_unsupported` when the family reads none."""
+        ...
+
+    def within(self, budget: ImageBudget) -> Budgeted:
+        """The same rule with a caller's limits. UserError names a limit that does not apply or leaves no image."""
+        ...
+
+
+def no_video() -> UserError:
+    return UserError("this model reads images, not videos; send frames as images", code="video_unsupported")

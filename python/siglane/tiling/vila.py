@@ -1,0 +1,185 @@
+"""VILA's tilings: one squashed or padded tile, a dynamic grid with a thumbnail, or three scales (formats.md 5.4).
+
+Source: NVlabs/VILA `llava/mm_utils.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from siglane.errors import ConfigError, UserError
+from siglane.tiling.rule import Budgeted, ImageBudget, ImageContext, PatchGeometry
+from siglane.types import (
+    Box,
+    Grid,
+    ImageLayout,
+    ImagePlaceholder,
+    Marker,
+    MergedScales,
+    Pad,
+    Piece,
+    Resample,
+    Resize,
+    Size,
+    Step,
+    Tile,
+    VideoSize,
+)
+
+Tiling = Literal["squash", "pad", "dynamic", "dynamic_s2"]
+
+LINE_FEED = Marker("\n", isolated=True)
+NEWLINE = Marker("\n", isolated=False)
+MOST_TILES = 1024  # a limit beyond it is a mistake; every candidate grid is looked at for every image
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VilaTiling:
+    """tile: pixels of one tile; resample: of a tile that holds the whole picture; min_tiles, max_tiles: bounds of the
+    dynamic grid; s2_scales: tile-map sides in pixels, ascending (dynamic_s2); fill: the colour "pad" surrounds the
+    picture with."""
+
+    tile: Size
+    resample: Resample
+    tiling: Tiling
+    min_tiles: int
+    max_tiles: int
+    s2_scales: tuple[int, ...]
+    fill: tuple[int, int, int]
+
+    def __post_init__(self) -> None:
+        if self.tiling == "dynamic" and not 1 <= self.min_tiles <= self.max_tiles:
+            raise ConfigError(f"min_tiles {self.min_tiles} and max_tiles {self.max_tiles} leave no grid of tiles")
+        if self.tiling == "dynamic_s2":
+            self._check_s2_scales()
+
+    def _check_s2_scales(self) -> None:
+        scales = self.s2_scales
+        ascending = scales == tuple(sorted(set(scales)))
+        if not scales or not ascending or scales[0] < 1 or any(scale % scales[0] for scale in scales):
+            raise ConfigError(f"s2_scales {scales} must be ascending multiples of the first")
+        if (scales[-1] // scales[0]) ** 2 > self.max_tiles:
+            raise ConfigError(f"max_tiles {self.max_tiles} is too small for the largest square of s2_scales {scales}")
+
+    def image(self, size: Size, geometry: PatchGeometry, context: ImageContext) -> ImageLayout:
+        """Only the single image of a request is tiled dynamically; any other becomes one tile."""
+        if context.alone and self.tiling == "dynamic":
+            return self._dynamic(size, geometry)
+        if context.alone and self.tiling == "dynamic_s2":
+            return self._scales(size, geometry)
+        whole = self._whole(size, geometry)
+        pieces = (ImagePlaceholder(geometry.projected(whole.grid).area), LINE_FEED)
+        return ImageLayout(size, (whole,), pieces, Grid(1, 1), self._repeated())
+
+    def video(self, video: VideoSize, geometry: PatchGeometry) -> ImageLayout:
+        """Every frame is one tile with a line feed behind it."""
+        tiles = tuple(replace(self._whole(video.size, geometry), frame=frame) for frame in range(video.frames))
+        pieces = (ImagePlaceholder(geometry.projected(tiles[0].grid).area), LINE_FEED) * video.frames
+        return ImageLayout(video.size, tiles, pieces, Grid(1, 1), self._repeated(), video.frames)
+
+    def within(self, budget: ImageBudget) -> Budgeted:
+        """`max_tiles` bounds the dynamic grid; `low` is one tile, the other details are the checkpoint's tiling."""
+        if self.tiling not in ("dynamic", "dynamic_s2"):
+            budget.refuse_others()
+            return Budgeted(self, "auto")
+        budget.refuse_others("max_tiles")
+        if budget.detail == "low":
+            return Budgeted(replace(self, tiling="squash"), "low")
+        most = self.max_tiles if budget.max_tiles is None else budget.max_tiles
+        least = tile_bounds(self)[0]
+        if not least <= most <= MOST_TILES:
+            message = f"max_tiles {most} is not between {least} and {MOST_TILES}; give another, or detail 'low'"
+            raise UserError(message, code="invalid_budget", param="max_tiles")
+        return Budgeted(replace(self, max_tiles=most), "auto" if budget.detail == "auto" else "high")
+
+    def _dynamic(self, size: Size, geometry: PatchGeometry) -> ImageLayout:
+        columns_rows = closest_tile_grid(size, self)
+        # VILA resizes a tiled picture with Pillow's default, whatever its processor is told
+        resample: Resample = "bicubic" if columns_rows != Size(1, 1) else self.resample
+        tiles = split(columns_rows, self.tile, geometry, resample)
+        if len(tiles) > 1:
+            tiles += split(Size(1, 1), self.tile, geometry, resample)  # the thumbnail comes last
+        pieces: tuple[Piece, ...] = (
+            ImagePlaceholder(geometry.projected(tiles[0].grid).area),
+            LINE_FEED,
+            NEWLINE,
+        ) * len(tiles)
+        return ImageLayout(size, tiles, pieces, Grid(columns_rows.height, columns_rows.width))
+
+    def _scales(self, size: Size, geometry: PatchGeometry) -> ImageLayout:
+        columns_rows = closest_tile_grid(size, self)
+        arrangement = Grid(columns_rows.height, columns_rows.width)
+        sides = tuple(scale // self.s2_scales[0] for scale in self.s2_scales[:-1])
+        tiles = tuple(self._scale_tiles(sides, columns_rows, geometry))
+        rows = geometry.projected(tiles[0].grid).area
+        pieces = (ImagePlaceholder(arrangement.area * rows), LINE_FEED)
+        return ImageLayout(size, tiles, pieces, arrangement, MergedScales(sides, len(self.s2_scales)))
+
+    def _scale_tiles(self, sides: tuple[int, ...], last: Size, geometry: PatchGeometry) -> Iterator[Tile]:
+        """Every scale but the last as a fixed square of tiles, then the dynamic grid."""
+        for side in sides:
+            yield from split(Size(side, side), self.tile, geometry, "bicubic")
+        yield from split(last, self.tile, geometry, "bicubic")
+
+    def _whole(self, size: Size, geometry: PatchGeometry) -> Tile:
+        steps: tuple[Step, ...] = (Resize(self.tile, self.resample),)
+        if self.tiling == "pad" and size.width != size.height:
+            steps = (square(size, self.fill), *steps)
+        return Tile(steps, Box(0, 0, self.tile.width, self.tile.height), geometry.grid(self.tile))
+
+    def _repeated(self) -> MergedScales | None:
+        """A single tile of a model that joins scales on the channel axis shows the same scale in all of them."""
+        return MergedScales((), len(self.s2_scales)) if self.s2_scales else None
+
+
+def square(size: Size, fill: tuple[int, int, int]) -> Pad:
+    """The picture in the middle of the smallest square that holds it."""
+    side = max(size)
+    return Pad(Size(side, side), (side - size.width) // 2, (side - size.height) // 2, fill)
+
+
+def split(columns_rows: Size, tile: Size, geometry: PatchGeometry, resample: Resample) -> tuple[Tile, ...]:
+    """The image resized to columns x rows tiles, cut row by row."""
+    columns, rows = columns_rows
+    canvas = Size(columns * tile.width, rows * tile.height)
+    return tuple(
+        Tile((Resize(canvas, resample),), Box(x, y, x + tile.width, y + tile.height), geometry.grid(tile))
+        for y in range(0, canvas.height, tile.height)
+        for x in range(0, canvas.width, tile.width)
+    )
+
+
+def closest_tile_grid(size: Size, rule: VilaTiling) -> Size:
+    """Columns and rows of tiles whose aspect ratio is closest to the image's.
+
+    Candidates are ordered by their product (then by columns, then rows); on an exact tie the later one wins when the
+    image has more than half of its pixels.
+    """
+    min_tiles, max_tiles = tile_bounds(rule)
+    ratio = size.width / size.height
+    best, best_distance = Size(1, 1), float("inf")
+    for candidate in _candidates(min_tiles, max_tiles):
+        distance = abs(ratio - candidate.width / candidate.height)
+        half = 0.5 * rule.tile.width * rule.tile.height * candidate.width * candidate.height
+        if distance < best_distance or (distance == best_distance and size.width * size.height > half):
+            best, best_distance = candidate, distance
+    return best
+
+
+def tile_bounds(rule: VilaTiling) -> tuple[int, int]:
+    """Fewest and most tiles of the dynamic grid; dynamic_s2 needs at least its largest square scale."""
+    if rule.tiling == "dynamic_s2":
+        return (rule.s2_scales[-1] // rule.s2_scales[0]) ** 2, rule.max_tiles
+    return rule.min_tiles, rule.max_tiles
+
+
+def _candidates(min_tiles: int, max_tiles: int) -> list[Size]:
+    found = [
+        Size(columns, rows)
+        for columns in range(1, max_tiles + 1)
+        for rows in range(1, max_tiles // columns + 1)
+        if columns * rows >= min_tiles
+    ]
+    return sorted(found, key=lambda candidate: (candidate.width * candidate.height, candidate))

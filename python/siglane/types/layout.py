@@ -1,0 +1,188 @@
+"""Where the pixels of an image go: sizes, tiles, and what stands for them in a prompt. Integers only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
+
+Detail = Literal["auto", "low", "high", "original"]
+
+
+class Grid(NamedTuple):
+    """A rectangle of patches: `h` rows of `w`."""
+
+    h: int
+    w: int
+
+    @property
+    def area(self) -> int:
+        return self.h * self.w
+
+
+class Size(NamedTuple):
+    """Pixels, width first as Pillow has it."""
+
+    width: int
+    height: int
+
+
+class VideoSize(NamedTuple):
+    """A video as a request brings it: the pixels of its first frame and how many frames the model is shown."""
+
+    size: Size
+    frames: int
+
+
+Medium = Size | VideoSize
+
+
+class Box(NamedTuple):
+    """Pixels, half-open, in Pillow's order."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resize:
+    """The picture at `size`. in_float: as a float32 tensor with antialiasing, the way torchvision resizes tensors,
+    instead of Pillow's 8-bit filter."""
+
+    size: Size
+    resample: Resample
+    in_float: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Pad:
+    """The picture on a canvas of `size`, its upper left corner at `left`, `top`, surrounded by the colour `fill`."""
+
+    size: Size
+    left: int
+    top: int
+    fill: tuple[int, int, int]
+
+
+Step = Resize | Pad
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One crop the tower sees: frame number `frame` (0 of a still picture) drawn by `steps`, cut at `box`, split into
+    `grid` patches."""
+
+    steps: tuple[Step, ...]
+    box: Box
+    grid: Grid
+    frame: int = 0
+
+    @property
+    def canvas(self) -> Size:
+        """Size of what the box is cut from."""
+        return self.steps[-1].size
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePlaceholder:
+    """`rows` consecutive projector rows stand here in the prompt."""
+
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Indicator:
+    """One learned row of the visual vocabulary stands here: number `index` of its last rows (Ovis' start and end)."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """An added token of the tokenizer stands here (nanoVLM's `<row_1_col_1>`)."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Marker:
+    """Text between an image's features. An `isolated` marker is tokenised alone, any other joins its neighbours' text.
+
+    VILA's newline after each block of features is isolated: the reference adds the *embedding* of token 198, so it
+    must not fuse with a following newline into one token (formats.md trap 12).
+    """
+
+    text: str
+    isolated: bool
+
+
+Piece = ImagePlaceholder | Indicator | Token | Marker
+
+
+@dataclass(frozen=True, slots=True)
+class MergedScales:
+    """dynamic_s2: the first tiles show the whole image in squares of `sides` tiles, smallest first, the others form
+    `arrangement`; the maps of all scales are joined on the channel axis. No sides: one scale, its channels repeated
+    `repeats` times."""
+
+    sides: tuple[int, ...]
+    repeats: int
+
+
+@dataclass(frozen=True, slots=True)
+class AnyRes:
+    """LLaVA-OneVision: after the first tile (the whole image) the others form one map of projector rows. `crop` cuts
+    the padding off, `resized` brings a map that is too large to fewer rows, and every row of the map ends with the
+    learned newline."""
+
+    crop: Box
+    resized: Grid | None
+
+
+@dataclass(frozen=True, slots=True)
+class Newline:
+    """LLaVA-OneVision: the rows of all tiles, each tile's map first brought to `pooled` when that is given, then the
+    learned newline once."""
+
+    pooled: Grid | None
+
+
+Assembly = MergedScales | AnyRes | Newline
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLayout:
+    """How one image or video becomes tiles, patches and prompt rows; computed from its size alone (`tiling`).
+
+    source: size of the upright image or of the first frame; tiles in the order the tower sees them; pieces in prompt
+    order; arrangement: rows and columns of the tile map; assembly: how projector rows of the tiles become the
+    image's, None when they simply follow each other; frames: how many of a video, 0 for a still picture.
+    """
+
+    source: Size
+    tiles: tuple[Tile, ...]
+    pieces: tuple[Piece, ...]
+    arrangement: Grid
+    assembly: Assembly | None = None
+    frames: int = 0
+
+    @property
+    def image_tokens(self) -> int:
+        """Rows the projector gives for this image."""
+        return sum(piece.rows for piece in self.pieces if isinstance(piece, ImagePlaceholder))
+
+    @property
+    def rows(self) -> int:
+        """Prompt positions that are filled from the image: its features and indicators."""
+        return self.image_tokens + sum(isinstance(piece, Indicator) for piece in self.pieces)
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        return tuple(tile.grid for tile in self.tiles)
+
+    @property
+    def patches(self) -> int:
+        return sum(tile.grid.area for tile in self.tiles)

@@ -1,0 +1,117 @@
+"""siglane's side of the comparison: the same request, its own taps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from siglane.families.model import VisionLanguageModel, load_model, load_vision
+from siglane.families.processor import ImageProcessor, Processor, load_processor
+from siglane.families.registry import is_vision_only
+from siglane.families.stack import VisionEncoderModel
+from siglane.nn.attention import Segments, packed_attention
+from siglane.nn.cpu.packing import prepack
+from siglane.types import DecodedImage, ImagePart, ImagePatches, Message, Prompt
+from siglane.verify.stages import LOGIT_ROWS, TOKENS, Trace
+from siglane.weights.hub import Checkpoint
+
+TAPPED_AS = {"projected": "projector"}  # a tap is named after what it holds, a stage after what computed it
+
+
+class SiglaneRunner:
+    """One checkpoint as siglane runs it. ConfigError or WeightError as the loaders'."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        self.device = device
+        self.encoder: VisionEncoderModel
+        self.processor: ImageProcessor
+        self.model: VisionLanguageModel | None = None
+        self.prompts: Processor | None = None
+        if is_vision_only(checkpoint):
+            self.encoder, self.processor = load_vision(checkpoint, device=device, dtype=dtype, head=True)
+        else:
+            self.prompts = self.processor = load_processor(checkpoint)
+            self.model = load_model(checkpoint, self.prompts.config, device=device, dtype=dtype)
+            self.encoder = self.model.vision
+        prepack(self.model or self.encoder)
+
+    def patches(self, images: Sequence[DecodedImage]) -> list[ImagePatches]:
+        """Of one request that holds all of them."""
+        layouts = self.processor.layouts([image.size for image in images])
+        return [self.processor.patches(image, layout) for image, layout in zip(images, layouts, strict=True)]
+
+    @torch.no_grad()
+    def see(self, images: Sequence[ImagePatches]) -> Trace:
+        """The stages up to the language model, all images in one packed call."""
+        return self._seen(images)[0]
+
+    @torch.no_grad()
+    def run(self, images: Sequence[ImagePatches], prompt: str, steps: int) -> Trace:
+        """All stages of the request that asks `prompt` about `images`."""
+        trace, rows = self._seen(images)
+        if self.model is None or self.prompts is None or rows is None:
+            return trace
+        parts: list[str | ImagePart] = [ImagePart(number) for number in range(len(images))]
+        asked = self.prompts.prompt([Message("user", (*parts, prompt))], images)
+        return {**trace, **self._answered(self.model, self._spliced(self.model, asked, rows), steps)}
+
+    def _seen(self, images: Sequence[ImagePatches]) -> tuple[Trace, tuple[torch.Tensor, ...] | None]:
+        """The stages, and what stands in the prompt for each image."""
+        taps: Trace = {}
+        packed = self.encoder.pack(images)
+        rows = None
+        if self.model is not None:
+            rows = self.model.vision(images, taps).split()
+        else:
+            features = torch.cat(self.encoder.features(images, taps))
+            if self.encoder.tower.head is not None:
+                taps["pooled"] = self.encoder.tower.pool(features, packed.grids)
+        stages = {TAPPED_AS.get(name, name): tensor.cpu() for name, tensor in taps.items()}
+        return {"preprocessing": packed.pixels.cpu(), **stages}, rows
+
+    def _spliced(self, model: VisionLanguageModel, prompt: Prompt, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        embeds = model.language.embed(torch.tensor(prompt.token_ids, device=self.device))
+        used = [0] * len(rows)
+        for start, stop, image in prompt.spans:
+            first = used[image]
+            used[image] += stop - start
+            embeds[start:stop] = rows[image][first : used[image]]
+        return embeds
+
+    def _answered(self, model: VisionLanguageModel, embeds: torch.Tensor, steps: int) -> Trace:
+        taps: Trace = {"spliced": embeds.clone()}
+        attention = _Remembered()
+        length = embeds.shape[0]
+        hidden = model.language(embeds, torch.arange(length, device=self.device), attention, taps)
+        taps["logits"] = logits = model.language.logits(hidden[-LOGIT_ROWS:])
+        if steps:
+            chosen = [int(logits[-1].argmax())]
+            while len(chosen) < steps:
+                last = model.language.embed(torch.tensor(chosen[-1:], device=self.device))
+                position = torch.tensor([length + len(chosen) - 1], device=self.device)
+                hidden = model.language(last, position, attention)
+                chosen.append(int(model.language.logits(hidden)[-1].argmax()))
+            taps[TOKENS] = torch.tensor(chosen)
+        return {name: tensor.cpu() for name, tensor in taps.items()}
+
+
+class _Remembered:
+    """`LayerAttention` of one sequence: the whole prompt first, then one token at a time."""
+
+    def __init__(self) -> None:
+        self._past: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        prefill = layer not in self._past
+        if not prefill:
+            before = self._past[layer]
+            k, v = torch.cat((before[0], k)), torch.cat((before[1], v))
+        self._past[layer] = (k, v)
+        scale = q.shape[-1] ** -0.5
+        if prefill:
+            segments = Segments.of([q.shape[0]], q.device)
+            return packed_attention(q, k, v, segments, scale=scale, backend="sdpa", causal=True)
+        q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
+        attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)
+        return attended[0].transpose(0, 1)
