@@ -12,7 +12,7 @@ import pytest
 from siglane.config.preprocess import DecodeConfig
 from siglane.errors import ConfigError, UserError
 from siglane.hosts.sglang.settings import HostConfig
-from siglane.media.source import MediaPolicy
+from siglane.media.policy import MediaPolicy
 from siglane.settings.engine import EngineConfig
 from siglane.settings.flags import Parser, add_options, known_variables, options_of, read_options
 from siglane.settings.media import MediaConfig

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from siglane.config.preprocess import LOCAL_DECODE, MAX_PIXELS, DecodeConfig
 from siglane.errors import UserError
 from siglane.settings.flags import add_options, read_options
 
 if TYPE_CHECKING:
-    from siglane.config.preprocess import DecodeConfig
-    from siglane.families.processor import EncoderProcessor, Processor
+    from siglane.families.images import ImageProcessor
     from siglane.weights.hub import Checkpoint
 
 
@@ -38,11 +38,9 @@ class PictureOptions:
     image_16bit: Literal["scale", "clip"] = field(
         default="scale", metadata={"help": "16-bit pictures: scale to 8 bit, or clip as Pillow's convert does"}
     )
-    max_image_pixels: int = field(default=33_000_000, metadata={"help": "larger pictures are refused"})
+    max_image_pixels: int = field(default=MAX_PIXELS, metadata={"help": "larger pictures are refused"})
 
     def decode_config(self) -> DecodeConfig:
-        from siglane.config.preprocess import LOCAL_DECODE
-
         return replace(LOCAL_DECODE, alpha=self.image_alpha, depth16=self.image_16bit, max_pixels=self.max_image_pixels)
 
 
@@ -62,13 +60,14 @@ def checkpoint_of(arguments: argparse.Namespace) -> Checkpoint:
     return open_model(arguments.model, read_options(ModelOptions, arguments).revision)
 
 
-def load_image_processor(checkpoint: Checkpoint) -> Processor | EncoderProcessor:
+def load_image_processor(checkpoint: Checkpoint) -> ImageProcessor:
     """What lays out pictures for any checkpoint, plain SigLIP towers included. Reads no weights."""
-    from siglane.families.processor import EncoderProcessor, load_processor
+    from siglane.families.images import ImageProcessor
+    from siglane.families.processor import load_processor
     from siglane.families.registry import tower_family
 
     if tower := tower_family(checkpoint):
-        return EncoderProcessor(tower.read_config(checkpoint))
+        return ImageProcessor(tower.read_config(checkpoint))
     return load_processor(checkpoint)
 
 

@@ -16,6 +16,7 @@ DepthRule = Literal["scale", "clip"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 OPTIONAL_FORMATS = ("TIFF", "AVIF")
+MAX_PIXELS = 33_000_000  # of one picture, and on a server of one request's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +32,7 @@ class DecodeConfig:
 
     alpha: AlphaRule = "white"
     depth16: DepthRule = "scale"
-    max_pixels: int = 33_000_000
+    max_pixels: int = MAX_PIXELS
     max_aspect: int = 200
     formats: tuple[str, ...] = FORMATS
     max_video_pixels: int = 1 << 27

@@ -19,13 +19,14 @@ from tqdm import tqdm
 from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
 from siglane.engine.load import build_engine
 from siglane.engine.reasoning import AnswerStream
-from siglane.families.pipeline import LOCAL_MEDIA, PREPARE_AHEAD, PREPARE_THREADS, Media
+from siglane.families.ahead import PREPARE_AHEAD, PREPARE_THREADS
+from siglane.families.pipeline import MediaPipeline
 from siglane.families.processor import Processor, load_processor
 from siglane.families.report import ImageReport
 from siglane.llm.generation import Answer, Generation, OnText, Row, blamed
 from siglane.llm.prompts import ChatMessage, Conversation, PromptLike, conversation, one_message
 from siglane.llm.sampling import check_sampling, params_of_each
-from siglane.media.source import MediaPolicy
+from siglane.media.policy import LOCAL_MEDIA, MediaPolicy
 from siglane.settings.engine import EngineConfig
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
 from siglane.types import Prompt, Request, SamplingParams, TokenDelta
@@ -58,7 +59,7 @@ class LLM:
         config = _engine_config(options)
         checkpoint = model if isinstance(model, Checkpoint) else open_model(model, revision)
         self.processor: Processor = load_processor(checkpoint)
-        self._media = Media(media, decode, self.processor, budget, self.processor.config.video)
+        self._media = MediaPipeline(self.processor, budget, media, decode)
         self._engine = build_engine(checkpoint, self.processor, config)
         self._one_caller = threading.Lock()
         self._request_ids = (f"offline-{number}" for number in count())
@@ -170,8 +171,11 @@ class LLM:
         """Runs in a thread of the pool: everything between the caller's row and the engine."""
         check_sampling(job.params)
         conversation = job.read(job.row)
-        patches, reports = self._media.prepare(conversation.media)
-        return self.processor.prompt(conversation.messages, patches, conversation.template), reports
+        media = conversation.media
+        self._media.prepare(media)
+        patches = [item.patches for item in media]
+        prompt = self.processor.prompt(conversation.messages, patches, conversation.template)
+        return prompt, tuple(map(self._media.report, media))
 
     def _start_prepared(self, preparing: dict[Future[Ready], Row], running: dict[str, Answer]) -> None:
         """Hands prompts to the engine as it gets room, so that only a few wait with their pictures in memory."""

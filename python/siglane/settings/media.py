@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from siglane.config.preprocess import DecodeConfig
+from siglane.config.preprocess import MAX_PIXELS, DecodeConfig
 from siglane.errors import ConfigError
 
 MIB = 1 << 20
@@ -19,7 +19,7 @@ class MediaConfig:
     max_videos: int = field(default=1, metadata={"help": "videos per request; 0: none"})
     max_image_bytes: int = field(default=20 * MIB, metadata={"help": "largest image file"})
     max_video_bytes: int = field(default=100 * MIB, metadata={"help": "largest video file"})
-    max_image_pixels: int = field(default=33_000_000, metadata={"help": "pixels of one image, and of one request"})
+    max_image_pixels: int = field(default=MAX_PIXELS, metadata={"help": "pixels of one image, and of one request"})
     max_image_patches: int = field(
         default=1 << 16, metadata={"help": "patches of one image or video, whatever budget a client asks for"}
     )
