@@ -17,7 +17,7 @@ from PIL import Image, ImageFile, ImageOps
 
 from siglane.config.preprocess import FORMATS, OPTIONAL_FORMATS, DecodeConfig
 from siglane.errors import ImageError
-from siglane.image.decode import decode, from_pil, read_size
+from siglane.image.decode import decode, from_pil, pil_size, read_size
 from siglane.types import Size
 
 pytestmark = [

@@ -254,10 +254,10 @@ class TestPictures:
     def test_a_model_that_pads_wants_one_size(self) -> None:
         clip = DecodedVideo.of([DecodedImage.from_rgb(frame(n, size)) for n, size in enumerate([(64, 48), (30, 90)])])
         with pytest.raises(ImageError) as caught:
-            render_tiles(clip.frames, tiling("pad").clip(clip.size, GEOMETRY))
+            render_tiles(clip.frames, tiling("pad").video(clip.size, GEOMETRY))
         assert caught.value.code == "frame_sizes_differ"
         same = DecodedVideo.of([DecodedImage.from_rgb(frame(n)) for n in range(2)])
-        assert len(render_tiles(same.frames, tiling("pad").clip(same.size, GEOMETRY))) == 2
+        assert len(render_tiles(same.frames, tiling("pad").video(same.size, GEOMETRY))) == 2
 
 
 GEOMETRY = PatchGeometry(14, vila_projector("mlp_downsample_3x3_fix", input_size=3, output_size=4))

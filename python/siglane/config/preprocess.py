@@ -14,9 +14,9 @@ from siglane.types import Resample, Size
 AlphaRule = Literal["white", "drop"]
 DepthRule = Literal["scale", "clip"]
 
+MAX_IMAGE_PIXELS = 33_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 OPTIONAL_FORMATS = ("TIFF", "AVIF")
-MAX_PIXELS = 33_000_000  # of one picture, and on a server of one request's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +32,7 @@ class DecodeConfig:
 
     alpha: AlphaRule = "white"
     depth16: DepthRule = "scale"
-    max_pixels: int = MAX_PIXELS
+    max_pixels: int = MAX_IMAGE_PIXELS
     max_aspect: int = 200
     formats: tuple[str, ...] = FORMATS
     max_video_pixels: int = 1 << 27
