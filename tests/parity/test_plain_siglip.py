@@ -12,9 +12,8 @@ from checkpoints import write_nvila_checkpoint, write_siglip_checkpoint
 from reference import picture
 
 from siglane.errors import ConfigError
-from siglane.families.images import ImageProcessor
 from siglane.families.model import load_vision, stored_dtype
-from siglane.families.processor import load_processor
+from siglane.families.processor import ImageProcessor, load_processor
 from siglane.families.registry import is_vision_only
 from siglane.types import DecodedImage, ImagePatches, Size
 from siglane.weights.hub import open_checkpoint

@@ -32,7 +32,6 @@ from PIL import Image, ImageFile
 
 from siglane.config.preprocess import DecodeConfig
 from siglane.errors import ImageError
-from siglane.families.images import ImageProcessor
 from siglane.families.pipeline import MediaPipeline
 from siglane.families.registry import image_facts
 from siglane.media import remote
@@ -672,7 +671,7 @@ def test_files_over_the_cap(folder: Path) -> None:
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> MediaPipeline:
     folder = tmp_path_factory.mktemp("model")
     write_siglip_checkpoint(folder)
-    return MediaPipeline(ImageProcessor(image_facts(open_checkpoint(folder))), policy=POLICY, decode=DecodeConfig())
+    return MediaPipeline(image_facts(open_checkpoint(folder)), policy=POLICY, decode=DecodeConfig())
 
 
 def load(pipeline: MediaPipeline, source: object) -> DecodedImage | DecodedVideo:

@@ -15,7 +15,7 @@ from siglane.settings.media import DecodeOptions
 from siglane.tiling.rule import ImageBudget
 
 if TYPE_CHECKING:
-    from siglane.families.images import ImageProcessor
+    from siglane.families.processor import ImageProcessor
     from siglane.weights.hub import Checkpoint
 
 
@@ -51,8 +51,7 @@ def checkpoint_of(arguments: argparse.Namespace) -> Checkpoint:
 
 def load_image_processor(checkpoint: Checkpoint) -> ImageProcessor:
     """What lays out pictures for any checkpoint, plain SigLIP towers included. Reads no weights."""
-    from siglane.families.images import ImageProcessor
-    from siglane.families.processor import load_processor
+    from siglane.families.processor import ImageProcessor, load_processor
     from siglane.families.registry import tower_family
 
     if tower := tower_family(checkpoint):

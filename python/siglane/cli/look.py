@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     from siglane.types import DecodedVideo
 
     processor = load_image_processor(checkpoint_of(arguments))
-    pipeline = MediaPipeline(processor, decode=decode)
+    pipeline = MediaPipeline(processor.config, decode=decode)
     item = MediaItem(arguments.image, "IMAGE", image_limits, video=options.video, frames=options.num_frames)
     pipeline.admit([item])
     pipeline.read(item)

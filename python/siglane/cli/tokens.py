@@ -52,12 +52,11 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     image_limits = read_options(ImageBudget, arguments)
 
     # nothing here needs torch or transformers: a folder is counted before they would have been imported
-    from siglane.families.images import ImageProcessor
     from siglane.families.pipeline import MediaPipeline
     from siglane.families.registry import image_facts
     from siglane.media.item import MediaItem
 
-    pipeline = MediaPipeline(ImageProcessor(image_facts(checkpoint_of(arguments))), image_limits, decode=decode)
+    pipeline = MediaPipeline(image_facts(checkpoint_of(arguments)), image_limits, decode=decode)
     items = [MediaItem(path, "IMAGE") for path in arguments.images]
     items += [MediaItem(None, "--sizes", size=_medium(text)) for text in options.sizes]
     pipeline.admit(items)

@@ -13,8 +13,7 @@ from torch import nn
 
 from siglane.config.vlm import VlmConfig
 from siglane.errors import ConfigError
-from siglane.families.images import ImageProcessor
-from siglane.families.processor import load_processor
+from siglane.families.processor import ImageProcessor, load_processor
 from siglane.families.registry import is_vision_only, tower_family, vlm_family
 from siglane.families.stack import VisionEncoderModel, VisionStack
 from siglane.lm.build import build_language_model

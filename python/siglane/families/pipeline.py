@@ -20,9 +20,8 @@ from PIL import Image
 
 from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
 from siglane.config.video import VideoRule
-from siglane.config.vlm import VlmConfig
+from siglane.config.vlm import ImageFacts, VlmConfig
 from siglane.errors import ImageError, UserError, blaming
-from siglane.families.images import ImageProcessor
 from siglane.families.report import ImageReport, report_image
 from siglane.image.decode import decode, from_pil, pil_size, read_size
 from siglane.image.video import chosen_pictures, decode_video, read_video_size
@@ -46,7 +45,7 @@ class MediaPipeline:
 
     def __init__(
         self,
-        processor: ImageProcessor,
+        facts: ImageFacts,
         image_limits: ImageBudget = CHECKPOINT_LIMITS,
         policy: MediaPolicy = LOCAL_MEDIA,
         decode: DecodeConfig = LOCAL_DECODE,
@@ -54,8 +53,7 @@ class MediaPipeline:
         caps: MediaConfig | None = None,
         blame: Callable[[UserError, str], UserError] = UserError.at,
     ) -> None:
-        facts = processor.config
-        self._processor, self._image_limits, self._decode_config = processor, image_limits, decode
+        self._facts, self._image_limits, self._decode_config = facts, image_limits, decode
         self._caps, self._blame = caps, blame
         self._video_rule = facts.video if isinstance(facts, VlmConfig) else None
         self._rule = facts.preprocess.rule
@@ -68,12 +66,12 @@ class MediaPipeline:
     def for_clients(
         cls,
         config: MediaConfig,
-        processor: ImageProcessor,
+        facts: ImageFacts,
         ceiling: ImageBudget,
         blame: Callable[[UserError, str], UserError] = UserError.at,
     ) -> MediaPipeline:
         """The pipeline of a server, whose settings bound what its clients may ask for."""
-        return cls(processor, ceiling, MediaPolicy.of(config), config.decode, caps=config, blame=blame)
+        return cls(facts, ceiling, MediaPolicy.of(config), config.decode, caps=config, blame=blame)
 
     def prepare(self, items: Sequence[MediaItem]) -> None:
         """All stages, for a local caller."""
@@ -125,7 +123,7 @@ class MediaPipeline:
             if self._caps is not None and pixels > (most := self._caps.max_image_pixels):
                 message = f"the images have {pixels} pixels together; at most {most} are accepted"
                 raise ImageError(message, code="image_too_large", param=item.param)
-        layouts = lay_out(media, [item.rule.rule for item in items], self._processor.config.geometry)
+        layouts = lay_out(media, [item.rule.rule for item in items], self._facts.geometry)
         for item, layout in zip(items, layouts, strict=True):
             with self.at(item):
                 self._check_patches(layout)
@@ -144,11 +142,13 @@ class MediaPipeline:
 
     def preprocess(self, item: MediaItem) -> None:
         """Decodes and cuts: sets `patches`, and lets the file go. The decoded image never outlives the call."""
+        from siglane.image.patchify import to_patches  # needs torch, without which layouts can be counted
+
         began = time.monotonic()
         image = self.decode(item)
         decoded = time.monotonic()
         with self.at(item):
-            item.patches = self._processor.patches(image, item.layout)
+            item.patches = to_patches(image, item.layout, self._facts.preprocess, self._facts.vision)
         item.decoding, item.cutting = decoded - began, time.monotonic() - decoded
         item.file = None
 

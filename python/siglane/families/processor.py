@@ -8,14 +8,34 @@ from typing import Any
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from siglane.config.vlm import VlmConfig
+from siglane.config.vlm import ImageFacts, VlmConfig
 from siglane.errors import ConfigError
 from siglane.families.family import PromptRules
-from siglane.families.images import ImageProcessor
 from siglane.families.prompt.builder import PromptBuilder
 from siglane.families.registry import vlm_family
-from siglane.types import ImagePatches, Message, Prompt
+from siglane.image.patchify import to_patches
+from siglane.tiling.rule import ImageBudget
+from siglane.types import DecodedImage, DecodedVideo, ImageLayout, ImagePatches, Medium, Message, Prompt
 from siglane.weights.hub import Checkpoint
+
+
+class ImageProcessor:
+    """From sizes to layouts and from pixels to patches; all that an encoder needs. Safe to share between threads."""
+
+    config: ImageFacts
+
+    def __init__(self, config: ImageFacts) -> None:
+        self.config = config
+
+    def layouts(
+        self, media: Sequence[Medium], image_limits: Sequence[ImageBudget | None] | None = None
+    ) -> tuple[ImageLayout, ...]:
+        """The layouts of all images and videos of one request, from their sizes alone (`ImageFacts.layouts`)."""
+        return self.config.layouts(media, image_limits)
+
+    def patches(self, image: DecodedImage | DecodedVideo, layout: ImageLayout) -> ImagePatches:
+        """Patches `[layout.patches, patch_dim]`. ValueError when the layout is another size's."""
+        return to_patches(image, layout, self.config.preprocess, self.config.vision)
 
 
 class Processor(ImageProcessor):

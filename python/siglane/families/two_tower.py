@@ -14,8 +14,8 @@ from siglane.config.reader import ConfigReader
 from siglane.config.two_tower import TextRule, TextTowerConfig, TwoTowerConfig
 from siglane.config.vision import VisionConfig
 from siglane.errors import ConfigError, OtherWeights, UserError
-from siglane.families.images import ImageProcessor
 from siglane.families.model import stored_dtype
+from siglane.families.processor import ImageProcessor
 from siglane.families.registry import tower_family
 from siglane.families.stack import VisionEncoderModel
 from siglane.nn.parallel import TensorParallel

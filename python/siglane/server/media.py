@@ -13,7 +13,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from siglane.families.images import ImageProcessor
+from siglane.config.vlm import ImageFacts
 from siglane.families.pipeline import MediaPipeline
 from siglane.families.report import ImageReport
 from siglane.media.item import MediaItem
@@ -38,8 +38,8 @@ class MediaLoader:
     image_limits: the server's. UserError when the model does not know one of them.
     """
 
-    def __init__(self, config: ServerConfig, processor: ImageProcessor, image_limits: ImageBudget) -> None:
-        self._pipeline = MediaPipeline.for_clients(config, processor, image_limits)
+    def __init__(self, config: ServerConfig, facts: ImageFacts, image_limits: ImageBudget) -> None:
+        self._pipeline = MediaPipeline.for_clients(config, facts, image_limits)
         cores = config.decode_threads or min(8, os.cpu_count() or 1)
         self._fetchers = ThreadPoolExecutor(config.fetch_threads, thread_name_prefix="fetch")
         self._workers = ThreadPoolExecutor(cores, thread_name_prefix="decode")

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
+from siglane.config.vlm import ImageFacts
 from siglane.engine.process import EngineProcess
 from siglane.engine.reasoning import AnswerStream
 from siglane.errors import EngineError, UserError
-from siglane.families.images import ImageProcessor
 from siglane.families.processor import Processor
 from siglane.server.answer import Answer
 from siglane.server.context import InflightBytes
@@ -47,7 +47,7 @@ class ModelState:
         config: ServerConfig,
         model: str,
         facts: object,
-        images: ImageProcessor,
+        images: ImageFacts,
         engine: Backend,
         budget: ImageBudget,
         beside: ModelState | None = None,
@@ -120,7 +120,7 @@ class ServerState(ModelState):
         engine: EngineProcess,
         budget: ImageBudget = CHECKPOINT_LIMITS,
     ) -> None:
-        super().__init__(config, model, processor.config, processor, engine, budget)
+        super().__init__(config, model, processor.config, processor.config, engine, budget)
         self.processor = processor
         self.context_length = processor.context_length
         self.metrics.watch_engine(engine.stats)

@@ -20,7 +20,7 @@ from torch import nn
 
 from siglane.config.reader import ConfigReader, RawConfig, read_json
 from siglane.errors import ConfigError
-from siglane.families.images import ImageProcessor
+from siglane.families.processor import ImageProcessor
 from siglane.families.two_tower import (
     BOTH_TOWERS,
     TOKENIZER_CONFIG,

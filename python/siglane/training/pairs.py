@@ -23,7 +23,7 @@ import torch
 
 from siglane.config.preprocess import LOCAL_DECODE
 from siglane.errors import ImageError, UserError
-from siglane.families.images import ImageProcessor
+from siglane.families.processor import ImageProcessor
 from siglane.image.decode import decode
 from siglane.media.source import open_file
 from siglane.types import DecodedImage, ImagePatches

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from siglane.families.images import ImageProcessor
 from siglane.families.model import VisionLanguageModel, load_model, load_vision
-from siglane.families.processor import Processor, load_processor
+from siglane.families.processor import ImageProcessor, Processor, load_processor
 from siglane.families.registry import is_vision_only
 from siglane.families.stack import VisionEncoderModel
 from siglane.nn.attention import Segments, packed_attention

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from sglang.srt.utils.common import ImageData, VideoData
 
+from siglane.config.vlm import ImageFacts
 from siglane.errors import UserError, blaming
 from siglane.families.pipeline import MediaPipeline
-from siglane.families.processor import Processor
 from siglane.media.item import MediaItem, image_item, video_item
 from siglane.settings.media import MediaConfig
 from siglane.tiling.rule import ImageBudget
@@ -61,8 +61,8 @@ class HostMedia:
     image_limits: the operator's ceiling (`ImageBudget.under`). UserError when the model does not know one of them.
     """
 
-    def __init__(self, config: MediaConfig, processor: Processor, image_limits: ImageBudget) -> None:
-        self.pipeline = MediaPipeline.for_clients(config, processor, image_limits, in_message)
+    def __init__(self, config: MediaConfig, facts: ImageFacts, image_limits: ImageBudget) -> None:
+        self.pipeline = MediaPipeline.for_clients(config, facts, image_limits, in_message)
         self._fetchers = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="siglane-fetch")
 
     async def fetch(self, items: Sequence[MediaItem]) -> None:
