@@ -307,9 +307,8 @@ class TestPrompts:
 
     def test_a_video(self, either: Pair) -> None:
         frames = [picture(50, 30), picture(50, 30, seed=1)]
-        prompt = either.processor.prompt(
-            [Message("user", (ImagePart(0), "What happens?"))], [clip_of(either.processor, frames)]
-        )
+        clip = clip_of(either.processor, frames)
+        prompt = either.processor.prompt([Message("user", (ImagePart(0), "What happens?"))], [clip.layout])
         seen = naive.see(either.reference, frames)
         text = chatml("<video>\nWhat happens?")
         same_ids(either, prompt, naive.prompt_ids(either.reference, text, [seen]))
