@@ -13,7 +13,6 @@ from siglane.families.report import ImageReport
 from siglane.media.item import MediaItem
 from siglane.server.answer import Answer
 from siglane.server.context import RequestContext
-from siglane.server.media import hollow
 from siglane.server.protocol import (
     AssistantMessage,
     ChatCompletion,
@@ -56,19 +55,19 @@ async def prepare(body: ChatCompletionRequest, context: RequestContext, state: S
     await state.media.fetch(items, salt, context.lease)
     watch.note("fetch")
     await state.media.lay_out(items)
-    # the prompt is written around images of which only headers were read: what is too long is never decoded
-    images = [hollow(item.layout) for item in items]
-    prompt = await state.media.run(state.processor.prompt, messages, images, body.chat_template_kwargs)
+    # of the images only the headers were read so far: what is too long is never decoded
+    layouts = [item.layout for item in items]
+    prompt = await state.media.run(state.processor.prompt, messages, layouts, body.chat_template_kwargs)
     max_tokens = resolve_max_tokens(body, prompt, state)
     watch.note("prepare")
     await state.media.preprocess(items, context.lease)
     watch.add("decode", sum(item.decoding for item in items))
     watch.add("prepare", sum(item.cutting for item in items))
-    # a template may have put them into another order than the messages did
-    prompt = replace(prompt, images=tuple(items[images.index(image)].patches for image in prompt.images))
+    images = prompt.in_order([item.patches for item in items])
     request_id = f"chatcmpl-{secrets.token_hex(12)}"
     requests = tuple(
-        Request(f"{request_id}-{index}", prompt, _nth(sampling, index), max_tokens, salt) for index in range(sampling.n)
+        Request(f"{request_id}-{index}", prompt, _nth(sampling, index), max_tokens, salt, images)
+        for index in range(sampling.n)
     )
     return Prepared(request_id, prompt, requests, list(map(state.media.report, items)), watch.seconds)
 

@@ -11,8 +11,6 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-import torch
-
 from siglane.config.vlm import ImageFacts
 from siglane.families.pipeline import MediaPipeline
 from siglane.families.report import ImageReport
@@ -22,7 +20,6 @@ from siglane.media.source import fetch
 from siglane.server.context import ByteLease
 from siglane.settings.server import ServerConfig
 from siglane.tiling.rule import ImageBudget
-from siglane.types import DIGEST_BYTES, ImageLayout, ImagePatches
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -114,8 +111,3 @@ async def _all(jobs: Iterable[Awaitable[None]]) -> None:
     for result in await asyncio.gather(*jobs, return_exceptions=True):
         if isinstance(result, BaseException):
             raise result
-
-
-def hollow(layout: ImageLayout) -> ImagePatches:
-    """An image of which only the layout is known; enough to write a prompt around it."""
-    return ImagePatches(torch.empty(layout.patches, 0), layout, bytes(DIGEST_BYTES))

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from PIL import Image
 from sglang.srt.utils.common import ImageData, VideoData
 
@@ -18,7 +17,6 @@ from siglane.families.pipeline import MediaPipeline
 from siglane.media.item import MediaItem, image_item, video_item
 from siglane.settings.media import MediaConfig
 from siglane.tiling.rule import ImageBudget
-from siglane.types import DIGEST_BYTES, ImageLayout, ImagePatches
 
 FETCH_THREADS = 64  # they wait for web servers most of the time
 
@@ -73,11 +71,6 @@ class HostMedia:
         loop = asyncio.get_running_loop()
         jobs = [(self._fetchers if _is_remote(item.source) else None, item) for item in items]
         await asyncio.gather(*(loop.run_in_executor(pool, self.pipeline.read, item) for pool, item in jobs))
-
-
-def hollow(layout: ImageLayout) -> ImagePatches:
-    """An image of which only the layout is known; enough to count a prompt's tokens."""
-    return ImagePatches(torch.empty(layout.patches, 0), layout, bytes(DIGEST_BYTES))
 
 
 def _is_remote(source: object) -> bool:

@@ -13,7 +13,7 @@ from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProces
 from siglane.errors import UserError
 from siglane.families.processor import load_processor
 from siglane.hosts.sglang import bridge
-from siglane.hosts.sglang.media import HostMedia, hollow, wanted
+from siglane.hosts.sglang.media import HostMedia, wanted
 from siglane.hosts.sglang.models.siglane_vlm import SiglaneForConditionalGeneration
 from siglane.hosts.sglang.settings import host_config
 from siglane.hosts.sglang.view import placeholder_id
@@ -63,24 +63,20 @@ class SiglaneProcessor(BaseMultimodalProcessor):
         pipeline = self.media.pipeline
         pipeline.lay_out(items)
         text = text if isinstance(text, str) else self._read(text)
-        draft = self.prompts.rendered_prompt(text, [hollow(item.layout) for item in items])
-        length = len(draft.token_ids)
+        prompt = self.prompts.rendered_prompt(text, [item.layout for item in items])
+        length = len(prompt.token_ids)
         if longest is not None and length >= longest:  # SGLang's scheduler takes only less
             message = f"the prompt has {length} tokens, {longest - 1} are accepted; ask for fewer or smaller images"
             raise UserError(message, code="context_length_exceeded")
         for item in items:
             pipeline.preprocess(item)
-        patches = [item.patches for item in items]
-        prompt = self.prompts.rendered_prompt(text, patches)
-        numbers = [next(number for number, one in enumerate(patches) if one is image) for image in prompt.images]
         ids = list(prompt.token_ids)
         place = placeholder_id(self.prompts.config)
         for span in prompt.spans:
             ids[span.start : span.stop] = [place] * (span.stop - span.start)
         asked = bridge.Asked(tuple(map(pipeline.measure, items)), tuple(item.image_limits for item in items))
-        return MultimodalProcessorOutput(
-            input_ids=ids, mm_items=bridge.items_of(prompt, asked, numbers), im_token_id=place
-        )
+        media = bridge.items_of(prompt, [item.patches for item in items], asked)
+        return MultimodalProcessorOutput(input_ids=ids, mm_items=media, im_token_id=place)
 
     def _read(self, ids: Sequence[int]) -> str:
         vocabulary = self.prompts.config.language.vocab_size
