@@ -22,7 +22,7 @@ from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
 from siglane.config.video import VideoRule
 from siglane.config.vlm import ImageFacts, VlmConfig
 from siglane.errors import ImageError, UserError, blaming
-from siglane.families.report import ImageReport, report_image
+from siglane.families.report import ImageReport
 from siglane.image.decode import decode, from_pil, pil_size, read_size
 from siglane.image.video import chosen_pictures, decode_video, read_video_size
 from siglane.media.item import MediaItem
@@ -150,11 +150,7 @@ class MediaPipeline:
         with self.at(item):
             item.patches = to_patches(image, item.layout, self._facts.preprocess, self._facts.vision)
         item.decoding, item.cutting = decoded - began, time.monotonic() - decoded
-        item.file = None
-
-    def report(self, item: MediaItem) -> ImageReport:
-        """What became of an item that is laid out."""
-        return report_image(item.layout, item.requested, item.rule.detail, item.image_limits)
+        item.file, item.pictures = None, []
 
     @contextmanager
     def at(self, item: MediaItem) -> Iterator[None]:
@@ -238,3 +234,20 @@ class MediaPipeline:
         assert isinstance(picture.file, bytes)
         with self.at(picture):
             return decode(picture.file, self._decode_config)
+
+
+def report_image(item: MediaItem) -> ImageReport:
+    """What became of an item that is laid out."""
+    layout = item.layout
+    report: ImageReport = {
+        "width": layout.source.width,
+        "height": layout.source.height,
+        "tiles": len(layout.tiles),
+        "grids": [(grid.h, grid.w) for grid in layout.grids],
+        "tokens": layout.image_tokens,
+        "detail": {"requested": item.requested, "applied": item.rule.detail},
+        "limits": item.image_limits.limits,
+    }
+    if layout.frames:
+        report["frames"] = layout.frames
+    return report

@@ -20,7 +20,7 @@ from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
 from siglane.engine.load import build_engine
 from siglane.engine.reasoning import AnswerStream
 from siglane.families.ahead import PREPARE_AHEAD, PREPARE_THREADS
-from siglane.families.pipeline import MediaPipeline
+from siglane.families.pipeline import MediaPipeline, report_image
 from siglane.families.processor import Processor, load_processor
 from siglane.families.report import ImageReport
 from siglane.llm.generation import Answer, Generation, OnText, Row, blamed
@@ -176,7 +176,7 @@ class LLM:
         layouts = [item.layout for item in media]
         prompt = self.processor.prompt(conversation.messages, layouts, conversation.template)
         patches = [item.patches for item in media]
-        return Ready(prompt, prompt.in_order(patches), tuple(map(self._media.report, media)))
+        return Ready(prompt, prompt.in_order(patches), tuple(map(report_image, media)))
 
     def _start_prepared(self, preparing: dict[Future[Ready], Row], running: dict[str, Answer]) -> None:
         """Hands prompts to the engine as it gets room, so that only a few wait with their pictures in memory."""

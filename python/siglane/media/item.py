@@ -14,7 +14,6 @@ from siglane.tiling.rule import CHECKPOINT_LIMITS, LIMITS, Budgeted, ImageBudget
 from siglane.types import Detail, ImageLayout, ImagePatches, Medium
 
 ImageSource = str | Path | bytes | Image.Image
-VideoSource = str | Path | bytes | list[ImageSource] | tuple[ImageSource, ...]
 
 BUDGET_KEYS = frozenset({"detail", *LIMITS})
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from siglane.engine.thinking import check_thinking_budget
 from siglane.errors import UserError
+from siglane.families.pipeline import report_image
 from siglane.families.report import ImageReport
 from siglane.media.item import MediaItem
 from siglane.server.answer import Answer
@@ -69,7 +70,7 @@ async def prepare(body: ChatCompletionRequest, context: RequestContext, state: S
         Request(f"{request_id}-{index}", prompt, _nth(sampling, index), max_tokens, salt, images)
         for index in range(sampling.n)
     )
-    return Prepared(request_id, prompt, requests, list(map(state.media.report, items)), watch.seconds)
+    return Prepared(request_id, prompt, requests, list(map(report_image, items)), watch.seconds)
 
 
 def read_messages(messages: Sequence[ChatMessage]) -> tuple[tuple[Message, ...], list[MediaItem]]:

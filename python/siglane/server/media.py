@@ -13,7 +13,6 @@ from typing import ParamSpec, TypeVar
 
 from siglane.config.vlm import ImageFacts
 from siglane.families.pipeline import MediaPipeline
-from siglane.families.report import ImageReport
 from siglane.media.item import MediaItem
 from siglane.media.policy import MediaPolicy
 from siglane.media.source import fetch
@@ -63,9 +62,6 @@ class MediaLoader:
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """`function` on a thread for computing."""
         return await asyncio.get_running_loop().run_in_executor(self._workers, lambda: function(*args, **kwargs))
-
-    def report(self, item: MediaItem) -> ImageReport:
-        return self._pipeline.report(item)
 
     def close(self) -> None:
         self._fetchers.shutdown(wait=False, cancel_futures=True)
