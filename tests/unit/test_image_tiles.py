@@ -52,7 +52,6 @@ VISION = VisionConfig(
     patch_layout="channel_first",
     position_resize="never",
     rope_theta=None,
-    windows=None,
     depth=1,
     post_norm=True,
     use_head=False,

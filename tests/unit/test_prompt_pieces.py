@@ -58,7 +58,7 @@ def plain(text: str) -> list[int]:
 
 def image(*pieces: Piece) -> ImagePatches:
     tile = Tile((Resize(Size(2, 1), "bicubic"),), Box(0, 0, 2, 1), Grid(1, 2))
-    layout = ImageLayout(Size(2, 1), (tile,), pieces, Grid(1, 1))
+    layout = ImageLayout(Size(2, 1), (tile,), pieces, Grid(1, 1), projected=())
     return ImagePatches(torch.zeros(2, 3), layout, digest_of(repr(pieces).encode()))
 
 

@@ -22,7 +22,7 @@ from siglane.families.registry import image_facts
 from siglane.families.two_tower import load_two_tower
 from siglane.media.source import MediaPolicy
 from siglane.nn.attention import choose_backend
-from siglane.nn.cpu.packing import prepack
+from siglane.nn.cpu.optimise import optimise
 from siglane.nn.device import resolve_device, resolve_dtype
 from siglane.settings.tagging import (
     CONFIDENCE_THRESHOLD,
@@ -122,7 +122,7 @@ class Tagger:
         checkpoint = model if isinstance(model, Checkpoint) else open_model(model, revision)
         loaded = load_two_tower(checkpoint, device=on, dtype=chosen, attention_backend=backend)
         self._model = quantize(loaded.model, quantization, on)
-        prepack(self._model)
+        optimise(self._model)
         self._tokens = loaded.texts
         self._media = Media(media, decode, loaded.images, ImageBudget(max_num_patches=max_num_patches), None)
         self._batch_size = batch_size or BATCH_SIZES[on.type]
