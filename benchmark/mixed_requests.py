@@ -55,7 +55,7 @@ def model_config(layers: int) -> VlmConfig:
         }
     )  # fmt: skip
     projector = ProjectorConfig(
-        merge="blocks", factor=2, target=None, column_major=False,
+        merge="blocks", factor=2, column_major=False,
         layers=(LinearLayer("head.0", 4 * 1152, WORDS, bias=False), NormLayer("head.1", WORDS, 1e-5)),
         input_size=1152, output_size=256, vocabulary=VocabularyConfig("vte", WORDS, 4),
     )  # fmt: skip
