@@ -45,7 +45,7 @@ class Sequence:
     def of(
         cls, request: Request, order: int, generator: torch.Generator, thinking_budget: ThinkingBudget | None = None
     ) -> Sequence:
-        token_ids, cache_ids = list(request.prompt.token_ids), list(request.prompt.cache_ids())
+        token_ids, cache_ids = list(request.prompt.token_ids), list(request.cache_ids())
         return cls(request, order, token_ids, cache_ids, image_rows(request.prompt), generator, thinking_budget)
 
     @property
@@ -71,7 +71,7 @@ class Sequence:
         return list(dict.fromkeys(span.image for span in self.spans if span.start < stop and start < span.stop))
 
     def feature_key(self, image: int) -> FeatureKey:
-        return self.request.cache_salt, self.request.prompt.images[image].digest
+        return self.request.cache_salt, self.request.images[image].digest
 
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)
@@ -123,7 +123,7 @@ class Chunk(NamedTuple):
         """The features of an image, `[rows, hidden_size]`. RuntimeError when they are missing or not as many as its
         layout says: a request fails rather than answers about half an image."""
         rows = self.sequence.features.get(image)
-        needed = self.sequence.request.prompt.images[image].layout.rows
+        needed = self.sequence.request.prompt.layouts[image].rows
         if rows is None or rows.shape[0] != needed:
             raise RuntimeError(f"image {image} needs {needed} rows, it has {'none' if rows is None else rows.shape[0]}")
         return rows
@@ -138,3 +138,11 @@ class StepBatch:
     @property
     def tokens(self) -> int:
         return sum(chunk.tokens for chunk in self.chunks)
+
+    def slots(self, page_size: int) -> list[int]:
+        """Where the keys and values of each token are kept: page number * page_size + offset in the page."""
+        return [
+            chunk.sequence.block_table[position // page_size] * page_size + position % page_size
+            for chunk in self.chunks
+            for position in range(chunk.start, chunk.stop)
+        ]

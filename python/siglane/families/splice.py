@@ -24,7 +24,7 @@ class ImageRows(NamedTuple):
 
 def image_rows(prompt: Prompt) -> tuple[ImageRows, ...]:
     """The prompt's spans, each with its first row inside its image."""
-    seen = [0] * len(prompt.images)
+    seen = [0] * len(prompt.layouts)
     spans = []
     for start, stop, image in prompt.spans:
         spans.append(ImageRows(start, stop, image, seen[image]))
