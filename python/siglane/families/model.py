@@ -29,7 +29,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class VisionLanguageModel(nn.Module):
-    """The two halves of a model. What joins them, the splice, belongs to the engine."""
+    """The two halves of a model; `splice` joins them."""
 
     def __init__(
         self, config: VlmConfig, tp: TensorParallel | None = None, attention_backend: BackendChoice = "auto"
@@ -83,7 +83,7 @@ def load_vision(
     tp: TensorParallel | None = None,
     attention_backend: BackendChoice = "auto",
     head: bool = False,
-) -> tuple[VisionEncoderModel, ImageProcessor]:
+) -> tuple[VisionEncoderModel | VisionStack, ImageProcessor]:
     """What turns images into features: a `VisionStack` for a vision-language model, else a plain SigLIP tower.
 
     The language model's tensors are not read. head: load a plain tower's MAP head too, for `embeddings`.
