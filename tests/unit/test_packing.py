@@ -202,7 +202,7 @@ def install_torch_varlen(monkeypatch: pytest.MonkeyPatch) -> None:
         given.apply_defaults()
         q, k, v, cu_seqlens, _, longest, _ = given.args[:7]
         assert q.shape[1] == k.shape[1] or given.kwargs.get("enable_gqa")
-        causal = tuple(given.kwargs["window_size"]) == (-1, 0)
+        causal = given.arguments.get("is_causal", False) or given.arguments.get("window_size") == (-1, 0)
         return flash_kernel(q, k, v, cu_seqlens, longest, given.kwargs.get("scale"), causal)
 
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
@@ -273,6 +273,8 @@ class TestKernels:
     ) -> None:
         """head_dim 12 runs as 16, 72 as 128 in flashinfer: the scale stays 12 ** -0.5 and 72 ** -0.5."""
         backend, install = KERNELS[kernel]
+        if causal and "window_size" not in inspect.signature(varlen.varlen_attn).parameters:
+            pytest.skip("torch 2.10's kernel has no window, and no tower asks for causal attention")
         install(monkeypatch)
         lengths = [1, 9, 9, 2]
         q, k, v = qkv(sum(lengths), *heads)
