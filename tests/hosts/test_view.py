@@ -33,8 +33,9 @@ from siglane.hosts.sglang import view as views_module
 from siglane.hosts.sglang.config import ARCHITECTURE, SiglaneConfig
 from siglane.hosts.sglang.settings import HostConfig, host_config
 from siglane.hosts.sglang.view import placeholder_id, view_of, write_view
+from siglane.lm.qwen import qwen_plan
+from siglane.nn.plan import Destination
 from siglane.weights.hub import Checkpoint
-from siglane.weights.plan import Destination, qwen_plan
 
 VIEWS, OVERRIDE = "SIGLANE_SGLANG_VIEWS", "SIGLANE_SGLANG_OVERRIDE"
 

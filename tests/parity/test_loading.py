@@ -20,9 +20,10 @@ from siglane.families.processor import load_processor
 from siglane.families.stack import VisionStack
 from siglane.nn.cpu.product import linear
 from siglane.nn.parallel import TensorParallel
+from siglane.nn.plan import Destination, Elsewhere, Ignore, Rule, WeightPlan
+from siglane.vision.tower import tower_plan
 from siglane.weights.hub import open_checkpoint
 from siglane.weights.load import StrictLoad, stored_tensors
-from siglane.weights.plan import Destination, Elsewhere, Ignore, Rule, WeightPlan, tower_plan
 
 State = dict[str, torch.Tensor]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from siglane.config.vlm import ImageFacts, VlmConfig
+from siglane.nn.plan import WeightPlan
 from siglane.weights.hub import Checkpoint, Source
-from siglane.weights.plan import WeightPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

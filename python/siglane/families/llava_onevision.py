@@ -18,9 +18,12 @@ from siglane.config.vision import ACTIVATIONS, VisionConfig
 from siglane.config.vlm import ImageFacts, VlmConfig
 from siglane.errors import ConfigError
 from siglane.families.family import PromptRules, VlmFamily
+from siglane.lm.qwen import qwen_plan
+from siglane.nn.plan import Rule, WeightPlan
+from siglane.projector.build import projector_plan
 from siglane.tiling.anyres import AnyResTiling, Pinpoint
+from siglane.vision.tower import tower_plan
 from siglane.weights.hub import Checkpoint, Source
-from siglane.weights.plan import Ignore, Rule, WeightPlan, projector_plan, qwen_plan, tower_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -190,13 +193,8 @@ def _vision_plan(config: VlmConfig) -> WeightPlan:
 
 def _language_plan(config: VlmConfig) -> WeightPlan:
     """`language_model.model.`, `language_model.lm_head.` on disk; `model.language_model.`, `lm_head.` in memory."""
-    plan = qwen_plan(config.language)
-    in_memory = (
-        replace(entry, pattern=entry.pattern.replace("model.", "model.language_model.", 1))
-        for entry in plan.entries
-        if isinstance(entry, Rule | Ignore)
-    )
-    return plan.under("language_model.", "") + WeightPlan(tuple(in_memory))
+    on_disk = qwen_plan(config.language).under("language_model.", "")
+    return on_disk + qwen_plan(config.language, decoder="model.language_model.")
 
 
 FAMILY = VlmFamily(

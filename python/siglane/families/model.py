@@ -18,10 +18,10 @@ from siglane.families.registry import is_vision_only, tower_family, vlm_family
 from siglane.families.stack import VisionEncoderModel, VisionStack
 from siglane.lm.build import build_language_model
 from siglane.nn.parallel import TensorParallel
+from siglane.nn.plan import WeightPlan
 from siglane.types import BackendChoice
 from siglane.weights.hub import Checkpoint, Source
 from siglane.weights.load import StoredTensor, allocate, fill, rehearse, stored_tensors
-from siglane.weights.plan import WeightPlan
 
 logger = logging.getLogger(__name__)
 

@@ -25,12 +25,13 @@ from siglane.config.vlm import ImageFacts, VlmConfig
 from siglane.errors import ConfigError, UserError
 from siglane.families.family import PromptRules, VlmFamily
 from siglane.families.tokens import end_of_answer
+from siglane.nn.plan import Entry, Ignore, Rule, WeightPlan
+from siglane.projector.build import projector_plan
 from siglane.tiling.nanovlm import WholeTiles
 from siglane.tiling.rule import LayoutRule
 from siglane.tiling.squash import Squash
 from siglane.types import Grid, Size
 from siglane.weights.hub import TOKENIZER_PATTERNS, Checkpoint, Source, open_checkpoint
-from siglane.weights.plan import Entry, Ignore, Rule, WeightPlan, projector_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

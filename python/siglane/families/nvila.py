@@ -19,10 +19,13 @@ from siglane.config.vision import VisionConfig
 from siglane.config.vlm import ImageFacts, VlmConfig
 from siglane.errors import ConfigError
 from siglane.families.family import PromptRules, VlmFamily
+from siglane.lm.qwen import qwen_plan
+from siglane.nn.plan import WeightPlan
+from siglane.projector.build import projector_plan
 from siglane.tiling.vila import MOST_TILES, Tiling, VilaTiling
 from siglane.types import Grid, Size
+from siglane.vision.tower import tower_plan
 from siglane.weights.hub import Checkpoint, Source
-from siglane.weights.plan import WeightPlan, projector_plan, qwen_plan, tower_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

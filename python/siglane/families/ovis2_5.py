@@ -17,9 +17,12 @@ from siglane.config.vlm import ImageFacts, Thinking, VlmConfig
 from siglane.errors import ConfigError
 from siglane.families.family import PromptRules, VlmFamily
 from siglane.families.tokens import end_of_answer
+from siglane.lm.qwen import qwen_plan
+from siglane.nn.plan import WeightPlan
+from siglane.projector.build import projector_plan
 from siglane.tiling.navit import NativeResolution
+from siglane.vision.tower import tower_plan
 from siglane.weights.hub import Checkpoint, Source
-from siglane.weights.plan import WeightPlan, projector_plan, qwen_plan, tower_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -15,9 +15,10 @@ from siglane.config.vision import VisionConfig
 from siglane.config.vlm import ImageFacts
 from siglane.errors import ConfigError
 from siglane.families.family import TowerFamily
+from siglane.nn.plan import Elsewhere, Ignore, WeightPlan
 from siglane.tiling.squash import Squash
+from siglane.vision.tower import tower_plan
 from siglane.weights.hub import Checkpoint
-from siglane.weights.plan import Elsewhere, Ignore, WeightPlan, tower_plan
 
 MODEL_TYPES = ("siglip", "siglip_vision_model")
 PREPROCESSOR = "preprocessor_config.json"

@@ -19,13 +19,13 @@ from siglane.families.processor import EncoderProcessor
 from siglane.families.registry import tower_family
 from siglane.families.stack import VisionEncoderModel
 from siglane.nn.parallel import TensorParallel
+from siglane.nn.plan import Rule, WeightPlan
 from siglane.text.tokens import TextTokens
-from siglane.text.tower import SiglipTextModel
+from siglane.text.tower import TEXT_TOWER_PLAN, SiglipTextModel
 from siglane.types import BackendChoice, ImagePatches
-from siglane.vision.tower import SiglipVisionModel
+from siglane.vision.tower import SiglipVisionModel, tower_plan
 from siglane.weights.hub import Checkpoint, Source
 from siglane.weights.load import allocate, fill, rehearse, stored_tensors
-from siglane.weights.plan import Rule, WeightPlan, text_tower_plan, tower_plan
 
 BOTH_TOWERS = ("siglip", "siglip2")
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -195,5 +195,5 @@ def _stand_on(own: SiglipVisionModel, tower: SiglipVisionModel) -> None:
 def two_tower_plan(config: TwoTowerConfig) -> WeightPlan:
     """transformers' `SiglipModel` and `Siglip2Model` -> `TwoTowerModel`."""
     scalars = WeightPlan((Rule("logit_scale", "logit_scale"), Rule("logit_bias", "logit_bias")))
-    text = text_tower_plan().under("text_model.", "text.")
+    text = TEXT_TOWER_PLAN.under("text_model.", "text.")
     return scalars + text + tower_plan(config.images.vision).under("", "vision.tower.")

@@ -12,6 +12,7 @@ from siglane.nn.embedding import VocabParallelEmbedding
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear, attention_parallel
 from siglane.nn.norm import RMSNorm
 from siglane.nn.parallel import TensorParallel
+from siglane.nn.plan import Entry, Ignore, Rule, WeightPlan
 from siglane.nn.rope import rotary_tables, rotate
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -117,3 +118,30 @@ class QwenModel(nn.Module):
         attention = self.blocks[0].attention
         assert isinstance(attention, Attention)
         return attention.qkv.kv_heads
+
+
+def qwen_plan(config: LanguageConfig, decoder: str = "model.") -> WeightPlan:
+    """transformers' `Qwen2ForCausalLM` and `Qwen3ForCausalLM`. decoder: the prefix of all but the output head."""
+    block = WeightPlan((
+        Rule("input_layernorm.{leaf}", "input_norm.{leaf}"),
+        Rule("self_attn.q_proj.{leaf}", "attention.qkv.{leaf}", "q"),
+        Rule("self_attn.k_proj.{leaf}", "attention.qkv.{leaf}", "k"),
+        Rule("self_attn.v_proj.{leaf}", "attention.qkv.{leaf}", "v"),
+        Rule("self_attn.q_norm.{leaf}", "attention.q_norm.{leaf}"),
+        Rule("self_attn.k_norm.{leaf}", "attention.k_norm.{leaf}"),
+        Rule("self_attn.o_proj.{leaf}", "attention.o_proj.{leaf}"),
+        Rule("post_attention_layernorm.{leaf}", "post_attention_norm.{leaf}"),
+        Rule("mlp.gate_proj.{leaf}", "mlp.gate_up.{leaf}", "gate"),
+        Rule("mlp.up_proj.{leaf}", "mlp.gate_up.{leaf}", "up"),
+        Rule("mlp.down_proj.{leaf}", "mlp.down_proj.{leaf}"),
+    ))  # fmt: skip
+    head: Entry = Rule("lm_head.weight", "lm_head.weight")
+    if config.tie_embeddings:
+        head = Ignore("lm_head.weight", "tie_word_embeddings: the head is the embedding table")
+    return WeightPlan((
+        Ignore("{rest}.rotary_emb.inv_freq", "computed from rope_theta"),
+        Rule(f"{decoder}embed_tokens.weight", "embed_tokens.weight"),
+        Rule(f"{decoder}norm.weight", "norm.weight"),
+        *block.under(f"{decoder}layers.{{i}}.", "blocks.{i}.").entries,
+        head,
+    ))  # fmt: skip
