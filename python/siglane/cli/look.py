@@ -21,8 +21,8 @@ from siglane.settings.flags import add_options, read_options
 from siglane.tiling.rule import ImageBudget, no_video
 
 if TYPE_CHECKING:
+    from siglane.config.images import ImageFacts
     from siglane.config.preprocess import DecodeConfig
-    from siglane.config.vlm import ImageFacts
     from siglane.types import DecodedImage, DecodedVideo
 
 VIDEO_BYTES = 1 << 30
@@ -59,9 +59,9 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     from siglane.types import DecodedVideo
 
     processor = load_image_processor(checkpoint_of(arguments))
-    medium = _medium(arguments.image, options, processor.config, decode)
+    medium = _medium(arguments.image, options, processor.facts, decode)
     (layout,) = processor.layouts([medium.size], [budget])
-    vision = processor.config.vision
+    vision = processor.facts.vision
     pixels = processor.patches(medium, layout).pixels.numpy()
     tiles = unpatchify(pixels, layout.grids, vision.patch_size, vision.patch_layout == "channel_first")
     view = View(
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     except OSError as error:
         raise UserError(f"cannot write {options.output}: {error.strerror}", code="cannot_write") from error
     if options.json:
-        report = report_image(layout, processor.config.preprocess.rule, budget.detail, budget)
+        report = report_image(layout, processor.facts.preprocess.rule, budget.detail, budget)
         emit_json(describe(arguments.image, report) | {"view": str(options.output)}, out)
     else:
         tokens = counted(layout.image_tokens, "image token" if view.speaks else "row")
@@ -89,14 +89,13 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
 
 def _medium(source: str, options: LookOptions, facts: ImageFacts, decode: DecodeConfig) -> DecodedImage | DecodedVideo:
     """The picture, or the frames of a video that the model would be shown."""
-    from siglane.config.vlm import VlmConfig
     from siglane.media.source import MediaPolicy, load_source, load_video
 
     if not options.video:
         if options.num_frames is not None:
             raise UserError("--num-frames is about a video; give --video too", code="bad_option")
         return load_source(source, MediaPolicy(allow_private_addresses=True), decode)
-    if not isinstance(facts, VlmConfig) or facts.video is None:
+    if facts.video is None:
         raise no_video()
     policy = MediaPolicy(allow_private_addresses=True, max_bytes=VIDEO_BYTES)
     return load_video(source, policy, facts.video, facts.video.count(options.num_frames), decode)

@@ -13,7 +13,7 @@ from torch import nn
 
 from siglane.config.vlm import VlmConfig
 from siglane.errors import ConfigError
-from siglane.families.processor import EncoderProcessor, ImageProcessor, load_processor
+from siglane.families.processor import ImageProcessor, load_processor
 from siglane.families.registry import is_vision_only, tower_family, vlm_family
 from siglane.families.stack import VisionEncoderModel, VisionStack
 from siglane.lm.build import build_language_model
@@ -36,7 +36,7 @@ class VisionLanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.vision = VisionStack(config, tp, attention_backend)
+        self.vision = VisionStack(config.images, tp, attention_backend)
         self.language = build_language_model(config.language, tp)
 
 
@@ -89,21 +89,21 @@ def load_vision(
     The language model's tensors are not read. head: load a plain tower's MAP head too, for `embeddings`.
     """
     if plain := tower_family(checkpoint):
-        encoder = plain.read_config(checkpoint, head=head)
+        facts = plain.images(checkpoint, head=head)
         tensors = stored_tensors([Source(checkpoint)])
-        _check_depth(tensors, encoder.vision.num_hidden_layers)
-        plan = plain.plan(encoder)
+        _check_depth(tensors, facts.vision.num_hidden_layers)
+        plan = plain.plan(facts)
         tower = _rehearsed(
-            lambda: VisionEncoderModel(encoder.vision, encoder.preprocess, tp, attention_backend), plan, tensors
+            lambda: VisionEncoderModel(facts.vision, facts.preprocess, tp, attention_backend), plan, tensors
         )
         allocate(tower, torch.device(device), dtype)
-        return _filled(tower, plan, tensors), EncoderProcessor(encoder)
+        return _filled(tower, plan, tensors), ImageProcessor(facts)
     processor = load_processor(checkpoint)
     family, config = vlm_family(checkpoint), processor.config
     plan = family.vision_plan(config) + family.language_plan(config).unused("the language model is not loaded")
     tensors = stored_tensors(family.vision_sources(checkpoint))
-    _check_depth(tensors, config.vision.num_hidden_layers)
-    stack = _rehearsed(lambda: VisionStack(config, tp, attention_backend), plan, tensors)
+    _check_depth(tensors, config.images.vision.num_hidden_layers)
+    stack = _rehearsed(lambda: VisionStack(config.images, tp, attention_backend), plan, tensors)
     allocate(stack, torch.device(device), dtype)
     return _filled(stack, plan, tensors), processor
 
@@ -129,7 +129,7 @@ def _rehearsed_whole(
 ) -> tuple[VisionLanguageModel, WeightPlan, tuple[StoredTensor, ...]]:
     family, tensors = vlm_family(checkpoint), model_tensors(checkpoint)
     plan = family.vision_plan(config).under("", "vision.") + family.language_plan(config).under("", "language.")
-    _check_depth(tensors, config.vision.num_hidden_layers, config.language.num_hidden_layers)
+    _check_depth(tensors, config.images.vision.num_hidden_layers, config.language.num_hidden_layers)
     return _rehearsed(lambda: VisionLanguageModel(config, tp, attention_backend), plan, tensors), plan, tensors
 
 

@@ -120,7 +120,7 @@ class Media:
 
     @property
     def _rule(self) -> LayoutRule:
-        return self.processor.config.preprocess.rule
+        return self.processor.facts.preprocess.rule
 
     def prepare(self, items: Sequence[MediaItem]) -> Prepared:
         """All items of one prompt. UserError names the one at fault by its place."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from siglane.config.vlm import ImageFacts, VlmConfig
+from siglane.config.images import ImageFacts
+from siglane.config.vlm import VlmConfig
 from siglane.errors import ConfigError
 from siglane.families.family import PromptRules
 from siglane.families.prompt.builder import PromptBuilder
@@ -19,23 +20,28 @@ from siglane.types import DecodedImage, DecodedVideo, ImageLayout, ImagePatches,
 from siglane.weights.hub import Checkpoint
 
 
-class ImageProcessor(Protocol):
-    """From sizes to layouts and from pixels to patches; all an encoder needs."""
+class ImageProcessor:
+    """From sizes to layouts and from pixels to patches; all an encoder needs. Safe to share between threads."""
 
-    @property
-    def config(self) -> ImageFacts: ...
+    def __init__(self, facts: ImageFacts) -> None:
+        self.facts = facts
 
     def layouts(
         self, media: Sequence[Medium], budgets: Sequence[ImageBudget | None] | None = None
-    ) -> tuple[ImageLayout, ...]: ...
+    ) -> tuple[ImageLayout, ...]:
+        """The layouts of all images and videos of one request, from their sizes alone (`ImageFacts.layouts`)."""
+        return self.facts.layouts(media, budgets)
 
-    def patches(self, image: DecodedImage | DecodedVideo, layout: ImageLayout) -> ImagePatches: ...
+    def patches(self, image: DecodedImage | DecodedVideo, layout: ImageLayout) -> ImagePatches:
+        """Patches `[layout.patches, patch_dim]`. ValueError when the layout is another size's."""
+        return to_patches(image, layout, self.facts.preprocess, self.facts.vision)
 
 
-class Processor:
-    """One checkpoint's facts, tokenizer and prompt rules. Holds no weights; safe to share between threads."""
+class Processor(ImageProcessor):
+    """One checkpoint's facts, tokenizer and prompt rules. Holds no weights."""
 
     def __init__(self, config: VlmConfig, tokenizer: PreTrainedTokenizerFast, rules: PromptRules) -> None:
+        super().__init__(config.images)
         self.config = config
         self.tokenizer = tokenizer
         self._prompts = PromptBuilder(
@@ -43,7 +49,7 @@ class Processor:
             rules,
             image_token=config.image_token,
             image_token_id=config.image_token_id,
-            video=config.video,
+            video=config.images.video,
         )
 
     @property
@@ -54,16 +60,6 @@ class Processor:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         return self.config.eos_token_ids
-
-    def layouts(
-        self, media: Sequence[Medium], budgets: Sequence[ImageBudget | None] | None = None
-    ) -> tuple[ImageLayout, ...]:
-        """The layouts of all images and videos of one request, from their sizes alone (`ImageFacts.layouts`)."""
-        return self.config.layouts(media, budgets)
-
-    def patches(self, image: DecodedImage | DecodedVideo, layout: ImageLayout) -> ImagePatches:
-        """Patches `[layout.patches, patch_dim]`. ValueError when the layout is another size's."""
-        return to_patches(image, layout, self.config.preprocess, self.config.vision)
 
     def prompt(
         self,
@@ -93,26 +89,10 @@ class Processor:
         return self._prompts.text(text)
 
 
-class EncoderProcessor:
-    """The `ImageProcessor` of a plain tower."""
-
-    def __init__(self, config: ImageFacts) -> None:
-        self.config = config
-
-    def layouts(
-        self, media: Sequence[Medium], budgets: Sequence[ImageBudget | None] | None = None
-    ) -> tuple[ImageLayout, ...]:
-        return self.config.layouts(media, budgets)
-
-    def patches(self, image: DecodedImage | DecodedVideo, layout: ImageLayout) -> ImagePatches:
-        """Patches `[layout.patches, patch_dim]`. ValueError when the layout is another size's."""
-        return to_patches(image, layout, self.config.preprocess, self.config.vision)
-
-
 def load_processor(checkpoint: Checkpoint, config: VlmConfig | None = None) -> Processor:
     """The processor of a vision-language checkpoint. ConfigError when its family or one of its facts is not known.
 
-    config: facts to use instead of the checkpoint's (VILA1.5 in column order: `nvila.read_config(column_major=True)`).
+    config: facts to use instead of the checkpoint's (VILA1.5 in column order: `Nvila.images(column_major=True)`).
     """
     family = vlm_family(checkpoint)
     tokenizer = load_tokenizer(family.tokenizer_folder(checkpoint), family.added_tokens(checkpoint))
@@ -150,6 +130,7 @@ def load_tokenizer(folder: Checkpoint, added_tokens: Sequence[str] = ()) -> PreT
 
 
 def _is_qwen(folder: Checkpoint) -> bool:
-    stated = folder.json("tokenizer_config.json") if folder.has("tokenizer_config.json") else {}
-    model_type = folder.json("config.json").get("model_type") if folder.has("config.json") else None
-    return model_type in ("qwen2", "qwen3") or stated.get("tokenizer_class") in ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+    if folder.optional("config.json").get("model_type") in ("qwen2", "qwen3"):
+        return True
+    stated = folder.optional("tokenizer_config.json").get("tokenizer_class")
+    return stated in ("Qwen2Tokenizer", "Qwen2TokenizerFast")

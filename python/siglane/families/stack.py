@@ -8,9 +8,9 @@ from typing import Self
 import torch
 from torch import nn
 
+from siglane.config.images import ImageFacts
 from siglane.config.preprocess import PreprocessConfig
 from siglane.config.vision import VisionConfig
-from siglane.config.vlm import VlmConfig
 from siglane.image.patchify import normalisation
 from siglane.nn.parallel import TensorParallel
 from siglane.projector.assemble import assemble, projector_grids, projector_input
@@ -98,11 +98,11 @@ class VisionStack(VisionEncoderModel):
     """
 
     def __init__(
-        self, config: VlmConfig, tp: TensorParallel | None = None, attention_backend: BackendChoice = "auto"
+        self, facts: ImageFacts, tp: TensorParallel | None = None, attention_backend: BackendChoice = "auto"
     ) -> None:
-        super().__init__(config.vision, config.preprocess, tp, attention_backend)
-        self.projector = build_projector(config.projector, tp)
-        self.newline = nn.Parameter(torch.empty(config.projector.output_size)) if config.image_newline else None
+        super().__init__(facts.vision, facts.preprocess, tp, attention_backend)
+        self.projector = build_projector(facts.projector, tp)
+        self.newline = nn.Parameter(torch.empty(facts.projector.output_size)) if facts.newline else None
 
     def features(self, images: Sequence[ImagePatches], taps: Taps | None = None) -> tuple[torch.Tensor, ...]:
         """Per image `[patches, channels]`, tile after tile in the order the projector sees them, raster inside.

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from siglane.config.reader import ConfigReader
 from siglane.config.two_tower import TextRule, TextTowerConfig, TwoTowerConfig
 from siglane.config.vision import VisionConfig
 from siglane.errors import ConfigError, OtherWeights, UserError
 from siglane.families.model import stored_dtype
-from siglane.families.processor import EncoderProcessor
+from siglane.families.processor import ImageProcessor
 from siglane.families.registry import tower_family
 from siglane.families.stack import VisionEncoderModel
 from siglane.nn.parallel import TensorParallel
@@ -65,13 +64,13 @@ class LoadedTwoTower(NamedTuple):
     """
 
     model: TwoTowerModel
-    images: EncoderProcessor
+    images: ImageProcessor
     texts: TextTokens
     apart: str | None = None
 
 
 def has_both_towers(checkpoint: Checkpoint) -> bool:
-    return checkpoint.has("config.json") and checkpoint.json("config.json").get("model_type") in BOTH_TOWERS
+    return checkpoint.optional("config.json").get("model_type") in BOTH_TOWERS
 
 
 def read_two_tower(checkpoint: Checkpoint) -> tuple[TwoTowerConfig, TextTokens]:
@@ -79,10 +78,9 @@ def read_two_tower(checkpoint: Checkpoint) -> tuple[TwoTowerConfig, TextTokens]:
     family = tower_family(checkpoint)
     if family is None or not has_both_towers(checkpoint):
         raise ConfigError(f"{checkpoint.root} has no text tower; tagging needs a SigLIP or SigLIP2 with both towers")
-    root = ConfigReader(checkpoint.json("config.json"), "config.json")
-    text = TextTowerConfig.from_hf(root.section("text_config").raw)
+    text = TextTowerConfig.from_hf(checkpoint.reader().section("text_config").raw)
     texts = read_tokens(checkpoint, text)
-    return TwoTowerConfig(images=family.read_config(checkpoint, head=True), text=text, texts=texts.rule), texts
+    return TwoTowerConfig(images=family.images(checkpoint, head=True), text=text, texts=texts.rule), texts
 
 
 def read_tokens(checkpoint: Checkpoint, text: TextTowerConfig) -> TextTokens:
@@ -90,7 +88,7 @@ def read_tokens(checkpoint: Checkpoint, text: TextTowerConfig) -> TextTokens:
 
     ConfigError when there is no tokenizer, or one with ids outside the tower's table.
     """
-    stated: dict[str, Any] = checkpoint.json(TOKENIZER_CONFIG) if checkpoint.has(TOKENIZER_CONFIG) else {}
+    stated = checkpoint.optional(TOKENIZER_CONFIG)
     first = checkpoint.has("spiece.model") or str(stated.get("tokenizer_class", "")).startswith("SiglipTokenizer")
     encode, size = _tokenizer_json(checkpoint) if checkpoint.has("tokenizer.json") else _sentencepiece(checkpoint)
     if size > text.vocab_size:
@@ -161,7 +159,7 @@ def load_two_tower(
         allocate(model, device, dtype)
         model.logit_scale, model.logit_bias = (nn.Parameter(torch.empty(1, device=device)) for _ in range(2))
         fill(model, plan, tensors, held)
-        return LoadedTwoTower(model.eval().requires_grad_(False), EncoderProcessor(config.images), texts, apart)
+        return LoadedTwoTower(model.eval().requires_grad_(False), ImageProcessor(config.images), texts, apart)
 
     if tower is not None and not _same_layers(tower.config, config.images.vision):
         return load(None, "the towers' configurations differ")

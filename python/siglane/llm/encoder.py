@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 
 from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
-from siglane.config.vlm import VlmConfig
 from siglane.engine.engine import STEP_PATCHES
 from siglane.engine.load import placement
 from siglane.errors import UserError
@@ -69,9 +68,7 @@ class VisionEncoder:
         prepack(self._model)
         # without packing the second image is always one too many
         self._max_seq_len = (max_seq_len or STEP_PATCHES[on.type]) if enable_packing else 0
-        facts = self._processor.config
-        video = facts.video if isinstance(facts, VlmConfig) else None
-        self._media = Media(media, decode, self._processor, budget, video)
+        self._media = Media(media, decode, self._processor, budget, self._processor.facts.video)
 
     def encode(self, images: Iterable[EncoderSource]) -> list[torch.Tensor]:
         """Features of each image, `[patches, hidden_size]`, tile after tile, in raster order inside a tile.

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from siglane.config.two_tower import TwoTowerConfig
 from siglane.engine.embed_worker import Embedding, Item
 from siglane.errors import EngineError, UserError
-from siglane.families.processor import EncoderProcessor
+from siglane.families.processor import ImageProcessor
 from siglane.families.report import ImageReport
 from siglane.server.context import RequestContext
 from siglane.server.embedder import Embedder, EngineEmbedder
@@ -82,7 +82,7 @@ class EmbeddingState(ModelState):
         budget: ImageBudget = CHECKPOINT_LIMITS,
         beside: ModelState | None = None,
     ) -> None:
-        super().__init__(config, model, facts, EncoderProcessor(facts.images), embedder, budget, beside=beside)
+        super().__init__(config, model, facts, ImageProcessor(facts.images), embedder, budget, beside=beside)
         self.tokens, self.embedder = tokens, embedder
         self.width = facts.text.projection_size
         self.context_length = facts.text.length

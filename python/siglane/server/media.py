@@ -65,7 +65,7 @@ class MediaLoader:
         self, config: ServerConfig, processor: ImageProcessor, budget: ImageBudget, video: VideoRule | None
     ) -> None:
         self._config, self._processor, self._budget, self._video_rule = config, processor, budget, video
-        self._rule = processor.config.preprocess.rule
+        self._rule = processor.facts.preprocess.rule
         self._rule.within(budget)
         self._policy = MediaPolicy.of(config)
         self._video_policy = replace(self._policy, max_bytes=config.max_video_bytes)

@@ -121,7 +121,7 @@ class ServerState(ModelState):
         engine: EngineProcess,
         budget: ImageBudget = CHECKPOINT_LIMITS,
     ) -> None:
-        super().__init__(config, model, processor.config, processor, engine, budget, processor.config.video)
+        super().__init__(config, model, processor.config, processor, engine, budget, processor.facts.video)
         self.processor = processor
         self.context_length = processor.context_length
         self.metrics.watch_engine(engine.stats)

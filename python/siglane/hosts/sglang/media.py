@@ -65,7 +65,7 @@ class HostMedia:
 
     def __init__(self, config: MediaConfig, processor: Processor, budget: ImageBudget) -> None:
         self._config, self._processor, self._budget = config, processor, budget
-        self._rule = processor.config.preprocess.rule
+        self._rule = processor.facts.preprocess.rule
         self._rule.within(budget)
         self._policy = MediaPolicy.of(config)
         self._fetchers = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="siglane-fetch")
@@ -125,9 +125,9 @@ class HostMedia:
 
     @property
     def _video(self) -> VideoRule:
-        if self._processor.config.video is None:
+        if self._processor.facts.video is None:
             raise no_video()
-        return self._processor.config.video
+        return self._processor.facts.video
 
     def _admit(self, item: MediaItem) -> MediaItem:
         budget = item.budget.under(self._budget)

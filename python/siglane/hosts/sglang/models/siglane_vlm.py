@@ -41,7 +41,7 @@ class SiglaneForConditionalGeneration(nn.Module):
         self.facts = load_processor(self.checkpoint).config
         check_model(self.checkpoint, self.facts)
         self.config = config
-        self.vision = ParallelStack(self.facts, bridge.tensor_parallel(), host_config().encoder_parallel)
+        self.vision = ParallelStack(self.facts.images, bridge.tensor_parallel(), host_config().encoder_parallel)
         self.language_model = LANGUAGE_MODELS[config.text_config.model_type](
             config.text_config, quant_config, add_prefix("language_model", prefix)
         )
@@ -63,7 +63,7 @@ class SiglaneForConditionalGeneration(nn.Module):
     def get_image_feature(self, items: list[Any]) -> list[torch.Tensor]:
         """What stands at the places of each item, `[places, hidden_size]`; any subset of a batch's images, one packed
         forward for all of them."""
-        images = [bridge.patches_of(item, self.facts) for item in items]
+        images = [bridge.patches_of(item, self.facts.images) for item in items]
         logger.debug("siglane: %d images to encode", len(images))
         rows = self.vision(images).split()
         return [bridge.span_rows(*pair, self.get_input_embeddings()) for pair in zip(items, rows, strict=True)]
