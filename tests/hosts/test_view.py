@@ -254,7 +254,7 @@ class TestTransformersReadsAView:
         one = viewed(name)
         model = AutoModelForCausalLM.from_config(one.config.text_config, dtype=torch.float32).eval()
         facts = load_processor(one.checkpoint).config
-        ours, theirs = vlm_family(one.checkpoint).language_plan(facts), qwen_plan(facts.language)
+        ours, theirs = vlm_family(one.checkpoint).language_plan(facts.language), qwen_plan(facts.language)
         names = {tensor.key: tensor.name for tensor in model_tensors(one.checkpoint)}
         stored = dict(tensors_of(one.folder))
         assert stored.keys() == names.keys()

@@ -152,7 +152,7 @@ class TestEveryTensorCounts:
         )  # fmt: skip
         checkpoint = open_checkpoint(written.folder)
         config = load_processor(checkpoint).config
-        plan = Nvila().vision_plan(config)
+        plan = Nvila().vision_plan(config.images)
         stack = load_vision(checkpoint, device="cpu", dtype=torch.float32)[0]
         with StrictLoad(plan, stack) as strict:
             for tensor in stored_tensors(Nvila().vision_sources(checkpoint)):
@@ -290,7 +290,7 @@ def test_a_host_gets_what_is_not_ours(tmp_path: Path) -> None:
     config = load_processor(checkpoint).config
     family = Nvila()
     stack = VisionStack(config.images)
-    plan = family.vision_plan(config) + WeightPlan((Elsewhere(family.language_prefix),))
+    plan = family.vision_plan(config.images) + WeightPlan((Elsewhere(family.language_prefix),))
     with StrictLoad(plan, stack) as strict:
         passed_on = dict(strict.route(load_file(tmp_path / "model.safetensors").items()))
     assert all(name.startswith(("model.", "lm_head.")) for name in passed_on)

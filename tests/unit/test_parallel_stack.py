@@ -87,13 +87,13 @@ def loaded(folder: Path, tp: TensorParallel, wish: EncoderParallel) -> ParallelS
     checkpoint = Checkpoint(folder)
     family, config = vlm_family(checkpoint), load_processor(checkpoint).config
     model = ParallelStack(config.images, tp, wish)
-    fill(model.stack, family.vision_plan(config), vision_tensors(checkpoint, config))
+    fill(model.stack, family.vision_plan(config.images), vision_tensors(checkpoint, config))
     return model.eval()
 
 
 def vision_tensors(checkpoint: Checkpoint, config: VlmConfig) -> list[Any]:
     family = vlm_family(checkpoint)
-    plan = family.vision_plan(config)
+    plan = family.vision_plan(config.images)
     return [one for one in stored_tensors(family.vision_sources(checkpoint)) if plan.find(one.name) is not None]
 
 

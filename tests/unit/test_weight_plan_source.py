@@ -67,7 +67,7 @@ def test_every_language_tensor_has_transformers_name(tmp_path: Path, name: str) 
     expected = language_names(WRITERS[name](tmp_path))
     checkpoint = Checkpoint(tmp_path)
     config = load_processor(checkpoint).config
-    ours, theirs = vlm_family(checkpoint).language_plan(config), qwen_plan(config.language)
+    ours, theirs = vlm_family(checkpoint).language_plan(config.language), qwen_plan(config.language)
     sources: dict[str, str] = {}
     for tensor in model_tensors(checkpoint):
         destination = ours.find(tensor.name)
@@ -86,7 +86,7 @@ def test_every_model_is_written_back_as_it_was_read(tmp_path: Path, name: str) -
     WRITERS[name](tmp_path)
     checkpoint = Checkpoint(tmp_path)
     config, family = load_processor(checkpoint).config, vlm_family(checkpoint)
-    plan = family.vision_plan(config).under("", "vision.") + family.language_plan(config).under("", "language.")
+    plan = family.plan(config)
     model = load_model(checkpoint, config, device="cpu", dtype=torch.float32)
     tensors = checkpoint_tensors(model, plan)
     again = VisionLanguageModel(config)

@@ -1,4 +1,4 @@
-"""A whole model: its eyes, its language model and the few facts that join them."""
+"""A whole model: its eyes, where it has any, its language model and the few facts that join them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Thinking:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VlmConfig:
-    """family: name in `families/registry.py`; image_token: its text in a chat template; image_token_id: what stands
-    at every placeholder (may lie outside the embedding table, it is never looked up); eos_token_ids: end an answer;
-    thinking: how it marks its reasoning, None for a family that does not reason."""
+    """family: name in `families/registry.py`; images: None for a model without eyes; image_token: an image's text in a
+    chat template; image_token_id: what stands at every placeholder (may lie outside the embedding table, it is never
+    looked up); eos_token_ids: end an answer; thinking: how it marks its reasoning, None for one that does not."""
 
     family: str
-    images: ImageFacts
+    images: ImageFacts | None
     language: LanguageConfig
     image_token: str
     image_token_id: int

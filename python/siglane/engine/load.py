@@ -45,7 +45,7 @@ def load_with_tagger(
         device=device,
         dtype=vision_dtype,
         attention_backend=config.attention_backend,
-        tower=loaded.vision.tower,
+        tower=None if loaded.vision is None else loaded.vision.tower,
     )
     engine = _started(loaded, processor, config)  # packs the weights, after which they can no longer be shared
     prepack(towers.model)

@@ -79,8 +79,9 @@ class VlmFamily(Family):
     language_prefix: ClassVar[str]
 
     @abstractmethod
-    def images(self, checkpoint: Checkpoint) -> ImageFacts:
-        """From the JSON files alone. ConfigError names the key that is missing, unknown or contradictory."""
+    def images(self, checkpoint: Checkpoint) -> ImageFacts | None:
+        """From the JSON files alone; None for a model without eyes. ConfigError names the key that is missing,
+        unknown or contradictory."""
 
     @abstractmethod
     def language(self, checkpoint: Checkpoint) -> LanguageConfig:
@@ -91,11 +92,11 @@ class VlmFamily(Family):
         """How messages become text."""
 
     @abstractmethod
-    def vision_plan(self, config: VlmConfig) -> WeightPlan:
+    def vision_plan(self, images: ImageFacts) -> WeightPlan:
         """Checkpoint names -> `VisionStack`."""
 
     @abstractmethod
-    def language_plan(self, config: VlmConfig) -> WeightPlan:
+    def language_plan(self, language: LanguageConfig) -> WeightPlan:
         """Checkpoint names -> `QwenModel`."""
 
     def config(self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast) -> VlmConfig:
@@ -110,6 +111,13 @@ class VlmFamily(Family):
             eos_token_ids=end_of_answer(self.language_folder(checkpoint), tokenizer, self.ends(tokenizer)),
             thinking=self.thinking(tokenizer),
         )
+
+    def plan(self, config: VlmConfig) -> WeightPlan:
+        """Checkpoint names -> `VisionLanguageModel`."""
+        language = self.language_plan(config.language).under("", "language.")
+        if config.images is None:
+            return language
+        return self.vision_plan(config.images).under("", "vision.") + language
 
     def image_token(self, checkpoint: Checkpoint) -> str:
         """What stands for an image in a rendered prompt."""

@@ -16,7 +16,6 @@ from siglane.config.projector import llava_projector
 from siglane.config.reader import ConfigReader, RawConfig
 from siglane.config.video import VideoRule
 from siglane.config.vision import ACTIVATIONS
-from siglane.config.vlm import VlmConfig
 from siglane.errors import ConfigError
 from siglane.families.family import PromptRules, VlmFamily
 from siglane.families.files import PREPROCESSOR, image_processor, llava_tower
@@ -99,17 +98,17 @@ class LlavaOnevision(VlmFamily):
     def prompt_rules(self, checkpoint: Checkpoint) -> PromptRules:
         return PromptRules(default_template=CHAT_TEMPLATE, strip_messages=False)
 
-    def vision_plan(self, config: VlmConfig) -> WeightPlan:
+    def vision_plan(self, images: ImageFacts) -> WeightPlan:
         """A tensor's name may start with `model.`, as transformers has it in memory."""
-        tower = tower_plan(config.images.vision).under("vision_tower.", "tower.")
-        projector = projector_plan(config.images.projector).under("multi_modal_projector.", "projector.")
+        tower = tower_plan(images.vision).under("vision_tower.", "tower.")
+        projector = projector_plan(images.projector).under("multi_modal_projector.", "projector.")
         newline = WeightPlan((Rule("image_newline", "newline"),))
         return (tower + projector + newline).under("[model.]", "")
 
-    def language_plan(self, config: VlmConfig) -> WeightPlan:
+    def language_plan(self, language: LanguageConfig) -> WeightPlan:
         """`language_model.` in front of Qwen2's names on disk; `model.language_model.` and `lm_head.` in memory."""
-        on_disk = qwen_plan(config.language).under(self.language_prefix, "")
-        return on_disk + qwen_plan(config.language, decoder="model.language_model.")
+        on_disk = qwen_plan(language).under(self.language_prefix, "")
+        return on_disk + qwen_plan(language, decoder="model.language_model.")
 
 
 def _preprocess(checkpoint: Checkpoint, root: ConfigReader, side: int) -> PreprocessConfig:

@@ -23,7 +23,6 @@ from siglane.config.preprocess import PreprocessConfig
 from siglane.config.projector import pixel_shuffle_projector
 from siglane.config.reader import ConfigReader, RawConfig
 from siglane.config.vision import VisionConfig
-from siglane.config.vlm import VlmConfig
 from siglane.errors import ConfigError, UserError
 from siglane.families.family import CHATML, PromptRules, VlmFamily
 from siglane.nn.plan import Ignore, Rule, WeightPlan
@@ -139,9 +138,11 @@ class NanoVlm(VlmFamily):
             rope_theta=root.value("lm_re_base", float, 100000.0),
             qkv_bias=False,
             output_bias=False,
+            mlp_bias=False,
             qk_norm=False,
             norm_dtype="input",
             tie_embeddings=root.value("lm_tie_weights", bool, True),
+            rope_scaling=None,
         )
 
     def image_token(self, checkpoint: Checkpoint) -> str:
@@ -195,17 +196,17 @@ class NanoVlm(VlmFamily):
         template = template.replace(IMAGE_TOKEN, self.image_token(checkpoint))
         return PromptRules(default_template=CHATML, template=template, images_first=True, strip_messages=False)
 
-    def vision_plan(self, config: VlmConfig) -> WeightPlan:
+    def vision_plan(self, images: ImageFacts) -> WeightPlan:
         tower = WeightPlan((
             Rule("patch_embedding.conv.{leaf}", "patch_embedding.{leaf}"),
             Rule("patch_embedding.position_embedding", "position_embedding.weight"),
             Rule("layer_norm.{leaf}", "post_norm.{leaf}"),
             *TOWER_BLOCK.under("blocks.{i}.", "blocks.{i}.").entries,
         )).under("vision_encoder.", "tower.")  # fmt: skip
-        return tower + projector_plan(config.images.projector).under("MP.", "projector.")
+        return tower + projector_plan(images.projector).under("MP.", "projector.")
 
-    def language_plan(self, config: VlmConfig) -> WeightPlan:
-        tied = config.language.tie_embeddings
+    def language_plan(self, language: LanguageConfig) -> WeightPlan:
+        tied = language.tie_embeddings
         return WeightPlan((
             Ignore("rotary_embd.inv_freq", "computed from lm_re_base"),
             Rule("token_embedding.weight", "embed_tokens.weight", twin=tied),

@@ -18,7 +18,6 @@ from siglane.config.projector import vila_projector
 from siglane.config.reader import ConfigReader, RawConfig
 from siglane.config.video import VideoRule
 from siglane.config.vision import VisionConfig
-from siglane.config.vlm import VlmConfig
 from siglane.errors import ConfigError
 from siglane.families.family import CHATML, END_OF_TURN, PromptRules, VlmFamily
 from siglane.families.files import PREPROCESSOR, image_processor, llava_tower
@@ -142,12 +141,12 @@ class Nvila(VlmFamily):
         """VILA strips each message once its images are written out; the "hf" processors leave messages alone."""
         return PromptRules(default_template=CHAT_TEMPLATE, strip_messages=layout_of(checkpoint) != "hf")
 
-    def vision_plan(self, config: VlmConfig) -> WeightPlan:
-        tower = tower_plan(config.images.vision).under(f"{TOWER}.", "tower.")
-        return tower + projector_plan(config.images.projector).under(f"{PROJECTOR}.", "projector.")
+    def vision_plan(self, images: ImageFacts) -> WeightPlan:
+        tower = tower_plan(images.vision).under(f"{TOWER}.", "tower.")
+        return tower + projector_plan(images.projector).under(f"{PROJECTOR}.", "projector.")
 
-    def language_plan(self, config: VlmConfig) -> WeightPlan:
-        return qwen_plan(config.language).under(self.language_prefix, "")
+    def language_plan(self, language: LanguageConfig) -> WeightPlan:
+        return qwen_plan(language).under(self.language_prefix, "")
 
     def vision_sources(self, checkpoint: Checkpoint) -> tuple[Source, ...]:
         return _sources(checkpoint, TOWER, PROJECTOR)

@@ -14,10 +14,10 @@ from siglane.config.projector import vocabulary_projector
 from siglane.config.reader import ConfigReader, RawConfig
 from siglane.config.video import VideoRule
 from siglane.config.vision import VisionConfig
-from siglane.config.vlm import Thinking, VlmConfig
+from siglane.config.vlm import Thinking
 from siglane.errors import ConfigError
 from siglane.families.family import CHATML, PromptRules, VlmFamily
-from siglane.families.files import PREPROCESSOR
+from siglane.families.files import PREPROCESSOR, THINK_END, thinking_of
 from siglane.lm.qwen import qwen_plan
 from siglane.nn.plan import WeightPlan
 from siglane.projector.build import projector_plan
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 ARCHITECTURE = "Ovis2_5"
 MODEL_TYPES = ("ovis", "ovis2_5")
 VIDEO_TOKEN = "<video>"
-THINK_START, THINK_END = "<think>", "</think>"
 
 # arguments of the reference's `chat`; no file of a released checkpoint states them
 MIN_PIXELS, MAX_PIXELS = 448**2, 1792**2
@@ -40,12 +39,6 @@ BILINEAR = 2
 INDICATORS = 4  # last rows of the visual vocabulary: start and end of an image, start and end of a video
 
 FRAMES, MOST_FRAMES = 8, 128  # the reference's demo shows 8; beyond 128 no context would hold them
-
-# what the reference makes a model say whose thinking budget is spent
-FORCED_END = (
-    "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now.\n"
-    "</think>\n\n"
-)
 
 # No default system turn; the text behind `</think>` is all that is kept of earlier answers (`PromptRules`). The hub's
 # template also takes the letters `<image>` and `<video>` out of messages, lest they become placeholders; siglane's
@@ -109,11 +102,7 @@ class Ovis2_5(VlmFamily):
         return language
 
     def thinking(self, tokenizer: PreTrainedTokenizerFast) -> Thinking | None:
-        vocabulary = tokenizer.get_vocab()
-        if THINK_START not in vocabulary or THINK_END not in vocabulary:
-            return None
-        forced = tokenizer(FORCED_END, add_special_tokens=False).input_ids
-        return Thinking(vocabulary[THINK_START], vocabulary[THINK_END], tuple(forced))
+        return thinking_of(tokenizer)
 
     def prompt_rules(self, checkpoint: Checkpoint) -> PromptRules:
         """ConfigError for a conversation format that is not known."""
@@ -121,9 +110,9 @@ class Ovis2_5(VlmFamily):
         checkpoint.reader().choice("conversation_formatter_class", {formatter: None}, formatter)
         return PromptRules(default_template=CHAT_TEMPLATE, strip_messages=False, joint="\n", thinking_end=THINK_END)
 
-    def vision_plan(self, config: VlmConfig) -> WeightPlan:
-        tower = tower_plan(config.images.vision).under("visual_tokenizer.vit.", "tower.")
-        return tower + projector_plan(config.images.projector).under("", "projector.")
+    def vision_plan(self, images: ImageFacts) -> WeightPlan:
+        tower = tower_plan(images.vision).under("visual_tokenizer.vit.", "tower.")
+        return tower + projector_plan(images.projector).under("", "projector.")
 
-    def language_plan(self, config: VlmConfig) -> WeightPlan:
-        return qwen_plan(config.language).under(self.language_prefix, "")
+    def language_plan(self, language: LanguageConfig) -> WeightPlan:
+        return qwen_plan(language).under(self.language_prefix, "")

@@ -15,16 +15,26 @@ from siglane.families.family import PromptRules
 from siglane.families.prompt.builder import PromptBuilder
 from siglane.families.registry import vlm_family
 from siglane.image.patchify import to_patches
-from siglane.tiling.rule import ImageBudget
+from siglane.tiling.rule import ImageBudget, no_images
 from siglane.types import DecodedImage, DecodedVideo, ImageLayout, ImagePatches, Medium, Message, Prompt
 from siglane.weights.hub import Checkpoint
 
 
 class ImageProcessor:
-    """From sizes to layouts and from pixels to patches; all an encoder needs. Safe to share between threads."""
+    """From sizes to layouts and from pixels to patches; all an encoder needs. Safe to share between threads.
 
-    def __init__(self, facts: ImageFacts) -> None:
-        self.facts = facts
+    facts: None for a model without eyes, which refuses every image.
+    """
+
+    def __init__(self, facts: ImageFacts | None) -> None:
+        self._facts = facts
+
+    @property
+    def facts(self) -> ImageFacts:
+        """UserError `images_unsupported` for a model without eyes."""
+        if self._facts is None:
+            raise no_images()
+        return self._facts
 
     def layouts(
         self, media: Sequence[Medium], budgets: Sequence[ImageBudget | None] | None = None
@@ -49,7 +59,7 @@ class Processor(ImageProcessor):
             rules,
             image_token=config.image_token,
             image_token_id=config.image_token_id,
-            video=config.images.video,
+            video=None if config.images is None else config.images.video,
         )
 
     @property

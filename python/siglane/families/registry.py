@@ -8,17 +8,20 @@ from typing import TypeVar
 from siglane.config.images import ImageFacts
 from siglane.errors import ConfigError
 from siglane.families.family import Family, TowerFamily, VlmFamily
+from siglane.families.language import Language
 from siglane.families.llava_onevision import LlavaOnevision
 from siglane.families.nanovlm import NanoVlm
 from siglane.families.nvila import Nvila
 from siglane.families.ovis2_5 import Ovis2_5
 from siglane.families.siglip import Siglip
 from siglane.families.siglip2 import Siglip2
+from siglane.tiling.rule import no_images
 from siglane.weights.hub import Checkpoint
 
 F = TypeVar("F", bound=Family)
 
 VLM_FAMILIES: tuple[VlmFamily, ...] = (Nvila(), LlavaOnevision(), Ovis2_5(), NanoVlm())
+CHAT_FAMILIES: tuple[VlmFamily, ...] = (*VLM_FAMILIES, Language())
 TOWER_FAMILIES: tuple[TowerFamily, ...] = (Siglip(), Siglip2())
 
 
@@ -38,13 +41,17 @@ def is_vlm(checkpoint: Checkpoint) -> bool:
 
 
 def image_facts(checkpoint: Checkpoint) -> ImageFacts:
-    """The image facts of any known checkpoint, from its JSON files alone: no weights, no tokenizer."""
-    return (tower_family(checkpoint) or vlm_family(checkpoint)).images(checkpoint)
+    """The image facts of any known checkpoint, from its JSON files alone: no weights, no tokenizer. UserError
+    `images_unsupported` for a language model without eyes."""
+    facts = (tower_family(checkpoint) or vlm_family(checkpoint)).images(checkpoint)
+    if facts is None:
+        raise no_images()
+    return facts
 
 
 def vlm_family(checkpoint: Checkpoint) -> VlmFamily:
-    """The family of a vision-language checkpoint. ConfigError says what was found and what is known."""
-    if family := _first(VLM_FAMILIES, checkpoint):
+    """The family of a checkpoint that answers. ConfigError says what was found and what is known."""
+    if family := _first(CHAT_FAMILIES, checkpoint):
         return family
     if is_vision_only(checkpoint):
         raise ConfigError(
@@ -55,7 +62,7 @@ def vlm_family(checkpoint: Checkpoint) -> VlmFamily:
 
 def unknown(checkpoint: Checkpoint) -> ConfigError:
     """The error for a checkpoint of no known family."""
-    families: tuple[Family, ...] = (*VLM_FAMILIES, *TOWER_FAMILIES)
+    families: tuple[Family, ...] = (*CHAT_FAMILIES, *TOWER_FAMILIES)
     known = "siglane knows " + "; ".join(name for family in families for name in family.known_as)
     if not checkpoint.has("config.json"):
         return ConfigError(f"{checkpoint.root} has no config.json; {known}")

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen3: one decoder, their differences are flags of `LanguageConfig` (formats.md section 8)."""
+"""Qwen2, Qwen3 and Llama: one decoder, their differences are flags of `LanguageConfig` (formats.md section 8)."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class MLP(nn.Module):
     def __init__(self, config: LanguageConfig, tp: TensorParallel) -> None:
         super().__init__()
         sections = {"gate": config.intermediate_size, "up": config.intermediate_size}
-        self.gate_up = ColumnParallelLinear(config.hidden_size, sections, bias=False, tp=tp)
-        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, bias=False, tp=tp)
+        self.gate_up = ColumnParallelLinear(config.hidden_size, sections, bias=config.mlp_bias, tp=tp)
+        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias, tp=tp)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -99,7 +99,8 @@ class QwenModel(nn.Module):
         taps: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """embeds `[T, hidden_size]`, positions i64 `[T]` -> normalised hidden states `[T, hidden_size]`."""
-        rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, embeds.dtype)
+        config = self.config
+        rotary = rotary_tables(positions, config.head_dim, config.rope_theta, embeds.dtype, config.rope_scaling)
         x = embeds
         for number, block in enumerate(self.blocks):
             x = block(x, rotary, attention)
@@ -121,7 +122,8 @@ class QwenModel(nn.Module):
 
 
 def qwen_plan(config: LanguageConfig, decoder: str = "model.") -> WeightPlan:
-    """transformers' `Qwen2ForCausalLM` and `Qwen3ForCausalLM`. decoder: the prefix of all but the output head."""
+    """transformers' `Qwen2ForCausalLM`, `Qwen3ForCausalLM` and `LlamaForCausalLM`. decoder: the prefix of all but the
+    output head."""
     block = WeightPlan((
         Rule("input_layernorm.{leaf}", "input_norm.{leaf}"),
         Rule("self_attn.q_proj.{leaf}", "attention.qkv.{leaf}", "q"),

@@ -144,5 +144,9 @@ class LayoutRule(Protocol):
         ...
 
 
+def no_images() -> UserError:
+    return UserError("this model reads text only, no images or videos", code="images_unsupported")
+
+
 def no_video() -> UserError:
     return UserError("this model reads images, not videos; send frames as images", code="video_unsupported")

@@ -95,7 +95,7 @@ def spliced(model: VisionLanguageModel, examples: Sequence[Example]) -> torch.Te
             spans = (span for span in example.prompt.spans if span.image == number)
             places += [start + place for span in spans for place in range(span.start, span.stop)]
         start += len(example.inputs)
-    rows = model.vision(images).embeds.to(device, embeds.dtype)
+    rows = model.see(images).embeds.to(device, embeds.dtype)
     return embeds.index_copy(0, torch.tensor(places, device=device), rows)
 
 

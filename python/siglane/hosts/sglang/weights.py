@@ -46,7 +46,7 @@ def language_tensors(
     twice are yielded once.
     """
     waiting = dict(names) if whole else {}
-    plan, hf_plan = family.language_plan(config), qwen_plan(config.language)
+    plan, hf_plan = family.language_plan(config.language), qwen_plan(config.language)
     seen: set[str] = set()
     for key, tensor in weights:
         name = names.get(key, key)
