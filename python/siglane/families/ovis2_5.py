@@ -42,7 +42,7 @@ FRAMES, MOST_FRAMES = 8, 128  # the reference's demo shows 8; beyond 128 no cont
 
 # No default system turn; the text behind `</think>` is all that is kept of earlier answers (`PromptRules`). The hub's
 # template also takes the letters `<image>` and `<video>` out of messages, lest they become placeholders; siglane's
-# prompts cannot be written that way (families/prompt/builder.py), so a user's text stays as it is.
+# prompts cannot be written that way (families/prompt/reserved.py), so a user's text stays as it is.
 CHAT_TEMPLATE = CHATML + (
     "{% if add_generation_prompt and enable_thinking is defined and enable_thinking is false %}"
     "{{ '<think>\n\n</think>\n\n' }}"
