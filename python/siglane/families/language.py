@@ -49,7 +49,8 @@ class Language(VlmFamily):
 
     def prompt_rules(self, checkpoint: Checkpoint) -> PromptRules:
         """The template is the tokenizer's: without one nobody knows how this model is spoken to."""
-        return PromptRules(default_template="", strip_messages=False, thinking_end=THINK_END)
+        thinks = "Qwen3ForCausalLM" in checkpoint.json("config.json")["architectures"]
+        return PromptRules(default_template="", strip_messages=False, thinking_end=THINK_END if thinks else "")
 
     def vision_plan(self, images: ImageFacts) -> WeightPlan:
         return WeightPlan(())

@@ -13,13 +13,12 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar, get_args
 from PIL import Image
 
 from siglane.config.preprocess import DecodeConfig
-from siglane.config.video import VideoRule
 from siglane.errors import UserError
 from siglane.families.processor import ImageProcessor
 from siglane.families.report import ImageReport, report_image
 from siglane.image.video import chosen_pictures
 from siglane.media.source import MediaPolicy, load_source, load_video
-from siglane.tiling.rule import LIMITS, ImageBudget, LayoutRule, no_video
+from siglane.tiling.rule import LIMITS, ImageBudget, LayoutRule, no_images, no_video
 from siglane.types import DecodedImage, DecodedVideo, Detail, ImagePatches
 
 P = ParamSpec("P")
@@ -113,10 +112,10 @@ class Media:
     decode: DecodeConfig
     processor: ImageProcessor
     budget: ImageBudget
-    video: VideoRule | None
 
     def __post_init__(self) -> None:
-        self._rule.within(self.budget)  # UserError for a limit that the model cannot honour, before any image
+        if self.processor.sees:
+            self._rule.within(self.budget)  # UserError for a limit that the model cannot honour, before any image
 
     @property
     def _rule(self) -> LayoutRule:
@@ -124,6 +123,10 @@ class Media:
 
     def prepare(self, items: Sequence[MediaItem]) -> Prepared:
         """All items of one prompt. UserError names the one at fault by its place."""
+        if not items:
+            return Prepared([], ())
+        if not self.processor.sees:
+            raise no_images().at(items[0].where)
         loaded = [_blaming(item, self._load, item) for item in items]
         budgets = [item.budget.over(self.budget) for item in items]
         for item, budget in zip(items, budgets, strict=True):
@@ -143,7 +146,7 @@ class Media:
         return self._clip(item) if item.video else self._picture(item.source, item.where)
 
     def _clip(self, item: MediaItem) -> DecodedVideo:
-        rule, source = self.video, item.source
+        rule, source = self.processor.facts.video, item.source
         if rule is None:
             raise no_video()
         if isinstance(source, list | tuple):

@@ -30,6 +30,10 @@ class ImageProcessor:
         self._facts = facts
 
     @property
+    def sees(self) -> bool:
+        return self._facts is not None
+
+    @property
     def facts(self) -> ImageFacts:
         """UserError `images_unsupported` for a model without eyes."""
         if self._facts is None:
@@ -40,7 +44,7 @@ class ImageProcessor:
         self, media: Sequence[Medium], budgets: Sequence[ImageBudget | None] | None = None
     ) -> tuple[ImageLayout, ...]:
         """The layouts of all images and videos of one request, from their sizes alone (`ImageFacts.layouts`)."""
-        return self.facts.layouts(media, budgets)
+        return self.facts.layouts(media, budgets) if media else ()
 
     def patches(self, image: DecodedImage | DecodedVideo, layout: ImageLayout) -> ImagePatches:
         """Patches `[layout.patches, patch_dim]`. ValueError when the layout is another size's."""

@@ -71,7 +71,7 @@ class VisionEncoder:
         prepack(self._model)
         # without packing the second image is always one too many
         self._max_batch_patches = (max_batch_patches or STEP_PATCHES[on.type]) if enable_packing else 0
-        self._media = Media(media, decode, self._processor, budget, self._processor.facts.video)
+        self._media = Media(media, decode, self._processor, budget)
 
     def encode(self, images: Iterable[EncoderSource]) -> list[torch.Tensor]:
         """Features of each image, `[patches, hidden_size]`, tile after tile, in raster order inside a tile.

@@ -58,7 +58,7 @@ class LLM:
         config = _engine_config(options)
         checkpoint = model if isinstance(model, Checkpoint) else open_model(model, revision)
         self.processor: Processor = load_processor(checkpoint)
-        self._media = Media(media, decode, self.processor, budget, self.processor.facts.video)
+        self._media = Media(media, decode, self.processor, budget)
         self._engine = build_engine(checkpoint, self.processor, config)
         self._one_caller = threading.Lock()
         self._request_ids = (f"offline-{number}" for number in count())

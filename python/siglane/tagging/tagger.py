@@ -124,7 +124,7 @@ class Tagger:
         self._model = quantize(loaded.model, quantization, on)
         prepack(self._model)
         self._tokens = loaded.texts
-        self._media = Media(media, decode, loaded.images, ImageBudget(max_num_patches=max_num_patches), None)
+        self._media = Media(media, decode, loaded.images, ImageBudget(max_num_patches=max_num_patches))
         self._batch_size = batch_size or BATCH_SIZES[on.type]
         self._texts = TEXTS[on.type]
         folder = default_folder() if cache is None else Path(cache).expanduser()
