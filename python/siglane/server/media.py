@@ -23,7 +23,7 @@ from siglane.image.video import decode_video, read_video_size
 from siglane.media.source import MediaPolicy, fetch
 from siglane.server.context import ByteLease
 from siglane.settings.server import ServerConfig
-from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget, no_video
+from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget, LayoutRule, no_video
 from siglane.types import DecodedImage, DecodedVideo, ImageLayout, ImagePatches, Medium, Size
 
 P = ParamSpec("P")
@@ -63,8 +63,8 @@ class MediaLoader:
         self, config: ServerConfig, processor: ImageProcessor, budget: ImageBudget, video: VideoRule | None
     ) -> None:
         self._config, self._processor, self._budget, self._video_rule = config, processor, budget, video
-        self._rule = processor.facts.preprocess.rule
-        self._rule.within(budget)
+        if processor.sees:
+            self._rule.within(budget)
         self._policy = MediaPolicy.of(config)
         self._video_policy = replace(self._policy, max_bytes=config.max_video_bytes)
         self._decode = config.decode
@@ -89,6 +89,10 @@ class MediaLoader:
         self._rule.within(limits)
         frames = self._video.count(ref.frames, self._config.max_video_frames) if ref.video else None
         return ref._replace(limits=limits, frames=frames)
+
+    @property
+    def _rule(self) -> LayoutRule:
+        return self._processor.facts.preprocess.rule
 
     @property
     def _video(self) -> VideoRule:

@@ -121,7 +121,15 @@ class ServerState(ModelState):
         engine: EngineProcess,
         budget: ImageBudget = CHECKPOINT_LIMITS,
     ) -> None:
-        super().__init__(config, model, processor.config, processor, engine, budget, processor.facts.video)
+        super().__init__(
+            config,
+            model,
+            processor.config,
+            processor,
+            engine,
+            budget,
+            processor.facts.video if processor.sees else None,
+        )
         self.processor = processor
         self.context_length = processor.context_length
         self.metrics.watch_engine(engine.stats)
