@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import write_nvila_checkpoint
+from checkpoints import CORPUS, write_nvila_checkpoint
 from language_checkpoint import LLAMA3, Kind, Written, write_language_checkpoint
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transfer import assert_parity
+from transformers import PreTrainedTokenizerFast
 
 from siglane.cli.main import main
 from siglane.errors import ConfigError, UserError
@@ -85,6 +87,25 @@ def test_a_conversation_is_the_templates(tmp_path: Path) -> None:
     expected = written.tokenizer.apply_chat_template(theirs, add_generation_prompt=True).input_ids
     found = load_processor(open_checkpoint(tmp_path)).prompt([Message(role, (text,)) for role, text in turns], [])
     assert list(found.token_ids) == expected
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_a_space_in_front_stands_where_the_tokenizer_puts_it(tmp_path: Path, scheme: str) -> None:
+    """Llama 2's tokenizer begins a prompt with a space, and no later piece of it."""
+    write(tmp_path, "llama")
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    backend.train_from_iterator(CORPUS * 3, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    turns = [("user", "What is a tower?"), ("assistant", "It is tall."), ("user", "Why?")]
+    messages = [Message(role, (text,)) for role, text in turns]
+    for beginning in ("{{ bos_token }}", ""):
+        turn = "{{ m['role'] + ' ' + m['content'] + ' ' + eos_token }}"
+        tokenizer.chat_template = f"{beginning}{{% for m in messages %}}{turn}{{% endfor %}}"
+        tokenizer.save_pretrained(tmp_path)
+        theirs = tokenizer.apply_chat_template([{"role": role, "content": text} for role, text in turns]).input_ids
+        assert list(load_processor(open_checkpoint(tmp_path)).prompt(messages, []).token_ids) == theirs
 
 
 def test_what_ends_an_answer(tmp_path: Path) -> None:
