@@ -7,8 +7,8 @@ from typing import TypeVar
 
 from siglane.config.images import ImageFacts
 from siglane.errors import ConfigError
+from siglane.families.causal_lm import CausalLm
 from siglane.families.family import Family, TowerFamily, VlmFamily
-from siglane.families.language import Language
 from siglane.families.llava_onevision import LlavaOnevision
 from siglane.families.nanovlm import NanoVlm
 from siglane.families.nvila import Nvila
@@ -21,7 +21,7 @@ from siglane.weights.hub import Checkpoint
 F = TypeVar("F", bound=Family)
 
 VLM_FAMILIES: tuple[VlmFamily, ...] = (Nvila(), LlavaOnevision(), Ovis2_5(), NanoVlm())
-CHAT_FAMILIES: tuple[VlmFamily, ...] = (*VLM_FAMILIES, Language())
+CHAT_FAMILIES: tuple[VlmFamily, ...] = (*VLM_FAMILIES, CausalLm())
 TOWER_FAMILIES: tuple[TowerFamily, ...] = (Siglip(), Siglip2())
 
 

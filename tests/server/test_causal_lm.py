@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from language_checkpoint import write_language_checkpoint
+from causal_lm_checkpoint import write_causal_lm_checkpoint
 from serving import RunningServer, assert_error, chat, image_part, picture, running, stream, video_part
 
 from siglane.engine.child import EngineSpec
@@ -23,7 +23,7 @@ QUESTION, TOKENS = "Why is the sky blue?", 60
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_language_checkpoint(tmp_path_factory.mktemp("text") / "llama", "llama", tied=True).folder
+    return write_causal_lm_checkpoint(tmp_path_factory.mktemp("text") / "llama", "llama", tied=True).folder
 
 
 @pytest.fixture(scope="module")

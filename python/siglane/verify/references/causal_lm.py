@@ -16,7 +16,7 @@ from siglane.verify.stages import Trace
 ARCHITECTURES = {"Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM"}
 
 
-class Language:
+class CausalLm:
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
         self.folder, self.tokenizer = folder, load_tokenizer(folder)
         self.decoder = Decoder(read_json(folder / "config.json"), Tensors.of(folder), device, dtype)
@@ -31,4 +31,4 @@ def _matches(folder: Path) -> bool:
     return not ARCHITECTURES.isdisjoint(read_json(folder / "config.json").get("architectures") or [])
 
 
-FAMILY = ReferenceFamily(name="language", speaks=True, matches=_matches, load=Language)
+FAMILY = ReferenceFamily(name="causal_lm", speaks=True, matches=_matches, load=CausalLm)

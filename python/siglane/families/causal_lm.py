@@ -25,8 +25,8 @@ READERS: dict[str, Callable[[RawConfig, str], LanguageConfig]] = {
 }
 
 
-class Language(VlmFamily):
-    name = "language"
+class CausalLm(VlmFamily):
+    name = "causal_lm"
     known_as = tuple(READERS)
     language_prefix = ""
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from causal_lm_checkpoint import LLAMA3, Kind, Written, write_causal_lm_checkpoint
 from checkpoints import CORPUS, write_nvila_checkpoint
-from language_checkpoint import LLAMA3, Kind, Written, write_language_checkpoint
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -43,7 +43,7 @@ EVERY_VARIANT = pytest.mark.parametrize("name", VARIANTS)
 
 def write(folder: Path, name: str = "qwen2") -> Written:
     kind, facts = VARIANTS[name]
-    return write_language_checkpoint(folder, kind, **facts)
+    return write_causal_lm_checkpoint(folder, kind, **facts)
 
 
 def load(folder: Path) -> VisionLanguageModel:
@@ -156,7 +156,7 @@ class TestRefused:
             load(tmp_path)
 
     def test_a_tokenizer_without_a_template(self, tmp_path: Path) -> None:
-        write_language_checkpoint(tmp_path, template=None)
+        write_causal_lm_checkpoint(tmp_path, template=None)
         with pytest.raises(ConfigError, match=r"no chat template.*chat_template\.jinja"):
             load_processor(open_checkpoint(tmp_path))
 
@@ -189,7 +189,7 @@ def test_verify_agrees_and_names_the_first_wrong_stage(tmp_path: Path, name: str
     write(model, name)
     report = verify(model, save=golden)
     assert report.ok
-    assert report.family == "language"
+    assert report.family == "causal_lm"
     assert [stage for stage, _ in report.stages()] == [
         "spliced", "lm.block.0", "lm.block.1", "lm.block.2", "logits", "tokens"
     ]  # fmt: skip
@@ -220,4 +220,4 @@ def test_sglang_serves_them_itself(tmp_path: Path) -> None:
     write_nvila_checkpoint(tmp_path / "vila")
     assert not is_vlm(open_checkpoint(tmp_path / "text"))
     assert is_vlm(open_checkpoint(tmp_path / "vila"))
-    assert vlm_family(open_checkpoint(tmp_path / "text")).name == "language"
+    assert vlm_family(open_checkpoint(tmp_path / "text")).name == "causal_lm"

@@ -59,7 +59,7 @@ class Written:
         return ids
 
 
-def write_language_checkpoint(
+def write_causal_lm_checkpoint(
     folder: Path, kind: Kind = "qwen2", *, tied: bool = False, template: str | None = TEMPLATE, **facts: Any
 ) -> Written:
     """facts: of the transformers configuration, over SIZES."""
