@@ -22,7 +22,7 @@ from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import load_processor
 from siglane.families.registry import is_vlm, vlm_family
 from siglane.llm import LLM
-from siglane.nn.attention import CausalSegments
+from siglane.lm.attention import SegmentAttention
 from siglane.types import Message, SamplingParams
 from siglane.verify import verify
 from siglane.verify.report import html
@@ -62,7 +62,7 @@ def test_logits_are_the_references(tmp_path: Path, name: str) -> None:
     written = write(tmp_path, name)
     language = load(tmp_path).language
     ids = torch.randint(0, 330, (200,), generator=torch.Generator().manual_seed(0))  # beyond Llama 3's original length
-    hidden = language(language.embed(ids), torch.arange(200), CausalSegments([200]))
+    hidden = language(language.embed(ids), torch.arange(200), SegmentAttention([200]))
     assert_parity("logits", language.logits(hidden), written.model(ids[None]).logits[0])
 
 

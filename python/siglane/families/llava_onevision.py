@@ -100,7 +100,7 @@ class LlavaOnevision(VlmFamily):
 
     def vision_plan(self, images: ImageFacts) -> WeightPlan:
         """A tensor's name may start with `model.`, as transformers has it in memory."""
-        tower = tower_plan(images.vision).under("vision_tower.", "tower.")
+        tower = tower_plan(images.vision).under("vision_tower.", "encoder.tower.")
         projector = projector_plan(images.projector).under("multi_modal_projector.", "projector.")
         newline = WeightPlan((Rule("image_newline", "newline"),))
         return (tower + projector + newline).under("[model.]", "")

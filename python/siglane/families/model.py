@@ -30,10 +30,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class VisionLanguageModel(nn.Module):
-    """The two halves of a model. What joins them, the splice, belongs to the engine.
-
-    vision: None for a model without eyes.
-    """
+    """The two halves of a model; `splice` joins them. vision: None for a model without eyes."""
 
     def __init__(
         self, config: VlmConfig, tp: TensorParallel | None = None, attention_backend: BackendChoice = "auto"
@@ -95,7 +92,7 @@ def load_vision(
     tp: TensorParallel | None = None,
     attention_backend: BackendChoice = "auto",
     head: bool = False,
-) -> tuple[VisionEncoderModel, ImageProcessor]:
+) -> tuple[VisionEncoderModel | VisionStack, ImageProcessor]:
     """What turns images into features: a `VisionStack` for a vision-language model, else a plain SigLIP tower.
 
     The language model's tensors are not read. head: load a plain tower's MAP head too, for `embeddings`.

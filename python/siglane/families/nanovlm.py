@@ -202,7 +202,7 @@ class NanoVlm(VlmFamily):
             Rule("patch_embedding.position_embedding", "position_embedding.weight"),
             Rule("layer_norm.{leaf}", "post_norm.{leaf}"),
             *TOWER_BLOCK.under("blocks.{i}.", "blocks.{i}.").entries,
-        )).under("vision_encoder.", "tower.")  # fmt: skip
+        )).under("vision_encoder.", "encoder.tower.")  # fmt: skip
         return tower + projector_plan(images.projector).under("MP.", "projector.")
 
     def language_plan(self, language: LanguageConfig) -> WeightPlan:
@@ -247,7 +247,6 @@ def _vision(root: ConfigReader) -> VisionConfig:
         patch_layout="channel_first",
         position_resize="never",
         rope_theta=None,
-        windows=None,
         depth=layers,
         post_norm=True,
         use_head=False,

@@ -142,7 +142,7 @@ class Nvila(VlmFamily):
         return PromptRules(default_template=CHAT_TEMPLATE, strip_messages=layout_of(checkpoint) != "hf")
 
     def vision_plan(self, images: ImageFacts) -> WeightPlan:
-        tower = tower_plan(images.vision).under(f"{TOWER}.", "tower.")
+        tower = tower_plan(images.vision).under(f"{TOWER}.", "encoder.tower.")
         return tower + projector_plan(images.projector).under(f"{PROJECTOR}.", "projector.")
 
     def language_plan(self, language: LanguageConfig) -> WeightPlan:

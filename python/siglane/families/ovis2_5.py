@@ -111,7 +111,7 @@ class Ovis2_5(VlmFamily):
         return PromptRules(default_template=CHAT_TEMPLATE, strip_messages=False, joint="\n", thinking_end=THINK_END)
 
     def vision_plan(self, images: ImageFacts) -> WeightPlan:
-        tower = tower_plan(images.vision).under("visual_tokenizer.vit.", "tower.")
+        tower = tower_plan(images.vision).under("visual_tokenizer.vit.", "encoder.tower.")
         return tower + projector_plan(images.projector).under("", "projector.")
 
     def language_plan(self, language: LanguageConfig) -> WeightPlan:

@@ -30,10 +30,6 @@ class ImageProcessor:
         self._facts = facts
 
     @property
-    def sees(self) -> bool:
-        return self._facts is not None
-
-    @property
     def facts(self) -> ImageFacts:
         """UserError `images_unsupported` for a model without eyes."""
         if self._facts is None:
@@ -41,10 +37,10 @@ class ImageProcessor:
         return self._facts
 
     def layouts(
-        self, media: Sequence[Medium], budgets: Sequence[ImageBudget | None] | None = None
+        self, media: Sequence[Medium], image_limits: Sequence[ImageBudget | None] | None = None
     ) -> tuple[ImageLayout, ...]:
         """The layouts of all images and videos of one request, from their sizes alone (`ImageFacts.layouts`)."""
-        return self.facts.layouts(media, budgets) if media else ()
+        return self.facts.layouts(media, image_limits) if media else ()
 
     def patches(self, image: DecodedImage | DecodedVideo, layout: ImageLayout) -> ImagePatches:
         """Patches `[layout.patches, patch_dim]`. ValueError when the layout is another size's."""
@@ -53,6 +49,8 @@ class ImageProcessor:
 
 class Processor(ImageProcessor):
     """One checkpoint's facts, tokenizer and prompt rules. Holds no weights."""
+
+    config: VlmConfig
 
     def __init__(self, config: VlmConfig, tokenizer: PreTrainedTokenizerFast, rules: PromptRules) -> None:
         super().__init__(config.images)
