@@ -11,9 +11,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from siglane.config.images import ImageFacts
 from siglane.config.projector import LinearLayer
 from siglane.config.vision import VisionConfig
-from siglane.config.vlm import ImageFacts
 from siglane.families.registry import image_facts
 from siglane.types import Grid, ImageLayout, Size
 from siglane.weights.hub import Checkpoint

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from machine import description, gemm_rate, onednn_rate
 
+from siglane.config.images import ImageFacts
 from siglane.config.language import LanguageConfig
 from siglane.config.preprocess import PreprocessConfig
 from siglane.config.projector import LinearLayer, NormLayer, ProjectorConfig, VocabularyConfig
@@ -61,12 +62,16 @@ def model_config(layers: int) -> VlmConfig:
     )  # fmt: skip
     rule = NativeResolution(factor=32, min_pixels=32 * 32, max_pixels=None, resample="bilinear")
     half = (0.5, 0.5, 0.5)
-    return VlmConfig(
+    images = ImageFacts(
         vision=vision,
         projector=projector,
         preprocess=PreprocessConfig(rule=rule, mean=half, std=half, rescale=1 / 255),
-        family="benchmark", language=language, image_token="<image>", image_token_id=IMAGE_ID, eos_token_ids=(511,),
-        image_newline=False, video=None, thinking=None,
+        newline=False,
+        video=None,
+    )
+    return VlmConfig(
+        family="benchmark", images=images, language=language, image_token="<image>", image_token_id=IMAGE_ID,
+        eos_token_ids=(511,), thinking=None,
     )  # fmt: skip
 
 
@@ -85,7 +90,7 @@ def pictures(config: VlmConfig, clients: int, round_: int) -> list[ImagePatches]
     found = []
     for client in range(clients):
         h, w = GRIDS[client % len(GRIDS)]
-        (layout,) = config.layouts([Size(w * 16, h * 16)])
+        (layout,) = config.images.layouts([Size(w * 16, h * 16)])
         pixels = torch.randint(0, 256, (layout.patches, 768), dtype=torch.uint8, generator=generator)
         found.append(ImagePatches(pixels, layout, digest_of(b"bench", f"{round_} {client}".encode())))
     return found

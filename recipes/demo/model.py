@@ -54,9 +54,11 @@ LANGUAGE = LanguageConfig(
     rope_theta=10000.0,
     qkv_bias=True,
     output_bias=False,
+    mlp_bias=False,
     qk_norm=False,
     norm_dtype="float32",
     tie_embeddings=True,
+    rope_scaling=None,
 )
 
 

@@ -432,8 +432,8 @@ def test_facts_of_the_whole_model(pair: Pair) -> None:
     assert config.image_token_id == tokenizer.get_vocab()["<image>"] == pair.reference.model.config.image_token_id
     assert pair.processor.eos_token_ids == (tokenizer.eos_token_id,)
     assert pair.processor.context_length == 4096
-    assert config.video is not None
-    assert config.video.token == "<video>"
+    assert config.images.video is not None
+    assert config.images.video.token == "<video>"
 
 
 @pytest.mark.parametrize(("root", "text", "tied"), [(True, False, True), (False, True, True), (False, False, False)])

@@ -442,8 +442,9 @@ class TestFacts:
         assert config.family == vlm_family(open_checkpoint(reference.folder)).name == "ovis2_5"
         assert config.eos_token_ids == (reference.token("<|im_end|>"), reference.token("<|endoftext|>"))
         assert config.image_token_id >= max(config.language.vocab_size, len(reference.tokenizer))
-        assert config.video is not None
-        assert (config.video.token, config.video.frames, config.video.with_images) == ("<video>", 8, False)
+        video = config.images.video
+        assert video is not None
+        assert (video.token, video.frames, video.with_images) == ("<video>", 8, False)
         assert config.thinking is not None
         assert (config.thinking.start, config.thinking.end) == tuple(map(reference.token, ("<think>", "</think>")))
         assert reference.tokenizer.decode(list(config.thinking.forced)) == (
@@ -451,7 +452,7 @@ class TestFacts:
             "based on the thinking directly now.\n</think>\n\n"
         )
         assert config.thinking.forced.count(config.thinking.end) == 1
-        assert (config.vision.rope_theta, config.vision.position_resize) == (10000.0, "bicubic")
+        assert (config.images.vision.rope_theta, config.images.vision.position_resize) == (10000.0, "bicubic")
 
     def test_a_tokenizer_without_reasoning_tokens_does_not_reason(self, tmp_path: Path) -> None:
         write_ovis2_5_checkpoint(tmp_path, thinking=False)
@@ -464,7 +465,7 @@ class TestFacts:
 
     def test_bounds_that_no_file_states(self, tmp_path: Path) -> None:
         write_ovis2_5_checkpoint(tmp_path, bounds_stated=False)
-        rule = load_processor(open_checkpoint(tmp_path)).config.preprocess.rule
+        rule = load_processor(open_checkpoint(tmp_path)).facts.preprocess.rule
         assert rule == NativeResolution(factor=8, min_pixels=448**2, max_pixels=1792**2, resample="bilinear")
 
     def test_layouts_need_no_tokenizer(self, pair: Pair) -> None:

@@ -24,7 +24,7 @@ from siglip2_checkpoint import write_siglip2_checkpoint
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
-from siglane.families.registry import TOWER_FAMILIES, VLM_FAMILIES
+from siglane.families.registry import CHAT_FAMILIES, TOWER_FAMILIES
 from siglane.verify import verify
 from siglane.verify.references import llava_onevision, siglip2
 from siglane.verify.references.pixels import Processing
@@ -94,7 +94,7 @@ def test_a_family_agrees_with_its_reference(tmp_path: Path, write: Write) -> Non
 
 
 def test_every_family_has_a_reference() -> None:
-    assert {family.name for family in FAMILIES} == {family.name for family in (*VLM_FAMILIES, *TOWER_FAMILIES)}
+    assert {family.name for family in FAMILIES} == {family.name for family in (*CHAT_FAMILIES, *TOWER_FAMILIES)}
 
 
 def test_the_families_are_told_apart(tmp_path: Path) -> None:

@@ -62,12 +62,12 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     from siglane.types import DecodedVideo
 
     processor = load_image_processor(checkpoint_of(arguments))
-    pipeline = MediaPipeline(processor.config, decode=decode)
+    pipeline = MediaPipeline(processor.facts, decode=decode)
     item = MediaItem(arguments.image, "IMAGE", image_limits, video=options.video, frames=options.num_frames)
     pipeline.admit([item])
     pipeline.read(item)
     pipeline.lay_out([item])
-    medium, layout, vision = pipeline.decode(item), item.layout, processor.config.vision
+    medium, layout, vision = pipeline.decode(item), item.layout, processor.facts.vision
     pixels = processor.patches(medium, layout).pixels.numpy()
     tiles = unpatchify(pixels, layout.grids, vision.patch_size, vision.patch_layout == "channel_first")
     view = View(

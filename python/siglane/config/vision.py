@@ -72,11 +72,18 @@ class VisionConfig:
 
     @classmethod
     def from_hf(
-        cls, raw: RawConfig, *, feature_layer: int, post_norm: bool, name: str = "vision_config"
+        cls,
+        raw: RawConfig,
+        *,
+        feature_layer: int,
+        post_norm: bool,
+        head: bool = True,
+        name: str = "vision_config",
     ) -> VisionConfig:
         """A `SiglipVisionConfig` as transformers writes it; absent keys take that class's defaults.
 
-        feature_layer: index into transformers' `hidden_states` (-1: all blocks, -2: without the last).
+        feature_layer: index into transformers' `hidden_states` (-1: all blocks, -2: without the last); head: keep the
+        pooling head where there is one.
         """
         reader = ConfigReader(raw, name)
         layers = reader.size("num_hidden_layers", 12)
@@ -99,7 +106,7 @@ class VisionConfig:
             rope_theta=None,
             depth=resolve_layer(feature_layer, layers, name),
             post_norm=post_norm,
-            use_head=reader.value("vision_use_head", bool, True),
+            use_head=head and reader.value("vision_use_head", bool, True),
         )
 
     @classmethod

@@ -45,7 +45,7 @@ def load_with_tagger(
         device=device,
         dtype=vision_dtype,
         attention_backend=config.attention_backend,
-        tower=loaded.vision.encoder.tower,
+        tower=None if loaded.vision is None else loaded.vision.encoder.tower,
     )
     engine = _started(loaded, processor, config)  # optimises it, after which its layers can no longer be loaded into
     optimise(towers.model)

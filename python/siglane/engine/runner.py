@@ -23,7 +23,7 @@ class Runner:
     def encode(self, images: Sequence[ImagePatches]) -> tuple[torch.Tensor, ...]:
         """All images in one packed forward, or each in its own -> each image's rows `[layout.rows, hidden_size]`."""
         groups = [images] if self.packing else [[image] for image in images]
-        return tuple(rows.to(self.dtype) for group in groups for rows in self.model.vision(group).split())
+        return tuple(rows.to(self.dtype) for group in groups for rows in self.model.see(group).split())
 
     def forward(self, batch: StepBatch) -> torch.Tensor:
         """Computes the batch, writes its keys and values, and returns logits `[B, vocab_size]`, one row for every

@@ -9,9 +9,9 @@ from typing import Self
 import torch
 from torch import nn
 
+from siglane.config.images import ImageFacts
 from siglane.config.preprocess import PreprocessConfig
 from siglane.config.vision import VisionConfig
-from siglane.config.vlm import VlmConfig
 from siglane.image.patchify import normalisation
 from siglane.nn.parallel import TensorParallel
 from siglane.projector.assemble import assemble, projector_input
@@ -110,12 +110,12 @@ class VisionStack(nn.Module):
     """Encoder and projector of a vision-language model; it knows no host and no language model."""
 
     def __init__(
-        self, config: VlmConfig, tp: TensorParallel | None = None, attention_backend: BackendChoice = "auto"
+        self, facts: ImageFacts, tp: TensorParallel | None = None, attention_backend: BackendChoice = "auto"
     ) -> None:
         super().__init__()
-        self.encoder = VisionEncoderModel(config.vision, config.preprocess, tp, attention_backend)
-        self.projector = build_projector(config.projector, tp)
-        self.newline = nn.Parameter(torch.empty(config.projector.output_size)) if config.image_newline else None
+        self.encoder = VisionEncoderModel(facts.vision, facts.preprocess, tp, attention_backend)
+        self.projector = build_projector(facts.projector, tp)
+        self.newline = nn.Parameter(torch.empty(facts.projector.output_size)) if facts.newline else None
 
     def encode(
         self, images: Sequence[ImagePatches], taps: Taps | None = None, *, project: bool = True

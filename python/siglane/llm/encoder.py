@@ -66,7 +66,7 @@ class VisionEncoder:
         optimise(self._model)
         # without packing the second image is always one too many
         self._max_batch_patches = (max_batch_patches or STEP_PATCHES[on.type]) if enable_packing else 0
-        self._media = MediaPipeline(processor.config, budget, media, decode)
+        self._media = MediaPipeline(processor.facts, budget, media, decode)
 
     def encode(self, images: Iterable[EncoderSource]) -> list[torch.Tensor]:
         """Features of each image, `[patches, hidden_size]`, tile after tile, in raster order inside a tile.

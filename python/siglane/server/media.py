@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-from siglane.config.vlm import ImageFacts
+from siglane.config.images import ImageFacts
 from siglane.families.pipeline import MediaPipeline
 from siglane.media.item import MediaItem
 from siglane.media.policy import MediaPolicy
@@ -34,7 +34,7 @@ class MediaLoader:
     image_limits: the server's. UserError when the model does not know one of them.
     """
 
-    def __init__(self, config: ServerConfig, facts: ImageFacts, image_limits: ImageBudget) -> None:
+    def __init__(self, config: ServerConfig, facts: ImageFacts | None, image_limits: ImageBudget) -> None:
         self._pipeline = MediaPipeline.for_clients(config, facts, image_limits)
         cores = config.decode_threads or min(8, os.cpu_count() or 1)
         self._fetchers = ThreadPoolExecutor(config.fetch_threads, thread_name_prefix="fetch")

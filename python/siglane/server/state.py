@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from siglane.config.vlm import ImageFacts
+from siglane.config.images import ImageFacts
 from siglane.engine.process import EngineProcess
 from siglane.engine.reasoning import AnswerStream
 from siglane.errors import EngineError, UserError
@@ -47,7 +47,7 @@ class ModelState:
         config: ServerConfig,
         model: str,
         facts: object,
-        images: ImageFacts,
+        images: ImageFacts | None,
         engine: Backend,
         budget: ImageBudget,
         beside: ModelState | None = None,
@@ -120,7 +120,7 @@ class ServerState(ModelState):
         engine: EngineProcess,
         budget: ImageBudget = CHECKPOINT_LIMITS,
     ) -> None:
-        super().__init__(config, model, processor.config, processor.config, engine, budget)
+        super().__init__(config, model, processor.config, processor.config.images, engine, budget)
         self.processor = processor
         self.context_length = processor.context_length
         self.metrics.watch_engine(engine.stats)

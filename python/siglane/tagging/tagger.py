@@ -126,7 +126,7 @@ class Tagger:
         self._model = quantize(loaded.model, quantization, on)
         optimise(self._model)
         self._tokens = loaded.texts
-        self._media = MediaPipeline(loaded.images.config, ImageBudget(max_num_patches=max_num_patches), media, decode)
+        self._media = MediaPipeline(loaded.images.facts, ImageBudget(max_num_patches=max_num_patches), media, decode)
         self._batch_size = batch_size or BATCH_SIZES[on.type]
         self._texts = TEXTS[on.type]
         folder = default_folder() if cache is None else Path(cache).expanduser()

@@ -8,8 +8,9 @@ from torch import nn
 from siglane.config.two_tower import TextTowerConfig
 from siglane.nn.attention import Segments, choose_backend
 from siglane.nn.embedding import VocabParallelEmbedding
-from siglane.nn.encoder import EncoderBlock
+from siglane.nn.encoder import BLOCK_PLAN, EncoderBlock
 from siglane.nn.parallel import TensorParallel
+from siglane.nn.plan import Ignore, Rule, WeightPlan
 from siglane.types import AttentionBackend, BackendChoice
 
 
@@ -48,3 +49,14 @@ class SiglipTextModel(nn.Module):
         if key not in self._backends:
             self._backends[key] = choose_backend(self.attention_backend, *key)
         return self._backends[key]
+
+
+# transformers' `SiglipTextModel` and `Siglip2TextModel`
+TEXT_TOWER_PLAN = WeightPlan((
+    Ignore("{rest}.position_ids", "a constant buffer of older versions"),
+    Rule("embeddings.token_embedding.weight", "token_embedding.weight"),
+    Rule("embeddings.position_embedding.weight", "position_embedding.weight"),
+    *BLOCK_PLAN.under("encoder.layers.{i}.", "blocks.{i}.").entries,
+    Rule("final_layer_norm.{leaf}", "final_norm.{leaf}"),
+    Rule("head.{leaf}", "head.{leaf}"),
+))  # fmt: skip

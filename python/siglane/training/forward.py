@@ -92,7 +92,7 @@ def spliced(model: VisionLanguageModel, examples: Sequence[Example]) -> torch.Te
     images = [image for example in examples for image in example.images]
     if not images:
         return embeds
-    encoded = iter(model.vision(images).split())
+    encoded = iter(model.see(images).split())
     spans: list[ImageRows] = []
     rows: list[torch.Tensor] = []
     start = 0

@@ -33,7 +33,7 @@ from siglane.types.layout import (
     Token,
     VideoSize,
 )
-from siglane.types.model import Activation, AttentionBackend, BackendChoice
+from siglane.types.model import Activation, AttentionBackend, BackendChoice, RopeScaling
 from siglane.types.prompt import ImagePart, ImageSpan, Message, Prompt, Role
 
 __all__ = [
@@ -69,6 +69,7 @@ __all__ = [
     "Resample",
     "Resize",
     "Role",
+    "RopeScaling",
     "SamplingParams",
     "Size",
     "Step",

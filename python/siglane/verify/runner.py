@@ -25,7 +25,7 @@ class SiglaneRunner:
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
-        self.encoder: VisionEncoderModel
+        self.encoder: VisionEncoderModel | None
         self.processor: ImageProcessor
         self.model: VisionLanguageModel | None = None
         self.prompts: Processor | None = None
@@ -33,11 +33,12 @@ class SiglaneRunner:
             encoder, self.processor = load_vision(checkpoint, device=device, dtype=dtype, head=True)
             assert isinstance(encoder, VisionEncoderModel)
             self.encoder = encoder
+            optimise(encoder)
         else:
             self.prompts = self.processor = load_processor(checkpoint)
             self.model = load_model(checkpoint, self.prompts.config, device=device, dtype=dtype)
-            self.encoder = self.model.vision.encoder
-        optimise(self.model or self.encoder)
+            self.encoder = None if self.model.vision is None else self.model.vision.encoder
+            optimise(self.model)
 
     def patches(self, images: Sequence[DecodedImage]) -> list[ImagePatches]:
         """Of one request that holds all of them."""
@@ -62,11 +63,13 @@ class SiglaneRunner:
 
     def _seen(self, images: Sequence[ImagePatches]) -> tuple[Trace, tuple[torch.Tensor, ...] | None]:
         """The stages, and what stands in the prompt for each image."""
+        if self.encoder is None:  # a model without eyes
+            return {}, ()
         taps: Trace = {}
         packed = self.encoder.pack(images)
         rows = None
         if self.model is not None:
-            rows = self.model.vision(images, taps).split()
+            rows = self.model.see(images, taps).split()
         else:
             features = torch.cat(self.encoder.features(images, taps))
             if self.encoder.tower.head is not None:

@@ -9,12 +9,13 @@ from torch import nn
 
 from siglane.config.vision import VisionConfig
 from siglane.nn.attention import Segments, choose_backend
-from siglane.nn.encoder import EncoderBlock
+from siglane.nn.encoder import BLOCK_PLAN, EncoderBlock
 from siglane.nn.parallel import TensorParallel
+from siglane.nn.plan import Entry, Ignore, Rule, WeightPlan
 from siglane.nn.rope import Rotary, rotary_tables_2d
 from siglane.types import AttentionBackend, BackendChoice, Grid, PackedPatches
 from siglane.vision.embed import PatchEmbedding
-from siglane.vision.pool import MapHead
+from siglane.vision.pool import HEAD_PLAN, MapHead
 from siglane.vision.position import PositionEmbedding
 
 Taps = dict[str, torch.Tensor]
@@ -81,3 +82,23 @@ class SiglipVisionModel(nn.Module):
 def _tap(taps: Taps | None, name: str, value: torch.Tensor) -> None:
     if taps is not None:
         taps[name] = value
+
+
+def tower_plan(config: VisionConfig) -> WeightPlan:
+    """transformers' `SiglipVisionModel`, saved with the infix `vision_model.` (hub) or without (transformers 5)."""
+    unused_blocks = range(config.depth, config.num_hidden_layers)
+    last_norm: Entry = Rule("post_layernorm.{leaf}", "post_norm.{leaf}")
+    if not config.post_norm:
+        last_norm = Ignore("post_layernorm.{leaf}", "the features are taken before the last norm")
+    head = HEAD_PLAN.under("head.", "head.")
+    if not config.use_head:
+        head = WeightPlan((Ignore("head.{rest}", "the pooling head is not used"),))
+    return WeightPlan((
+        Ignore("{rest}.position_ids", "a constant buffer of older versions"),
+        *(Ignore(f"encoder.layers.{i}.{{rest}}", "the features are taken before this block") for i in unused_blocks),
+        Rule("embeddings.patch_embedding.{leaf}", "patch_embedding.{leaf}"),
+        Rule("embeddings.position_embedding.weight", "position_embedding.weight"),
+        *BLOCK_PLAN.under("encoder.layers.{i}.", "blocks.{i}.").entries,
+        last_norm,
+        *head.entries,
+    )).under("[vision_model.]", "")  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 from sglang.srt.utils.common import ImageData, VideoData
 
-from siglane.config.vlm import ImageFacts
+from siglane.config.images import ImageFacts
 from siglane.errors import UserError, blaming
 from siglane.families.pipeline import MediaPipeline
 from siglane.media.item import MediaItem, image_item, video_item
