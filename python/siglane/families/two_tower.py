@@ -29,6 +29,18 @@ from siglane.weights.plan import Rule, WeightPlan, text_tower_plan, tower_plan
 
 BOTH_TOWERS = ("siglip", "siglip2")
 TOKENIZER_CONFIG = "tokenizer_config.json"
+TEXTS_PER_FORWARD = {"cpu": 32, "cuda": 512}
+
+
+class Calibration(NamedTuple):
+    """What turns cosines into logits; both f32 `[1]`."""
+
+    scale: torch.Tensor
+    bias: torch.Tensor
+
+    def logits(self, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        """Unit embeddings `[I, D]`, `[T, D]` -> `[I, T]`; a sigmoid of one is how likely its pair belongs together."""
+        return images @ texts.T * self.scale + self.bias
 
 
 class TwoTowerModel(nn.Module):
@@ -52,22 +64,22 @@ class TwoTowerModel(nn.Module):
         """ids `[texts, length]` -> `[texts, D]`, float32, unit length."""
         return F.normalize(self.text(ids.to(self.logit_scale.device)).float(), dim=-1)
 
-    def logits(self, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-        """Unit embeddings `[I, D]`, `[T, D]` -> `[I, T]`; a sigmoid of one is how likely its pair belongs together."""
-        return images @ texts.T * self.logit_scale.exp() + self.logit_bias
+    @property
+    def calibration(self) -> Calibration:
+        return Calibration(self.logit_scale.exp(), self.logit_bias)
 
 
 class LoadedTwoTower(NamedTuple):
-    """A model in eval mode without gradients, and what turns pictures and texts into its input.
+    """A model in eval mode without gradients, and what turns images and texts into its input.
 
-    apart: why the image tower has layers of its own in place of those it was offered, None when it shares them or was
-    offered none.
+    not_shared_because: why the image tower has layers of its own in place of those it was offered, None when it shares
+    them or was offered none.
     """
 
     model: TwoTowerModel
     images: EncoderProcessor
     texts: TextTokens
-    apart: str | None = None
+    not_shared_because: str | None = None
 
 
 def has_both_towers(checkpoint: Checkpoint) -> bool:
@@ -151,7 +163,7 @@ def load_two_tower(
     plan = two_tower_plan(config)
     device, dtype = torch.device(device), dtype or stored_dtype(checkpoint)
 
-    def load(tower: SiglipVisionModel | None, apart: str | None = None) -> LoadedTwoTower:
+    def load(tower: SiglipVisionModel | None, not_shared_because: str | None = None) -> LoadedTwoTower:
         with torch.device("meta"):
             model = TwoTowerModel(config, tp, attention_backend)
         rehearse(model, plan, tensors)
@@ -161,7 +173,8 @@ def load_two_tower(
         allocate(model, device, dtype)
         model.logit_scale, model.logit_bias = (nn.Parameter(torch.empty(1, device=device)) for _ in range(2))
         fill(model, plan, tensors, held)
-        return LoadedTwoTower(model.eval().requires_grad_(False), EncoderProcessor(config.images), texts, apart)
+        model.eval().requires_grad_(False)
+        return LoadedTwoTower(model, EncoderProcessor(config.images), texts, not_shared_because)
 
     if tower is not None and not _same_layers(tower.config, config.images.vision):
         return load(None, "the towers' configurations differ")
