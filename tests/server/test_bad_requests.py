@@ -139,7 +139,7 @@ def test_the_first_bad_image_is_named(server: RunningServer) -> None:
 
 
 def test_images_of_one_request_share_its_pixels(processor: Processor, engine: EngineProcess) -> None:
-    """Row 4: each image alone would be accepted."""
+    """Each image alone would be accepted."""
     with running(processor, engine, max_image_pixels=10_000) as server:
         part = image_part(picture(90, 60))
         assert server.post(chat(part)).status_code == 200
@@ -149,7 +149,7 @@ def test_images_of_one_request_share_its_pixels(processor: Processor, engine: En
 def test_local_files_outside_the_folder_stay_closed(
     processor: Processor, engine: EngineProcess, tmp_path: Path
 ) -> None:
-    """Row 24: one answer to all of them, so that nobody learns which files exist."""
+    """One answer to all of them, so that nobody learns which files exist."""
     root = tmp_path / "root"
     root.mkdir()
     (tmp_path / "secret.png").write_bytes(picture())
@@ -177,7 +177,7 @@ def test_local_files_outside_the_folder_stay_closed(
 
 
 def test_too_many_images_are_counted_before_any_is_looked_at(server: RunningServer, alone: Told) -> None:
-    """Row 39."""
+    """None of them is fetched."""
     body = chat(*[image_url("https://127.0.0.1:9/never-fetched.png")] * 17)
     assert_unharmed(server, alone, lambda: assert_error(server.post(body), 400, "too_many_images", "messages"))
 
@@ -354,7 +354,7 @@ def test_a_body_that_is_no_request(server: RunningServer, alone: Told, name: str
 
 
 def test_only_plain_json_is_read(server: RunningServer) -> None:
-    """Rows 16 and 38."""
+    """Other content types are refused, and compressed bodies without being unpacked: a bomb stays small."""
     body = json.dumps(chat("x")).encode()
     assert post_raw(server, body, content_type="application/json; charset=utf-8").status_code == 200
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
@@ -378,7 +378,7 @@ def test_unknown_paths_and_methods(server: RunningServer) -> None:
 def test_a_prompt_that_is_too_long_is_refused_before_pixels_are_decoded(
     server: RunningServer, processor: Processor, alone: Told
 ) -> None:
-    """Row 32: the count is exact, and made from headers."""
+    """The count is exact, and made from headers."""
     image = image_part(header_only_png(1000, 900))  # would fail if it were decoded
     short = chat(image, "x")
     assert_error(server.post(short), 400, "image_decode_failed")
@@ -405,7 +405,7 @@ def test_exactly_full_is_accepted_and_one_more_is_not(server: RunningServer, pro
 def test_an_exception_inside_one_step_ends_one_request(
     server: RunningServer, processor: Processor, alone: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Row 47: patches of a width that the tower cannot multiply get through, and the step raises."""
+    """Patches of a width that the tower cannot multiply get through, and the step raises."""
     cut = type(processor).patches
 
     def spoil(self: Processor, image: DecodedImage, layout: ImageLayout) -> ImagePatches:

@@ -321,7 +321,7 @@ def test_what_waits_shares_a_forward(folder: Path, monkeypatch: pytest.MonkeyPat
     decoded = [DecodedImage.from_rgb(np.full((30, 50 + n, 3), 9 * n, np.uint8)) for n in range(4)]
     images = [loaded.images.patches(one, *loaded.images.layouts([one.size])) for one in decoded]
     patches = max(image.layout.patches for image in images)
-    worker = EmbedWorker(loaded.model, EngineConfig(device="cpu", max_seq_len=3 * patches))
+    worker = EmbedWorker(loaded.model, EngineConfig(device="cpu", max_batch_patches=3 * patches))
     for number, item in enumerate([images[0], *loaded.texts.ids(TEXTS).numpy(), *images[1:], images[0]]):
         worker.add(number, item)
     worker.forget(5)

@@ -85,7 +85,7 @@ def test_a_client_that_leaves_frees_its_place(
     phase: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Row 29."""
+    """Before its prefill, in the middle of a stream or waiting for a whole answer: it is cancelled and counted so."""
     if phase == "preparing":  # long enough to leave meanwhile
         cut = type(processor).patches
 
@@ -187,7 +187,7 @@ def test_a_silent_stream_says_that_it_lives(
 
 
 def test_draining_lets_requests_finish_and_refuses_new_ones(processor: Processor, engine: EngineProcess) -> None:
-    """Row 49, without the signal."""
+    """What SIGTERM begins, without the signal."""
     with running(processor, engine, drain_timeout=20.0) as server:
         body = {**GOOD, "max_tokens": 800, "cache_salt": "drain"}
         stream(server, body)  # from here on the prompt is cached
@@ -216,7 +216,7 @@ def test_draining_lets_requests_finish_and_refuses_new_ones(processor: Processor
 
 
 def test_what_does_not_finish_in_time_ends_with_an_error(processor: Processor, engine: EngineProcess) -> None:
-    """Row 49: an error event and no finish_reason; a client that waits for the whole answer gets a 503."""
+    """An error event and no finish_reason; a client that waits for the whole answer gets a 503."""
     with running(processor, engine, drain_timeout=0.3) as server:
         whole: list[httpx2.Response] = []
         waiting = threading.Thread(target=lambda: whole.append(server.post({**LONG, "n": 4})))
@@ -243,7 +243,7 @@ def test_what_does_not_finish_in_time_ends_with_an_error(processor: Processor, e
 
 @pytest.mark.slow  # the engine is started twice
 def test_an_engine_that_dies_takes_its_requests_and_comes_back(processor: Processor, spec: EngineSpec) -> None:
-    """Row 48."""
+    """A killed engine never looks like a clean end: its requests get an error, and it is started again."""
     engine = EngineProcess(spec)
     engine.start(wait=False)
     try:
@@ -296,7 +296,7 @@ def test_a_failed_stream_raises_in_openai_s_client(processor: Processor, engine:
 
 
 def test_what_cannot_work_is_said_before_anything_is_loaded(checkpoint: Path, tmp_path: Path) -> None:
-    """Row 69."""
+    """A port in use, an address of another machine, a model or media folder that is not there."""
     config = ServerConfig(port=0)
     preflight(config, str(checkpoint)).close()
     preflight(config, "owner/name").close()
@@ -379,7 +379,7 @@ def process_of(model: Path, log: Path, port: int = 0) -> Iterator[Process]:
 
 @pytest.mark.slow  # two servers are started
 def test_signals_end_a_server_cleanly(checkpoint: Path, tmp_path: Path) -> None:
-    """Row 49: the first lets requests finish, the second ends them; both exit with 0."""
+    """The first lets requests finish, the second ends them; both exit with 0."""
     with process_of(checkpoint, tmp_path / "1") as patient, process_of(checkpoint, tmp_path / "2") as hurried:
         for server in (patient, hurried):
             eventually(server.is_ready, 90)
@@ -398,7 +398,7 @@ def test_signals_end_a_server_cleanly(checkpoint: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow  # a server is started
 def test_a_model_that_cannot_be_loaded_ends_the_server(checkpoint: Path, tmp_path: Path) -> None:
-    """Row 54: the engine's process says why, and the server ends with its words and the user's exit code."""
+    """Truncated weights: the engine's process says why, and the server ends with its words and the user's exit code."""
     broken = tmp_path / "broken"
     shutil.copytree(checkpoint, broken)
     for path in broken.rglob("*.safetensors"):
@@ -410,7 +410,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(checkpoint: Path, tmp_pat
 
 
 def test_a_port_in_use_costs_no_time(checkpoint: Path, tmp_path: Path) -> None:
-    """Row 69: one line, long before torch is loaded."""
+    """One line, long before torch is loaded."""
     with socket.create_server((HOST, 0)) as taken:
         began = time.monotonic()
         with process_of(checkpoint, tmp_path / "log", taken.getsockname()[1]) as server:
@@ -422,7 +422,7 @@ def test_a_port_in_use_costs_no_time(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_the_checks_before_loading_load_nothing_heavy() -> None:
-    """Row 69."""
+    """So that a mistake in the command line is told at once."""
     heavy = "{'torch', 'transformers', 'fastapi'}"
     program = f"import sys, siglane.server.launch, siglane.settings.server; print({heavy} & {{*sys.modules}})"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -57,7 +57,7 @@ def read_all(connection: socket.socket) -> bytes:
 
 
 def test_a_body_over_the_limit_is_cut_while_it_is_read(processor: Processor, engine: EngineProcess) -> None:
-    """Row 15: by its length when it tells one, else at the byte that is too many."""
+    """By its length when it tells one, else at the byte that is too many."""
     with running(processor, engine, max_body_bytes=100_000) as server:
         fits = chat(image_part(b"\0" * 60_000))
         assert_error(server.post(fits), 400, "image_decode_failed")
@@ -81,7 +81,7 @@ def test_a_body_over_the_limit_is_cut_while_it_is_read(processor: Processor, eng
 
 
 def test_a_data_url_over_the_limit(processor: Processor, engine: EngineProcess) -> None:
-    """Row 15."""
+    """The limit of one picture holds for those that come inside the body too."""
     with running(processor, engine, max_image_bytes=1000) as server:
         response = server.post(chat(image_part(b"\0" * 2000)))
         assert_error(response, 413, "request_too_large", "messages[0].content[0]")
@@ -100,7 +100,7 @@ def test_all_requests_together_hold_a_bounded_number_of_bytes(processor: Process
 
 
 def test_slow_headers_and_bodies_are_dropped(processor: Processor, engine: EngineProcess) -> None:
-    """Row 28."""
+    """Clients that open a connection and send nothing, or a byte at a time."""
     with running(processor, engine, idle_timeout=1, body_timeout=0.5) as server:
         silent, dribbling, keeping = server.connect(), server.connect(), server.connect()
         body = json.dumps(chat("x", max_tokens=1)).encode()
@@ -162,7 +162,7 @@ def test_slow_clients_do_not_harm_a_neighbour(server: RunningServer, alone: Told
 def test_a_flood_is_admitted_up_to_the_limit_and_nobody_goes_unanswered(
     processor: Processor, engine: EngineProcess
 ) -> None:
-    """Row 31."""
+    """Every request is answered and counted once: a 200, or a 503 that says when to come back."""
 
     async def flood(server: RunningServer) -> list[httpx2.Response]:
         limits = httpx2.Limits(max_connections=None)
@@ -188,7 +188,7 @@ def test_a_flood_is_admitted_up_to_the_limit_and_nobody_goes_unanswered(
 
 
 def test_a_full_server_says_when_to_try_again_and_stays_healthy(processor: Processor, engine: EngineProcess) -> None:
-    """Row 31. Clients that have not sent their bodies take no place."""
+    """Clients that have not sent their bodies take no place."""
     body = json.dumps(LONG).encode()
     with running(processor, engine, max_queue=3) as server, contextlib.ExitStack() as stack:
         waiting = [stack.enter_context(server.connect()) for _ in range(5)]
@@ -214,7 +214,7 @@ def test_a_full_server_says_when_to_try_again_and_stays_healthy(processor: Proce
 
 
 def test_a_client_that_does_not_read_is_dropped_and_others_go_on(processor: Processor, engine: EngineProcess) -> None:
-    """Row 30: the answer is far larger than what sockets buffer."""
+    """The answer is far larger than what sockets buffer."""
     with running(processor, engine, stall_timeout=0.5) as server:
         alone = ask_good(server)
         body = json.dumps({**LONG, "logprobs": True, "top_logprobs": 20, "max_tokens": 4000}).encode()
@@ -280,14 +280,14 @@ def http_ok(body: bytes) -> bytes:
 
 
 def test_private_addresses_are_never_connected_to(server: RunningServer) -> None:
-    """Row 17."""
+    """No connection is made."""
     with web(http_ok(picture())) as site:
         assert_error(server.post(chat(image_url(site.url))), 400, "image_url_forbidden", "messages[0].content[0]")
         assert site.hits == 0
 
 
 def test_a_url_is_fetched_once_for_a_burst(processor: Processor, engine: EngineProcess) -> None:
-    """Row 27."""
+    """Requests that want one picture at the same time share one fetch, tenants do not share theirs."""
     picture_site = web(http_ok(picture(seed=5)), seconds=0.3)
     with running(processor, engine, allow_private_addresses=True) as server, picture_site as site:
         answers: list[httpx2.Response] = []
@@ -309,7 +309,7 @@ def test_a_url_is_fetched_once_for_a_burst(processor: Processor, engine: EngineP
 
 
 def test_slow_and_failing_sites_cost_only_their_request(processor: Processor, engine: EngineProcess) -> None:
-    """Rows 25 and 26."""
+    """A site that is slow, has no such page, sends too much, no picture or no HTTP."""
     with running(processor, engine, allow_private_addresses=True, image_timeout=1.0, max_image_bytes=50_000) as server:
         alone = ask_good(server)
         cases: list[tuple[bytes, float, str]] = [

@@ -20,7 +20,7 @@ KEY = "correct horse"
 
 
 def test_everything_but_the_probes_needs_the_key(processor: Processor, engine: EngineProcess) -> None:
-    """Row 63."""
+    """No key, a wrong one, one in another header, and headers that pretend the path is a probe's."""
     with running(processor, engine, api_key=KEY) as server, server.http() as client:
         for path in ("/health", "/ready", "/metrics"):
             assert client.get(path).status_code == 200
@@ -83,7 +83,7 @@ def series(server: RunningServer) -> set[str]:
 
 
 def test_clients_cannot_add_series(processor: Processor, engine: EngineProcess) -> None:
-    """Row 60."""
+    """Random paths, methods, model names and fields: what a client invents never becomes a label."""
 
     def roam(server: RunningServer, word: str) -> None:
         with server.http() as client:
@@ -136,7 +136,7 @@ def test_metrics_count_what_was_done(processor: Processor, engine: EngineProcess
 def test_the_log_names_requests_and_holds_nothing_of_theirs(
     processor: Processor, engine: EngineProcess, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Row 67."""
+    """Line breaks in what a client sends cannot forge a line, and no text, picture or query of a URL is written."""
     secret = "http://127.0.0.1:9/a.png?token=s3cret"
     with running(processor, engine) as server, caplog.at_level(logging.DEBUG, "siglane"):
         mine = {"x-request-id": "mine"}

@@ -40,14 +40,14 @@ class _Waiting(NamedTuple):
 class EmbedWorker:
     """Both towers and the items that wait for them, each under a number of its owner's.
 
-    A forward takes images up to `max_seq_len` patches (a larger one alone), or texts; which of the two is told by who
-    has waited longest.
+    A forward takes images up to `max_batch_patches` patches (a larger one alone), or texts; which of the two is told by
+    who has waited longest.
     """
 
     def __init__(self, model: TwoTowerModel, config: EngineConfig) -> None:
         device = model.logit_scale.device.type
         self._model = model
-        self._most_patches = (config.max_seq_len or STEP_PATCHES[device]) if config.enable_packing else 0
+        self._most_patches = (config.max_batch_patches or STEP_PATCHES[device]) if config.enable_packing else 0
         self._most_texts = TEXTS_PER_FORWARD[device]
         self._images: OrderedDict[int, _Waiting] = OrderedDict()
         self._texts: OrderedDict[int, _Waiting] = OrderedDict()

@@ -20,21 +20,21 @@ from siglane.families.registry import image_facts
 from siglane.families.two_tower import TEXTS_PER_FORWARD, load_two_tower
 from siglane.media.source import MediaPolicy
 from siglane.nn.attention import choose_backend
+from siglane.nn.cpu.int8 import quantise
 from siglane.nn.cpu.packing import prepack
 from siglane.nn.device import resolve_device, resolve_dtype
+from siglane.settings.engine import Dtype
 from siglane.settings.tagging import (
     CONFIDENCE_THRESHOLD,
     MAX_TAGS,
     TEMPLATES,
     Attention,
-    Dtype,
     Quantization,
     TagSettings,
     check_limits,
 )
 from siglane.tagging.cache import LabelCache, default_folder, state_of
 from siglane.tagging.labels import check_labels, check_templates, texts_of, warn_of_losses
-from siglane.tagging.quantise import quantize
 from siglane.tagging.scoring import label_vectors, likeliest, sigmoid_scores
 from siglane.tiling.naflex import NaFlex
 from siglane.tiling.rule import ImageBudget
@@ -119,7 +119,9 @@ class Tagger:
         backend = _backend(attention, on, chosen)
         checkpoint = model if isinstance(model, Checkpoint) else open_model(model, revision)
         loaded = load_two_tower(checkpoint, device=on, dtype=chosen, attention_backend=backend)
-        self._model = quantize(loaded.model, quantization, on)
+        self._model = loaded.model
+        if quantization != "none":
+            quantise(self._model, quantization, on)
         prepack(self._model)
         self._tokens = loaded.texts
         self._media = Media(media, decode, loaded.images, ImageBudget(max_num_patches=max_num_patches), None)
