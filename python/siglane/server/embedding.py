@@ -87,11 +87,11 @@ async def classify(body: ClassificationRequest, context: RequestContext, model: 
     found = await _embed(inputs, context, model)
     vectors = torch.from_numpy(np.stack([one.vector for one in found.vectors]))
     by_template = vectors[len(images) :].unflatten(0, (len(templates), len(labels)))
-    args = (vectors[: len(images)], by_template, labels, model, body)
+    tags = await model.media.run(_tags, vectors[: len(images)], by_template, labels, model, body)
     return {
         "object": "list",
         "model": model.name,
-        "data": await model.media.run(_tags, *args),
+        "data": tags,
         "usage": found.usage,
         "siglane": _report(found, inputs, model),
     }
