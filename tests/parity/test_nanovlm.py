@@ -26,8 +26,8 @@ from siglane.errors import ConfigError, UserError, WeightError
 from siglane.families.model import VisionLanguageModel, load_model, load_vision
 from siglane.families.processor import Processor, load_processor
 from siglane.families.registry import image_facts, vlm_family
+from siglane.lm.attention import SegmentAttention
 from siglane.lm.llama import InputRMSNorm, LlamaModel
-from siglane.nn.attention import CausalSegments
 from siglane.nn.parallel import TensorParallel
 from siglane.tiling.nanovlm import WholeTiles
 from siglane.tiling.rule import ImageBudget
@@ -92,7 +92,7 @@ def spliced(model: VisionLanguageModel, prompt: Prompt, patches: Sequence[ImageP
 
 
 def logits(model: VisionLanguageModel, embeds: torch.Tensor, taps: dict[str, torch.Tensor] | None = None) -> Any:
-    hidden = model.language(embeds, torch.arange(len(embeds)), CausalSegments([len(embeds)]), taps)
+    hidden = model.language(embeds, torch.arange(len(embeds)), SegmentAttention([len(embeds)]), taps)
     return model.language.logits(hidden)
 
 
@@ -114,7 +114,7 @@ def check_whole_path(pair: Pair, images: list[Image.Image], steps: int = 32) -> 
     model.vision(patches, taps)
     side = reference.config["vit_patch_size"]
     cut = nn.functional.unfold(pixels, side, stride=side).transpose(1, 2).flatten(0, 1)
-    assert_parity("pixels", model.vision.pack(patches).pixels, cut)
+    assert_parity("pixels", model.vision.encoder.pack(patches).pixels, cut)
     theirs: Any = reference.tower(pixel_values=pixels, output_hidden_states=True)
     assert_parity("positions", taps["positions"], theirs.hidden_states[0].flatten(0, 1))
     for number, state in enumerate(theirs.hidden_states[1:]):
@@ -247,7 +247,7 @@ def test_pixels_are_only_brought_to_0_and_1(pairs: dict[Era, Pair]) -> None:
     black_and_white = np.zeros((32, 32, 3), np.uint8)
     black_and_white[16:] = 255
     patches = patches_of(pairs["current"].processor, [Image.fromarray(black_and_white)])
-    assert pairs["current"].model.vision.pack(patches).pixels.unique().tolist() == [0.0, 1.0]
+    assert pairs["current"].model.vision.encoder.pack(patches).pixels.unique().tolist() == [0.0, 1.0]
 
 
 def test_post_norm_counts(pairs: dict[Era, Pair]) -> None:
@@ -453,7 +453,7 @@ def test_the_tower_alone(pairs: dict[Era, Pair]) -> None:
     pair = pairs["current"]
     stack, processor = load_vision(open_checkpoint(pair.reference.folder), device="cpu", dtype=torch.float32)
     patches = patches_of(pair.processor, [picture(*WIDE)])
-    assert torch.equal(stack.features(patches)[0], pair.model.vision.features(patches)[0])
+    assert torch.equal(stack.encoder.features(patches)[0], pair.model.vision.encoder.features(patches)[0])
     assert processor.config.preprocess == pair.processor.config.preprocess
 
 

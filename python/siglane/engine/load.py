@@ -12,7 +12,7 @@ from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import Processor, load_processor
 from siglane.families.two_tower import LoadedTwoTower, load_two_tower
 from siglane.nn.attention import choose_backend
-from siglane.nn.cpu.packing import prepack
+from siglane.nn.cpu.optimise import optimise
 from siglane.settings.engine import EngineConfig
 from siglane.vision.tower import SiglipVisionModel
 from siglane.weights.demo import open_model
@@ -40,9 +40,9 @@ def load_with_tagger(
     checkpoint, siglip = open_model(model, revision), open_model(tagger)
     processor = load_processor(checkpoint)
     loaded = _load(checkpoint, processor, config)
-    two_tower = _load_towers(siglip, config, loaded.vision.tower)
-    engine = _started(loaded, processor, config)  # packs the weights, after which they can no longer be shared
-    prepack(two_tower.model)
+    two_tower = _load_towers(siglip, config, loaded.vision.encoder.tower)
+    engine = _started(loaded, processor, config)  # optimises it, after which its layers can no longer be loaded into
+    optimise(two_tower.model)
     return engine, two_tower
 
 
@@ -51,7 +51,7 @@ def load_tagger(model: str, config: EngineConfig, revision: str | None = None) -
     if config.threads:
         torch.set_num_threads(config.threads)
     two_tower = _load_towers(open_model(model, revision), config)
-    prepack(two_tower.model)
+    optimise(two_tower.model)
     return two_tower
 
 
@@ -84,7 +84,7 @@ def _load(checkpoint: Checkpoint, processor: Processor, config: EngineConfig) ->
 
 
 def _started(model: VisionLanguageModel, processor: Processor, config: EngineConfig) -> Engine:
-    prepack(model)
+    optimise(model)
     return Engine(model, config, processor.eos_token_ids, processor.config.thinking)
 
 

@@ -13,7 +13,9 @@ import torch
 
 from siglane.engine.embed_worker import Embedding, Item
 from siglane.errors import EngineError, UserError
+from siglane.families.pipeline import report_image
 from siglane.families.report import ImageReport
+from siglane.media.item import MediaItem
 from siglane.server.context import RequestContext
 from siglane.server.embedding_protocol import (
     Classification,
@@ -27,7 +29,6 @@ from siglane.server.embedding_protocol import (
     PromptDetails,
     TextInput,
 )
-from siglane.server.media import MediaRef
 from siglane.server.served import EmbedModel
 from siglane.server.stopwatch import Stopwatch
 from siglane.server.text_cache import Vector
@@ -35,7 +36,6 @@ from siglane.settings.tagging import TEMPLATES
 from siglane.tagging.labels import check_labels, check_templates, texts_of
 from siglane.tagging.scoring import label_vectors, likeliest, sigmoid_scores
 from siglane.text.tokens import TextTokens
-from siglane.types import ImageLayout, ImagePatches
 
 
 class _ReadText(NamedTuple):
@@ -81,7 +81,7 @@ async def classify(body: ClassificationRequest, context: RequestContext, model: 
     given = body.templates or ([body.template] if body.template is not None else TEMPLATES)
     templates = check_templates(given)
     texts = [text for template in templates for text in texts_of(template, labels)]
-    images = list(body.image_refs())
+    images = list(body.media())
     where = [f"labels[{number}]" for _ in templates for number in range(len(labels))]
     inputs: list[Input] = [*images, *map(TextInput, texts, where)]
     found = await _embed(inputs, context, model)
@@ -120,8 +120,14 @@ def _tags(
 async def _embed(inputs: Sequence[Input], context: RequestContext, model: EmbedModel) -> _Embedded:
     """Images are cut into patches and texts that are new into tokens, then the engine embeds them side by side."""
     watch = Stopwatch()
-    refs = _admitted([one for one in inputs if isinstance(one, MediaRef)], model)
-    layouts, patches = await _preprocessed(refs, context, model, watch)
+    images = [one for one in inputs if isinstance(one, MediaItem)]
+    _admit(images, model)
+    await model.media.fetch(images, "", context.lease)
+    watch.note("fetch")
+    await model.media.lay_out(images)
+    await model.media.preprocess(images, context.lease)
+    watch.add("decode", sum(image.decoding for image in images))
+    watch.add("prepare", sum(image.cutting for image in images))
     texts: dict[str, str] = {}  # where each stands first
     for one in inputs:
         if isinstance(one, TextInput):
@@ -130,38 +136,27 @@ async def _embed(inputs: Sequence[Input], context: RequestContext, model: EmbedM
     new = {text: param for text, param in texts.items() if text not in known}
     read = await model.media.run(_read, list(new), model.tokens)
 
-    items: list[Item] = [*patches, *(text.ids for text in read)]
-    done = await _computed(items, [*(ref.param for ref in refs), *new.values()], model, watch)
+    items: list[Item] = [*(image.patches for image in images), *(text.ids for text in read)]
+    done = await _computed(items, [*(image.param for image in images), *new.values()], model, watch)
 
-    images = [Vector(image.vector, layout.patches) for image, layout in zip(done, layouts, strict=False)]
     for text, ids, embedding in zip(new, read, done[len(images) :], strict=True):
         known[text] = Vector(embedding.vector, ids.kept, ids.cut)
         model.texts.put(text, known[text])
-    in_order = iter(images)
-    vectors = [known[one.text] if isinstance(one, TextInput) else next(in_order) for one in inputs]
+    in_order = iter(done)  # images come first
+    vectors = [
+        known[one.text] if isinstance(one, TextInput) else Vector(next(in_order).vector, one.layout.patches)
+        for one in inputs
+    ]
     model.metrics.observe_stages(watch.seconds)
     model.metrics.images.inc(len(images))
-    reports = [model.media.report(*pair) for pair in zip(refs, layouts, strict=True)]
-    return _Embedded(vectors, reports, _usage(inputs, vectors, model))
+    return _Embedded(vectors, list(map(report_image, images)), _usage(inputs, vectors, model))
 
 
-def _admitted(refs: Sequence[MediaRef], model: EmbedModel) -> list[MediaRef]:
+def _admit(images: Sequence[MediaItem], model: EmbedModel) -> None:
     try:
-        return model.media.admit(refs)
+        model.media.admit(images)
     except UserError as error:  # of all of them together, it blames a chat's messages
-        raise (error.at(refs[0].param.partition("[")[0]) if error.param == "messages" else error) from None
-
-
-async def _preprocessed(
-    refs: Sequence[MediaRef], context: RequestContext, model: EmbedModel, watch: Stopwatch
-) -> tuple[tuple[ImageLayout, ...], list[ImagePatches]]:
-    files = await model.media.fetch(refs, "", context.lease)
-    watch.note("fetch")
-    layouts = await model.media.lay_out(refs, files)
-    images = await model.media.cut(refs, files, layouts, context.lease)
-    watch.add("decode", sum(image.decoding for image in images))
-    watch.add("prepare", sum(image.cutting for image in images))
-    return layouts, [image.patches for image in images]
+        raise (error.at(images[0].param.partition("[")[0]) if error.param == "messages" else error) from None
 
 
 def _read(texts: Sequence[str], tokens: TextTokens) -> list[_ReadText]:
@@ -191,7 +186,7 @@ async def _computed(
 def _usage(inputs: Sequence[Input], vectors: Sequence[Vector], model: EmbedModel) -> EncoderUsage:
     """Counts an answer that was given in full."""
     pairs = list(zip(inputs, vectors, strict=True))
-    patches = sum(vector.tokens for one, vector in pairs if isinstance(one, MediaRef))
+    patches = sum(vector.tokens for one, vector in pairs if isinstance(one, MediaItem))
     tokens = sum(vector.tokens for one, vector in pairs if isinstance(one, TextInput))
     model.metrics.count_tokens(prompt=patches + tokens, cached=0, image=patches, completion=0)
     details: PromptDetails = {"image_tokens": patches, "text_tokens": tokens}

@@ -77,12 +77,12 @@ def serve(
     config: ServerConfig,
     spec: EngineSpec,
     listener: socket.socket | None = None,
-    budget: ImageBudget = CHECKPOINT_LIMITS,
+    image_limits: ImageBudget = CHECKPOINT_LIMITS,
 ) -> int:
     """Serves until a signal, and returns the exit code: 0 after SIGTERM or Ctrl-C.
 
-    listener: from `preflight`, when the caller has checked already; budget: the ceiling of the clients'. Raises
-    UserError for a port, a model or a budget that cannot be used, EngineError when the engine cannot be started.
+    listener: from `preflight`, when the caller has checked already; image_limits: the ceiling of the clients'. Raises
+    UserError for a port, a model or limits that cannot be used, EngineError when the engine cannot be started.
     """
     listener = listener or preflight(config, spec.model)
     with contextlib.closing(listener):
@@ -91,7 +91,7 @@ def serve(
 
         from siglane.server.app import create_app  # loads torch, after everything that can fail at once
 
-        with serving(config, dataclasses.replace(spec, tagger=config.tagger), budget) as served:
+        with serving(config, dataclasses.replace(spec, tagger=config.tagger), image_limits) as served:
             server = Server(uvicorn_config(create_app(served), config), served)
             server.stop_when_engine_fails()
             host, port = listener.getsockname()[:2]
@@ -103,10 +103,10 @@ def serve(
 
 
 @contextlib.contextmanager
-def serving(config: ServerConfig, spec: EngineSpec, budget: ImageBudget = CHECKPOINT_LIMITS) -> Iterator[Served]:
+def serving(config: ServerConfig, spec: EngineSpec, image_limits: ImageBudget = CHECKPOINT_LIMITS) -> Iterator[Served]:
     """The models of `spec` behind an engine that loads them while the server starts; closed at the end.
 
-    budget: of the model itself; a tagger beside it reads images as its checkpoint says.
+    image_limits: of the model itself; a tagger beside it reads images as its checkpoint says.
     """
     from siglane.engine.process import EngineProcess
     from siglane.families.processor import load_processor
@@ -128,10 +128,10 @@ def serving(config: ServerConfig, spec: EngineSpec, budget: ImageBudget = CHECKP
     try:
         chat = embed = None
         if not alone:
-            chat = ChatModel(name, spec.model, load_processor(checkpoint), engine, config, metrics, budget)
+            chat = ChatModel(name, spec.model, load_processor(checkpoint), engine, config, metrics, image_limits)
         if tagger is not None and two_tower is not None:
-            its_name, its_budget = (name, budget) if alone else (folder_of(tagger), CHECKPOINT_LIMITS)
-            embed = EmbedModel(its_name, tagger, *two_tower, engine, config, metrics, its_budget)
+            its_name, its_limits = (name, image_limits) if alone else (folder_of(tagger), CHECKPOINT_LIMITS)
+            embed = EmbedModel(its_name, tagger, *two_tower, engine, config, metrics, its_limits)
         with contextlib.closing(Served(config, engine, metrics, chat, embed)) as served:
             yield served
     finally:

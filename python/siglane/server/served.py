@@ -13,7 +13,7 @@ from siglane.engine.embed_worker import Embedding, Item
 from siglane.engine.process import EngineProcess
 from siglane.engine.reasoning import AnswerStream
 from siglane.errors import EngineError, UserError
-from siglane.families.processor import EncoderProcessor, Processor
+from siglane.families.processor import Processor
 from siglane.families.two_tower import Calibration
 from siglane.server.answer import Answer
 from siglane.server.context import InflightBytes
@@ -33,8 +33,8 @@ from siglane.types import Request
 class ChatModel:
     """A vision-language model behind an engine. Lives on one event loop.
 
-    name: of it in answers; root: its folder or hub id; budget: the ceiling of its clients'; config, metrics: the
-    server's.
+    name: of it in answers; root: its folder or hub id; image_limits: the ceiling of its clients'; config,
+    metrics: the server's.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class ChatModel:
         engine: EngineProcess,
         config: ServerConfig,
         metrics: Metrics,
-        budget: ImageBudget = CHECKPOINT_LIMITS,
+        image_limits: ImageBudget = CHECKPOINT_LIMITS,
     ) -> None:
         self.name, self.root, self.processor, self.config, self.metrics = name, root, processor, config, metrics
         self.context_length = processor.context_length
         self.fingerprint = "fp_" + hashlib.sha256(f"{root}\0{processor.config}".encode()).hexdigest()[:12]
-        self.media = MediaLoader(config, processor, budget, processor.config.video)
+        self.media = MediaLoader(config, processor.config, image_limits)
         self.token_texts = TokenTexts(processor.tokenizer)
         self.longest_token = max(map(len, processor.tokenizer.get_vocab()))
         self._engine = engine
@@ -90,8 +90,8 @@ class ChatModel:
 class EmbedModel:
     """Both towers of a SigLIP behind an engine. Lives on one event loop.
 
-    name: of it in answers; root: its folder or hub id; budget: the ceiling of its clients'; config, metrics: the
-    server's.
+    name: of it in answers; root: its folder or hub id; image_limits: the ceiling of its clients'; config,
+    metrics: the server's.
     """
 
     def __init__(
@@ -103,12 +103,12 @@ class EmbedModel:
         engine: EngineProcess,
         config: ServerConfig,
         metrics: Metrics,
-        budget: ImageBudget = CHECKPOINT_LIMITS,
+        image_limits: ImageBudget = CHECKPOINT_LIMITS,
     ) -> None:
         self.name, self.root, self.tokens, self.metrics = name, root, tokens, metrics
         self.width = facts.text.projection_size
         self.context_length = facts.text.length
-        self.media = MediaLoader(config, EncoderProcessor(facts.images), budget, None)
+        self.media = MediaLoader(config, facts.images, image_limits)
         self.texts = TextCache(config.text_cache_bytes)
         self._engine = engine
         self._ended = False

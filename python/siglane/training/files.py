@@ -20,7 +20,7 @@ from torch import nn
 
 from siglane.config.reader import ConfigReader, RawConfig, read_json
 from siglane.errors import ConfigError
-from siglane.families.processor import EncoderProcessor
+from siglane.families.processor import ImageProcessor
 from siglane.families.two_tower import (
     BOTH_TOWERS,
     TOKENIZER_CONFIG,
@@ -106,7 +106,7 @@ def caption_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, length: int) -> None:
-    """As siglane and `AutoTokenizer` read it; length: of every text, padding included."""
+    """As siglane and `PreTrainedTokenizerFast` read it; length: of every text, padding included."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / TOKENIZER))
     config = {
@@ -178,4 +178,4 @@ def fresh_dual(folder: Path, device: torch.device) -> LoadedTwoTower:
     with torch.device("meta"):
         model = TwoTowerModel(config)
     allocate(model, device, torch.float32)
-    return LoadedTwoTower(model, EncoderProcessor(config.images), texts)
+    return LoadedTwoTower(model, ImageProcessor(config.images), texts)
