@@ -97,7 +97,7 @@ def test_embeddings_logits_and_scores(written: tuple[Path, DualReference]) -> No
     assert_close(images, expected.image_embeds)
     assert_close(labels, expected.text_embeds)
     loaded = load_two_tower(open_checkpoint(folder), device="cpu", dtype=torch.float32)
-    logits = loaded.model.logits(images, labels)
+    logits = loaded.model.calibration.logits(images, labels)
     assert (logits - expected.logits_per_image).abs().max() <= 2e-4
     scores = tagger.scores(pictures(), LABELS)
     assert (scores - expected.logits_per_image.sigmoid()).abs().max() <= 1e-5

@@ -429,7 +429,7 @@ def test_an_unforeseen_exception_tells_nothing(server: RunningServer, monkeypatc
     def explode(*_: object) -> None:
         raise RuntimeError("secret at 0x7f0000000000 in /home/someone")
 
-    monkeypatch.setattr(server.state.media, "admit", explode)
+    monkeypatch.setattr(server.served.chat.media, "admit", explode)
     response = server.post(chat("x"))
     assert_error(response, 500, "internal_error")
     assert "secret" not in response.text

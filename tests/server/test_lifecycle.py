@@ -41,7 +41,7 @@ from siglane.engine.process import EngineProcess
 from siglane.errors import UserError
 from siglane.families.processor import Processor
 from siglane.image.patchify import to_patches
-from siglane.server.run import preflight
+from siglane.server.launch import preflight
 from siglane.settings.server import ServerConfig
 
 LONG = chat("x", max_tokens=4000, ignore_eos=True)
@@ -114,7 +114,7 @@ def test_a_client_that_leaves_frees_its_place(
 
     assert_unharmed(server, alone, leave)
     eventually(lambda: working(engine) == 0, 2)
-    eventually(lambda: server.state.budget.used == 0)
+    eventually(lambda: server.served.inflight_bytes.used == 0)
     stats = engine.stats()
     assert stats is not None
     assert stats.pages_free + stats.pages_cached == stats.pages_total
@@ -136,9 +136,9 @@ def test_a_client_may_leave_while_it_sends(server: RunningServer, engine: Engine
     with server.connect() as connection:
         connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n")
         connection.sendall(b"content-length: 1000\r\n\r\n{")
-        eventually(lambda: server.state.budget.used > 0)
+        eventually(lambda: server.served.inflight_bytes.used > 0)
     eventually(lambda: cancelled(server) == before + 1)
-    eventually(lambda: server.state.budget.used == 0)
+    eventually(lambda: server.served.inflight_bytes.used == 0)
 
 
 def test_several_requests_on_one_connection(server: RunningServer) -> None:
@@ -224,7 +224,7 @@ def test_what_does_not_finish_in_time_ends_with_an_error(processor: Processor, e
         eventually(lambda: server.metric("siglane_requests_in_flight") == 1)
 
         def drain_once() -> None:
-            if not server.state.draining:
+            if not server.served.draining:
                 server.server.drain()
 
         told = stream(server, {**LONG, "n": 4}, drain_once)
@@ -318,7 +318,7 @@ PROGRAM = """
 import sys
 from siglane.settings.server import ServerConfig
 from siglane.errors import SiglaneError
-from siglane.server.run import preflight, serve
+from siglane.server.launch import preflight, serve
 config = ServerConfig(port=int(sys.argv[2]), served_model_name="tiny")
 try:
     listener = preflight(config, sys.argv[1])
@@ -424,6 +424,6 @@ def test_a_port_in_use_costs_no_time(checkpoint: Path, tmp_path: Path) -> None:
 def test_the_checks_before_loading_load_nothing_heavy() -> None:
     """So that a mistake in the command line is told at once."""
     heavy = "{'torch', 'transformers', 'fastapi'}"
-    program = f"import sys, siglane.server.run, siglane.settings.server; print({heavy} & {{*sys.modules}})"
+    program = f"import sys, siglane.server.launch, siglane.settings.server; print({heavy} & {{*sys.modules}})"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"

@@ -90,13 +90,13 @@ def test_a_data_url_over_the_limit(processor: Processor, engine: EngineProcess) 
 def test_all_requests_together_hold_a_bounded_number_of_bytes(processor: Processor, engine: EngineProcess) -> None:
     with running(processor, engine, max_inflight_bytes=200_000) as server, server.connect() as hog:
         hog.sendall(head(content_length=190_000) + b" " * 150_000)
-        eventually(lambda: server.state.budget.used >= 150_000)
+        eventually(lambda: server.served.inflight_bytes.used >= 150_000)
         assert_error(server.post(chat("x" * 60_000)), 503, "server_overloaded")
         assert server.post(chat("x")).status_code == 200
         hog.close()
-        eventually(lambda: server.state.budget.used == 0)
+        eventually(lambda: server.served.inflight_bytes.used == 0)
         assert server.post(chat(image_part(picture()), "x")).status_code == 200
-        eventually(lambda: server.state.budget.used == 0)
+        eventually(lambda: server.served.inflight_bytes.used == 0)
 
 
 def test_slow_headers_and_bodies_are_dropped(processor: Processor, engine: EngineProcess) -> None:

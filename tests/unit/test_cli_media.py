@@ -120,7 +120,7 @@ def test_serve_hands_the_budget_to_the_server(model: str, monkeypatch: pytest.Mo
         given.extend(arguments)
         return 0
 
-    monkeypatch.setattr("siglane.server.run.serve", record)
+    monkeypatch.setattr("siglane.server.launch.serve", record)
     words = [
         "--max-tiles",
         "4",

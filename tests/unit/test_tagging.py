@@ -26,7 +26,7 @@ from siglane import Tag, Tagged, Tagger
 from siglane.errors import ConfigError, UserError
 from siglane.families.ahead import PREPARE_AHEAD
 from siglane.settings.tagging import TagSettings, read_settings
-from siglane.tagging.cache import default_folder
+from siglane.tagging.cache import LabelCache, default_folder
 from siglane.tagging.labels import read_labels
 
 LABELS = ["a cat", "a dog", "two shapes", "a red square", "snow boots"]
@@ -296,6 +296,31 @@ class TestCache:
         for number in range(9):
             tagger.scores([], [f"label {number}"])
         assert len(tagger._cache._recent) == 4
+
+    def test_disk_holds_those_used_last(self, tmp_path: Path) -> None:
+        def get(cache: LabelCache, number: int) -> torch.Tensor:
+            return cache.get(["{label}"], [f"label {number}"] * 100, lambda: torch.full((100, 25), float(number)))
+
+        def on_disk() -> int:
+            return len(list(tmp_path.glob("*.safetensors")))
+
+        mine = tmp_path / "weights.safetensors"  # of somebody else
+        mine.write_bytes(bytes(100_000))
+        os.utime(mine, (0, 0))
+        for number in range(4):
+            get(LabelCache(tmp_path, b"state", 45_000), number)
+        assert on_disk() == 5
+        first, *_, last = sorted(set(tmp_path.glob("*.safetensors")) - {mine}, key=lambda file: file.stat().st_mtime_ns)
+        os.utime(first, (1, 1))
+        get(LabelCache(tmp_path, b"state", 45_000), 0)
+        assert first.stat().st_mtime > 1, "what is read counts as used"
+        get(LabelCache(tmp_path, b"state", 45_000), 4)
+        assert on_disk() == 5
+        assert first.exists()
+        assert last.exists()
+        assert mine.exists()
+        get(LabelCache(tmp_path, b"other model", 1), 5)
+        assert on_disk() == 2, "the newest stays, however large"
 
     def test_its_place(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("HOME", str(tmp_path))

@@ -26,7 +26,7 @@ from siglane.server.protocol import (
     UsageReply,
     VideoUrlPart,
 )
-from siglane.server.state import ServerState
+from siglane.server.served import ChatModel
 from siglane.server.stopwatch import Stopwatch
 from siglane.types import ImagePart, Message, Prompt, Request, Role, SamplingParams, TokenLogprob, Usage
 
@@ -44,24 +44,23 @@ class Prepared:
     seconds: dict[str, float]
 
 
-async def prepare(body: ChatCompletionRequest, context: RequestContext, state: ServerState) -> Prepared:
+async def prepare(body: ChatCompletionRequest, context: RequestContext, model: ChatModel) -> Prepared:
     """Everything before the engine. Raises UserError for a request that cannot be served, cheapest checks first."""
-    state.check_model(body.model)
     messages, items = read_messages(body.messages)
-    state.media.admit(items)
-    sampling = sampling_of(body, state)
-    check_length(messages, state)
+    model.media.admit(items)
+    sampling = sampling_of(body, model)
+    check_length(messages, model)
     salt = body.cache_salt or ""
     watch = Stopwatch()
-    await state.media.fetch(items, salt, context.lease)
+    await model.media.fetch(items, salt, context.lease)
     watch.note("fetch")
-    await state.media.lay_out(items)
+    await model.media.lay_out(items)
     # of the images only the headers were read so far: what is too long is never decoded
     layouts = [item.layout for item in items]
-    prompt = await state.media.run(state.processor.prompt, messages, layouts, body.chat_template_kwargs)
-    max_tokens = resolve_max_tokens(body, prompt, state)
+    prompt = await model.media.run(model.processor.prompt, messages, layouts, body.chat_template_kwargs)
+    max_tokens = resolve_max_tokens(body, prompt, model)
     watch.note("prepare")
-    await state.media.preprocess(items, context.lease)
+    await model.media.preprocess(items, context.lease)
     watch.add("decode", sum(item.decoding for item in items))
     watch.add("prepare", sum(item.cutting for item in items))
     images = prompt.in_order([item.patches for item in items])
@@ -96,25 +95,25 @@ def read_messages(messages: Sequence[ChatMessage]) -> tuple[tuple[Message, ...],
     return tuple(read), items
 
 
-def check_length(messages: Sequence[Message], state: ServerState) -> None:
+def check_length(messages: Sequence[Message], model: ChatModel) -> None:
     """Refuses text that cannot fit before it is tokenised: no token stands for more than the longest one's letters."""
     letters = sum(len(part) for message in messages for part in message.parts if isinstance(part, str))
-    least = letters // state.longest_token
-    if least >= state.processor.context_length:
-        raise too_long(least, f"at least {least}", state)
+    least = letters // model.longest_token
+    if least >= model.processor.context_length:
+        raise too_long(least, f"at least {least}", model)
 
 
-def too_long(tokens: int, shown: str, state: ServerState) -> UserError:
-    message = f"the prompt has {shown} tokens; the model reads at most {state.processor.context_length}"
+def too_long(tokens: int, shown: str, model: ChatModel) -> UserError:
+    message = f"the prompt has {shown} tokens; the model reads at most {model.processor.context_length}"
     return UserError(message, code="context_length_exceeded", param="messages")
 
 
-def resolve_max_tokens(body: ChatCompletionRequest, prompt: Prompt, state: ServerState) -> int:
+def resolve_max_tokens(body: ChatCompletionRequest, prompt: Prompt, model: ChatModel) -> int:
     """The client's bound when there is room for it, all the room when it names none."""
-    length, longest = len(prompt.token_ids), state.processor.context_length
+    length, longest = len(prompt.token_ids), model.processor.context_length
     room = longest - length
     if room < 1:
-        raise too_long(length, f"{length} ({prompt.image_tokens} of them for images)", state)
+        raise too_long(length, f"{length} ({prompt.image_tokens} of them for images)", model)
     wanted = body.requested_tokens
     if wanted is not None and wanted > room:
         raise UserError(
@@ -129,12 +128,12 @@ def resolve_max_tokens(body: ChatCompletionRequest, prompt: Prompt, state: Serve
     return max_tokens
 
 
-def sampling_of(body: ChatCompletionRequest, state: ServerState) -> SamplingParams:
-    vocabulary = state.processor.config.language.vocab_size
+def sampling_of(body: ChatCompletionRequest, model: ChatModel) -> SamplingParams:
+    vocabulary = model.processor.config.language.vocab_size
     bias = tuple((int(key), float(value)) for key, value in (body.logit_bias or {}).items())
     _check_ids("logit_bias", (token_id for token_id, _ in bias), vocabulary)
     _check_ids("stop_token_ids", body.stop_token_ids or (), vocabulary)
-    temperature = state.config.default_temperature if body.temperature is None else body.temperature
+    temperature = model.config.default_temperature if body.temperature is None else body.temperature
     sampling = SamplingParams(
         temperature=temperature if temperature >= LEAST_TEMPERATURE else 0.0,
         top_k=max(0, body.top_k or 0),  # -1 and 0 both mean no limit
@@ -153,7 +152,7 @@ def sampling_of(body: ChatCompletionRequest, state: ServerState) -> SamplingPara
         n=body.choices,
         thinking_budget=body.most_thinking,
     )
-    check_thinking_budget(sampling, state.processor.config.thinking)
+    check_thinking_budget(sampling, model.processor.config.thinking)
     return sampling
 
 
@@ -170,10 +169,10 @@ def _nth(sampling: SamplingParams, index: int) -> SamplingParams:
     return replace(sampling, n=1, seed=None if seed is None else (seed + index) % (1 << 63))
 
 
-async def complete(body: ChatCompletionRequest, context: RequestContext, state: ServerState) -> ChatCompletion:
+async def complete(body: ChatCompletionRequest, context: RequestContext, model: ChatModel) -> ChatCompletion:
     """The whole answer at once."""
-    prepared = await prepare(body, context, state)
-    answer = await state.ask(prepared.requests)
+    prepared = await prepare(body, context, model)
+    answer = await model.ask(prepared.requests)
     texts = ["" for _ in prepared.requests]
     reasonings = ["" for _ in prepared.requests]
     logprobs: list[list[TokenLogprob]] = [[] for _ in prepared.requests]
@@ -188,13 +187,13 @@ async def complete(body: ChatCompletionRequest, context: RequestContext, state: 
             if piece.finish_reason is not None:
                 endings[piece.index] = (piece.finish_reason, piece.matched_stop)
     finally:
-        state.release(answer)
-    note_answer(answer, prepared, context, state)
+        model.release(answer)
+    note_answer(answer, prepared, context, model)
     choices: list[Choice] = [
         {
             "index": index,
-            "message": assistant_message(texts[index], reasonings[index], state),
-            "logprobs": state.token_texts.report(logprobs[index]) if body.logprobs else None,
+            "message": assistant_message(texts[index], reasonings[index], model),
+            "logprobs": model.token_texts.report(logprobs[index]) if body.logprobs else None,
             "finish_reason": endings[index][0],
             "matched_stop": endings[index][1],
         }
@@ -204,17 +203,17 @@ async def complete(body: ChatCompletionRequest, context: RequestContext, state: 
         "id": prepared.request_id,
         "object": "chat.completion",
         "created": int(time.time()),
-        "model": state.name,
-        "system_fingerprint": state.fingerprint,
+        "model": model.name,
+        "system_fingerprint": model.fingerprint,
         "choices": choices,
         "usage": usage_reply(answer.usage),
         "siglane": siglane_report(body, prepared, answer),
     }
 
 
-def assistant_message(text: str, reasoning: str, state: ServerState) -> AssistantMessage:
+def assistant_message(text: str, reasoning: str, model: ChatModel) -> AssistantMessage:
     message: AssistantMessage = {"role": "assistant", "content": text, "refusal": None}
-    if state.processor.config.thinking is not None:
+    if model.processor.config.thinking is not None:
         message["reasoning_content"] = reasoning or None
     return message
 
@@ -240,9 +239,9 @@ def siglane_report(body: ChatCompletionRequest, prepared: Prepared, answer: Answ
     return report
 
 
-def note_answer(answer: Answer, prepared: Prepared, context: RequestContext, state: ServerState) -> None:
+def note_answer(answer: Answer, prepared: Prepared, context: RequestContext, model: ChatModel) -> None:
     """Counts an answer that was given in full."""
-    usage, metrics = answer.usage, state.metrics
+    usage, metrics = answer.usage, model.metrics
     metrics.count_tokens(
         prompt=usage.prompt_tokens,
         cached=usage.cached_tokens,

@@ -26,7 +26,7 @@ from siglane.server.chat import Prepared, note_answer, siglane_report, usage_rep
 from siglane.server.context import RequestContext
 from siglane.server.errors import as_api_error, error_body
 from siglane.server.protocol import ChatCompletionChunk, ChatCompletionRequest, ChunkChoice, StreamOptions
-from siglane.server.state import ServerState
+from siglane.server.served import ChatModel
 
 logger = logging.getLogger(__name__)
 
@@ -51,17 +51,17 @@ class ChatStream(StreamingResponse):
         request: ChatCompletionRequest,
         prepared: Prepared,
         context: RequestContext,
-        state: ServerState,
+        model: ChatModel,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__((), headers={**HEADERS, **(headers or {})}, media_type="text/event-stream")
-        self._request, self._prepared, self._exchange, self._state = request, prepared, context, state
+        self._request, self._prepared, self._exchange, self._model = request, prepared, context, model
         self._options = request.stream_options or StreamOptions()
         self._created = int(time.time())
         self._spoken: set[int] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = await self._state.ask(self._prepared.requests)
+        answer = await self._model.ask(self._prepared.requests)
         try:
             events = self._events(answer)
             first = await anext(events)  # what goes wrong until here has a status code of its own
@@ -74,17 +74,17 @@ class ChatStream(StreamingResponse):
                 await _write(send, self._failure(error))
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            self._state.release(answer)
+            self._model.release(answer)
 
     async def _events(self, answer: Answer) -> AsyncIterator[bytes]:
-        silence = self._state.config.sse_keep_alive or None
+        silence = self._model.config.sse_keep_alive or None
         while not answer.finished:
             piece = await answer.next(silence)
             if piece is None:
                 yield KEEP_ALIVE
             elif self._says_something(piece):
                 yield event(self._chunk(piece, answer))
-        note_answer(answer, self._prepared, self._exchange, self._state)
+        note_answer(answer, self._prepared, self._exchange, self._model)
         if self._options.include_usage:
             report = siglane_report(self._request, self._prepared, answer)
             yield event({**self._frame([]), "usage": usage_reply(answer.usage), "siglane": report})
@@ -117,7 +117,7 @@ class ChatStream(StreamingResponse):
         if piece.reasoning:
             choice["delta"]["reasoning_content"] = piece.reasoning
         if self._request.logprobs and piece.logprobs:
-            choice["logprobs"] = self._state.token_texts.report(piece.logprobs)
+            choice["logprobs"] = self._model.token_texts.report(piece.logprobs)
         if piece.finish_reason is not None:
             choice["matched_stop"] = piece.matched_stop
         chunk = self._frame([choice])
@@ -134,8 +134,8 @@ class ChatStream(StreamingResponse):
             "id": self._prepared.request_id,
             "object": "chat.completion.chunk",
             "created": self._created,
-            "model": self._state.name,
-            "system_fingerprint": self._state.fingerprint,
+            "model": self._model.name,
+            "system_fingerprint": self._model.fingerprint,
             "choices": choices,
         }
 
