@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dual_checkpoint import Kind, write_dual_checkpoint
 from openai import BadRequestError, NotFoundError
 from PIL import Image
 from serving import MODEL, RunningServer, assert_error, config_of, data_url, eventually, image_part, listening, picture
+from two_tower_checkpoint import Kind, write_two_tower_checkpoint
 
 from siglane.engine import embed_worker
 from siglane.engine.child import EngineSpec
@@ -59,7 +59,7 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, kind: Kind) -> Path:
     folder = tmp_path_factory.mktemp("two_tower") / kind
-    write_dual_checkpoint(folder, kind)
+    write_two_tower_checkpoint(folder, kind)
     return folder
 
 
@@ -73,7 +73,7 @@ def siglip(folder: Path) -> Iterator[RunningServer]:
 def fixed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """One server for what does not depend on the kind of model."""
     folder = tmp_path_factory.mktemp("two_tower") / "siglip2"
-    write_dual_checkpoint(folder, "siglip2")
+    write_two_tower_checkpoint(folder, "siglip2")
     with embedding_server(folder, max_images=4, max_image_bytes=200_000) as server:
         yield server
 
@@ -326,7 +326,7 @@ def test_what_fails_in_company_fails_alone(fixed: RunningServer, monkeypatch: py
 
 
 def test_key_limits_probes_and_metrics(tmp_path: Path) -> None:
-    write_dual_checkpoint(tmp_path, "siglip2")
+    write_two_tower_checkpoint(tmp_path, "siglip2")
     with embedding_server(tmp_path, api_key="secret", max_body_bytes=4096) as server:
         assert_error(server.post_to("/v1/embeddings", input="a"), 401, "invalid_api_key")
         assert_error(server.post_to("/v1/classify", images=["a"], labels=["b"]), 401, "invalid_api_key")
@@ -354,7 +354,7 @@ def test_a_chat_server_does_not_embed(server: RunningServer) -> None:
 
 
 def test_ending_while_a_client_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_dual_checkpoint(tmp_path, "siglip2")
+    write_two_tower_checkpoint(tmp_path, "siglip2")
     with embedding_server(tmp_path) as server:
         embedder = server.state.embedder
         gate = threading.Event()
@@ -373,7 +373,7 @@ def test_ending_while_a_client_waits(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
-    write_dual_checkpoint(tmp_path, "siglip2")
+    write_two_tower_checkpoint(tmp_path, "siglip2")
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"model\.safetensors"):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))  # the writers of tiny checkpoints live there
 
-from dual_checkpoint import write_dual_checkpoint
+from two_tower_checkpoint import write_two_tower_checkpoint
 
 from siglane import Tagger
 from siglane.cli.main import main
@@ -25,7 +25,7 @@ TEXTS = ["a cat", "two green shapes"]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("embed") / "tiny"
-    write_dual_checkpoint(folder, "siglip2", seed=2)
+    write_two_tower_checkpoint(folder, "siglip2", seed=2)
     return str(folder)
 
 
