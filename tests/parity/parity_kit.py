@@ -38,6 +38,11 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray((colours + noise).astype(np.uint8))
 
 
+def noise(seed: int, size: tuple[int, int] = (80, 60)) -> Image.Image:
+    """size: width and height."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
 @dataclass
 class Pair(Generic[Written, Family]):
     """A checkpoint as its writer made it, as the reference loads it and as siglane does."""

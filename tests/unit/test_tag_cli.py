@@ -16,9 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))  # the writers of tiny checkpoints live there
-
 from two_tower_checkpoint import write_two_tower_checkpoint
 
 from siglane import Tagger

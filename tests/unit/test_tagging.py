@@ -6,7 +6,6 @@ import itertools
 import json
 import logging
 import os
-import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +16,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))  # the writers of tiny checkpoints live there
-
 from two_tower_checkpoint import write_two_tower_checkpoint
 
 from siglane import Tag, Tagged, Tagger

@@ -28,8 +28,8 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_nvila_checkpoint(tmp_path_factory.mktemp("verify") / "tiny").folder)
+def model(nvila_folder: Path) -> str:
+    return str(nvila_folder)
 
 
 @pytest.fixture(scope="module")
