@@ -97,13 +97,14 @@ def patches_of(
 
 def ask(processor: Processor, patches: Sequence[ImagePatches], question: str) -> Prompt:
     """A user's message: the images, then the question."""
-    return processor.prompt([Message("user", (*map(ImagePart, range(len(patches))), question))], patches)
+    message = Message("user", (*map(ImagePart, range(len(patches))), question))
+    return processor.prompt([message], [one.layout for one in patches])
 
 
-def spliced(model: VisionLanguageModel, prompt: Prompt) -> torch.Tensor:
-    """`[T, hidden_size]`, every span filled with the next rows of its image."""
+def spliced(model: VisionLanguageModel, prompt: Prompt, patches: Sequence[ImagePatches]) -> torch.Tensor:
+    """`[T, hidden_size]`, every span filled with the next rows of its image. patches: in the messages' order."""
     embeds = model.language.embed(torch.tensor(prompt.token_ids))
-    rows = [iter(image) for image in model.vision(prompt.images).split()]
+    rows = [iter(image) for image in model.vision(prompt.in_order(patches)).split()]
     for start, stop, image in prompt.spans:
         embeds[start:stop] = torch.stack([next(rows[image]) for _ in range(stop - start)])
     return embeds

@@ -38,8 +38,6 @@ from siglane.weights.hub import open_checkpoint
 WIDE, TALL, SQUARE, LARGE = (130, 70), (50, 171), (60, 60), (333, 291)
 AWKWARD = [(1, 1), (17, 4000), (4000, 17), (1, 61), (61, 1), (179, 181)]
 QUESTION = "What is in the image?"
-
-
 LlavaPair = Pair[LlavaOnevision, llava_onevision.LlavaOnevision]
 
 
@@ -80,7 +78,7 @@ def check_whole_path(pair: LlavaPair, images: list[Image.Image]) -> None:
     check_vision(pair, patches, theirs)
     prompt = ask(pair.processor, patches, QUESTION)
     assert list(prompt.token_ids) == theirs.input_ids[0].tolist()
-    embeds = spliced(pair.model, prompt)
+    embeds = spliced(pair.model, prompt, patches)
     assert_parity("logits", logits(pair.model, embeds), pair.written.model(**theirs).logits[0])
     chosen = pair.written.model.generate(
         **theirs, max_new_tokens=32, min_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0
@@ -234,8 +232,9 @@ class TestClips:
         image, config = DecodedImage.from_rgb(np.array(picture(*LARGE))), pair.written.model.config
         layouts = pair.processor.layouts([clip.size, image.size])
         patches = [pair.processor.patches(*medium) for medium in zip((clip, image), layouts, strict=True)]
-        prompt = pair.processor.prompt([Message("user", (ImagePart(0), ImagePart(1), QUESTION))], patches)
-        assert prompt.images == (patches[1], patches[0])
+        prompt = pair.processor.prompt([Message("user", (ImagePart(0), ImagePart(1), QUESTION))], layouts)
+        assert prompt.order == (1, 0)
+        assert prompt.layouts == (patches[1].layout, patches[0].layout)
 
         kinds = [{"type": "video"}, {"type": "image"}, {"type": "text", "text": QUESTION}]
         text = pair.written.processor.apply_chat_template(
@@ -246,7 +245,7 @@ class TestClips:
         places = [config.image_token_id if token == config.video_token_id else token for token in ids]
         assert list(prompt.token_ids) == places
         expected = pair.written.model(**theirs, pixel_values_videos=self.pixels(pair, frames)).logits[0]
-        assert_parity("logits", logits(pair.model, spliced(pair.model, prompt)), expected)
+        assert_parity("logits", logits(pair.model, spliced(pair.model, prompt, patches)), expected)
 
     def test_what_a_file_says_of_frames(self, tmp_path: Path) -> None:
         write_llava_onevision_checkpoint(tmp_path)
@@ -323,7 +322,7 @@ class TestPrompts:
         processor = load_processor(open_checkpoint(tmp_path))
         count = sum(isinstance(part, ImagePart) for part in parts)
         images = [picture(*size, seed=size[0]) for size in (WIDE, TALL)[:count]]
-        prompt = processor.prompt([Message("user", parts)], patches_of(processor, images))
+        prompt = processor.prompt([Message("user", parts)], [one.layout for one in patches_of(processor, images)])
         assert list(prompt.token_ids) == their_inputs(written, images, parts).input_ids[0].tolist()
 
     @pytest.mark.parametrize("place", ["tokenizer", "chat_template.json", "chat_template.jinja"])
@@ -355,8 +354,11 @@ class TestPrompts:
 
     def test_two_images_stand_side_by_side(self, pair: LlavaPair) -> None:
         patches = patches_of(pair.processor, [picture(*WIDE), picture(*TALL, seed=5)])
-        prompt = pair.processor.prompt([Message("user", (ImagePart(1), ImagePart(0), "Compare."))], patches)
-        assert prompt.images == (patches[1], patches[0])
+        prompt = pair.processor.prompt(
+            [Message("user", (ImagePart(1), ImagePart(0), "Compare."))], [one.layout for one in patches]
+        )
+        assert prompt.order == (1, 0)
+        assert prompt.layouts == (patches[1].layout, patches[0].layout)
         (first, second) = prompt.spans
         assert pair.written.tokenizer.decode(prompt.token_ids[first.stop : second.start]) == "\n"
 
@@ -459,8 +461,8 @@ def test_without_a_processors_file_nothing_is_guessed(tmp_path: Path) -> None:
 def test_two_ranks_give_the_answers_of_one(pair: LlavaPair) -> None:
     """Two threads that meet at a barrier stand for the ranks."""
     patches = patches_of(pair.processor, [picture(*LARGE)])
-    prompt = pair.processor.prompt([Message("user", asked(1))], patches)
-    expected = pair.model.vision(patches).embeds, logits(pair.model, spliced(pair.model, prompt))
+    prompt = pair.processor.prompt([Message("user", asked(1))], [one.layout for one in patches])
+    expected = pair.model.vision(patches).embeds, logits(pair.model, spliced(pair.model, prompt, patches))
     meeting, told, answers = threading.Barrier(2), [torch.empty(0)] * 2, [expected] * 2
 
     def be_a_rank(rank: int) -> None:
@@ -483,7 +485,7 @@ def test_two_ranks_give_the_answers_of_one(pair: LlavaPair) -> None:
                 tp = TensorParallel(rank, 2, all_reduce, all_gather)
                 model = load_model(checkpoint, pair.processor.config, device="cpu", dtype=torch.float32, tp=tp)
                 assert model.vision.projector.get_parameter("layers.0.weight").shape[0] == 24
-                answers[rank] = model.vision(patches).embeds, logits(model, spliced(model, prompt))
+                answers[rank] = model.vision(patches).embeds, logits(model, spliced(model, prompt, patches))
         except BaseException:
             meeting.abort()
             raise

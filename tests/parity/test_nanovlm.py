@@ -81,7 +81,7 @@ def check_whole_path(pair: NanoPair, images: list[Image.Image], steps: int = 32)
     prompt = ask(pair, patches)
     assert list(prompt.token_ids) == pair.their_ids(text, seen)
     assert prompt.image_tokens == len(seen.taps["projector"])
-    ours, theirs = spliced(model, prompt), reference.embeds(text, seen)
+    ours, theirs = spliced(model, prompt, patches), reference.embeds(text, seen)
     assert_parity("spliced", ours, theirs)
     assert_parity("logits", logits(model, ours, taps), reference.language.logits(theirs))
     answer = reference.language.run(theirs, 0)
@@ -133,7 +133,8 @@ def test_the_configuration_of_49_rows(tmp_path: Path) -> None:
 def test_release_0_1_prepends_its_rows(pairs: dict[Era, NanoPair]) -> None:
     pair = pairs["0.1"]
     patches = patches_of(pair.processor, [picture(*WIDE), picture(*TALL)])
-    prompt = pair.processor.prompt([Message("user", ("Look here.", ImagePart(0), "And?", ImagePart(1)))], patches)
+    message = Message("user", ("Look here.", ImagePart(0), "And?", ImagePart(1)))
+    prompt = pair.processor.prompt([message], [one.layout for one in patches])
     assert prompt.spans == (ImageSpan(0, 4, 0), ImageSpan(4, 8, 1))
     assert list(prompt.token_ids[8:]) == pair.written.encode("Question: Look here.And? Answer:")
     assert pair.processor.config.image_token_id >= pair.processor.config.language.vocab_size
@@ -152,7 +153,8 @@ def test_images_stand_in_front_and_are_numbered(pairs: dict[Era, NanoPair], era:
     pair = pairs[era]
     images = [picture(*SMALL), picture(*WIDE)]
     patches = patches_of(pair.processor, images)
-    prompt = pair.processor.prompt([Message("user", ("Compare ", ImagePart(0), "and", ImagePart(1), "!"))], patches)
+    message = Message("user", ("Compare ", ImagePart(0), "and", ImagePart(1), "!"))
+    prompt = pair.processor.prompt([message], [one.layout for one in patches])
     text = pair.reference.text("Compare and!", pair.see(images))
     assert "<image: 0>" in text
     assert "<image: 1>" in text

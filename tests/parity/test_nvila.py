@@ -43,7 +43,7 @@ def pair(request: pytest.FixtureRequest) -> NvilaPair:
 
 
 def asked(processor: Processor, patches: list[ImagePatches], *parts: str | ImagePart, **arguments: Any) -> Prompt:
-    return processor.prompt([Message("user", parts)], patches, arguments)
+    return processor.prompt([Message("user", parts)], [one.layout for one in patches], arguments)
 
 
 def chat(value: str) -> str:
@@ -83,7 +83,7 @@ def test_features_rows_logits_and_tokens(
         assert text == pair.reference.text("What is in the image?", seen)
         assert list(prompt.token_ids) == pair.their_ids(text, seen)
 
-        ours, theirs = spliced(pair.model, prompt), pair.reference.embeds(text, seen)
+        ours, theirs = spliced(pair.model, prompt, patches), pair.reference.embeds(text, seen)
         assert_parity("logits", logits(pair.model, ours), pair.reference.language.logits(theirs))
         assert greedy(pair.model, ours, 32) == generated(pair.reference.language.model, theirs, 32)
 
@@ -195,7 +195,8 @@ class TestPrompts:
         images = [picture(*WIDE), picture(*TALL, seed=5)]
         patches = patches_of(pair.processor, images)
         prompt = asked(pair.processor, patches, ImagePart(1), ImagePart(0))
-        assert prompt.images == (patches[1], patches[0])
+        assert prompt.order == (1, 0)
+        assert prompt.layouts == (patches[1].layout, patches[0].layout)
         assert [span.image for span in prompt.spans] == [0, 1]
 
     def test_own_system_turn_and_history(self, pair: NvilaPair) -> None:

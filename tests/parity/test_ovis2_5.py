@@ -25,7 +25,7 @@ from siglane.config.vision import VisionConfig, WindowConfig
 from siglane.errors import ConfigError, UserError, WeightError
 from siglane.families.model import load_model
 from siglane.families.processor import Processor, load_processor
-from siglane.families.prompt.builder import answer_alone
+from siglane.families.prompt.messages import answer_alone
 from siglane.families.registry import image_facts, vlm_family
 from siglane.llm import LLM, VisionEncoder
 from siglane.nn.parallel import TensorParallel
@@ -211,7 +211,8 @@ class TestPrompts:
     def check(
         self, pair: OvisPair, messages: list[Message], images: list[Image.Image], text: str, **options: Any
     ) -> None:
-        prompt = pair.processor.prompt(messages, patches_of(pair.processor, images), options)
+        layouts = [one.layout for one in patches_of(pair.processor, images)]
+        prompt = pair.processor.prompt(messages, layouts, options)
         assert list(prompt.token_ids) == pair.their_ids(text, pair.see(images))
 
     def test_no_default_system_turn(self, either: OvisPair) -> None:
@@ -269,16 +270,15 @@ class TestPrompts:
 
     def test_a_video(self, either: OvisPair) -> None:
         frames = [picture(50, 30), picture(50, 30, seed=1)]
-        prompt = either.processor.prompt(
-            [Message("user", (ImagePart(0), "What happens?"))], [clip_of(either.processor, frames)]
-        )
+        clip = clip_of(either.processor, frames)
+        prompt = either.processor.prompt([Message("user", (ImagePart(0), "What happens?"))], [clip.layout])
         text = chatml("<video>\nWhat happens?")
         assert list(prompt.token_ids) == either.their_ids(text, either.see([frames]))
 
     def test_images_and_videos_do_not_mix(self, either: OvisPair) -> None:
         media = [clip_of(either.processor, [picture(50, 30)]), *patches_of(either.processor, [picture(50, 30)])]
         with pytest.raises(UserError, match="either images or videos"):
-            either.processor.prompt([Message("user", (ImagePart(0), ImagePart(1)))], media)
+            either.processor.prompt([Message("user", (ImagePart(0), ImagePart(1)))], [one.layout for one in media])
 
 
 @torch.no_grad()
@@ -291,8 +291,9 @@ def test_spliced_rows_logits_and_greedy_tokens(
     images = [picture(*size, seed=number) for number, size in enumerate(sizes)]
     seen, text = pair.see(images), chatml("<image>\n" * len(images) + "What is it?")
     theirs = pair.reference.embeds(text, seen)
-    prompt = ask(pair.processor, patches_of(pair.processor, images), "What is it?")
-    ours = spliced(pair.model, prompt)
+    patches = patches_of(pair.processor, images)
+    prompt = ask(pair.processor, patches, "What is it?")
+    ours = spliced(pair.model, prompt, patches)
     assert_parity("spliced", ours, theirs)
     assert_parity("logits", logits(pair.model, ours), pair.reference.language.logits(theirs))
 
@@ -342,7 +343,7 @@ def be_a_rank(rank: int, size: int, folder: str, patches: list[ImagePatches], pr
     words = model.vision.get_parameter("projector.table").shape[0]
     told = {
         "rows": model.vision(patches).embeds,
-        "greedy": torch.tensor(greedy(model, spliced(model, prompt), STEPS)),
+        "greedy": torch.tensor(greedy(model, spliced(model, prompt, patches), STEPS)),
         "words": words,
     }
     torch.save(told, f"{folder}/told{size}.{rank}")

@@ -134,12 +134,14 @@ REFERENCES: dict[str, tuple[Write, Callable[..., Any], Callable[[Any], Parts]]] 
 EVERY_FAMILY = pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 
 
-def prompt_of(processor: Processor, sample: Sample) -> Prompt:
-    return ask(processor, patches_of(processor, sample.images), sample.question)
+def example_of(processor: Processor, sample: Sample) -> Example:
+    patches = patches_of(processor, sample.images)
+    prompt = ask(processor, patches, sample.question)
+    return Example(prompt, sample.answer, prompt.in_order(patches))
 
 
 def examples_of(processor: Processor, samples: Iterable[Sample] = SAMPLES) -> list[Example]:
-    return [Example(prompt_of(processor, sample), sample.answer) for sample in samples]
+    return [example_of(processor, sample) for sample in samples]
 
 
 def reference_loss(reference: VisionLanguageReference) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -320,11 +322,14 @@ def test_one_part_alone(tmp_path: Path, part: Part) -> None:
 def test_what_cannot_be_learnt(tmp_path: Path) -> None:
     write_nanovlm_checkpoint(tmp_path)
     model, processor = load(tmp_path)
-    prompt = prompt_of(processor, SAMPLES[2])
+    known = example_of(processor, SAMPLES[0])
+    assert known.images
     with pytest.raises(ValueError, match="an answer of at least one token"):
-        Example(prompt, ())
+        Example(known.prompt, (), known.images)
     with pytest.raises(ValueError, match="an answer of at least one token"):
         Example(Prompt(()), (1,))
+    with pytest.raises(ValueError, match=f"the prompt has {len(known.images)} images, 0 are given"):
+        Example(known.prompt, (1,))
     with pytest.raises(ValueError, match="no examples"):
         answer_loss(model, [])
     with pytest.raises(ValueError, match="no part 'head'; its parts are tower, projector, language"):

@@ -77,7 +77,7 @@ class Engine:
         self.features = FeatureCache(config.feature_cache_bytes)
         budget = StepBudget(
             tokens=config.max_batch_tokens or STEP_TOKENS[device.type],
-            patches=config.max_seq_len or STEP_PATCHES[device.type],
+            patches=config.max_batch_patches or STEP_PATCHES[device.type],
             running=config.max_running,
         )
         self.scheduler = Scheduler(budget, self.allocator, self.prefix_cache, self.features, config.page_size)
@@ -165,7 +165,7 @@ class Engine:
         if not images_to_encode:
             return []
         begin = time.monotonic()
-        images = [wanting[0][0].request.prompt.images[wanting[0][1]] for wanting in images_to_encode.values()]
+        images = [wanting[0][0].request.images[wanting[0][1]] for wanting in images_to_encode.values()]
         encoded = self._encode_isolated(images)
         seconds = time.monotonic() - begin
         for sequence in {sequence for wanting in images_to_encode.values() for sequence, _ in wanting}:

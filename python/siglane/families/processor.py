@@ -68,25 +68,25 @@ class Processor:
     def prompt(
         self,
         messages: Sequence[Message],
-        images: Sequence[ImagePatches],
+        layouts: Sequence[ImageLayout],
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Prompt:
-        """The conversation's prompt up to where the answer begins; `ImagePart(n)` stands for `images[n]`.
+        """The conversation's prompt up to where the answer begins; `ImagePart(n)` stands for the image of `layouts[n]`.
 
-        The prompt's images are in the order in which the template writes them; exactly `layout.rows` placeholders stand
-        for each. No text of a message can become a special token or a placeholder. UserError when image parts and
-        images do not match one to one.
+        The prompt's images are in the order in which the template writes them (`Prompt.in_order`); exactly
+        `layout.rows` placeholders stand for each. No text of a message can become a special token or a placeholder.
+        UserError when image parts and layouts do not match one to one.
         """
-        return self._prompts.chat(messages, images, chat_template_kwargs or {})
+        return self._prompts.chat(messages, layouts, chat_template_kwargs or {})
 
     def chat_template(self) -> str:
         """One Jinja template for engines that render it themselves; `rendered_prompt` takes what it writes."""
         return self._prompts.template()
 
-    def rendered_prompt(self, text: str, images: Sequence[ImagePatches]) -> Prompt:
+    def rendered_prompt(self, text: str, layouts: Sequence[ImageLayout]) -> Prompt:
         """The prompt of a conversation rendered by `chat_template`. UserError when it does not have one placeholder
         for each image."""
-        return self._prompts.rendered(text, images)
+        return self._prompts.rendered(text, layouts)
 
     def text_prompt(self, text: str) -> Prompt:
         """`text` without a chat template. Special tokens written in it count; the image placeholder is plain text."""

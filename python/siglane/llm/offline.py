@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
@@ -27,13 +27,13 @@ from siglane.llm.prompts import ChatMessage, Conversation, PromptLike, conversat
 from siglane.llm.sampling import check_sampling, params_of_each
 from siglane.media.source import MediaPolicy
 from siglane.settings.engine import EngineConfig
+from siglane.settings.options import options_of
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
-from siglane.types import Prompt, Request, SamplingParams, TokenDelta
+from siglane.types import ImagePatches, Prompt, Request, SamplingParams, TokenDelta
 from siglane.weights.demo import open_model
 from siglane.weights.hub import Checkpoint
 
 Errors = Literal["raise", "return"]
-Ready = tuple[Prompt, tuple[ImageReport, ...]]
 
 
 class LLM:
@@ -171,7 +171,9 @@ class LLM:
         check_sampling(job.params)
         conversation = job.read(job.row)
         patches, reports = self._media.prepare(conversation.media)
-        return self.processor.prompt(conversation.messages, patches, conversation.template), reports
+        layouts = [image.layout for image in patches]
+        prompt = self.processor.prompt(conversation.messages, layouts, conversation.template)
+        return Ready(prompt, prompt.in_order(patches), reports)
 
     def _start_prepared(self, preparing: dict[Future[Ready], Row], running: dict[str, Answer]) -> None:
         """Hands prompts to the engine as it gets room, so that only a few wait with their pictures in memory."""
@@ -180,14 +182,14 @@ class LLM:
                 return
             row = preparing.pop(future)
             try:
-                prompt, row.images = future.result()
-                self._start(row, prompt, running)
+                self._start(row, future.result(), running)
             except Exception as error:
                 row.error = blamed(error)
 
-    def _start(self, row: Row, prompt: Prompt, running: dict[str, Answer]) -> None:
+    def _start(self, row: Row, ready: Ready, running: dict[str, Answer]) -> None:
+        prompt, params = ready.prompt, row.params
+        row.images = ready.reports
         row.prompt_token_ids, row.image_tokens = prompt.token_ids, prompt.image_tokens
-        params = row.params
         room = max(1, self._engine.context_length - len(prompt.token_ids))  # the engine refuses prompts without room
         for choice in range(params.n):
             seed = None if params.seed is None else params.seed + choice
@@ -196,6 +198,7 @@ class LLM:
                 prompt=prompt,
                 sampling=dataclasses.replace(params, n=1, seed=seed),
                 max_tokens=min(params.max_tokens or room, room),
+                images=ready.images,
             )
             self._engine.add(request)
             answer = Answer(row, AnswerStream.of(request, self.processor))
@@ -212,6 +215,14 @@ class LLM:
             del running[delta.request_id]
 
 
+class Ready(NamedTuple):
+    """A prompt that can be asked: its images in its order, and what became of those that the caller named."""
+
+    prompt: Prompt
+    images: tuple[ImagePatches, ...]
+    reports: tuple[ImageReport, ...]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Job:
     """One prompt as the caller gave it; `read` interprets it."""
@@ -224,8 +235,9 @@ class _Job:
 
 
 def _engine_config(options: Mapping[str, Any]) -> EngineConfig:
-    known = [option.name for option in dataclasses.fields(EngineConfig)]
+    known = options_of(EngineConfig)
+    names = {name: option.name for option in known for name in (option.name, option.alias) if name}
     for name in options:
-        if name not in known:
-            raise TypeError(f"LLM has no option {name!r}; it has {', '.join(known)}")
-    return EngineConfig(**options)
+        if name not in names:
+            raise TypeError(f"LLM has no option {name!r}; it has {', '.join(option.name for option in known)}")
+    return EngineConfig(**{names[name]: value for name, value in options.items()})

@@ -12,7 +12,7 @@ from siglane.errors import UserError
 from siglane.families.report import ImageReport
 from siglane.server.answer import Answer
 from siglane.server.context import RequestContext
-from siglane.server.media import MediaRef, hollow
+from siglane.server.media import MediaRef
 from siglane.server.protocol import (
     AssistantMessage,
     ChatCompletion,
@@ -55,19 +55,18 @@ async def prepare(body: ChatCompletionRequest, context: RequestContext, state: S
     files = await state.media.fetch(refs, salt, context.lease)
     watch.note("fetch")
     layouts = await state.media.lay_out(refs, files)
-    # the prompt is written around images of which only headers were read: what is too long is never decoded
-    images = [hollow(layout) for layout in layouts]
-    prompt = await state.media.run(state.processor.prompt, messages, images, body.chat_template_kwargs)
+    # of the images only the headers were read so far: what is too long is never decoded
+    prompt = await state.media.run(state.processor.prompt, messages, layouts, body.chat_template_kwargs)
     max_tokens = resolve_max_tokens(body, prompt, state)
     watch.note("prepare")
     cut = await state.media.cut(refs, files, layouts, context.lease)
     watch.add("decode", sum(image.decoding for image in cut))
     watch.add("prepare", sum(image.cutting for image in cut))
-    # a template may have put them into another order than the messages did
-    prompt = replace(prompt, images=tuple(cut[images.index(image)].patches for image in prompt.images))
+    images = prompt.in_order([image.patches for image in cut])
     request_id = f"chatcmpl-{secrets.token_hex(12)}"
     requests = tuple(
-        Request(f"{request_id}-{index}", prompt, _nth(sampling, index), max_tokens, salt) for index in range(sampling.n)
+        Request(f"{request_id}-{index}", prompt, _nth(sampling, index), max_tokens, salt, images)
+        for index in range(sampling.n)
     )
     reports = [state.media.report(*pair) for pair in zip(refs, layouts, strict=True)]
     return Prepared(request_id, prompt, requests, reports, watch.seconds)

@@ -14,8 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import NamedTuple, ParamSpec, TypeVar
 
-import torch
-
 from siglane.config.video import VideoRule
 from siglane.errors import ImageError, UserError
 from siglane.families.processor import ImageProcessor
@@ -26,7 +24,7 @@ from siglane.media.source import MediaPolicy, fetch
 from siglane.server.context import ByteLease
 from siglane.settings.server import ServerConfig
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget, no_video
-from siglane.types import DIGEST_BYTES, DecodedImage, DecodedVideo, ImageLayout, ImagePatches, Medium, Size
+from siglane.types import DecodedImage, DecodedVideo, ImageLayout, ImagePatches, Medium, Size
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -220,8 +218,3 @@ def _blaming(ref: MediaRef, function: Callable[P, T], *args: P.args, **kwargs: P
         return function(*args, **kwargs)
     except UserError as error:
         raise error.at(ref.param) from None
-
-
-def hollow(layout: ImageLayout) -> ImagePatches:
-    """An image of which only the layout is known; enough to write a prompt around it."""
-    return ImagePatches(torch.empty(layout.patches, 0), layout, bytes(DIGEST_BYTES))

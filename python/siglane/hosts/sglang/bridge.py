@@ -39,15 +39,15 @@ class Asked:
         return cls(media, tuple(_budget(fields) for fields in found["budgets"]))
 
 
-def items_of(prompt: Prompt, asked: Asked, numbers: Sequence[int]) -> list[MultimodalDataItem]:
-    """One item for each image of `prompt`, in its order. numbers: the place of each in `asked`.
+def items_of(prompt: Prompt, patches: Sequence[ImagePatches], asked: Asked) -> list[MultimodalDataItem]:
+    """One item for each image of `prompt`, in its order. patches: of the request's images, in the order of `asked`.
 
     An item covers all from the image's first row to its last, the text between its tiles included: SGLang batches and
     caches only items of one piece. Its identity is the digest of all that changes the image's rows.
     """
     described = asked.to_json()
     items = []
-    for index, image in enumerate(prompt.images):
+    for index, (number, image) in enumerate(zip(prompt.order, prompt.in_order(patches), strict=True)):
         spans = [span for span in prompt.spans if span.image == index]
         start, stop = spans[0].start, spans[-1].stop
         ids = torch.tensor(prompt.token_ids[start:stop])
@@ -57,7 +57,7 @@ def items_of(prompt: Prompt, asked: Asked, numbers: Sequence[int]) -> list[Multi
             modality=Modality.IMAGE,
             offsets=[(start, stop - 1)],  # SGLang counts the last one in
             feature=image.pixels,
-            model_specific_data={"siglane_asked": described, "siglane_number": numbers[index], "siglane_ids": ids},
+            model_specific_data={"siglane_asked": described, "siglane_number": number, "siglane_ids": ids},
         )
         item.set_identity(image.digest)
         items.append(item)

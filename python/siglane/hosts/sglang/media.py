@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any, ParamSpec, TypeVar
 
-import torch
 from PIL import Image
 from sglang.srt.utils.common import ImageData, VideoData
 
@@ -22,7 +21,7 @@ from siglane.image.video import decode_video, read_video_size
 from siglane.media.source import MediaPolicy, fetch
 from siglane.settings.media import MediaConfig
 from siglane.tiling.rule import ImageBudget, no_video
-from siglane.types import DIGEST_BYTES, DecodedImage, DecodedVideo, ImagePatches, Medium, Size
+from siglane.types import DecodedImage, DecodedVideo, ImageLayout, ImagePatches, Medium, Size
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -104,20 +103,20 @@ class HostMedia:
             raise ImageError(message, code="image_too_large")
         return sizes
 
-    def hollow(self, items: Sequence[MediaItem], asked: Asked) -> list[ImagePatches]:
-        """Images of which only the layouts are known: enough to count a prompt's tokens. ImageError for one of too many
-        patches."""
+    def lay_out(self, items: Sequence[MediaItem], asked: Asked) -> tuple[ImageLayout, ...]:
+        """What the model will see of each. ImageError for one of too many patches."""
         layouts = self._processor.layouts(asked.media, asked.budgets)
         most = self._config.max_image_patches
         for item, layout in zip(items, layouts, strict=True):
             if layout.patches > most:
                 message = f"{item.where} would be {layout.patches} patches; at most {most} are accepted"
                 raise ImageError(message, code="image_too_large")
-        return [ImagePatches(torch.empty(layout.patches, 0), layout, bytes(DIGEST_BYTES)) for layout in layouts]
+        return layouts
 
-    def cut(self, items: Sequence[MediaItem], files: Sequence[File], asked: Asked) -> list[ImagePatches]:
+    def cut(
+        self, items: Sequence[MediaItem], files: Sequence[File], layouts: Sequence[ImageLayout]
+    ) -> list[ImagePatches]:
         """Patches of all media, in order. ImageError names the one that cannot be decoded."""
-        layouts = self._processor.layouts(asked.media, asked.budgets)
         return [
             self._processor.patches(_blaming(item.where, self._decoded, item, file), layout)
             for item, file, layout in zip(items, files, layouts, strict=True)

@@ -61,20 +61,19 @@ class SiglaneProcessor(BaseMultimodalProcessor):
     ) -> MultimodalProcessorOutput:
         asked = bridge.Asked(self.media.sizes(items, files), tuple(item.budget for item in items))
         text = text if isinstance(text, str) else self._read(text)
-        draft = self.prompts.rendered_prompt(text, self.media.hollow(items, asked))
-        length = len(draft.token_ids)
+        layouts = self.media.lay_out(items, asked)
+        prompt = self.prompts.rendered_prompt(text, layouts)
+        length = len(prompt.token_ids)
         if longest is not None and length >= longest:  # SGLang's scheduler takes only less
             message = f"the prompt has {length} tokens, {longest - 1} are accepted; ask for fewer or smaller images"
             raise UserError(message, code="context_length_exceeded")
-        patches = self.media.cut(items, files, asked)
-        prompt = self.prompts.rendered_prompt(text, patches)
-        numbers = [next(number for number, one in enumerate(patches) if one is image) for image in prompt.images]
+        patches = self.media.cut(items, files, layouts)
         ids = list(prompt.token_ids)
         place = placeholder_id(self.prompts.config)
         for span in prompt.spans:
             ids[span.start : span.stop] = [place] * (span.stop - span.start)
         return MultimodalProcessorOutput(
-            input_ids=ids, mm_items=bridge.items_of(prompt, asked, numbers), im_token_id=place
+            input_ids=ids, mm_items=bridge.items_of(prompt, patches, asked), im_token_id=place
         )
 
     def _read(self, ids: Sequence[int]) -> str:
