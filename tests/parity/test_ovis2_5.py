@@ -357,7 +357,7 @@ def test_every_rank_gives_the_references_rows_and_tokens(tmp_path: Path, size: i
     images = [picture(*one, seed=number) for number, one in enumerate(SIZES[:2])]
     patches = patches_of(pair.processor, images)
     prompt = ask(pair.processor, patches, "What is it?")
-    multiprocessing.set_forkserver_preload(["torch", "siglane.llm", "transformers.models.qwen3.modeling_qwen3"])
+    multiprocessing.set_forkserver_preload(["siglane.llm", "siglane.cli.main", "siglane.verify.references.ovis2_5"])
     start_processes(be_a_rank, (size, str(tmp_path), patches, prompt), nprocs=size, start_method="forkserver")
 
     seen = pair.see(images)
