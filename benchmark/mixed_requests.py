@@ -28,7 +28,7 @@ from siglane.config.vision import VisionConfig
 from siglane.config.vlm import VlmConfig
 from siglane.engine.engine import Engine
 from siglane.families.model import VisionLanguageModel
-from siglane.nn.cpu.packing import prepack
+from siglane.nn.cpu.optimise import optimise
 from siglane.settings.engine import EngineConfig
 from siglane.tiling.navit import NativeResolution
 from siglane.types import Grid, ImagePatches, ImageSpan, Prompt, Request, SamplingParams, Size, digest_of
@@ -44,7 +44,7 @@ def model_config(layers: int) -> VlmConfig:
     vision = VisionConfig(
         hidden_size=1152, intermediate_size=4304, num_hidden_layers=layers, num_attention_heads=16, num_channels=3,
         patch_size=16, position_grid=Grid(32, 32), hidden_act="gelu_tanh", layer_norm_eps=1e-6,
-        patch_layout="channel_first", position_resize="bicubic", rope_theta=10000.0, windows=None, depth=layers,
+        patch_layout="channel_first", position_resize="bicubic", rope_theta=10000.0, depth=layers,
         post_norm=False, use_head=False,
     )  # fmt: skip
     language = LanguageConfig.from_hf(
@@ -55,7 +55,7 @@ def model_config(layers: int) -> VlmConfig:
         }
     )  # fmt: skip
     projector = ProjectorConfig(
-        merge="blocks", factor=2, target=None, column_major=False,
+        merge="blocks", factor=2, column_major=False,
         layers=(LinearLayer("head.0", 4 * 1152, WORDS, bias=False), NormLayer("head.1", WORDS, 1e-5)),
         input_size=1152, output_size=256, vocabulary=VocabularyConfig("vte", WORDS, 4),
     )  # fmt: skip
@@ -75,7 +75,7 @@ def build_model(config: VlmConfig) -> VisionLanguageModel:
     model = VisionLanguageModel(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    prepack(model)  # as for every engine (`siglane/engine/load.py`)
+    optimise(model)  # as for every engine (`siglane/engine/load.py`)
     return model.eval().requires_grad_(False)
 
 

@@ -55,7 +55,6 @@ LANGUAGE = replace(TILED_LANGUAGE, max_position_embeddings=4096, qkv_bias=False,
 PROJECTOR = ProjectorConfig(
     merge="blocks",
     factor=STRIDE,
-    target=None,
     column_major=False,
     layers=(
         LinearLayer("head.0", STRIDE * STRIDE * VISION.hidden_size, WORDS, bias=False),

@@ -39,7 +39,6 @@ def write_ovis2_5_checkpoint(
     tied: bool = False,
     head_stored: bool = True,
     rope: bool = True,
-    windows: str | None = None,
     position_side: int = 6,
     visual_vocabulary: int = 52,
     thinking: bool = True,
@@ -51,8 +50,8 @@ def write_ovis2_5_checkpoint(
     vit_flags: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Written:
-    """head_stored: whether a tied model's file holds `llm.lm_head.weight` too; windows: `fullatt_block_indexes`, of
-    windows of 4 x 4 patches; bounds_stated: whether preprocessor_config.json has them, which no released one has;
+    """head_stored: whether a tied model's file holds `llm.lm_head.weight` too;
+    bounds_stated: whether preprocessor_config.json has them, which no released one has;
     flags, vit_flags: keys to add to, or (None) to take from, config.json and its vit_config."""
     tokenizer = _tokenizer(thinking, chat_template)
     tower = tower_of(seed, patch_size=PATCH, image_size=position_side * PATCH, vision_use_head=False)
@@ -72,7 +71,7 @@ def write_ovis2_5_checkpoint(
     if head_stored:
         state["llm.lm_head.weight"] = language.lm_head.weight
     state["vte.weight"] = vte
-    vit = merged(_vit_config(rope, windows, position_side), vit_flags)
+    vit = merged(_vit_config(rope, position_side), vit_flags)
     root = merged(_root_config(language, vit, visual_vocabulary, architecture), flags)
     end, pad = tokenizer.get_vocab()["<|im_end|>"], tokenizer.get_vocab()["<|endoftext|>"]
     generation = {"eos_token_id": [end, pad], "pad_token_id": pad, "temperature": 0.6}
@@ -93,14 +92,14 @@ def _tokenizer(thinking: bool, chat_template: str | None) -> PreTrainedTokenizer
     return tokenizer
 
 
-def _vit_config(rope: bool, windows: str | None, position_side: int) -> dict[str, Any]:
+def _vit_config(rope: bool, position_side: int) -> dict[str, Any]:
     return {
         "_name_or_path": "google/siglip2-so400m-patch16-512", "attention_dropout": 0.0,
-        "fullatt_block_indexes": windows, "hidden_act": "gelu_pytorch_tanh", "hidden_size": 32,
+        "fullatt_block_indexes": None, "hidden_act": "gelu_pytorch_tanh", "hidden_size": 32,
         "hidden_stride": STRIDE, "image_size": position_side * PATCH, "intermediate_size": 40, "layer_norm_eps": 1e-6,
         "model_type": "siglip2_navit", "num_attention_heads": 2, "num_channels": 3, "num_hidden_layers": 3,
         "num_patches": -1, "patch_size": PATCH, "preserve_original_pe": True, "temporal_patch_size": 1,
-        "torch_dtype": "float32", "use_rope": rope, "window_size": 18,
+        "torch_dtype": "float32", "use_rope": rope, "window_size": 112,
     }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import ImageProcessor, Processor, load_processor
-from siglane.nn.attention import CausalSegments
+from siglane.lm.attention import SegmentAttention
 from siglane.tiling.rule import ImageBudget
 from siglane.types import DecodedImage, ImagePart, ImagePatches, Message, Prompt
 from siglane.verify.references.decoder import PLACE
@@ -113,7 +113,7 @@ def spliced(model: VisionLanguageModel, prompt: Prompt, patches: Sequence[ImageP
 def logits(
     model: VisionLanguageModel, embeds: torch.Tensor, taps: dict[str, torch.Tensor] | None = None
 ) -> torch.Tensor:
-    hidden = model.language(embeds, torch.arange(len(embeds)), CausalSegments([len(embeds)]), taps)
+    hidden = model.language(embeds, torch.arange(len(embeds)), SegmentAttention([len(embeds)]), taps)
     return model.language.logits(hidden)
 
 

@@ -89,7 +89,7 @@ def check_whole_path(pair: LlavaPair, images: list[Image.Image]) -> None:
 def check_vision(pair: LlavaPair, patches: list[ImagePatches], theirs: Any) -> None:
     counts = [len(one.layout.tiles) for one in patches]
     tiles = torch.cat([image[:count] for image, count in zip(theirs.pixel_values, counts, strict=True)])
-    assert_parity("pixels", pair.model.vision.pack(patches).pixels, pixels.patches_of(tiles, PATCH))
+    assert_parity("pixels", pair.model.vision.encoder.pack(patches).pixels, pixels.patches_of(tiles, PATCH))
     taps: dict[str, torch.Tensor] = {}
     tokens = pair.model.vision(patches, taps)
     states = pair.written.model.model.vision_tower(tiles, output_hidden_states=True).hidden_states

@@ -78,7 +78,7 @@ def test_a_tied_head_is_not_kept_twice(written: Written) -> None:
 def test_each_rank_keeps_its_share(written: Written, rank: int) -> None:
     whole = load(written.folder)
     share = load(written.folder, tp=TensorParallel(rank, 2, lambda x: x, lambda x: x))
-    name = "vision.tower.blocks.0.attention.qkv.weight"
+    name = "vision.encoder.tower.blocks.0.attention.qkv.weight"
     rows = whole.get_parameter(name)[rank * 16 : (rank + 1) * 16]
     assert torch.equal(share.get_parameter(name)[:16], rows)
     name = "language.blocks.1.mlp.gate_up.weight"
@@ -113,7 +113,10 @@ class TestEveryTensorCounts:
 
     def test_a_whole_half_missing(self, written: Written) -> None:
         change(written.folder, "vision_tower", lambda state: [state.pop(k) for k in list(state) if "q_proj.bias" in k])
-        self.fails(written.folder, r"missing: vision.tower.blocks.0.attention.qkv.bias \(q\), vision.tower.blocks.1")
+        self.fails(
+            written.folder,
+            r"missing: vision.encoder.tower.blocks.0.attention.qkv.bias \(q\), vision.encoder.tower.blocks.1",
+        )
 
     def test_another_shape(self, written: Written) -> None:
         change(written.folder, "llm", lambda state: state.update({"model.norm.weight": torch.ones(47)}))

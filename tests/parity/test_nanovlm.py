@@ -71,7 +71,7 @@ def check_whole_path(pair: NanoPair, images: list[Image.Image], steps: int = 32)
     reference, model = pair.reference, pair.model
     seen = pair.see(images)
     patches = patches_of(pair.processor, images)
-    taps: dict[str, torch.Tensor] = {"preprocessing": model.vision.pack(patches).pixels}
+    taps: dict[str, torch.Tensor] = {"preprocessing": model.vision.encoder.pack(patches).pixels}
     model.vision(patches, taps)
     taps["projector"] = taps.pop("projected")
     for stage, expected in seen.taps.items():
@@ -196,7 +196,7 @@ def test_pixels_are_only_brought_to_0_and_1(pairs: dict[Era, NanoPair]) -> None:
     black_and_white = np.zeros((32, 32, 3), np.uint8)
     black_and_white[16:] = 255
     patches = patches_of(pairs["current"].processor, [Image.fromarray(black_and_white)])
-    assert pairs["current"].model.vision.pack(patches).pixels.unique().tolist() == [0.0, 1.0]
+    assert pairs["current"].model.vision.encoder.pack(patches).pixels.unique().tolist() == [0.0, 1.0]
 
 
 def test_post_norm_counts(pairs: dict[Era, NanoPair]) -> None:
@@ -404,7 +404,7 @@ def test_the_tower_alone(pairs: dict[Era, NanoPair]) -> None:
     pair = pairs["current"]
     stack, processor = load_vision(open_checkpoint(pair.written.folder), device="cpu", dtype=torch.float32)
     patches = patches_of(pair.processor, [picture(*WIDE)])
-    assert torch.equal(stack.features(patches)[0], pair.model.vision.features(patches)[0])
+    assert torch.equal(stack.encoder.features(patches)[0], pair.model.vision.encoder.features(patches)[0])
     assert processor.config.preprocess == pair.processor.config.preprocess
 
 

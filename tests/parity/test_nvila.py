@@ -72,7 +72,7 @@ def test_features_rows_logits_and_tokens(
         images = [picture(*size, seed=seed) for seed, size in enumerate(sizes)]
         seen = pair.see(images)
         patches = patches_of(pair.processor, images)
-        features = torch.cat(pair.model.vision.features(patches))
+        features = torch.cat([one.projector_input for one in pair.model.vision.encode(patches)])
         assert_parity("features", features, seen.taps.get("projector_input", seen.taps["features"]))
         for ours, blocks in zip(pair.model.vision(patches).split(), seen.images, strict=True):
             assert_parity("rows", ours, torch.cat(blocks))
@@ -115,7 +115,7 @@ def test_no_images_is_no_rows(pair: NvilaPair) -> None:
     tokens = pair.model.vision([])
     assert tokens.embeds.shape == (0, 48)
     assert tokens.lengths == ()
-    assert pair.model.vision.features([]) == ()
+    assert pair.model.vision.encode([]) == ()
 
 
 def test_taps_name_every_stage(s2: NvilaPair) -> None:
@@ -138,11 +138,11 @@ def test_half_precision_keeps_exact_pixels(lite: NvilaPair) -> None:
     options: dict[str, Any] = {"device": "cpu", "dtype": torch.bfloat16, "vision_dtype": torch.float16}
     model = load_model(checkpoint, lite.processor.config, **options)
     assert model.language.norm.weight.dtype == torch.bfloat16
-    assert model.vision.dtype == torch.float16
-    assert model.vision.pixel_scale.dtype == torch.float32
+    assert model.vision.encoder.dtype == torch.float16
+    assert model.vision.encoder.pixel_scale.dtype == torch.float32
     patches = patches_of(lite.processor, [picture(*SQUARE)])
-    exact = lite.model.vision.pack(patches).pixels
-    assert torch.equal(model.vision.pack(patches).pixels, exact.half())
+    exact = lite.model.vision.encoder.pack(patches).pixels
+    assert torch.equal(model.vision.encoder.pack(patches).pixels, exact.half())
 
 
 def test_rows_that_do_not_match_the_layout_are_an_error(lite: NvilaPair, s2: NvilaPair) -> None:

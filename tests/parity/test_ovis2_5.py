@@ -21,7 +21,7 @@ from torch.multiprocessing.spawn import start_processes
 from transformers import SiglipVisionModel
 
 from siglane.cli.main import main
-from siglane.config.vision import VisionConfig, WindowConfig
+from siglane.config.vision import VisionConfig
 from siglane.errors import ConfigError, UserError, WeightError
 from siglane.families.model import load_model
 from siglane.families.processor import Processor, load_processor
@@ -82,8 +82,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> OvisPair:
 
 
 @pytest.fixture(scope="module")
-def windowed(tmp_path_factory: pytest.TempPathFactory) -> OvisPair:
-    return built(tmp_path_factory.mktemp("windowed"), windows="1", tied=True, seed=20)
+def tied(tmp_path_factory: pytest.TempPathFactory) -> OvisPair:
+    return built(tmp_path_factory.mktemp("tied"), tied=True, seed=20)
 
 
 def clip_of(processor: Processor, frames: Sequence[Image.Image]) -> ImagePatches:
@@ -95,7 +95,7 @@ def clip_of(processor: Processor, frames: Sequence[Image.Image]) -> ImagePatches
 @torch.no_grad()
 def compare_taps(pair: OvisPair, patches: Sequence[ImagePatches], seen: Seen) -> list[str]:
     """All images in one call. The stages that were compared."""
-    taps: dict[str, torch.Tensor] = {"preprocessing": pair.model.vision.pack(patches).pixels}
+    taps: dict[str, torch.Tensor] = {"preprocessing": pair.model.vision.encoder.pack(patches).pixels}
     rows = pair.model.vision(patches, taps)
     assert torch.equal(taps["projector_input"], taps["features"])
     taps["projector"] = taps.pop("projected")
@@ -111,8 +111,6 @@ CASES: dict[str, dict[str, Any]] = {
     "tied, the head stored too": {"tied": True},
     "tied, no head stored": {"tied": True, "head_stored": False},
     "no rotation": {"rope": False},
-    "windows, block 1 full": {"windows": "1"},
-    "windows, blocks 0 and 2 full": {"windows": "0|2"},
     "positions of another size": {"position_side": 9},
     "read as model_type ovis": {"architecture": False},
 }
@@ -127,9 +125,8 @@ def test_every_tap(tmp_path: Path, case: str) -> None:
     assert stages == ["preprocessing", "patch_embedding", "positions", *blocks, "features", "projector"]
 
 
-@pytest.mark.parametrize("windows", [None, "2"])
-def test_every_tap_of_awkward_pictures(tmp_path: Path, windows: str | None) -> None:
-    pair = built(tmp_path, bounds=LARGE, windows=windows)
+def test_every_tap_of_awkward_pictures(tmp_path: Path) -> None:
+    pair = built(tmp_path, bounds=LARGE)
     for number, size in enumerate(AWKWARD):
         image = picture(*size, seed=number)
         compare_taps(pair, patches_of(pair.processor, [image]), pair.see([image]))
@@ -144,12 +141,12 @@ def test_transformers_own_tower_where_it_has_no_rotation(tmp_path: Path) -> None
     assert isinstance(tower, SiglipVisionModel)
     pixels = torch.stack(pair.reference.prepared([image]))
     expected = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-1][0]
-    (features,) = pair.model.vision.features(patches_of(pair.processor, [image]))
+    (features,) = pair.model.vision.encoder.features(patches_of(pair.processor, [image]))
     assert_parity("features", features, expected)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("which", ["pair", "windowed"])
+@pytest.mark.parametrize("which", ["pair", "tied"])
 def test_packing_does_not_change_an_image(which: str, request: pytest.FixtureRequest) -> None:
     """Equal counts with different grids among them: 32 x 48 and 48 x 32 pixels."""
     pair: OvisPair = request.getfixturevalue(which)
@@ -164,7 +161,7 @@ def test_packing_does_not_change_an_image(which: str, request: pytest.FixtureReq
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", ["untied", "windows, block 1 full"])
+@pytest.mark.parametrize("case", ["untied", "tied, no head stored"])
 def test_frames_of_a_video(tmp_path: Path, case: str) -> None:
     """Of different sizes: each is resized to what suits the first."""
     pair = built(tmp_path, **CASES[case])
@@ -179,9 +176,9 @@ def test_frames_of_a_video(tmp_path: Path, case: str) -> None:
 @torch.no_grad()
 def test_frames_never_see_each_other(pair: OvisPair) -> None:
     first, second = picture(50, 30), picture(50, 30, seed=1)
-    (alone,) = pair.model.vision.features(patches_of(pair.processor, [first]))
-    (same,) = pair.model.vision.features([clip_of(pair.processor, [first, first])])
-    (other,) = pair.model.vision.features([clip_of(pair.processor, [first, second])])
+    (alone,) = pair.model.vision.encoder.features(patches_of(pair.processor, [first]))
+    (same,) = pair.model.vision.encoder.features([clip_of(pair.processor, [first, first])])
+    (other,) = pair.model.vision.encoder.features([clip_of(pair.processor, [first, second])])
     assert torch.equal(*same.chunk(2))
     assert (other[: len(alone)] - alone).abs().max() < 1e-5
     assert (other[len(alone) :] - alone).abs().max() > 0.1
@@ -282,7 +279,7 @@ class TestPrompts:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("which", ["pair", "windowed"])
+@pytest.mark.parametrize("which", ["pair", "tied"])
 @pytest.mark.parametrize("sizes", [(), (SIZES[0],), (SIZES[1],), SIZES])
 def test_spliced_rows_logits_and_greedy_tokens(
     which: str, sizes: Sequence[tuple[int, int]], request: pytest.FixtureRequest
@@ -353,7 +350,7 @@ def be_a_rank(rank: int, size: int, folder: str, patches: list[ImagePatches], pr
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 def test_every_rank_gives_the_references_rows_and_tokens(tmp_path: Path, size: int) -> None:
     """48 words divide by every size; 2 heads of the tower divide by 2 only."""
-    pair = built(tmp_path, windows="1")
+    pair = built(tmp_path)
     images = [picture(*one, seed=number) for number, one in enumerate(SIZES[:2])]
     patches = patches_of(pair.processor, images)
     prompt = ask(pair.processor, patches, "What is it?")
@@ -423,10 +420,8 @@ class TestFacts:
             ({}, {"model_type": "aimv2"}, "'aimv2' is not known"),
             ({}, {"temporal_patch_size": 2}, "temporal_patch_size 2 is not supported"),
             ({}, {"preserve_original_pe": False}, "preserve_original_pe false"),
-            ({}, {"fullatt_block_indexes": "1|3"}, "must be numbers of the 3 blocks"),
-            ({}, {"fullatt_block_indexes": "1,2"}, "must be numbers of the 3 blocks"),
+            ({}, {"fullatt_block_indexes": "1|2"}, r"fullatt_block_indexes '1\|2' .* is not supported"),
             ({}, {"fullatt_block_indexes": [1]}, "fullatt_block_indexes must be str"),
-            ({}, {"fullatt_block_indexes": "1", "window_size": 7}, "smaller than one block of 2x2"),
             ({}, {"num_patches": 35}, "no square of positions"),
             ({}, {"hidden_act": "relu"}, "'relu' is not known"),
         ],
@@ -442,15 +437,12 @@ class TestFacts:
         config = VisionConfig.from_navit({})
         sizes = config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads
         assert sizes == (1024, 4096, 24, 16)
-        assert (config.patch_size, config.position_grid, config.windows) == (16, Grid(32, 32), None)
+        assert (config.patch_size, config.position_grid) == (16, Grid(32, 32))
         assert (config.depth, config.post_norm, config.use_head) == (24, False, False)
 
     @pytest.mark.parametrize("stated", [None, ""])
     def test_no_full_blocks_stated_means_all_are(self, stated: str | None) -> None:
-        assert VisionConfig.from_navit({"fullatt_block_indexes": stated}).windows is None
-
-    def test_released_windows_are_six_patches_wide(self) -> None:
-        assert VisionConfig.from_navit({"fullatt_block_indexes": "7|15|23"}).windows == WindowConfig(6, (7, 15, 23))
+        assert VisionConfig.from_navit({"fullatt_block_indexes": stated}) == VisionConfig.from_navit({})
 
     def test_an_untied_head_must_be_stored(self, tmp_path: Path) -> None:
         write_ovis2_5_checkpoint(tmp_path, head_stored=False)
@@ -471,7 +463,7 @@ class TestFacts:
         (tmp_path / "config.json").write_text(json.dumps(root))
         image = picture(50, 30)
         again = VisionEncoder(tmp_path, device="cpu").encode([image])[0]
-        (before,) = pair.model.vision.features(patches_of(pair.processor, [image]))
+        (before,) = pair.model.vision.encoder.features(patches_of(pair.processor, [image]))
         assert torch.equal(again, before)
 
 

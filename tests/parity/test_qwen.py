@@ -11,8 +11,8 @@ from parity_kit import assert_parity, filled
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from siglane.config.language import LanguageConfig
+from siglane.lm.attention import SegmentAttention
 from siglane.lm.qwen import QwenModel
-from siglane.nn.attention import CausalSegments
 from siglane.weights.plan import qwen_plan
 
 ReferenceModel = Any  # transformers leaves it untyped
@@ -78,7 +78,7 @@ def logits(
     lengths = [len(sequence) for sequence in sequences]
     positions = torch.cat([torch.arange(length) for length in lengths])
     embeds = model.embed(torch.cat(sequences))
-    return model.logits(model(embeds, positions, CausalSegments(lengths), taps))
+    return model.logits(model(embeds, positions, SegmentAttention(lengths), taps))
 
 
 @EVERY_VARIANT
@@ -164,7 +164,7 @@ def test_embeddings_may_come_from_elsewhere(variant: dict[str, Any]) -> None:
     reference = reference_model(variant, seed=5)
     model = our_model(reference)
     embeds = torch.randn(30, TINY["hidden_size"], generator=torch.Generator().manual_seed(5))
-    ours = model.logits(model(embeds, torch.arange(30), CausalSegments([30])))
+    ours = model.logits(model(embeds, torch.arange(30), SegmentAttention([30])))
     assert_parity("logits", ours, reference(inputs_embeds=embeds[None]).logits[0])
 
 

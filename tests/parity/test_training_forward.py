@@ -26,7 +26,7 @@ from torch import nn
 
 from siglane.families.processor import Processor
 from siglane.families.registry import vlm_family
-from siglane.nn.attention import CausalSegments
+from siglane.lm.attention import SegmentAttention
 from siglane.training.forward import IGNORED, PARTS, Example, Part, answer_loss, part_of, spliced, unfreeze
 from siglane.types import Prompt
 from siglane.verify.references.llava_onevision import LlavaOnevision
@@ -129,7 +129,7 @@ REFERENCES: dict[str, tuple[Write, Callable[..., Any], Callable[[Any], Parts]]] 
     "nvila": (partial(write_nvila_checkpoint, lite=False), Nvila, nvila_parts),
     "llava onevision": (write_llava_onevision_checkpoint, LlavaOnevision, llava_parts),
     "ovis 2.5": (write_ovis2_5_checkpoint, Ovis2_5, ovis_parts),
-    "ovis 2.5, windows": (partial(write_ovis2_5_checkpoint, windows="1", tied=True), Ovis2_5, ovis_parts),
+    "ovis 2.5, tied": (partial(write_ovis2_5_checkpoint, tied=True), Ovis2_5, ovis_parts),
 }
 EVERY_FAMILY = pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 
@@ -261,7 +261,7 @@ def test_the_forward_is_the_one_that_serves(tmp_path: Path, write: Write) -> Non
     (example,) = examples_of(processor, SAMPLES[:1])
     with torch.no_grad():
         embeds = spliced(model, [example])
-        hidden = model.language(embeds, torch.arange(len(embeds)), CausalSegments([len(embeds)]))
+        hidden = model.language(embeds, torch.arange(len(embeds)), SegmentAttention([len(embeds)]))
         served = model.language.logits(hidden)
     unfreeze(model, *PARTS)
     found = answer_loss(model, [example], logits=True)
@@ -300,9 +300,9 @@ def test_it_learns_one_sample_and_a_frozen_tower_stays(tmp_path: Path, write: Wr
     assert model.language.logits(hidden[-len(answer) :]).argmax(-1).tolist() == list(answer)
 
 
-def _places(examples: list[Example]) -> tuple[torch.Tensor, CausalSegments]:
+def _places(examples: list[Example]) -> tuple[torch.Tensor, SegmentAttention]:
     length = len(examples[0].inputs)
-    return torch.arange(length), CausalSegments([length])
+    return torch.arange(length), SegmentAttention([length])
 
 
 @pytest.mark.parametrize("part", PARTS)

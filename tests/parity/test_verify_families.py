@@ -60,7 +60,7 @@ CHECKPOINTS: dict[str, Write] = {
         "{% else %}{{ p['text'] }}{% endif %}{% endfor %}{% endfor %}",
     ),
     "ovis2.5": written(write_ovis2_5_checkpoint),
-    "ovis2.5, windows": written(write_ovis2_5_checkpoint, windows="1", tied=True, head_stored=False),
+    "ovis2.5, tied": written(write_ovis2_5_checkpoint, tied=True, head_stored=False),
     "ovis2.5 without rotary positions": written(write_ovis2_5_checkpoint, rope=False, bounds=LARGE),
     "llava-onevision": written(write_llava_onevision_checkpoint),
     "llava-onevision, saved": written(write_llava_onevision_checkpoint, names="saved", nested=True, bias=False),
@@ -152,9 +152,6 @@ FAULTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
     ),
     "ovis2.5: without rotary positions": (
         "ovis2.5", set_key("config.json", "vit_config", "use_rope", value=False), "block.0",
-    ),
-    "ovis2.5: all windows full": (
-        "ovis2.5, windows", set_key("config.json", "vit_config", "fullatt_block_indexes", value=None), "block.0",
     ),
     "ovis2.5: merged in another order": (
         "ovis2.5", set_tensor("visual_tokenizer.head.0.weight", lambda w: w.roll(32, 1)), "projector",

@@ -21,9 +21,11 @@ from siglip2_checkpoint import write_siglip2_checkpoint
 from siglane.cli.main import main
 from siglane.image.patchify import patchify
 from siglane.image.tile import render_tiles
-from siglane.look import view as pages
 from siglane.look.drawing import FOLD_GAP, PAPER, flow, folded, folds
-from siglane.look.view import Positions, View, draw, unpatchify
+from siglane.look.legend import chips, token_lines
+from siglane.look.page import draw
+from siglane.look.tiles import canvas_in_source
+from siglane.look.view import COLUMN, GUTTER, MARGIN, Positions, View, unpatchify
 from siglane.types import (
     AnyRes,
     Box,
@@ -68,9 +70,8 @@ def native(size: Size, grid: Grid) -> ImageLayout:
     """One tile of any shape between two learned rows, as Ovis2.5's."""
     canvas = Size(grid.w * PATCH, grid.h * PATCH)
     tile = Tile((Resize(canvas, "bilinear"),), Box(0, 0, *canvas), grid)
-    return ImageLayout(
-        size, (tile,), (Indicator(0), ImagePlaceholder(max(1, grid.area // 4)), Indicator(1)), Grid(1, 1)
-    )
+    pieces = (Indicator(0), ImagePlaceholder(max(1, grid.area // 4)), Indicator(1))
+    return ImageLayout(size, (tile,), pieces, Grid(1, 1), projected=())
 
 
 def anyres(size: Size, columns: int, rows: int) -> ImageLayout:
@@ -84,7 +85,8 @@ def anyres(size: Size, columns: int, rows: int) -> ImageLayout:
     tiles = cut(1, 1, side, [Resize(Size(side, side), "bicubic")]) + cut(columns, rows, side, steps)
     crop = Box(0, 0, columns * n, rows * n)
     tokens = n * n + rows * n * (columns * n + 1)
-    return ImageLayout(size, tuple(tiles), (ImagePlaceholder(tokens),), Grid(rows, columns), AnyRes(crop, None))
+    pieces = (ImagePlaceholder(tokens),)
+    return ImageLayout(size, tuple(tiles), pieces, Grid(rows, columns), AnyRes(crop, None), projected=())
 
 
 def row_tokens(size: Size, columns: int, rows: int) -> ImageLayout:
@@ -97,7 +99,7 @@ def row_tokens(size: Size, columns: int, rows: int) -> ImageLayout:
         for column in range(columns):
             pieces += [Token(f"<row_{row + 1}_col_{column + 1}>"), ImagePlaceholder(4)]
     tiles = cut(1, 1, side, whole) + cut(columns, rows, side, [big])
-    return ImageLayout(size, tuple(tiles), tuple(pieces), Grid(rows, columns))
+    return ImageLayout(size, tuple(tiles), tuple(pieces), Grid(rows, columns), projected=())
 
 
 def scales(size: Size) -> ImageLayout:
@@ -107,17 +109,19 @@ def scales(size: Size) -> ImageLayout:
         for columns, rows in ((1, 1), (2, 2), (4, 3))
         for tile in cut(columns, rows, side, [Resize(Size(columns * side, rows * side), "bicubic")])
     ]
-    return ImageLayout(size, tuple(tiles), (ImagePlaceholder(48), LINE_FEED[0]), Grid(3, 4), MergedScales((1, 2), 3))
+    pieces = (ImagePlaceholder(48), LINE_FEED[0])
+    return ImageLayout(size, tuple(tiles), pieces, Grid(3, 4), MergedScales((1, 2), 3), projected=())
 
 
 def thumbnail(size: Size) -> ImageLayout:
     tiles = cut(4, 3, 64, [Resize(Size(256, 192), "bicubic")]) + cut(1, 1, 64, [Resize(Size(64, 64), "bicubic")])
-    return ImageLayout(size, tuple(tiles), (ImagePlaceholder(4), *LINE_FEED) * 13, Grid(3, 4))
+    return ImageLayout(size, tuple(tiles), (ImagePlaceholder(4), *LINE_FEED) * 13, Grid(3, 4), projected=())
 
 
 def video(size: Size, frames: int) -> ImageLayout:
     tiles = [cut(1, 1, 64, [Resize(Size(64, 64), "bicubic")], frame)[0] for frame in range(frames)]
-    return ImageLayout(size, tuple(tiles), (ImagePlaceholder(4 * frames + 1),), Grid(1, 1), Newline(Grid(2, 2)), frames)
+    pieces = (ImagePlaceholder(4 * frames + 1),)
+    return ImageLayout(size, tuple(tiles), pieces, Grid(1, 1), Newline(Grid(2, 2)), frames, projected=())
 
 
 def film(size: Size, frames: int, grid: Grid) -> ImageLayout:
@@ -125,7 +129,7 @@ def film(size: Size, frames: int, grid: Grid) -> ImageLayout:
     (tile,) = native(size, grid).tiles
     tiles = tuple(replace(tile, frame=frame) for frame in range(frames))
     pieces = (Indicator(2), ImagePlaceholder(frames * grid.area // 4), Indicator(3))
-    return ImageLayout(size, tiles, pieces, Grid(1, 1), frames=frames)
+    return ImageLayout(size, tiles, pieces, Grid(1, 1), frames=frames, projected=())
 
 
 LAYOUTS = {
@@ -157,9 +161,9 @@ def view_of(layout: ImageLayout, **changes: object) -> View:
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_every_kind_of_layout_can_be_drawn(layout: ImageLayout) -> None:
     page = draw(view_of(layout))
-    assert page.width == 2 * (pages.MARGIN + pages.COLUMN) + pages.GUTTER
+    assert page.width == 2 * (MARGIN + COLUMN) + GUTTER
     assert 400 < page.height < 4000
-    margin = np.asarray(page)[:, -pages.MARGIN + 4 :]
+    margin = np.asarray(page)[:, -MARGIN + 4 :]
     assert (margin == PAPER).all()  # nothing is drawn beyond the columns
 
 
@@ -169,15 +173,15 @@ def test_names_with_other_letters_are_drawn() -> None:
 
 
 def test_the_chips_say_what_stands_in_the_prompt() -> None:
-    texts = [chip.text for chip in pages._chips(view_of(LAYOUTS["row and column tokens"]))]
+    texts = [chip.text for chip in chips(view_of(LAYOUTS["row and column tokens"]))]
     assert texts[:4] == ["<|global_image|>", "tile 1: 4 tokens", "<row_1_col_1>", "tile 2: 4 tokens"]
     assert texts[-2:] == ["<row_3_col_4>", "tile 13: 4 tokens"]
-    texts = [chip.text for chip in pages._chips(view_of(LAYOUTS["tiles and a thumbnail"]))]
+    texts = [chip.text for chip in chips(view_of(LAYOUTS["tiles and a thumbnail"]))]
     assert texts[:4] == ["tile 1: 4 tokens", "\n", "\n", "tile 2: 4 tokens"]
-    texts = [chip.text for chip in pages._chips(view_of(LAYOUTS["native resolution"]))]
+    texts = [chip.text for chip in chips(view_of(LAYOUTS["native resolution"]))]
     assert texts == ["learned row 0", "300 tokens", "learned row 1"]
     marker = replace(LAYOUTS["one pixel"], pieces=(Marker("a\n\tb", isolated=True), ImagePlaceholder(4)))
-    assert pages._chips(view_of(marker))[0].text == "a\n\\tb"
+    assert chips(view_of(marker))[0].text == "a\n\\tb"
 
 
 @pytest.mark.parametrize(
@@ -193,16 +197,16 @@ def test_the_chips_say_what_stands_in_the_prompt() -> None:
     ],
 )
 def test_the_token_line_adds_up(name: str, line: str) -> None:
-    assert pages._token_lines(LAYOUTS[name])[0] == line
+    assert token_lines(LAYOUTS[name])[0] == line
 
 
 def test_the_picture_lies_on_its_canvas_where_the_steps_put_it() -> None:
     layout = LAYOUTS["anyres with bars"]
-    width, height, box = pages._canvas(layout.tiles[1], layout.source)
+    width, height, box = canvas_in_source(layout.tiles[1], layout.source)
     assert (width, height) == (640, 640)
     assert box == (0, 220, 640, 420)
     squashed = LAYOUTS["scales"].tiles[0]
-    assert pages._canvas(squashed, Size(640, 480)) == (640, 480, (0, 0, 640, 480))
+    assert canvas_in_source(squashed, Size(640, 480)) == (640, 480, (0, 0, 640, 480))
 
 
 def test_a_fold_keeps_every_pixel() -> None:

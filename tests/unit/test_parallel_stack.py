@@ -109,7 +109,7 @@ def tell(folder: Path, tp: TensorParallel, wish: EncoderParallel) -> Told:
     seen: Counter[str] = Counter()
     answers: dict[str, ImageTokens] = {}
     for call, numbers in CALLS.items():
-        hook = model.stack.tower.register_forward_pre_hook(
+        hook = model.stack.encoder.tower.register_forward_pre_hook(
             lambda module, inputs, call=call: seen.update({call: len(inputs[0].pixels)})
         )
         answers[call] = model([images[number] for number in numbers])
@@ -199,7 +199,7 @@ class TestRanks:
                 assert one.sizes == whole
                 continue
             # two heads and 40 columns are cut by 2 and whole on 3; nobody's biases of a sum are cut
-            for key in (key for key in whole if key.startswith("tower.")):
+            for key in (key for key in whole if key.startswith("encoder.tower.")):
                 assert one.sizes[key] == whole[key] // (2 if size == 2 and key.endswith(CUT) else 1), key
             assert sum(one.sizes.values()) < sum(whole.values())
 

@@ -20,7 +20,7 @@ from two_tower_checkpoint import write_two_tower_checkpoint
 
 from siglane import Tag, Tagged, Tagger
 from siglane.errors import ConfigError, UserError
-from siglane.families.pipeline import PREPARE_AHEAD
+from siglane.families.ahead import PREPARE_AHEAD
 from siglane.settings.tagging import TagSettings, read_settings
 from siglane.tagging.cache import default_folder
 from siglane.tagging.labels import read_labels
@@ -435,7 +435,7 @@ class TestSettings:
             "tagging on cpu, torch.float32, 8 pictures a batch; texts: lower case, punctuation kept, 64" in caplog.text
         )
         assert "does not apply" not in caplog.text
-        assert "vision attention: sdpa" in caplog.text
+        assert "vision attention: onednn (cpu, torch.float32, asked for auto)" in caplog.text
         direct = Tagger(model, cache=tmp_path / "cache")
         assert torch.equal(found.scores([picture(0)], LABELS), direct.scores([picture(0)], LABELS))
         Tagger.from_settings(TagSettings(model=str(model), max_num_patches=64), cache=tmp_path / "cache")

@@ -182,7 +182,7 @@ def _eos_token_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast) -
 
 def _vision_plan(config: VlmConfig) -> WeightPlan:
     """A tensor's name may start with `model.`, as transformers has it in memory."""
-    tower = tower_plan(config.vision).under("vision_tower.", "tower.")
+    tower = tower_plan(config.vision).under("vision_tower.", "encoder.tower.")
     projector = projector_plan(config.projector).under("multi_modal_projector.", "projector.")
     newline = WeightPlan((Rule("image_newline", "newline"),))
     return (tower + projector + newline).under("[model.]", "")

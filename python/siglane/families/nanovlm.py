@@ -157,7 +157,6 @@ def _vision(root: ConfigReader) -> VisionConfig:
         patch_layout="channel_first",
         position_resize="never",
         rope_theta=None,
-        windows=None,
         depth=layers,
         post_norm=True,
         use_head=False,
@@ -266,7 +265,7 @@ def _vision_plan(config: VlmConfig) -> WeightPlan:
     ):
         tower.append(Rule(f"blocks.{{i}}.{source}.{{leaf}}", f"blocks.{{i}}.{target}.{{leaf}}", part))
     projector = projector_plan(config.projector).under("MP.", "projector.")
-    return WeightPlan(tuple(tower)).under("vision_encoder.", "tower.") + projector
+    return WeightPlan(tuple(tower)).under("vision_encoder.", "encoder.tower.") + projector
 
 
 def _language_plan(config: VlmConfig) -> WeightPlan:

@@ -281,7 +281,7 @@ def _prompt_rules(checkpoint: Checkpoint) -> PromptRules:
 
 
 def _vision_plan(config: VlmConfig) -> WeightPlan:
-    tower = tower_plan(config.vision).under(f"{TOWER}.", "tower.")
+    tower = tower_plan(config.vision).under(f"{TOWER}.", "encoder.tower.")
     return tower + projector_plan(config.projector).under(f"{PROJECTOR}.", "projector.")
 
 

@@ -138,7 +138,8 @@ def _thinking(tokenizer: PreTrainedTokenizerFast) -> Thinking | None:
 
 
 def _vision_plan(config: VlmConfig) -> WeightPlan:
-    return tower_plan(config.vision).under(TOWER, "tower.") + projector_plan(config.projector).under("", "projector.")
+    tower = tower_plan(config.vision).under(TOWER, "encoder.tower.")
+    return tower + projector_plan(config.projector).under("", "projector.")
 
 
 _PROMPT_RULES = PromptRules(default_template=CHAT_TEMPLATE, strip_messages=False, joint="\n", thinking_end=THINK_END)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
@@ -19,24 +19,32 @@ from siglane.types import DecodedImage, DecodedVideo, ImageLayout, ImagePatches,
 from siglane.weights.hub import Checkpoint
 
 
-class ImageProcessor(Protocol):
-    """From sizes to layouts and from pixels to patches; all an encoder needs."""
+class ImageProcessor:
+    """From sizes to layouts and from pixels to patches; all that an encoder needs. Safe to share between threads."""
 
-    @property
-    def config(self) -> ImageFacts: ...
+    config: ImageFacts
+
+    def __init__(self, config: ImageFacts) -> None:
+        self.config = config
 
     def layouts(
-        self, media: Sequence[Medium], budgets: Sequence[ImageBudget | None] | None = None
-    ) -> tuple[ImageLayout, ...]: ...
+        self, media: Sequence[Medium], image_limits: Sequence[ImageBudget | None] | None = None
+    ) -> tuple[ImageLayout, ...]:
+        """The layouts of all images and videos of one request, from their sizes alone (`ImageFacts.layouts`)."""
+        return self.config.layouts(media, image_limits)
 
-    def patches(self, image: DecodedImage | DecodedVideo, layout: ImageLayout) -> ImagePatches: ...
+    def patches(self, image: DecodedImage | DecodedVideo, layout: ImageLayout) -> ImagePatches:
+        """Patches `[layout.patches, patch_dim]`. ValueError when the layout is another size's."""
+        return to_patches(image, layout, self.config.preprocess, self.config.vision)
 
 
-class Processor:
+class Processor(ImageProcessor):
     """One checkpoint's facts, tokenizer and prompt rules. Holds no weights; safe to share between threads."""
 
+    config: VlmConfig
+
     def __init__(self, config: VlmConfig, tokenizer: PreTrainedTokenizerFast, rules: PromptRules) -> None:
-        self.config = config
+        super().__init__(config)
         self.tokenizer = tokenizer
         self._prompts = PromptBuilder(
             tokenizer,
@@ -54,16 +62,6 @@ class Processor:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         return self.config.eos_token_ids
-
-    def layouts(
-        self, media: Sequence[Medium], budgets: Sequence[ImageBudget | None] | None = None
-    ) -> tuple[ImageLayout, ...]:
-        """The layouts of all images and videos of one request, from their sizes alone (`ImageFacts.layouts`)."""
-        return self.config.layouts(media, budgets)
-
-    def patches(self, image: DecodedImage | DecodedVideo, layout: ImageLayout) -> ImagePatches:
-        """Patches `[layout.patches, patch_dim]`. ValueError when the layout is another size's."""
-        return to_patches(image, layout, self.config.preprocess, self.config.vision)
 
     def prompt(
         self,
@@ -91,22 +89,6 @@ class Processor:
     def text_prompt(self, text: str) -> Prompt:
         """`text` without a chat template. Special tokens written in it count; the image placeholder is plain text."""
         return self._prompts.text(text)
-
-
-class EncoderProcessor:
-    """The `ImageProcessor` of a plain tower."""
-
-    def __init__(self, config: ImageFacts) -> None:
-        self.config = config
-
-    def layouts(
-        self, media: Sequence[Medium], budgets: Sequence[ImageBudget | None] | None = None
-    ) -> tuple[ImageLayout, ...]:
-        return self.config.layouts(media, budgets)
-
-    def patches(self, image: DecodedImage | DecodedVideo, layout: ImageLayout) -> ImagePatches:
-        """Patches `[layout.patches, patch_dim]`. ValueError when the layout is another size's."""
-        return to_patches(image, layout, self.config.preprocess, self.config.vision)
 
 
 def load_processor(checkpoint: Checkpoint, config: VlmConfig | None = None) -> Processor:

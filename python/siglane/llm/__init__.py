@@ -8,8 +8,9 @@ answered never takes another one with it. An `LLM` serves one caller at a time, 
 `siglane serve`.
 """
 
-from siglane.families.pipeline import PREPARE_AHEAD
-from siglane.llm.encoder import Encoded, VisionEncoder
+from siglane.families.ahead import PREPARE_AHEAD
+from siglane.families.stack import Encoded
+from siglane.llm.encoder import VisionEncoder
 from siglane.llm.generation import Generation
 from siglane.llm.offline import LLM
 from siglane.llm.sampling import check_sampling

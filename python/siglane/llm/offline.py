@@ -19,13 +19,14 @@ from tqdm import tqdm
 from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
 from siglane.engine.load import build_engine
 from siglane.engine.reasoning import AnswerStream
-from siglane.families.pipeline import LOCAL_MEDIA, PREPARE_AHEAD, PREPARE_THREADS, Media
+from siglane.families.ahead import PREPARE_AHEAD, PREPARE_THREADS
+from siglane.families.pipeline import MediaPipeline, report_image
 from siglane.families.processor import Processor, load_processor
 from siglane.families.report import ImageReport
 from siglane.llm.generation import Answer, Generation, OnText, Row, blamed
 from siglane.llm.prompts import ChatMessage, Conversation, PromptLike, conversation, one_message
 from siglane.llm.sampling import check_sampling, params_of_each
-from siglane.media.source import MediaPolicy
+from siglane.media.policy import LOCAL_MEDIA, MediaPolicy
 from siglane.settings.engine import EngineConfig
 from siglane.settings.options import options_of
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
@@ -58,7 +59,7 @@ class LLM:
         config = _engine_config(options)
         checkpoint = model if isinstance(model, Checkpoint) else open_model(model, revision)
         self.processor: Processor = load_processor(checkpoint)
-        self._media = Media(media, decode, self.processor, budget, self.processor.config.video)
+        self._media = MediaPipeline(self.processor.config, budget, media, decode)
         self._engine = build_engine(checkpoint, self.processor, config)
         self._one_caller = threading.Lock()
         self._request_ids = (f"offline-{number}" for number in count())
@@ -170,10 +171,12 @@ class LLM:
         """Runs in a thread of the pool: everything between the caller's row and the engine."""
         check_sampling(job.params)
         conversation = job.read(job.row)
-        patches, reports = self._media.prepare(conversation.media)
-        layouts = [image.layout for image in patches]
+        media = conversation.media
+        self._media.prepare(media)
+        layouts = [item.layout for item in media]
         prompt = self.processor.prompt(conversation.messages, layouts, conversation.template)
-        return Ready(prompt, prompt.in_order(patches), reports)
+        patches = [item.patches for item in media]
+        return Ready(prompt, prompt.in_order(patches), tuple(map(report_image, media)))
 
     def _start_prepared(self, preparing: dict[Future[Ready], Row], running: dict[str, Answer]) -> None:
         """Hands prompts to the engine as it gets room, so that only a few wait with their pictures in memory."""

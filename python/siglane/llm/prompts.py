@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from siglane.errors import UserError
-from siglane.families.pipeline import BUDGET_KEYS, MediaItem, check_keys, image_item, video_item
+from siglane.media.item import BUDGET_KEYS, MediaItem, check_keys, image_item, video_item
 from siglane.types import ImagePart, Message, Role
 
 PromptLike = str | Mapping[str, Any]

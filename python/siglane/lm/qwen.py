@@ -6,18 +6,16 @@ import torch
 from torch import nn
 
 from siglane.config.language import LanguageConfig
+from siglane.lm.attention import LayerAttention
 from siglane.nn.act import activate
-from siglane.nn.attention import LayerAttention
 from siglane.nn.embedding import VocabParallelEmbedding
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear, attention_parallel
 from siglane.nn.norm import RMSNorm
 from siglane.nn.parallel import TensorParallel
-from siglane.nn.rope import rotary_tables, rotate
-
-Rotary = tuple[torch.Tensor, torch.Tensor]
+from siglane.nn.rope import Rotary, rotary_tables, rotate
 
 
-class Attention(nn.Module):
+class DecoderAttention(nn.Module):
     """Grouped-query attention with rotary positions; Qwen3 normalises each head of q and k before the rotation."""
 
     def __init__(self, config: LanguageConfig, layer: int, tp: TensorParallel, norm: type[RMSNorm]) -> None:
@@ -38,7 +36,7 @@ class Attention(nn.Module):
         return self.o_proj(attended.flatten(1))
 
 
-class MLP(nn.Module):
+class DecoderMLP(nn.Module):
     """SwiGLU: `down(silu(gate(x)) * up(x))`."""
 
     def __init__(self, config: LanguageConfig, tp: TensorParallel) -> None:
@@ -52,15 +50,15 @@ class MLP(nn.Module):
         return self.down_proj(activate(gate, "silu") * up)
 
 
-class Block(nn.Module):
+class DecoderBlock(nn.Module):
     """`x += attention(norm(x)); x += mlp(norm(x))`."""
 
     def __init__(self, config: LanguageConfig, layer: int, tp: TensorParallel, norm: type[RMSNorm]) -> None:
         super().__init__()
         self.input_norm = norm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, layer, tp, norm)
+        self.attention = DecoderAttention(config, layer, tp, norm)
         self.post_attention_norm = norm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, tp)
+        self.mlp = DecoderMLP(config, tp)
 
     def forward(self, x: torch.Tensor, rotary: Rotary, attention: LayerAttention) -> torch.Tensor:
         x = x + self.attention(self.input_norm(x), rotary, attention)
@@ -78,7 +76,7 @@ class QwenModel(nn.Module):
         self.config = config
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
         self.blocks = nn.ModuleList(
-            Block(config, layer, tp, self.norm_type) for layer in range(config.num_hidden_layers)
+            DecoderBlock(config, layer, tp, self.norm_type) for layer in range(config.num_hidden_layers)
         )
         self.norm = self.norm_type(config.hidden_size, config.rms_norm_eps)
         untied = not config.tie_embeddings
@@ -115,5 +113,5 @@ class QwenModel(nn.Module):
     def kv_heads(self) -> int:
         """Key/value heads this rank holds."""
         attention = self.blocks[0].attention
-        assert isinstance(attention, Attention)
+        assert isinstance(attention, DecoderAttention)
         return attention.qkv.kv_heads

@@ -8,10 +8,10 @@ import torch
 
 from siglane.types import Grid
 
+Rotary = tuple[torch.Tensor, torch.Tensor]  # cos and sin, each `[T, 1, head_dim]`
 
-def rotary_tables(
-    positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+
+def rotary_tables(positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotary:
     """cos and sin for `positions` `[T]`: each `[T, 1, head_dim]`, computed in float32 and cast (transformers Qwen2)."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     angles = positions.float()[:, None] * (1.0 / theta**exponents)
@@ -19,9 +19,7 @@ def rotary_tables(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotary_tables_2d(
-    grids: Sequence[Grid], head_dim: int, theta: float, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_tables_2d(grids: Sequence[Grid], head_dim: int, theta: float, device: torch.device) -> Rotary:
     """cos and sin `[N, 1, head_dim]`, float32, for patches of `grids` in raster order.
 
     The first half of the angles turns with the row, the second with the column, each over head_dim / 4 frequencies;

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 
 from siglane.engine.thinking import check_thinking_budget
 from siglane.errors import UserError
+from siglane.families.pipeline import report_image
 from siglane.families.report import ImageReport
+from siglane.media.item import MediaItem
 from siglane.server.answer import Answer
 from siglane.server.context import RequestContext
-from siglane.server.media import MediaRef
 from siglane.server.protocol import (
     AssistantMessage,
     ChatCompletion,
@@ -46,35 +47,35 @@ class Prepared:
 async def prepare(body: ChatCompletionRequest, context: RequestContext, state: ServerState) -> Prepared:
     """Everything before the engine. Raises UserError for a request that cannot be served, cheapest checks first."""
     state.check_model(body.model)
-    messages, refs = read_messages(body.messages)
-    refs = state.media.admit(refs)
+    messages, items = read_messages(body.messages)
+    state.media.admit(items)
     sampling = sampling_of(body, state)
     check_length(messages, state)
     salt = body.cache_salt or ""
     watch = Stopwatch()
-    files = await state.media.fetch(refs, salt, context.lease)
+    await state.media.fetch(items, salt, context.lease)
     watch.note("fetch")
-    layouts = await state.media.lay_out(refs, files)
+    await state.media.lay_out(items)
     # of the images only the headers were read so far: what is too long is never decoded
+    layouts = [item.layout for item in items]
     prompt = await state.media.run(state.processor.prompt, messages, layouts, body.chat_template_kwargs)
     max_tokens = resolve_max_tokens(body, prompt, state)
     watch.note("prepare")
-    cut = await state.media.cut(refs, files, layouts, context.lease)
-    watch.add("decode", sum(image.decoding for image in cut))
-    watch.add("prepare", sum(image.cutting for image in cut))
-    images = prompt.in_order([image.patches for image in cut])
+    await state.media.preprocess(items, context.lease)
+    watch.add("decode", sum(item.decoding for item in items))
+    watch.add("prepare", sum(item.cutting for item in items))
+    images = prompt.in_order([item.patches for item in items])
     request_id = f"chatcmpl-{secrets.token_hex(12)}"
     requests = tuple(
         Request(f"{request_id}-{index}", prompt, _nth(sampling, index), max_tokens, salt, images)
         for index in range(sampling.n)
     )
-    reports = [state.media.report(*pair) for pair in zip(refs, layouts, strict=True)]
-    return Prepared(request_id, prompt, requests, reports, watch.seconds)
+    return Prepared(request_id, prompt, requests, list(map(report_image, items)), watch.seconds)
 
 
-def read_messages(messages: Sequence[ChatMessage]) -> tuple[tuple[Message, ...], list[MediaRef]]:
-    """The conversation with its pictures and videos numbered, and where each comes from."""
-    refs: list[MediaRef] = []
+def read_messages(messages: Sequence[ChatMessage]) -> tuple[tuple[Message, ...], list[MediaItem]]:
+    """The conversation with its pictures and videos numbered, and what each is."""
+    items: list[MediaItem] = []
     read: list[Message] = []
     for i, message in enumerate(messages):
         parts: list[str | ImagePart] = []
@@ -82,25 +83,17 @@ def read_messages(messages: Sequence[ChatMessage]) -> tuple[tuple[Message, ...],
             if isinstance(part, str):
                 parts.append(part)
             elif isinstance(part, ImageUrlPart):
-                parts.append(ImagePart(len(refs)))
-                refs.append(MediaRef(part.image_url.url, f"messages[{i}].content[{j}]", part.image_url.budget))
+                parts.append(ImagePart(len(items)))
+                items.append(MediaItem(part.image_url.url, f"messages[{i}].content[{j}]", part.image_url.image_limits))
             elif isinstance(part, VideoUrlPart):
-                asked = part.video_url
-                parts.append(ImagePart(len(refs)))
-                refs.append(
-                    MediaRef(
-                        asked.url,
-                        f"messages[{i}].content[{j}]",
-                        asked.budget,
-                        video=True,
-                        frames=asked.num_frames,
-                    )
-                )
+                asked, param = part.video_url, f"messages[{i}].content[{j}]"
+                parts.append(ImagePart(len(items)))
+                items.append(MediaItem(asked.url, param, asked.image_limits, video=True, frames=asked.num_frames))
             else:
                 parts.append(part.text)
         role: Role = "system" if message.role == "developer" else message.role
         read.append(Message(role, tuple(parts)))
-    return tuple(read), refs
+    return tuple(read), items
 
 
 def check_length(messages: Sequence[Message], state: ServerState) -> None:

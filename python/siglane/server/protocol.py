@@ -104,7 +104,7 @@ class _Budgeted(RequestModel):
     grid_pinpoints: Annotated[list[Pinpoint], Field(min_length=1, max_length=MAX_PINPOINTS)] | None = None
 
     @property
-    def budget(self) -> ImageBudget:
+    def image_limits(self) -> ImageBudget:
         limits = {name: value for name in LIMITS[:-1] if (value := getattr(self, name)) is not None}
         pinpoints = None
         if self.grid_pinpoints is not None:

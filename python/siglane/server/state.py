@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from siglane.config.video import VideoRule
+from siglane.config.vlm import ImageFacts
 from siglane.engine.process import EngineProcess
 from siglane.engine.reasoning import AnswerStream
 from siglane.errors import EngineError, UserError
-from siglane.families.processor import ImageProcessor, Processor
+from siglane.families.processor import Processor
 from siglane.server.answer import Answer
 from siglane.server.context import InflightBytes
 from siglane.server.errors import overloaded
@@ -47,10 +47,9 @@ class ModelState:
         config: ServerConfig,
         model: str,
         facts: object,
-        images: ImageProcessor,
+        images: ImageFacts,
         engine: Backend,
         budget: ImageBudget,
-        video: VideoRule | None = None,
         beside: ModelState | None = None,
     ) -> None:
         self.config, self.engine = config, engine
@@ -65,7 +64,7 @@ class ModelState:
         self.budget: InflightBytes = (
             beside.budget if beside else InflightBytes(config.max_inflight_bytes, self.metrics.inflight_bytes)
         )
-        self.media = MediaLoader(config, images, budget, video)
+        self.media = MediaLoader(config, images, budget)
         self.company: tuple[ModelState, ...] = ()  # further models of the same server, which end with this one
         self.draining = False
         self.ended = False
@@ -121,7 +120,7 @@ class ServerState(ModelState):
         engine: EngineProcess,
         budget: ImageBudget = CHECKPOINT_LIMITS,
     ) -> None:
-        super().__init__(config, model, processor.config, processor, engine, budget, processor.config.video)
+        super().__init__(config, model, processor.config, processor.config, engine, budget)
         self.processor = processor
         self.context_length = processor.context_length
         self.metrics.watch_engine(engine.stats)

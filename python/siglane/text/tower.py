@@ -8,7 +8,7 @@ from torch import nn
 from siglane.config.two_tower import TextTowerConfig
 from siglane.nn.attention import Segments, choose_backend
 from siglane.nn.embedding import VocabParallelEmbedding
-from siglane.nn.encoder import Block
+from siglane.nn.encoder import EncoderBlock
 from siglane.nn.parallel import TensorParallel
 from siglane.types import AttentionBackend, BackendChoice
 
@@ -26,7 +26,7 @@ class SiglipTextModel(nn.Module):
         self._backends: dict[tuple[torch.device, torch.dtype], AttentionBackend] = {}
         self.token_embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
         self.position_embedding = nn.Embedding(config.length, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config, tp) for _ in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(EncoderBlock(config, tp) for _ in range(config.num_hidden_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.projection_size)
 

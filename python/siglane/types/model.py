@@ -6,6 +6,6 @@ from typing import Literal
 
 Activation = Literal["gelu_tanh", "gelu_erf", "quick_gelu", "silu"]
 
-AttentionBackend = Literal["sdpa", "torch_varlen", "flash_attn", "flashinfer"]
+AttentionBackend = Literal["sdpa", "onednn", "torch_varlen", "flash_attn", "flashinfer"]
 
-BackendChoice = Literal["auto", "sdpa", "torch_varlen", "flash_attn", "flashinfer"]
+BackendChoice = Literal["auto", "sdpa", "onednn", "torch_varlen", "flash_attn", "flashinfer"]

@@ -41,7 +41,7 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
     "missing": (
         "vision_tower",
         without("vision_model.encoder.layers.0.mlp.fc1.bias"),
-        "the checkpoint fills 71 of 72 parameters; missing: vision.tower.blocks.0.mlp.fc1.bias",
+        "the checkpoint fills 71 of 72 parameters; missing: vision.encoder.tower.blocks.0.mlp.fc1.bias",
     ),
     "of another shape": (
         "mm_projector",

@@ -38,7 +38,7 @@ VIT_FACTS = (
 
 
 class RotaryAttention(SiglipAttention):
-    """Full or windowed attention of one frame, queries and keys turned by row and column."""
+    """Attention of one frame, queries and keys turned by row and column."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[no-untyped-call]
@@ -50,8 +50,7 @@ class RotaryAttention(SiglipAttention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        """hidden_states `[1, N, hidden_size]`; attention_mask bool `[N, N]`; position_embeddings: cos and sin, each
-        `[N, head_dim]`."""
+        """hidden_states `[1, N, hidden_size]`; position_embeddings: cos and sin, each `[N, head_dim]`."""
         q, k, v = (
             projection(hidden_states[0]).unflatten(-1, (self.num_heads, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -59,7 +58,7 @@ class RotaryAttention(SiglipAttention):
         if position_embeddings is not None:
             q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
         q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, scale=self.scale)
+        attended = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         return self.out_proj(attended[0].transpose(0, 1).flatten(1))[None], None
 
 
@@ -165,13 +164,11 @@ class Ovis2_5(VisionLanguageReference):
         patches = self.inner.embeddings.patch_embedding(pixels).flatten(1)
         x = patches + self._positions(frame) if self.raw.get("preserve_original_pe", True) else patches
         before = {"patch_embedding": patches, "positions": x}
-        rotary, full = self._rotary(frame), self._full_layers(len(layers))
-        windows = self._windows(frame) if len(full) < len(layers) else None
+        rotary = self._rotary(frame)
         with tapping({f"block.{number}": layer for number, layer in enumerate(layers)}) as taps:
             x = x[None]
-            for number, layer in enumerate(layers):
-                mask = None if number in full else windows
-                x = layer(x, attention_mask=mask, position_embeddings=rotary)
+            for layer in layers:
+                x = layer(x, attention_mask=None, position_embeddings=rotary)
         trace = {"preprocessing": frame.pixels.flatten(1).to(self.dtype), **before, **taps, "features": x[0]}
         return {stage: rows.cpu()[frame.raster] for stage, rows in trace.items()}, x[0]
 
@@ -191,16 +188,6 @@ class Ovis2_5(VisionLanguageReference):
         angles = torch.cat([torch.outer(index.float(), frequencies) for index in (frame.rows, frame.columns)], dim=1)
         angles = torch.cat([angles, angles], dim=1).to(self.device)
         return angles.cos(), angles.sin()
-
-    def _windows(self, frame: Frame) -> torch.Tensor:
-        """Which patches share a window, `[N, N]`."""
-        side = self.raw.get("window_size", 112) // self.stride // self.patch_size * self.stride
-        window = frame.rows // side * (frame.grid[1] + 1) + frame.columns // side
-        return (window[:, None] == window[None]).to(self.device)
-
-    def _full_layers(self, layers: int) -> set[int]:
-        stated = self.raw.get("fullatt_block_indexes")
-        return {int(number) for number in stated.split("|")} if stated else set(range(layers))
 
     def _visual_tokens(self, features: torch.Tensor) -> torch.Tensor:
         """features `[N, hidden_size]` in block order -> expected rows of the table `[N / stride**2, width]`."""
