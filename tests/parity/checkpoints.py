@@ -130,11 +130,6 @@ def tower_of(seed: int, **facts: Any) -> SiglipVisionModel:
     return tower
 
 
-def bare_state(tower: nn.Module) -> State:
-    """Its tensors without the infix that transformers before 5.19 has in memory."""
-    return {name.removeprefix("vision_model."): value for name, value in tower.state_dict().items()}
-
-
 def decoder_of(kind: str, seed: int, **facts: Any) -> Any:
     """kind: a model_type of transformers; facts: of its configuration."""
     sizes = {
@@ -219,7 +214,7 @@ def write_nvila_checkpoint(
     randomise(projector, seed + 2)
     states = {
         "llm": dict(language.state_dict()),  # with tied weights the head is stored too, as some converters do
-        "vision_tower": {("vision_model." if infix else "") + key: value for key, value in bare_state(tower).items()},
+        "vision_tower": {("vision_model." if infix else "") + key: value for key, value in tower.state_dict().items()},
         "mm_projector": {f"layers.{key}": value for key, value in projector.state_dict().items()},
     }  # fmt: skip
     size = {"height": image_size, "width": image_size}
@@ -251,7 +246,7 @@ def write_siglip_checkpoint(
 ) -> Written:
     """A plain SigLIP tower; `full`: with a text tower beside it, as google/siglip-* are saved."""
     tower = tower_of(seed, image_size=image_size, patch_size=14)
-    state = {("vision_model." if infix else "") + key: value for key, value in bare_state(tower).items()}
+    state = {("vision_model." if infix else "") + key: value for key, value in tower.state_dict().items()}
     raw = config_of(tower)
     if full:
         text = {
@@ -260,7 +255,7 @@ def write_siglip_checkpoint(
         }  # fmt: skip
         model = SiglipModel(SiglipConfig(vision_config=tower.config.to_dict(), text_config=text))
         randomise(model, seed + 1)
-        model.vision_model.load_state_dict(bare_state(tower))
+        model.vision_model.load_state_dict(tower.state_dict())
         state, raw = model.state_dict(), {**model.config.to_dict(), "model_type": "siglip"}
     preprocessor = {"resample": 3, "size": {"height": image_size, "width": image_size}}
     write_checkpoint(folder, raw, state, preprocessor=preprocessor)

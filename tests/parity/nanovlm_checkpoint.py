@@ -11,7 +11,6 @@ import torch
 from checkpoints import (
     State,
     Written,
-    bare_state,
     build_tokenizer,
     decoder_of,
     merged,
@@ -127,7 +126,7 @@ def _config(
 
 
 def _tower_state(tower: SiglipVisionModel) -> State:
-    theirs = bare_state(tower)
+    theirs = tower.state_dict()
     state = {
         "patch_embedding.conv.weight": theirs["embeddings.patch_embedding.weight"],
         "patch_embedding.conv.bias": theirs["embeddings.patch_embedding.bias"],

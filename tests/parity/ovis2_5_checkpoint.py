@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from checkpoints import (
     Written,
-    bare_state,
     build_tokenizer,
     config_of,
     decoder_of,
@@ -65,7 +64,7 @@ def write_ovis2_5_checkpoint(
     vte = torch.randn(visual_vocabulary, 48, generator=torch.Generator().manual_seed(seed + 9))
     vte[words:] = torch.tensor([[3.0], [-3.0], [5.0], [-5.0]])  # distinct constants: an exchanged indicator shows
 
-    state = {f"visual_tokenizer.vit.vision_model.{key}": value for key, value in bare_state(tower).items()}
+    state = {f"visual_tokenizer.vit.vision_model.{key}": value for key, value in tower.state_dict().items()}
     state |= {f"visual_tokenizer.head.{key}": value for key, value in head.state_dict().items()}
     state |= {f"llm.{key}": value for key, value in language.state_dict().items() if key != "lm_head.weight"}
     if head_stored:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from checkpoints import bare_state, config_of, preprocessor_of, randomise, write_checkpoint
+from checkpoints import config_of, preprocessor_of, randomise, write_checkpoint
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import Siglip2Config, Siglip2Model, SiglipConfig, SiglipModel, SiglipVisionModel
+
+from siglane.verify.references.siglip2 import resize_one_column_exactly
 
 Kind = Literal["siglip", "siglip2", "naflex"]
 TwoTowerReference = SiglipModel | Siglip2Model
@@ -55,18 +57,19 @@ def write_two_tower_checkpoint(
     if kind == "naflex":
         vision = sizes | {"patch_size": 16, "num_patches": 16}
         model = Siglip2Model(Siglip2Config(vision_config=vision, text_config=text))
+        resize_one_column_exactly(model.vision_model.embeddings)
         preprocessor = preprocessor_of("Siglip2ImageProcessor", 2, patch_size=16, max_num_patches=max_num_patches)
     else:
-        vision = (
-            sizes | {"patch_size": patch_size, "image_size": image_size} if tower is None else tower.config.to_dict()
-        )
+        vision = sizes | {"patch_size": patch_size, "image_size": image_size}
+        if tower is not None:
+            vision = tower.config.to_dict()
         model = SiglipModel(SiglipConfig(vision_config=vision, text_config=text))
         size = {"height": image_size, "width": image_size}
         preprocessor = preprocessor_of("SiglipImageProcessor", 3 if kind == "siglip" else 2, size=size)
     model.eval()
     randomise(model, seed)
     if tower is not None:
-        model.vision_model.load_state_dict(bare_state(tower))
+        model.vision_model.load_state_dict(tower.state_dict())
     with torch.no_grad():
         model.logit_scale.fill_(LOG_SCALE)
         model.logit_bias.fill_(BIAS)

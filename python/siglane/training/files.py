@@ -106,7 +106,7 @@ def caption_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, length: int) -> None:
-    """As siglane and `AutoTokenizer` read it; length: of every text, padding included."""
+    """As siglane and `PreTrainedTokenizerFast` read it; length: of every text, padding included."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / TOKENIZER))
     config = {

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from checkpoints import (
-    bare_state,
     decoder_of,
     plain_backend,
     preprocessor_of,
@@ -78,7 +77,7 @@ def write_ovis2_5(folder: Path, seed: int = 0) -> None:
     table = nn.Embedding(VISUAL_WORDS + 4, 64)
     randomise(head, seed + 2)
     randomise(table, seed + 3)
-    state = {f"visual_tokenizer.vit.vision_model.{name}": value for name, value in bare_state(tower).items()}
+    state = {f"visual_tokenizer.vit.vision_model.{name}": value for name, value in tower.state_dict().items()}
     state |= {f"llm.{name}": value for name, value in language.state_dict().items()}
     state |= {f"visual_tokenizer.head.{name}": value for name, value in head.state_dict().items()}
     state["vte.weight"] = table.weight

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import platform
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -227,7 +228,7 @@ def _on_cpu(kind: Bits) -> MakeLinear:
 def _exact() -> bool:
     """Whether int8 products are integer products here: oneDNN's kernels for processors without VNNI add neighbours up
     in 16 bits, which overflow in silence, and on other architectures it has none that are fast."""
-    if not torch.backends.mkldnn.is_available() or torch.cpu.get_capabilities()["architecture"] != "x86_64":
+    if not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):
         return False
     inputs = 64
     weight = torch.full((16, inputs), LEVELS, dtype=torch.int8)

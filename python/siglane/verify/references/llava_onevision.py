@@ -16,7 +16,7 @@ from siglane.verify.references.files import Tensors, read_json, ready
 from siglane.verify.references.pixels import Processing, patches_of, processor_json, squares_of
 from siglane.verify.references.reference import ReferenceFamily, Seen, VisionLanguageReference
 from siglane.verify.references.tapping import tapping
-from siglane.verify.references.tower import inner_of, stages_of, up_to
+from siglane.verify.references.tower import stages_of, up_to
 from siglane.verify.stages import Trace
 
 IMAGE = "<image>"
@@ -49,7 +49,7 @@ class LlavaOnevision(VisionLanguageReference):
 
     def see(self, pictures: Sequence[Image.Image]) -> Seen:
         inputs, vision = self._inputs(pictures), self.config.vision_config
-        with tapping(stages_of(inner_of(self.model.model.vision_tower))) as taps:
+        with tapping(stages_of(self.model.model.vision_tower)) as taps:
             images = self.model.get_image_features(**inputs, return_dict=True).pooler_output
         pixels = inputs["pixel_values"].flatten(0, 1).cpu()
         stages = up_to(taps, self.config.vision_feature_layer % (vision.num_hidden_layers + 1))

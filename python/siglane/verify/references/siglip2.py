@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
-from siglane.verify.references.files import Tensors, read_json
+from siglane.verify.references.files import Tensors, read_json, ready
 from siglane.verify.references.pixels import Processing, processor_json
 from siglane.verify.references.reference import ReferenceFamily
 from siglane.verify.references.tapping import tapping
-from siglane.verify.references.tower import inner_of, load_tower, stages_of
+from siglane.verify.references.tower import stages_of
 from siglane.verify.stages import Trace
 
 MODEL_TYPES = ("siglip2", "siglip2_vision_model")
@@ -28,7 +28,8 @@ class Siglip2:
         self.config: Any = Siglip2VisionConfig.from_dict(raw)
         self.device, self.dtype = device, dtype
         self.model: Any = Siglip2VisionModel(self.config)
-        load_tower(self.model, Tensors.of(folder), device, dtype)
+        ready(self.model, Tensors.of(folder).under("vision_model.", ""), device, dtype)
+        resize_one_column_exactly(self.model.embeddings)
         self.most = processor.get("max_num_patches", 256)
         # the size is computed for each picture; the processor's defaults are those of Siglip2ImageProcessor
         self.processing: Processing = Processing.of(processor | {"size": 1}, 1, Image.Resampling.BILINEAR)
@@ -43,13 +44,13 @@ class Siglip2:
 
     def encoded(self, pictures: Sequence[torch.Tensor]) -> Trace:
         """Prepared pictures -> all stages, padding left out."""
-        patch_size, inner = self.config.patch_size, inner_of(self.model)
+        patch_size = self.config.patch_size
         patches = [channel_last(pixels, patch_size) for pixels in pictures]
         padded = torch.zeros(len(patches), self.most, patches[0].shape[1])
         mask = torch.zeros(len(patches), self.most, dtype=torch.int64, device=self.device)
         for number, rows in enumerate(patches):
             padded[number, : len(rows)], mask[number, : len(rows)] = rows, 1
-        modules = {**stages_of(inner), "features": inner.post_layernorm}
+        modules = {**stages_of(self.model), "features": self.model.post_layernorm}
         with tapping(modules, rows=lambda output: output[mask.bool()]) as taps:
             output = self.model(
                 pixel_values=padded.to(self.device, self.dtype),
@@ -58,6 +59,24 @@ class Siglip2:
             )
         pooled = {} if output.pooler_output is None else {"pooled": output.pooler_output.cpu()}
         return {"preprocessing": torch.cat(patches).to(self.dtype), **taps, **pooled}
+
+
+def resize_one_column_exactly(embeddings: Any) -> None:
+    """Makes `Siglip2VisionEmbeddings` of every version agree on grids of one column.
+
+    Since 5.24 transformers multiplies by the filter's weights; before, it calls torch's antialiasing, which on CPUs
+    gives every row of one column the first row's positions. Their function is right for one row: such a grid goes
+    through it as its transpose.
+    """
+    theirs = embeddings.resize_positional_embeddings
+
+    def resized(table: torch.Tensor, shapes: torch.Tensor, max_length: int) -> torch.Tensor:
+        """table `[side, side, width]`, shapes (h, w) `[B, 2]` -> `[B, max_length, width]`."""
+        upright = theirs(table, shapes, max_length)
+        lying = theirs(table.transpose(0, 1), shapes.flip(1), max_length)
+        return torch.where((shapes[:, 1] == 1)[:, None, None].to(upright.device), lying, upright)
+
+    embeddings.resize_positional_embeddings = resized
 
 
 def resized_to(width: int, height: int, patch_size: int, most: int) -> tuple[int, int]:

@@ -13,30 +13,13 @@ from siglane.verify.references.pixels import patches_of
 from siglane.verify.references.tapping import tapping
 from siglane.verify.stages import Trace
 
-INFIX = "vision_model."  # of the hub's names; transformers before 5.19 has it in memory too
 
-
-def inner_of(model: Any) -> Any:
-    """The module that holds embeddings, encoder and the last norm."""
-    return model.vision_model if _has_infix(model) else model
-
-
-def load_tower(model: nn.Module, tensors: Tensors, device: torch.device, dtype: torch.dtype) -> None:
-    """`ready` with tensors whose names have the infix or not."""
-    bare = tensors.under(INFIX, "")
-    ready(model, bare.below(INFIX) if _has_infix(model) else bare, device, dtype)
-
-
-def _has_infix(model: nn.Module) -> bool:
-    return any(name.startswith(INFIX) for name, _ in model.named_parameters())
-
-
-def stages_of(inner: Any) -> dict[str, nn.Module]:
+def stages_of(tower: Any) -> dict[str, nn.Module]:
     """What gives patch_embedding, positions and block.N."""
     return {
-        "patch_embedding": inner.embeddings.patch_embedding,
-        "positions": inner.embeddings,
-        **{f"block.{number}": layer for number, layer in enumerate(inner.encoder.layers)},
+        "patch_embedding": tower.embeddings.patch_embedding,
+        "positions": tower.embeddings,
+        **{f"block.{number}": layer for number, layer in enumerate(tower.encoder.layers)},
     }
 
 
@@ -57,7 +40,7 @@ class SiglipTower:
         self.config: Any = SiglipVisionConfig.from_dict(facts)
         self.device, self.dtype = device, dtype
         self.model: Any = SiglipVisionModel(self.config)
-        load_tower(self.model, tensors, device, dtype)
+        ready(self.model, tensors.under("vision_model.", ""), device, dtype)
 
     @property
     def side(self) -> int:
@@ -73,8 +56,7 @@ class SiglipTower:
 
     def run(self, pixels: torch.Tensor) -> Trace:
         """pixels f32 `[B, 3, H, W]` -> preprocessing, patch_embedding, positions, block.N, post_layernorm; pooled."""
-        inner = inner_of(self.model)
-        with tapping({**stages_of(inner), "post_layernorm": inner.post_layernorm}) as taps:
+        with tapping({**stages_of(self.model), "post_layernorm": self.model.post_layernorm}) as taps:
             output = self.model(pixel_values=pixels.to(self.device, self.dtype))
         pooled = {} if output.pooler_output is None else {"pooled": output.pooler_output.cpu()}
         return {"preprocessing": patches_of(pixels.to(self.dtype), self.config.patch_size), **taps, **pooled}
