@@ -32,6 +32,7 @@ from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
 
 MODEL = "tiny"
 HOST = "127.0.0.1"
+CHAT = "/v1/chat/completions"
 
 
 @dataclass
@@ -55,7 +56,7 @@ class RunningServer:
 
     def post(self, body: Any, **options: Any) -> httpx2.Response:
         with self.http() as client:
-            return client.post("/v1/chat/completions", json=body, **options)
+            return client.post(CHAT, json=body, **options)
 
     def post_to(self, path: str, **body: Any) -> httpx2.Response:
         with self.http() as client:
@@ -99,6 +100,20 @@ def listening(served: Served) -> Iterator[RunningServer]:
         thread.join(timeout=20)
         served.close()
         listener.close()
+
+
+def head(path: str = CHAT, **headers: object) -> bytes:
+    """Of a request over a plain socket."""
+    lines = [f"POST {path} HTTP/1.1", "host: x", "content-type: application/json"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def read_all(connection: socket.socket) -> bytes:
+    found = b""
+    while data := connection.recv(65536):
+        found += data
+    return found
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:

@@ -26,7 +26,6 @@ from serving import (
     MODEL,
     RunningServer,
     Told,
-    ask_good,
     assert_error,
     assert_unharmed,
     chat,
@@ -44,15 +43,6 @@ from siglane.image.patchify import to_patches
 from siglane.types import DecodedImage, ImageLayout, ImagePatches
 
 FIRST_IMAGE = "messages[0].content[0]"
-
-
-@pytest.fixture(scope="module")
-def alone(server: RunningServer) -> Told:
-    """What the good request gets when nothing else happens."""
-    told = ask_good(server)
-    assert told.done
-    assert told.usage["completion_tokens"] == len(told.tokens)
-    return told
 
 
 def with_image(url: str) -> dict[str, Any]:

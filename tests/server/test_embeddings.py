@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dual_checkpoint import Kind, write_dual_checkpoint
 from openai import BadRequestError, NotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from serving import MODEL, RunningServer, assert_error, config_of, data_url, eventually, image_part, listening, picture
+from two_tower_checkpoint import Kind, write_two_tower_checkpoint
 
 from siglane.engine import embed_worker
 from siglane.engine.child import EngineSpec
@@ -77,7 +77,7 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, kind: Kind) -> Path:
     folder = tmp_path_factory.mktemp("two_tower") / kind
-    write_dual_checkpoint(folder, kind)
+    write_two_tower_checkpoint(folder, kind)
     return folder
 
 
@@ -91,7 +91,7 @@ def siglip(folder: Path) -> Iterator[RunningServer]:
 def fixed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """One server for what does not depend on the kind of model."""
     folder = tmp_path_factory.mktemp("two_tower") / "siglip2"
-    write_dual_checkpoint(folder, "siglip2")
+    write_two_tower_checkpoint(folder, "siglip2")
     with embedding_server(folder, max_images=4, max_image_bytes=200_000) as server:
         yield server
 
@@ -368,7 +368,7 @@ def test_what_fails_in_company_fails_alone(fixed: RunningServer, monkeypatch: py
 
 
 def test_a_vector_that_is_not_finite_is_an_error_of_its_item(tmp_path: Path) -> None:
-    write_dual_checkpoint(tmp_path, "siglip2")
+    write_two_tower_checkpoint(tmp_path, "siglip2")
     ids = read_two_tower(open_checkpoint(tmp_path))[1].ids(["a yellow star", "two shapes"])
     (odd, *_) = {*ids[0].tolist()} - {*ids[1].tolist()}
     weights = load_file(tmp_path / "model.safetensors")
@@ -389,7 +389,7 @@ def test_whoever_leaves_is_forgotten(fixed: RunningServer) -> None:
 
 
 def test_an_engine_that_dies_comes_back(tmp_path: Path) -> None:
-    write_dual_checkpoint(tmp_path, "siglip2")
+    write_two_tower_checkpoint(tmp_path, "siglip2")
     with embedding_server(tmp_path) as server:
         engine = server.served.engine
         before = vectors(server.post_to("/v1/embeddings", input="a cat"))
@@ -429,7 +429,7 @@ class TestTextCache:
         assert cache.bytes == 0
 
     def test_a_server_keeps_no_more(self, tmp_path: Path) -> None:
-        write_dual_checkpoint(tmp_path, "siglip2")
+        write_two_tower_checkpoint(tmp_path, "siglip2")
         with embedding_server(tmp_path, text_cache_bytes=5000) as server:
             first = vectors(server.post_to("/v1/embeddings", input=[f"text {number}" for number in range(40)]))
             assert 0 < server.served.embed.texts.bytes <= 5000
@@ -438,7 +438,7 @@ class TestTextCache:
 
 
 def test_key_limits_probes_and_metrics(tmp_path: Path) -> None:
-    write_dual_checkpoint(tmp_path, "siglip2")
+    write_two_tower_checkpoint(tmp_path, "siglip2")
     with embedding_server(tmp_path, api_key="secret", max_body_bytes=4096) as server:
         assert_error(server.post_to("/v1/embeddings", input="a"), 401, "invalid_api_key")
         assert_error(server.post_to("/v1/classify", images=["a"], labels=["b"]), 401, "invalid_api_key")
@@ -466,7 +466,7 @@ def test_a_chat_server_does_not_embed(server: RunningServer) -> None:
 
 
 def test_ending_while_a_client_waits(tmp_path: Path) -> None:
-    write_dual_checkpoint(tmp_path, "siglip2")
+    write_two_tower_checkpoint(tmp_path, "siglip2")
     with embedding_server(tmp_path) as server, stopped(server):
         engine = server.served.engine
         answers: list[httpx2.Response] = []
@@ -480,7 +480,7 @@ def test_ending_while_a_client_waits(tmp_path: Path) -> None:
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
-    write_dual_checkpoint(tmp_path, "siglip2")
+    write_two_tower_checkpoint(tmp_path, "siglip2")
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"model\.safetensors"):

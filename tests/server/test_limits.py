@@ -16,6 +16,7 @@ import httpx2
 import pytest
 from openai import APIStatusError, InternalServerError
 from serving import (
+    CHAT,
     HOST,
     RunningServer,
     Told,
@@ -24,9 +25,11 @@ from serving import (
     assert_unharmed,
     chat,
     eventually,
+    head,
     image_part,
     image_url,
     picture,
+    read_all,
     running,
 )
 
@@ -34,26 +37,7 @@ from siglane.engine.process import EngineProcess
 from siglane.families.processor import Processor
 from siglane.settings.server import ServerConfig
 
-CHAT = "/v1/chat/completions"
 LONG = chat("x", max_tokens=3000, ignore_eos=True, stream=True)
-
-
-@pytest.fixture(scope="module")
-def alone(server: RunningServer) -> Told:
-    return ask_good(server)
-
-
-def head(path: str = CHAT, **headers: object) -> bytes:
-    lines = [f"POST {path} HTTP/1.1", "host: x", "content-type: application/json"]
-    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-    return "\r\n".join([*lines, "", ""]).encode()
-
-
-def read_all(connection: socket.socket) -> bytes:
-    found = b""
-    while data := connection.recv(65536):
-        found += data
-    return found
 
 
 def test_a_body_over_the_limit_is_cut_while_it_is_read(processor: Processor, engine: EngineProcess) -> None:

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import io
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from clips import animation, video
 from PIL import Image
 from serving import RunningServer, chat, eventually, image_part, picture, running, video_part
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))  # small video files are made there
-
-from clips import animation, video
 
 from siglane.engine.process import EngineProcess
 from siglane.errors import UserError

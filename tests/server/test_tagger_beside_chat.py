@@ -16,8 +16,7 @@ import httpx2
 import numpy as np
 import pytest
 import torch
-from checkpoints import Reference, write_nvila_checkpoint
-from dual_checkpoint import write_dual_checkpoint
+from checkpoints import Written, write_nvila_checkpoint
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from serving import (
@@ -34,6 +33,7 @@ from serving import (
     listening,
     picture,
 )
+from two_tower_checkpoint import write_two_tower_checkpoint
 
 from siglane.engine.child import EngineSpec
 from siglane.engine.load import load_engine, load_with_tagger
@@ -60,7 +60,7 @@ class Folders:
     chat: Path
     two_tower: Path
     drifted: Path
-    reference: Reference
+    reference: Written
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     root = tmp_path_factory.mktemp("beside")
     reference = write_nvila_checkpoint(root / "chat")
     for name in ("two_tower", "drifted"):
-        write_dual_checkpoint(root / name, "siglip2", image_size=56, patch_size=14, tower=reference.tower)
+        write_two_tower_checkpoint(root / name, "siglip2", image_size=56, patch_size=14, tower=reference.tower)
     weights = load_file(root / "drifted/model.safetensors")
     weights["vision_model.encoder.layers.1.self_attn.k_proj.weight"][3, 5] += 0.25
     save_file(weights, root / "drifted/model.safetensors")
@@ -150,7 +150,7 @@ def test_equal_weights_of_another_kind_of_tower_are_not_shared(
     before = {name: getattr(tower.config, name) for name in facts}
     try:
         tower.config.update(facts)
-        write_dual_checkpoint(tmp_path, "siglip2", tower=tower)
+        write_two_tower_checkpoint(tmp_path, "siglip2", tower=tower)
     finally:
         tower.config.update(before)
     config = EngineConfig(device="cpu", kv_tokens=2048)

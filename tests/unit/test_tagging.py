@@ -6,7 +6,6 @@ import itertools
 import json
 import logging
 import os
-import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))  # the writers of tiny checkpoints live there
-
-from dual_checkpoint import write_dual_checkpoint
+from two_tower_checkpoint import write_two_tower_checkpoint
 
 from siglane import Tag, Tagged, Tagger
 from siglane.errors import ConfigError, UserError
@@ -35,14 +31,14 @@ LABELS = ["a cat", "a dog", "two shapes", "a red square", "snow boots"]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tagging") / "siglip"
-    write_dual_checkpoint(folder, "siglip2", seed=5)
+    write_two_tower_checkpoint(folder, "siglip2", seed=5)
     return folder
 
 
 @pytest.fixture(scope="module")
 def naflex(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tagging") / "naflex"
-    write_dual_checkpoint(folder, "naflex")
+    write_two_tower_checkpoint(folder, "naflex")
     return folder
 
 
@@ -231,9 +227,9 @@ class TestCache:
         assert len(list((tmp_path / "cache").iterdir())) == 4
 
     def test_another_model_at_the_same_place_is_another_key(self, tmp_path: Path, texts: list[int]) -> None:
-        write_dual_checkpoint(tmp_path / "model", "siglip2")
+        write_two_tower_checkpoint(tmp_path / "model", "siglip2")
         first = Tagger(tmp_path / "model", cache=tmp_path / "cache").scores([picture(0)], LABELS)
-        write_dual_checkpoint(tmp_path / "model", "siglip2", seed=9)
+        write_two_tower_checkpoint(tmp_path / "model", "siglip2", seed=9)
         second = Tagger(tmp_path / "model", cache=tmp_path / "cache").scores([picture(0)], LABELS)
         assert texts == [5, 5]
         assert (first - second).abs().max() > 1e-3
@@ -384,7 +380,7 @@ class TestLabels:
         assert message.endswith("and 2 more")
 
     def test_a_label_that_siglip_deletes_is_reported(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-        write_dual_checkpoint(tmp_path)
+        write_two_tower_checkpoint(tmp_path)
         Tagger(tmp_path, cache=tmp_path / "cache").scores([picture(0)], ["cat", "+++"])
         assert caplog.messages == ["1 labels hold nothing that the model reads: '+++'"]
 
