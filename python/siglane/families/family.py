@@ -12,6 +12,7 @@ from siglane.config.language import LanguageConfig
 from siglane.config.reader import RawConfig
 from siglane.config.vlm import Thinking, VlmConfig
 from siglane.families.files import end_of_answer
+from siglane.lm.qwen import qwen_plan
 from siglane.nn.plan import WeightPlan
 from siglane.weights.hub import Checkpoint, Source
 
@@ -95,9 +96,9 @@ class VlmFamily(Family):
     def vision_plan(self, images: ImageFacts) -> WeightPlan:
         """Checkpoint names -> `VisionStack`."""
 
-    @abstractmethod
     def language_plan(self, language: LanguageConfig) -> WeightPlan:
         """Checkpoint names -> `QwenModel`."""
+        return qwen_plan(language).under(self.language_prefix, "")
 
     def config(self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast) -> VlmConfig:
         """All facts. ConfigError as `images`, and for a tokenizer that is not the model's."""
