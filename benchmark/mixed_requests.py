@@ -122,8 +122,8 @@ def in_engine(model: VisionLanguageModel, images: Sequence[ImagePatches], max_se
         engine.add(request(f"client-{number}", image))
     while engine.has_work:
         for delta in engine.step():
-            if delta.error is not None:
-                raise delta.error
+            if delta.finished is not None and delta.finished.error is not None:
+                raise delta.finished.error
     return timed.patches / timed.seconds
 
 

@@ -20,7 +20,7 @@ from siglane.engine.load import load_engine, load_with_tagger
 from siglane.errors import EngineError, SiglaneError
 from siglane.families.two_tower import LoadedTwoTower, TwoTowerModel
 from siglane.settings.engine import EngineConfig
-from siglane.types import Request, TokenDelta
+from siglane.types import Finished, Request, TokenDelta
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,8 @@ def run_child(pipe: Connection, spec: EngineSpec) -> None:
         return
     try:
         _write(pipe, "stats", engine.stats())
-        _write(pipe, "ready", None if towers is None else TaggerFacts(Calibration.of(towers.model), towers.apart))
+        tagger = None if towers is None else TaggerFacts(Calibration.of(towers.model), towers.apart)
+        _write(pipe, "ready", EngineFacts(engine.context_length, tagger))
         _serve(pipe, engine, None if towers is None else Towers(towers.model, spec.config, pipe))
     except (EOFError, OSError):
         logger.info("the parent is gone; the engine ends")
@@ -73,6 +74,13 @@ class TaggerFacts(NamedTuple):
 
     calibration: Calibration
     apart: str | None
+
+
+class EngineFacts(NamedTuple):
+    """What the parent learns of an engine that is ready. context_length: as in `Engine`."""
+
+    context_length: int
+    tagger: TaggerFacts | None
 
 
 class Towers:
@@ -123,12 +131,11 @@ def _serve(pipe: Connection, engine: Engine, towers: Towers | None) -> None:
                 case "forget" if towers:
                     towers.forget(value)
                 case _:
-                    delta = _take(engine, value) if kind == "add" else engine.abort(value)
-                    if delta is not None:
-                        _write(pipe, "deltas", [delta])
+                    answers = [_take(engine, one) for one in value] if kind == "add" else [engine.abort(value)]
+                    if ended := [delta for delta in answers if delta is not None]:
+                        _write(pipe, "deltas", ended)
             patience = 0
-        deltas = engine.step() if engine.has_work else []
-        if deltas:
+        if engine.has_work and (deltas := engine.step()):
             _write(pipe, "deltas", deltas)
         if towers and towers.has_work:
             towers.step()
@@ -147,11 +154,11 @@ def _take(engine: Engine, request: Request) -> TokenDelta | None:
     try:
         engine.add(request)
     except SiglaneError as error:
-        return TokenDelta(request.request_id, finish_reason="error", error=error)
+        return TokenDelta(request.request_id, finished=Finished("error", error=error))
     except Exception as error:
         logger.exception("request %s could not be queued", request.request_id)
         reason = EngineError(f"the request could not be queued ({type(error).__name__})")
-        return TokenDelta(request.request_id, finish_reason="error", error=reason)
+        return TokenDelta(request.request_id, finished=Finished("error", error=reason))
     return None
 
 

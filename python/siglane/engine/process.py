@@ -10,15 +10,15 @@ import multiprocessing
 import pickle
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Literal
 
-from siglane.engine.child import EngineSpec, TaggerFacts, run_child
+from siglane.engine.child import EngineFacts, EngineSpec, run_child
 from siglane.engine.embed_worker import Calibration, Embedding, Item
 from siglane.engine.engine import EngineStats
 from siglane.errors import EngineError, SiglaneError
-from siglane.types import Request, TokenDelta
+from siglane.types import Finished, Request, TokenDelta
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +36,20 @@ class EngineProcess:
     """A supervised engine. `submit` and `abort` may be called from any thread and wait while the pipe is full;
     callbacks run on the one thread that empties it, so they must neither block nor call back.
 
-    Every submitted request gets exactly one delta with a finish_reason: the engine's own, "abort" after `abort`, or
-    "error" with `EngineError(code="engine_restarting", status=503)` when the process died under it. Likewise every item
+    Every submitted request gets exactly one delta that is finished: by the engine, with "abort" after `abort`, or with
+    "error" and `EngineError(code="engine_restarting", status=503)` when the process died under it. Likewise every item
     to embed gets one embedding or error, unless it is forgotten.
+
+    context_length: tokens of a prompt and its answer that the engine has room for; before it was ready what `kv_tokens`
+    says, None without it.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
         self.state: State = "starting"
         self.failure: SiglaneError | None = None
+        pages = spec.config.stated_pages
+        self.context_length = None if pages is None else pages * spec.config.page_size
         self._context = multiprocessing.get_context("spawn")
         self._lock = threading.Lock()
         self.calibration: Calibration | None = None  # of the towers, once they are loaded
@@ -69,14 +74,16 @@ class EngineProcess:
         if self.state != "ready":
             raise self.failure or EngineError("the engine was closed before it was ready", code="engine_closed")
 
-    def submit(self, request: Request, on_delta: OnDelta) -> None:
-        """Hands a request over. EngineError (503) when the engine is not ready."""
-        message = pickle.dumps(("add", request), protocol=5)
+    def submit(self, requests: Sequence[Request], on_delta: OnDelta) -> None:
+        """Hands requests over, all or none: in one message, so that the n choices of one prompt take its pixels along
+        once. EngineError (503) when the engine is not ready."""
+        message = pickle.dumps(("add", tuple(requests)), protocol=5)
         with self._lock:
-            if request.request_id in self._pending:
-                raise ValueError(f"request id {request.request_id!r} is in use")
+            for request in requests:
+                if request.request_id in self._pending:
+                    raise ValueError(f"request id {request.request_id!r} is in use")
             self._check_ready()
-            self._pending[request.request_id] = on_delta
+            self._pending.update((request.request_id, on_delta) for request in requests)
             self._send(message)
 
     def abort(self, request_id: str) -> None:
@@ -193,7 +200,7 @@ class EngineProcess:
                     self._stats = value
                 elif kind == "ready":
                     with self._lock:
-                        self._note_tagger(value)
+                        self._note_facts(value)
                         self._pipe = pipe
                         self._set_state("ready")
                         if self.state == "closed":
@@ -203,10 +210,11 @@ class EngineProcess:
         except (EOFError, OSError):
             return
 
-    def _note_tagger(self, facts: TaggerFacts | None) -> None:
-        if facts is not None:
-            self.calibration = facts.calibration
-            place = f"loaded beside: {facts.apart}" if facts.apart else "the chat model's own"
+    def _note_facts(self, facts: EngineFacts) -> None:
+        self.context_length = facts.context_length
+        if facts.tagger is not None:
+            self.calibration = facts.tagger.calibration
+            place = f"loaded beside: {facts.tagger.apart}" if facts.tagger.apart else "the chat model's own"
             logger.info("%s tags beside the chat model; its image tower is %s", self.spec.tagger, place)
 
     def _after_end(self) -> None:
@@ -222,13 +230,13 @@ class EngineProcess:
             lost, unembedded = list(self._pending), list(self._embeddings)
         error = self._unready()
         for request_id in lost:
-            self._deliver(TokenDelta(request_id, finish_reason="error", error=error))
+            self._deliver(TokenDelta(request_id, finished=Finished("error", error=error)))
         for number in unembedded:
             self._deliver_embedding(number, error)
 
     def _deliver(self, delta: TokenDelta) -> None:
         callback = self._pending.get(delta.request_id)
-        if delta.finish_reason is not None:
+        if delta.finished is not None:
             self._pending.pop(delta.request_id, None)
         if callback is not None:
             try:

@@ -14,16 +14,16 @@ from siglane.families.processor import Processor
 from siglane.types import Request
 
 
-class Said(NamedTuple):
+class TextDelta(NamedTuple):
     """New text of an answer, and of the reasoning before it."""
 
-    text: str
-    reasoning: str
+    text: str = ""
+    reasoning: str = ""
 
     @classmethod
-    def joined(cls, pieces: Iterable[Said]) -> Said:
-        """All of `pieces`, one after the other."""
-        texts, reasonings = zip(("", ""), *pieces, strict=True)
+    def joined(cls, deltas: Iterable[TextDelta]) -> TextDelta:
+        """All of `deltas`, one after the other."""
+        texts, reasonings = zip(cls(), *deltas, strict=True)
         return cls("".join(texts), "".join(reasonings))
 
 
@@ -66,17 +66,17 @@ class AnswerStream:
         """The stop string that was met; nothing follows it."""
         return self._text.stopped
 
-    def push(self, token_ids: Sequence[int], finished: bool = False) -> Said:
+    def push(self, token_ids: Sequence[int], finished: bool = False) -> TextDelta:
         """Adds tokens, returns what is new; `finished` releases what is held back."""
-        said = [self._take(token_id) for token_id in token_ids]
+        deltas = [self._take(token_id) for token_id in token_ids]
         if finished:
-            said.append(Said(self._text.push((), finished=True), self._reasoning.push((), finished=True)))
-        return Said.joined(said)
+            deltas.append(TextDelta(self._text.push((), finished=True), self._reasoning.push((), finished=True)))
+        return TextDelta.joined(deltas)
 
-    def _take(self, token_id: int) -> Said:
+    def _take(self, token_id: int) -> TextDelta:
         thinking = self._thinking
         if thinking is None:
-            return Said(self._text.push([token_id]), "")
+            return TextDelta(self._text.push([token_id]))
         if self._part == "unknown":
             if token_id == thinking.start:
                 self._part = "reasoning"
@@ -84,11 +84,11 @@ class AnswerStream:
                 self._part = "text"
         tag = token_id in (thinking.start, thinking.end)
         if self._part != "reasoning":
-            return Said("" if tag else self._text.push([token_id]), "")
+            return TextDelta("" if tag else self._text.push([token_id]))
         self.reasoning_tokens += 1
         if token_id == thinking.end:
             self._part = "text"
-        return Said("", self._reasoning.push([] if tag else [token_id], finished=token_id == thinking.end))
+        return TextDelta("", self._reasoning.push([] if tag else [token_id], finished=token_id == thinking.end))
 
     def _is_space(self, token_id: int) -> bool:
         text = self._tokenizer.decode([token_id], skip_special_tokens=True)

@@ -13,6 +13,7 @@ from siglane.errors import ConfigError
 from siglane.families.family import PromptRules
 from siglane.families.prompt.builder import PromptBuilder
 from siglane.families.registry import vlm_family
+from siglane.families.tokens import stated_sampling
 from siglane.image.patchify import to_patches
 from siglane.tiling.rule import ImageBudget
 from siglane.types import DecodedImage, DecodedVideo, ImageLayout, ImagePatches, Medium, Message, Prompt
@@ -33,11 +34,19 @@ class ImageProcessor(Protocol):
 
 
 class Processor:
-    """One checkpoint's facts, tokenizer and prompt rules. Holds no weights; safe to share between threads."""
+    """One checkpoint's facts, tokenizer, prompt rules and sampling values. Holds no weights; safe to share between
+    threads. sampling: as `stated_sampling`."""
 
-    def __init__(self, config: VlmConfig, tokenizer: PreTrainedTokenizerFast, rules: PromptRules) -> None:
+    def __init__(
+        self,
+        config: VlmConfig,
+        tokenizer: PreTrainedTokenizerFast,
+        rules: PromptRules,
+        sampling: Mapping[str, Any],
+    ) -> None:
         self.config = config
         self.tokenizer = tokenizer
+        self.sampling = sampling
         self._prompts = PromptBuilder(
             tokenizer,
             rules,
@@ -116,7 +125,9 @@ def load_processor(checkpoint: Checkpoint, config: VlmConfig | None = None) -> P
     """
     family = vlm_family(checkpoint)
     tokenizer = load_tokenizer(family.tokenizer_folder(checkpoint), family.added_tokens(checkpoint))
-    return Processor(config or family.config(checkpoint, tokenizer), tokenizer, family.prompt_rules(checkpoint))
+    sampling = stated_sampling(family.language_sources(checkpoint)[0].folder)
+    facts = config or family.config(checkpoint, tokenizer)
+    return Processor(facts, tokenizer, family.prompt_rules(checkpoint), sampling)
 
 
 def load_tokenizer(folder: Checkpoint, added_tokens: Sequence[str] = ()) -> PreTrainedTokenizerFast:

@@ -12,6 +12,5 @@ from siglane.families.pipeline import PREPARE_AHEAD
 from siglane.llm.encoder import Encoded, VisionEncoder
 from siglane.llm.generation import Generation
 from siglane.llm.offline import LLM
-from siglane.llm.sampling import check_sampling
 
-__all__ = ["LLM", "PREPARE_AHEAD", "Encoded", "Generation", "VisionEncoder", "check_sampling"]
+__all__ = ["LLM", "PREPARE_AHEAD", "Encoded", "Generation", "VisionEncoder"]

@@ -83,10 +83,13 @@ class EmbeddingState(ModelState):
         beside: ModelState | None = None,
     ) -> None:
         super().__init__(config, model, facts, EncoderProcessor(facts.images), embedder, budget, beside=beside)
-        self.tokens, self.embedder = tokens, embedder
+        self._facts, self.tokens, self.embedder = facts, tokens, embedder
         self.width = facts.text.projection_size
-        self.context_length = facts.text.length
         self.known: OrderedDict[str, _Vector] = OrderedDict()
+
+    @property
+    def context_length(self) -> int:
+        return self._facts.text.length
 
     @property
     def prepared_as(self) -> str:

@@ -2,7 +2,7 @@
 
 An input is a text or a picture, in any of the shapes that servers of today read: OpenAI's strings, SGLang's
 `{"text"}` / `{"image"}`, llama.cpp's `{"content": [parts]}`, and vLLM's `messages`. Bounds are checked here, and a
-field is honoured, refused or reported as ignored, as in `protocol.py`.
+field is honoured, refused or reported as ignored (`fields.py`).
 """
 
 from __future__ import annotations
@@ -16,17 +16,9 @@ from typing_extensions import TypedDict
 
 from siglane.errors import UserError
 from siglane.families.report import ImageReport
+from siglane.server.fields import REFUSED, RequestModel, refuse_fields
 from siglane.server.media import MediaRef
-from siglane.server.protocol import (
-    REFUSED,
-    ChatMessage,
-    Content,
-    ImageUrl,
-    ImageUrlPart,
-    RequestModel,
-    TextPart,
-    refuse_fields,
-)
+from siglane.server.protocol import ChatMessage, Content, ImageUrl, ImageUrlPart, TextPart
 from siglane.settings.tagging import CONFIDENCE_THRESHOLD, MAX_TAGS
 from siglane.tiling.rule import ImageBudget
 

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Protocol
 
 from siglane.config.video import VideoRule
+from siglane.engine.answer import Answer
 from siglane.engine.process import EngineProcess
-from siglane.engine.reasoning import AnswerStream
+from siglane.engine.sampling import sampling_defaults
 from siglane.errors import EngineError, UserError
 from siglane.families.processor import ImageProcessor, Processor
-from siglane.server.answer import Answer
+from siglane.server.choices import Choices
 from siglane.server.context import InflightBytes
 from siglane.server.errors import overloaded
 from siglane.server.logprobs import TokenTexts
 from siglane.server.media import MediaLoader
 from siglane.server.metrics import Metrics
 from siglane.server.middleware import shutting_down
-from siglane.server.protocol import ModelCard
+from siglane.server.replies import ModelCard
 from siglane.settings.server import ServerConfig
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
-from siglane.types import Request
+from siglane.types import Request, SamplingParams
 
 
 class Backend(Protocol):
@@ -35,12 +38,15 @@ class Backend(Protocol):
     def wait_ready(self) -> None: ...
 
 
-class ModelState:
+class ModelState(ABC):
     """One model behind one server. Lives on one event loop; `model` is its folder or hub id, `facts` what makes its
     answers, `budget` the ceiling of its clients'; beside: another model of the same server, whose figures and limits it
     shares and to whose names it answers too."""
 
-    context_length: int
+    @property
+    @abstractmethod
+    def context_length(self) -> int:
+        """Tokens that a request may have."""
 
     def __init__(
         self,
@@ -123,37 +129,53 @@ class ServerState(ModelState):
     ) -> None:
         super().__init__(config, model, processor.config, processor, engine, budget, processor.config.video)
         self.processor = processor
-        self.context_length = processor.context_length
+        self.sampling_defaults = defaults_of(config, processor)
         self.metrics.watch_engine(engine.stats)
         self.token_texts = TokenTexts(processor.tokenizer)
         self.longest_token = max(map(len, processor.tokenizer.get_vocab()))
         self._process = engine
         self._commands = ThreadPoolExecutor(1, thread_name_prefix="engine-commands")
-        self._answers: set[Answer] = set()
+        self._asked: set[Choices] = set()
 
-    async def ask(self, requests: Sequence[Request]) -> Answer:
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and answer together: the model's, or the fewer that its engine has room for."""
+        positions, room = self.processor.context_length, self._process.context_length
+        return positions if room is None else min(positions, room)
+
+    async def ask(self, requests: Sequence[Request]) -> Choices:
         """Hands one client's requests (its n choices) to the engine. The caller ends with `release`."""
-        streams = [AnswerStream.of(request, self.processor) for request in requests]
-        answer = Answer(requests, streams, self._process, self._commands)
-        self._answers.add(answer)
+        answers = [Answer.of(request, self.processor) for request in requests]
+        choices = Choices(answers, self._process, self._commands)
+        self._asked.add(choices)
         try:
             if self.ended:
                 raise shutting_down()
-            await answer.start()
+            await choices.start(requests)
         except BaseException:
-            self.release(answer)
+            self.release(choices)
             raise
-        return answer
+        return choices
 
-    def release(self, answer: Answer) -> None:
-        self._answers.discard(answer)
-        answer.close()
+    def release(self, choices: Choices) -> None:
+        self._asked.discard(choices)
+        choices.close()
 
     def fail_all(self) -> None:
         super().fail_all()
-        for answer in self._answers:
-            answer.fail(shutting_down())
+        for choices in self._asked:
+            choices.fail(shutting_down())
 
     def close(self) -> None:
         super().close()
         self._commands.shutdown(wait=False)
+
+
+def defaults_of(config: ServerConfig, processor: Processor) -> SamplingParams:
+    """What a request gets where it names nothing: the operator's temperature, the checkpoint's values, OpenAI's."""
+    defaults = SamplingParams(temperature=1.0)
+    if config.sampling_defaults == "model":
+        defaults = sampling_defaults(processor, defaults)
+    if config.default_temperature is not None:
+        defaults = replace(defaults, temperature=config.default_temperature)
+    return defaults
