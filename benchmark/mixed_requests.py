@@ -113,9 +113,9 @@ class TimedEncoder:
         return list(found)
 
 
-def in_engine(model: VisionLanguageModel, images: Sequence[ImagePatches], max_seq_len: int) -> float:
+def in_engine(model: VisionLanguageModel, images: Sequence[ImagePatches], max_batch_patches: int) -> float:
     """Patches per second of the encoder while the engine answers one request per picture."""
-    config = EngineConfig(device="cpu", dtype="float32", max_seq_len=max_seq_len, kv_tokens=1 << 14)
+    config = EngineConfig(device="cpu", dtype="float32", max_batch_patches=max_batch_patches, kv_tokens=1 << 14)
     engine = Engine(model, config, (511,))
     timed = TimedEncoder(engine)
     for number, image in enumerate(images):
@@ -128,11 +128,11 @@ def in_engine(model: VisionLanguageModel, images: Sequence[ImagePatches], max_se
 
 
 @torch.inference_mode()
-def offline(model: VisionLanguageModel, images: Sequence[ImagePatches], max_seq_len: int) -> float:
-    """The same pictures, packed greedily in order into forwards of at most `max_seq_len` patches."""
+def offline(model: VisionLanguageModel, images: Sequence[ImagePatches], max_batch_patches: int) -> float:
+    """The same pictures, packed greedily in order into forwards of at most `max_batch_patches` patches."""
     groups: list[list[ImagePatches]] = [[]]
     for image in images:
-        if groups[-1] and sum(one.layout.patches for one in (*groups[-1], image)) > max_seq_len:
+        if groups[-1] and sum(one.layout.patches for one in (*groups[-1], image)) > max_batch_patches:
             groups.append([])
         groups[-1].append(image)
     begin = time.perf_counter()
@@ -145,7 +145,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Encoder throughput of the engine under mixed requests.")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--layers", type=int, default=9, help="blocks of the tower (so400m has 27)")
-    parser.add_argument("--max-seq-len", type=int, default=1024, help="patches per packed forward")
+    parser.add_argument("--max-batch-patches", type=int, default=1024, help="patches per packed forward")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     config = model_config(options.layers)
@@ -154,7 +154,7 @@ def main() -> int:
     for round_ in range(options.repeats + 1):
         images = pictures(config, options.clients, round_)
         one, other = (
-            in_engine(model, images, options.max_seq_len), offline(model, images, options.max_seq_len)
+            in_engine(model, images, options.max_batch_patches), offline(model, images, options.max_batch_patches)
         )  # fmt: skip
         if round_:  # the first round warms up
             engine.append(one)
@@ -162,7 +162,7 @@ def main() -> int:
     ratio = statistics.median(one / other for one, other in zip(engine, packed, strict=True))
     result = {
         "command": f"benchmark/mixed_requests.py --clients {options.clients} --layers {options.layers} "
-        f"--max-seq-len {options.max_seq_len} --repeats {options.repeats}",
+        f"--max-batch-patches {options.max_batch_patches} --repeats {options.repeats}",
         "machine": description(),
         "torch_gflops": round(gemm_rate() / 1e9),
         "siglane_gflops": round(onednn_rate() / 1e9),

@@ -6,7 +6,7 @@ meets grids of 64 to 672 patches.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch import nn
 
 from recipes.demo.data import Batch, BatchImages
 from recipes.demo.export import language_tensors, vision_tensors, write_json, write_tensors
+from recipes.demo.model import LANGUAGE as TILED_LANGUAGE
+from recipes.demo.model import VISION as TILED_VISION
 from recipes.demo.model import answer_logits, to_patches
 from recipes.demo.naming import NamingHeads
 from recipes.demo.scenes import CANVASES
@@ -41,41 +43,15 @@ WORDS, INDICATORS = 1024, 4
 SPECIAL = (PAD, START, END)
 IMAGE_ID = VOCAB_SIZE  # outside the embedding table: it only marks places
 
-VISION = VisionConfig(
-    hidden_size=128,
-    intermediate_size=512,
+VISION = replace(
+    TILED_VISION,
     num_hidden_layers=4,
-    num_attention_heads=4,
-    num_channels=3,
     patch_size=PATCH,
     position_grid=Grid(24, 24),
-    hidden_act="gelu_tanh",
-    layer_norm_eps=1e-6,
-    patch_layout="channel_first",
     position_resize="bicubic",
     rope_theta=10000.0,
-    windows=None,
-    depth=4,
-    post_norm=False,
-    use_head=False,
 )
-LANGUAGE = LanguageConfig(
-    hidden_size=128,
-    intermediate_size=384,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    vocab_size=VOCAB_SIZE,
-    max_position_embeddings=4096,
-    rms_norm_eps=1e-6,
-    rope_theta=10000.0,
-    qkv_bias=False,
-    output_bias=False,
-    qk_norm=True,
-    norm_dtype="float32",
-    tie_embeddings=True,
-)
+LANGUAGE = replace(TILED_LANGUAGE, max_position_embeddings=4096, qkv_bias=False, qk_norm=True)
 PROJECTOR = ProjectorConfig(
     merge="blocks",
     factor=STRIDE,

@@ -22,7 +22,7 @@ from PIL import Image
 from recipes.demo.scenes import COLOURS, KINDS, Scene, Shape, draw, random_scene
 from siglane.families.two_tower import LoadedTwoTower, load_two_tower
 from siglane.nn.device import resolve_device
-from siglane.training.contrastive import TrainConfig
+from siglane.settings.training import TrainConfig
 from siglane.training.curve import CURVE, draw_curve
 from siglane.training.evaluate import embed_classes, embed_pictures, linear_probe, probe_accuracy, zero_shot_accuracy
 from siglane.training.files import write_json

@@ -108,7 +108,7 @@ def test_an_image_beyond_the_patch_budget_runs_alone_and_packing_changes_no_toke
     ]
     rows += [{"prompt": "What?", "videos": [[picture(n), picture(n + 1)]]} for n in range(2)] if name in VIDEO else []
     expected = [answer.output_token_ids for answer in models[name].generate(rows, SHORT)]
-    for options in ({"max_seq_len": 1}, {"enable_packing": False}):
+    for options in ({"max_batch_patches": 1}, {"enable_packing": False}):
         answers = LLM(tmp_path, device="cpu", kv_tokens=16384, **options).generate(rows, SHORT)  # type: ignore[arg-type]
         assert [answer.error for answer in answers] == [None] * len(rows)
         assert [answer.output_token_ids for answer in answers] == expected

@@ -12,7 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROOTS = (ROOT, ROOT / "python", ROOT / "python" / "siglane")  # what a cited path may start from
-SOURCES = sorted(file for folder in ("python", "recipes", "tests", "benchmark", "docs") for file in (ROOT / folder).rglob("*.py"))
+SOURCES = sorted(
+    file for folder in ("python", "recipes", "tests", "benchmark", "docs") for file in (ROOT / folder).rglob("*.py")
+)
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PATHS = {file.relative_to(root).as_posix() for root in ROOTS for file in SOURCES if file.is_relative_to(root)}
 FOLDERS = {path.partition("/")[0] for path in PATHS if "/" in path}  # a path into any other is another project's

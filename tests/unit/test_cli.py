@@ -99,7 +99,7 @@ def test_the_environment_sets_options_and_flags_win(
 ) -> None:
     monkeypatch.setenv("SIGLANE_MAX_TOKENS", "2")
     monkeypatch.setenv("SIGLANE_IGNORE_EOS", "1")
-    monkeypatch.setenv("SIGLANE_JSON", "1")
+    monkeypatch.setenv("SIGLANE_GENERATE_JSON", "1")
     assert main(generate(model)) == 0
     assert json.loads(capsys.readouterr().out)["usage"]["completion_tokens"] == 2
     assert main(generate(model, "--max-tokens", "4")) == 0
@@ -325,6 +325,18 @@ def test_doctor_reports_and_its_exit_code_follows(
     assert found["ok"] == (not broken)
     assert code == (1 if broken else 0)
     assert all(name in printed.err for name in broken)
+
+
+def test_doctor_says_how_much_memory_macos_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has neither /proc nor SC_AVPHYS_PAGES."""
+
+    def sysconf(name: str) -> int:
+        return {"SC_PAGE_SIZE": 1 << 14, "SC_PHYS_PAGES": 1 << 20}[name]
+
+    monkeypatch.setattr(doctor, "MEMINFO", Path("/nowhere/meminfo"))
+    monkeypatch.setattr(os, "sysconf", sysconf)
+    (check,) = doctor._memory()
+    assert (check.status, check.detail) == ("ok", "16.0 GiB in all")
 
 
 def test_doctor_names_what_is_broken(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,9 +121,19 @@ def test_serve_hands_the_budget_to_the_server(model: str, monkeypatch: pytest.Mo
         return 0
 
     monkeypatch.setattr("siglane.server.run.serve", record)
-    words = ["--max-tiles", "4", "--detail", "low", "--max-seq-len", "2048", "--no-enable-packing", "--max-videos", "3"]
+    words = [
+        "--max-tiles",
+        "4",
+        "--detail",
+        "low",
+        "--max-batch-patches",
+        "2048",
+        "--no-enable-packing",
+        "--max-videos",
+        "3",
+    ]
     assert main(["serve", model, "--port", "0", *words]) == 0
     config, spec, listener, budget = given
     listener.close()
     assert budget == ImageBudget(max_tiles=4, detail="low")
-    assert (spec.config.max_seq_len, spec.config.enable_packing, config.max_videos) == (2048, False, 3)
+    assert (spec.config.max_batch_patches, spec.config.enable_packing, config.max_videos) == (2048, False, 3)

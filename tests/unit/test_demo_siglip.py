@@ -14,7 +14,7 @@ from recipes.demo.siglip import HELD_OUT, LOCKED_RECIPE, PaintedPairs, accuracie
 from siglane import Tagger
 from siglane.cli.main import main
 from siglane.families.two_tower import load_two_tower
-from siglane.training.contrastive import TrainConfig
+from siglane.settings.training import TrainConfig
 from siglane.training.run import MODEL, Skipped, open_run, train
 from siglane.weights.demo import demo_folder, open_model
 

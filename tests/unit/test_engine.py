@@ -209,10 +209,10 @@ class TestGreedyTokens:
             {"page_size": 64},
             {"prefix_cache": False},
             {"feature_cache_bytes": 0},
-            {"max_seq_len": 1},
+            {"max_batch_patches": 1},
             {"enable_packing": False},
             {"max_running": 1},
-            {"max_running": 2, "max_seq_len": 20, "max_batch_tokens": 11},
+            {"max_running": 2, "max_batch_patches": 20, "max_batch_tokens": 11},
         ],
         ids=lambda options: " ".join(f"{name}={value}" for name, value in options.items()) or "default",
     )
@@ -294,7 +294,7 @@ class TestReuse:
         assert second.last.cached_tokens >= len(asked.token_ids) + len(said) - 1 - 3
 
     def test_all_new_images_of_a_step_go_through_one_tower_call(self, tiny: Tiny) -> None:
-        engine = tiny.engine(max_batch_tokens=10_000, max_seq_len=10_000)
+        engine = tiny.engine(max_batch_tokens=10_000, max_batch_patches=10_000)
         run(engine, [greedy("known", tiny.prompt("Hello."))])  # else they wait for the first to read their system turn
         calls = count_encodes(engine)
         asked = [tiny.prompt("One?", tiny.image(n), tiny.image(n + 10)) for n in range(3)]
@@ -305,7 +305,7 @@ class TestReuse:
     def test_without_packing_each_image_has_a_forward_of_its_own(
         self, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        engine = tiny.engine(max_batch_tokens=10_000, max_seq_len=10_000, enable_packing=False)
+        engine = tiny.engine(max_batch_tokens=10_000, max_batch_patches=10_000, enable_packing=False)
         sizes: list[int] = []
         vision = engine.runner.model.vision
         real = vision.forward

@@ -6,7 +6,7 @@ import ast
 import json
 import subprocess
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -152,6 +152,60 @@ def test_a_forbidden_import_is_found(path: str, source: str, complaint: str) -> 
 )
 def test_an_allowed_import_is_not(path: str, source: str) -> None:
     assert violations(source, PurePosixPath(path)) == []
+
+
+def imported_files(path: PurePosixPath, source: str, known: Collection[PurePosixPath]) -> set[PurePosixPath]:
+    """The files of the package that the file at `path` imports, wherever the import stands."""
+    found = set()
+    for _, name in imported_names(ast.parse(source), path):
+        parts = name.split(".")
+        if parts[0] != "siglane":
+            continue
+        # `siglane.nn.linear.QKV`: the longest beginning that is a file
+        for length in range(len(parts), 1, -1):
+            module = PurePosixPath(*parts[1:length])
+            places = (module.with_suffix(".py"), module / "__init__.py")
+            if file := next((place for place in places if place in known), None):
+                found.add(file)
+                break
+    return found - {path}
+
+
+def cycle(imports: Mapping[PurePosixPath, set[PurePosixPath]]) -> list[PurePosixPath]:
+    """Files that import each other in a ring, empty where there is none."""
+    done: set[PurePosixPath] = set()
+
+    def search(file: PurePosixPath, way: list[PurePosixPath]) -> list[PurePosixPath]:
+        if file in way:
+            return [*way[way.index(file) :], file]
+        if file in done:
+            return []
+        for target in sorted(imports.get(file, ())):
+            if ring := search(target, [*way, file]):
+                return ring
+        done.add(file)
+        return []
+
+    return next((ring for file in sorted(imports) if (ring := search(file, []))), [])
+
+
+def test_no_files_import_each_other() -> None:
+    known = {relative(path) for path in files()}
+    sources = {relative(path): path.read_text(encoding="utf-8") for path in files()}
+    ring = cycle({path: imported_files(path, source, known) for path, source in sources.items()})
+    assert not ring, " -> ".join(map(str, ring))
+
+
+def test_a_ring_of_files_is_found() -> None:
+    a, b, c = (PurePosixPath(f"nn/{name}.py") for name in "abc")
+    sources = {
+        a: "from siglane.nn.b import x",
+        b: "def late():\n    from siglane.nn import c",
+        c: "if TYPE_CHECKING:\n    from siglane.nn.a import A",
+    }
+    imports = {path: imported_files(path, source, set(sources)) for path, source in sources.items()}
+    assert cycle(imports) == [a, b, c, a]
+    assert cycle(imports | {c: set()}) == []
 
 
 def test_a_file_that_does_not_parse_is_not_passed_over() -> None:

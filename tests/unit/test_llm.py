@@ -276,8 +276,8 @@ def test_options_that_do_not_exist_are_named(folder: Path) -> None:
 def test_encoding_does_not_depend_on_packing(lite: bool, tmp_path: Path) -> None:
     write_nvila_checkpoint(tmp_path / "model", lite=lite)
     pictures = [picture(n, size) for n, size in enumerate([(60, 60), (200, 90), (30, 100)])]
-    encoder = VisionEncoder(tmp_path / "model", device="cpu", max_seq_len=100_000)
-    one_by_one = VisionEncoder(tmp_path / "model", device="cpu", max_seq_len=1)
+    encoder = VisionEncoder(tmp_path / "model", device="cpu", max_batch_patches=100_000)
+    one_by_one = VisionEncoder(tmp_path / "model", device="cpu", max_batch_patches=1)
     packed, single = list(encoder.run(pictures)), list(one_by_one.run(pictures))
     for together, alone in zip(packed, single, strict=True):
         torch.testing.assert_close(together.features, alone.features, rtol=0, atol=1e-5)

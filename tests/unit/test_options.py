@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
+from siglane.cli.common import COMMON
+from siglane.cli.doctor import DoctorOptions
+from siglane.cli.main import command_options, main
+from siglane.cli.verify import VerifyOptions
 from siglane.config.preprocess import DecodeConfig
 from siglane.errors import ConfigError, UserError
 from siglane.hosts.sglang.settings import HostConfig
 from siglane.media.source import MediaPolicy
 from siglane.settings.engine import EngineConfig
-from siglane.settings.flags import Parser, add_options, known_variables, options_of, read_options
+from siglane.settings.flags import (
+    OptionGroup,
+    Parser,
+    add_options,
+    known_variables,
+    options_of,
+    read_file,
+    read_options,
+)
 from siglane.settings.media import MediaConfig
-from siglane.settings.options import read_environment
+from siglane.settings.options import Option, read_environment
 from siglane.settings.server import ServerConfig
 from siglane.tiling.rule import ImageBudget
 from siglane.types import SamplingParams
@@ -41,7 +56,7 @@ class Example:
 
 def read(*words: str, config: type[Any] = Example) -> Any:
     parser = Parser(prog="siglane test")
-    add_options(parser, config, "example")
+    add_options(parser, [OptionGroup(config, "example")])
     return read_options(config, parser.parse_args(words))
 
 
@@ -159,7 +174,7 @@ def test_a_required_option_names_its_flag_and_variable() -> None:
 
 def test_help_shows_default_and_variable() -> None:
     parser = Parser(prog="siglane test")
-    add_options(parser, Example, "example")
+    add_options(parser, [OptionGroup(Example, "example")])
     text = " ".join(parser.format_help().split())
     assert "100 % needed [SIGLANE_NAME]" in text
     assert "[default: 3, SIGLANE_COUNT]" in text
@@ -171,7 +186,8 @@ def test_help_shows_default_and_variable() -> None:
 def test_the_real_configurations_have_flags_for_every_field(config: type[Any]) -> None:
     assert read(config=config) == config()
     assert all(option.help for option in options_of(config) if config is not SamplingParams)
-    assert len(known_variables([config])) == len(options_of(config))
+    assert known_variables([config]) == {name for option in options_of(config) for name in option.variables}
+    assert len({option.variable for option in options_of(config)}) == len(options_of(config))
 
 
 def test_what_a_caller_gives_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,3 +315,107 @@ class TestMedia:
         assert asdict(config) == asdict(MediaConfig()) | {
             "max_images": 0, "max_videos": 0, "image_redirects": 0, "max_image_bytes": 1, "max_video_frames": 1,
         }  # fmt: skip
+
+
+class TestCommands:
+    """One variable has one meaning, whichever commands read it."""
+
+    @staticmethod
+    def options() -> Iterator[tuple[str, Option]]:
+        groups = {"all": COMMON, "sglang host": (OptionGroup(HostConfig, ""),), **command_options()}
+        yield from ((command, option) for command, found in groups.items() for g in found for option in g.options)
+
+    def test_no_two_commands_read_one_variable_with_two_meanings(self) -> None:
+        meanings: dict[str, dict[tuple[Any, ...], list[str]]] = {}
+        for command, option in self.options():
+            for variable in option.variables:
+                meaning = (option.name, option.kind, option.choices, option.many, option.help)
+                meanings.setdefault(variable, {}).setdefault(meaning, []).append(command)
+        assert len(meanings) > 80
+        assert {name: found for name, found in meanings.items() if len(found) > 1} == {}
+
+    @pytest.mark.parametrize(
+        ("command", "flag", "variable"),
+        [
+            ("verify", "--threshold", "SIGLANE_VERIFY_THRESHOLD"),
+            ("tag", "--threshold", "SIGLANE_TAG_THRESHOLD"),
+            ("doctor", "--host", "SIGLANE_DOCTOR_HOST"),
+            ("serve", "--host", "SIGLANE_HOST"),
+            ("demo", "--port", "SIGLANE_DEMO_PORT"),
+            ("generate", "--video", "SIGLANE_GENERATE_VIDEO"),
+            ("look", "--video", "SIGLANE_LOOK_VIDEO"),
+            ("train", "--batch-size", "SIGLANE_TRAIN_BATCH_SIZE"),
+            ("tag", "--batch-size", "SIGLANE_BATCH_SIZE"),
+            ("train", "--seed", "SIGLANE_TRAIN_SEED"),
+            ("generate", "--max-tokens", "SIGLANE_MAX_TOKENS"),
+        ],
+    )
+    def test_a_commands_own_option_carries_its_name(self, command: str, flag: str, variable: str) -> None:
+        (option,) = [one for owner, one in self.options() if owner == command and flag in one.flags]
+        assert option.variable == variable
+
+    def test_a_variable_of_one_command_does_not_reach_another(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SIGLANE_TAG_THRESHOLD", "0.5")
+        monkeypatch.setenv("SIGLANE_HOST", "0.0.0.0")
+        parsed = Parser().parse_args([])
+        assert read_options(VerifyOptions, parsed) == VerifyOptions()
+        assert read_options(DoctorOptions, parsed) == DoctorOptions()
+
+    def test_an_older_name_is_still_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert read("--max-seq-len", "7", config=EngineConfig) == EngineConfig(max_batch_patches=7)
+        monkeypatch.setenv("SIGLANE_MAX_SEQ_LEN", "8")
+        assert read(config=EngineConfig).max_batch_patches == 8
+        monkeypatch.setenv("SIGLANE_MAX_BATCH_PATCHES", "9")
+        assert read(config=EngineConfig).max_batch_patches == 9
+
+
+class TestFile:
+    """`--config`: a table of the command's name; flags and variables win over it."""
+
+    def read(self, tmp_path: Path, text: str, *words: str) -> Any:
+        (tmp_path / "siglane.toml").write_text(text, encoding="utf-8")
+        parser = Parser(prog="siglane example")
+        groups = [OptionGroup(Example, "example")]
+        add_options(parser, groups)
+        parsed = parser.parse_args(words)
+        parsed.command = "example"
+        read_file(parsed, tmp_path / "siglane.toml", groups)
+        return read_options(Example, parsed)
+
+    def test_every_type(self, tmp_path: Path) -> None:
+        text = (
+            '[example]\nname = "x"\ncount = 7\nshare = 1\nfast = false\ncolour = "blue"\nfolder = "/tmp"\n'
+            'words = ["a", "b"]\npairs = ["3:1.5"]\ncache_bytes = "2G"\n[other]\nunknown = 1\n'
+        )
+        assert self.read(tmp_path, text) == Example(
+            name="x", count=7, share=1.0, fast=False, colour="blue", folder=Path("/tmp"), words=("a", "b"),
+            pairs=((3, 1.5),), cache_bytes=2 << 30,
+        )  # fmt: skip
+
+    def test_flags_and_variables_win(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        text = '[example]\nname = "x"\ncount = 7\n'
+        assert self.read(tmp_path, text).count == 7
+        monkeypatch.setenv("SIGLANE_COUNT", "8")
+        assert self.read(tmp_path, text).count == 8
+        assert self.read(tmp_path, text, "--count", "9").count == 9
+
+    @pytest.mark.parametrize(
+        ("line", "complaint"),
+        [
+            ("colour = 'green'", "colour 'green' is not known"),
+            ("count = '3'", "count must be int"),
+            ("words = 'a'", "words must be a list"),
+            ("pairs = ['3']", "is not 2 values joined by ':'"),
+            ("cuont = 3", "key 'cuont' is not known; siglane reads name, count"),
+            ("cache_bytes = '2X'", "is not a whole number"),
+        ],
+    )
+    def test_a_bad_line_is_named(self, tmp_path: Path, line: str, complaint: str) -> None:
+        with pytest.raises(UserError, match=re.escape(complaint)):
+            self.read(tmp_path, f"[example]\nname = 'x'\n{line}\n")
+
+    def test_on_the_command_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "siglane.toml").write_text('[tokens]\nsizes = ["640x480"]\njson = true\n', encoding="utf-8")
+        assert main(["tokens", "demo", "--config", str(tmp_path / "siglane.toml")]) == 0
+        (row,) = json.loads(capsys.readouterr().out)
+        assert row["image"] == "640x480"

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
-from siglane.training.sigmoid import INITIAL_BIAS, INITIAL_LOG_SCALE, chunked_sigmoid_loss, sigmoid_loss
+from siglane.settings.training import INITIAL_BIAS
+from siglane.training.sigmoid import INITIAL_LOG_SCALE, chunked_sigmoid_loss, sigmoid_loss
 
 WIDTH = 16
 CLOSE = {"atol": 1e-6, "rtol": 0.0}

@@ -25,8 +25,9 @@ from siglane.config.preprocess import LOCAL_DECODE
 from siglane.errors import ConfigError, UserError
 from siglane.families.two_tower import load_two_tower
 from siglane.image.decode import from_pil
+from siglane.settings.training import TrainConfig
 from siglane.training import evaluate
-from siglane.training.contrastive import TrainConfig, Trainer, precision_of
+from siglane.training.contrastive import Trainer, precision_of
 from siglane.training.files import caption_tokenizer, checkpoint_tensors
 from siglane.training.pairs import batch_indices, load_batch, open_pairs
 from siglane.training.run import MODEL, Skipped, open_run, train, world

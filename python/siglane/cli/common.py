@@ -1,25 +1,29 @@
-"""What commands share: the model and picture arguments, how pictures are decoded, and one JSON document on stdout."""
+"""What commands share: their common options, the MODEL argument, and one JSON document on stdout."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from siglane.errors import UserError
-from siglane.settings.flags import add_options, read_options
+from siglane.settings.flags import OptionGroup, read_options
+from siglane.settings.media import DecodeOptions
+from siglane.tiling.rule import ImageBudget
 
 if TYPE_CHECKING:
-    from siglane.config.preprocess import DecodeConfig
     from siglane.families.processor import EncoderProcessor, Processor
     from siglane.weights.hub import Checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommonOptions:
+    config: Path | None = field(
+        default=None, metadata={"help": "a TOML file with settings of this command in a table of its name: [serve]"}
+    )
     debug: bool = field(default=False, metadata={"help": "log more, and show the traceback of an error"})
 
 
@@ -28,31 +32,14 @@ class ModelOptions:
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a hub id"})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PictureOptions:
-    """The decode contract's switches, under the names that the server uses too."""
-
-    image_alpha: Literal["white", "drop"] = field(
-        default="white", metadata={"help": "transparent pixels: composed on white, or drop the alpha channel"}
-    )
-    image_16bit: Literal["scale", "clip"] = field(
-        default="scale", metadata={"help": "16-bit pictures: scale to 8 bit, or clip as Pillow's convert does"}
-    )
-    max_image_pixels: int = field(default=33_000_000, metadata={"help": "larger pictures are refused"})
-
-    def decode_config(self) -> DecodeConfig:
-        from siglane.config.preprocess import LOCAL_DECODE
-
-        return replace(LOCAL_DECODE, alpha=self.image_alpha, depth16=self.image_16bit, max_pixels=self.max_image_pixels)
-
-
-def add_common(parser: argparse.ArgumentParser) -> None:
-    add_options(parser, CommonOptions, "common")
+COMMON = (OptionGroup(CommonOptions, "common"),)
+MODEL = OptionGroup(ModelOptions, "model")
+IMAGES = OptionGroup(DecodeOptions, "images")
+BUDGET = OptionGroup(ImageBudget, "budget")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a checkpoint folder, a hub id, or `demo`")
-    add_options(parser, ModelOptions, "model")
 
 
 def checkpoint_of(arguments: argparse.Namespace) -> Checkpoint:

@@ -21,14 +21,17 @@ from pathlib import Path
 from typing import IO, Any, TextIO
 
 from siglane.errors import SiglaneError
-from siglane.settings.flags import PREFIX, add_options, read_options
+from siglane.settings.flags import OptionGroup, read_options
+from siglane.settings.options import PREFIX, CommandOptions
 
 HOST, USUAL_PORT = "127.0.0.1", 8000
 START_SECONDS, ANSWER_SECONDS, STOP_SECONDS = 120.0, 60.0, 40.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DemoOptions:
+class DemoOptions(CommandOptions):
+    COMMAND = "demo"
+
     stay: bool = field(default=False, metadata={"help": "keep the server running and print a curl line to try"})
     port: int = field(default=0, metadata={"help": "TCP port of the server; 0 takes a free one"})
 
@@ -42,8 +45,11 @@ class Example:
     answer: str
 
 
+OPTIONS = (OptionGroup(DemoOptions, "demo"),)
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
-    add_options(parser, DemoOptions, "demo")
+    """Options are all it takes."""
 
 
 def run(arguments: argparse.Namespace, out: TextIO) -> int:

@@ -15,9 +15,10 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Literal, TextIO
 
-from siglane.cli.common import CommonOptions, ModelOptions, PictureOptions, emit_json
+from siglane.cli.common import COMMON, emit_json
 from siglane.errors import SiglaneError
-from siglane.settings.flags import PREFIX, add_options, known_variables, read_options
+from siglane.settings.flags import OptionGroup, known_variables, read_options
+from siglane.settings.options import PREFIX, CommandOptions
 
 Status = Literal["ok", "note", "broken"]
 MARKS: dict[Status, str] = {"ok": "ok", "note": "--", "broken": "BROKEN"}
@@ -26,10 +27,13 @@ GEMM_SIDE = {"cpu": 1024, "cuda": 8192}
 GEMM_SECONDS = 0.3
 LITTLE_MEMORY, LITTLE_DISK, FEW_FILES = 4 << 30, 5 << 30, 1024
 GIB = 1 << 30
+MEMINFO = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DoctorOptions:
+class DoctorOptions(CommandOptions):
+    COMMAND = "doctor"
+
     json: bool = field(default=False, metadata={"help": "print one JSON object"})
     host: Literal["sglang"] | None = field(
         default=None, metadata={"help": "examine siglane inside this engine instead, with a short self-test"}
@@ -45,8 +49,11 @@ class Check:
     detail: str
 
 
+OPTIONS = (OptionGroup(DoctorOptions, "doctor"),)
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
-    add_options(parser, DoctorOptions, "doctor")
+    """Options are all it takes."""
 
 
 def run(arguments: argparse.Namespace, out: TextIO) -> int:
@@ -86,6 +93,8 @@ def _sglang() -> Iterator[Check]:
 def _python() -> Iterator[Check]:
     detail = f"{platform.python_version()} on {platform.system()} {platform.machine()}, {sys.executable}"
     yield Check("python", "ok" if sys.version_info >= PYTHON else "broken", detail)
+    if os.name != "posix":
+        yield Check("system", "broken", "siglane runs on Linux and macOS only")
 
 
 def _packages() -> Iterator[Check]:
@@ -193,11 +202,11 @@ def _attention() -> Iterator[Check]:
 
 def _memory() -> Iterator[Check]:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():  # counts caches that can be given up, which sysconf does not
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
+    if not MEMINFO.exists():  # macOS, which tells no program how much is free
+        yield Check("memory", "ok" if total >= LITTLE_MEMORY else "note", f"{total / GIB:.1f} GiB in all")
+        return
+    lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
     status: Status = "ok" if free >= LITTLE_MEMORY else "note"
     yield Check("memory", status, f"{free / GIB:.1f} of {total / GIB:.1f} GiB available")
 
@@ -226,20 +235,11 @@ def _files() -> Iterator[Check]:
 
 def _environment() -> Iterator[Check]:
     """Variables with our prefix that no command reads are probably misspelt."""
-    from siglane.cli.demo import DemoOptions
-    from siglane.cli.encode import EncodeOptions
-    from siglane.cli.generate import GenerateOptions
-    from siglane.cli.look import LookOptions
-    from siglane.cli.tokens import TokensOptions
-    from siglane.cli.verify import VerifyOptions
+    from siglane.cli.main import command_options
     from siglane.hosts.sglang.settings import HostConfig
-    from siglane.settings.engine import EngineConfig
-    from siglane.settings.server import ServerConfig
-    from siglane.types import SamplingParams
 
-    shared = (CommonOptions, ModelOptions, PictureOptions, EngineConfig, SamplingParams, ServerConfig, HostConfig)
-    own = (DemoOptions, DoctorOptions, EncodeOptions, GenerateOptions, LookOptions, TokensOptions, VerifyOptions)
-    known = known_variables((*shared, *own))
+    groups = [*COMMON, *(group for options in command_options().values() for group in options)]
+    known = known_variables([*(group.config for group in groups), HostConfig])
     found = sorted(name for name in os.environ if name.startswith(PREFIX))
     for name in found:
         if name in known:

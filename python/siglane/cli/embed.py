@@ -7,17 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from siglane.cli.common import ModelOptions, PictureOptions, add_model, check_writable, emit_json
+from siglane.cli.common import IMAGES, MODEL, ModelOptions, add_model, check_writable, emit_json
 from siglane.errors import UserError
-from siglane.settings.flags import add_options, read_options
-from siglane.settings.options import options_of
-from siglane.settings.tagging import TagSettings, read_settings
+from siglane.settings.flags import OptionGroup, read_options
+from siglane.settings.media import DecodeOptions
+from siglane.settings.options import CommandOptions
+from siglane.settings.tagging import TagSettings
 
 SETTINGS = ("batch_size", "attention", "dtype", "quantization", "device", "max_num_patches")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EmbedOptions:
+class EmbedOptions(CommandOptions):
+    COMMAND = "embed"
+
     text: tuple[str, ...] = field(default=(), metadata={"help": "texts, embedded as they are"})
     output: Path | None = field(
         default=None, metadata={"help": "a safetensors file: images [I, D] and texts [T, D], float32", "short": "-o"}
@@ -29,12 +32,17 @@ class EmbedOptions:
             raise UserError("nowhere to put the vectors; give --output or --json", code="bad_option")
 
 
+OPTIONS = (
+    OptionGroup(EmbedOptions, "embed"),
+    OptionGroup(TagSettings, "model of both towers", only=SETTINGS),
+    MODEL,
+    IMAGES,
+)
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("images", metavar="IMAGE", nargs="*", help="pictures: paths or URLs")
-    add_options(parser, EmbedOptions, "embed")
-    add_options(parser, TagSettings, "model of both towers", only=SETTINGS)
-    add_options(parser, PictureOptions, "pictures")
 
 
 def run(arguments: argparse.Namespace, out: TextIO) -> int:
@@ -43,15 +51,14 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
         raise UserError("there is nothing to embed; name pictures, or give --text", code="bad_option")
     if options.output is not None:
         check_writable(options.output)
-    given = vars(arguments)
-    settings = read_settings(None, {one.name: given[one.name] for one in options_of(TagSettings) if one.name in given})
+    settings = read_options(TagSettings, arguments)
 
     from siglane.tagging.tagger import Tagger
 
     tagger = Tagger.from_settings(
         settings,
         revision=read_options(ModelOptions, arguments).revision,
-        decode=read_options(PictureOptions, arguments).decode_config(),
+        decode=read_options(DecodeOptions, arguments).local,
     )
     tensors = {"images": tagger.embed_images(arguments.images), "texts": tagger.embed_texts(options.text)}
     if options.output is not None:

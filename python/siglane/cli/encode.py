@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from siglane.cli.common import PictureOptions, add_model, check_writable, checkpoint_of, emit_json
+from siglane.cli.common import BUDGET, IMAGES, MODEL, add_model, check_writable, checkpoint_of, emit_json
 from siglane.errors import UserError
-from siglane.settings.flags import add_options, read_options
+from siglane.settings.engine import EngineConfig
+from siglane.settings.flags import OptionGroup, read_options
+from siglane.settings.media import DecodeOptions
+from siglane.settings.options import CommandOptions
 from siglane.tiling.rule import ImageBudget
 
 if TYPE_CHECKING:
@@ -18,7 +21,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EncodeOptions:
+class EncodeOptions(CommandOptions):
+    COMMAND = "encode"
+
     output: Path = field(
         metadata={"help": 'a safetensors file: "0", "1", ... and, with a projector, "projected.0", ...', "short": "-o"}
     )
@@ -26,18 +31,21 @@ class EncodeOptions:
 
 
 # the engine's options that a tower has a use for
-ENGINE_OPTIONS = ("device", "dtype", "attention_backend", "max_seq_len", "enable_packing")
+ENGINE_OPTIONS = ("device", "dtype", "attention_backend", "max_batch_patches", "enable_packing")
+
+
+OPTIONS = (
+    OptionGroup(EncodeOptions, "encode"),
+    MODEL,
+    IMAGES,
+    BUDGET,
+    OptionGroup(EngineConfig, "engine", only=ENGINE_OPTIONS),
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    from siglane.settings.engine import EngineConfig
-
     add_model(parser)
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="pictures: paths or URLs")
-    add_options(parser, EncodeOptions, "encode")
-    add_options(parser, PictureOptions, "pictures")
-    add_options(parser, ImageBudget, "budget")
-    add_options(parser, EngineConfig, "engine", only=ENGINE_OPTIONS)
 
 
 def run(arguments: argparse.Namespace, out: TextIO) -> int:
@@ -48,11 +56,10 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     from tqdm import tqdm
 
     from siglane.llm import VisionEncoder
-    from siglane.settings.engine import EngineConfig
 
     engine = read_options(EngineConfig, arguments)
     chosen = {name: getattr(engine, name) for name in ENGINE_OPTIONS}
-    decode = read_options(PictureOptions, arguments).decode_config()
+    decode = read_options(DecodeOptions, arguments).local
     encoder = VisionEncoder(checkpoint, decode=decode, budget=read_options(ImageBudget, arguments), **chosen)
     tensors: dict[str, torch.Tensor] = {}
     rows: list[dict[str, Any]] = []

@@ -8,10 +8,14 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
-from siglane.cli.common import PictureOptions, add_model, checkpoint_of, emit_json
+from siglane.cli.common import BUDGET, IMAGES, MODEL, add_model, checkpoint_of, emit_json
 from siglane.errors import UserError
-from siglane.settings.flags import add_options, read_options
+from siglane.settings.engine import EngineConfig
+from siglane.settings.flags import OptionGroup, read_options
+from siglane.settings.media import DecodeOptions
+from siglane.settings.options import CommandOptions
 from siglane.tiling.rule import ImageBudget
+from siglane.types import SamplingParams
 
 if TYPE_CHECKING:
     from siglane.llm import Generation
@@ -38,7 +42,9 @@ SAMPLING_HELP = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateOptions:
+class GenerateOptions(CommandOptions):
+    COMMAND = "generate"
+
     prompt: str = field(metadata={"help": "the question: one user message, its pictures first", "short": "-p"})
     image: tuple[str, ...] = field(default=(), metadata={"help": "pictures: paths or URLs", "short": "-i"})
     video: tuple[str, ...] = field(default=(), metadata={"help": "videos: paths or URLs", "short": "-v"})
@@ -52,26 +58,25 @@ class GenerateOptions:
     json: bool = field(default=False, metadata={"help": "print one JSON object"})
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    from siglane.settings.engine import EngineConfig
-    from siglane.types import SamplingParams
+OPTIONS = (
+    OptionGroup(GenerateOptions, "generate"),
+    OptionGroup(SamplingParams, "sampling", help=SAMPLING_HELP),
+    MODEL,
+    IMAGES,
+    BUDGET,
+    OptionGroup(EngineConfig, "engine"),
+)
 
+
+def configure(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    add_options(parser, GenerateOptions, "generate")
-    add_options(parser, SamplingParams, "sampling", help=SAMPLING_HELP)
-    add_options(parser, PictureOptions, "pictures")
-    add_options(parser, ImageBudget, "budget")
-    add_options(parser, EngineConfig, "engine")
 
 
 def run(arguments: argparse.Namespace, out: TextIO) -> int:
-    from siglane.settings.engine import EngineConfig
-    from siglane.types import SamplingParams
-
     options = read_options(GenerateOptions, arguments)
     params = read_options(SamplingParams, arguments)
     engine = read_options(EngineConfig, arguments)
-    decode = read_options(PictureOptions, arguments).decode_config()
+    decode = read_options(DecodeOptions, arguments).local
     if options.stream and options.json:
         raise UserError("--stream and --json exclude each other", code="bad_option")
 

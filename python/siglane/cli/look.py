@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from siglane.cli.common import (
-    PictureOptions,
+    BUDGET,
+    IMAGES,
+    MODEL,
     add_model,
     check_writable,
     checkpoint_of,
@@ -17,7 +19,9 @@ from siglane.cli.common import (
 )
 from siglane.cli.tokens import describe
 from siglane.errors import UserError
-from siglane.settings.flags import add_options, read_options
+from siglane.settings.flags import OptionGroup, read_options
+from siglane.settings.media import DecodeOptions
+from siglane.settings.options import CommandOptions
 from siglane.tiling.rule import ImageBudget, no_video
 
 if TYPE_CHECKING:
@@ -29,7 +33,9 @@ VIDEO_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LookOptions:
+class LookOptions(CommandOptions):
+    COMMAND = "look"
+
     output: Path = field(default=Path("view.png"), metadata={"help": "the drawing, a PNG file", "short": "-o"})
     video: bool = field(default=False, metadata={"help": "IMAGE is a video"})
     num_frames: int | None = field(
@@ -38,17 +44,17 @@ class LookOptions:
     json: bool = field(default=False, metadata={"help": "print the numbers as one JSON object"})
 
 
+OPTIONS = (OptionGroup(LookOptions, "look"), MODEL, IMAGES, BUDGET)
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("image", metavar="IMAGE", help="a picture, or a video with --video: path or URL")
-    add_options(parser, LookOptions, "look")
-    add_options(parser, PictureOptions, "pictures")
-    add_options(parser, ImageBudget, "budget")
 
 
 def run(arguments: argparse.Namespace, out: TextIO) -> int:
     options = read_options(LookOptions, arguments)
-    decode = read_options(PictureOptions, arguments).decode_config()
+    decode = read_options(DecodeOptions, arguments).local
     budget = read_options(ImageBudget, arguments)
     check_writable(options.output)
 

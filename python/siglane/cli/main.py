@@ -1,8 +1,9 @@
 """`siglane COMMAND ...`: finds the command, turns every error into one line and an exit code.
 
 Exit codes: 0 done, 1 something failed, 2 the caller's mistake, 130 interrupted. Results go to stdout, everything else
-to stderr. Each command is a module with `configure(parser)` and `run(arguments, out) -> exit code`; only the one asked
-for is imported, so that `siglane --help` does not wait for torch.
+to stderr. Each command is a module with `OPTIONS`, `configure(parser)` for its other arguments, and
+`run(arguments, out) -> exit code`; only the one asked for is imported, so that `siglane --help` does not
+wait for torch.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import traceback
 from collections.abc import Sequence
 from typing import TextIO
 
-from siglane.cli.common import CommonOptions, add_common
+from siglane.cli.common import COMMON, CommonOptions
 from siglane.errors import SiglaneError
-from siglane.settings.flags import Parser, read_options
+from siglane.settings.flags import OptionGroup, Parser, add_options, read_file, read_options
 
 COMMANDS = {
     "generate": "ask a model one question about pictures",
@@ -45,10 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     try:
         parsed = _parse(words)
-        debug = read_options(CommonOptions, parsed).debug
+        common = read_options(CommonOptions, parsed)
+        debug = common.debug
         _configure_logging(debug)
+        command = importlib.import_module(f"siglane.cli.{parsed.command}")
+        read_file(parsed, common.config, command.OPTIONS)
         with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints must not mix with the result
-            code: int = importlib.import_module(f"siglane.cli.{parsed.command}").run(parsed, out)
+            code: int = command.run(parsed, out)
         out.flush()
         return code
     except KeyboardInterrupt:
@@ -67,9 +71,15 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name == asked:
-            importlib.import_module(f"siglane.cli.{name}").configure(command)
-            add_common(command)
+            module = importlib.import_module(f"siglane.cli.{name}")
+            module.configure(command)
+            add_options(command, [*module.OPTIONS, *COMMON])
     return parser.parse_args(words)
+
+
+def command_options() -> dict[str, tuple[OptionGroup, ...]]:
+    """The options of every command, by its name; imports them all."""
+    return {name: importlib.import_module(f"siglane.cli.{name}").OPTIONS for name in COMMANDS}
 
 
 def _configure_logging(debug: bool) -> None:

@@ -6,27 +6,30 @@ import argparse
 import dataclasses
 from typing import TextIO
 
-from siglane.cli.common import ModelOptions, add_model
+from siglane.cli.common import MODEL, ModelOptions, add_model
 from siglane.errors import UserError
-from siglane.settings.flags import add_options, options_of, read_options
+from siglane.settings.engine import EngineConfig
+from siglane.settings.flags import OptionGroup, read_options
 from siglane.settings.media import MediaConfig
+from siglane.settings.options import options_of
 from siglane.settings.server import ServerConfig
 from siglane.tiling.rule import ImageBudget
 
+MEDIA = {option.name for option in options_of(MediaConfig)}
+OPTIONS = (
+    MODEL,
+    OptionGroup(ServerConfig, "server", only={option.name for option in options_of(ServerConfig)} - MEDIA),
+    OptionGroup(MediaConfig, "images and videos of requests"),
+    OptionGroup(ImageBudget, "budget of every image; clients may ask for less"),
+    OptionGroup(EngineConfig, "engine"),
+)
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    from siglane.settings.engine import EngineConfig
-
     add_model(parser)
-    media = {option.name for option in options_of(MediaConfig)}
-    add_options(parser, ServerConfig, "server", only={option.name for option in options_of(ServerConfig)} - media)
-    add_options(parser, MediaConfig, "images and videos of requests")
-    add_options(parser, ImageBudget, "budget of every image; clients may ask for less")
-    add_options(parser, EngineConfig, "engine")
 
 
 def run(arguments: argparse.Namespace, out: TextIO) -> int:
-    from siglane.settings.engine import EngineConfig
     from siglane.weights.demo import FOLDERS, demo_folder
 
     config = read_options(ServerConfig, arguments)

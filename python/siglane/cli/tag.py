@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from siglane.cli.common import ModelOptions, PictureOptions, add_model, emit_json
+from siglane.cli.common import IMAGES, MODEL, CommonOptions, ModelOptions, add_model, emit_json
 from siglane.cli.rows import RowFile
 from siglane.errors import UserError
-from siglane.settings.flags import add_options, read_options
-from siglane.settings.options import options_of
+from siglane.settings.flags import OptionGroup, read_options, stated_in
+from siglane.settings.media import DecodeOptions
+from siglane.settings.options import CommandOptions, options_of
 from siglane.settings.tagging import TEMPLATES, TagSettings, read_settings
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
@@ -27,7 +28,9 @@ SETTINGS = ("batch_size", "attention", "dtype", "quantization", "device", "max_t
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TagOptions:
+class TagOptions(CommandOptions):
+    COMMAND = "tag"
+
     labels: Path = field(metadata={"help": "a text file with one label per line"})
     template: tuple[str, ...] = field(
         default=TEMPLATES, metadata={"help": "texts around a label; the mean of their embeddings is used"}
@@ -41,21 +44,20 @@ class TagOptions:
         metadata={"help": "JSON Lines, written as it goes; pictures already in it are skipped", "short": "-o"},
     )
     json: bool = field(default=False, metadata={"help": "print one JSON list"})
-    config: Path | None = field(default=None, metadata={"help": "a TOML file with a section [plugins.siglip]"})
     cache: Path | None = field(default=None, metadata={"help": "folder of label matrices; ~/.cache/siglane/labels"})
+
+
+OPTIONS = (OptionGroup(TagOptions, "tag"), OptionGroup(TagSettings, "tagger", only=SETTINGS), MODEL, IMAGES)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="pictures, folders of pictures, patterns or URLs")
-    add_options(parser, TagOptions, "tag")
-    add_options(parser, TagSettings, "tagger", only=SETTINGS)
-    add_options(parser, PictureOptions, "pictures")
 
 
 def run(arguments: argparse.Namespace, out: TextIO) -> int:
     options = read_options(TagOptions, arguments)
-    settings = read_settings(options.config, _flags(arguments, options))
+    settings = _settings(arguments, options)
     pictures = list(dict.fromkeys(name for given in arguments.images for name in expand(given)))
     if options.output is None:
         return _emit(_rows(pictures, arguments, options, settings), None, options, out)
@@ -64,6 +66,12 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
         if len(waiting) < len(pictures):
             print(f"siglane: {len(pictures) - len(waiting)} pictures are already in {file.path}", file=sys.stderr)
         return _emit(_rows(waiting, arguments, options, settings), file, options, out)
+
+
+def _settings(arguments: argparse.Namespace, options: TagOptions) -> TagSettings:
+    """The file of `--config` may hold the tagger's section beside the command's."""
+    table = {name: value for name, value in stated_in(arguments).items() if name in SETTINGS}
+    return read_settings(read_options(CommonOptions, arguments).config, _flags(arguments, options), table)
 
 
 def _flags(arguments: argparse.Namespace, options: TagOptions) -> dict[str, Any]:
@@ -117,7 +125,7 @@ def _rows(
         revision=read_options(ModelOptions, arguments).revision,
         templates=options.template,
         cache=options.cache,
-        decode=read_options(PictureOptions, arguments).decode_config(),
+        decode=read_options(DecodeOptions, arguments).local,
     )
     print(f"siglane: {tagger.summary}", file=sys.stderr)
     found = tagger.stream(

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
-from siglane.cli.common import PictureOptions, add_model, checkpoint_of, emit_json
+from siglane.cli.common import BUDGET, IMAGES, MODEL, add_model, checkpoint_of, emit_json
 from siglane.errors import UserError
-from siglane.settings.flags import add_options, read_options
+from siglane.settings.flags import OptionGroup, read_options
+from siglane.settings.media import DecodeOptions
+from siglane.settings.options import CommandOptions
 from siglane.tiling.rule import ImageBudget
 
 if TYPE_CHECKING:
@@ -21,7 +23,9 @@ SIZE = re.compile(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})(?:x([1-9][0-9]{0,3}))?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TokensOptions:
+class TokensOptions(CommandOptions):
+    COMMAND = "tokens"
+
     json: bool = field(default=False, metadata={"help": "print one JSON list"})
     together: bool = field(
         default=False,
@@ -32,19 +36,19 @@ class TokensOptions:
     )
 
 
+OPTIONS = (OptionGroup(TokensOptions, "tokens"), MODEL, IMAGES, BUDGET)
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("images", metavar="IMAGE", nargs="*", help="picture files; only their headers are read")
-    add_options(parser, TokensOptions, "tokens")
-    add_options(parser, PictureOptions, "pictures")
-    add_options(parser, ImageBudget, "budget")
 
 
 def run(arguments: argparse.Namespace, out: TextIO) -> int:
     options = read_options(TokensOptions, arguments)
     if not arguments.images and not options.sizes:
         raise UserError("no pictures; give IMAGE files or --sizes", code="bad_option")
-    decode = read_options(PictureOptions, arguments).decode_config()
+    decode = read_options(DecodeOptions, arguments).local
     budget = read_options(ImageBudget, arguments)
 
     # nothing here needs torch or transformers: a folder is counted before they would have been imported

@@ -11,14 +11,18 @@ from typing import TYPE_CHECKING, Literal, TextIO
 
 from siglane.cli.common import emit_json
 from siglane.errors import UserError
-from siglane.settings.flags import add_options, read_options
+from siglane.settings.flags import OptionGroup, read_options
+from siglane.settings.options import CommandOptions
+from siglane.settings.training import TrainConfig
 
 if TYPE_CHECKING:
     from siglane.weights.hub import Checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunOptions:
+class RunOptions(CommandOptions):
+    COMMAND = "train"
+
     out: Path = field(metadata={"help": "folder for model/, checkpoint.pt, log.jsonl and loss.png"})
     model: str | None = field(default=None, metadata={"help": "folder or hub id of a SigLIP with both towers"})
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a hub id"})
@@ -40,14 +44,13 @@ class RunOptions:
             raise UserError("give either --model or --from-scratch", code="bad_option")
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    from siglane.training.contrastive import TrainConfig
+OPTIONS = (OptionGroup(RunOptions, "run"), OptionGroup(TrainConfig, "training"))
 
+
+def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "pairs", metavar="PAIRS", type=Path, help="JSON Lines of image and caption, or a folder of WebDataset tars"
     )
-    add_options(parser, RunOptions, "run")
-    add_options(parser, TrainConfig, "training")
 
 
 def run(arguments: argparse.Namespace, out: TextIO) -> int:
@@ -55,7 +58,6 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     source = _source(options)
 
     from siglane.nn.device import DTYPES, resolve_device
-    from siglane.training.contrastive import TrainConfig
     from siglane.training.curve import CURVE, draw_curve
     from siglane.training.pairs import open_pairs
     from siglane.training.run import LOG, MODEL, Share, Skipped, join_ranks, leave_ranks, open_run, train

@@ -8,16 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
-from siglane.cli.common import ModelOptions, add_model, check_writable, checkpoint_of, emit_json
+from siglane.cli.common import MODEL, ModelOptions, add_model, check_writable, checkpoint_of, emit_json
 from siglane.errors import UserError
-from siglane.settings.flags import add_options, read_options
+from siglane.settings.flags import OptionGroup, read_options
+from siglane.settings.options import CommandOptions
 
 if TYPE_CHECKING:
     from siglane.verify import Comparison, Report
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyOptions:
+class VerifyOptions(CommandOptions):
+    COMMAND = "verify"
+
     images: tuple[str, ...] = field(default=(), metadata={"help": "pictures to compare on: paths or URLs"})
     random: int | None = field(
         default=None, metadata={"help": "draw that many pictures of awkward shapes; 3 when no images are given"}
@@ -43,9 +46,11 @@ class VerifyOptions:
     report: Path | None = field(default=None, metadata={"help": "write an HTML page with plots and pictures"})
 
 
+OPTIONS = (OptionGroup(VerifyOptions, "verify"), MODEL)
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    add_options(parser, VerifyOptions, "verify")
 
 
 def run(arguments: argparse.Namespace, out: TextIO) -> int:

@@ -14,6 +14,7 @@ from siglane.types import Resample, Size
 AlphaRule = Literal["white", "drop"]
 DepthRule = Literal["scale", "clip"]
 
+MAX_IMAGE_PIXELS = 33_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 OPTIONAL_FORMATS = ("TIFF", "AVIF")
 
@@ -31,7 +32,7 @@ class DecodeConfig:
 
     alpha: AlphaRule = "white"
     depth16: DepthRule = "scale"
-    max_pixels: int = 33_000_000
+    max_pixels: int = MAX_IMAGE_PIXELS
     max_aspect: int = 200
     formats: tuple[str, ...] = FORMATS
     max_video_pixels: int = 1 << 27

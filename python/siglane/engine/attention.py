@@ -65,7 +65,7 @@ class TorchPagedAttention:
     def __init__(self, kv: PagedKV, batch: StepBatch) -> None:
         self.kv = kv
         device = kv.keys.device
-        self.slots = torch.tensor(step_slots(batch, kv.page_size), device=device)
+        self.slots = torch.tensor(batch.slots(kv.page_size), device=device)
         # a last page is read whole, under a mask: NaN that its previous owner left behind would get through
         half_new = [
             chunk.sequence.block_table[chunk.stop // kv.page_size]
@@ -135,12 +135,3 @@ def _decode(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, decodes: 
     ks, vs = (x[decodes.pages].flatten(1, 2).transpose(1, 2) for x in (keys, values))
     qs = q.unflatten(1, (ks.shape[1], -1))
     return F.scaled_dot_product_attention(qs, ks, vs, attn_mask=decodes.bias).flatten(1, 2)
-
-
-def step_slots(batch: StepBatch, page_size: int) -> list[int]:
-    """Where each of the step's tokens is kept: page number * page_size + offset in the page."""
-    return [
-        chunk.sequence.block_table[position // page_size] * page_size + position % page_size
-        for chunk in batch.chunks
-        for position in range(chunk.start, chunk.stop)
-    ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import flashinfer
 import torch
 
-from siglane.engine.attention import step_slots
 from siglane.engine.batch import StepBatch
 from siglane.engine.kv import PagedKV
 from siglane.nn.attention import cu_seqlens_of
@@ -22,7 +21,7 @@ class FlashInferPagedAttention:
     def __init__(self, kv: PagedKV, batch: StepBatch) -> None:
         self.kv = kv
         self.device = kv.keys.device
-        self.slots = torch.tensor(step_slots(batch, kv.page_size), device=self.device)
+        self.slots = torch.tensor(batch.slots(kv.page_size), device=self.device)
         used = [-(-chunk.stop // kv.page_size) for chunk in batch.chunks]
         self.pages = [
             page for chunk, count in zip(batch.chunks, used, strict=True) for page in chunk.sequence.block_table[:count]

@@ -137,3 +137,11 @@ class StepBatch:
     @property
     def tokens(self) -> int:
         return sum(chunk.tokens for chunk in self.chunks)
+
+    def slots(self, page_size: int) -> list[int]:
+        """Where the keys and values of each token are kept: page number * page_size + offset in the page."""
+        return [
+            chunk.sequence.block_table[position // page_size] * page_size + position % page_size
+            for chunk in self.chunks
+            for position in range(chunk.start, chunk.stop)
+        ]

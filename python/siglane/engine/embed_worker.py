@@ -64,11 +64,11 @@ class EmbeddingJob:
 
 
 class EmbeddingQueue:
-    """A forward takes pictures up to `max_seq_len` patches (a larger one alone), or texts; which of the two is told by
-    who has waited longest. Knows no threads: whoever shares it locks it."""
+    """A forward takes images up to `max_batch_patches` patches (a larger one alone), or texts; which of the two is told
+    by who has waited longest. Knows no threads: whoever shares it locks it."""
 
     def __init__(self, config: EngineConfig, device: torch.device) -> None:
-        self._patches = (config.max_seq_len or STEP_PATCHES[device.type]) if config.enable_packing else 0
+        self._patches = (config.max_batch_patches or STEP_PATCHES[device.type]) if config.enable_packing else 0
         self._texts = TEXTS[device.type]
         self._images: deque[EmbeddingJob] = deque()
         self._ids: deque[EmbeddingJob] = deque()

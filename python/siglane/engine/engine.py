@@ -78,7 +78,7 @@ class Engine:
         self.features = FeatureCache(config.feature_cache_bytes)
         budget = StepBudget(
             tokens=config.max_batch_tokens or STEP_TOKENS[device.type],
-            patches=config.max_seq_len or STEP_PATCHES[device.type],
+            patches=config.max_batch_patches or STEP_PATCHES[device.type],
             running=config.max_running,
         )
         self.scheduler = Scheduler(budget, self.allocator, self.prefix_cache, self.features, config.page_size)

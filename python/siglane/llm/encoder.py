@@ -19,7 +19,7 @@ from siglane.families.stack import VisionStack
 from siglane.media.source import MediaPolicy
 from siglane.nn.cpu.packing import prepack
 from siglane.projector.assemble import projector_grids
-from siglane.settings.engine import EngineConfig
+from siglane.settings.engine import Dtype, EngineConfig
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
 from siglane.types import BackendChoice, ImagePatches
 from siglane.vision.packed import encode_packed
@@ -39,9 +39,10 @@ class Encoded(NamedTuple):
 class VisionEncoder:
     """The vision half of a model: a plain SigLIP tower, or tower and projector of a vision-language model.
 
-    Pictures are packed together up to `max_seq_len` patches (0: what suits the device; a larger one runs alone), or not
-    at all without `enable_packing`, and each is laid out as if alone in its request. Features do not depend on what
-    they are packed with. budget: the limits of images that name none of their own.
+    Images are packed together up to `max_batch_patches` patches (0: what suits the device; a larger one runs alone), or
+    not at all without `enable_packing`, and each is laid out as if alone in its request. Features do not depend on what
+    they are packed with. max_seq_len: an older name of max_batch_patches; budget: the limits of images that name none
+    of their own.
     """
 
     def __init__(
@@ -50,16 +51,18 @@ class VisionEncoder:
         *,
         revision: str | None = None,
         device: str = "auto",
-        dtype: str = "auto",
+        dtype: Dtype = "auto",
         attention_backend: BackendChoice = "auto",
+        max_batch_patches: int = 0,
         max_seq_len: int = 0,
         enable_packing: bool = True,
         media: MediaPolicy = LOCAL_MEDIA,
         decode: DecodeConfig = LOCAL_DECODE,
         budget: ImageBudget = CHECKPOINT_LIMITS,
     ) -> None:
+        max_batch_patches = max_batch_patches or max_seq_len
         config = EngineConfig(
-            device=device, vision_dtype=dtype, attention_backend=attention_backend, max_seq_len=max_seq_len
+            device=device, vision_dtype=dtype, attention_backend=attention_backend, max_batch_patches=max_batch_patches
         )
         on, _, vision_dtype = placement(config)
         checkpoint = model if isinstance(model, Checkpoint) else open_model(model, revision)
@@ -68,7 +71,7 @@ class VisionEncoder:
         )
         prepack(self._model)
         # without packing the second image is always one too many
-        self._max_seq_len = (max_seq_len or STEP_PATCHES[on.type]) if enable_packing else 0
+        self._max_batch_patches = (max_batch_patches or STEP_PATCHES[on.type]) if enable_packing else 0
         facts = self._processor.config
         video = facts.video if isinstance(facts, VlmConfig) else None
         self._media = Media(media, decode, self._processor, budget, video)
@@ -100,7 +103,7 @@ class VisionEncoder:
         """Encodes and, where there is a projector, projects each image, in order and as the images come."""
         group: list[ImagePatches] = []
         for patches in ahead(self._prepare, images):
-            if group and sum(image.layout.patches for image in (*group, patches)) > self._max_seq_len:
+            if group and sum(image.layout.patches for image in (*group, patches)) > self._max_batch_patches:
                 yield from self._encode(group, project)
                 group = []
             group.append(patches)

@@ -28,6 +28,7 @@ from siglane.llm.generation import Generation, OnText, Row, blamed
 from siglane.llm.prompts import PromptLike, one_message
 from siglane.media.source import MediaPolicy
 from siglane.settings.engine import EngineConfig
+from siglane.settings.options import options_of
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
 from siglane.types import Prompt, Request, SamplingParams, TokenDelta
 from siglane.weights.demo import open_model
@@ -233,8 +234,9 @@ def _length(rows: Iterable[Any]) -> int | None:
 
 
 def _engine_config(options: Mapping[str, Any]) -> EngineConfig:
-    known = [option.name for option in dataclasses.fields(EngineConfig)]
+    known = options_of(EngineConfig)
+    names = {name: option.name for option in known for name in (option.name, option.alias) if name}
     for name in options:
-        if name not in known:
-            raise TypeError(f"LLM has no option {name!r}; it has {', '.join(known)}")
-    return EngineConfig(**options)
+        if name not in names:
+            raise TypeError(f"LLM has no option {name!r}; it has {', '.join(option.name for option in known)}")
+    return EngineConfig(**{names[name]: value for name, value in options.items()})

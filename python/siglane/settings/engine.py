@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 from siglane.config.language import LanguageConfig
 from siglane.errors import ConfigError
@@ -12,7 +12,8 @@ from siglane.types import BackendChoice
 if TYPE_CHECKING:  # flags are read and wrong ones reported before torch's second of import
     import torch
 
-DTYPES = ("float32", "bfloat16", "float16")
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+DTYPE_HELP = "dtype of the weights and what is computed with them; auto: float32, on CUDA bfloat16"
 KV_BYTES_ON_CPU = 1 << 30
 KV_SHARE_OF_FREE_GPU = 0.8
 
@@ -20,8 +21,8 @@ KV_SHARE_OF_FREE_GPU = 0.8
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N"})
-    dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16; auto: float32 on CPU"})
-    vision_dtype: str = field(default="auto", metadata={"help": "dtype of the vision tower; auto: as dtype"})
+    dtype: Dtype = field(default="auto", metadata={"help": DTYPE_HELP})
+    vision_dtype: Dtype = field(default="auto", metadata={"help": "dtype of the vision tower; auto: as dtype"})
     attention_backend: BackendChoice = field(
         default="auto", metadata={"help": "packed vision attention: auto, sdpa, torch_varlen, flash_attn, flashinfer"}
     )
@@ -34,10 +35,11 @@ class EngineConfig:
     max_batch_tokens: int = field(
         default=0, metadata={"help": "tokens of one step, longer prompts are chunked; 0: 512 on CPU, 4096 on CUDA"}
     )
-    max_seq_len: int = field(
+    max_batch_patches: int = field(
         default=0,
         metadata={
             "help": "patches of one packed forward (a larger image runs alone); 0: 1024 on CPU, 16384 on CUDA",
+            "alias": "max_seq_len",
         },
     )
     enable_packing: bool = field(
@@ -53,12 +55,12 @@ class EngineConfig:
         for name in ("page_size", "max_running"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("kv_tokens", "max_batch_tokens", "max_seq_len", "feature_cache_bytes", "threads"):
+        for name in ("kv_tokens", "max_batch_tokens", "max_batch_patches", "feature_cache_bytes", "threads"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("dtype", "vision_dtype"):
-            if getattr(self, name) != "auto" and getattr(self, name) not in DTYPES:
-                raise ConfigError(f"{name} {getattr(self, name)!r} is not known; use auto, {', '.join(DTYPES)}")
+            if getattr(self, name) not in get_args(Dtype):
+                raise ConfigError(f"{name} {getattr(self, name)!r} is not known; use {', '.join(get_args(Dtype))}")
         if self.paged_backend not in ("auto", "torch", "flashinfer"):
             raise ConfigError(f"paged_backend {self.paged_backend!r} is not known; use auto, torch or flashinfer")
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from siglane.errors import UserError
 from siglane.settings.options import PREFIX, UNITS, Option, build, options_of
+from siglane.settings.toml import read_table
 
 __all__ = ["PREFIX", "Parser", "add_options", "known_variables", "options_of", "read_options"]
 
 Config = TypeVar("Config")
 
+STATED = "stated_in_file"
 METAVARS = {int: "N", float: "X", Path: "PATH"}
 
 
@@ -31,23 +34,33 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help", code="bad_option")
 
 
-def add_options(
-    parser: argparse.ArgumentParser,
-    config: type[Any],
-    title: str,
-    *,
-    only: Collection[str] | None = None,
-    help: Mapping[str, str] | None = None,
-) -> None:
-    """Gives `parser` one flag for each field of `config`, or for those in `only`."""
-    group = parser.add_argument_group(title)
-    for option in options_of(config, help):
-        if only is None or option.name in only:
-            _add(group, option)
+@dataclass(frozen=True, slots=True)
+class OptionGroup:
+    """The options that a command takes of one dataclass, under a title of its help.
+
+    only: their names, None for all; help: texts for fields that have none of their own.
+    """
+
+    config: type[Any]
+    title: str
+    only: Collection[str] | None = None
+    help: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def options(self) -> list[Option]:
+        return [one for one in options_of(self.config, self.help) if self.only is None or one.name in self.only]
+
+
+def add_options(parser: argparse.ArgumentParser, groups: Iterable[OptionGroup]) -> None:
+    """Gives `parser` one flag for each option."""
+    for group in groups:
+        under = parser.add_argument_group(group.title)
+        for option in group.options:
+            _add(under, option)
 
 
 def read_options(config: type[Config], arguments: argparse.Namespace) -> Config:
-    """Builds `config` from flags, then the environment, then its defaults.
+    """Builds `config` from flags, then the environment, then the values of a file (`stated_in`), then its defaults.
 
     UserError names a required flag that is absent, or a variable whose value cannot be used.
     """
@@ -58,18 +71,32 @@ def read_options(config: type[Config], arguments: argparse.Namespace) -> Config:
             flags[option.name] = tuple(found) if option.many else found
         elif (found := option.from_environment()) is not dataclasses.MISSING:
             variables[option] = found
+        elif option.name in stated_in(arguments):
+            flags[option.name] = stated_in(arguments)[option.name]
         elif option.default is dataclasses.MISSING:
-            raise UserError(f"{option.flag} is missing; give it, or set {option.variable}", code="bad_option")
+            raise UserError(f"{option.flags[0]} is missing; give it, or set {option.variable}", code="bad_option")
     return build(config, flags, variables)
+
+
+def stated_in(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the file of `--config` states for this command, by option name."""
+    found: dict[str, Any] = vars(arguments).get(STATED, {})
+    return found
+
+
+def read_file(arguments: argparse.Namespace, file: Path | None, groups: Iterable[OptionGroup]) -> None:
+    """Keeps in `arguments` what a TOML file states in the table of the command. UserError as `read_table`."""
+    options = [option for group in groups for option in group.options]
+    setattr(arguments, STATED, {} if file is None else read_table(file, [arguments.command], options))
 
 
 def known_variables(configs: Iterable[type[Any]]) -> set[str]:
     """Every environment variable these dataclasses read."""
-    return {option.variable for config in configs for option in options_of(config)}
+    return {variable for config in configs for option in options_of(config) for variable in option.variables}
 
 
 def _add(group: argparse._ArgumentGroup, option: Option) -> None:
-    names = [option.short, option.flag] if option.short else [option.flag]
+    names = [option.short, *option.flags] if option.short else option.flags
     common: dict[str, Any] = {"dest": option.name, "default": argparse.SUPPRESS, "help": _help(option)}
     if option.kind is bool:
         group.add_argument(*names, action=argparse.BooleanOptionalAction, **common)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from siglane.config.preprocess import DecodeConfig
+from siglane.config.preprocess import LOCAL_DECODE, MAX_IMAGE_PIXELS, DecodeConfig
 from siglane.errors import ConfigError
 
 MIB = 1 << 20
@@ -14,12 +14,31 @@ ImageFormat = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MediaConfig:
+class DecodeOptions:
+    """How pictures are decoded, for every command; the meaning of each is `DecodeConfig`'s."""
+
+    image_alpha: Literal["white", "drop"] = field(
+        default="white", metadata={"help": "transparent pixels: composed on white, or drop the alpha channel"}
+    )
+    image_16bit: Literal["scale", "clip"] = field(
+        default="scale", metadata={"help": "16-bit pictures: scale to 8 bit, or clip as Pillow's convert does"}
+    )
+    max_image_pixels: int = field(
+        default=MAX_IMAGE_PIXELS, metadata={"help": "pixels of one image, and of one request to a server"}
+    )
+
+    @property
+    def local(self) -> DecodeConfig:
+        """The contract for pictures that a local caller names."""
+        return replace(LOCAL_DECODE, alpha=self.image_alpha, depth16=self.image_16bit, max_pixels=self.max_image_pixels)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaConfig(DecodeOptions):
     max_images: int = field(default=16, metadata={"help": "images per request"})
     max_videos: int = field(default=1, metadata={"help": "videos per request; 0: none"})
     max_image_bytes: int = field(default=20 * MIB, metadata={"help": "largest image file"})
     max_video_bytes: int = field(default=100 * MIB, metadata={"help": "largest video file"})
-    max_image_pixels: int = field(default=33_000_000, metadata={"help": "pixels of one image, and of one request"})
     max_image_patches: int = field(
         default=1 << 16, metadata={"help": "patches of one image or video, whatever budget a client asks for"}
     )
@@ -28,12 +47,6 @@ class MediaConfig:
         default=None, metadata={"help": "frames that a client may have shown of one video; none: the model's own limit"}
     )
     video_seconds: float = field(default=20.0, metadata={"help": "seconds that decoding one video may take"})
-    image_alpha: Literal["white", "drop"] = field(
-        default="white", metadata={"help": "transparent pixels: composed on white, or drop the alpha channel"}
-    )
-    image_16bit: Literal["scale", "clip"] = field(
-        default="scale", metadata={"help": "16-bit pictures: scale to 8 bit, or clip as Pillow's convert does"}
-    )
     image_formats: tuple[ImageFormat, ...] = field(
         default=("JPEG", "PNG", "WEBP", "GIF", "BMP"), metadata={"help": "accepted image formats"}
     )

@@ -1,8 +1,11 @@
 """Settings as frozen dataclasses: what a field is called on the command line and in the environment, how it is read.
 
 A field `max_tokens: int | None = field(default=None, metadata={"help": "..."})` is `--max-tokens N` and
-`SIGLANE_MAX_TOKENS`. Metadata: `help`, and `short` for a one-letter flag. Types: bool, int, float, str, Path, Literal,
-`X | None`, and tuples of them for settings that take several values.
+`SIGLANE_MAX_TOKENS`. Metadata: `help`, `short` for a one-letter flag, `alias` for an older name that is still read.
+Types: bool, int, float, str, Path, Literal, `X | None`, and tuples of them for settings that take several values.
+
+Settings of a deployment (engine, server, media, sampling) have one variable for all commands. What only one command has
+is a `CommandOptions`, and its variables carry the command's name: `SIGLANE_TAG_LABELS`.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from siglane.errors import UserError
 
@@ -26,39 +29,52 @@ WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": 
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
+class CommandOptions:
+    """Base of the options that a command has for itself."""
+
+    __slots__ = ()
+    COMMAND: ClassVar[str]
+
+
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Option:
     """One field as a setting. parse: text of one value -> value, ValueError when it is not one."""
 
     name: str
+    variables: tuple[str, ...]  # the first is its own, any other an alias
     help: str
     default: Any  # dataclasses.MISSING when the option is required
     kind: type
     choices: tuple[str, ...]
     many: bool
     short: str | None
+    alias: str | None
     parse: Callable[[str], Any]
 
     @property
-    def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
+    def flags(self) -> tuple[str, ...]:
+        """The flag, then its alias."""
+        return tuple("--" + name.replace("_", "-") for name in (self.name, self.alias) if name)
 
     @property
     def variable(self) -> str:
-        return PREFIX + self.name.upper()
+        return self.variables[0]
 
     def from_environment(self) -> Any:
         """The variable's value; MISSING when it is not set or empty. UserError names the variable."""
-        text = os.environ.get(self.variable, "")
-        if not text:
-            return dataclasses.MISSING
+        for variable in self.variables:
+            if text := os.environ.get(variable, ""):
+                return self._parsed(text, variable)
+        return dataclasses.MISSING
+
+    def _parsed(self, text: str, variable: str) -> Any:
         try:
             if self.kind is bool:
                 return _parse_switch(text)
             return tuple(self.parse(part) for part in _list_of(text)) if self.many else self.parse(text)
         except ValueError as error:
             raise UserError(
-                f"environment variable {self.variable}={text!r} {error}", code="bad_environment", param=self.variable
+                f"environment variable {variable}={text!r} {error}", code="bad_environment", param=variable
             ) from error
 
 
@@ -66,8 +82,9 @@ def options_of(config: type[Any], help: Mapping[str, str] | None = None) -> list
     """The options of a dataclass, in its order; `help` adds texts for fields without metadata."""
     hints = typing.get_type_hints(config)
     texts = help or {}
+    scope = f"{config.COMMAND.upper()}_" if issubclass(config, CommandOptions) else ""
     return [
-        _option(field, hints[field.name], field.metadata.get("help", texts.get(field.name, "")))
+        _option(field, hints[field.name], field.metadata.get("help", texts.get(field.name, "")), PREFIX + scope)
         for field in dataclasses.fields(config)
     ]
 
@@ -100,7 +117,7 @@ def build(config: type[Config], given: Mapping[str, Any], variables: Mapping[Opt
         raise UserError(f"{error.message} (from {', '.join(guilty)})", code=error.code, param=guilty[0]) from error
 
 
-def _option(field: dataclasses.Field[Any], hint: Any, help: str) -> Option:
+def _option(field: dataclasses.Field[Any], hint: Any, help: str, prefix: str) -> Option:
     hint = _without_none(hint)
     many = typing.get_origin(hint) is tuple
     element = typing.get_args(hint)[0] if many else hint
@@ -109,8 +126,11 @@ def _option(field: dataclasses.Field[Any], hint: Any, help: str) -> Option:
     default = field.default
     if field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
+    alias = field.metadata.get("alias")
+    variables = tuple(prefix + name.upper() for name in (field.name, alias) if name)
     parse = _parser_of(field.name, element, choices)
-    return Option(field.name, help, default, kind, choices, many, field.metadata.get("short"), parse)
+    short = field.metadata.get("short")
+    return Option(field.name, variables, help, default, kind, choices, many, short, alias, parse)
 
 
 def _without_none(hint: Any) -> Any:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from siglane.config.reader import ConfigReader
-from siglane.errors import ConfigError, UserError
+from siglane.errors import ConfigError
+from siglane.settings.engine import DTYPE_HELP, Dtype
 from siglane.settings.options import Option, build, options_of
+from siglane.settings.toml import read_table
 
 logger = logging.getLogger(__name__)
 
 Attention = Literal["auto", "sdpa", "flash_attention_2", "eager"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "8bit", "4bit"]
 
 SECTION = ("plugins", "siglip")
@@ -35,14 +34,14 @@ class TagSettings:
     model: str | None = field(default=None, metadata={"help": "a checkpoint folder or a hub id"})
     batch_size: int = field(default=0, metadata={"help": "pictures of one forward; 0: 8 on CPU, 32 on CUDA"})
     attention: Attention = field(default="auto", metadata={"help": "attention of both towers; auto: what is fastest"})
-    dtype: Dtype = field(default="auto", metadata={"help": "dtype of both towers; auto: float32, on CUDA bfloat16"})
+    dtype: Dtype = field(default="auto", metadata={"help": DTYPE_HELP})
     quantization: Quantization = field(default="none", metadata={"help": "bits that both towers' weights are kept in"})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N"})
     confidence_threshold: float = field(
         default=CONFIDENCE_THRESHOLD, metadata={"help": "tags below it are left out; sigmoid scores are low"}
     )
     max_tags: int = field(default=MAX_TAGS, metadata={"help": "tags of one picture"})
-    max_num_patches: int = field(default=256, metadata={"help": "patches of one picture, for NaFlex models"})
+    max_num_patches: int = field(default=256, metadata={"help": "patches of a picture, for NaFlex models"})
 
     def __post_init__(self) -> None:
         if self.batch_size < 0:
@@ -69,8 +68,10 @@ def check_limits(threshold: float, max_tags: int, *, threshold_name: str = "thre
         )  # fmt: skip
 
 
-def read_settings(file: Path | None = None, flags: Mapping[str, Any] | None = None) -> TagSettings:
-    """`flags`, then the environment, then the file's section, then the defaults.
+def read_settings(
+    file: Path | None = None, flags: Mapping[str, Any] | None = None, table: Mapping[str, Any] | None = None
+) -> TagSettings:
+    """`flags`, then the environment, then `table`, then the file's section, then the defaults.
 
     UserError names the file's key, the variable or the flag at fault.
     """
@@ -80,35 +81,14 @@ def read_settings(file: Path | None = None, flags: Mapping[str, Any] | None = No
         if option.name not in given and (found := option.from_environment()) is not dataclasses.MISSING:
             variables[option] = found
     overridden = {*given, *(option.name for option in variables)}
-    stated = _read_file(file) if file is not None else {}
+    stated = (_read_file(file) if file is not None else {}) | dict(table or {})
     return build(TagSettings, {key: stated[key] for key in stated.keys() - overridden} | given, variables)
 
 
 def _read_file(file: Path) -> dict[str, Any]:
-    """The section's keys, each of its type. A file without the section states nothing."""
-    try:
-        raw = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}", code="bad_settings") from error
-    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
-        raise UserError(f"{file} is not valid TOML: {error}", code="bad_settings") from error
-    reader = ConfigReader(raw, str(file))
-    for name in SECTION:
-        if not reader.has(name):
-            return {}
-        reader = reader.section(name)
-    known = {option.name: option for option in options_of(TagSettings)}
-    if unknown := sorted(reader.raw.keys() - known.keys()):
-        raise ConfigError(f"{reader.name}: key {unknown[0]!r} is not known; siglane reads {', '.join(known)}")
-    stated = {key: _typed(reader, known[key]) for key in reader.raw}
+    stated = read_table(file, SECTION, options_of(TagSettings))
     try:
         TagSettings(**stated)
     except ConfigError as error:
-        raise ConfigError(f"{reader.name}: {error.message}") from error
+        raise ConfigError(f"{file}.{'.'.join(SECTION)}: {error.message}") from error
     return stated
-
-
-def _typed(reader: ConfigReader, option: Option) -> Any:
-    if option.choices:
-        return reader.choice(option.name, {choice: choice for choice in option.choices})
-    return reader.value(option.name, option.kind)

@@ -24,12 +24,12 @@ from siglane.media.source import MediaPolicy
 from siglane.nn.attention import choose_backend
 from siglane.nn.cpu.packing import prepack
 from siglane.nn.device import resolve_device, resolve_dtype
+from siglane.settings.engine import Dtype
 from siglane.settings.tagging import (
     CONFIDENCE_THRESHOLD,
     MAX_TAGS,
     TEMPLATES,
     Attention,
-    Dtype,
     Quantization,
     TagSettings,
     check_limits,

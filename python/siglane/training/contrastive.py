@@ -5,13 +5,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,62 +17,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from siglane.errors import UserError
 from siglane.families.two_tower import LoadedTwoTower, TwoTowerModel
 from siglane.nn.device import DTYPES
+from siglane.settings.training import TrainConfig
 from siglane.training.pairs import Batch, batches_in
-from siglane.training.sigmoid import CHUNK, INITIAL_BIAS, Group, chunked_sigmoid_loss
+from siglane.training.sigmoid import Group, chunked_sigmoid_loss
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig:
-    """The facts of a run. All but `workers` and `save_seconds` change the weights it ends with."""
+def steps_of(config: TrainConfig, pairs: int | None) -> int:
+    """Steps of the whole run. pairs: how many there are, None for no end.
 
-    steps: int | None = field(default=None, metadata={"help": "of the optimiser; default: what `epochs` need"})
-    epochs: int = field(default=1, metadata={"help": "times the pairs are seen"})
-    batch_size: int = field(default=256, metadata={"help": "pairs that are compared with each other"})
-    accumulate: int = field(default=1, metadata={"help": "batches of one step"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "after the warm-up; it falls to 0 as a cosine"})
-    warmup: int = field(default=100, metadata={"help": "steps in which the learning rate rises"})
-    weight_decay: float = field(default=1e-4, metadata={"help": "AdamW's, of matrices and tables"})
-    clip: float = field(default=1.0, metadata={"help": "largest norm of a step's gradients"})
-    lock_image: bool = field(default=False, metadata={"help": "train the text tower alone (SigLiT)"})
-    fresh_text: bool = field(default=False, metadata={"help": "begin with a text tower of fresh weights"})
-    initial_bias: float = field(default=INITIAL_BIAS, metadata={"help": "b beside fresh weights"})
-    chunk: int = field(default=CHUNK, metadata={"help": "texts compared at a time; bounds the loss' memory"})
-    precision: Literal["auto", "float32", "bfloat16"] = field(
-        default="auto", metadata={"help": "of the products; auto: bfloat16 where the device has it"}
-    )
-    seed: int = field(default=0, metadata={"help": "of fresh weights and of the order of the pairs"})
-    workers: int = field(default=1, metadata={"help": "processes that read pictures; 0: none"})
-    save_seconds: float = field(default=60.0, metadata={"help": "between checkpoints"})
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "chunk", "learning_rate", "clip"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} must be positive, got {getattr(self, name)}", code="bad_option", param=name)
-        for name in ("warmup", "weight_decay", "workers", "seed"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must not be negative", code="bad_option", param=name)
-        if self.steps is not None and self.steps <= 0:
-            raise UserError(f"steps must be positive, got {self.steps}", code="bad_option", param="steps")
-
-    def all_steps(self, pairs: int | None) -> int:
-        """pairs: how many there are, None for no end. UserError when they do not fill a batch, or neither pairs nor run
-        have an end."""
-        in_epoch = None if pairs is None else batches_in(pairs, self.batch_size)
-        if self.steps is not None:
-            return self.steps
-        if in_epoch is None:
-            raise UserError("pairs without an end need a number of steps", code="bad_option", param="steps")
-        return max(1, in_epoch * self.epochs // self.accumulate)
-
-    def rate(self, step: int, steps: int) -> float:
-        """The learning rate of step number `step` of `steps`."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, steps - self.warmup)))
-
-    def facts(self) -> dict[str, Any]:
-        """What a resumed run must share with the one it continues."""
-        return {name: value for name, value in asdict(self).items() if name not in ("workers", "save_seconds")}
+    UserError when they do not fill a batch, or neither pairs nor run have an end.
+    """
+    in_epoch = None if pairs is None else batches_in(pairs, config.batch_size)
+    if config.steps is not None:
+        return config.steps
+    if in_epoch is None:
+        raise UserError("pairs without an end need a number of steps", code="bad_option", param="steps")
+    return max(1, in_epoch * config.epochs // config.accumulate)
 
 
 class Trainer:
@@ -86,7 +43,7 @@ class Trainer:
     ) -> None:
         """two_tower: in float32 on its device; pairs: how many there are, None for no end."""
         self.two_tower, self.config, self.group, self.step = two_tower, config, group, 0
-        self.steps = config.all_steps(pairs)
+        self.steps = steps_of(config, pairs)
         self.facts = config.facts() | {"steps": self.steps, "pairs": pairs}
         model = two_tower.model.train().requires_grad_(True)
         model.vision.requires_grad_(not config.lock_image)

@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 from siglane.errors import UserError
 from siglane.families.two_tower import load_two_tower
-from siglane.training.contrastive import TrainConfig, Trainer, mixed_precision
+from siglane.settings.training import TrainConfig
+from siglane.training.contrastive import Trainer, mixed_precision
 from siglane.training.files import copy_files, fresh_dual, start_weights, write_files, write_weights
 from siglane.training.pairs import BadRow, Batch, Pairs, batch_indices, loaded_ahead
 from siglane.training.sigmoid import INITIAL_LOG_SCALE, Group

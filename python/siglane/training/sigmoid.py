@@ -19,9 +19,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from siglane.settings.training import CHUNK
+
 INITIAL_LOG_SCALE = math.log(10)
-INITIAL_BIAS = -10.0
-CHUNK = 1024
 
 Group = dist.ProcessGroup
 
