@@ -156,6 +156,37 @@ class TestServing:
         assert len(readers) == 20
         assert len({thread for reader in readers.values() for thread in reader.threads}) == 1
 
+    def test_choices_of_one_prompt_take_its_pixels_over_the_pipe_once(
+        self, engine: EngineProcess, answer: Asked, picture: Prompt, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sizes: list[int] = []
+        send = engine._send
+        monkeypatch.setattr(engine, "_send", lambda message: (sizes.append(len(message)), send(message)))
+        for count in (1, 8):
+            readers = {f"{count}.{number}": Reader() for number in range(count)}
+
+            def deliver(delta: TokenDelta, readers: dict[str, Reader] = readers) -> None:
+                readers[delta.request_id](delta)
+
+            engine.submit([request(name, picture) for name in readers], deliver)
+            for reader in readers.values():
+                assert reader.wait().reason == "length"
+                assert reader.tokens == answer(picture, 5)
+        pixels = sum(image.pixels.nbytes for image in picture.images)
+        assert len(sizes) == 2
+        assert sizes[0] > pixels
+        assert sizes[1] - sizes[0] < pixels / 10
+
+    def test_requests_are_taken_all_or_none(self, engine: EngineProcess, answer: Asked) -> None:
+        owner = ask(engine, request("owner", max_tokens=60))
+        reader = Reader()
+        with pytest.raises(ValueError, match="'owner' is in use"):
+            engine.submit([request("new"), request("owner")], reader)
+        assert owner.wait().reason == "length"
+        assert owner.tokens == answer(TEXT, 60)
+        assert reader.deltas == []
+        assert ask(engine, request("new")).wait().reason == "length"
+
     def test_an_aborted_request_ends_and_its_neighbour_does_not(self, engine: EngineProcess, answer: Asked) -> None:
         long, neighbour = (
             ask(engine, request("long", max_tokens=LONG)),
