@@ -93,8 +93,8 @@ def pictures(config: VlmConfig, clients: int, round_: int) -> list[ImagePatches]
 
 def request(name: str, image: ImagePatches) -> Request:
     ids = (1, *(IMAGE_ID,) * image.layout.rows, 2, 3)
-    prompt = Prompt(ids, (ImageSpan(1, 1 + image.layout.rows, 0),), (image,))
-    return Request(name, prompt, SamplingParams(), 1)
+    prompt = Prompt(ids, (ImageSpan(1, 1 + image.layout.rows, 0),), (image.layout,), (0,))
+    return Request(name, prompt, SamplingParams(), 1, images=(image,))
 
 
 class TimedEncoder:

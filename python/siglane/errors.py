@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 
@@ -42,6 +44,15 @@ class UserError(SiglaneError, ValueError):
         blamed = copy.copy(self)
         blamed.param = param
         return blamed
+
+
+@contextmanager
+def blaming(param: str, blame: Callable[[UserError, str], UserError] = UserError.at) -> Iterator[None]:
+    """Blames `param` for every UserError that is raised inside."""
+    try:
+        yield
+    except UserError as error:
+        raise blame(error, param) from error
 
 
 class ImageError(UserError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,9 +95,9 @@ def their_inputs(reference: LlavaOnevision, images: list[Image.Image], parts: tu
     return reference.inputs(text, images)
 
 
-def spliced(model: VisionLanguageModel, prompt: Prompt) -> torch.Tensor:
+def spliced(model: VisionLanguageModel, prompt: Prompt, patches: Sequence[ImagePatches]) -> torch.Tensor:
     embeds = model.language.embed(torch.tensor(prompt.token_ids))
-    rows = [iter(image) for image in model.vision(prompt.images).split()]
+    rows = [iter(image) for image in model.vision(prompt.in_order(patches)).split()]
     for start, stop, image in prompt.spans:
         embeds[start:stop] = torch.stack([next(rows[image]) for _ in range(stop - start)])
     return embeds
@@ -119,9 +120,9 @@ def check_whole_path(pair: Pair, images: list[Image.Image]) -> None:
     theirs = their_inputs(pair.reference, images, asked(len(images)))
     patches = patches_of(pair.processor, images)
     check_vision(pair, patches, theirs)
-    prompt = pair.processor.prompt([Message("user", asked(len(images)))], patches)
+    prompt = pair.processor.prompt([Message("user", asked(len(images)))], [one.layout for one in patches])
     assert list(prompt.token_ids) == theirs.input_ids[0].tolist()
-    embeds = spliced(pair.model, prompt)
+    embeds = spliced(pair.model, prompt, patches)
     assert_parity("logits", logits(pair.model, embeds), pair.reference.model(**theirs).logits[0])
     chosen = pair.reference.model.generate(
         **theirs, max_new_tokens=32, min_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0
@@ -287,8 +288,9 @@ class TestClips:
         image, config = DecodedImage.from_rgb(np.array(picture(*LARGE))), pair.reference.model.config
         layouts = pair.processor.layouts([clip.size, image.size])
         patches = [pair.processor.patches(*medium) for medium in zip((clip, image), layouts, strict=True)]
-        prompt = pair.processor.prompt([Message("user", (ImagePart(0), ImagePart(1), QUESTION))], patches)
-        assert prompt.images == (patches[1], patches[0])
+        prompt = pair.processor.prompt([Message("user", (ImagePart(0), ImagePart(1), QUESTION))], layouts)
+        assert prompt.order == (1, 0)
+        assert prompt.layouts == (patches[1].layout, patches[0].layout)
 
         kinds = [{"type": "video"}, {"type": "image"}, {"type": "text", "text": QUESTION}]
         text = pair.reference.processor.apply_chat_template(
@@ -300,7 +302,7 @@ class TestClips:
         assert list(prompt.token_ids) == places
         pixels = self.pixels(pair.reference, frames)
         expected = pair.reference.model(**theirs, pixel_values_videos=pixels).logits[0]
-        assert_parity("logits", logits(pair.model, spliced(pair.model, prompt)), expected)
+        assert_parity("logits", logits(pair.model, spliced(pair.model, prompt, patches)), expected)
 
     def test_what_a_file_says_of_frames(self, tmp_path: Path) -> None:
         write_llava_onevision_checkpoint(tmp_path)
@@ -377,7 +379,7 @@ class TestPrompts:
         processor = load_processor(open_checkpoint(tmp_path))
         count = sum(isinstance(part, ImagePart) for part in parts)
         images = [picture(*size, seed=size[0]) for size in (WIDE, TALL)[:count]]
-        prompt = processor.prompt([Message("user", parts)], patches_of(processor, images))
+        prompt = processor.prompt([Message("user", parts)], [one.layout for one in patches_of(processor, images)])
         assert list(prompt.token_ids) == their_inputs(written, images, parts).input_ids[0].tolist()
 
     @pytest.mark.parametrize("place", ["tokenizer", "chat_template.json", "chat_template.jinja"])
@@ -409,8 +411,11 @@ class TestPrompts:
 
     def test_two_images_stand_side_by_side(self, pair: Pair) -> None:
         patches = patches_of(pair.processor, [picture(*WIDE), picture(*TALL, seed=5)])
-        prompt = pair.processor.prompt([Message("user", (ImagePart(1), ImagePart(0), "Compare."))], patches)
-        assert prompt.images == (patches[1], patches[0])
+        prompt = pair.processor.prompt(
+            [Message("user", (ImagePart(1), ImagePart(0), "Compare."))], [one.layout for one in patches]
+        )
+        assert prompt.order == (1, 0)
+        assert prompt.layouts == (patches[1].layout, patches[0].layout)
         (first, second) = prompt.spans
         assert pair.reference.tokenizer.decode(prompt.token_ids[first.stop : second.start]) == "\n"
 
@@ -513,8 +518,8 @@ def test_without_a_processors_file_nothing_is_guessed(tmp_path: Path) -> None:
 def test_two_ranks_give_the_answers_of_one(pair: Pair) -> None:
     """Two threads that meet at a barrier stand for the ranks."""
     patches = patches_of(pair.processor, [picture(*LARGE)])
-    prompt = pair.processor.prompt([Message("user", asked(1))], patches)
-    expected = pair.model.vision(patches).embeds, logits(pair.model, spliced(pair.model, prompt))
+    prompt = pair.processor.prompt([Message("user", asked(1))], [one.layout for one in patches])
+    expected = pair.model.vision(patches).embeds, logits(pair.model, spliced(pair.model, prompt, patches))
     meeting, told, answers = threading.Barrier(2), [torch.empty(0)] * 2, [expected] * 2
 
     def be_a_rank(rank: int) -> None:
@@ -537,7 +542,7 @@ def test_two_ranks_give_the_answers_of_one(pair: Pair) -> None:
                 tp = TensorParallel(rank, 2, all_reduce, all_gather)
                 model = load_model(checkpoint, pair.processor.config, device="cpu", dtype=torch.float32, tp=tp)
                 assert model.vision.projector.get_parameter("layers.0.weight").shape[0] == 24
-                answers[rank] = model.vision(patches).embeds, logits(model, spliced(model, prompt))
+                answers[rank] = model.vision(patches).embeds, logits(model, spliced(model, prompt, patches))
         except BaseException:
             meeting.abort()
             raise

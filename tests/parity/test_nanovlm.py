@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -79,12 +79,13 @@ def patches_of(processor: Processor, images: list[Image.Image]) -> list[ImagePat
 
 
 def ask(pair: Pair, patches: list[ImagePatches], question: str = QUESTION) -> Prompt:
-    return pair.processor.prompt([Message("user", (*map(ImagePart, range(len(patches))), question))], patches)
+    message = Message("user", (*map(ImagePart, range(len(patches))), question))
+    return pair.processor.prompt([message], [one.layout for one in patches])
 
 
-def spliced(model: VisionLanguageModel, prompt: Prompt) -> torch.Tensor:
+def spliced(model: VisionLanguageModel, prompt: Prompt, patches: Sequence[ImagePatches]) -> torch.Tensor:
     embeds = model.language.embed(torch.tensor(prompt.token_ids))
-    rows = [iter(image) for image in model.vision(prompt.images).split()]
+    rows = [iter(image) for image in model.vision(prompt.in_order(patches)).split()]
     for start, stop, image in prompt.spans:
         embeds[start:stop] = torch.stack([next(rows[image]) for _ in range(stop - start)])
     return embeds
@@ -128,7 +129,7 @@ def check_whole_path(pair: Pair, images: list[Image.Image], steps: int = 32) -> 
     in_front = len(rows) if reference.era == "0.1" else 0
     assert list(prompt.token_ids[in_front:]) == ids
     assert prompt.image_tokens == len(rows)
-    our_embeds = spliced(model, prompt)
+    our_embeds = spliced(model, prompt, patches)
     assert_parity("spliced", our_embeds, their_embeds)
     answer = reference.language(inputs_embeds=their_embeds[None], output_hidden_states=True)
     assert_parity("logits", logits(model, our_embeds, taps), answer.logits[0])
@@ -182,7 +183,8 @@ def test_the_configuration_of_49_rows(tmp_path: Path) -> None:
 def test_release_0_1_prepends_its_rows(pairs: dict[Era, Pair]) -> None:
     pair = pairs["0.1"]
     patches = patches_of(pair.processor, [picture(*WIDE), picture(*TALL)])
-    prompt = pair.processor.prompt([Message("user", ("Look here.", ImagePart(0), "And?", ImagePart(1)))], patches)
+    message = Message("user", ("Look here.", ImagePart(0), "And?", ImagePart(1)))
+    prompt = pair.processor.prompt([message], [one.layout for one in patches])
     assert prompt.spans == (ImageSpan(0, 4, 0), ImageSpan(4, 8, 1))
     assert list(prompt.token_ids[8:]) == pair.reference.encode("Question: Look here.And? Answer:")
     assert pair.processor.config.image_token_id >= pair.processor.config.language.vocab_size
@@ -201,7 +203,8 @@ def test_images_stand_in_front_and_are_numbered(pairs: dict[Era, Pair], era: Era
     pair = pairs[era]
     images = [picture(*SMALL), picture(*WIDE)]
     patches = patches_of(pair.processor, images)
-    prompt = pair.processor.prompt([Message("user", ("Compare ", ImagePart(0), "and", ImagePart(1), "!"))], patches)
+    message = Message("user", ("Compare ", ImagePart(0), "and", ImagePart(1), "!"))
+    prompt = pair.processor.prompt([message], [one.layout for one in patches])
     grids = [naive.see(pair.reference, image).grid for image in images]
     text = naive.prompt(pair.reference, grids, "Compare and!")
     assert "<image: 0>" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,11 +66,11 @@ def patches_of(processor: Processor, images: list[Image.Image]) -> list[ImagePat
 
 
 def ask(processor: Processor, patches: list[ImagePatches], *parts: str | ImagePart, **arguments: Any) -> Prompt:
-    return processor.prompt([Message("user", parts)], patches, arguments)
+    return processor.prompt([Message("user", parts)], [one.layout for one in patches], arguments)
 
 
-def spliced(model: VisionLanguageModel, prompt: Prompt) -> torch.Tensor:
-    tokens = model.vision(prompt.images)
+def spliced(model: VisionLanguageModel, prompt: Prompt, patches: Sequence[ImagePatches]) -> torch.Tensor:
+    tokens = model.vision(prompt.in_order(patches))
     embeds = model.language.embed(torch.tensor(prompt.token_ids))
     rows = [iter(image) for image in tokens.split()]
     for start, stop, image in prompt.spans:
@@ -132,7 +133,7 @@ def test_features_rows_logits_and_tokens(
         ids = reference.prompt_ids(pair.reference, text, expected.rows)
         assert list(prompt.token_ids) == ids
 
-        ours = spliced(pair.model, prompt)
+        ours = spliced(pair.model, prompt, patches)
         theirs = reference.embeds(pair.reference, ids, expected.rows)
         language = pair.reference.language
         hidden = pair.model.language(ours, torch.arange(len(ours)), CausalSegments([len(ours)]))
@@ -250,7 +251,8 @@ class TestPrompts:
         images = [reference.picture(*WIDE), reference.picture(*TALL, seed=5)]
         patches = patches_of(pair.processor, images)
         prompt = ask(pair.processor, patches, ImagePart(1), ImagePart(0))
-        assert prompt.images == (patches[1], patches[0])
+        assert prompt.order == (1, 0)
+        assert prompt.layouts == (patches[1].layout, patches[0].layout)
         assert [span.image for span in prompt.spans] == [0, 1]
 
     def test_own_system_turn_and_history(self, pair: Pair) -> None:

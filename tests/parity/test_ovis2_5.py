@@ -27,7 +27,7 @@ from siglane.config.vision import VisionConfig, WindowConfig
 from siglane.errors import ConfigError, UserError, WeightError
 from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import Processor, load_processor
-from siglane.families.prompt.builder import answer_alone
+from siglane.families.prompt.messages import answer_alone
 from siglane.families.registry import image_facts, vlm_family
 from siglane.llm import LLM, VisionEncoder
 from siglane.nn.attention import CausalSegments
@@ -248,7 +248,8 @@ class TestPrompts:
 
     def check(self, pair: Pair, messages: list[Message], images: list[Image.Image], text: str, **options: Any) -> None:
         seen = [naive.see(pair.reference, [image]) for image in images]
-        prompt = pair.processor.prompt(messages, patches_of(pair.processor, images), options)
+        layouts = [one.layout for one in patches_of(pair.processor, images)]
+        prompt = pair.processor.prompt(messages, layouts, options)
         same_ids(pair, prompt, naive.prompt_ids(pair.reference, text, seen))
 
     def test_no_default_system_turn(self, either: Pair) -> None:
@@ -306,9 +307,8 @@ class TestPrompts:
 
     def test_a_video(self, either: Pair) -> None:
         frames = [picture(50, 30), picture(50, 30, seed=1)]
-        prompt = either.processor.prompt(
-            [Message("user", (ImagePart(0), "What happens?"))], [clip_of(either.processor, frames)]
-        )
+        clip = clip_of(either.processor, frames)
+        prompt = either.processor.prompt([Message("user", (ImagePart(0), "What happens?"))], [clip.layout])
         seen = naive.see(either.reference, frames)
         text = chatml("<video>\nWhat happens?")
         same_ids(either, prompt, naive.prompt_ids(either.reference, text, [seen]))
@@ -316,7 +316,7 @@ class TestPrompts:
     def test_images_and_videos_do_not_mix(self, either: Pair) -> None:
         media = [clip_of(either.processor, [picture(50, 30)]), *patches_of(either.processor, [picture(50, 30)])]
         with pytest.raises(UserError, match="either images or videos"):
-            either.processor.prompt([Message("user", (ImagePart(0), ImagePart(1)))], media)
+            either.processor.prompt([Message("user", (ImagePart(0), ImagePart(1)))], [one.layout for one in media])
 
 
 @torch.no_grad()
@@ -332,8 +332,9 @@ def test_spliced_rows_logits_and_greedy_tokens(
     theirs = naive.embeds(pair.reference, ids, seen)
 
     parts = (*map(ImagePart, range(len(images))), "What is it?")
-    prompt = pair.processor.prompt([Message("user", parts)], patches_of(pair.processor, images))
-    ours = spliced(pair.model, prompt)
+    patches = patches_of(pair.processor, images)
+    prompt = pair.processor.prompt([Message("user", parts)], [one.layout for one in patches])
+    ours = spliced(pair.model, prompt, patches)
     close(ours, theirs)
     language = pair.model.language
     hidden = language(ours, torch.arange(len(ours)), CausalSegments([len(ours)]))
@@ -347,9 +348,9 @@ def test_spliced_rows_logits_and_greedy_tokens(
     assert answer.usage.image_tokens == sum(len(one.atoms) for one in seen)
 
 
-def spliced(model: VisionLanguageModel, prompt: Prompt) -> torch.Tensor:
+def spliced(model: VisionLanguageModel, prompt: Prompt, patches: Sequence[ImagePatches]) -> torch.Tensor:
     embeds = model.language.embed(torch.tensor(prompt.token_ids))
-    rows = model.vision(prompt.images).split()
+    rows = model.vision(prompt.in_order(patches)).split()
     for start, stop, image in prompt.spans:
         assert stop - start == len(rows[image])
         embeds[start:stop] = rows[image]
@@ -393,13 +394,17 @@ def be_a_rank(rank: int, size: int, folder: str, patches: list[ImagePatches], pr
     config = load_processor(checkpoint).config
     model = load_model(checkpoint, config, device="cpu", dtype=torch.float32, tp=TensorParallel.from_group())
     words = model.vision.get_parameter("projector.table").shape[0]
-    told = {"rows": model.vision(patches).embeds, "greedy": torch.tensor(greedy(model, prompt)), "words": words}
+    told = {
+        "rows": model.vision(patches).embeds,
+        "greedy": torch.tensor(greedy(model, prompt, patches)),
+        "words": words,
+    }
     torch.save(told, f"{folder}/told{size}.{rank}")
     dist.destroy_process_group()
 
 
-def greedy(model: VisionLanguageModel, prompt: Prompt) -> list[int]:
-    embeds = spliced(model, prompt)
+def greedy(model: VisionLanguageModel, prompt: Prompt, patches: Sequence[ImagePatches]) -> list[int]:
+    embeds = spliced(model, prompt, patches)
     chosen: list[int] = []
     for _ in range(STEPS):
         hidden = model.language(embeds, torch.arange(len(embeds)), CausalSegments([len(embeds)]))
@@ -415,7 +420,9 @@ def test_every_rank_gives_the_references_rows_and_tokens(tmp_path: Path, size: i
     processor = load_processor(open_checkpoint(tmp_path))
     images = [picture(*one, seed=number) for number, one in enumerate(SIZES[:2])]
     patches = patches_of(processor, images)
-    prompt = processor.prompt([Message("user", (ImagePart(0), ImagePart(1), "What is it?"))], patches)
+    prompt = processor.prompt(
+        [Message("user", (ImagePart(0), ImagePart(1), "What is it?"))], [one.layout for one in patches]
+    )
     multiprocessing.set_forkserver_preload(["torch", "siglane.llm", "transformers.models.qwen3.modeling_qwen3"])
     start_processes(be_a_rank, (size, str(tmp_path), patches, prompt), nprocs=size, start_method="forkserver")
 

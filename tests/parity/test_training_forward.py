@@ -197,15 +197,17 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[VisionLangua
     return load_model(checkpoint, processor.config, device="cpu", dtype=dtype), processor
 
 
-def prompt_of(processor: Processor, sample: Sample) -> Prompt:
+def example_of(processor: Processor, sample: Sample) -> Example:
     decoded = [DecodedImage.from_rgb(np.array(image)) for image in sample.images]
     layouts = processor.layouts([image.size for image in decoded])
     patches = [processor.patches(image, layout) for image, layout in zip(decoded, layouts, strict=True)]
-    return processor.prompt([Message("user", (*map(ImagePart, range(len(patches))), sample.question))], patches)
+    message = Message("user", (*map(ImagePart, range(len(patches))), sample.question))
+    prompt = processor.prompt([message], layouts)
+    return Example(prompt, sample.answer, prompt.in_order(patches))
 
 
 def examples_of(processor: Processor, samples: Iterable[Sample] = SAMPLES) -> list[Example]:
-    return [Example(prompt_of(processor, sample), sample.answer) for sample in samples]
+    return [example_of(processor, sample) for sample in samples]
 
 
 def reference_loss(family: ReferenceFamily, reference: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -384,11 +386,14 @@ def test_one_part_alone(tmp_path: Path, part: Part) -> None:
 def test_what_cannot_be_learnt(tmp_path: Path) -> None:
     write_nanovlm_checkpoint(tmp_path)
     model, processor = load(tmp_path)
-    prompt = prompt_of(processor, SAMPLES[2])
+    known = example_of(processor, SAMPLES[0])
+    assert known.images
     with pytest.raises(ValueError, match="an answer of at least one token"):
-        Example(prompt, ())
+        Example(known.prompt, (), known.images)
     with pytest.raises(ValueError, match="an answer of at least one token"):
         Example(Prompt(()), (1,))
+    with pytest.raises(ValueError, match=f"the prompt has {len(known.images)} images, 0 are given"):
+        Example(known.prompt, (1,))
     with pytest.raises(ValueError, match="no examples"):
         answer_loss(model, [])
     with pytest.raises(ValueError, match="no part 'head'; its parts are tower, projector, language"):

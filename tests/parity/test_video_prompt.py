@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from checkpoints import write_nvila_checkpoint
 
 from siglane.errors import ConfigError, UserError
 from siglane.families.processor import Processor, load_processor
-from siglane.types import DecodedImage, DecodedVideo, ImagePart, ImagePatches, Message, Prompt, Size, VideoSize
+from siglane.types import ImageLayout, ImagePart, Message, Prompt, Size, VideoSize
 from siglane.weights.hub import open_checkpoint
 
 PICTURE, FRAMES = Size(90, 50), 3
@@ -34,16 +33,13 @@ def load(folder: Path, template: str | None = None) -> Processor:
     return load_processor(open_checkpoint(folder))
 
 
-def media(processor: Processor, *kinds: str) -> list[ImagePatches]:
-    """A still picture for every "image", a clip for every "video"; no two are alike."""
-    found = []
-    for number, kind in enumerate(kinds):
-        rgb = np.full((PICTURE.height, PICTURE.width, 3), 10 * number, np.uint8)
-        one = DecodedImage.from_rgb(rgb)
-        medium = one if kind == "image" else DecodedVideo.of([one] * FRAMES)
-        (layout,) = processor.layouts([medium.size])
-        found.append(processor.patches(medium, layout))
-    return found
+def media(processor: Processor, *kinds: str) -> tuple[ImageLayout, ...]:
+    """A still picture for every "image", a clip for every "video"."""
+    return tuple(
+        layout
+        for kind in kinds
+        for layout in processor.layouts([PICTURE if kind == "image" else VideoSize(PICTURE, FRAMES)])
+    )
 
 
 def ask(processor: Processor, parts: tuple[str | ImagePart, ...], *kinds: str) -> Prompt:
@@ -68,7 +64,8 @@ def test_a_template_may_put_images_before_videos(tmp_path: Path) -> None:
     given = media(processor, "video", "image", "image", "video")
     parts = (ImagePart(0), "a", ImagePart(1), "b", ImagePart(2), ImagePart(3))
     prompt = processor.prompt([Message("user", parts)], given)
-    assert prompt.images == (given[1], given[2], given[0], given[3])
+    assert prompt.order == (1, 2, 0, 3)
+    assert prompt.layouts == (given[1], given[2], given[0], given[3])
     starts = {image: start for start, _, image in reversed(prompt.spans)}
     assert sorted(starts, key=lambda image: starts[image]) == [0, 1, 2, 3]
 

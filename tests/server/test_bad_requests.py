@@ -40,6 +40,7 @@ from serving import (
 
 from siglane.engine.process import EngineProcess
 from siglane.families.processor import Processor
+from siglane.image.patchify import to_patches
 from siglane.types import DecodedImage, ImageLayout, ImagePatches
 
 FIRST_IMAGE = "messages[0].content[0]"
@@ -406,13 +407,12 @@ def test_an_exception_inside_one_step_ends_one_request(
     server: RunningServer, processor: Processor, alone: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Patches of a width that the tower cannot multiply get through, and the step raises."""
-    cut = type(processor).patches
 
-    def spoil(self: Processor, image: DecodedImage, layout: ImageLayout) -> ImagePatches:
-        patches = cut(self, image, layout)
+    def spoil(image: DecodedImage, layout: ImageLayout, *facts: Any) -> ImagePatches:
+        patches = to_patches(image, layout, *facts)
         return patches if image.size != (33, 33) else replace(patches, pixels=torch.zeros(layout.patches, 7))
 
-    monkeypatch.setattr(type(processor), "patches", spoil)
+    monkeypatch.setattr("siglane.image.patchify.to_patches", spoil)
     poison = image_part(picture(33, 33))
 
     def fault() -> None:

@@ -40,6 +40,7 @@ from siglane.engine.child import EngineSpec
 from siglane.engine.process import EngineProcess
 from siglane.errors import UserError
 from siglane.families.processor import Processor
+from siglane.image.patchify import to_patches
 from siglane.server.run import preflight
 from siglane.settings.server import ServerConfig
 
@@ -87,13 +88,12 @@ def test_a_client_that_leaves_frees_its_place(
 ) -> None:
     """Before its prefill, in the middle of a stream or waiting for a whole answer: it is cancelled and counted so."""
     if phase == "preparing":  # long enough to leave meanwhile
-        cut = type(processor).patches
 
-        def slowly(self: Processor, image: Any, layout: Any) -> Any:
+        def slowly(image: Any, *others: Any) -> Any:
             time.sleep(0.3 if image.size == (33, 33) else 0)
-            return cut(self, image, layout)
+            return to_patches(image, *others)
 
-        monkeypatch.setattr(type(processor), "patches", slowly)
+        monkeypatch.setattr("siglane.image.patchify.to_patches", slowly)
 
     before = cancelled(server)
 

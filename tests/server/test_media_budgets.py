@@ -182,7 +182,7 @@ class TestVideos:
         def never(*_: object) -> None:
             raise AssertionError("decoded")
 
-        monkeypatch.setattr("siglane.server.media.decode_video", never)
+        monkeypatch.setattr("siglane.families.pipeline.decode_video", never)
         long = "picture " * 3900
         assert refusal(server, video_part(CLIP), long)[0] == "context_length_exceeded"
 

@@ -116,8 +116,8 @@ def answers(engine: Any, folders: Folders) -> list[int]:
     processor = load_processor(open_checkpoint(folders.chat))
     image = DecodedImage.from_rgb(np.random.default_rng(5).integers(0, 256, (70, 110, 3), dtype=np.uint8))
     patches = processor.patches(image, *processor.layouts([image.size]))
-    prompt = processor.prompt([Message("user", ("What is it?", ImagePart(0)))], [patches])
-    engine.add(Request("a", prompt, SamplingParams(ignore_eos=True), 12))
+    prompt = processor.prompt([Message("user", ("What is it?", ImagePart(0)))], [patches.layout])
+    engine.add(Request("a", prompt, SamplingParams(ignore_eos=True), 12, images=(patches,)))
     tokens: list[int] = []
     while engine.has_work:
         tokens += [token for delta in engine.step() for token in delta.token_ids]

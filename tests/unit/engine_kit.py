@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -54,7 +55,24 @@ class Tiled:
 Part = int | ImagePatches | Tiled
 
 
-def prompt(*parts: Part) -> Prompt:
+class Asked(NamedTuple):
+    """A prompt and its images, in its order: what a request is about."""
+
+    prompt: Prompt
+    images: tuple[ImagePatches, ...] = ()
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.prompt.token_ids
+
+    def request(self, name: str, sampling: SamplingParams, max_tokens: int, salt: str = "") -> Request:
+        return Request(name, self.prompt, sampling, max_tokens, salt, self.images)
+
+    def cache_ids(self) -> tuple[int, ...]:
+        return self.request("", SamplingParams(), 1).cache_ids()
+
+
+def prompt(*parts: Part) -> Asked:
     """Token ids and images in reading order."""
     ids: list[int] = []
     spans: list[ImageSpan] = []
@@ -69,19 +87,21 @@ def prompt(*parts: Part) -> Prompt:
             ids += [PLACEHOLDER] * rows
             ids += [LINE_FEED] if tiled else []
         images.append(tiled.image if tiled else part)
-    return Prompt(tuple(ids), tuple(spans), tuple(images))
+    layouts = tuple(one.layout for one in images)
+    return Asked(Prompt(tuple(ids), tuple(spans), layouts, tuple(range(len(images)))), tuple(images))
 
 
-def request(name: str, asked: Prompt, max_tokens: int = 4, salt: str = "", **sampling: object) -> Request:
-    return Request(name, asked, SamplingParams(**sampling), max_tokens, salt)  # type: ignore[arg-type]
+def request(name: str, asked: Asked, max_tokens: int = 4, salt: str = "", **sampling: object) -> Request:
+    return asked.request(name, SamplingParams(**sampling), max_tokens, salt)  # type: ignore[arg-type]
 
 
-def continuation(asked: Prompt, count: int) -> list[int]:
+def continuation(asked: Asked | Request, count: int) -> list[int]:
     """What `Rig` answers: each token follows from everything before it, images included."""
     known = list(asked.cache_ids())
+    length = len(known)
     for _ in range(count):
         known.append(next_token(known))
-    return known[len(asked.token_ids) :]
+    return known[length:]
 
 
 def next_token(known: Sequence[int]) -> int:
@@ -143,7 +163,7 @@ class Rig:
         self.check_plan(step)
         self.check_pages()
         for key, wanting in step.images_to_encode.items():
-            asked, number = wanting[0][0].request.prompt, wanting[0][1]
+            asked, number = wanting[0][0].request, wanting[0][1]
             rows = rows_of(asked.images[number])
             self.encoded.append(asked.images[number].digest)
             self.features.put(key, rows)
@@ -174,7 +194,7 @@ class Rig:
         embeds = torch.full((chunk.tokens, 1), -1, dtype=torch.float64)
         splice(embeds, 0, chunk)
         expected = [-1.0] * len(sequence.token_ids)
-        rows = [iter(rows_of(picture).flatten().tolist()) for picture in sequence.request.prompt.images]
+        rows = [iter(rows_of(picture).flatten().tolist()) for picture in sequence.request.images]
         for start, stop, number in sequence.request.prompt.spans:
             expected[start:stop] = [next(rows[number]) for _ in range(start, stop)]
         assert embeds.flatten().tolist() == expected[chunk.start : chunk.stop]
@@ -187,8 +207,7 @@ class Rig:
         assert sum(chunk.tokens for chunk in step.chunks) <= self.budget.tokens
         assert len(self.scheduler.running) <= self.budget.running
         patches = [
-            wanting[0][0].request.prompt.images[wanting[0][1]].layout.patches
-            for wanting in step.images_to_encode.values()
+            wanting[0][0].request.images[wanting[0][1]].layout.patches for wanting in step.images_to_encode.values()
         ]
         assert sum(patches) <= self.budget.patches or len(patches) == 1
         names = [chunk.sequence.request.request_id for chunk in step.chunks]
@@ -198,17 +217,17 @@ class Rig:
 
     def check_pages(self) -> None:
         """Every page is free, or owned by one request, or owned by the tree."""
-        own = [page for one in self.scheduler.running for page in one.pages[len(one.nodes) :]]
-        shared = {node.page for one in self.scheduler.running for node in one.nodes}
+        own = [page for one in self.scheduler.running for page in one.block_table[len(one.prefix_nodes) :]]
+        shared = {node.page for one in self.scheduler.running for node in one.prefix_nodes}
         cached = self.cache.pages if self.cache else 0
         assert len(set(own)) == len(own)
         assert not shared & set(own)
         assert self.allocator.free + len(own) + cached == self.allocator.total
-        assert all(not one.pages and not one.nodes for one in self.scheduler.waiting)
+        assert all(not one.block_table and not one.prefix_nodes for one in self.scheduler.waiting)
         orders = [one.order for one in self.scheduler.waiting]
         assert orders == sorted(orders), "somebody in the queue was overtaken"
         for one in self.scheduler.running:
-            assert one.pages[: len(one.nodes)] == [node.page for node in one.nodes]
+            assert one.block_table[: len(one.prefix_nodes)] == [node.page for node in one.prefix_nodes]
 
     def check_idle(self) -> None:
         """Nothing is left behind: no request, and no page that cannot be had back."""

@@ -166,4 +166,4 @@ def test_each_image_has_its_own_budget_and_videos_do_not_count_as_images(tmp_pat
     assert (clip.frames, len(clip.tiles)) == (4, 4)
     few, every = (facts.layouts([WIDE], [budget])[0] for budget in (ImageBudget(max_tiles=2), None))
     assert len(few.tiles) < len(every.tiles)
-    assert report_image(clip, facts.preprocess.rule, "auto", CHECKPOINT_LIMITS)["frames"] == 4
+    assert report_image(clip, "auto", "auto", CHECKPOINT_LIMITS)["frames"] == 4

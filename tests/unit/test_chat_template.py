@@ -4,14 +4,13 @@ siglane makes of the messages, for every family and every kind of template."""
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-import torch
 from checkpoints import build_tokenizer, write_nvila_checkpoint
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -23,7 +22,7 @@ from siglane.errors import UserError
 from siglane.families.family import PromptRules
 from siglane.families.processor import Processor, load_processor
 from siglane.families.prompt.template import self_contained
-from siglane.types import ImagePart, ImagePatches, Medium, Message, Role, Size, VideoSize, digest_of
+from siglane.types import ImageLayout, ImagePart, Medium, Message, Role, Size, VideoSize
 from siglane.weights.hub import open_checkpoint
 
 Kind = Literal["image", "video"]
@@ -121,18 +120,9 @@ def processors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Processor]
     return found
 
 
-def hollow(processor: Processor, media: Sequence[Medium]) -> list[ImagePatches]:
-    """Images of which only the layouts matter."""
-    layouts = processor.layouts(media)
-    return [
-        ImagePatches(torch.empty(layout.patches, 0), layout, digest_of(bytes([number])))
-        for number, layout in enumerate(layouts)
-    ]
-
-
 def both(
     processor: Processor, conversation: Conversation, *, pictures_first: bool
-) -> tuple[list[Message], list[dict[str, Any]], list[ImagePatches]]:
+) -> tuple[list[Message], list[dict[str, Any]], tuple[ImageLayout, ...]]:
     """The conversation for siglane and for an engine. pictures_first: whether a request names its media by kind, or as
     they come."""
     video = processor.config.video
@@ -157,7 +147,7 @@ def both(
         parts = tuple(ImagePart(next(numbers)) if part in (IMAGE, VIDEO) else part for part in content)
         messages.append(Message(role, parts))
         turns.append({"role": role, "content": [as_part(part) for part in content]})
-    return messages, turns, hollow(processor, media)
+    return messages, turns, processor.layouts(media)
 
 
 def as_part(part: str) -> dict[str, str]:
@@ -173,18 +163,19 @@ def render(processor: Processor, turns: list[dict[str, Any]]) -> str:
 
 
 def check(processor: Processor, conversation: Conversation, pictures_first: bool) -> None:
-    messages, turns, images = both(processor, conversation, pictures_first=pictures_first)
-    expected = processor.prompt(messages, images)
+    messages, turns, layouts = both(processor, conversation, pictures_first=pictures_first)
+    expected = processor.prompt(messages, layouts)
     text = render(processor, turns)
     ids = processor.tokenizer.encode(text, add_special_tokens=False)
     if unicodedata.is_normalized("NFC", text):
         assert processor.tokenizer.decode(ids) == text
-    if not images:
+    if not layouts:
         assert tuple(ids) == expected.token_ids
-    found = processor.rendered_prompt(text, images)
+    found = processor.rendered_prompt(text, layouts)
     assert found.token_ids == expected.token_ids
     assert found.spans == expected.spans
-    assert [id(image) for image in found.images] == [id(image) for image in expected.images]
+    assert found.order == expected.order
+    assert found.layouts == expected.layouts == found.in_order(layouts)
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -229,11 +220,11 @@ def test_a_prompt_that_an_engine_decoded_from_its_ids(processors: dict[str, Proc
     """SGLang keeps a rendered prompt as ids: what the tokenizer normalised on the way there is the same prompt."""
     processor = processors[name]
     turns: tuple[tuple[Role, Any], ...] = (("user", [IMAGE, "Cafe\u0301 \u212b\n\n", IMAGE, "\n"]),)
-    messages, given, images = both(processor, Conversation(turns), pictures_first=True)
+    messages, given, layouts = both(processor, Conversation(turns), pictures_first=True)
     text = render(processor, given)
     decoded = processor.tokenizer.decode(processor.tokenizer.encode(text, add_special_tokens=False))
     assert decoded != text
-    assert processor.rendered_prompt(decoded, images).token_ids == processor.prompt(messages, images).token_ids
+    assert processor.rendered_prompt(decoded, layouts).token_ids == processor.prompt(messages, layouts).token_ids
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -246,12 +237,12 @@ class TestErrors:
     @pytest.mark.parametrize("count", [0, 1])
     def test_too_few_or_too_many_images(self, processors: dict[str, Processor], name: str, count: int) -> None:
         processor = processors[name]
-        images = hollow(processor, self.IMAGES[:count])
+        layouts = processor.layouts(self.IMAGES[:count])
         with pytest.raises(UserError, match=f"wrote 2 image placeholders for {count} images") as caught:
-            processor.rendered_prompt(self.text(processor, IMAGE, "What?", IMAGE), images)
+            processor.rendered_prompt(self.text(processor, IMAGE, "What?", IMAGE), layouts)
         assert caught.value.param == "messages"
         with pytest.raises(UserError, match=f"wrote 0 image placeholders for {count + 1} images"):
-            processor.rendered_prompt(self.text(processor, "What?"), hollow(processor, self.IMAGES[: count + 1]))
+            processor.rendered_prompt(self.text(processor, "What?"), processor.layouts(self.IMAGES[: count + 1]))
 
     def test_a_placeholder_in_a_users_text(self, processors: dict[str, Processor], name: str) -> None:
         processor = processors[name]
@@ -259,18 +250,18 @@ class TestErrors:
         with pytest.raises(UserError, match="wrote 1 image placeholders for 0 images"):
             processor.rendered_prompt(self.text(processor, written), [])
         with pytest.raises(UserError, match="wrote 2 image placeholders for 1 images"):
-            processor.rendered_prompt(self.text(processor, IMAGE, written), hollow(processor, self.IMAGES[:1]))
+            processor.rendered_prompt(self.text(processor, IMAGE, written), processor.layouts(self.IMAGES[:1]))
 
     def test_too_few_or_too_many_videos(self, processors: dict[str, Processor], name: str) -> None:
         processor = processors[name]
         if processor.config.video is None:
             with pytest.raises(UserError, match="images, not videos"):
-                hollow(processor, [VideoSize(Size(20, 30), 2)])
+                processor.layouts([VideoSize(Size(20, 30), 2)])
             return
         with pytest.raises(UserError, match="wrote 1 video placeholders for 0 videos"):
             processor.rendered_prompt(self.text(processor, VIDEO), [])
         with pytest.raises(UserError, match="wrote 0 video placeholders for 1 videos"):
-            processor.rendered_prompt(self.text(processor, "What?"), hollow(processor, [VideoSize(Size(20, 30), 2)]))
+            processor.rendered_prompt(self.text(processor, "What?"), processor.layouts([VideoSize(Size(20, 30), 2)]))
 
 
 @pytest.mark.parametrize("name", WRITERS)

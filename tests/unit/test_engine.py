@@ -9,7 +9,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import write_nvila_checkpoint
+from engine_kit import Asked
 
 from siglane.engine.batch import StepBatch
 from siglane.engine.engine import Engine
@@ -63,11 +64,12 @@ class Tiny:
         layouts = self.processor.layouts([decoded.size] if alone else [decoded.size, decoded.size])
         return self.processor.patches(decoded, layouts[0])
 
-    def prompt(self, text: str, *images: ImagePatches) -> Prompt:
+    def prompt(self, text: str, *images: ImagePatches) -> Asked:
         parts = (*(ImagePart(number) for number in range(len(images))), text)
-        return self.processor.prompt([Message("user", parts)], images)
+        prompt = self.processor.prompt([Message("user", parts)], [image.layout for image in images])
+        return Asked(prompt, prompt.in_order(images))
 
-    def reference(self, prompt: Prompt, count: int = ANSWER) -> list[int]:
+    def reference(self, prompt: Asked, count: int = ANSWER) -> list[int]:
         """Greedy tokens by computing the whole text again for every token."""
         known = self.answers.setdefault(prompt.cache_ids(), [])
         while len(known) < count:
@@ -75,10 +77,11 @@ class Tiny:
         return known[:count]
 
     @torch.inference_mode()
-    def next_token(self, prompt: Prompt, answered: Sequence[int]) -> int:
+    def next_token(self, asked: Asked, answered: Sequence[int]) -> int:
+        prompt = asked.prompt
         language, ids = self.model.language, [*prompt.token_ids, *answered]
         embeds = language.embed(torch.tensor(ids))
-        rows = [list(self.model.vision([image]).embeds) for image in prompt.images]
+        rows = [list(self.model.vision([image]).embeds) for image in asked.images]
         for start, stop, image in prompt.spans:
             for position in range(start, stop):
                 embeds[position] = rows[image].pop(0)
@@ -98,7 +101,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 @pytest.fixture(scope="module")
-def prompts(tiny: Tiny) -> Mapping[str, Prompt]:
+def prompts(tiny: Tiny) -> Mapping[str, Asked]:
     """Every kind of prompt. Two share an image and its place, so that their beginnings are equal."""
     first, second = tiny.image(1), tiny.image(2)
     return MappingProxyType(
@@ -124,9 +127,9 @@ def said(delta: TokenDelta) -> list[int]:
     return [] if delta.token_id is None else [delta.token_id]
 
 
-def greedy(name: str, prompt: Prompt, max_tokens: int = ANSWER, **sampling: object) -> Request:
+def greedy(name: str, prompt: Asked, max_tokens: int = ANSWER, **sampling: object) -> Request:
     params = SamplingParams(**{"ignore_eos": True, **sampling})  # type: ignore[arg-type]
-    return Request(name, prompt, params, max_tokens)
+    return prompt.request(name, params, max_tokens)
 
 
 def run(engine: Engine, requests: Iterable[Request], apart: int = 0) -> dict[str, Answer]:
@@ -182,16 +185,14 @@ def count_encodes(engine: Engine) -> list[int]:
 class TestGreedyTokens:
     """They are the reference's, whatever the schedule."""
 
-    def test_the_prompts_of_these_tests_differ_in_their_answers(
-        self, tiny: Tiny, prompts: Mapping[str, Prompt]
-    ) -> None:
+    def test_the_prompts_of_these_tests_differ_in_their_answers(self, tiny: Tiny, prompts: Mapping[str, Asked]) -> None:
         assert len({tuple(tiny.reference(prompt)) for prompt in prompts.values()}) == len(prompts)
         other = tiny.prompt("What is this?", tiny.image(9))
         assert tiny.reference(other) != tiny.reference(prompts["image"]), "nobody looks at the image"
         assert len(prompts["tiles"].images[0].layout.tiles) > 2
 
     @pytest.mark.parametrize("kind", ["text", "image", "images", "tiles"])
-    def test_each_kind_of_prompt_alone(self, tiny: Tiny, prompts: Mapping[str, Prompt], kind: str) -> None:
+    def test_each_kind_of_prompt_alone(self, tiny: Tiny, prompts: Mapping[str, Asked], kind: str) -> None:
         answers = run(tiny.engine(), [greedy("a", prompts[kind])])
         assert answers["a"].tokens == tiny.reference(prompts[kind])
         assert answers["a"].last.encoded_images == len(prompts[kind].images)
@@ -218,7 +219,7 @@ class TestGreedyTokens:
     )
     @pytest.mark.parametrize("backwards", [False, True])
     def test_no_budget_page_size_cache_or_order_changes_them(
-        self, tiny: Tiny, prompts: Mapping[str, Prompt], options: dict[str, object], backwards: bool
+        self, tiny: Tiny, prompts: Mapping[str, Asked], options: dict[str, object], backwards: bool
     ) -> None:
         requests = [greedy(name, prompt) for name, prompt in prompts.items()]
         answers = run(tiny.engine(**options), reversed(requests) if backwards else requests)
@@ -226,7 +227,7 @@ class TestGreedyTokens:
 
     @pytest.mark.parametrize("apart", [1, 3])
     def test_arrival_in_the_middle_of_others_changes_nothing(
-        self, tiny: Tiny, prompts: Mapping[str, Prompt], apart: int
+        self, tiny: Tiny, prompts: Mapping[str, Asked], apart: int
     ) -> None:
         engine = tiny.engine(max_batch_tokens=16)
         answers = run(engine, [greedy(name, prompt) for name, prompt in prompts.items()], apart=apart)
@@ -235,7 +236,7 @@ class TestGreedyTokens:
     @pytest.mark.parametrize("prefix_cache", [False, True])
     @pytest.mark.parametrize("page_size", [1, 4, 16])
     def test_preemption_changes_nothing(
-        self, tiny: Tiny, prompts: Mapping[str, Prompt], prefix_cache: bool, page_size: int
+        self, tiny: Tiny, prompts: Mapping[str, Asked], prefix_cache: bool, page_size: int
     ) -> None:
         """The cache holds the longest request and little more; all of them want to run."""
         answer = 20
@@ -247,10 +248,10 @@ class TestGreedyTokens:
         answers = run(engine, requests)
         assert put_back
         for request in requests:
-            assert answers[request.request_id].tokens == tiny.reference(request.prompt, answer)
+            assert answers[request.request_id].tokens == tiny.reference(Asked(request.prompt, request.images), answer)
 
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-    def test_half_precision_runs_on_the_cpu(self, tiny: Tiny, prompts: Mapping[str, Prompt], dtype: str) -> None:
+    def test_half_precision_runs_on_the_cpu(self, tiny: Tiny, prompts: Mapping[str, Asked], dtype: str) -> None:
         engine = load_engine(str(tiny.folder), EngineConfig(device="cpu", dtype=dtype, kv_tokens=2048))
         assert engine.runner.kv.keys.dtype == engine.runner.model.language.norm.weight.dtype == getattr(torch, dtype)
         answers = run(engine, [greedy(name, prompt, logprobs=0) for name, prompt in prompts.items()])
@@ -260,7 +261,7 @@ class TestGreedyTokens:
 
 class TestReuse:
     def test_the_same_request_again_computes_one_token_and_encodes_nothing(
-        self, tiny: Tiny, prompts: Mapping[str, Prompt]
+        self, tiny: Tiny, prompts: Mapping[str, Asked]
     ) -> None:
         engine = tiny.engine(page_size=1)
         run(engine, [greedy("first", prompts["tiles"])])
@@ -273,7 +274,7 @@ class TestReuse:
 
     @pytest.mark.parametrize("prefix_cache", [False, True])
     def test_a_new_question_about_a_known_image_encodes_nothing(
-        self, tiny: Tiny, prompts: Mapping[str, Prompt], prefix_cache: bool
+        self, tiny: Tiny, prompts: Mapping[str, Asked], prefix_cache: bool
     ) -> None:
         engine = tiny.engine(prefix_cache=prefix_cache)
         run(engine, [greedy("first", prompts["image"])])
@@ -284,11 +285,11 @@ class TestReuse:
         assert (second.last.encoded_images, calls) == (0, [])
 
     def test_the_next_turn_of_a_conversation_starts_where_the_last_one_ended(
-        self, tiny: Tiny, prompts: Mapping[str, Prompt]
+        self, tiny: Tiny, prompts: Mapping[str, Asked]
     ) -> None:
         engine, asked = tiny.engine(page_size=4), prompts["image"]
         said = run(engine, [greedy("first", asked)])["first"].tokens
-        longer = Prompt((*asked.token_ids, *said, 11, 12, 13), asked.spans, asked.images)
+        longer = Asked(replace(asked.prompt, token_ids=(*asked.token_ids, *said, 11, 12, 13)), asked.images)
         second = run(engine, [greedy("second", longer)])["second"]
         assert second.tokens == tiny.reference(longer)
         assert second.last.cached_tokens >= len(asked.token_ids) + len(said) - 1 - 3
@@ -327,10 +328,10 @@ class TestReuse:
         assert tokens(answers) == {name: tiny.reference(prompt) for name, prompt in asked.items()}
         assert engine.stats().encoded_images == sum(answer.last.encoded_images for answer in answers.values()) == 2
 
-    def test_tenants_share_neither_pages_nor_images(self, tiny: Tiny, prompts: Mapping[str, Prompt]) -> None:
+    def test_tenants_share_neither_pages_nor_images(self, tiny: Tiny, prompts: Mapping[str, Asked]) -> None:
         engine = tiny.engine()
         for salt in ("", "a", "b", "a"):
-            request = Request(f"of {salt}", prompts["image"], SamplingParams(ignore_eos=True), ANSWER, salt)
+            request = prompts["image"].request(f"of {salt}", SamplingParams(ignore_eos=True), ANSWER, salt)
             answer = run(engine, [request])[request.request_id]
             assert answer.tokens == tiny.reference(prompts["image"])
             known = salt == "a" and engine.stats().encoded_images == 3
@@ -338,7 +339,7 @@ class TestReuse:
 
 
 class TestSampling:
-    def test_every_seed_has_its_answer_whatever_runs_beside(self, tiny: Tiny, prompts: Mapping[str, Prompt]) -> None:
+    def test_every_seed_has_its_answer_whatever_runs_beside(self, tiny: Tiny, prompts: Mapping[str, Asked]) -> None:
         def ask(*seeds: int, **options: object) -> dict[str, list[int]]:
             requests = [greedy(str(seed), prompts["image"], temperature=1.0, seed=seed) for seed in seeds]
             return tokens(run(tiny.engine(**options), requests))
@@ -348,18 +349,18 @@ class TestSampling:
         assert together == ask(3, 1, 0, 2, max_batch_tokens=9)
         assert {"2": together["2"]} == ask(2)
 
-    def test_no_seed_means_another_answer_each_time(self, tiny: Tiny, prompts: Mapping[str, Prompt]) -> None:
+    def test_no_seed_means_another_answer_each_time(self, tiny: Tiny, prompts: Mapping[str, Asked]) -> None:
         answers = run(tiny.engine(), [greedy(str(n), prompts["text"], 12, temperature=1.5) for n in range(3)])
         assert len({tuple(answer.tokens) for answer in answers.values()}) > 1
 
     @pytest.mark.parametrize("seed", [-1, 2**63, 2**64 + 5, -(2**70)])
-    def test_any_integer_is_a_seed(self, tiny: Tiny, prompts: Mapping[str, Prompt], seed: int) -> None:
+    def test_any_integer_is_a_seed(self, tiny: Tiny, prompts: Mapping[str, Asked], seed: int) -> None:
         once, again = (
             tokens(run(tiny.engine(), [greedy("a", prompts["text"], temperature=1.0, seed=seed)])) for _ in range(2)
         )
         assert once == again
 
-    def test_logprobs_are_the_references(self, tiny: Tiny, prompts: Mapping[str, Prompt]) -> None:
+    def test_logprobs_are_the_references(self, tiny: Tiny, prompts: Mapping[str, Asked]) -> None:
         engine, found = tiny.engine(), []
         engine.add(greedy("a", prompts["tiles"], 3, logprobs=2))
         while engine.has_work:
@@ -372,23 +373,23 @@ class TestSampling:
 
 class TestEnds:
     def end(
-        self, tiny: Tiny, prompt: Prompt, max_tokens: int = ANSWER, **sampling: object
+        self, tiny: Tiny, prompt: Asked, max_tokens: int = ANSWER, **sampling: object
     ) -> tuple[list[int], Finished]:
         answer = run(tiny.engine(), [greedy("a", prompt, max_tokens, **{"ignore_eos": False, **sampling})])["a"]
         return answer.tokens, answer.last
 
     @pytest.mark.parametrize("max_tokens", [1, 2, 5])
-    def test_max_tokens(self, tiny: Tiny, prompts: Mapping[str, Prompt], max_tokens: int) -> None:
+    def test_max_tokens(self, tiny: Tiny, prompts: Mapping[str, Asked], max_tokens: int) -> None:
         found, last = self.end(tiny, prompts["text"], max_tokens, ignore_eos=True)
         assert found == tiny.reference(prompts["text"], max_tokens)
         assert (last.reason, last.matched_stop) == ("length", None)
 
-    def test_the_models_end_of_answer(self, tiny: Tiny, prompts: Mapping[str, Prompt]) -> None:
+    def test_the_models_end_of_answer(self, tiny: Tiny, prompts: Mapping[str, Asked]) -> None:
         (eos,) = tiny.processor.eos_token_ids
         found, last = self.end(tiny, prompts["text"], logit_bias=((eos, 1000.0),))
         assert (found, last.reason, last.matched_stop) == ([eos], "stop", eos)
 
-    def test_the_end_can_be_ignored_or_put_off(self, tiny: Tiny, prompts: Mapping[str, Prompt]) -> None:
+    def test_the_end_can_be_ignored_or_put_off(self, tiny: Tiny, prompts: Mapping[str, Asked]) -> None:
         (eos,) = tiny.processor.eos_token_ids
         wants_to_end = {"logit_bias": ((eos, 1000.0),)}
         found, last = self.end(tiny, prompts["text"], 3, ignore_eos=True, **wants_to_end)
@@ -398,14 +399,14 @@ class TestEnds:
         assert eos not in found[:2]
         assert (last.reason, last.matched_stop) == ("stop", eos)
 
-    def test_stop_token_ids(self, tiny: Tiny, prompts: Mapping[str, Prompt]) -> None:
+    def test_stop_token_ids(self, tiny: Tiny, prompts: Mapping[str, Asked]) -> None:
         whole = tiny.reference(prompts["image"])
         stop = whole[2]
         found, last = self.end(tiny, prompts["image"], ignore_eos=True, stop_token_ids=(stop, 10**6))
         assert found == whole[: whole.index(stop) + 1]
         assert (last.reason, last.matched_stop) == ("stop", stop)
 
-    def test_the_context_ends_an_answer(self, tiny: Tiny, prompts: Mapping[str, Prompt]) -> None:
+    def test_the_context_ends_an_answer(self, tiny: Tiny, prompts: Mapping[str, Asked]) -> None:
         length = len(prompts["text"].token_ids)
         engine = tiny.engine(kv_tokens=length + 3, page_size=1)
         assert engine.context_length == length + 3
@@ -426,15 +427,15 @@ class TestRefusals:
     @pytest.mark.parametrize("extra", [0, 1, 500])
     def test_a_prompt_that_leaves_no_room_for_an_answer(self, tiny: Tiny, extra: int) -> None:
         engine = tiny.engine(kv_tokens=64)
-        error = self.refuse(engine, greedy("a", Prompt((5,) * (64 + extra))))
+        error = self.refuse(engine, greedy("a", Asked(Prompt((5,) * (64 + extra)))))
         assert isinstance(error, UserError)
         assert error.code == "context_length_exceeded"
         assert f"{64 + extra} tokens" in str(error)
         assert "64;" in str(error)
-        assert len(run(engine, [greedy("a", Prompt((5,) * 63))])["a"].tokens) == 1
+        assert len(run(engine, [greedy("a", Asked(Prompt((5,) * 63)))])["a"].tokens) == 1
 
     def test_an_empty_prompt(self, tiny: Tiny) -> None:
-        error = self.refuse(tiny.engine(), greedy("a", Prompt(())))
+        error = self.refuse(tiny.engine(), greedy("a", Asked(Prompt(()))))
         assert isinstance(error, UserError)
         assert error.code == "empty_prompt"
 
@@ -442,11 +443,11 @@ class TestRefusals:
     def test_a_bias_for_no_token(self, tiny: Tiny, bias: tuple[int, float]) -> None:
         """An index out of range must never reach the logits of the batch."""
         assert tiny.model.language.config.vocab_size == 323
-        error = self.refuse(tiny.engine(), greedy("a", Prompt((5,)), logit_bias=((0, 1.0), bias)))
+        error = self.refuse(tiny.engine(), greedy("a", Asked(Prompt((5,))), logit_bias=((0, 1.0), bias)))
         assert isinstance(error, UserError)
         assert error.param == "logit_bias"
 
-    def test_an_id_that_is_in_use(self, tiny: Tiny, prompts: Mapping[str, Prompt]) -> None:
+    def test_an_id_that_is_in_use(self, tiny: Tiny, prompts: Mapping[str, Asked]) -> None:
         engine = tiny.engine()
         engine.add(greedy("a", prompts["text"]))
         with pytest.raises(ValueError, match="'a' is in use"):
@@ -460,7 +461,7 @@ class TestRefusals:
 
 class TestAborts:
     @pytest.mark.parametrize("steps", [0, 1, 2, 8])
-    def test_an_abort_in_any_phase_harms_nobody(self, tiny: Tiny, prompts: Mapping[str, Prompt], steps: int) -> None:
+    def test_an_abort_in_any_phase_harms_nobody(self, tiny: Tiny, prompts: Mapping[str, Asked], steps: int) -> None:
         """After 0 steps it waits, after 1 it is read, after 8 it answers."""
         engine = tiny.engine(max_batch_tokens=40)
         answers: dict[str, list[int]] = {"kept": [], "aborted": []}
@@ -492,7 +493,7 @@ Forward = Callable[[StepBatch], torch.Tensor]
 class TestFaults:
     """A fault ends its request with an error; the tokens of all others are those of a run without it."""
 
-    def check(self, tiny: Tiny, engine: Engine, bad: Request, others: Mapping[str, Prompt], code: str) -> Answer:
+    def check(self, tiny: Tiny, engine: Engine, bad: Request, others: Mapping[str, Asked], code: str) -> Answer:
         names = list(others)
         requests = [greedy(names[0], others[names[0]]), bad, *(greedy(name, others[name]) for name in names[1:])]
         answers = run(engine, requests)
@@ -522,7 +523,7 @@ class TestFaults:
         engine.runner.forward = lambda batch: fault(batch, forward(batch))  # type: ignore[method-assign]
 
     @pytest.mark.parametrize("chunk", [7, 10_000])
-    def test_an_image_that_cannot_be_encoded(self, tiny: Tiny, prompts: Mapping[str, Prompt], chunk: int) -> None:
+    def test_an_image_that_cannot_be_encoded(self, tiny: Tiny, prompts: Mapping[str, Asked], chunk: int) -> None:
         def explode(rows: torch.Tensor) -> torch.Tensor:
             raise RuntimeError("shapes do not match")
 
@@ -533,7 +534,7 @@ class TestFaults:
         assert failed.tokens == []
         assert "RuntimeError" in str(failed.last.error)
 
-    def test_an_image_whose_features_are_nan_is_never_kept(self, tiny: Tiny, prompts: Mapping[str, Prompt]) -> None:
+    def test_an_image_whose_features_are_nan_is_never_kept(self, tiny: Tiny, prompts: Mapping[str, Asked]) -> None:
         engine, image = tiny.engine(), tiny.image(50)
         encode = engine.runner.encode
         self.break_encode(engine, image, lambda rows: rows.index_fill(0, torch.tensor([1]), math.nan))
@@ -543,7 +544,7 @@ class TestFaults:
         assert tokens(run(engine, [greedy("again", asked)])) == {"again": tiny.reference(asked)}
 
     def test_everyone_who_wants_a_bad_image_fails_and_nobody_else(
-        self, tiny: Tiny, prompts: Mapping[str, Prompt]
+        self, tiny: Tiny, prompts: Mapping[str, Asked]
     ) -> None:
         engine, image = tiny.engine(max_batch_tokens=10_000, prefix_cache=False), tiny.image(50)
         self.break_encode(engine, image, lambda rows: rows * math.inf)
@@ -554,14 +555,14 @@ class TestFaults:
 
     @pytest.mark.parametrize("wrong", [-1, 1])
     def test_features_of_another_length_than_the_layout_says(
-        self, tiny: Tiny, prompts: Mapping[str, Prompt], wrong: int
+        self, tiny: Tiny, prompts: Mapping[str, Asked], wrong: int
     ) -> None:
         engine, image = tiny.engine(), tiny.image(50)
         self.break_encode(engine, image, lambda rows: rows[:-1] if wrong < 0 else torch.cat([rows, rows[:1]]))
         self.check(tiny, engine, greedy("bad", tiny.prompt("Bad?", image)), prompts, "engine_error")
 
     @pytest.mark.parametrize("after", [0, 1, 4], ids=["in its prompt", "at its first token", "in its answer"])
-    def test_a_request_that_cannot_be_computed(self, tiny: Tiny, prompts: Mapping[str, Prompt], after: int) -> None:
+    def test_a_request_that_cannot_be_computed(self, tiny: Tiny, prompts: Mapping[str, Asked], after: int) -> None:
         asked = tiny.prompt("Bad?", tiny.image(50))
 
         def explode(batch: StepBatch, logits: torch.Tensor) -> torch.Tensor:
@@ -580,7 +581,7 @@ class TestFaults:
     @pytest.mark.parametrize("poison", [math.nan, math.inf])
     @pytest.mark.parametrize("after", [0, 2])
     def test_logits_that_are_not_finite(
-        self, tiny: Tiny, prompts: Mapping[str, Prompt], poison: float, after: int
+        self, tiny: Tiny, prompts: Mapping[str, Asked], poison: float, after: int
     ) -> None:
         asked = tiny.prompt("Bad?", tiny.image(50))
 
@@ -597,7 +598,7 @@ class TestFaults:
         assert failed.tokens == tiny.reference(asked, after)
 
     def test_what_ended_in_nan_is_not_reused(self, tiny: Tiny) -> None:
-        asked = Prompt(tuple(range(5, 45)))
+        asked = Asked(Prompt(tuple(range(5, 45))))
         engine = tiny.engine(page_size=4)
         forward = engine.runner.forward
         self.break_forward(engine, lambda batch, logits: logits * math.nan)
@@ -611,27 +612,27 @@ class TestFaults:
     @pytest.mark.parametrize("page_size", [4, 16])
     def test_pages_that_held_nan_do_not_harm_their_next_owner(self, tiny: Tiny, chunk: int, page_size: int) -> None:
         """A page is read whole, under a mask, and NaN gets through masks. No hook here: the model itself breaks."""
-        poison, good = 7, Prompt((5, 6, 8, 9, 10))
+        poison, good = 7, Asked(Prompt((5, 6, 8, 9, 10)))
         model = copy.deepcopy(tiny.model)
         model.language.embed_tokens.weight[poison] = math.nan
         engine = tiny.engine(model, page_size=page_size, kv_tokens=32, max_batch_tokens=chunk, prefix_cache=False)
         for _ in range(2):
-            failed = run(engine, [greedy("bad", Prompt((5, poison) * 14))])["bad"]
+            failed = run(engine, [greedy("bad", Asked(Prompt((5, poison) * 14)))])["bad"]
             assert isinstance(failed.last.error, EngineError)
             assert failed.last.error.code == "engine_nan"
         assert engine.runner.kv.keys.isnan().any()
         assert run(engine, [greedy("good", good, 20)])["good"].tokens == tiny.reference(good, 20)
 
-    def test_beside_a_request_whose_rows_are_nan(self, tiny: Tiny, prompts: Mapping[str, Prompt]) -> None:
+    def test_beside_a_request_whose_rows_are_nan(self, tiny: Tiny, prompts: Mapping[str, Asked]) -> None:
         model = copy.deepcopy(tiny.model)
         model.language.embed_tokens.weight[7] = math.nan
         assert not any(7 in prompt.token_ids for prompt in prompts.values())
         engine = tiny.engine(model, max_batch_tokens=10_000)
-        self.check(tiny, engine, greedy("bad", Prompt((5, 7, 6))), prompts, "engine_nan")
+        self.check(tiny, engine, greedy("bad", Asked(Prompt((5, 7, 6)))), prompts, "engine_nan")
 
     @pytest.mark.parametrize("broken", ["encode", "forward"])
     def test_a_lost_device_ends_the_engine_instead_of_failing_every_request(
-        self, tiny: Tiny, prompts: Mapping[str, Prompt], broken: str
+        self, tiny: Tiny, prompts: Mapping[str, Asked], broken: str
     ) -> None:
         """Its process ends, and the supervisor starts another one."""
 
@@ -647,7 +648,7 @@ class TestFaults:
 
 class TestTimings:
     def test_images_encoded_together_are_waited_for_once(
-        self, tiny: Tiny, prompts: Mapping[str, Prompt], monkeypatch: pytest.MonkeyPatch
+        self, tiny: Tiny, prompts: Mapping[str, Asked], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         engine, now = tiny.engine(), [1000.0]
         encode = engine.runner.encode
@@ -662,7 +663,7 @@ class TestTimings:
         assert len(prompts["images"].images) == last.encoded_images == 3
         assert (last.timings.encode, last.timings.prefill, last.timings.decode) == (10, 0, 0)
 
-    def test_no_time_is_negative(self, tiny: Tiny, prompts: Mapping[str, Prompt]) -> None:
+    def test_no_time_is_negative(self, tiny: Tiny, prompts: Mapping[str, Asked]) -> None:
         answers = run(tiny.engine(max_batch_tokens=20), [greedy(name, prompt) for name, prompt in prompts.items()])
         for answer in answers.values():
             timings = answer.last.timings

@@ -29,7 +29,7 @@ FLOORS = {
     "text": 4,
     "lm": 4,
     "weights": 4,
-    "media": 5,
+    "media": 4,
     "families": 6,
     "engine": 7,
     "tagging": 7,

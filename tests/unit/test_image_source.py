@@ -25,14 +25,21 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 import pytest
+from checkpoints import write_siglip_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
 from siglane.config.preprocess import DecodeConfig
 from siglane.errors import ImageError
+from siglane.families.pipeline import MediaPipeline
+from siglane.families.registry import image_facts
 from siglane.media import remote
-from siglane.media.source import MediaPolicy, fetch, load_source
+from siglane.media.item import MediaItem
+from siglane.media.policy import MediaPolicy
+from siglane.media.source import fetch
+from siglane.types import DecodedImage, DecodedVideo
+from siglane.weights.hub import open_checkpoint
 
 POLICY = MediaPolicy()
 PUBLIC = "93.184.216.34"
@@ -660,7 +667,23 @@ def test_files_over_the_cap(folder: Path) -> None:
 # --- the local caller ---------------------------------------------------------------------------------------------
 
 
-def test_every_kind_of_source_gives_the_same_picture(folder: Path, lab: Lab) -> None:
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> MediaPipeline:
+    folder = tmp_path_factory.mktemp("model")
+    write_siglip_checkpoint(folder)
+    return MediaPipeline(image_facts(open_checkpoint(folder)), policy=POLICY, decode=DecodeConfig())
+
+
+def load(pipeline: MediaPipeline, source: object) -> DecodedImage | DecodedVideo:
+    item = MediaItem(source, "images[0]")
+    pipeline.admit([item])
+    pipeline.read(item)
+    measured, image = pipeline.measure(item), pipeline.decode(item)
+    assert image.size == measured
+    return image
+
+
+def test_every_kind_of_source_gives_the_same_picture(folder: Path, lab: Lab, pipeline: MediaPipeline) -> None:
     path = folder / "sub" / "a picture.png"
     sources: list[Callable[[], Any]] = [
         lambda: path,
@@ -671,21 +694,38 @@ def test_every_kind_of_source_gives_the_same_picture(folder: Path, lab: Lab) -> 
         lambda: "data:image/jpeg;base64," + base64.b64encode(picture()).decode(),
         lambda: lab.url("ok"),
     ]
-    digests = {load_source(source(), POLICY, DecodeConfig()).digest for source in sources}
+    digests = {load(pipeline, source()).digest for source in sources}
     assert len(digests) == 1
 
 
 @pytest.mark.parametrize("source", ["absent.png", "C:absent.png", "note:absent.png", Path("absent.png"), ".", "\0"])
-def test_missing_files_are_named(source: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_files_are_named(
+    source: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipeline: MediaPipeline
+) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ImageError) as caught:
-        load_source(source, POLICY, DecodeConfig())
-    assert caught.value.code == "image_not_found"
-    assert caught.value.message.startswith(f"{source}: cannot be read: ")
+    for stage in (pipeline.read, pipeline.measure):
+        with pytest.raises(ImageError) as caught:
+            stage(MediaItem(source, "images[0]"))
+        assert caught.value.code == "image_not_found"
+        assert caught.value.message.startswith(f"{source}: cannot be read: ")
 
 
-def test_damaged_files_are_named(tmp_path: Path) -> None:
+def test_damaged_files_are_named(tmp_path: Path, pipeline: MediaPipeline) -> None:
     (tmp_path / "half.png").write_bytes(picture()[:40])
     with pytest.raises(ImageError, match=r"half\.png: the image cannot be decoded") as caught:
-        load_source(tmp_path / "half.png", POLICY, DecodeConfig())
+        load(pipeline, tmp_path / "half.png")
     assert caught.value.code == "image_decode_failed"
+
+
+def test_a_size_comes_from_a_files_header_alone(
+    tmp_path: Path, pipeline: MediaPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded pixels"))
+    (tmp_path / "whole.png").write_bytes(picture())
+    item = MediaItem(str(tmp_path / "whole.png"), "images[0]")
+    assert pipeline.measure(item) == (4, 3)
+    assert item.file is None
+    (tmp_path / "broken.png").write_bytes(b"junk")
+    with pytest.raises(ImageError, match=r"broken\.png: not an image") as caught:
+        pipeline.measure(MediaItem(tmp_path / "broken.png", "images[0]"))
+    assert (caught.value.code, caught.value.param) == ("image_decode_failed", "images[0]")

@@ -21,9 +21,11 @@ from siglip2_checkpoint import write_siglip2_checkpoint
 from siglane.cli.main import main
 from siglane.image.patchify import patchify
 from siglane.image.tile import render_tiles
-from siglane.look import view as pages
 from siglane.look.drawing import FOLD_GAP, PAPER, flow, folded, folds
-from siglane.look.view import Positions, View, draw, unpatchify
+from siglane.look.legend import chips, token_lines
+from siglane.look.page import draw
+from siglane.look.tiles import canvas_in_source
+from siglane.look.view import COLUMN, GUTTER, MARGIN, Positions, View, unpatchify
 from siglane.types import (
     AnyRes,
     Box,
@@ -157,9 +159,9 @@ def view_of(layout: ImageLayout, **changes: object) -> View:
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_every_kind_of_layout_can_be_drawn(layout: ImageLayout) -> None:
     page = draw(view_of(layout))
-    assert page.width == 2 * (pages.MARGIN + pages.COLUMN) + pages.GUTTER
+    assert page.width == 2 * (MARGIN + COLUMN) + GUTTER
     assert 400 < page.height < 4000
-    margin = np.asarray(page)[:, -pages.MARGIN + 4 :]
+    margin = np.asarray(page)[:, -MARGIN + 4 :]
     assert (margin == PAPER).all()  # nothing is drawn beyond the columns
 
 
@@ -169,15 +171,15 @@ def test_names_with_other_letters_are_drawn() -> None:
 
 
 def test_the_chips_say_what_stands_in_the_prompt() -> None:
-    texts = [chip.text for chip in pages._chips(view_of(LAYOUTS["row and column tokens"]))]
+    texts = [chip.text for chip in chips(view_of(LAYOUTS["row and column tokens"]))]
     assert texts[:4] == ["<|global_image|>", "tile 1: 4 tokens", "<row_1_col_1>", "tile 2: 4 tokens"]
     assert texts[-2:] == ["<row_3_col_4>", "tile 13: 4 tokens"]
-    texts = [chip.text for chip in pages._chips(view_of(LAYOUTS["tiles and a thumbnail"]))]
+    texts = [chip.text for chip in chips(view_of(LAYOUTS["tiles and a thumbnail"]))]
     assert texts[:4] == ["tile 1: 4 tokens", "\n", "\n", "tile 2: 4 tokens"]
-    texts = [chip.text for chip in pages._chips(view_of(LAYOUTS["native resolution"]))]
+    texts = [chip.text for chip in chips(view_of(LAYOUTS["native resolution"]))]
     assert texts == ["learned row 0", "300 tokens", "learned row 1"]
     marker = replace(LAYOUTS["one pixel"], pieces=(Marker("a\n\tb", isolated=True), ImagePlaceholder(4)))
-    assert pages._chips(view_of(marker))[0].text == "a\n\\tb"
+    assert chips(view_of(marker))[0].text == "a\n\\tb"
 
 
 @pytest.mark.parametrize(
@@ -193,16 +195,16 @@ def test_the_chips_say_what_stands_in_the_prompt() -> None:
     ],
 )
 def test_the_token_line_adds_up(name: str, line: str) -> None:
-    assert pages._token_lines(LAYOUTS[name])[0] == line
+    assert token_lines(LAYOUTS[name])[0] == line
 
 
 def test_the_picture_lies_on_its_canvas_where_the_steps_put_it() -> None:
     layout = LAYOUTS["anyres with bars"]
-    width, height, box = pages._canvas(layout.tiles[1], layout.source)
+    width, height, box = canvas_in_source(layout.tiles[1], layout.source)
     assert (width, height) == (640, 640)
     assert box == (0, 220, 640, 420)
     squashed = LAYOUTS["scales"].tiles[0]
-    assert pages._canvas(squashed, Size(640, 480)) == (640, 480, (0, 0, 640, 480))
+    assert canvas_in_source(squashed, Size(640, 480)) == (640, 480, (0, 0, 640, 480))
 
 
 def test_a_fold_keeps_every_pixel() -> None:

@@ -19,7 +19,7 @@ from siglane.cli.verify import VerifyOptions
 from siglane.config.preprocess import DecodeConfig
 from siglane.errors import ConfigError, UserError
 from siglane.hosts.sglang.settings import HostConfig
-from siglane.media.source import MediaPolicy
+from siglane.media.policy import MediaPolicy
 from siglane.settings.engine import EngineConfig
 from siglane.settings.flags import (
     OptionGroup,

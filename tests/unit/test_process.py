@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import write_nvila_checkpoint
+from engine_kit import Asked
 
 from siglane.engine import process
 from siglane.engine.child import EngineSpec
@@ -30,7 +31,7 @@ from siglane.types import DecodedImage, Finished, ImagePart, Message, Prompt, Re
 from siglane.weights.hub import open_checkpoint
 
 TIMEOUT = 60.0
-TEXT = Prompt(tuple(range(40, 60)))
+TEXT = Asked(Prompt(tuple(range(40, 60))))
 LONG = 4000  # tokens: seconds of work, whatever the machine
 
 
@@ -61,9 +62,9 @@ class Reader:
         return [delta.token_id for delta in self.deltas if delta.token_id is not None]
 
 
-def request(name: str, prompt: Prompt = TEXT, max_tokens: int = 5, **sampling: object) -> Request:
+def request(name: str, asked: Asked = TEXT, max_tokens: int = 5, **sampling: object) -> Request:
     params = SamplingParams(**{"ignore_eos": True, **sampling})  # type: ignore[arg-type]
-    return Request(name, prompt, params, max_tokens)
+    return asked.request(name, params, max_tokens)
 
 
 def ask(engine: EngineProcess, one: Request) -> Reader:
@@ -88,21 +89,21 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> EngineSpec:
 
 
 @pytest.fixture(scope="module")
-def picture(spec: EngineSpec) -> Prompt:
+def picture(spec: EngineSpec) -> Asked:
     processor = load_processor(open_checkpoint(spec.model))
     decoded = DecodedImage.from_rgb(np.random.default_rng(1).integers(0, 256, (90, 130, 3), dtype=np.uint8))
     (layout,) = processor.layouts([decoded.size])
     image = processor.patches(decoded, layout)
-    return processor.prompt([Message("user", (ImagePart(0), "What is this?"))], [image])
+    return Asked(processor.prompt([Message("user", (ImagePart(0), "What is this?"))], [layout]), (image,))
 
 
 @pytest.fixture(scope="module")
-def answer(spec: EngineSpec) -> Callable[[Prompt, int], list[int]]:
+def answer(spec: EngineSpec) -> Callable[[Asked, int], list[int]]:
     """What the same engine says in this process."""
     engine = load_engine(spec.model, spec.config)
 
-    def ask(prompt: Prompt, max_tokens: int) -> list[int]:
-        engine.add(request("here", prompt, max_tokens))
+    def ask(asked: Asked, max_tokens: int) -> list[int]:
+        engine.add(request("here", asked, max_tokens))
         tokens: list[int] = []
         while engine.has_work:
             tokens += [delta.token_id for delta in engine.step() if delta.token_id is not None]
@@ -121,12 +122,12 @@ def engine(spec: EngineSpec) -> Iterator[EngineProcess]:
     assert engine.state == "closed"
 
 
-Asked = Callable[[Prompt, int], list[int]]
+Said = Callable[[Asked, int], list[int]]
 
 
 class TestServing:
     def test_tokens_are_streamed_as_they_are_computed(
-        self, engine: EngineProcess, answer: Asked, picture: Prompt
+        self, engine: EngineProcess, answer: Said, picture: Asked
     ) -> None:
         text, image = ask(engine, request("text")), ask(engine, request("image", picture))
         assert (text.wait().reason, image.wait().reason) == ("length", "length")
@@ -134,7 +135,7 @@ class TestServing:
         assert image.tokens == answer(picture, 5)
         assert [delta.token_id is not None for delta in text.deltas] == [True] * 5
 
-    def test_threads_may_submit_at_the_same_time(self, engine: EngineProcess, answer: Asked, picture: Prompt) -> None:
+    def test_threads_may_submit_at_the_same_time(self, engine: EngineProcess, answer: Said, picture: Asked) -> None:
         readers: dict[str, Reader] = {}
         start = threading.Barrier(4)
 
@@ -157,7 +158,7 @@ class TestServing:
         assert len({thread for reader in readers.values() for thread in reader.threads}) == 1
 
     def test_choices_of_one_prompt_take_its_pixels_over_the_pipe_once(
-        self, engine: EngineProcess, answer: Asked, picture: Prompt, monkeypatch: pytest.MonkeyPatch
+        self, engine: EngineProcess, answer: Said, picture: Asked, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         sizes: list[int] = []
         send = engine._send
@@ -177,7 +178,7 @@ class TestServing:
         assert sizes[0] > pixels
         assert sizes[1] - sizes[0] < pixels / 10
 
-    def test_requests_are_taken_all_or_none(self, engine: EngineProcess, answer: Asked) -> None:
+    def test_requests_are_taken_all_or_none(self, engine: EngineProcess, answer: Said) -> None:
         owner = ask(engine, request("owner", max_tokens=60))
         reader = Reader()
         with pytest.raises(ValueError, match="'owner' is in use"):
@@ -187,7 +188,7 @@ class TestServing:
         assert reader.deltas == []
         assert ask(engine, request("new")).wait().reason == "length"
 
-    def test_an_aborted_request_ends_and_its_neighbour_does_not(self, engine: EngineProcess, answer: Asked) -> None:
+    def test_an_aborted_request_ends_and_its_neighbour_does_not(self, engine: EngineProcess, answer: Said) -> None:
         long, neighbour = (
             ask(engine, request("long", max_tokens=LONG)),
             ask(engine, request("neighbour", max_tokens=30)),
@@ -216,8 +217,8 @@ class TestServing:
     @pytest.mark.parametrize(
         ("bad", "code"),
         [
-            (request("bad", Prompt(())), "empty_prompt"),
-            (request("bad", Prompt((5,) * 5000)), "context_length_exceeded"),
+            (request("bad", Asked(Prompt(()))), "empty_prompt"),
+            (request("bad", Asked(Prompt((5,) * 5000))), "context_length_exceeded"),
             (request("bad", logit_bias=((10**6, 1.0),)), "invalid_value"),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
@@ -235,7 +236,7 @@ class TestServing:
         assert ask(engine, request("good")).wait().reason == "length"
         assert engine.pid == pid
 
-    def test_an_id_in_use_is_refused_and_its_owner_keeps_its_answer(self, engine: EngineProcess, answer: Asked) -> None:
+    def test_an_id_in_use_is_refused_and_its_owner_keeps_its_answer(self, engine: EngineProcess, answer: Said) -> None:
         owner = ask(engine, request("twice", max_tokens=60))
         with pytest.raises(ValueError, match="'twice' is in use"):
             ask(engine, request("twice"))
@@ -243,7 +244,7 @@ class TestServing:
         assert owner.tokens == answer(TEXT, 60)
         assert ask(engine, request("twice")).wait().reason == "length"
 
-    def test_a_callback_that_fails_harms_nobody(self, engine: EngineProcess, answer: Asked) -> None:
+    def test_a_callback_that_fails_harms_nobody(self, engine: EngineProcess, answer: Said) -> None:
         def fail(delta: TokenDelta) -> None:
             raise RuntimeError("a bug in the caller")
 
@@ -253,7 +254,7 @@ class TestServing:
         assert good.tokens == answer(TEXT, 5)
 
     def test_a_killed_engine_ends_its_requests_with_an_error_and_comes_back(
-        self, engine: EngineProcess, answer: Asked
+        self, engine: EngineProcess, answer: Said
     ) -> None:
         states: list[str] = []
         long, other, pid = Reader(), Reader(), engine.pid
@@ -348,7 +349,7 @@ class TestStarting:
 
 
 class TestClosing:
-    def test_it_waits_for_what_ends_in_time_and_ends_the_rest(self, spec: EngineSpec, answer: Asked) -> None:
+    def test_it_waits_for_what_ends_in_time_and_ends_the_rest(self, spec: EngineSpec, answer: Said) -> None:
         engine = EngineProcess(spec)
         engine.start()
         short, long = ask(engine, request("short")), ask(engine, request("long", max_tokens=LONG))

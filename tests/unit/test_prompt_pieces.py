@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
-import torch
 from checkpoints import MEDIA, build_tokenizer, plain_backend
 
 from siglane.errors import ConfigError
@@ -16,7 +15,6 @@ from siglane.types import (
     Grid,
     ImageLayout,
     ImagePart,
-    ImagePatches,
     ImagePlaceholder,
     ImageSpan,
     Indicator,
@@ -28,7 +26,6 @@ from siglane.types import (
     Size,
     Tile,
     Token,
-    digest_of,
 )
 
 ROW_1, ROW_2 = "<row_1_col_1>", "<row_1_col_2>"
@@ -56,13 +53,12 @@ def plain(text: str) -> list[int]:
     return ids
 
 
-def image(*pieces: Piece) -> ImagePatches:
+def image(*pieces: Piece) -> ImageLayout:
     tile = Tile((Resize(Size(2, 1), "bicubic"),), Box(0, 0, 2, 1), Grid(1, 2))
-    layout = ImageLayout(Size(2, 1), (tile,), pieces, Grid(1, 1))
-    return ImagePatches(torch.zeros(2, 3), layout, digest_of(repr(pieces).encode()))
+    return ImageLayout(Size(2, 1), (tile,), pieces, Grid(1, 1))
 
 
-def prompt(*parts: str | ImagePatches) -> Prompt:
+def prompt(*parts: str | ImageLayout) -> Prompt:
     """One user turn."""
     images = [part for part in parts if not isinstance(part, str)]
     numbers = iter(range(len(images)))
@@ -100,7 +96,8 @@ class TestSpans:
         found = prompt(one, other, one)
         assert found.token_ids == turn(*[IMAGE] * 8)
         assert found.spans == (ImageSpan(1, 4, 0), ImageSpan(4, 6, 1), ImageSpan(6, 9, 2))
-        assert found.images == (one, other, one)
+        assert found.layouts == (one, other, one)
+        assert found.order == (0, 1, 2)
 
     def test_anything_between_begins_another_span(self) -> None:
         """VILA: the newline behind every tile is an id of its own."""
@@ -154,8 +151,8 @@ def test_every_image_has_its_rows() -> None:
     pieces = (Token(ROW_1), Indicator(0), ImagePlaceholder(4), LINE_FEED, ImagePlaceholder(2), TEXT_FEED, Indicator(1))
     found = prompt("a", image(*pieces), image(*pieces), "b")
     assert sum(token == IMAGE for token in found.token_ids) == 2 * 8
-    for number, one in enumerate(found.images):
+    for number, one in enumerate(found.layouts):
         spans = [span for span in found.spans if span.image == number]
         assert [span.stop - span.start for span in spans] == [5, 2, 1]
-        assert one.layout.rows == 8
-        assert one.layout.image_tokens == 6
+        assert one.rows == 8
+        assert one.image_tokens == 6

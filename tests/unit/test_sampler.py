@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from engine_kit import image, prompt
+from engine_kit import Asked, image, prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,19 +15,19 @@ from siglane.engine import sampler
 from siglane.engine.batch import Sequence as Running
 from siglane.engine.sampler import HEAD, SampledToken, filter_probabilities, sample
 from siglane.errors import EngineError
-from siglane.types import Prompt, Request, SamplingParams
+from siglane.types import SamplingParams
 
 EOS = frozenset({3})
 LOGITS = torch.tensor([2.0, 1.5, 0.5, 2.5, -1.0, 0.0, 1.0, -3.0])
 TOKENS = len(LOGITS)
 
 
-def running(asked: Prompt | None = None, answered: tuple[int, ...] = (), order: int = 0, **sampling: object) -> Running:
+def running(asked: Asked | None = None, answered: tuple[int, ...] = (), order: int = 0, **sampling: object) -> Running:
     """A request that has answered so far, with the generator that the engine would give it."""
     params = SamplingParams(**sampling)  # type: ignore[arg-type]
     generator = torch.Generator()
     generator.manual_seed(params.seed or 0)
-    sequence = Running.of(Request("r", asked or prompt(5, 6), params, 100), order, generator)
+    sequence = Running.of((asked or prompt(5, 6)).request("r", params, 100), order, generator)
     for token_id in answered:
         sequence.append(token_id)
     return sequence
@@ -228,13 +228,13 @@ class TestAdjustments:
         assert chosen.token_id == 0
 
     def test_placeholders_outside_the_vocabulary_are_not_penalised(self) -> None:
-        asked = Prompt((-200, 7, 99, 10**6))
+        asked = prompt(-200, 7, 99, 10**6)
         assert choose(LOGITS, running(asked, repetition_penalty=2.0)).token_id == 3
-        assert choose(LOGITS, running(Prompt((99,)), repetition_penalty=2.0)).token_id == 3
+        assert choose(LOGITS, running(prompt(99), repetition_penalty=2.0)).token_id == 3
         # the last token of the vocabulary is not the one that -1 would mean
         favoured = LOGITS.clone()
         favoured[-1] = 3.0
-        assert choose(favoured, running(Prompt((-1,)), repetition_penalty=9.0)).token_id == TOKENS - 1
+        assert choose(favoured, running(prompt(-1), repetition_penalty=9.0)).token_id == TOKENS - 1
 
     def test_an_image_in_the_prompt_is_no_obstacle(self) -> None:
         asked = prompt(0, image(1), 3)

@@ -6,11 +6,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-from engine_kit import Part, Rig, Tiled, continuation, image, prompt, request
+from engine_kit import Asked, Part, Rig, Tiled, continuation, image, prompt, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siglane.types import Prompt, Request
+from siglane.types import Request
 
 
 def finished(rig: Rig, *requests: Request) -> None:
@@ -18,11 +18,11 @@ def finished(rig: Rig, *requests: Request) -> None:
     rig.add(*requests)
     rig.run()
     for one in requests:
-        assert rig.answers[one.request_id] == continuation(one.prompt, one.max_tokens), one.request_id
+        assert rig.answers[one.request_id] == continuation(one, one.max_tokens), one.request_id
     rig.check_idle()
 
 
-def text(length: int, first: int = 0) -> Prompt:
+def text(length: int, first: int = 0) -> Asked:
     return prompt(*range(first, first + length))
 
 
@@ -80,8 +80,8 @@ class TestBudgets:
         rig = Rig(tokens=100, patches=8)
         large, small = image(1, rows=4, patches=50), image(2)
         rig.add(request("large", prompt(1, large, 2)), request("small", prompt(3, small, 4)))
-        assert len(rig.step().misses) == 1
-        assert len(rig.step().misses) == 1
+        assert len(rig.step().images_to_encode) == 1
+        assert len(rig.step().images_to_encode) == 1
         rig.run()
         assert rig.encoded == [large.digest, small.digest]
 
@@ -125,7 +125,7 @@ class TestImages:
     def test_tenants_do_not_share_encoded_images(self) -> None:
         rig = Rig(tokens=100)
         rig.add(request("a", prompt(1, image(1), 2), salt="a"), request("b", prompt(1, image(1), 2), salt="b"))
-        assert len(rig.step().misses) == 2
+        assert len(rig.step().images_to_encode) == 2
         rig.run()
 
     def test_a_prefix_that_ends_inside_an_image_needs_the_image_only_for_its_rest(self) -> None:

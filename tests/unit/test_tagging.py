@@ -24,7 +24,7 @@ from dual_checkpoint import write_dual_checkpoint
 
 from siglane import Tag, Tagged, Tagger
 from siglane.errors import ConfigError, UserError
-from siglane.families.pipeline import PREPARE_AHEAD
+from siglane.families.ahead import PREPARE_AHEAD
 from siglane.settings.tagging import TagSettings, read_settings
 from siglane.tagging.cache import default_folder
 from siglane.tagging.labels import read_labels

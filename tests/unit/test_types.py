@@ -17,7 +17,9 @@ from siglane.types import (
     ImageTokens,
     Marker,
     Prompt,
+    Request,
     Resize,
+    SamplingParams,
     Size,
     Tile,
     digest_of,
@@ -46,7 +48,11 @@ def prompt(*images: ImagePatches, text: int = 7) -> Prompt:
             ImageSpan(5 * number + 4, 5 * number + 5, number),
         )
     ]
-    return Prompt(one * len(images), tuple(spans), images)
+    return Prompt(one * len(images), tuple(spans), tuple(one.layout for one in images), tuple(range(len(images))))
+
+
+def request(*images: ImagePatches) -> Request:
+    return Request("a", prompt(*images), SamplingParams(), 1, images=images)
 
 
 class TestPrompt:
@@ -73,16 +79,48 @@ class TestPrompt:
         self, spans: tuple[tuple[int, int, int], ...], complaint: str
     ) -> None:
         with pytest.raises(ValueError, match=complaint):
-            Prompt((IMAGE_ID,) * 5, tuple(ImageSpan(*span) for span in spans), (image("a"),))
+            Prompt((IMAGE_ID,) * 5, tuple(ImageSpan(*span) for span in spans), (image("a").layout,), (0,))
+
+    @pytest.mark.parametrize("order", [(), (0,), (0, 0), (1, 2), (0, 1, 2), (-1, 0)])
+    def test_the_order_names_each_image_once(self, order: tuple[int, ...]) -> None:
+        known = prompt(image("a"), image("b"))
+        with pytest.raises(ValueError, match="does not name each of 2 images once"):
+            Prompt(known.token_ids, known.spans, known.layouts, order)
+
+    def test_what_belongs_to_the_images_is_put_in_the_prompts_order(self) -> None:
+        known = prompt(image("a"), image("b"), image("c"))
+        moved = Prompt(known.token_ids, known.spans, known.layouts, (2, 0, 1))
+        assert moved.in_order(["first", "second", "third"]) == ("third", "first", "second")
+        assert Prompt((1,)).in_order([]) == ()
+        for wrong in (["first", "second"], ["first", "second", "third", "fourth"]):
+            with pytest.raises(ValueError, match=f"the prompt has 3 images, {len(wrong)} are given"):
+                moved.in_order(wrong)
+
+
+class TestRequest:
+    def test_its_images_are_the_prompts(self) -> None:
+        one, other = image("a"), image("b", rows=4)
+        spans = (ImageSpan(0, 3, 0), ImageSpan(3, 7, 1))
+        asked = Prompt((IMAGE_ID,) * 7, spans, (one.layout, other.layout), (0, 1))
+        assert Request("a", asked, SamplingParams(), 1, images=(one, other)).images == (one, other)
+        for wrong in ((), (one,), (one, other, other)):
+            with pytest.raises(ValueError, match=f"the prompt has 2 images, {len(wrong)} are given"):
+                Request("a", asked, SamplingParams(), 1, images=wrong)
+        with pytest.raises(ValueError, match="image 0 does not have the layout that the prompt was written for"):
+            Request("a", asked, SamplingParams(), 1, images=(other, one))
+        with pytest.raises(ValueError, match="image 1 does not have the layout"):
+            Request("a", asked, SamplingParams(), 1, images=(one, one))
+        with pytest.raises(ValueError, match="the prompt has 0 images, 1 are given"):
+            Request("a", Prompt((1, 2)), SamplingParams(), 1, images=(one,))
 
     def test_cache_ids_are_equal_for_equal_images_only(self) -> None:
-        same, other = prompt(image("a"), image("b")), prompt(image("a"), image("c"))
-        assert same.cache_ids() == prompt(image("a"), image("b")).cache_ids()
+        same, other = request(image("a"), image("b")), request(image("a"), image("c"))
+        assert same.cache_ids() == request(image("a"), image("b")).cache_ids()
         assert same.cache_ids()[:5] == other.cache_ids()[:5]
         assert same.cache_ids() != other.cache_ids()
 
     def test_cache_ids_keep_the_text_and_cannot_be_taken_for_it(self) -> None:
-        ids = prompt(image("a")).cache_ids()
+        ids = request(image("a")).cache_ids()
         assert (ids[0], ids[3]) == (7, 5)
         assert ids[1] == ids[2] == ids[4] < 0
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints import write_nvila_checkpoint
 from clips import LEVELS, animation, frame, growing, number_of, video
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,13 +16,16 @@ from siglane.config.preprocess import DecodeConfig
 from siglane.config.projector import vila_projector
 from siglane.config.video import Spread, VideoRule
 from siglane.errors import ImageError, UserError
+from siglane.families.pipeline import MediaPipeline
+from siglane.families.processor import load_processor
 from siglane.image.resize import resize
 from siglane.image.tile import render_tiles
 from siglane.image.video import _Film, chosen_pictures, decode_video, read_video_size
-from siglane.media.source import MediaPolicy, load_video
+from siglane.media.item import MediaItem
 from siglane.tiling.rule import PatchGeometry
 from siglane.tiling.vila import VilaTiling
 from siglane.types import DecodedImage, DecodedVideo, Size, VideoSize
+from siglane.weights.hub import open_checkpoint
 
 RULE = VideoRule("<video>", 8, 64)
 CONFIG = DecodeConfig()
@@ -209,13 +213,22 @@ class TestRefusals:
 def test_sources_of_a_local_caller(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     path.write_bytes(video(6))
-    policy = MediaPolicy(allow_private_addresses=True)
-    sources = (path, str(path), path.as_uri(), path.read_bytes())
-    digests = {load_video(source, policy, RULE, 3, CONFIG).digest for source in sources}
+    write_nvila_checkpoint(tmp_path / "model")
+    pipeline = MediaPipeline(load_processor(open_checkpoint(tmp_path / "model")).config, decode=CONFIG)
+
+    def load(source: object, frames: int) -> bytes:
+        item = MediaItem(source, "videos[0]", video=True, frames=frames)
+        pipeline.admit([item])
+        pipeline.read(item)
+        measured, clip = pipeline.measure(item), pipeline.decode(item)
+        assert clip.size == measured == VideoSize(Size(64, 48), frames)
+        return clip.digest
+
+    digests = {load(source, 3) for source in (path, str(path), path.as_uri(), path.read_bytes())}
     assert len(digests) == 1
-    assert load_video(path, policy, RULE, 2, CONFIG).digest not in digests
+    assert load(path, 2) not in digests
     with pytest.raises(ImageError, match=r"nowhere\.mp4"):
-        load_video(tmp_path / "nowhere.mp4", policy, RULE, 2, CONFIG)
+        load(tmp_path / "nowhere.mp4", 2)
 
 
 class TestPictures:
@@ -241,10 +254,10 @@ class TestPictures:
     def test_a_model_that_pads_wants_one_size(self) -> None:
         clip = DecodedVideo.of([DecodedImage.from_rgb(frame(n, size)) for n, size in enumerate([(64, 48), (30, 90)])])
         with pytest.raises(ImageError) as caught:
-            render_tiles(clip.frames, tiling("pad").clip(clip.size, GEOMETRY))
+            render_tiles(clip.frames, tiling("pad").video(clip.size, GEOMETRY))
         assert caught.value.code == "frame_sizes_differ"
         same = DecodedVideo.of([DecodedImage.from_rgb(frame(n)) for n in range(2)])
-        assert len(render_tiles(same.frames, tiling("pad").clip(same.size, GEOMETRY))) == 2
+        assert len(render_tiles(same.frames, tiling("pad").video(same.size, GEOMETRY))) == 2
 
 
 GEOMETRY = PatchGeometry(14, vila_projector("mlp_downsample_3x3_fix", input_size=3, output_size=4))

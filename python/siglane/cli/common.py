@@ -15,7 +15,7 @@ from siglane.settings.media import DecodeOptions
 from siglane.tiling.rule import ImageBudget
 
 if TYPE_CHECKING:
-    from siglane.families.processor import EncoderProcessor, Processor
+    from siglane.families.processor import ImageProcessor
     from siglane.weights.hub import Checkpoint
 
 
@@ -49,13 +49,13 @@ def checkpoint_of(arguments: argparse.Namespace) -> Checkpoint:
     return open_model(arguments.model, read_options(ModelOptions, arguments).revision)
 
 
-def load_image_processor(checkpoint: Checkpoint) -> Processor | EncoderProcessor:
+def load_image_processor(checkpoint: Checkpoint) -> ImageProcessor:
     """What lays out pictures for any checkpoint, plain SigLIP towers included. Reads no weights."""
-    from siglane.families.processor import EncoderProcessor, load_processor
+    from siglane.families.processor import ImageProcessor, load_processor
     from siglane.families.registry import tower_family
 
     if tower := tower_family(checkpoint):
-        return EncoderProcessor(tower.read_config(checkpoint))
+        return ImageProcessor(tower.read_config(checkpoint))
     return load_processor(checkpoint)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from siglane.cli.common import (
     BUDGET,
@@ -22,14 +22,7 @@ from siglane.errors import UserError
 from siglane.settings.flags import OptionGroup, read_options
 from siglane.settings.media import DecodeOptions
 from siglane.settings.options import CommandOptions
-from siglane.tiling.rule import ImageBudget, no_video
-
-if TYPE_CHECKING:
-    from siglane.config.preprocess import DecodeConfig
-    from siglane.config.vlm import ImageFacts
-    from siglane.types import DecodedImage, DecodedVideo
-
-VIDEO_BYTES = 1 << 30
+from siglane.tiling.rule import ImageBudget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,19 +48,26 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, out: TextIO) -> int:
     options = read_options(LookOptions, arguments)
     decode = read_options(DecodeOptions, arguments).local
-    budget = read_options(ImageBudget, arguments)
+    image_limits = read_options(ImageBudget, arguments)
+    if options.num_frames is not None and not options.video:
+        raise UserError("--num-frames is about a video; give --video too", code="bad_option")
     check_writable(options.output)
 
+    from siglane.families.pipeline import MediaPipeline
     from siglane.families.processor import Processor
-    from siglane.families.report import report_image
     from siglane.look.drawing import counted
-    from siglane.look.view import Positions, View, draw, unpatchify
+    from siglane.look.page import draw
+    from siglane.look.view import Positions, View, unpatchify
+    from siglane.media.item import MediaItem
     from siglane.types import DecodedVideo
 
     processor = load_image_processor(checkpoint_of(arguments))
-    medium = _medium(arguments.image, options, processor.config, decode)
-    (layout,) = processor.layouts([medium.size], [budget])
-    vision = processor.config.vision
+    pipeline = MediaPipeline(processor.config, decode=decode)
+    item = MediaItem(arguments.image, "IMAGE", image_limits, video=options.video, frames=options.num_frames)
+    pipeline.admit([item])
+    pipeline.read(item)
+    pipeline.lay_out([item])
+    medium, layout, vision = pipeline.decode(item), item.layout, processor.config.vision
     pixels = processor.patches(medium, layout).pixels.numpy()
     tiles = unpatchify(pixels, layout.grids, vision.patch_size, vision.patch_layout == "channel_first")
     view = View(
@@ -85,24 +85,8 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     except OSError as error:
         raise UserError(f"cannot write {options.output}: {error.strerror}", code="cannot_write") from error
     if options.json:
-        report = report_image(layout, processor.config.preprocess.rule, budget.detail, budget)
-        emit_json(describe(arguments.image, report) | {"view": str(options.output)}, out)
+        emit_json(describe(arguments.image, pipeline.report(item)) | {"view": str(options.output)}, out)
     else:
         tokens = counted(layout.image_tokens, "image token" if view.speaks else "row")
         out.write(f"{options.output}: {counted(len(layout.tiles), 'tile')}, {tokens}\n")
     return 0
-
-
-def _medium(source: str, options: LookOptions, facts: ImageFacts, decode: DecodeConfig) -> DecodedImage | DecodedVideo:
-    """The picture, or the frames of a video that the model would be shown."""
-    from siglane.config.vlm import VlmConfig
-    from siglane.media.source import MediaPolicy, load_source, load_video
-
-    if not options.video:
-        if options.num_frames is not None:
-            raise UserError("--num-frames is about a video; give --video too", code="bad_option")
-        return load_source(source, MediaPolicy(allow_private_addresses=True), decode)
-    if not isinstance(facts, VlmConfig) or facts.video is None:
-        raise no_video()
-    policy = MediaPolicy(allow_private_addresses=True, max_bytes=VIDEO_BYTES)
-    return load_video(source, policy, facts.video, facts.video.count(options.num_frames), decode)

@@ -49,21 +49,20 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     if not arguments.images and not options.sizes:
         raise UserError("no pictures; give IMAGE files or --sizes", code="bad_option")
     decode = read_options(DecodeOptions, arguments).local
-    budget = read_options(ImageBudget, arguments)
+    image_limits = read_options(ImageBudget, arguments)
 
     # nothing here needs torch or transformers: a folder is counted before they would have been imported
+    from siglane.families.pipeline import MediaPipeline
     from siglane.families.registry import image_facts
-    from siglane.families.report import report_image
-    from siglane.image.decode import read_size_of_file
+    from siglane.media.item import MediaItem
 
-    facts = image_facts(checkpoint_of(arguments))
-    media = [
-        *(read_size_of_file(path, decode) for path in arguments.images),
-        *(_medium(text) for text in options.sizes),
-    ]
-    groups = [media] if options.together else [[medium] for medium in media]
-    layouts = [layout for group in groups for layout in facts.layouts(group, [budget] * len(group))]
-    reports = [report_image(layout, facts.preprocess.rule, budget.detail, budget) for layout in layouts]
+    pipeline = MediaPipeline(image_facts(checkpoint_of(arguments)), image_limits, decode=decode)
+    items = [MediaItem(path, "IMAGE") for path in arguments.images]
+    items += [MediaItem(None, "--sizes", size=_medium(text)) for text in options.sizes]
+    pipeline.admit(items)
+    for group in [items] if options.together else [[item] for item in items]:
+        pipeline.lay_out(group)
+    layouts, reports = [item.layout for item in items], list(map(pipeline.report, items))
     names = [*arguments.images, *options.sizes]
     if options.json:
         emit_json([describe(*pair) for pair in zip(names, reports, strict=True)], out)

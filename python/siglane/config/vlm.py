@@ -10,8 +10,8 @@ from siglane.config.preprocess import PreprocessConfig
 from siglane.config.projector import ProjectorConfig
 from siglane.config.video import VideoRule
 from siglane.config.vision import VisionConfig
-from siglane.tiling.rule import ImageBudget, ImageContext, PatchGeometry
-from siglane.types import ImageLayout, Medium, VideoSize
+from siglane.tiling.rule import ImageBudget, PatchGeometry, lay_out
+from siglane.types import ImageLayout, Medium
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,26 +22,20 @@ class ImageFacts:
     projector: ProjectorConfig
     preprocess: PreprocessConfig
 
-    def layouts(
-        self, media: Sequence[Medium], budgets: Sequence[ImageBudget | None] | None = None
-    ) -> tuple[ImageLayout, ...]:
-        """The layouts of all images and videos of one request, from their sizes alone.
+    @property
+    def geometry(self) -> PatchGeometry:
+        return PatchGeometry(self.vision.patch_size, self.projector)
 
-        budgets: one for each, None for the checkpoint's own limits. UserError as `LayoutRule.within` and `.video`.
-        Videos do not count when images are: one image beside a video is tiled as if alone, as the references do.
+    def layouts(
+        self, media: Sequence[Medium], image_limits: Sequence[ImageBudget | None] | None = None
+    ) -> tuple[ImageLayout, ...]:
+        """The layouts of all images and videos of one request, from their sizes alone (`tiling.rule.lay_out`).
+
+        image_limits: of each, None for the checkpoint's own. UserError as `LayoutRule.within` and `.video`.
         """
-        geometry = PatchGeometry(self.vision.patch_size, self.projector)
-        limits = budgets or [None] * len(media)
-        images = sum(not isinstance(medium, VideoSize) for medium in media)
-        found: list[ImageLayout] = []
-        for medium, budget in zip(media, limits, strict=True):
-            rule = self.preprocess.rule if budget is None else self.preprocess.rule.within(budget).rule
-            if isinstance(medium, VideoSize):
-                found.append(rule.video(medium, geometry))
-            else:
-                index = sum(layout.frames == 0 for layout in found)
-                found.append(rule.image(medium, geometry, ImageContext(index, images)))
-        return tuple(found)
+        own = self.preprocess.rule
+        rules = [own if limits is None else own.within(limits).rule for limits in image_limits or [None] * len(media)]
+        return lay_out(media, rules, self.geometry)
 
 
 @dataclass(frozen=True, slots=True)

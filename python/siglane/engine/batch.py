@@ -25,7 +25,7 @@ class ImageRows(NamedTuple):
 
 def image_rows(request: Request) -> tuple[ImageRows, ...]:
     """The prompt's spans, each with its first row inside its image."""
-    seen = [0] * len(request.prompt.images)
+    seen = [0] * len(request.images)
     rows = []
     for start, stop, image in request.prompt.spans:
         rows.append(ImageRows(start, stop, image, seen[image]))
@@ -63,7 +63,7 @@ class Sequence:
     def of(
         cls, request: Request, order: int, generator: torch.Generator, thinking_budget: ThinkingBudget | None = None
     ) -> Sequence:
-        token_ids, cache_ids = list(request.prompt.token_ids), list(request.prompt.cache_ids())
+        token_ids, cache_ids = list(request.prompt.token_ids), list(request.cache_ids())
         return cls(request, order, token_ids, cache_ids, image_rows(request), generator, thinking_budget)
 
     @property
@@ -89,7 +89,7 @@ class Sequence:
         return list(dict.fromkeys(span.image for span in self.spans if span.start < stop and start < span.stop))
 
     def feature_key(self, image: int) -> FeatureKey:
-        return self.request.cache_salt, self.request.prompt.images[image].digest
+        return self.request.cache_salt, self.request.images[image].digest
 
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)

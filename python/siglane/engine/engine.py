@@ -169,7 +169,7 @@ class Engine:
         if not images_to_encode:
             return []
         begin = time.monotonic()
-        images = [wanting[0][0].request.prompt.images[wanting[0][1]] for wanting in images_to_encode.values()]
+        images = [wanting[0][0].request.images[wanting[0][1]] for wanting in images_to_encode.values()]
         encoded = self._encode_isolated(images)
         seconds = time.monotonic() - begin
         for sequence in {sequence for wanting in images_to_encode.values() for sequence, _ in wanting}:

@@ -111,7 +111,7 @@ class Scheduler:
         for image in sequence.images_in(sequence.computed, stop):
             if image in sequence.features:
                 continue
-            key, layout = sequence.feature_key(image), sequence.request.prompt.images[image].layout
+            key, layout = sequence.feature_key(image), sequence.request.images[image].layout
             wanting = step.images_to_encode.get(key)
             if wanting is not None:
                 wanting.append((sequence, image))

@@ -18,7 +18,7 @@ def splice(embeds: torch.Tensor, offset: int, chunk: Chunk) -> None:
         if first >= last:
             continue
         rows = chunk.sequence.features.get(image)
-        needed = chunk.sequence.request.prompt.images[image].layout.rows
+        needed = chunk.sequence.request.prompt.layouts[image].rows
         if rows is None or rows.shape[0] != needed:
             raise RuntimeError(f"image {image} needs {needed} rows, it has {'none' if rows is None else rows.shape[0]}")
         target = offset + first - chunk.start

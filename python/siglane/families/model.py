@@ -13,7 +13,7 @@ from torch import nn
 
 from siglane.config.vlm import VlmConfig
 from siglane.errors import ConfigError
-from siglane.families.processor import EncoderProcessor, ImageProcessor, load_processor
+from siglane.families.processor import ImageProcessor, load_processor
 from siglane.families.registry import is_vision_only, tower_family, vlm_family
 from siglane.families.stack import VisionEncoderModel, VisionStack
 from siglane.lm.build import build_language_model
@@ -97,7 +97,7 @@ def load_vision(
             lambda: VisionEncoderModel(encoder.vision, encoder.preprocess, tp, attention_backend), plan, tensors
         )
         allocate(tower, torch.device(device), dtype)
-        return _filled(tower, plan, tensors), EncoderProcessor(encoder)
+        return _filled(tower, plan, tensors), ImageProcessor(encoder)
     processor = load_processor(checkpoint)
     family, config = vlm_family(checkpoint), processor.config
     plan = family.vision_plan(config) + family.language_plan(config).unused("the language model is not loaded")

@@ -48,7 +48,7 @@ FORCED_END = (
 
 # No default system turn; the text behind `</think>` is all that is kept of earlier answers (`PromptRules`). The hub's
 # template also takes the letters `<image>` and `<video>` out of messages, lest they become placeholders; siglane's
-# prompts cannot be written that way (families/prompt/builder.py), so a user's text stays as it is.
+# prompts cannot be written that way (families/prompt/reserved.py), so a user's text stays as it is.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' ~ message['role'] ~ '\n' ~ message['content'] ~ '<|im_end|>\n' }}"

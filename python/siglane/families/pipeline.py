@@ -1,195 +1,240 @@
-"""What a Python caller may name as an image or a video, and how it is loaded, a few threads ahead of its use."""
+"""The images and videos of one request, from what a caller names to patches.
+
+A request's media are one list of `MediaItem`, whose items gain what each stage finds out:
+
+    admit -> read -> lay_out (which measures) -> preprocess
+
+Everything that can refuse one without decoding it comes before `preprocess`, the cheapest checks first. The stages are
+plain functions of the items: threads, and the bytes that they hold, are the caller's business.
+"""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from itertools import islice
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec, TypeVar, get_args
 
 from PIL import Image
 
-from siglane.config.preprocess import DecodeConfig
+from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
 from siglane.config.video import VideoRule
-from siglane.errors import UserError
-from siglane.families.processor import ImageProcessor
+from siglane.config.vlm import ImageFacts, VlmConfig
+from siglane.errors import ImageError, UserError, blaming
 from siglane.families.report import ImageReport, report_image
-from siglane.image.video import chosen_pictures
-from siglane.media.source import MediaPolicy, load_source, load_video
-from siglane.tiling.rule import LIMITS, ImageBudget, LayoutRule, no_video
-from siglane.types import DecodedImage, DecodedVideo, Detail, ImagePatches
+from siglane.image.decode import decode, from_pil, pil_size, read_size
+from siglane.image.video import chosen_pictures, decode_video, read_video_size
+from siglane.media.item import MediaItem
+from siglane.media.policy import LOCAL_MEDIA, MediaPolicy
+from siglane.media.source import fetch, local_path, naming, open_file, read_local
+from siglane.settings.media import MediaConfig
+from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget, lay_out, no_video
+from siglane.types import DecodedImage, DecodedVideo, ImageLayout, Medium, Size, VideoSize
 
-P = ParamSpec("P")
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-ImageSource = str | Path | bytes | Image.Image
-VideoSource = str | Path | bytes | list[ImageSource] | tuple[ImageSource, ...]
-
-BUDGET_KEYS = frozenset({"detail", *LIMITS})
-LOCAL_MEDIA = MediaPolicy(allow_private_addresses=True)  # a local caller may read what this process may
-VIDEO_BYTES = 1 << 30  # of a video's file from a web server
-PREPARE_THREADS = 4
-PREPARE_AHEAD = 16  # prompts whose pictures are being read or wait for the engine
+VIDEO_BYTES = 1 << 30  # of a video's file from a web server, for a local caller
 
 
-@dataclass(frozen=True, slots=True)
-class MediaItem:
-    """An image or a video of one prompt. source: what the caller gave, checked when it is loaded; budget: the limits
-    named beside it; where: its place, for messages; frames: of a video, None for what the model takes."""
+class MediaPipeline:
+    """The stages of a request's media, for one model.
 
-    source: object
-    budget: ImageBudget
-    where: str
-    video: bool = False
-    frames: int | None = None
+    Of a local caller, who may read what this process may: image_limits: those of items that name none of their own
+    (`ImageBudget.over`). Of a server (`for_clients`): the ceiling of its clients' (`under`). blame: puts an item's
+    place on an error. UserError when the model does not know one of the limits.
+    """
 
+    def __init__(
+        self,
+        facts: ImageFacts,
+        image_limits: ImageBudget = CHECKPOINT_LIMITS,
+        policy: MediaPolicy = LOCAL_MEDIA,
+        decode: DecodeConfig = LOCAL_DECODE,
+        *,
+        caps: MediaConfig | None = None,
+        blame: Callable[[UserError, str], UserError] = UserError.at,
+    ) -> None:
+        self._facts, self._image_limits, self._decode_config = facts, image_limits, decode
+        self._caps, self._blame = caps, blame
+        self._video_rule = facts.video if isinstance(facts, VlmConfig) else None
+        self._rule = facts.preprocess.rule
+        self._rule.within(image_limits)  # before any image, and before weights are read
+        self._policy = policy
+        video_bytes = max(policy.max_bytes, VIDEO_BYTES) if caps is None else caps.max_video_bytes
+        self._video_policy = replace(policy, max_bytes=video_bytes)
 
-def image_item(given: object, where: str) -> MediaItem:
-    """An image source, or a dictionary `{"image": source}` with a budget."""
-    if not isinstance(given, Mapping):
-        return MediaItem(given, ImageBudget(), where)
-    check_keys(given, {"image", *BUDGET_KEYS}, where)
-    return MediaItem(given.get("image"), read_budget(given, where), where)
+    @classmethod
+    def for_clients(
+        cls,
+        config: MediaConfig,
+        facts: ImageFacts,
+        ceiling: ImageBudget,
+        blame: Callable[[UserError, str], UserError] = UserError.at,
+    ) -> MediaPipeline:
+        """The pipeline of a server, whose settings bound what its clients may ask for."""
+        return cls(facts, ceiling, MediaPolicy.of(config), config.decode, caps=config, blame=blame)
 
+    def prepare(self, items: Sequence[MediaItem]) -> None:
+        """All stages, for a local caller."""
+        self.admit(items)
+        for item in items:
+            self.read(item)
+        self.lay_out(items)
+        for item in items:
+            self.preprocess(item)
 
-def video_item(given: object, where: str) -> MediaItem:
-    """A video source, or a dictionary `{"video": source}` with `num_frames` and a budget."""
-    if not isinstance(given, Mapping):
-        return MediaItem(given, ImageBudget(), where, video=True)
-    check_keys(given, {"video", "num_frames", *BUDGET_KEYS}, where)
-    frames = given.get("num_frames")
-    if frames is not None and not _is_int(frames):
-        raise UserError(f"{where}: num_frames must be a number", code="invalid_prompt", param=where)
-    return MediaItem(given.get("video"), read_budget(given, where), where, video=True, frames=frames)
+    def admit(self, items: Sequence[MediaItem]) -> None:
+        """Sets the limits, the rule and the frames that are in force. UserError for too many items, or for limits or
+        frames that cannot be had."""
+        if self._caps is not None:
+            for kind, most, count in (
+                ("images", self._caps.max_images, sum(not item.video for item in items)),
+                ("videos", self._caps.max_videos, sum(item.video for item in items)),
+            ):
+                if count > most:
+                    message = f"the request has {count} {kind}; at most {most} are accepted"
+                    raise UserError(message, code=f"too_many_{kind}", param="messages")
+        for item in items:
+            with self.at(item):
+                self._admit(item)
 
+    def read(self, item: MediaItem) -> None:
+        """Sets `file`. Raises ImageError as `fetch`; image_not_found for a local caller's missing file."""
+        with self.at(item):
+            self._read(item)
 
-def read_budget(fields: Mapping[str, Any], where: str) -> ImageBudget:
-    """The budget among the keys of a dictionary; None is as good as absent. UserError names the value at fault."""
-    found = {name: fields[name] for name in BUDGET_KEYS if fields.get(name) is not None}
-    for name, value in found.items():
-        if name == "detail":
-            fits, expected = value in get_args(Detail), f"one of {', '.join(get_args(Detail))}"
-        elif name == "grid_pinpoints":
-            fits, expected = _are_pairs(value), "pairs of height and width"
-        else:
-            fits, expected = _is_int(value), "a number"
-        if not fits:
-            raise UserError(f"{where}: {name} must be {expected}, got {value!r}", code="invalid_prompt", param=where)
-    if "grid_pinpoints" in found:
-        found["grid_pinpoints"] = tuple((height, width) for height, width in found["grid_pinpoints"])
-    try:
-        return ImageBudget(**found)
-    except UserError as error:
-        raise error.at(where) from None
+    def measure(self, item: MediaItem) -> Medium:
+        """Sets `size`, from the file's header; of a local caller's picture that was not read nothing else is.
 
+        Raises ImageError as `read_size` and `read_video_size`.
+        """
+        with self.at(item):
+            if item.size is None:
+                item.size = self._size(item)
+            return item.size
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    def lay_out(self, items: Sequence[MediaItem]) -> None:
+        """Measures all items of a request and sets what the model will see of each. ImageError for too many pixels or
+        patches."""
+        pixels, media = 0, []
+        for item in items:
+            media.append(size := self.measure(item))
+            if isinstance(size, Size):
+                pixels += size.width * size.height
+            if self._caps is not None and pixels > (most := self._caps.max_image_pixels):
+                message = f"the images have {pixels} pixels together; at most {most} are accepted"
+                raise ImageError(message, code="image_too_large", param=item.param)
+        layouts = lay_out(media, [item.rule.rule for item in items], self._facts.geometry)
+        for item, layout in zip(items, layouts, strict=True):
+            with self.at(item):
+                self._check_patches(layout)
+            item.layout = layout
 
+    def decode(self, item: MediaItem) -> DecodedImage | DecodedVideo:
+        """The pixels. Raises ImageError as `decode` and `decode_video`."""
+        with self.at(item):
+            if item.pictures:
+                return DecodedVideo.of([self._decoded(picture) for picture in item.pictures])
+            if not item.video:
+                return self._decoded(item)
+            assert isinstance(item.file, bytes)
+            assert item.frames is not None
+            return decode_video(item.file, self._video, item.frames, self._decode_config)
 
-def _are_pairs(value: object) -> bool:
-    return isinstance(value, list | tuple) and all(
-        isinstance(pair, list | tuple) and len(pair) == 2 and all(map(_is_int, pair)) for pair in value
-    )
+    def preprocess(self, item: MediaItem) -> None:
+        """Decodes and cuts: sets `patches`, and lets the file go. The decoded image never outlives the call."""
+        from siglane.image.patchify import to_patches  # needs torch, without which layouts can be counted
 
+        began = time.monotonic()
+        image = self.decode(item)
+        decoded = time.monotonic()
+        with self.at(item):
+            item.patches = to_patches(image, item.layout, self._facts.preprocess, self._facts.vision)
+        item.decoding, item.cutting = decoded - began, time.monotonic() - decoded
+        item.file = None
 
-class Prepared(NamedTuple):
-    """The images and videos of one prompt, and what became of each."""
+    def report(self, item: MediaItem) -> ImageReport:
+        """What became of an item that is laid out."""
+        return report_image(item.layout, item.requested, item.rule.detail, item.image_limits)
 
-    patches: list[ImagePatches]
-    reports: tuple[ImageReport, ...]
+    @contextmanager
+    def at(self, item: MediaItem) -> Iterator[None]:
+        """Puts the item's place on what goes wrong with it, and a local file's name: a client learns no paths."""
+        path = local_path(item.source) if self._caps is None else None
+        with blaming(item.param, self._blame), nullcontext() if path is None else naming(path):
+            yield
 
-
-@dataclass(frozen=True, slots=True)
-class Media:
-    """Loads what a caller names as an image or a video and cuts it. budget: where an item names no limit of its own;
-    video: how the model reads videos, None for one that does not."""
-
-    policy: MediaPolicy
-    decode: DecodeConfig
-    processor: ImageProcessor
-    budget: ImageBudget
-    video: VideoRule | None
-
-    def __post_init__(self) -> None:
-        self._rule.within(self.budget)  # UserError for a limit that the model cannot honour, before any image
+    def policy_of(self, item: MediaItem) -> MediaPolicy:
+        return self._video_policy if item.video else self._policy
 
     @property
-    def _rule(self) -> LayoutRule:
-        return self.processor.config.preprocess.rule
-
-    def prepare(self, items: Sequence[MediaItem]) -> Prepared:
-        """All items of one prompt. UserError names the one at fault by its place."""
-        loaded = [_blaming(item, self._load, item) for item in items]
-        budgets = [item.budget.over(self.budget) for item in items]
-        for item, budget in zip(items, budgets, strict=True):
-            _blaming(item, self._rule.within, budget)
-        layouts = self.processor.layouts([one.size for one in loaded], budgets)
-        patches = [
-            _blaming(item, self.processor.patches, one, layout)
-            for item, one, layout in zip(items, loaded, layouts, strict=True)
-        ]
-        reports = (
-            report_image(layout, self._rule, budget.detail, budget)
-            for layout, budget in zip(layouts, budgets, strict=True)
-        )
-        return Prepared(patches, tuple(reports))
-
-    def _load(self, item: MediaItem) -> DecodedImage | DecodedVideo:
-        return self._clip(item) if item.video else self._picture(item.source, item.where)
-
-    def _clip(self, item: MediaItem) -> DecodedVideo:
-        rule, source = self.video, item.source
-        if rule is None:
+    def _video(self) -> VideoRule:
+        if self._video_rule is None:
             raise no_video()
-        if isinstance(source, list | tuple):
-            pictures = chosen_pictures(source, rule, item.frames)
-            return DecodedVideo.of([self._picture(picture, item.where) for picture in pictures])
-        if not isinstance(source, str | Path | bytes):
-            message = f"{item.where} must be a path, URL, bytes or list of frames, got {type(source).__name__}"
+        return self._video_rule
+
+    def _admit(self, item: MediaItem) -> None:
+        wish = item.image_limits
+        if self._caps is None:
+            item.image_limits = wish.over(self._image_limits)
+            item.requested = item.image_limits.detail
+        else:
+            item.image_limits = wish.under(self._image_limits)
+            item.requested = wish.detail
+        item.rule = self._rule.within(item.image_limits)
+        if not item.video or item.size is not None:
+            return
+        if isinstance(item.source, list | tuple):
+            pictures = chosen_pictures(item.source, self._video, item.frames)
+            item.pictures = [MediaItem(picture, item.param) for picture in pictures]
+        else:
+            item.frames = self._video.count(item.frames, None if self._caps is None else self._caps.max_video_frames)
+
+    def _read(self, item: MediaItem) -> None:
+        source = item.source
+        if item.pictures:
+            for picture in item.pictures:
+                self.read(picture)
+        elif isinstance(source, str | Path | bytes):
+            item.file = self._bytes(source, self.policy_of(item))
+        elif isinstance(source, Image.Image) and not item.video:
+            item.file = source
+        else:
+            other = "list of frames" if item.video else "Pillow image"
+            message = f"{item.param} must be a path, URL, bytes or {other}, got {type(source).__name__}"
             raise UserError(message, code="invalid_prompt")
-        policy = replace(self.policy, max_bytes=max(self.policy.max_bytes, VIDEO_BYTES))
-        return load_video(source, policy, rule, rule.count(item.frames), self.decode)
 
-    def _picture(self, source: object, where: str) -> DecodedImage:
-        if not isinstance(source, ImageSource):
-            message = f"{where} must be a path, URL, bytes or Pillow image, got {type(source).__name__}"
-            raise UserError(message, code="invalid_prompt")
-        return load_source(source, self.policy, self.decode)
+    def _bytes(self, source: str | Path | bytes, policy: MediaPolicy) -> bytes:
+        if isinstance(source, bytes):
+            return source
+        return read_local(source, policy) if self._caps is None else fetch(str(source), policy)
 
+    def _size(self, item: MediaItem) -> Medium:
+        if item.pictures:
+            first = self.measure(item.pictures[0])
+            assert isinstance(first, Size)
+            return VideoSize(first, len(item.pictures))
+        if item.file is None:
+            path = local_path(item.source)
+            if path is not None and self._caps is None and not item.video:
+                with open_file(path) as file:
+                    return read_size(file, self._decode_config)
+            self._read(item)
+        if isinstance(item.file, Image.Image):
+            return pil_size(item.file, self._decode_config)
+        assert isinstance(item.file, bytes)
+        if not item.video:
+            return read_size(item.file, self._decode_config)
+        assert item.frames is not None
+        return read_video_size(item.file, self._video, item.frames, self._decode_config)
 
-def _blaming(item: MediaItem, function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
-    try:
-        return function(*args, **kwargs)
-    except UserError as error:
-        raise error.at(item.where) from error
+    def _check_patches(self, layout: ImageLayout) -> None:
+        if self._caps is not None and layout.patches > (most := self._caps.max_image_patches):
+            message = f"it would be {layout.patches} patches; at most {most} are accepted; ask for a smaller budget"
+            raise ImageError(message, code="image_too_large")
 
-
-def check_keys(found: Any, known: set[str], where: str) -> None:
-    if not isinstance(found, Mapping):
-        raise UserError(f"{where} must be a dictionary, got {type(found).__name__}", code="invalid_prompt", param=where)
-    unknown = sorted(map(str, found.keys() - known))
-    if unknown:
-        message = f"{where}: key {unknown[0]!r} is not known; siglane reads {', '.join(sorted(known))}"
-        raise UserError(message, code="invalid_prompt", param=where)
-
-
-def ahead(
-    prepare: Callable[[tuple[int, Item]], Result], items: Iterable[Item], most: int = PREPARE_AHEAD
-) -> Iterator[Result]:
-    """`prepare((number, item))` of every item, in order, computed by a few threads at most `most` items ahead."""
-    waiting: deque[Future[Result]] = deque()
-    numbered = enumerate(items)
-    pool = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="siglane-prepare")
-    try:
-        while True:
-            waiting.extend(pool.submit(prepare, item) for item in islice(numbered, most - len(waiting)))
-            if not waiting:
-                return
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    def _decoded(self, picture: MediaItem) -> DecodedImage:
+        if isinstance(picture.file, Image.Image):
+            return from_pil(picture.file, self._decode_config)
+        assert isinstance(picture.file, bytes)
+        with self.at(picture):
+            return decode(picture.file, self._decode_config)

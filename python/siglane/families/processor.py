@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
@@ -20,22 +20,30 @@ from siglane.types import DecodedImage, DecodedVideo, ImageLayout, ImagePatches,
 from siglane.weights.hub import Checkpoint
 
 
-class ImageProcessor(Protocol):
-    """From sizes to layouts and from pixels to patches; all an encoder needs."""
+class ImageProcessor:
+    """From sizes to layouts and from pixels to patches; all that an encoder needs. Safe to share between threads."""
 
-    @property
-    def config(self) -> ImageFacts: ...
+    config: ImageFacts
+
+    def __init__(self, config: ImageFacts) -> None:
+        self.config = config
 
     def layouts(
-        self, media: Sequence[Medium], budgets: Sequence[ImageBudget | None] | None = None
-    ) -> tuple[ImageLayout, ...]: ...
+        self, media: Sequence[Medium], image_limits: Sequence[ImageBudget | None] | None = None
+    ) -> tuple[ImageLayout, ...]:
+        """The layouts of all images and videos of one request, from their sizes alone (`ImageFacts.layouts`)."""
+        return self.config.layouts(media, image_limits)
 
-    def patches(self, image: DecodedImage | DecodedVideo, layout: ImageLayout) -> ImagePatches: ...
+    def patches(self, image: DecodedImage | DecodedVideo, layout: ImageLayout) -> ImagePatches:
+        """Patches `[layout.patches, patch_dim]`. ValueError when the layout is another size's."""
+        return to_patches(image, layout, self.config.preprocess, self.config.vision)
 
 
-class Processor:
+class Processor(ImageProcessor):
     """One checkpoint's facts, tokenizer, prompt rules and sampling values. Holds no weights; safe to share between
     threads. sampling: as `stated_sampling`."""
+
+    config: VlmConfig
 
     def __init__(
         self,
@@ -44,7 +52,7 @@ class Processor:
         rules: PromptRules,
         sampling: Mapping[str, Any],
     ) -> None:
-        self.config = config
+        super().__init__(config)
         self.tokenizer = tokenizer
         self.sampling = sampling
         self._prompts = PromptBuilder(
@@ -64,58 +72,32 @@ class Processor:
     def eos_token_ids(self) -> tuple[int, ...]:
         return self.config.eos_token_ids
 
-    def layouts(
-        self, media: Sequence[Medium], budgets: Sequence[ImageBudget | None] | None = None
-    ) -> tuple[ImageLayout, ...]:
-        """The layouts of all images and videos of one request, from their sizes alone (`ImageFacts.layouts`)."""
-        return self.config.layouts(media, budgets)
-
-    def patches(self, image: DecodedImage | DecodedVideo, layout: ImageLayout) -> ImagePatches:
-        """Patches `[layout.patches, patch_dim]`. ValueError when the layout is another size's."""
-        return to_patches(image, layout, self.config.preprocess, self.config.vision)
-
     def prompt(
         self,
         messages: Sequence[Message],
-        images: Sequence[ImagePatches],
+        layouts: Sequence[ImageLayout],
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Prompt:
-        """The conversation's prompt up to where the answer begins; `ImagePart(n)` stands for `images[n]`.
+        """The conversation's prompt up to where the answer begins; `ImagePart(n)` stands for the image of `layouts[n]`.
 
-        The prompt's images are in the order in which the template writes them; exactly `layout.rows` placeholders stand
-        for each. No text of a message can become a special token or a placeholder. UserError when image parts and
-        images do not match one to one.
+        The prompt's images are in the order in which the template writes them (`Prompt.in_order`); exactly
+        `layout.rows` placeholders stand for each. No text of a message can become a special token or a placeholder.
+        UserError when image parts and layouts do not match one to one.
         """
-        return self._prompts.chat(messages, images, chat_template_kwargs or {})
+        return self._prompts.chat(messages, layouts, chat_template_kwargs or {})
 
     def chat_template(self) -> str:
         """One Jinja template for engines that render it themselves; `rendered_prompt` takes what it writes."""
         return self._prompts.template()
 
-    def rendered_prompt(self, text: str, images: Sequence[ImagePatches]) -> Prompt:
+    def rendered_prompt(self, text: str, layouts: Sequence[ImageLayout]) -> Prompt:
         """The prompt of a conversation rendered by `chat_template`. UserError when it does not have one placeholder
         for each image."""
-        return self._prompts.rendered(text, images)
+        return self._prompts.rendered(text, layouts)
 
     def text_prompt(self, text: str) -> Prompt:
         """`text` without a chat template. Special tokens written in it count; the image placeholder is plain text."""
         return self._prompts.text(text)
-
-
-class EncoderProcessor:
-    """The `ImageProcessor` of a plain tower."""
-
-    def __init__(self, config: ImageFacts) -> None:
-        self.config = config
-
-    def layouts(
-        self, media: Sequence[Medium], budgets: Sequence[ImageBudget | None] | None = None
-    ) -> tuple[ImageLayout, ...]:
-        return self.config.layouts(media, budgets)
-
-    def patches(self, image: DecodedImage | DecodedVideo, layout: ImageLayout) -> ImagePatches:
-        """Patches `[layout.patches, patch_dim]`. ValueError when the layout is another size's."""
-        return to_patches(image, layout, self.config.preprocess, self.config.vision)
 
 
 def load_processor(checkpoint: Checkpoint, config: VlmConfig | None = None) -> Processor:

@@ -6,7 +6,7 @@ from typing import Any, NotRequired
 
 from typing_extensions import TypedDict  # pydantic reads no other on Python 3.11
 
-from siglane.tiling.rule import ImageBudget, LayoutRule
+from siglane.tiling.rule import ImageBudget
 from siglane.types import Detail, ImageLayout
 
 
@@ -29,16 +29,16 @@ class ImageReport(TypedDict):
     limits: dict[str, Any]
 
 
-def report_image(layout: ImageLayout, rule: LayoutRule, requested: Detail, budget: ImageBudget) -> ImageReport:
-    """requested: the caller's word; budget: what `layout` was made within."""
+def report_image(layout: ImageLayout, requested: Detail, applied: Detail, image_limits: ImageBudget) -> ImageReport:
+    """requested: the caller's word; applied, image_limits: what `layout` was made within."""
     report: ImageReport = {
         "width": layout.source.width,
         "height": layout.source.height,
         "tiles": len(layout.tiles),
         "grids": [(grid.h, grid.w) for grid in layout.grids],
         "tokens": layout.image_tokens,
-        "detail": {"requested": requested, "applied": rule.within(budget).detail},
-        "limits": budget.limits,
+        "detail": {"requested": requested, "applied": applied},
+        "limits": image_limits.limits,
     }
     if layout.frames:
         report["frames"] = layout.frames

@@ -15,7 +15,7 @@ from siglane.config.two_tower import TextRule, TextTowerConfig, TwoTowerConfig
 from siglane.config.vision import VisionConfig
 from siglane.errors import ConfigError, OtherWeights, UserError
 from siglane.families.model import stored_dtype
-from siglane.families.processor import EncoderProcessor
+from siglane.families.processor import ImageProcessor
 from siglane.families.registry import tower_family
 from siglane.families.stack import VisionEncoderModel
 from siglane.nn.parallel import TensorParallel
@@ -65,7 +65,7 @@ class LoadedTwoTower(NamedTuple):
     """
 
     model: TwoTowerModel
-    images: EncoderProcessor
+    images: ImageProcessor
     texts: TextTokens
     apart: str | None = None
 
@@ -161,7 +161,7 @@ def load_two_tower(
         allocate(model, device, dtype)
         model.logit_scale, model.logit_bias = (nn.Parameter(torch.empty(1, device=device)) for _ in range(2))
         fill(model, plan, tensors, held)
-        return LoadedTwoTower(model.eval().requires_grad_(False), EncoderProcessor(config.images), texts, apart)
+        return LoadedTwoTower(model.eval().requires_grad_(False), ImageProcessor(config.images), texts, apart)
 
     if tower is not None and not _same_layers(tower.config, config.images.vision):
         return load(None, "the towers' configurations differ")

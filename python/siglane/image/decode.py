@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import SEEK_CUR, BytesIO
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -60,19 +59,22 @@ _SIGNATURE_BYTES = 64
 _MAX_PNG_CHUNKS = 10_000  # a file of empty chunks must not keep a core busy
 
 
-def read_size(data: bytes, config: DecodeConfig) -> Size:
-    """Size of the upright picture, from its header alone.
+def read_size(file: bytes | BinaryIO, config: DecodeConfig) -> Size:
+    """Size of the upright picture, from its header alone; of an open file nothing else is read.
 
     Raises ImageError: image_format_not_allowed, image_decode_failed, image_too_large, image_aspect_ratio.
     """
     with _as_image_error():
-        return _open(BytesIO(data), config)[1]
+        return _open(BytesIO(file) if isinstance(file, bytes) else file, config)[1]
 
 
-def read_size_of_file(path: str | Path, config: DecodeConfig) -> Size:
-    """`read_size` of a local file of which only the header is read. A missing file is ImageError image_not_found."""
-    with naming(path), open_file(path) as file, _as_image_error():
-        return _open(file, config)[1]
+def pil_size(image: Image.Image, config: DecodeConfig) -> Size:
+    """`read_size` of a picture that Pillow already opened."""
+    with _as_image_error():
+        _check_size(Size(*image.size), config)
+        image.load()  # it may hold the EXIF data behind its pixels
+        width, height = image.size
+        return Size(height, width) if _turn(image) in _SIDEWAYS else Size(width, height)
 
 
 def decode(data: bytes, config: DecodeConfig) -> DecodedImage:
@@ -94,24 +96,6 @@ def from_pil(image: Image.Image, config: DecodeConfig) -> DecodedImage:
         _check_size(Size(*image.size), config)
         image.load()
         return _to_decoded(image, _turn(image), config)
-
-
-def open_file(path: str | Path) -> BinaryIO:
-    """A local file for reading. Raises ImageError image_not_found when there is none, or none that can be read."""
-    try:
-        return open(path, "rb")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not a usable path"
-        raise ImageError(f"cannot be read: {reason}", code="image_not_found") from None
-
-
-@contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Puts the name of a local file in front of what went wrong with it."""
-    try:
-        yield
-    except ImageError as error:
-        raise ImageError(f"{path}: {error.message}", code=error.code) from None
 
 
 @contextmanager

@@ -8,7 +8,7 @@ answered never takes another one with it. An `LLM` serves one caller at a time, 
 `siglane serve`.
 """
 
-from siglane.families.pipeline import PREPARE_AHEAD
+from siglane.families.ahead import PREPARE_AHEAD
 from siglane.llm.encoder import Encoded, VisionEncoder
 from siglane.llm.generation import Generation
 from siglane.llm.offline import LLM

@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 import torch
 
 from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
-from siglane.config.vlm import VlmConfig
 from siglane.engine.engine import STEP_PATCHES
 from siglane.engine.load import placement
 from siglane.errors import UserError
+from siglane.families.ahead import ahead
 from siglane.families.model import load_vision
-from siglane.families.pipeline import LOCAL_MEDIA, ImageSource, Media, ahead, image_item, video_item
+from siglane.families.pipeline import MediaPipeline
 from siglane.families.stack import VisionStack
-from siglane.media.source import MediaPolicy
+from siglane.media.item import ImageSource, image_item, video_item
+from siglane.media.policy import LOCAL_MEDIA, MediaPolicy
 from siglane.nn.cpu.packing import prepack
 from siglane.projector.assemble import projector_grids
 from siglane.settings.engine import Dtype, EngineConfig
@@ -66,15 +67,13 @@ class VisionEncoder:
         )
         on, _, vision_dtype = placement(config)
         checkpoint = model if isinstance(model, Checkpoint) else open_model(model, revision)
-        self._model, self._processor = load_vision(
+        self._model, processor = load_vision(
             checkpoint, device=on, dtype=vision_dtype, attention_backend=attention_backend
         )
         prepack(self._model)
         # without packing the second image is always one too many
         self._max_batch_patches = (max_batch_patches or STEP_PATCHES[on.type]) if enable_packing else 0
-        facts = self._processor.config
-        video = facts.video if isinstance(facts, VlmConfig) else None
-        self._media = Media(media, decode, self._processor, budget, video)
+        self._media = MediaPipeline(processor.config, budget, media, decode)
 
     def encode(self, images: Iterable[EncoderSource]) -> list[torch.Tensor]:
         """Features of each image, `[patches, hidden_size]`, tile after tile, in raster order inside a tile.
@@ -113,7 +112,8 @@ class VisionEncoder:
         number, given = numbered
         video = isinstance(given, Mapping) and "video" in given
         item = video_item(given, f"images[{number}]") if video else image_item(given, f"images[{number}]")
-        return self._media.prepare([item]).patches[0]
+        self._media.prepare([item])
+        return item.patches
 
     @torch.inference_mode()
     def _encode(self, group: Sequence[ImagePatches], project: bool) -> list[Encoded]:

@@ -11,7 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import count, islice, repeat
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
@@ -19,22 +19,22 @@ from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
 from siglane.engine.answer import Answer
 from siglane.engine.load import build_engine
 from siglane.engine.sampling import check_for_model, sampling_defaults
-from siglane.families.pipeline import LOCAL_MEDIA, PREPARE_AHEAD, PREPARE_THREADS, Media
+from siglane.families.ahead import PREPARE_AHEAD, PREPARE_THREADS
+from siglane.families.conversation import ChatMessage, Conversation, read_messages
+from siglane.families.pipeline import MediaPipeline
 from siglane.families.processor import Processor, load_processor
-from siglane.families.prompt.messages import ChatMessage, Conversation, read_messages
 from siglane.families.report import ImageReport
 from siglane.llm.generation import Generation, OnText, Row, blamed
 from siglane.llm.prompts import PromptLike, one_message
-from siglane.media.source import MediaPolicy
+from siglane.media.policy import LOCAL_MEDIA, MediaPolicy
 from siglane.settings.engine import EngineConfig
 from siglane.settings.options import options_of
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
-from siglane.types import Prompt, Request, SamplingParams, TokenDelta
+from siglane.types import ImagePatches, Prompt, Request, SamplingParams, TokenDelta
 from siglane.weights.demo import open_model
 from siglane.weights.hub import Checkpoint
 
 Errors = Literal["raise", "return"]
-Ready = tuple[Prompt, tuple[ImageReport, ...]]
 
 
 class LLM:
@@ -61,7 +61,7 @@ class LLM:
         checkpoint = model if isinstance(model, Checkpoint) else open_model(model, revision)
         self.processor: Processor = load_processor(checkpoint)
         self.sampling_defaults = sampling_defaults(self.processor, SamplingParams())
-        self._media = Media(media, decode, self.processor, budget, self.processor.config.video)
+        self._media = MediaPipeline(self.processor.config, budget, media, decode)
         self._engine = build_engine(checkpoint, self.processor, config)
         self._one_caller = threading.Lock()
         self._request_ids = (f"offline-{number}" for number in count())
@@ -178,8 +178,10 @@ class LLM:
         facts = self.processor.config
         check_for_model(job.params, facts.language.vocab_size, facts.thinking)
         messages, media = job.read(job.row)
-        patches, reports = self._media.prepare(media)
-        return self.processor.prompt(messages, patches, job.template), reports
+        self._media.prepare(media)
+        prompt = self.processor.prompt(messages, [item.layout for item in media], job.template)
+        images = prompt.in_order([item.patches for item in media])
+        return Ready(prompt, images, tuple(map(self._media.report, media)))
 
     def _start_prepared(self, preparing: dict[Future[Ready], Row], running: dict[str, tuple[Row, Answer]]) -> None:
         """Hands prompts to the engine as it gets room, so that only a few wait with their pictures in memory."""
@@ -188,18 +190,19 @@ class LLM:
                 return
             row = preparing.pop(future)
             try:
-                prompt, row.images = future.result()
-                self._start(row, prompt, running)
+                self._start(row, future.result(), running)
             except Exception as error:
                 row.error = blamed(error)
 
-    def _start(self, row: Row, prompt: Prompt, running: dict[str, tuple[Row, Answer]]) -> None:
+    def _start(self, row: Row, ready: Ready, running: dict[str, tuple[Row, Answer]]) -> None:
+        prompt, params = ready.prompt, row.params
+        row.images = ready.reports
         row.prompt_token_ids, row.image_tokens = prompt.token_ids, prompt.image_tokens
-        params = row.params
         room = max(1, self._engine.context_length - len(prompt.token_ids))  # the engine refuses prompts without room
         max_tokens = min(params.max_tokens or room, room)
         for index in range(params.n):
-            request = Request(next(self._request_ids), prompt, params.choice(index), max_tokens)
+            request_id = next(self._request_ids)
+            request = Request(request_id, prompt, params.choice(index), max_tokens, images=ready.images)
             self._engine.add(request)
             answer = Answer.of(request, self.processor)
             running[request.request_id] = row, answer
@@ -214,6 +217,14 @@ class LLM:
             row.take(answer, aborted)
         if answer.finished is not None:
             del running[delta.request_id]
+
+
+class Ready(NamedTuple):
+    """A prompt that can be asked: its images in its order, and what became of those that the caller named."""
+
+    prompt: Prompt
+    images: tuple[ImagePatches, ...]
+    reports: tuple[ImageReport, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

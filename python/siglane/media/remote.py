@@ -16,15 +16,13 @@ from functools import cache, partial
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from ssl import SSLContext
 from threading import Lock, Thread
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import httpcore2
 import httpx2
 
 from siglane.errors import ImageError
-
-if TYPE_CHECKING:
-    from siglane.media.source import MediaPolicy
+from siglane.media.policy import MediaPolicy
 
 Result = TypeVar("Result")
 

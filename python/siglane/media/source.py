@@ -9,56 +9,17 @@ import base64
 import os
 import re
 import stat
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
-from PIL import Image
-
-from siglane.config.preprocess import DecodeConfig
-from siglane.config.video import VideoRule
 from siglane.errors import ImageError
-from siglane.image.decode import decode, from_pil, naming, open_file
-from siglane.image.video import decode_video
-from siglane.settings.media import MediaConfig
-from siglane.types import DecodedImage, DecodedVideo
-
-Decoded = TypeVar("Decoded")
+from siglane.media.policy import MediaPolicy
 
 _URL = re.compile(r"data:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MediaPolicy:
-    """What a request may make this process read.
-
-    allowed_local_root: folder whose files `file://` URLs may name, None for none; allow_http: http and https URLs;
-    allow_private_addresses: also those of the own network (off: a server must not fetch from it for strangers);
-    max_bytes: of one picture's file; timeout: seconds for one URL in total, name resolution included.
-    """
-
-    allowed_local_root: Path | None = None
-    allow_http: bool = True
-    allow_private_addresses: bool = False
-    max_bytes: int = 20 * 2**20
-    timeout: float = 10.0
-    max_redirects: int = 3
-
-    @classmethod
-    def of(cls, config: MediaConfig) -> MediaPolicy:
-        """What a server's settings allow its clients to name as a picture."""
-        root = config.allowed_local_media_path
-        return cls(
-            allowed_local_root=None if root is None else Path(root),
-            allow_http=config.allow_http_images,
-            allow_private_addresses=config.allow_private_addresses,
-            max_bytes=config.max_image_bytes,
-            timeout=config.image_timeout,
-            max_redirects=config.image_redirects,
-        )
 
 
 def fetch(url: str, policy: MediaPolicy) -> bytes:
@@ -83,37 +44,41 @@ def fetch(url: str, policy: MediaPolicy) -> bytes:
     raise ImageError("the media URL must start with data:, https://, http:// or file://", code="unsupported_url_scheme")
 
 
-def load_source(
-    source: str | Path | bytes | Image.Image, policy: MediaPolicy, decode_config: DecodeConfig
-) -> DecodedImage:
-    """A picture named by a local caller: path, URL, the bytes of a file, or an open Pillow image.
-
-    The caller may read whatever this process may, so paths and `file://` URLs are free of `policy`. Raises ImageError;
-    image_not_found for a missing file, and every error of a file names it.
-    """
-    if isinstance(source, Image.Image):
-        return from_pil(source, decode_config)
-    return _read(source, policy, lambda data: decode(data, decode_config))
+def local_path(source: object) -> str | Path | None:
+    """The file that a local caller's source names, by its path or a `file:` URL; None for any other source."""
+    if not isinstance(source, str):
+        return source if isinstance(source, Path) else None
+    if not _URL.match(source):
+        return source
+    return unquote(urlsplit(source).path) if source.lower().startswith("file:") else None
 
 
-def load_video(
-    source: str | Path | bytes, policy: MediaPolicy, rule: VideoRule, frames: int, decode_config: DecodeConfig
-) -> DecodedVideo:
-    """At most `frames` frames of a video named by a local caller, chosen by `rule`. Sources and errors as above."""
-    return _read(source, policy, lambda data: decode_video(data, rule, frames, decode_config))
+def read_local(source: str | Path, policy: MediaPolicy) -> bytes:
+    """The bytes of a path or URL that a local caller names: whatever this process may read, so that paths and `file://`
+    URLs are free of `policy`. Raises ImageError as `fetch` and `open_file`."""
+    path = local_path(source)
+    if path is None:
+        return fetch(str(source), policy)
+    with open_file(path) as file:
+        return file.read()
 
 
-def _read(source: str | Path | bytes, policy: MediaPolicy, use: Callable[[bytes], Decoded]) -> Decoded:
-    if isinstance(source, bytes):
-        return use(source)
-    if isinstance(source, str) and _URL.match(source):
-        if not source.lower().startswith("file:"):
-            return use(fetch(source, policy))
-        source = unquote(urlsplit(source).path)
-    with naming(source):
-        with open_file(source) as file:
-            data = file.read()
-        return use(data)
+def open_file(path: str | Path) -> BinaryIO:
+    """A local file for reading. Raises ImageError image_not_found when there is none, or none that can be read."""
+    try:
+        return open(path, "rb")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not a usable path"
+        raise ImageError(f"cannot be read: {reason}", code="image_not_found") from None
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Puts the name of a local file in front of what went wrong with it."""
+    try:
+        yield
+    except ImageError as error:
+        raise ImageError(f"{path}: {error.message}", code=error.code) from None
 
 
 def _decode_data_url(url: str, max_bytes: int) -> bytes:

@@ -10,12 +10,11 @@ from dataclasses import dataclass, replace
 from siglane.engine.answer import Answer
 from siglane.engine.sampling import check_for_model
 from siglane.errors import UserError
-from siglane.families.prompt.messages import read_messages
+from siglane.families.conversation import read_messages
 from siglane.families.report import ImageReport
 from siglane.server.choices import Choices, finish_reason
 from siglane.server.context import RequestContext
 from siglane.server.fields import plain
-from siglane.server.media import MediaRef, hollow
 from siglane.server.protocol import ChatCompletionRequest
 from siglane.server.replies import AssistantMessage, ChatCompletion, Choice, SiglaneReport, UsageReply
 from siglane.server.state import ServerState
@@ -38,33 +37,29 @@ async def prepare(body: ChatCompletionRequest, context: RequestContext, state: S
     """Everything before the engine. Raises UserError for a request that cannot be served, cheapest checks first."""
     state.check_model(body.model)
     messages, media = read_messages(plain(body.messages))
-    refs = state.media.admit(
-        [MediaRef(str(item.source), item.where, item.budget, item.video, item.frames) for item in media]
-    )
+    state.media.admit(media)
     sampling = sampling_of(body, state)
     check_length(messages, state)
     salt = body.cache_salt or ""
     watch = Stopwatch()
-    files = await state.media.fetch(refs, salt, context.lease)
+    await state.media.fetch(media, salt, context.lease)
     watch.note("fetch")
-    layouts = await state.media.lay_out(refs, files)
-    # the prompt is written around images of which only headers were read: what is too long is never decoded
-    images = [hollow(layout) for layout in layouts]
-    prompt = await state.media.run(state.processor.prompt, messages, images, body.chat_template_kwargs)
+    await state.media.lay_out(media)
+    # of the images only the headers were read so far: what is too long is never decoded
+    layouts = [item.layout for item in media]
+    prompt = await state.media.run(state.processor.prompt, messages, layouts, body.chat_template_kwargs)
     max_tokens = resolve_max_tokens(body, sampling, prompt, state)
     watch.note("prepare")
-    cut = await state.media.cut(refs, files, layouts, context.lease)
-    watch.add("decode", sum(image.decoding for image in cut))
-    watch.add("prepare", sum(image.cutting for image in cut))
-    # a template may have put them into another order than the messages did
-    prompt = replace(prompt, images=tuple(cut[images.index(image)].patches for image in prompt.images))
+    await state.media.preprocess(media, context.lease)
+    watch.add("decode", sum(item.decoding for item in media))
+    watch.add("prepare", sum(item.cutting for item in media))
+    images = prompt.in_order([item.patches for item in media])
     request_id = f"chatcmpl-{secrets.token_hex(12)}"
     requests = tuple(
-        Request(f"{request_id}-{index}", prompt, sampling.choice(index), max_tokens, salt)
+        Request(f"{request_id}-{index}", prompt, sampling.choice(index), max_tokens, salt, images)
         for index in range(sampling.n)
     )
-    reports = [state.media.report(*pair) for pair in zip(refs, layouts, strict=True)]
-    return Prepared(request_id, prompt, requests, reports, watch.seconds)
+    return Prepared(request_id, prompt, requests, list(map(state.media.report, media)), watch.seconds)
 
 
 def check_length(messages: Sequence[Message], state: ServerState) -> None:

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from siglane.config.two_tower import TwoTowerConfig
 from siglane.engine.embed_worker import Embedding, Item
 from siglane.errors import EngineError, UserError
-from siglane.families.processor import EncoderProcessor
 from siglane.families.report import ImageReport
+from siglane.media.item import MediaItem
 from siglane.server.context import RequestContext
 from siglane.server.embedder import Embedder, EngineEmbedder
 from siglane.server.embedding_protocol import (
@@ -31,7 +31,6 @@ from siglane.server.embedding_protocol import (
     PromptDetails,
     TextInput,
 )
-from siglane.server.media import MediaRef
 from siglane.server.middleware import shutting_down
 from siglane.server.state import ModelState
 from siglane.server.stopwatch import Stopwatch
@@ -40,7 +39,6 @@ from siglane.settings.tagging import TEMPLATES
 from siglane.tagging.labels import check_labels, check_templates, texts_of
 from siglane.text.tokens import TextTokens
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
-from siglane.types import ImageLayout
 
 KEPT_TEXTS = 16384  # vectors; labels come again with every request
 
@@ -82,7 +80,7 @@ class EmbeddingState(ModelState):
         budget: ImageBudget = CHECKPOINT_LIMITS,
         beside: ModelState | None = None,
     ) -> None:
-        super().__init__(config, model, facts, EncoderProcessor(facts.images), embedder, budget, beside=beside)
+        super().__init__(config, model, facts, facts.images, embedder, budget, beside=beside)
         self._facts, self.tokens, self.embedder = facts, tokens, embedder
         self.width = facts.text.projection_size
         self.known: OrderedDict[str, _Vector] = OrderedDict()
@@ -189,43 +187,43 @@ def _tags(
 async def _embed(inputs: Sequence[Input], context: RequestContext, state: EmbeddingState) -> _Embedded:
     """Pictures and texts side by side. What is known of a text is taken from the state."""
     watch = Stopwatch()
-    refs = _admitted([one for one in inputs if isinstance(one, MediaRef)], state)
-    files = await state.media.fetch(refs, "", context.lease)
+    items = [one for one in inputs if isinstance(one, MediaItem)]
+    _admit(items, state)
+    await state.media.fetch(items, "", context.lease)
     watch.note("fetch")
-    layouts = await state.media.lay_out(refs, files)
-    cut = await state.media.cut(refs, files, layouts, context.lease)
-    watch.add("decode", sum(image.decoding for image in cut))
-    watch.add("prepare", sum(image.cutting for image in cut))
+    await state.media.lay_out(items)
+    await state.media.preprocess(items, context.lease)
+    watch.add("decode", sum(item.decoding for item in items))
+    watch.add("prepare", sum(item.cutting for item in items))
     written = {one.text: state.known.get(one.text) for one in inputs if isinstance(one, TextInput)}
     new = [text for text, vector in written.items() if vector is None]
     read = await state.media.run(_read, new, state.tokens)
     places = {one.text: one.param for one in reversed(inputs) if isinstance(one, TextInput)}
     done = await _computed(
-        [*(image.patches for image in cut), *(text.ids for text in read)],
-        [*(ref.param for ref in refs), *(places[text] for text in new)],
+        [*(item.patches for item in items), *(text.ids for text in read)],
+        [*(item.param for item in items), *(places[text] for text in new)],
         state,
     )
     if done:
         watch.add("queue", max(one.queue for one in done))
         watch.add("encode", max(one.encode for one in done))
-    pictures = [_Vector(*pair) for pair in zip((one.vector for one in done), map(_patches, layouts), strict=False)]
-    fresh = (_Vector(one.vector, text.kept, text.cut) for one, text in zip(done[len(cut) :], read, strict=True))
+    pictures = [_Vector(one.vector, item.layout.patches) for one, item in zip(done, items, strict=False)]
+    fresh = (_Vector(one.vector, text.kept, text.cut) for one, text in zip(done[len(items) :], read, strict=True))
     known = {text: vector for text, vector in written.items() if vector is not None}
     texts = known | dict(zip(new, fresh, strict=True))
     state.remember(texts)
     state.metrics.observe_stages(watch.seconds)
-    state.metrics.images.inc(len(refs))
+    state.metrics.images.inc(len(items))
     remaining = iter(pictures)
     vectors = [texts[one.text] if isinstance(one, TextInput) else next(remaining) for one in inputs]
-    reports = [state.media.report(*pair) for pair in zip(refs, layouts, strict=True)]
-    return _Embedded(vectors, reports, _usage(inputs, vectors, state))
+    return _Embedded(vectors, list(map(state.media.report, items)), _usage(inputs, vectors, state))
 
 
-def _admitted(refs: Sequence[MediaRef], state: EmbeddingState) -> list[MediaRef]:
+def _admit(items: Sequence[MediaItem], state: EmbeddingState) -> None:
     try:
-        return state.media.admit(refs)
+        state.media.admit(items)
     except UserError as error:  # of all of them together, it blames a chat's messages
-        raise (error.at(refs[0].param.partition("[")[0]) if error.param == "messages" else error) from None
+        raise (error.at(items[0].param.partition("[")[0]) if error.param == "messages" else error) from None
 
 
 def _read(texts: Sequence[str], tokens: TextTokens) -> list[_Read]:
@@ -252,14 +250,10 @@ async def _computed(items: Sequence[Item], places: Sequence[str], state: Embeddi
     return done
 
 
-def _patches(layout: ImageLayout) -> int:
-    return layout.patches
-
-
 def _usage(inputs: Sequence[Input], vectors: Sequence[_Vector], state: EmbeddingState) -> EncoderUsage:
     """Counts an answer that was given in full."""
     pairs = list(zip(inputs, vectors, strict=True))
-    patches = sum(vector.tokens for one, vector in pairs if isinstance(one, MediaRef))
+    patches = sum(vector.tokens for one, vector in pairs if isinstance(one, MediaItem))
     tokens = sum(vector.tokens for one, vector in pairs if isinstance(one, TextInput))
     state.metrics.count_tokens(prompt=patches + tokens, cached=0, image=patches, completion=0)
     details: PromptDetails = {"image_tokens": patches, "text_tokens": tokens}

@@ -16,11 +16,10 @@ from typing_extensions import TypedDict
 
 from siglane.errors import UserError
 from siglane.families.report import ImageReport
-from siglane.server.fields import REFUSED, RequestModel, refuse_fields
-from siglane.server.media import MediaRef
+from siglane.media.item import MediaItem, url_item
+from siglane.server.fields import REFUSED, RequestModel, plain, refuse_fields
 from siglane.server.protocol import ChatMessage, Content, ImageUrl, ImageUrlPart, TextPart
 from siglane.settings.tagging import CONFIDENCE_THRESHOLD, MAX_TAGS
-from siglane.tiling.rule import ImageBudget
 
 MAX_INPUTS = 2048
 MAX_LABELS = 16384
@@ -36,7 +35,7 @@ class TextInput:
     param: str
 
 
-Input = TextInput | MediaRef
+Input = TextInput | MediaItem
 
 
 def _as_url(value: Any) -> Any:
@@ -126,12 +125,12 @@ class ClassificationRequest(RequestModel):
         list(self.pictures())
         return self
 
-    def pictures(self) -> Iterator[MediaRef]:
+    def pictures(self) -> Iterator[MediaItem]:
         for number, image in enumerate(self.images or ()):
-            yield MediaRef(image.url, f"images[{number}]", image.budget)
+            yield url_item(plain(image), f"images[{number}]")
         for number, item in enumerate(self.input or ()):
             param = f"input[{number}]"
-            read = MediaRef(item, param, ImageBudget()) if isinstance(item, str) else _read(item, param)
+            read = MediaItem(item, param) if isinstance(item, str) else _read(item, param)
             if isinstance(read, TextInput):
                 raise UserError("only pictures are classified", code="invalid_value", param=read.param)
             yield read
@@ -148,7 +147,7 @@ def _read(item: str | InputItem, param: str) -> Input:
         if item.text is None:
             raise UserError("an item needs text, image or content", code="missing_field", param=param)
         return _text(item.text, f"{param}.text")
-    return _only([item.text or ""], [MediaRef(item.image.url, f"{param}.image", item.image.budget)], param)
+    return _only([item.text or ""], [url_item(plain(item.image), f"{param}.image")], param)
 
 
 def _of_content(content: str | Sequence[Any], param: str) -> Input:
@@ -156,7 +155,7 @@ def _of_content(content: str | Sequence[Any], param: str) -> Input:
         return _text(content, param)
     texts = [part.text for part in content if isinstance(part, TextPart)]
     pictures = [
-        MediaRef(part.image_url.url, f"{param}[{number}]", part.image_url.budget)
+        url_item(plain(part.image_url), f"{param}[{number}]")
         for number, part in enumerate(content)
         if isinstance(part, ImageUrlPart)
     ]
@@ -165,7 +164,7 @@ def _of_content(content: str | Sequence[Any], param: str) -> Input:
     return _only(texts, pictures, param)
 
 
-def _only(texts: Sequence[str], pictures: Sequence[MediaRef], param: str) -> Input:
+def _only(texts: Sequence[str], pictures: Sequence[MediaItem], param: str) -> Input:
     """One text or one picture. Each has a tower of its own: there is no vector of both."""
     if not pictures:
         return _text("\n".join(texts), param)

@@ -14,7 +14,6 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
 from siglane.errors import UserError
 from siglane.server.fields import REFUSED, RequestModel, refuse_fields
-from siglane.tiling.rule import LIMITS, ImageBudget
 from siglane.types import SAMPLING_BOUNDS, Detail, SamplingParams
 
 MAX_MESSAGES = 2048
@@ -35,14 +34,13 @@ _REFUSED_IN_MESSAGES = ("audio", "function_call", "tool_call_id", "tool_calls")
 
 TemplateValue = str | int | float | bool | None
 
-
 Limit = Annotated[int, Field(ge=1, le=MAX_LIMIT)]
 Side = Annotated[int, Field(ge=1, le=MAX_PINPOINT_SIDE)]
 Pinpoint = Annotated[list[Side], Field(min_length=2, max_length=2)]  # height, width
 
 
-class _Budgeted(RequestModel):
-    """The fields of `ImageBudget` beside a URL: wishes, which the server lowers to its own budget."""
+class ImageUrl(RequestModel):
+    """A URL beside the fields of `ImageBudget`: wishes, which the server lowers to its own limits."""
 
     url: str
     detail: Detail | None = None
@@ -52,20 +50,8 @@ class _Budgeted(RequestModel):
     max_tiles: Limit | None = None
     grid_pinpoints: Annotated[list[Pinpoint], Field(min_length=1, max_length=MAX_PINPOINTS)] | None = None
 
-    @property
-    def budget(self) -> ImageBudget:
-        limits = {name: value for name in LIMITS[:-1] if (value := getattr(self, name)) is not None}
-        pinpoints = None
-        if self.grid_pinpoints is not None:
-            pinpoints = tuple((height, width) for height, width in self.grid_pinpoints)
-        return ImageBudget(detail=self.detail or "auto", grid_pinpoints=pinpoints, **limits)
 
-
-class ImageUrl(_Budgeted):
-    pass
-
-
-class VideoUrl(_Budgeted):
+class VideoUrl(ImageUrl):
     num_frames: Limit | None = None
 
 

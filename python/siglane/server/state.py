@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Protocol
 
-from siglane.config.video import VideoRule
+from siglane.config.vlm import ImageFacts
 from siglane.engine.answer import Answer
 from siglane.engine.process import EngineProcess
 from siglane.engine.sampling import sampling_defaults
 from siglane.errors import EngineError, UserError
-from siglane.families.processor import ImageProcessor, Processor
+from siglane.families.processor import Processor
 from siglane.server.choices import Choices
 from siglane.server.context import InflightBytes
 from siglane.server.errors import overloaded
@@ -53,10 +53,9 @@ class ModelState(ABC):
         config: ServerConfig,
         model: str,
         facts: object,
-        images: ImageProcessor,
+        images: ImageFacts,
         engine: Backend,
         budget: ImageBudget,
-        video: VideoRule | None = None,
         beside: ModelState | None = None,
     ) -> None:
         self.config, self.engine = config, engine
@@ -71,7 +70,7 @@ class ModelState(ABC):
         self.budget: InflightBytes = (
             beside.budget if beside else InflightBytes(config.max_inflight_bytes, self.metrics.inflight_bytes)
         )
-        self.media = MediaLoader(config, images, budget, video)
+        self.media = MediaLoader(config, images, budget)
         self.company: tuple[ModelState, ...] = ()  # further models of the same server, which end with this one
         self.draining = False
         self.ended = False
@@ -127,7 +126,7 @@ class ServerState(ModelState):
         engine: EngineProcess,
         budget: ImageBudget = CHECKPOINT_LIMITS,
     ) -> None:
-        super().__init__(config, model, processor.config, processor, engine, budget, processor.config.video)
+        super().__init__(config, model, processor.config, processor.config, engine, budget)
         self.processor = processor
         self.sampling_defaults = defaults_of(config, processor)
         self.metrics.watch_engine(engine.stats)

@@ -17,10 +17,12 @@ from tqdm import tqdm
 from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
 from siglane.config.two_tower import TextRule
 from siglane.errors import ConfigError, ImageError, UserError
-from siglane.families.pipeline import LOCAL_MEDIA, PREPARE_AHEAD, ImageSource, Media, ahead, image_item
+from siglane.families.ahead import PREPARE_AHEAD, ahead
+from siglane.families.pipeline import MediaPipeline
 from siglane.families.registry import image_facts
 from siglane.families.two_tower import load_two_tower
-from siglane.media.source import MediaPolicy
+from siglane.media.item import ImageSource, image_item
+from siglane.media.policy import LOCAL_MEDIA, MediaPolicy
 from siglane.nn.attention import choose_backend
 from siglane.nn.cpu.packing import prepack
 from siglane.nn.device import resolve_device, resolve_dtype
@@ -124,7 +126,7 @@ class Tagger:
         self._model = quantize(loaded.model, quantization, on)
         prepack(self._model)
         self._tokens = loaded.texts
-        self._media = Media(media, decode, loaded.images, ImageBudget(max_num_patches=max_num_patches), None)
+        self._media = MediaPipeline(loaded.images.config, ImageBudget(max_num_patches=max_num_patches), media, decode)
         self._batch_size = batch_size or BATCH_SIZES[on.type]
         self._texts = TEXTS[on.type]
         folder = default_folder() if cache is None else Path(cache).expanduser()
@@ -241,7 +243,9 @@ class Tagger:
     def _prepare(self, numbered: tuple[int, TaggedSource]) -> ImagePatches | UserError:
         number, given = numbered
         try:
-            return self._media.prepare([image_item(given, f"images[{number}]")]).patches[0]
+            item = image_item(given, f"images[{number}]")
+            self._media.prepare([item])
+            return item.patches
         except UserError as error:
             return error
         except OSError as error:  # a disk that fails while it is read

@@ -6,12 +6,13 @@ numbers. No rule reads pixels or weights.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from siglane.errors import UserError
 from siglane.tiling.merge import PatchMerge, projected_grid
-from siglane.types import Detail, Grid, ImageLayout, Size, VideoSize
+from siglane.types import Detail, Grid, ImageLayout, Medium, Size, VideoSize
 
 LIMITS = ("max_pixels", "min_pixels", "max_num_patches", "max_tiles", "grid_pinpoints")
 
@@ -142,6 +143,22 @@ class LayoutRule(Protocol):
     def within(self, budget: ImageBudget) -> Budgeted:
         """The same rule with a caller's limits. UserError names a limit that does not apply or leaves no image."""
         ...
+
+
+def lay_out(media: Sequence[Medium], rules: Sequence[LayoutRule], geometry: PatchGeometry) -> tuple[ImageLayout, ...]:
+    """The layouts of all images and videos of one request, each by its own rule. UserError as `LayoutRule.video`.
+
+    Videos do not count when images are: one image beside a video is tiled as if alone, as the references do.
+    """
+    images = sum(not isinstance(medium, VideoSize) for medium in media)
+    found: list[ImageLayout] = []
+    for medium, rule in zip(media, rules, strict=True):
+        if isinstance(medium, VideoSize):
+            found.append(rule.video(medium, geometry))
+        else:
+            index = sum(layout.frames == 0 for layout in found)
+            found.append(rule.image(medium, geometry, ImageContext(index, images)))
+    return tuple(found)
 
 
 def no_video() -> UserError:

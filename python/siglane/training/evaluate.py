@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from siglane.config.preprocess import LOCAL_DECODE
 from siglane.errors import UserError
 from siglane.families.two_tower import LoadedTwoTower, load_two_tower
-from siglane.image.decode import decode, naming, open_file
+from siglane.image.decode import decode
+from siglane.media.source import naming, open_file
 from siglane.nn.device import resolve_device
 from siglane.training.pairs import PICTURES
 from siglane.types import DecodedImage, ImagePatches

@@ -20,7 +20,7 @@ from torch import nn
 
 from siglane.config.reader import ConfigReader, RawConfig, read_json
 from siglane.errors import ConfigError
-from siglane.families.processor import EncoderProcessor
+from siglane.families.processor import ImageProcessor
 from siglane.families.two_tower import (
     BOTH_TOWERS,
     TOKENIZER_CONFIG,
@@ -178,4 +178,4 @@ def fresh_dual(folder: Path, device: torch.device) -> LoadedTwoTower:
     with torch.device("meta"):
         model = TwoTowerModel(config)
     allocate(model, device, torch.float32)
-    return LoadedTwoTower(model, EncoderProcessor(config.images), texts)
+    return LoadedTwoTower(model, ImageProcessor(config.images), texts)

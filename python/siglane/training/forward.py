@@ -2,8 +2,8 @@
 
     model = load_model(checkpoint, processor.config, device="cpu", dtype=torch.float32)
     optimiser = torch.optim.AdamW(unfreeze(model, "projector", "language"), lr=1e-4)
-    prompt = processor.prompt([Message("user", (ImagePart(0), "What is this?"))], patches)
-    answer_loss(model, [Example(prompt, answer_ids)]).loss.backward()
+    prompt = processor.prompt([Message("user", (ImagePart(0), "What is this?"))], layouts)
+    answer_loss(model, [Example(prompt, answer_ids, prompt.in_order(patches))]).loss.backward()
 
 All images of all examples are one packed vision forward and all texts one packed language forward, without padding.
 """
@@ -20,7 +20,7 @@ from torch import nn
 
 from siglane.families.model import VisionLanguageModel
 from siglane.nn.attention import CausalSegments
-from siglane.types import Prompt
+from siglane.types import ImagePatches, Prompt
 
 Part = Literal["tower", "projector", "language"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -30,13 +30,15 @@ IGNORED = -100  # the target that torch's cross-entropy leaves out
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
-    """prompt: up to where the answer begins (`Processor.prompt`); answer: the ids the model should give, the end of the
-    answer included when it should learn to stop."""
+    """A prompt and what the model should answer. ValueError when one of the two is empty, or the images do not have the
+    prompt's layouts."""
 
-    prompt: Prompt
-    answer: tuple[int, ...]
+    prompt: Prompt  # up to where the answer begins (`Processor.prompt`)
+    answer: tuple[int, ...]  # with the end of the answer when the model should learn to stop
+    images: tuple[ImagePatches, ...] = ()  # the prompt's, in its order (`Prompt.in_order`)
 
     def __post_init__(self) -> None:
+        self.prompt.check_images(self.images)
         if not self.prompt.token_ids or not self.answer:
             raise ValueError("an example has a prompt and an answer of at least one token each")
 
@@ -86,12 +88,12 @@ def spliced(model: VisionLanguageModel, examples: Sequence[Example]) -> torch.Te
     language = model.language
     device = language.embed_tokens.weight.device
     embeds = language.embed(torch.tensor([token for example in examples for token in example.inputs], device=device))
-    images = [image for example in examples for image in example.prompt.images]
+    images = [image for example in examples for image in example.images]
     if not images:
         return embeds
     places, start = [], 0
     for example in examples:
-        for number in range(len(example.prompt.images)):
+        for number in range(len(example.images)):
             spans = (span for span in example.prompt.spans if span.image == number)
             places += [start + place for span in spans for place in range(span.start, span.stop)]
         start += len(example.inputs)

@@ -24,7 +24,8 @@ import torch
 from siglane.config.preprocess import LOCAL_DECODE
 from siglane.errors import ImageError, UserError
 from siglane.families.processor import ImageProcessor
-from siglane.image.decode import decode, open_file
+from siglane.image.decode import decode
+from siglane.media.source import open_file
 from siglane.types import DecodedImage, ImagePatches
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")

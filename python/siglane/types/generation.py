@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
 
+from siglane.types.image import ImagePatches
 from siglane.types.prompt import Prompt
 
 # the least and the greatest value of every number in SamplingParams; they keep float32 logits finite
@@ -74,16 +75,29 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """One generation. `request_id` is unique in its engine; sampling.n is 1 here (n > 1 is n requests).
+    """One generation. ValueError when the images do not have the prompt's layouts."""
 
-    max_tokens: resolved, at least 1 and within the context; cache_salt separates tenants in the caches.
-    """
-
-    request_id: str
+    request_id: str  # unique in its engine
     prompt: Prompt
-    sampling: SamplingParams
-    max_tokens: int
-    cache_salt: str = ""
+    sampling: SamplingParams  # n is 1 here: n > 1 is n requests
+    max_tokens: int  # resolved, at least 1 and within the context
+    cache_salt: str = ""  # separates tenants in the caches
+    images: tuple[ImagePatches, ...] = ()  # the prompt's, in its order (`Prompt.in_order`)
+
+    def __post_init__(self) -> None:
+        self.prompt.check_images(self.images)
+
+    def cache_ids(self) -> tuple[int, ...]:
+        """The prompt's token ids, every placeholder replaced by a negative number that holds its image's full digest.
+
+        Two requests share a prefix of cache ids only when they share its text and its images bit for bit; the row
+        inside the image is given by the prefix itself.
+        """
+        ids = list(self.prompt.token_ids)
+        for start, stop, image in self.prompt.spans:
+            identity = -1 - int.from_bytes(self.images[image].digest, "little")
+            ids[start:stop] = [identity] * (stop - start)
+        return tuple(ids)
 
 
 FinishReason = Literal["stop", "length", "abort", "error"]

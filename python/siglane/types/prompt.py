@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 from siglane.types.image import ImagePatches
+from siglane.types.layout import ImageLayout
 
 Role = Literal["system", "user", "assistant"]
 
+OfImage = TypeVar("OfImage")
+
 
 class ImageSpan(NamedTuple):
-    """Prompt positions `start..stop` (half-open) filled by rows of image number `image`."""
+    """Prompt positions `start..stop` (half-open) filled by rows of image number `image` of the prompt."""
 
     start: int
     stop: int
@@ -20,18 +24,20 @@ class ImageSpan(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
-    """What the language model reads.
+    """What the language model reads. It knows the layouts of its images; their pixels travel beside it (`Request`).
 
-    token_ids: with the model's image token at every placeholder; spans: ascending, not overlapping; the spans of one
-    image together hold exactly its layout's `rows`, in order; images: in order of first appearance.
+    The spans of one image together hold exactly its layout's `rows`, in order. ValueError for a contradiction.
     """
 
-    token_ids: tuple[int, ...]
-    spans: tuple[ImageSpan, ...] = ()
-    images: tuple[ImagePatches, ...] = ()
+    token_ids: tuple[int, ...]  # with the model's image token at every placeholder
+    spans: tuple[ImageSpan, ...] = ()  # ascending, not overlapping
+    layouts: tuple[ImageLayout, ...] = ()  # of the images, in order of first appearance
+    order: tuple[int, ...] = ()  # which image of the messages' numbering each of them is
 
     def __post_init__(self) -> None:
-        rows = [0] * len(self.images)
+        if sorted(self.order) != list(range(len(self.layouts))):
+            raise ValueError(f"the order {self.order} does not name each of {len(self.layouts)} images once")
+        rows = [0] * len(self.layouts)
         position = 0
         for span in self.spans:
             if not position <= span.start < span.stop <= len(self.token_ids):
@@ -40,25 +46,27 @@ class Prompt:
                 raise ValueError(f"{span} belongs to no image of {len(rows)}")
             position = span.stop
             rows[span.image] += span.stop - span.start
-        expected = [image.layout.rows for image in self.images]
+        expected = [layout.rows for layout in self.layouts]
         if rows != expected:
             raise ValueError(f"spans hold {rows} rows, the layouts say {expected}")
 
     @property
     def image_tokens(self) -> int:
-        return sum(image.layout.image_tokens for image in self.images)
+        return sum(layout.image_tokens for layout in self.layouts)
 
-    def cache_ids(self) -> tuple[int, ...]:
-        """Token ids, every placeholder replaced by a negative number that holds its image's full digest.
+    def in_order(self, images: Sequence[OfImage]) -> tuple[OfImage, ...]:
+        """What belongs to each image, from the messages' order into the prompt's. ValueError for another number."""
+        if len(images) != len(self.order):
+            raise ValueError(f"the prompt has {len(self.order)} images, {len(images)} are given")
+        return tuple(images[number] for number in self.order)
 
-        Two prompts share a prefix of cache ids only when they share its text and its images bit for bit; the row
-        inside the image is given by the prefix itself.
-        """
-        ids = list(self.token_ids)
-        for start, stop, image in self.spans:
-            identity = -1 - int.from_bytes(self.images[image].digest, "little")
-            ids[start:stop] = [identity] * (stop - start)
-        return tuple(ids)
+    def check_images(self, images: Sequence[ImagePatches]) -> None:
+        """ValueError unless `images` are those the prompt was written for, in its order."""
+        if len(images) != len(self.layouts):
+            raise ValueError(f"the prompt has {len(self.layouts)} images, {len(images)} are given")
+        for number, (image, layout) in enumerate(zip(images, self.layouts, strict=True)):
+            if image.layout != layout:
+                raise ValueError(f"image {number} does not have the layout that the prompt was written for")
 
 
 @dataclass(frozen=True, slots=True)

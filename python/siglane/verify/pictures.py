@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image
 
 from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
-from siglane.image.decode import decode, naming, open_file
-from siglane.media.source import MediaPolicy, fetch
+from siglane.image.decode import decode
+from siglane.media.policy import LOCAL_MEDIA
+from siglane.media.source import fetch, naming, open_file
 from siglane.types import DecodedImage
 from siglane.verify.stages import Picture
 
@@ -72,7 +73,7 @@ def _read(number: int, source: ImageSource) -> Picture:
     elif "://" in text or text.startswith("data:"):
         name = text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 3] + "..."
         with naming(name):
-            data = fetch(text, MediaPolicy(allow_private_addresses=True))
+            data = fetch(text, LOCAL_MEDIA)
         return picture_of(name, data)
     with naming(text), open_file(text) as file:
         data = file.read()

@@ -53,8 +53,9 @@ class SiglaneRunner:
         if self.model is None or self.prompts is None or rows is None:
             return trace
         parts: list[str | ImagePart] = [ImagePart(number) for number in range(len(images))]
-        asked = self.prompts.prompt([Message("user", (*parts, prompt))], images)
-        return {**trace, **self._answered(self.model, self._spliced(self.model, asked, rows), steps)}
+        asked = self.prompts.prompt([Message("user", (*parts, prompt))], [image.layout for image in images])
+        embeds = self._spliced(self.model, asked, asked.in_order(rows))
+        return {**trace, **self._answered(self.model, embeds, steps)}
 
     def _seen(self, images: Sequence[ImagePatches]) -> tuple[Trace, tuple[torch.Tensor, ...] | None]:
         """The stages, and what stands in the prompt for each image."""
@@ -71,6 +72,7 @@ class SiglaneRunner:
         return {"preprocessing": packed.pixels.cpu(), **stages}, rows
 
     def _spliced(self, model: VisionLanguageModel, prompt: Prompt, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        """rows: of each image, in the prompt's order."""
         embeds = model.language.embed(torch.tensor(prompt.token_ids, device=self.device))
         used = [0] * len(rows)
         for start, stop, image in prompt.spans:

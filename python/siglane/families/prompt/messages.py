@@ -1,76 +1,60 @@
-"""OpenAI's messages, as a Python caller gives them and as the server has checked them, to what the processor takes."""
+"""What a family's `PromptRules` change in messages before the chat template sees them.
+
+`template.py` writes the same rules in Jinja, for engines that render the template themselves.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from siglane.families.family import PromptRules
+from siglane.types import ImagePart, Marker, Message, Piece
 
-from siglane.errors import UserError
-from siglane.families.pipeline import BUDGET_KEYS, MediaItem, check_keys, image_item, video_item
-from siglane.types import ImagePart, Message, Role
-
-ChatMessage = Mapping[str, Any]
-
-ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-PART_TYPES = "text, image_url, image, video_url or video"
+Parts = tuple[str | ImagePart, ...]
 
 
-class Conversation(NamedTuple):
-    """One prompt. media: its images and videos, numbered together through all messages."""
-
-    messages: tuple[Message, ...]
-    media: tuple[MediaItem, ...]
-
-
-def read_messages(messages: Sequence[ChatMessage]) -> Conversation:
-    """UserError names the message or part at fault, as `messages[0].content[1]`."""
-    media: list[MediaItem] = []
-    turns = [_turn(message, f"messages[{number}]", media) for number, message in enumerate(messages)]
-    if not turns:
-        raise UserError("the conversation has no messages", code="invalid_prompt", param="messages")
-    return Conversation(tuple(turns), tuple(media))
+def parts_of(message: Message, rules: PromptRules) -> Parts:
+    """The parts of a turn as the template gets them."""
+    parts = message.parts
+    if message.role == "assistant" and rules.thinking_end:
+        parts = answer_alone(parts, rules.thinking_end)
+    if rules.images_first:
+        parts = tuple(sorted(parts, key=lambda part: isinstance(part, str)))
+    return stripped(parts) if rules.strip_messages else parts
 
 
-def _turn(message: ChatMessage, where: str, media: list[MediaItem]) -> Message:
-    check_keys(message, {"role", "content", "reasoning_content"}, where)  # the last as it came; models do not read it
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise UserError(f"{where}: role {role!r} is not one of {', '.join(ROLES)}", code="invalid_prompt", param=where)
-    if isinstance(content, str):
-        return Message(ROLES[role], (content,))
-    if not isinstance(content, list | tuple):
-        raise UserError(f"{where}: content must be a text or a list of parts", code="invalid_prompt", param=where)
-    parts = (_part(part, f"{where}.content[{number}]", media) for number, part in enumerate(content))
-    return Message(ROLES[role], tuple(parts))
+def stripped(parts: Parts) -> Parts:
+    """A message without the white space at its two ends; a text in between keeps its own."""
+    kept = list(parts)
+    while kept and isinstance(first := kept[0], str):
+        kept[0] = first.lstrip()
+        if kept[0]:
+            break
+        del kept[0]
+    while kept and isinstance(last := kept[-1], str):
+        kept[-1] = last.rstrip()
+        if kept[-1]:
+            break
+        del kept[-1]
+    return tuple(kept)
 
 
-def _part(part: Any, where: str, media: list[MediaItem]) -> str | ImagePart:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    match kind:
-        case "text":
-            check_keys(part, {"type", "text"}, where)
-            if not isinstance(part.get("text"), str):
-                raise UserError(f"{where}: text must be a text", code="invalid_prompt", param=where)
-            return str(part["text"])
-        case "image_url" | "video_url":
-            check_keys(part, {"type", kind}, where)
-            media.append(_by_url(part.get(kind), where, video=kind == "video_url"))
-        case "image":
-            media.append(image_item({key: value for key, value in part.items() if key != "type"}, where))
-        case "video":
-            media.append(video_item({key: value for key, value in part.items() if key != "type"}, where))
-        case _:
-            message = f"{where}: a part is of type {PART_TYPES}, got {kind!r}"
-            raise UserError(message, code="unsupported_content_type", param=where)
-    return ImagePart(len(media) - 1)
+def without_trailing_space(pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
+    """The text after an image that ends its message is stripped too; its isolated markers are no text."""
+    while isinstance(last := pieces[-1], Marker) and not last.isolated and not last.text.strip():
+        pieces = pieces[:-1]
+    return pieces
 
 
-def _by_url(given: Any, where: str, *, video: bool) -> MediaItem:
-    """What stands in an `image_url` or `video_url`: a text, or `{"url": text}` with a budget."""
-    fields = given if isinstance(given, Mapping) else {"url": given}
-    check_keys(fields, {"url", *BUDGET_KEYS, *({"num_frames"} if video else ())}, where)
-    url = fields.get("url")
-    if not isinstance(url, str):
-        raise UserError(f"{where}: url must be a text", code="invalid_prompt", param=where)
-    others = {key: value for key, value in fields.items() if key != "url"}
-    return video_item({"video": url, **others}, where) if video else image_item({"image": url, **others}, where)
+def answer_alone(parts: Parts, thinking_end: str) -> Parts:
+    """What follows the last `thinking_end` of a turn, all of it when there is none, without leading line feeds.
+
+    A text of nothing else is dropped, so that no joint stands in front of the answer. Qwen's and Ovis' templates do
+    this too, but could not find the string once it is broken (`ReservedStrings`).
+    """
+    ends = [place for place, part in enumerate(parts) if isinstance(part, str) and thinking_end in part]
+    kept = list(parts[ends[-1] :] if ends else parts)
+    while kept and isinstance(first := kept[0], str):
+        kept[0] = first.rpartition(thinking_end)[2].lstrip("\n")
+        if kept[0]:
+            break
+        del kept[0]
+    return tuple(kept)

@@ -1,8 +1,9 @@
-"""A chat template that needs no help: what `families/prompt/builder.py` does to messages in Python, written in Jinja.
+"""The chat template of a checkpoint, and one that needs no help: what `messages.py` does in Python, written in Jinja.
 
-Other engines render templates themselves. The one made here takes messages as the OpenAI API has them (a text, a list
-of text and media parts, or no content at all), applies the family's `PromptRules`, and hands the checkpoint's own
-template what it expects. What it cannot do is keep a user's text apart from special tokens: that needs the tokenizer.
+Other engines render templates themselves. The one that `self_contained` makes takes messages as the OpenAI API has them
+(a text, a list of text and media parts, or no content at all), applies the family's `PromptRules`, and hands the
+checkpoint's own template what it expects. What it cannot do is keep a user's text apart from special tokens: that needs
+the tokenizer.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 from collections.abc import Collection
 from typing import get_args
 
+from siglane.errors import ConfigError
 from siglane.families.family import PromptRules
 from siglane.types import Role
 
@@ -38,6 +40,16 @@ _MEDIA_FIRST = (
 )
 
 
+def checkpoint_template(found: str | dict[str, str] | None, default: str) -> str:
+    """The template to use. found: the tokenizer's, by name when it has several; default: where it has none. ConfigError
+    when none of several is the default one."""
+    if isinstance(found, dict):
+        if "default" not in found:
+            raise ConfigError(f"the tokenizer has the chat templates {', '.join(sorted(found))} and none is 'default'")
+        return found["default"]
+    return found or default
+
+
 def self_contained(
     template: str, rules: PromptRules, roles_with_parts: Collection[Role], image_token: str, video_token: str | None
 ) -> str:
@@ -63,7 +75,7 @@ def self_contained(
 
 
 def _thoughts(end: str) -> str:
-    """An assistant's turn without its reasoning (`chat.answer_alone`)."""
+    """An assistant's turn without its reasoning (`messages.answer_alone`)."""
     if not end:
         return ""
     return (

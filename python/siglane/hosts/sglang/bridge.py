@@ -23,11 +23,11 @@ class Asked:
     """The media of one request, from which both processes compute the same layouts (`ImageFacts.layouts`)."""
 
     media: tuple[Medium, ...]
-    budgets: tuple[ImageBudget, ...]
+    image_limits: tuple[ImageBudget, ...]
 
     def to_json(self) -> str:
         media = [[*(one.size if isinstance(one, VideoSize) else one), _frames(one)] for one in self.media]
-        return json.dumps({"media": media, "budgets": [asdict(budget) for budget in self.budgets]})
+        return json.dumps({"media": media, "image_limits": [asdict(limits) for limits in self.image_limits]})
 
     @classmethod
     def from_json(cls, text: str) -> Asked:
@@ -36,18 +36,18 @@ class Asked:
             VideoSize(Size(width, height), frames) if frames else Size(width, height)
             for width, height, frames in found["media"]
         )
-        return cls(media, tuple(_budget(fields) for fields in found["budgets"]))
+        return cls(media, tuple(_limits(fields) for fields in found["image_limits"]))
 
 
-def items_of(prompt: Prompt, asked: Asked, numbers: Sequence[int]) -> list[MultimodalDataItem]:
-    """One item for each image of `prompt`, in its order. numbers: the place of each in `asked`.
+def items_of(prompt: Prompt, patches: Sequence[ImagePatches], asked: Asked) -> list[MultimodalDataItem]:
+    """One item for each image of `prompt`, in its order. patches: of the request's images, in the order of `asked`.
 
     An item covers all from the image's first row to its last, the text between its tiles included: SGLang batches and
     caches only items of one piece. Its identity is the digest of all that changes the image's rows.
     """
     described = asked.to_json()
     items = []
-    for index, image in enumerate(prompt.images):
+    for index, (number, image) in enumerate(zip(prompt.order, prompt.in_order(patches), strict=True)):
         spans = [span for span in prompt.spans if span.image == index]
         start, stop = spans[0].start, spans[-1].stop
         ids = torch.tensor(prompt.token_ids[start:stop])
@@ -57,7 +57,7 @@ def items_of(prompt: Prompt, asked: Asked, numbers: Sequence[int]) -> list[Multi
             modality=Modality.IMAGE,
             offsets=[(start, stop - 1)],  # SGLang counts the last one in
             feature=image.pixels,
-            model_specific_data={"siglane_asked": described, "siglane_number": numbers[index], "siglane_ids": ids},
+            model_specific_data={"siglane_asked": described, "siglane_number": number, "siglane_ids": ids},
         )
         item.set_identity(image.digest)
         items.append(item)
@@ -67,7 +67,7 @@ def items_of(prompt: Prompt, asked: Asked, numbers: Sequence[int]) -> list[Multi
 def patches_of(item: MultimodalDataItem, facts: ImageFacts) -> ImagePatches:
     """The image of an item. ValueError when its pixels are not what its layout says."""
     asked = Asked.from_json(item.model_specific_data["siglane_asked"])
-    layout = facts.layouts(asked.media, asked.budgets)[item.model_specific_data["siglane_number"]]
+    layout = facts.layouts(asked.media, asked.image_limits)[item.model_specific_data["siglane_number"]]
     return ImagePatches(item.feature, layout, item.identity)
 
 
@@ -104,7 +104,7 @@ def _frames(medium: Medium) -> int:
     return medium.frames if isinstance(medium, VideoSize) else 0
 
 
-def _budget(fields: dict[str, object]) -> ImageBudget:
+def _limits(fields: dict[str, object]) -> ImageBudget:
     pinpoints = fields.pop("grid_pinpoints")
     pairs = None if pinpoints is None else tuple((height, width) for height, width in pinpoints)  # type: ignore[attr-defined]
     return ImageBudget(**fields, grid_pinpoints=pairs)  # type: ignore[arg-type]

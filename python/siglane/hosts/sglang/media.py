@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
-from typing import Any, ParamSpec, TypeVar
+from dataclasses import asdict
+from typing import Any
 
-import torch
 from PIL import Image
 from sglang.srt.utils.common import ImageData, VideoData
 
-from siglane.config.video import VideoRule
-from siglane.errors import ImageError, UserError
-from siglane.families.pipeline import MediaItem, image_item, video_item
-from siglane.families.processor import Processor
-from siglane.hosts.sglang.bridge import Asked
-from siglane.image.decode import decode, from_pil, read_size
-from siglane.image.video import decode_video, read_video_size
-from siglane.media.source import MediaPolicy, fetch
+from siglane.config.vlm import ImageFacts
+from siglane.errors import UserError, blaming
+from siglane.families.pipeline import MediaPipeline
+from siglane.media.item import MediaItem, image_item, video_item
 from siglane.settings.media import MediaConfig
-from siglane.tiling.rule import ImageBudget, no_video
-from siglane.types import DIGEST_BYTES, DecodedImage, DecodedVideo, ImagePatches, Medium, Size
+from siglane.tiling.rule import ImageBudget
 
-P = ParamSpec("P")
-Result = TypeVar("Result")
-
-File = bytes | Image.Image
 FETCH_THREADS = 64  # they wait for web servers most of the time
+
+
+def in_message(error: UserError, param: str) -> UserError:
+    """SGLang's answer holds the message alone, so the place goes into it."""
+    return error if error.message.startswith(param) else UserError(f"{param}: {error.message}", code=error.code)
 
 
 def wanted(images: Sequence[Any] | None, videos: Sequence[Any] | None) -> list[MediaItem]:
@@ -50,7 +45,8 @@ def _item(given: Any, where: str, *, video: bool) -> MediaItem:
         names = {"url": kind, "max_dynamic_patch": "max_tiles"}
         given = {names.get(name, name): value for name, value in given.items() if value is not None}
         given.pop("content_hash", None)  # a hint for caches; siglane computes its own
-    item = _blaming(where, read, given, where)
+    with blaming(where, in_message):
+        item = read(given, where)
     if not isinstance(item.source, str | bytes | Image.Image):
         message = f"{where}: siglane reads a URL, bytes or an open picture, got {type(item.source).__name__}"
         raise UserError(message, code="unsupported_media")
@@ -58,114 +54,24 @@ def _item(given: Any, where: str, *, video: bool) -> MediaItem:
 
 
 class HostMedia:
-    """Fetches, checks, decodes and cuts. Everything that can refuse a picture without decoding it comes first.
+    """The stages of a request's media in SGLang's tokenizer process.
 
-    budget: the operator's ceiling (`ImageBudget.under`). UserError when the model does not know one of its limits.
+    image_limits: the operator's ceiling (`ImageBudget.under`). UserError when the model does not know one of them.
     """
 
-    def __init__(self, config: MediaConfig, processor: Processor, budget: ImageBudget) -> None:
-        self._config, self._processor, self._budget = config, processor, budget
-        self._rule = processor.config.preprocess.rule
-        self._rule.within(budget)
-        self._policy = MediaPolicy.of(config)
+    def __init__(self, config: MediaConfig, facts: ImageFacts, image_limits: ImageBudget) -> None:
+        self.pipeline = MediaPipeline.for_clients(config, facts, image_limits, in_message)
         self._fetchers = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="siglane-fetch")
 
-    def admit(self, items: Sequence[MediaItem]) -> list[MediaItem]:
-        """The same with the limits and frames that are applied. UserError for too many, or a budget that cannot be."""
-        for kind, most, count in (
-            ("images", self._config.max_images, sum(not item.video for item in items)),
-            ("videos", self._config.max_videos, sum(item.video for item in items)),
-        ):
-            if count > most:
-                raise UserError(f"the request has {count} {kind}; at most {most} are accepted", code=f"too_many_{kind}")
-        return [_blaming(item.where, self._admit, item) for item in items]
-
-    async def fetch(self, items: Sequence[MediaItem]) -> list[File]:
-        """The files, in order; pictures that the caller opened stay as they are. ImageError names a bad one.
+    async def fetch(self, items: Sequence[MediaItem]) -> None:
+        """Reads all files; pictures that the caller opened stay as they are. ImageError names a bad one.
 
         What comes over the network waits on threads of its own: a slow web server holds up nobody else.
         """
         loop = asyncio.get_running_loop()
-        return await asyncio.gather(
-            *(
-                loop.run_in_executor(
-                    self._fetchers if _is_remote(item.source) else None, _blaming, item.where, self._fetch, item
-                )
-                for item in items
-            )
-        )
-
-    def sizes(self, items: Sequence[MediaItem], files: Sequence[File]) -> tuple[Medium, ...]:
-        """From the files' headers. ImageError for a picture that cannot be read or is too large."""
-        sizes = tuple(_blaming(item.where, self._size, item, file) for item, file in zip(items, files, strict=True))
-        pixels = sum(size.width * size.height for size in sizes if isinstance(size, Size))
-        if pixels > (most := self._config.max_image_pixels):
-            message = f"the images have {pixels} pixels together; at most {most} are accepted"
-            raise ImageError(message, code="image_too_large")
-        return sizes
-
-    def hollow(self, items: Sequence[MediaItem], asked: Asked) -> list[ImagePatches]:
-        """Images of which only the layouts are known: enough to count a prompt's tokens. ImageError for one of too many
-        patches."""
-        layouts = self._processor.layouts(asked.media, asked.budgets)
-        most = self._config.max_image_patches
-        for item, layout in zip(items, layouts, strict=True):
-            if layout.patches > most:
-                message = f"{item.where} would be {layout.patches} patches; at most {most} are accepted"
-                raise ImageError(message, code="image_too_large")
-        return [ImagePatches(torch.empty(layout.patches, 0), layout, bytes(DIGEST_BYTES)) for layout in layouts]
-
-    def cut(self, items: Sequence[MediaItem], files: Sequence[File], asked: Asked) -> list[ImagePatches]:
-        """Patches of all media, in order. ImageError names the one that cannot be decoded."""
-        layouts = self._processor.layouts(asked.media, asked.budgets)
-        return [
-            self._processor.patches(_blaming(item.where, self._decoded, item, file), layout)
-            for item, file, layout in zip(items, files, layouts, strict=True)
-        ]
-
-    @property
-    def _video(self) -> VideoRule:
-        if self._processor.config.video is None:
-            raise no_video()
-        return self._processor.config.video
-
-    def _admit(self, item: MediaItem) -> MediaItem:
-        budget = item.budget.under(self._budget)
-        self._rule.within(budget)
-        frames = self._video.count(item.frames, self._config.max_video_frames) if item.video else None
-        return replace(item, budget=budget, frames=frames)
-
-    def _fetch(self, item: MediaItem) -> File:
-        if isinstance(item.source, str):
-            most = self._config.max_video_bytes if item.video else self._config.max_image_bytes
-            return fetch(item.source, replace(self._policy, max_bytes=most))
-        assert isinstance(item.source, bytes | Image.Image)
-        return item.source
-
-    def _size(self, item: MediaItem, file: File) -> Medium:
-        if isinstance(file, Image.Image):
-            return from_pil(file, self._config.decode).size
-        if item.frames is None:
-            return read_size(file, self._config.decode)
-        return read_video_size(file, self._video, item.frames, self._config.decode)
-
-    def _decoded(self, item: MediaItem, file: File) -> DecodedImage | DecodedVideo:
-        if isinstance(file, Image.Image):
-            return from_pil(file, self._config.decode)
-        if item.frames is None:
-            return decode(file, self._config.decode)
-        return decode_video(file, self._video, item.frames, self._config.decode)
+        jobs = [(self._fetchers if _is_remote(item.source) else None, item) for item in items]
+        await asyncio.gather(*(loop.run_in_executor(pool, self.pipeline.read, item) for pool, item in jobs))
 
 
 def _is_remote(source: object) -> bool:
     return isinstance(source, str) and source[:8].lower().startswith(("http://", "https://"))
-
-
-def _blaming(where: str, function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
-    """SGLang's answer holds the message alone, so the place goes into it."""
-    try:
-        return function(*args, **kwargs)
-    except UserError as error:
-        if error.message.startswith(where):
-            raise
-        raise UserError(f"{where}: {error.message}", code=error.code) from error

@@ -11,13 +11,13 @@ from sglang.srt.managers.schedule_batch import MultimodalProcessorOutput
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
 
 from siglane.errors import UserError
-from siglane.families.pipeline import MediaItem
 from siglane.families.processor import load_processor
 from siglane.hosts.sglang import bridge
-from siglane.hosts.sglang.media import File, HostMedia, wanted
+from siglane.hosts.sglang.media import HostMedia, wanted
 from siglane.hosts.sglang.models.siglane_vlm import SiglaneForConditionalGeneration
 from siglane.hosts.sglang.settings import host_config
 from siglane.hosts.sglang.view import placeholder_id
+from siglane.media.item import MediaItem
 from siglane.settings.options import read_environment
 from siglane.tiling.rule import ImageBudget
 from siglane.weights.hub import Checkpoint
@@ -32,7 +32,7 @@ class SiglaneProcessor(BaseMultimodalProcessor):
     def __init__(self, hf_config: Any, server_args: Any, processor: Any, transport_mode: Any, **others: Any) -> None:
         super().__init__(hf_config, server_args, processor, transport_mode, **others)
         self.prompts = load_processor(Checkpoint(Path(hf_config.checkpoint)))
-        self.media = HostMedia(host_config(), self.prompts, read_environment(ImageBudget))
+        self.media = HostMedia(host_config(), self.prompts.config, read_environment(ImageBudget))
 
     async def process_mm_data_async(
         self,
@@ -50,32 +50,33 @@ class SiglaneProcessor(BaseMultimodalProcessor):
             raise UserError(
                 "mm_hashes are not accepted: siglane tells images apart by 32 bytes", code="unsupported_field"
             )
-        items = self.media.admit(wanted(image_data, request_obj.video_data))
-        files = await self.media.fetch(items)
+        items = wanted(image_data, request_obj.video_data)
+        self.media.pipeline.admit(items)
+        await self.media.fetch(items)
         return await asyncio.get_running_loop().run_in_executor(
-            self.io_executor, self._process, input_text, items, files, max_req_input_len
+            self.io_executor, self._process, input_text, items, max_req_input_len
         )
 
     def _process(
-        self, text: str | list[int], items: Sequence[MediaItem], files: Sequence[File], longest: int | None
+        self, text: str | list[int], items: Sequence[MediaItem], longest: int | None
     ) -> MultimodalProcessorOutput:
-        asked = bridge.Asked(self.media.sizes(items, files), tuple(item.budget for item in items))
+        pipeline = self.media.pipeline
+        pipeline.lay_out(items)
         text = text if isinstance(text, str) else self._read(text)
-        draft = self.prompts.rendered_prompt(text, self.media.hollow(items, asked))
-        length = len(draft.token_ids)
+        prompt = self.prompts.rendered_prompt(text, [item.layout for item in items])
+        length = len(prompt.token_ids)
         if longest is not None and length >= longest:  # SGLang's scheduler takes only less
             message = f"the prompt has {length} tokens, {longest - 1} are accepted; ask for fewer or smaller images"
             raise UserError(message, code="context_length_exceeded")
-        patches = self.media.cut(items, files, asked)
-        prompt = self.prompts.rendered_prompt(text, patches)
-        numbers = [next(number for number, one in enumerate(patches) if one is image) for image in prompt.images]
+        for item in items:
+            pipeline.preprocess(item)
         ids = list(prompt.token_ids)
         place = placeholder_id(self.prompts.config)
         for span in prompt.spans:
             ids[span.start : span.stop] = [place] * (span.stop - span.start)
-        return MultimodalProcessorOutput(
-            input_ids=ids, mm_items=bridge.items_of(prompt, asked, numbers), im_token_id=place
-        )
+        asked = bridge.Asked(tuple(map(pipeline.measure, items)), tuple(item.image_limits for item in items))
+        media = bridge.items_of(prompt, [item.patches for item in items], asked)
+        return MultimodalProcessorOutput(input_ids=ids, mm_items=media, im_token_id=place)
 
     def _read(self, ids: Sequence[int]) -> str:
         vocabulary = self.prompts.config.language.vocab_size
