@@ -15,7 +15,10 @@ VLLM := .venv-vllm
 VLLM_TESTS := tests/hosts/vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off --no-warn-conflicts
 
-.PHONY: demo serve test test-slow test-gpu test-sglang test-vllm lint bench
+# what `make test-oldest` and `make test-newest` take to its end; the rest stays as in $(VENV)
+ENDS := transformers
+
+.PHONY: demo serve test test-slow test-oldest test-newest test-gpu test-sglang test-vllm lint bench
 .DEFAULT_GOAL := demo
 
 demo: $(READY)  ## ask the model that ships with siglane one question, through a real server
@@ -29,6 +32,16 @@ test: $(READY)  ## everything but the long tests
 
 test-slow: $(READY)  ## the tests that take longer than ten seconds each
 	@$(BIN)/python -m pytest -q -m slow
+
+test-oldest: END := .venv-oldest
+test-oldest: $(READY)  ## parity, and the unit tests that import transformers, with the oldest transformers allowed
+	$(call build_end,$(shell sed -nE 's/^ *"($(subst $(space),|,$(ENDS)))>=(.*)",$$/\1==\2/p' pyproject.toml))
+	$(run_end)
+
+test-newest: END := .venv-newest
+test-newest: $(READY)  ## the same with the newest; ENDS="torch transformers" for torch's ends too, gigabytes of CUDA
+	$(call build_end,--upgrade $(ENDS))
+	$(run_end)
 
 test-gpu: $(READY)  ## the tests that need CUDA; without it they skip and say so
 	@$(BIN)/python -m pytest -q -rs -m gpu
@@ -46,6 +59,23 @@ lint: $(READY)  ## style, format and types
 
 bench: $(READY)  ## every benchmark, one after the other
 	@for script in $$(grep -l __main__ benchmark/*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+empty :=
+space := $(empty) $(empty)
+
+# an environment on top of $(VENV): pip sees what is there and installs only what has to be of another version
+define build_end
+@rm -rf $(END) && $(BIN)/python -m venv $(END)
+@$(BIN)/python -c 'import sysconfig; print("$(CURDIR)/python", sysconfig.get_path("purelib"), sep="\n")' \
+	> $$($(END)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/siglane.pth
+@$(END)/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off $(1)
+endef
+
+define run_end
+@$(END)/bin/python tests/versions.py
+@$(END)/bin/python -m pytest -q -n 2 -m "not slow and not vllm" tests/parity \
+	$$(grep -lE '^ *(import|from) ($(subst $(space),|,$(ENDS)))\b' tests/unit/test_*.py)
+endef
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "siglane needs Python 3.11 or newer on the PATH (or: make PYTHON=/path/to/python)" >&2; exit 1; }

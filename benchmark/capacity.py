@@ -11,12 +11,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from siglane.config.images import ImageFacts
 from siglane.config.projector import LinearLayer
 from siglane.config.vision import VisionConfig
-from siglane.config.vlm import ImageFacts
 from siglane.families.registry import image_facts
-from siglane.projector.assemble import projector_grids
-from siglane.tiling.merge import projected_grid
 from siglane.types import Grid, ImageLayout, Size
 from siglane.weights.hub import Checkpoint
 
@@ -37,7 +35,7 @@ def tower_flops(vision: VisionConfig, grids: Sequence[Grid]) -> float:
 def projector_flops(facts: ImageFacts, layout: ImageLayout) -> float:
     """Of the linear layers, and of the visual vocabulary's table where there is one."""
     projector = facts.projector
-    rows = sum(projected_grid(grid, projector).area for grid in projector_grids(layout))
+    rows = sum(grid.area for grid in layout.projected)
     weights = sum(layer.input_size * layer.output_size for layer in projector.layers if isinstance(layer, LinearLayer))
     if projector.vocabulary is not None:
         weights += projector.vocabulary.size * projector.output_size

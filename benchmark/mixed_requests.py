@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from machine import description, gemm_rate, onednn_rate
 
+from siglane.config.images import ImageFacts
 from siglane.config.language import LanguageConfig
 from siglane.config.preprocess import PreprocessConfig
 from siglane.config.projector import LinearLayer, NormLayer, ProjectorConfig, VocabularyConfig
@@ -28,7 +29,7 @@ from siglane.config.vision import VisionConfig
 from siglane.config.vlm import VlmConfig
 from siglane.engine.engine import Engine
 from siglane.families.model import VisionLanguageModel
-from siglane.nn.cpu.packing import prepack
+from siglane.nn.cpu.optimise import optimise
 from siglane.settings.engine import EngineConfig
 from siglane.tiling.navit import NativeResolution
 from siglane.types import Grid, ImagePatches, ImageSpan, Prompt, Request, SamplingParams, Size, digest_of
@@ -44,7 +45,7 @@ def model_config(layers: int) -> VlmConfig:
     vision = VisionConfig(
         hidden_size=1152, intermediate_size=4304, num_hidden_layers=layers, num_attention_heads=16, num_channels=3,
         patch_size=16, position_grid=Grid(32, 32), hidden_act="gelu_tanh", layer_norm_eps=1e-6,
-        patch_layout="channel_first", position_resize="bicubic", rope_theta=10000.0, windows=None, depth=layers,
+        patch_layout="channel_first", position_resize="bicubic", rope_theta=10000.0, depth=layers,
         post_norm=False, use_head=False,
     )  # fmt: skip
     language = LanguageConfig.from_hf(
@@ -55,18 +56,22 @@ def model_config(layers: int) -> VlmConfig:
         }
     )  # fmt: skip
     projector = ProjectorConfig(
-        merge="blocks", factor=2, target=None, column_major=False,
+        merge="blocks", factor=2, column_major=False,
         layers=(LinearLayer("head.0", 4 * 1152, WORDS, bias=False), NormLayer("head.1", WORDS, 1e-5)),
         input_size=1152, output_size=256, vocabulary=VocabularyConfig("vte", WORDS, 4),
     )  # fmt: skip
     rule = NativeResolution(factor=32, min_pixels=32 * 32, max_pixels=None, resample="bilinear")
     half = (0.5, 0.5, 0.5)
-    return VlmConfig(
+    images = ImageFacts(
         vision=vision,
         projector=projector,
         preprocess=PreprocessConfig(rule=rule, mean=half, std=half, rescale=1 / 255),
-        family="benchmark", language=language, image_token="<image>", image_token_id=IMAGE_ID, eos_token_ids=(511,),
-        image_newline=False, video=None, thinking=None,
+        newline=False,
+        video=None,
+    )
+    return VlmConfig(
+        family="benchmark", images=images, language=language, image_token="<image>", image_token_id=IMAGE_ID,
+        eos_token_ids=(511,), thinking=None, sampling={},
     )  # fmt: skip
 
 
@@ -75,7 +80,7 @@ def build_model(config: VlmConfig) -> VisionLanguageModel:
     model = VisionLanguageModel(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    prepack(model)  # as for every engine (`siglane/engine/load.py`)
+    optimise(model)  # as for every engine (`siglane/engine/load.py`)
     return model.eval().requires_grad_(False)
 
 
@@ -85,7 +90,7 @@ def pictures(config: VlmConfig, clients: int, round_: int) -> list[ImagePatches]
     found = []
     for client in range(clients):
         h, w = GRIDS[client % len(GRIDS)]
-        (layout,) = config.layouts([Size(w * 16, h * 16)])
+        (layout,) = config.images.layouts([Size(w * 16, h * 16)])
         pixels = torch.randint(0, 256, (layout.patches, 768), dtype=torch.uint8, generator=generator)
         found.append(ImagePatches(pixels, layout, digest_of(b"bench", f"{round_} {client}".encode())))
     return found

@@ -26,7 +26,7 @@ from vision import FIXED, PATCH, RESULTS, Shape, ratio, siglane
 
 from siglane.families.two_tower import load_two_tower
 from siglane.nn.cpu.int8 import Int8Linear, quantise
-from siglane.nn.cpu.packing import prepack
+from siglane.nn.cpu.optimise import optimise
 from siglane.training.evaluate import embed_classes, embed_pictures
 from siglane.types import PackedPatches
 from siglane.weights.demo import open_model
@@ -63,9 +63,10 @@ def measure(shape: Shape, batch: int, repeats: int) -> dict[str, Any]:
         torch.manual_seed(0)
         towers[name] = siglane(shape, FIXED, "channel_first", "never", packed=False)
     sizes = {"float32": weight_bytes(towers["float32"].blocks)}
-    prepack(towers["float32"])
+    optimise(towers["float32"])
     begin = time.perf_counter()
     quantise(towers["8bit"], "8bit", "cpu")
+    optimise(towers["8bit"])
     quantising = time.perf_counter() - begin
     sizes["8bit"] = weight_bytes(towers["8bit"].blocks)
     packed = PackedPatches(torch.randn(batch * FIXED.area, 3 * PATCH**2), (FIXED,) * batch)

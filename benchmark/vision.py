@@ -28,7 +28,7 @@ from torch import nn
 from transformers import Siglip2VisionConfig, Siglip2VisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from siglane.config.vision import PatchLayout, PositionResize, VisionConfig
-from siglane.nn.cpu.packing import prepack
+from siglane.nn.cpu.optimise import optimise
 from siglane.types import Grid, PackedPatches
 from siglane.vision import tower as siglane_tower
 
@@ -72,13 +72,13 @@ def siglane(
         hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads, num_channels=3, patch_size=PATCH, position_grid=positions,
         hidden_act="gelu_tanh", layer_norm_eps=1e-6, patch_layout=layout, position_resize=resize, rope_theta=None,
-        windows=None, depth=shape.layers, post_norm=True, use_head=False,
+        depth=shape.layers, post_norm=True, use_head=False,
     )  # fmt: skip
     tower = siglane_tower.SiglipVisionModel(config)
     for parameter in tower.parameters():
         nn.init.normal_(parameter, std=0.02)
     if packed:
-        prepack(tower)
+        optimise(tower)
     return tower.eval().requires_grad_(False)
 
 

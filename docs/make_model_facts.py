@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 
+from siglane.config.images import ImageFacts
 from siglane.config.projector import ActivationLayer, NormLayer
-from siglane.config.vlm import ImageFacts
 from siglane.families.registry import image_facts
 from siglane.types import ImageLayout, Size
 from siglane.weights.hub import Checkpoint

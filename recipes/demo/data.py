@@ -19,13 +19,13 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer
 
 from recipes.demo.questions import QUESTION_KINDS, Question, ask_any, typed_carelessly
 from recipes.demo.scenes import Scene, draw, patch_labels, random_page, random_scene
 from recipes.demo.tokenizer import END, IMAGE, PAD, START, SYSTEM, special_id
+from siglane.lm.attention import SegmentAttention
 from siglane.types import Grid, Resample, Size
 
 # reading a sign and naming everything are harder than the rest and are asked more often
@@ -196,23 +196,12 @@ def _sequence(
     return ids, positions, branches, targets
 
 
-class BranchAttention:
-    """`nn.attention.LayerAttention` over sequences that share a beginning: all see branch 0, else only their own.
-
-    branches: i64 `[B, L]`; q, k and v come packed, `[B * L, heads, head_dim]`.
-    """
-
-    def __init__(self, branches: torch.Tensor) -> None:
-        length = branches.shape[1]
-        same = branches[:, :, None] == branches[:, None, :]
-        causal = torch.ones(length, length, dtype=torch.bool, device=branches.device).tril()
-        self.shape = branches.shape
-        self.mask = ((same | (branches[:, None, :] == 0)) & causal)[:, None]
-
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        q, k, v = (x.to(v.dtype).unflatten(0, self.shape).transpose(1, 2) for x in (q, k, v))
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=q.shape[1] != k.shape[1])
-        return attended.transpose(1, 2).flatten(0, 1)
+def branch_attention(branches: torch.Tensor) -> SegmentAttention:
+    """Sequences that share a beginning: all see branch 0, else only their own. branches: i64 `[B, L]`."""
+    sequences, length = branches.shape
+    same = branches[:, :, None] == branches[:, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool, device=branches.device).tril()
+    return SegmentAttention([length] * sequences, mask=(same | (branches[:, None, :] == 0)) & causal)
 
 
 def batches(

@@ -17,11 +17,11 @@ from tokenizers import Tokenizer
 from recipes.demo.model import PROJECTOR, TILE, DemoModel
 from recipes.demo.tokenizer import END, PAD, save_tokenizer, special_id
 from siglane.config.language import LanguageConfig
-from siglane.config.projector import LinearLayer, NormLayer
 from siglane.config.vision import VisionConfig
-from siglane.lm.qwen import QwenModel
-from siglane.projector.mlp import Projector
-from siglane.vision.tower import SiglipVisionModel
+from siglane.lm.qwen import QwenModel, qwen_plan
+from siglane.projector.build import projector_plan
+from siglane.vision.tower import SiglipVisionModel, tower_plan
+from siglane.weights.export import checkpoint_tensors
 
 Tensors = dict[str, torch.Tensor]
 
@@ -62,87 +62,24 @@ def export(model: DemoModel, tokenizer: Tokenizer, folder: Path) -> None:
     write_json(folder / "vision_tower" / "preprocessor_config.json", _preprocessor_config())
     write_tensors(folder / "vision_tower", vision_tensors(model.tower))
     write_json(folder / "mm_projector" / "config.json", projector)
-    write_tensors(folder / "mm_projector", projector_tensors(model.projector))
+    projector_weights = checkpoint_tensors(model.projector, projector_plan(model.projector.config))
+    write_tensors(folder / "mm_projector", projector_weights)
 
 
 def vision_tensors(tower: SiglipVisionModel) -> Tensors:
     """Hub names. The block after the last one that is used passes its input on, so `hidden_states[-1] == [-2]`."""
     config = tower.config
-    size = config.hidden_size
-    embeddings = "vision_model.embeddings"
-    weight = tower.patch_embedding.weight.unflatten(1, (config.num_channels, config.patch_size, config.patch_size))
-    tensors = {
-        f"{embeddings}.patch_embedding.weight": weight,
-        f"{embeddings}.patch_embedding.bias": tower.patch_embedding.bias,
-        f"{embeddings}.position_embedding.weight": tower.position_embedding.weight,
-        "vision_model.post_layernorm.weight": torch.ones(size),
-        "vision_model.post_layernorm.bias": torch.zeros(size),
-    }
-    for number in range(config.num_hidden_layers):
-        prefix = f"vision_model.encoder.layers.{number}"
-        if number < config.depth:
-            block = tower.blocks[number].state_dict()
-        else:
-            block = {name: torch.zeros_like(value) for name, value in tower.blocks[0].state_dict().items()}
-        for name, value in block.items():
-            for part, tensor in _split_qkv(_VISION_NAMES, name, value, (size, size, size)):
-                tensors[f"{prefix}.{part}"] = tensor
+    tensors = checkpoint_tensors(tower, tower_plan(config))
+    tensors["vision_model.post_layernorm.weight"] = torch.ones(config.hidden_size)
+    tensors["vision_model.post_layernorm.bias"] = torch.zeros(config.hidden_size)
+    block = {name: torch.zeros_like(value) for name, value in tensors.items() if ".layers.0." in name}
+    for number in range(config.depth, config.num_hidden_layers):
+        tensors |= {name.replace(".layers.0.", f".layers.{number}."): value for name, value in block.items()}
     return tensors
 
 
 def language_tensors(model: QwenModel) -> Tensors:
-    config = model.config
-    kv = config.num_key_value_heads * config.head_dim
-    tensors: Tensors = {"model.embed_tokens.weight": model.embed_tokens.weight, "model.norm.weight": model.norm.weight}
-    for number, block in enumerate(model.blocks):
-        for name, value in block.state_dict().items():
-            if name == "mlp.gate_up.weight":
-                parts = list(zip(("mlp.gate_proj.weight", "mlp.up_proj.weight"), value.chunk(2), strict=True))
-            else:
-                parts = _split_qkv(_LANGUAGE_NAMES, name, value, (config.num_attention_heads * config.head_dim, kv, kv))
-            for part, tensor in parts:
-                tensors[f"model.layers.{number}.{part}"] = tensor
-    return tensors
-
-
-def projector_tensors(projector: Projector) -> Tensors:
-    tensors: Tensors = {}
-    for number, layer in enumerate(projector.config.layers):
-        if isinstance(layer, LinearLayer | NormLayer):
-            for name, value in projector.layers[str(number)].state_dict().items():
-                tensors[f"{layer.name}.{name}"] = value
-    return tensors
-
-
-# siglane's module -> the checkpoint's; a module named "qkv" becomes three
-_VISION_NAMES = {
-    "norm1": "layer_norm1",
-    "norm2": "layer_norm2",
-    "attention.qkv": "self_attn.{}_proj",
-    "attention.out_proj": "self_attn.out_proj",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-}
-_LANGUAGE_NAMES = {
-    "input_norm": "input_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "attention.qkv": "self_attn.{}_proj",
-    "attention.o_proj": "self_attn.o_proj",
-    "attention.q_norm": "self_attn.q_norm",
-    "attention.k_norm": "self_attn.k_norm",
-    "mlp.down_proj": "mlp.down_proj",
-}
-
-
-def _split_qkv(
-    names: dict[str, str], name: str, value: torch.Tensor, sizes: tuple[int, int, int]
-) -> list[tuple[str, torch.Tensor]]:
-    module, _, parameter = name.rpartition(".")
-    renamed = names[module]
-    if "{}" not in renamed:
-        return [(f"{renamed}.{parameter}", value)]
-    pieces = zip("qkv", value.split(sizes), strict=True)
-    return [(f"{renamed.format(part)}.{parameter}", piece) for part, piece in pieces]
+    return checkpoint_tensors(model, qwen_plan(model.config))
 
 
 def _vision_config(config: VisionConfig) -> dict[str, Any]:

@@ -6,12 +6,13 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from recipes.demo.data import Batch, BatchShape, BranchAttention
+from recipes.demo.data import Batch, BatchShape, branch_attention
 from recipes.demo.naming import NamingHeads
 from recipes.demo.tokenizer import IMAGE, VOCAB_SIZE, special_id
 from siglane.config.language import LanguageConfig
 from siglane.config.projector import vila_projector
 from siglane.config.vision import VisionConfig
+from siglane.families.splice import ImageRows, splice
 from siglane.lm.qwen import QwenModel
 from siglane.projector.mlp import Projector
 from siglane.training.initialise import initialise
@@ -36,7 +37,6 @@ VISION = VisionConfig(
     patch_layout="channel_first",
     position_resize="never",
     rope_theta=None,
-    windows=None,
     depth=4,  # NVILA reads hidden_states[-2]
     post_norm=False,
     use_head=False,
@@ -54,9 +54,11 @@ LANGUAGE = LanguageConfig(
     rope_theta=10000.0,
     qkv_bias=True,
     output_bias=False,
+    mlp_bias=False,
     qk_norm=False,
     norm_dtype="float32",
     tie_embeddings=True,
+    rope_scaling=None,
 )
 
 
@@ -96,11 +98,16 @@ class DemoModel(nn.Module):
 def answer_logits(
     language: QwenModel, rows: torch.Tensor, batch: Batch, image_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits `[A, vocab]` and targets `[A]` of all answer tokens; `rows` take the places of `image_id`, in order."""
-    ids = batch.ids.flatten()
-    embeds = language.embed(ids)
-    embeds = embeds.masked_scatter((ids == image_id)[:, None], rows.to(embeds.dtype))
-    hidden = language(embeds, batch.positions.flatten(), BranchAttention(batch.branches))
+    """Logits `[A, vocab]` and targets `[A]` of all answer tokens; each sequence's share of `rows` takes the places of
+    `image_id`."""
+    sequences, length = batch.ids.shape
+    own = rows.chunk(sequences)
+    first = int((batch.ids[0] == image_id).nonzero()[0])  # every sequence begins alike
+    span = ImageRows(first, first + len(own[0]), 0, 0)
+    embeds = splice(
+        language.embed(batch.ids.flatten()), [span.moved(start * length) for start in range(sequences)], own
+    )
+    hidden = language(embeds, batch.positions.flatten(), branch_attention(batch.branches))
     targets = batch.targets.flatten()
     where = (targets >= 0).nonzero()[:, 0]
     return language.logits(hidden[where]), targets[where]

@@ -27,11 +27,13 @@ from siglane.config.language import LanguageConfig
 from siglane.config.projector import LinearLayer, NormLayer, ProjectorConfig, VocabularyConfig
 from siglane.config.vision import VisionConfig
 from siglane.lm.qwen import QwenModel
+from siglane.projector.build import projector_plan
 from siglane.projector.visual_vocabulary import VisualVocabulary
 from siglane.tiling.navit import smart_resize
 from siglane.training.initialise import initialise
 from siglane.types import Grid, PackedPatches
 from siglane.vision.tower import SiglipVisionModel
+from siglane.weights.export import checkpoint_tensors
 
 PATCH, STRIDE = 16, 2
 BUDGETS = (128 * 128, 192 * 192, 256 * 256, 384 * 384)  # pixels of a picture
@@ -55,11 +57,10 @@ LANGUAGE = replace(TILED_LANGUAGE, max_position_embeddings=4096, qkv_bias=False,
 PROJECTOR = ProjectorConfig(
     merge="blocks",
     factor=STRIDE,
-    target=None,
     column_major=False,
     layers=(
-        LinearLayer("head.0", STRIDE * STRIDE * VISION.hidden_size, WORDS, bias=False),
-        NormLayer("head.1", WORDS, 1e-5),
+        LinearLayer("visual_tokenizer.head.0", STRIDE * STRIDE * VISION.hidden_size, WORDS, bias=False),
+        NormLayer("visual_tokenizer.head.1", WORDS, 1e-5),
     ),
     input_size=VISION.hidden_size,
     output_size=LANGUAGE.hidden_size,
@@ -143,10 +144,7 @@ def export(model: NativeModel, tokenizer: Tokenizer, folder: Path) -> None:
     save_tokenizer(tokenizer, folder, SPECIAL, template=None)
     tensors = {f"visual_tokenizer.vit.{name}": value for name, value in vision_tensors(model.tower).items()}
     tensors |= {f"llm.{name}": value for name, value in language_tensors(model.language).items()}
-    tensors["visual_tokenizer.head.0.weight"] = model.projector.head.weight
-    tensors["visual_tokenizer.head.1.weight"] = model.projector.norm.weight
-    tensors["visual_tokenizer.head.1.bias"] = model.projector.norm.bias
-    tensors["vte.weight"] = model.projector.table
+    tensors |= checkpoint_tensors(model.projector, projector_plan(PROJECTOR))
     write_tensors(folder, tensors)
 
 

@@ -33,8 +33,9 @@ from siglane.hosts.sglang import view as views_module
 from siglane.hosts.sglang.config import ARCHITECTURE, SiglaneConfig
 from siglane.hosts.sglang.settings import HostConfig, host_config
 from siglane.hosts.sglang.view import placeholder_id, view_of, write_view
+from siglane.lm.qwen import qwen_plan
+from siglane.nn.plan import Destination
 from siglane.weights.hub import Checkpoint
-from siglane.weights.plan import Destination, qwen_plan
 
 VIEWS, OVERRIDE = "SIGLANE_SGLANG_VIEWS", "SIGLANE_SGLANG_OVERRIDE"
 
@@ -253,7 +254,7 @@ class TestTransformersReadsAView:
         one = viewed(name)
         model = AutoModelForCausalLM.from_config(one.config.text_config, dtype=torch.float32).eval()
         facts = load_processor(one.checkpoint).config
-        ours, theirs = vlm_family(one.checkpoint).language_plan(facts), qwen_plan(facts.language)
+        ours, theirs = vlm_family(one.checkpoint).language_plan(facts.language), qwen_plan(facts.language)
         names = {tensor.key: tensor.name for tensor in model_tensors(one.checkpoint)}
         stored = dict(tensors_of(one.folder))
         assert stored.keys() == names.keys()

@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import Siglip2Config, Siglip2Model, SiglipConfig, SiglipModel, SiglipVisionModel
 
+from siglane.verify.references.siglip2 import resize_one_column_exactly
+
 Kind = Literal["siglip", "siglip2", "naflex"]
 DualReference = SiglipModel | Siglip2Model
 
@@ -61,6 +63,7 @@ def write_dual_checkpoint(
         model = Siglip2Model(
             Siglip2Config(vision_config=sizes | {"patch_size": 16, "num_patches": 16}, text_config=text)
         )
+        resize_one_column_exactly(model.vision_model.embeddings)
         preprocessor |= {
             "image_processor_type": "Siglip2ImageProcessor", "patch_size": 16, "max_num_patches": max_num_patches,
         }  # fmt: skip

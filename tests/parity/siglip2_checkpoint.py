@@ -11,6 +11,8 @@ from checkpoints import randomise
 from safetensors.torch import save_file
 from transformers import Siglip2Config, Siglip2Model, Siglip2VisionConfig, Siglip2VisionModel
 
+from siglane.verify.references.siglip2 import resize_one_column_exactly
+
 PATCH = 16
 
 
@@ -24,6 +26,7 @@ def write_siglip2_checkpoint(
     }  # fmt: skip
     vision = Siglip2VisionConfig(**sizes, patch_size=PATCH, num_patches=num_patches)
     tower = Siglip2VisionModel(vision).eval()
+    resize_one_column_exactly(tower.embeddings)
     randomise(tower, seed)
     own = {name.removeprefix("vision_model."): value for name, value in tower.state_dict().items()}
     state = {("vision_model." if infix or full else "") + name: value for name, value in own.items()}

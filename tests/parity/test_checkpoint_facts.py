@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import huggingface_hub
 import pytest
 from checkpoints import Layout, build_tokenizer, write_nvila_checkpoint
 
-from siglane.config.vlm import VlmConfig
+from siglane.config.images import ImageFacts
 from siglane.errors import ConfigError, UserError
 from siglane.families import nvila
 from siglane.families.processor import load_processor, load_tokenizer
@@ -21,9 +22,9 @@ from siglane.types import ImagePlaceholder, Size
 from siglane.weights.hub import Checkpoint, open_checkpoint
 
 
-def facts(folder: Path, **options: Any) -> VlmConfig:
+def facts(folder: Path, **options: Any) -> ImageFacts:
     write_nvila_checkpoint(folder, **options)
-    return load_processor(open_checkpoint(folder)).config
+    return load_processor(open_checkpoint(folder)).facts
 
 
 def refused(folder: Path, message: str, **options: Any) -> None:
@@ -34,25 +35,25 @@ def refused(folder: Path, message: str, **options: Any) -> None:
 class TestNvilaFacts:
     @pytest.mark.parametrize("layout", ["folders", "hf", "vila"])
     def test_lite(self, tmp_path: Path, layout: Layout) -> None:
-        config = facts(tmp_path, layout=layout)
-        assert (config.preprocess.rule.tiling, config.projector.factor, config.vision.depth) == ("dynamic", 3, 2)
-        assert (config.vision.post_norm, config.vision.use_head) == (False, False)
-        assert config.projector.input_size == 32
+        images = facts(tmp_path, layout=layout)
+        assert (images.preprocess.rule.tiling, images.projector.factor, images.vision.depth) == ("dynamic", 3, 2)
+        assert (images.vision.post_norm, images.vision.use_head) == (False, False)
+        assert images.projector.input_size == 32
 
     @pytest.mark.parametrize("layout", ["folders", "hf"])
     def test_s2(self, tmp_path: Path, layout: Layout) -> None:
-        config = facts(tmp_path, layout=layout, lite=False)
-        assert (config.preprocess.rule.tiling, config.preprocess.rule.s2_scales) == ("dynamic_s2", (56, 112, 168))
-        assert (config.projector.factor, config.projector.input_size) == (2, 96)
+        images = facts(tmp_path, layout=layout, lite=False)
+        assert (images.preprocess.rule.tiling, images.preprocess.rule.s2_scales) == ("dynamic_s2", (56, 112, 168))
+        assert (images.projector.factor, images.projector.input_size) == (2, 96)
 
     def test_scales_may_be_a_list(self, tmp_path: Path) -> None:
-        config = facts(tmp_path, lite=False, flags={"s2_scales": [56, 112, 168]})
-        assert config.preprocess.rule.s2_scales == (56, 112, 168)
+        images = facts(tmp_path, lite=False, flags={"s2_scales": [56, 112, 168]})
+        assert images.preprocess.rule.s2_scales == (56, 112, 168)
 
     @pytest.mark.parametrize(("ratio", "tiling"), [("resize", "squash"), ("pad", "pad"), (None, "squash")])
     def test_one_tile_modes(self, tmp_path: Path, ratio: str | None, tiling: str) -> None:
-        config = facts(tmp_path, flags={"image_aspect_ratio": ratio}, projector_type="mlp2x_gelu")
-        assert (config.preprocess.rule.tiling, config.projector.merge) == (tiling, "none")
+        images = facts(tmp_path, flags={"image_aspect_ratio": ratio}, projector_type="mlp2x_gelu")
+        assert (images.preprocess.rule.tiling, images.projector.merge) == (tiling, "none")
 
     def test_vila_resizes_with_pillows_default(self, tmp_path: Path) -> None:
         """With `resize` and the dynamic modes; otherwise the processor's filter counts."""
@@ -60,26 +61,26 @@ class TestNvilaFacts:
             write_nvila_checkpoint(tmp_path, flags={"image_aspect_ratio": ratio})
             file = tmp_path / "vision_tower/preprocessor_config.json"
             file.write_text(json.dumps({**json.loads(file.read_text()), "resample": 2}))
-            assert load_processor(open_checkpoint(tmp_path)).config.preprocess.rule.resample == expected
+            assert load_processor(open_checkpoint(tmp_path)).facts.preprocess.rule.resample == expected
 
     def test_the_file_beside_the_projector_decides(self, tmp_path: Path) -> None:
-        config = facts(tmp_path, flags={"mm_projector_cfg": {"mm_projector_type": "linear"}})
-        assert config.projector.factor == 3
+        images = facts(tmp_path, flags={"mm_projector_cfg": {"mm_projector_type": "linear"}})
+        assert images.projector.factor == 3
 
     def test_column_order_is_an_option(self, tmp_path: Path) -> None:
         write_nvila_checkpoint(tmp_path, flags={"image_aspect_ratio": "resize"}, projector_type="mlp_downsample")
         checkpoint = open_checkpoint(tmp_path)
-        tokenizer = load_tokenizer(checkpoint.sub("llm"))
-        assert not nvila.read_config(checkpoint, tokenizer).projector.column_major
-        config = nvila.read_config(checkpoint, tokenizer, column_major=True)
-        assert config.projector.column_major
+        family, plain = nvila.Nvila(), load_processor(checkpoint).config
+        assert not plain.images.projector.column_major
+        config = replace(plain, images=family.images(checkpoint, column_major=True))
+        assert config.images.projector.column_major
         assert load_processor(checkpoint, config).config is config
 
     def test_column_order_does_not_go_with_scales(self, tmp_path: Path) -> None:
         write_nvila_checkpoint(tmp_path, lite=False)
         checkpoint = open_checkpoint(tmp_path)
         with pytest.raises(ConfigError, match=r"column_major belongs to VILA1\.5"):
-            nvila.read_config(checkpoint, load_tokenizer(checkpoint.sub("llm")), column_major=True)
+            nvila.Nvila().images(checkpoint, column_major=True)
 
     def test_eos_ids_of_the_files_and_the_end_of_turn(self, tmp_path: Path) -> None:
         write_nvila_checkpoint(tmp_path)
@@ -195,7 +196,7 @@ class TestDetection:
     def test_layouts(self, tmp_path: Path, layout: Layout) -> None:
         write_nvila_checkpoint(tmp_path, layout=layout)
         assert nvila.layout_of(open_checkpoint(tmp_path)) == layout
-        assert vlm_family(open_checkpoint(tmp_path)) is nvila.FAMILY
+        assert isinstance(vlm_family(open_checkpoint(tmp_path)), nvila.Nvila)
 
     def test_remote_code_folders(self, tmp_path: Path) -> None:
         write_nvila_checkpoint(tmp_path, flags={"model_type": "vila", "architectures": ["VILAForCausalLM"]})

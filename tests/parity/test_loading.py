@@ -14,15 +14,16 @@ from checkpoints import Reference, write_nvila_checkpoint
 from safetensors.torch import load_file, save_file
 
 from siglane.errors import ConfigError, SiglaneError, WeightError
-from siglane.families import nvila
 from siglane.families.model import VisionLanguageModel, load_model, load_vision
+from siglane.families.nvila import Nvila
 from siglane.families.processor import load_processor
 from siglane.families.stack import VisionStack
 from siglane.nn.cpu.product import linear
 from siglane.nn.parallel import TensorParallel
+from siglane.nn.plan import Destination, Elsewhere, Ignore, Rule, WeightPlan
+from siglane.vision.tower import tower_plan
 from siglane.weights.hub import open_checkpoint
 from siglane.weights.load import StrictLoad, stored_tensors
-from siglane.weights.plan import Destination, Elsewhere, Ignore, Rule, WeightPlan, tower_plan
 
 State = dict[str, torch.Tensor]
 
@@ -78,7 +79,7 @@ def test_a_tied_head_is_not_kept_twice(written: Reference) -> None:
 def test_each_rank_keeps_its_share(written: Reference, rank: int) -> None:
     whole = load(written.folder)
     share = load(written.folder, tp=TensorParallel(rank, 2, lambda x: x, lambda x: x))
-    name = "vision.tower.blocks.0.attention.qkv.weight"
+    name = "vision.encoder.tower.blocks.0.attention.qkv.weight"
     rows = whole.get_parameter(name)[rank * 16 : (rank + 1) * 16]
     assert torch.equal(share.get_parameter(name)[:16], rows)
     name = "language.blocks.1.mlp.gate_up.weight"
@@ -113,7 +114,10 @@ class TestEveryTensorCounts:
 
     def test_a_whole_half_missing(self, written: Reference) -> None:
         change(written.folder, "vision_tower", lambda state: [state.pop(k) for k in list(state) if "q_proj.bias" in k])
-        self.fails(written.folder, r"missing: vision.tower.blocks.0.attention.qkv.bias \(q\), vision.tower.blocks.1")
+        self.fails(
+            written.folder,
+            r"missing: vision.encoder.tower.blocks.0.attention.qkv.bias \(q\), vision.encoder.tower.blocks.1",
+        )
 
     def test_another_shape(self, written: Reference) -> None:
         change(written.folder, "llm", lambda state: state.update({"model.norm.weight": torch.ones(47)}))
@@ -151,10 +155,10 @@ class TestEveryTensorCounts:
         )  # fmt: skip
         checkpoint = open_checkpoint(written.folder)
         config = load_processor(checkpoint).config
-        plan = nvila.FAMILY.vision_plan(config)
+        plan = Nvila().vision_plan(config.images)
         stack = load_vision(checkpoint, device="cpu", dtype=torch.float32)[0]
         with StrictLoad(plan, stack) as strict:
-            for tensor in stored_tensors(nvila.FAMILY.vision_sources(checkpoint)):
+            for tensor in stored_tensors(Nvila().vision_sources(checkpoint)):
                 strict.take(tensor.name, torch.zeros(tensor.shape))
         reasons = dict(strict.ignored)
         assert reasons["vision_tower.vision_model.embeddings.position_ids"] == "a constant buffer of older versions"
@@ -276,7 +280,7 @@ class TestPlan:
         assert moved.find("layers.0.q.bias") is None
 
     def test_a_tower_read_early_ignores_what_it_does_not_run(self, written: Reference) -> None:
-        config = load_processor(open_checkpoint(written.folder)).config.vision
+        config = load_processor(open_checkpoint(written.folder)).facts.vision
         plan = tower_plan(config)
         assert isinstance(plan.find("vision_model.encoder.layers.2.mlp.fc1.bias"), Ignore)
         assert isinstance(plan.find("encoder.layers.3.mlp.fc1.bias"), Destination)  # the tower has no such block
@@ -287,9 +291,9 @@ def test_a_host_gets_what_is_not_ours(tmp_path: Path) -> None:
     write_nvila_checkpoint(tmp_path, layout="hf")
     checkpoint = open_checkpoint(tmp_path)
     config = load_processor(checkpoint).config
-    family = nvila.FAMILY
-    stack = VisionStack(config)
-    plan = family.vision_plan(config) + WeightPlan((Elsewhere(family.language_prefix),))
+    family = Nvila()
+    stack = VisionStack(config.images)
+    plan = family.vision_plan(config.images) + WeightPlan((Elsewhere(family.language_prefix),))
     with StrictLoad(plan, stack) as strict:
         passed_on = dict(strict.route(load_file(tmp_path / "model.safetensors").items()))
     assert all(name.startswith(("model.", "lm_head.")) for name in passed_on)

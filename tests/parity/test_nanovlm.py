@@ -26,8 +26,8 @@ from siglane.errors import ConfigError, UserError, WeightError
 from siglane.families.model import VisionLanguageModel, load_model, load_vision
 from siglane.families.processor import Processor, load_processor
 from siglane.families.registry import image_facts, vlm_family
+from siglane.lm.attention import SegmentAttention
 from siglane.lm.llama import InputRMSNorm, LlamaModel
-from siglane.nn.attention import CausalSegments
 from siglane.nn.parallel import TensorParallel
 from siglane.tiling.nanovlm import WholeTiles
 from siglane.tiling.rule import ImageBudget
@@ -92,7 +92,7 @@ def spliced(model: VisionLanguageModel, prompt: Prompt, patches: Sequence[ImageP
 
 
 def logits(model: VisionLanguageModel, embeds: torch.Tensor, taps: dict[str, torch.Tensor] | None = None) -> Any:
-    hidden = model.language(embeds, torch.arange(len(embeds)), CausalSegments([len(embeds)]), taps)
+    hidden = model.language(embeds, torch.arange(len(embeds)), SegmentAttention([len(embeds)]), taps)
     return model.language.logits(hidden)
 
 
@@ -114,7 +114,7 @@ def check_whole_path(pair: Pair, images: list[Image.Image], steps: int = 32) -> 
     model.vision(patches, taps)
     side = reference.config["vit_patch_size"]
     cut = nn.functional.unfold(pixels, side, stride=side).transpose(1, 2).flatten(0, 1)
-    assert_parity("pixels", model.vision.pack(patches).pixels, cut)
+    assert_parity("pixels", model.vision.encoder.pack(patches).pixels, cut)
     theirs: Any = reference.tower(pixel_values=pixels, output_hidden_states=True)
     assert_parity("positions", taps["positions"], theirs.hidden_states[0].flatten(0, 1))
     for number, state in enumerate(theirs.hidden_states[1:]):
@@ -247,7 +247,7 @@ def test_pixels_are_only_brought_to_0_and_1(pairs: dict[Era, Pair]) -> None:
     black_and_white = np.zeros((32, 32, 3), np.uint8)
     black_and_white[16:] = 255
     patches = patches_of(pairs["current"].processor, [Image.fromarray(black_and_white)])
-    assert pairs["current"].model.vision.pack(patches).pixels.unique().tolist() == [0.0, 1.0]
+    assert pairs["current"].model.vision.encoder.pack(patches).pixels.unique().tolist() == [0.0, 1.0]
 
 
 def test_post_norm_counts(pairs: dict[Era, Pair]) -> None:
@@ -309,17 +309,17 @@ class TestFacts:
     def test_what_every_release_has_in_common(self, pair: Pair) -> None:
         config = pair.processor.config
         assert vlm_family(open_checkpoint(pair.reference.folder)).name == config.family == "nanovlm"
-        vision, language = config.vision, config.language
+        vision, language = config.images.vision, config.language
         assert (vision.layer_norm_eps, vision.post_norm, vision.use_head, vision.depth) == (1e-6, True, False, 2)
         assert (language.rms_norm_eps, language.rope_theta, language.norm_dtype) == (1e-5, 100000.0, "input")
         assert not any((language.qkv_bias, language.output_bias, language.qk_norm))
         assert language.tie_embeddings
         assert pair.processor.context_length == 8192
         assert pair.processor.eos_token_ids == (pair.reference.tokenizer.get_vocab()["<|im_end|>"],)
-        assert image_facts(open_checkpoint(pair.reference.folder)).preprocess == config.preprocess
+        assert image_facts(open_checkpoint(pair.reference.folder)).preprocess == config.images.preprocess
 
     def test_the_rule_of_each_release(self, pairs: dict[Era, Pair]) -> None:
-        rules = {era: pair.processor.config.preprocess.rule for era, pair in pairs.items()}
+        rules = {era: pair.processor.facts.preprocess.rule for era, pair in pairs.items()}
         assert rules["0.1"] == rules["0.2"] == Squash(tile=Size(32, 32), resample="bilinear")
         tokens = tuple(tuple(f"<row_{r}_col_{c}>" for c in range(1, 5)) for r in range(1, 5))
         grid = WholeTiles(side=32, longest=3, enlarge=False, global_token="", tile_tokens=tokens)
@@ -453,8 +453,8 @@ def test_the_tower_alone(pairs: dict[Era, Pair]) -> None:
     pair = pairs["current"]
     stack, processor = load_vision(open_checkpoint(pair.reference.folder), device="cpu", dtype=torch.float32)
     patches = patches_of(pair.processor, [picture(*WIDE)])
-    assert torch.equal(stack.features(patches)[0], pair.model.vision.features(patches)[0])
-    assert processor.config.preprocess == pair.processor.config.preprocess
+    assert torch.equal(stack.encoder.features(patches)[0], pair.model.vision.encoder.features(patches)[0])
+    assert processor.facts.preprocess == pair.processor.facts.preprocess
 
 
 def test_two_ranks_load_both_names(tmp_path: Path) -> None:
@@ -513,10 +513,10 @@ def test_the_command_line(pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_budget(pairs: dict[Era, Pair]) -> None:
-    config = pairs["current"].processor.config
-    (layout,) = config.layouts([Size(300, 200)], [ImageBudget(max_tiles=3)])
+    facts = pairs["current"].processor.facts
+    (layout,) = facts.layouts([Size(300, 200)], [ImageBudget(max_tiles=3)])
     assert (layout.arrangement, len(layout.tiles)) == ((1, 1), 1)
-    (layout,) = config.layouts([Size(300, 100)], [ImageBudget(max_tiles=3)])
+    (layout,) = facts.layouts([Size(300, 100)], [ImageBudget(max_tiles=3)])
     assert (layout.arrangement, len(layout.tiles)) == ((1, 3), 4)
     with pytest.raises(UserError, match="one size"):
-        pairs["0.1"].processor.config.layouts([Size(9, 9)], [ImageBudget(max_tiles=3)])
+        pairs["0.1"].processor.facts.layouts([Size(9, 9)], [ImageBudget(max_tiles=3)])

@@ -18,7 +18,7 @@ from siglane.errors import UserError
 from siglane.families.model import VisionLanguageModel, load_model, load_vision, stored_dtype
 from siglane.families.processor import Processor, load_processor
 from siglane.families.stack import VisionStack
-from siglane.nn.attention import CausalSegments
+from siglane.lm.attention import SegmentAttention
 from siglane.types import DecodedImage, ImagePart, ImagePatches, Message, Prompt
 from siglane.weights.hub import open_checkpoint
 
@@ -81,7 +81,7 @@ def spliced(model: VisionLanguageModel, prompt: Prompt, patches: Sequence[ImageP
 def greedy(model: VisionLanguageModel, embeds: torch.Tensor, steps: int) -> list[int]:
     chosen: list[int] = []
     for _ in range(steps):
-        hidden = model.language(embeds, torch.arange(len(embeds)), CausalSegments([len(embeds)]))
+        hidden = model.language(embeds, torch.arange(len(embeds)), SegmentAttention([len(embeds)]))
         chosen.append(int(model.language.logits(hidden[-1:]).argmax()))
         embeds = torch.cat([embeds, model.language.embed(torch.tensor(chosen[-1:]))])
     return chosen
@@ -118,8 +118,8 @@ def test_features_rows_logits_and_tokens(
         expected = reference.encode(pair.reference, images, lite=lite)
         patches = patches_of(pair.processor, images)
         worst = {"features": 0.0, "rows": 0.0}
-        for ours, theirs in zip(pair.model.vision.features(patches), expected.features, strict=True):
-            worst["features"] = max(worst["features"], close(ours, theirs))
+        for ours, theirs in zip(pair.model.vision.encode(patches), expected.features, strict=True):
+            worst["features"] = max(worst["features"], close(ours.projector_input, theirs))
         tokens = pair.model.vision(patches)
         for ours, blocks in zip(tokens.split(), expected.rows, strict=True):
             worst["rows"] = max(worst["rows"], close(ours, torch.cat(blocks)))
@@ -136,7 +136,7 @@ def test_features_rows_logits_and_tokens(
         ours = spliced(pair.model, prompt, patches)
         theirs = reference.embeds(pair.reference, ids, expected.rows)
         language = pair.reference.language
-        hidden = pair.model.language(ours, torch.arange(len(ours)), CausalSegments([len(ours)]))
+        hidden = pair.model.language(ours, torch.arange(len(ours)), SegmentAttention([len(ours)]))
         worst["logits"] = close(pair.model.language.logits(hidden), language(inputs_embeds=theirs[None]).logits[0])
         print(f"{layout} lite={lite} qwen3={qwen3} {len(images)} images: {worst}")
         chosen = language.generate(
@@ -173,7 +173,7 @@ def test_no_images_is_no_rows(pair: Pair) -> None:
     tokens = pair.model.vision([])
     assert tokens.embeds.shape == (0, 48)
     assert tokens.lengths == ()
-    assert pair.model.vision.features([]) == ()
+    assert pair.model.vision.encode([]) == ()
 
 
 def test_taps_name_every_stage(s2: Pair) -> None:
@@ -196,11 +196,11 @@ def test_half_precision_keeps_exact_pixels(lite: Pair) -> None:
     options: dict[str, Any] = {"device": "cpu", "dtype": torch.bfloat16, "vision_dtype": torch.float16}
     model = load_model(checkpoint, lite.processor.config, **options)
     assert model.language.norm.weight.dtype == torch.bfloat16
-    assert model.vision.dtype == torch.float16
-    assert model.vision.pixel_scale.dtype == torch.float32
+    assert model.vision.encoder.dtype == torch.float16
+    assert model.vision.encoder.pixel_scale.dtype == torch.float32
     patches = patches_of(lite.processor, [reference.picture(*SQUARE)])
-    exact = lite.model.vision.pack(patches).pixels
-    assert torch.equal(model.vision.pack(patches).pixels, exact.half())
+    exact = lite.model.vision.encoder.pack(patches).pixels
+    assert torch.equal(model.vision.encoder.pack(patches).pixels, exact.half())
 
 
 def test_rows_that_do_not_match_the_layout_are_an_error(lite: Pair, s2: Pair) -> None:

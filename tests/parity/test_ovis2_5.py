@@ -23,14 +23,14 @@ from torch.multiprocessing.spawn import start_processes
 from transformers import SiglipVisionModel
 
 from siglane.cli.main import main
-from siglane.config.vision import VisionConfig, WindowConfig
+from siglane.config.vision import VisionConfig
 from siglane.errors import ConfigError, UserError, WeightError
 from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import Processor, load_processor
 from siglane.families.prompt.messages import answer_alone
 from siglane.families.registry import image_facts, vlm_family
 from siglane.llm import LLM, VisionEncoder
-from siglane.nn.attention import CausalSegments
+from siglane.lm.attention import SegmentAttention
 from siglane.nn.parallel import TensorParallel
 from siglane.tiling.navit import NativeResolution
 from siglane.types import (
@@ -93,8 +93,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 @pytest.fixture(scope="module")
-def windowed(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return build(tmp_path_factory.mktemp("windowed"), windows="1", tied=True, seed=20)
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return build(tmp_path_factory.mktemp("tied"), tied=True, seed=20)
 
 
 def patches_of(processor: Processor, images: Sequence[Image.Image]) -> list[ImagePatches]:
@@ -144,8 +144,6 @@ CASES: dict[str, dict[str, Any]] = {
     "tied, the head stored too": {"tied": True},
     "tied, no head stored": {"tied": True, "head_stored": False},
     "no rotation": {"rope": False},
-    "windows, block 1 full": {"windows": "1"},
-    "windows, blocks 0 and 2 full": {"windows": "0|2"},
     "positions of another size": {"position_side": 9},
     "read as model_type ovis": {"architecture": False},
 }
@@ -160,9 +158,8 @@ def test_every_tap(tmp_path: Path, case: str) -> None:
     print(case, worst)
 
 
-@pytest.mark.parametrize("windows", [None, "2"])
-def test_every_tap_of_awkward_pictures(tmp_path: Path, windows: str | None) -> None:
-    pair = build(tmp_path, bounds=LARGE, windows=windows)
+def test_every_tap_of_awkward_pictures(tmp_path: Path) -> None:
+    pair = build(tmp_path, bounds=LARGE)
     for number, size in enumerate(AWKWARD):
         image = picture(*size, seed=number)
         seen = naive.see(pair.reference, [image])
@@ -178,12 +175,12 @@ def test_transformers_own_tower_where_it_has_no_rotation(tmp_path: Path) -> None
     assert isinstance(tower, SiglipVisionModel)
     pixels = naive.preprocess(pair.reference, [image])
     expected = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-1][0]
-    (features,) = pair.model.vision.features(patches_of(pair.processor, [image]))
+    (features,) = pair.model.vision.encoder.features(patches_of(pair.processor, [image]))
     close(features, expected)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("which", ["pair", "windowed"])
+@pytest.mark.parametrize("which", ["pair", "tied"])
 def test_packing_does_not_change_an_image(which: str, request: pytest.FixtureRequest) -> None:
     """Equal counts with different grids among them: 32 x 48 and 48 x 32 pixels."""
     pair: Pair = request.getfixturevalue(which)
@@ -198,7 +195,7 @@ def test_packing_does_not_change_an_image(which: str, request: pytest.FixtureReq
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", ["untied", "windows, block 1 full"])
+@pytest.mark.parametrize("case", ["untied", "tied, no head stored"])
 def test_frames_of_a_video(tmp_path: Path, case: str) -> None:
     """Of different sizes: each is resized to what suits the first."""
     pair = build(tmp_path, **CASES[case])
@@ -212,9 +209,9 @@ def test_frames_of_a_video(tmp_path: Path, case: str) -> None:
 @torch.no_grad()
 def test_frames_never_see_each_other(pair: Pair) -> None:
     first, second = picture(50, 30), picture(50, 30, seed=1)
-    (alone,) = pair.model.vision.features(patches_of(pair.processor, [first]))
-    (same,) = pair.model.vision.features([clip_of(pair.processor, [first, first])])
-    (other,) = pair.model.vision.features([clip_of(pair.processor, [first, second])])
+    (alone,) = pair.model.vision.encoder.features(patches_of(pair.processor, [first]))
+    (same,) = pair.model.vision.encoder.features([clip_of(pair.processor, [first, first])])
+    (other,) = pair.model.vision.encoder.features([clip_of(pair.processor, [first, second])])
     assert torch.equal(*same.chunk(2))
     assert (other[: len(alone)] - alone).abs().max() < 1e-5
     assert (other[len(alone) :] - alone).abs().max() > 0.1
@@ -320,7 +317,7 @@ class TestPrompts:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("which", ["pair", "windowed"])
+@pytest.mark.parametrize("which", ["pair", "tied"])
 @pytest.mark.parametrize("sizes", [(), (SIZES[0],), (SIZES[1],), SIZES])
 def test_spliced_rows_logits_and_greedy_tokens(
     which: str, sizes: Sequence[tuple[int, int]], request: pytest.FixtureRequest
@@ -337,7 +334,7 @@ def test_spliced_rows_logits_and_greedy_tokens(
     ours = spliced(pair.model, prompt, patches)
     close(ours, theirs)
     language = pair.model.language
-    hidden = language(ours, torch.arange(len(ours)), CausalSegments([len(ours)]))
+    hidden = language(ours, torch.arange(len(ours)), SegmentAttention([len(ours)]))
     close(language.logits(hidden), pair.reference.language(inputs_embeds=theirs[None]).logits[0])
 
     llm = LLM(pair.reference.folder, device="cpu", kv_tokens=4096)
@@ -407,7 +404,7 @@ def greedy(model: VisionLanguageModel, prompt: Prompt, patches: Sequence[ImagePa
     embeds = spliced(model, prompt, patches)
     chosen: list[int] = []
     for _ in range(STEPS):
-        hidden = model.language(embeds, torch.arange(len(embeds)), CausalSegments([len(embeds)]))
+        hidden = model.language(embeds, torch.arange(len(embeds)), SegmentAttention([len(embeds)]))
         chosen.append(int(model.language.logits(hidden[-1:]).argmax()))
         embeds = torch.cat([embeds, model.language.embed(torch.tensor(chosen[-1:]))])
     return chosen
@@ -416,7 +413,7 @@ def greedy(model: VisionLanguageModel, prompt: Prompt, patches: Sequence[ImagePa
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 def test_every_rank_gives_the_references_rows_and_tokens(tmp_path: Path, size: int) -> None:
     """48 words divide by every size; 2 heads of the tower divide by 2 only."""
-    reference = write_ovis2_5_checkpoint(tmp_path, windows="1")
+    reference = write_ovis2_5_checkpoint(tmp_path)
     processor = load_processor(open_checkpoint(tmp_path))
     images = [picture(*one, seed=number) for number, one in enumerate(SIZES[:2])]
     patches = patches_of(processor, images)
@@ -445,8 +442,9 @@ class TestFacts:
         assert config.family == vlm_family(open_checkpoint(reference.folder)).name == "ovis2_5"
         assert config.eos_token_ids == (reference.token("<|im_end|>"), reference.token("<|endoftext|>"))
         assert config.image_token_id >= max(config.language.vocab_size, len(reference.tokenizer))
-        assert config.video is not None
-        assert (config.video.token, config.video.frames, config.video.with_images) == ("<video>", 8, False)
+        video = config.images.video
+        assert video is not None
+        assert (video.token, video.frames, video.with_images) == ("<video>", 8, False)
         assert config.thinking is not None
         assert (config.thinking.start, config.thinking.end) == tuple(map(reference.token, ("<think>", "</think>")))
         assert reference.tokenizer.decode(list(config.thinking.forced)) == (
@@ -454,7 +452,7 @@ class TestFacts:
             "based on the thinking directly now.\n</think>\n\n"
         )
         assert config.thinking.forced.count(config.thinking.end) == 1
-        assert (config.vision.rope_theta, config.vision.position_resize) == (10000.0, "bicubic")
+        assert (config.images.vision.rope_theta, config.images.vision.position_resize) == (10000.0, "bicubic")
 
     def test_a_tokenizer_without_reasoning_tokens_does_not_reason(self, tmp_path: Path) -> None:
         write_ovis2_5_checkpoint(tmp_path, thinking=False)
@@ -467,7 +465,7 @@ class TestFacts:
 
     def test_bounds_that_no_file_states(self, tmp_path: Path) -> None:
         write_ovis2_5_checkpoint(tmp_path, bounds_stated=False)
-        rule = load_processor(open_checkpoint(tmp_path)).config.preprocess.rule
+        rule = load_processor(open_checkpoint(tmp_path)).facts.preprocess.rule
         assert rule == NativeResolution(factor=8, min_pixels=448**2, max_pixels=1792**2, resample="bilinear")
 
     def test_layouts_need_no_tokenizer(self, pair: Pair) -> None:
@@ -492,10 +490,8 @@ class TestFacts:
             ({}, {"model_type": "aimv2"}, "'aimv2' is not known"),
             ({}, {"temporal_patch_size": 2}, "temporal_patch_size 2 is not supported"),
             ({}, {"preserve_original_pe": False}, "preserve_original_pe false"),
-            ({}, {"fullatt_block_indexes": "1|3"}, "must be numbers of the 3 blocks"),
-            ({}, {"fullatt_block_indexes": "1,2"}, "must be numbers of the 3 blocks"),
+            ({}, {"fullatt_block_indexes": "1|2"}, r"fullatt_block_indexes '1\|2' .* is not supported"),
             ({}, {"fullatt_block_indexes": [1]}, "fullatt_block_indexes must be str"),
-            ({}, {"fullatt_block_indexes": "1", "window_size": 7}, "smaller than one block of 2x2"),
             ({}, {"num_patches": 35}, "no square of positions"),
             ({}, {"hidden_act": "relu"}, "'relu' is not known"),
         ],
@@ -511,15 +507,12 @@ class TestFacts:
         config = VisionConfig.from_navit({})
         sizes = config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads
         assert sizes == (1024, 4096, 24, 16)
-        assert (config.patch_size, config.position_grid, config.windows) == (16, Grid(32, 32), None)
+        assert (config.patch_size, config.position_grid) == (16, Grid(32, 32))
         assert (config.depth, config.post_norm, config.use_head) == (24, False, False)
 
     @pytest.mark.parametrize("stated", [None, ""])
     def test_no_full_blocks_stated_means_all_are(self, stated: str | None) -> None:
-        assert VisionConfig.from_navit({"fullatt_block_indexes": stated}).windows is None
-
-    def test_released_windows_are_six_patches_wide(self) -> None:
-        assert VisionConfig.from_navit({"fullatt_block_indexes": "7|15|23"}).windows == WindowConfig(6, (7, 15, 23))
+        assert VisionConfig.from_navit({"fullatt_block_indexes": stated}) == VisionConfig.from_navit({})
 
     def test_an_untied_head_must_be_stored(self, tmp_path: Path) -> None:
         write_ovis2_5_checkpoint(tmp_path, head_stored=False)
@@ -529,7 +522,9 @@ class TestFacts:
 
     def test_a_linear_patch_embedding(self, tmp_path: Path) -> None:
         """num_patches > 0: the same weights as a matrix, patches channel first."""
-        pair = build(tmp_path)
+        build(tmp_path)
+        image = picture(50, 30)
+        before = VisionEncoder(tmp_path, device="cpu").encode([image])[0]
         file = tmp_path / "model.safetensors"
         state = load_file(file)
         name = "visual_tokenizer.vit.vision_model.embeddings.patch_embedding.weight"
@@ -538,9 +533,7 @@ class TestFacts:
         root = json.loads((tmp_path / "config.json").read_text())
         root["vit_config"] |= {"num_patches": 36, "image_size": 512}
         (tmp_path / "config.json").write_text(json.dumps(root))
-        image = picture(50, 30)
         again = VisionEncoder(tmp_path, device="cpu").encode([image])[0]
-        (before,) = pair.model.vision.features(patches_of(pair.processor, [image]))
         assert torch.equal(again, before)
 
 

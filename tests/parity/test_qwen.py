@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from transfer import QWEN, assert_parity, fill, randomise
+from transfer import assert_parity, fill, randomise
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from siglane.config.language import LanguageConfig
-from siglane.lm.qwen import QwenModel
-from siglane.nn.attention import CausalSegments
+from siglane.lm.attention import SegmentAttention
+from siglane.lm.qwen import QwenModel, qwen_plan
 
 ReferenceModel = Any  # transformers leaves it untyped
 
@@ -59,7 +59,7 @@ def our_model(reference: ReferenceModel) -> QwenModel:
     tensors = reference.state_dict()
     if reference.config.tie_word_embeddings:
         del tensors["lm_head.weight"]  # as in a checkpoint
-    assert fill(model, tensors, QWEN) == set()
+    assert fill(model, tensors, qwen_plan(model.config)) == set()
     return model
 
 
@@ -75,7 +75,7 @@ def logits(
     lengths = [len(sequence) for sequence in sequences]
     positions = torch.cat([torch.arange(length) for length in lengths])
     embeds = model.embed(torch.cat(sequences))
-    return model.logits(model(embeds, positions, CausalSegments(lengths), taps))
+    return model.logits(model(embeds, positions, SegmentAttention(lengths), taps))
 
 
 @EVERY_VARIANT
@@ -133,7 +133,7 @@ def test_every_way_to_write_the_rotary_base_reads_as_the_reference_reads_it(writ
     reference: ReferenceModel = make(Qwen2Config.from_dict(raw)).eval()
     randomise(reference, seed=3)
     model = QwenModel(LanguageConfig.from_hf(raw)).eval()
-    fill(model, reference.state_dict(), QWEN)
+    fill(model, reference.state_dict(), qwen_plan(model.config))
     (ids,) = prompts([60], seed=3)
     assert_parity("logits", logits(model, [ids]), reference(ids[None]).logits[0])
 
@@ -162,7 +162,7 @@ def test_embeddings_may_come_from_elsewhere(variant: dict[str, Any]) -> None:
     reference = reference_model(variant, seed=5)
     model = our_model(reference)
     embeds = torch.randn(30, TINY["hidden_size"], generator=torch.Generator().manual_seed(5))
-    ours = model.logits(model(embeds, torch.arange(30), CausalSegments([30])))
+    ours = model.logits(model(embeds, torch.arange(30), SegmentAttention([30])))
     assert_parity("logits", ours, reference(inputs_embeds=embeds[None]).logits[0])
 
 

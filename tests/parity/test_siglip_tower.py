@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from transfer import SIGLIP, assert_parity, fill, load, randomise
+from transfer import assert_parity, fill, load, randomise
 from transformers import SiglipVisionConfig
 from transformers import SiglipVisionModel as SiglipReference
 
 from siglane.config.vision import PositionResize, VisionConfig
 from siglane.types import Grid, PackedPatches
 from siglane.vision.position import PositionEmbedding
-from siglane.vision.tower import SiglipVisionModel
+from siglane.vision.tower import SiglipVisionModel, tower_plan
 
 ReferenceTower = Any  # transformers leaves it untyped
 
@@ -59,7 +59,7 @@ def our_tower(reference: ReferenceTower, *, feature_layer: int = -1, post_norm: 
     raw = reference.config.to_dict()
     config = VisionConfig.from_hf(raw, feature_layer=feature_layer, post_norm=post_norm)
     tower = SiglipVisionModel(config).eval()
-    assert fill(tower, reference.state_dict(), SIGLIP) == set()
+    assert fill(tower, reference.state_dict(), tower_plan(tower.config)) == set()
     return tower
 
 
@@ -108,7 +108,7 @@ def test_features_of_a_layer_are_the_references_hidden_states(shape: Shape, laye
     raw = reference.config.to_dict() | {"vision_use_head": False}
     config = VisionConfig.from_hf(raw, feature_layer=layer, post_norm=False)
     tower = SiglipVisionModel(config).eval()
-    unused = fill(tower, reference.state_dict(), SIGLIP)
+    unused = fill(tower, reference.state_dict(), tower_plan(tower.config))
     pixels = pictures(shape, 2, seed=3)
     theirs = reference(pixels, output_hidden_states=True).hidden_states[layer]
     assert_parity("features", tower(patchify(pixels, shape.patch)), theirs.flatten(0, 1))
@@ -134,7 +134,7 @@ def test_a_patch_may_be_stored_with_its_channels_last() -> None:
     reference = reference_tower(shape, seed=5)
     first = our_tower(reference)
     last = SiglipVisionModel(replace(first.config, patch_layout="channel_last")).eval()
-    fill(last, reference.state_dict(), SIGLIP)
+    fill(last, reference.state_dict(), tower_plan(last.config))
     packed = patchify(pictures(shape, 2, seed=5), shape.patch)
     turned = packed.pixels.unflatten(1, (3, 8, 8)).permute(0, 2, 3, 1).flatten(1)
     assert_parity("features", last(PackedPatches(turned, packed.grids)), first(packed))
@@ -157,7 +157,7 @@ def test_bicubic_positions_are_the_references_interpolation(height: int, width: 
     reference = reference_tower(shape, seed=7)
     native = our_tower(reference)
     tower = SiglipVisionModel(replace(native.config, position_resize="bicubic")).eval()
-    fill(tower, reference.state_dict(), SIGLIP)
+    fill(tower, reference.state_dict(), tower_plan(tower.config))
     pixels = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(7))
     packed = patchify(pixels, shape.patch)
     theirs = reference(pixels, interpolate_pos_encoding=True)
@@ -196,7 +196,7 @@ def test_the_three_gelus_are_told_apart() -> None:
     answers = []
     for activation in ("gelu_tanh", "gelu_erf", "quick_gelu"):
         tower = SiglipVisionModel(replace(our_tower(reference).config, hidden_act=activation)).eval()
-        fill(tower, reference.state_dict(), SIGLIP)
+        fill(tower, reference.state_dict(), tower_plan(tower.config))
         answers.append(tower(packed))
     assert (answers[0] - answers[1]).abs().max() > 2e-4
     assert (answers[0] - answers[2]).abs().max() > 1e-2

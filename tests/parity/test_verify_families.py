@@ -24,7 +24,7 @@ from siglip2_checkpoint import write_siglip2_checkpoint
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
-from siglane.families.registry import TOWER_FAMILIES, VLM_FAMILIES
+from siglane.families.registry import CHAT_FAMILIES, TOWER_FAMILIES
 from siglane.verify import verify
 from siglane.verify.references import llava_onevision, siglip2
 from siglane.verify.references.pixels import Processing
@@ -60,7 +60,7 @@ CHECKPOINTS: dict[str, Write] = {
         "{% else %}{{ p['text'] }}{% endif %}{% endfor %}{% endfor %}",
     ),
     "ovis2.5": written(write_ovis2_5_checkpoint),
-    "ovis2.5, windows": written(write_ovis2_5_checkpoint, windows="1", tied=True, head_stored=False),
+    "ovis2.5, tied": written(write_ovis2_5_checkpoint, tied=True, head_stored=False),
     "ovis2.5 without rotary positions": written(write_ovis2_5_checkpoint, rope=False, bounds=LARGE),
     "llava-onevision": written(write_llava_onevision_checkpoint),
     "llava-onevision, saved": written(write_llava_onevision_checkpoint, names="saved", nested=True, bias=False),
@@ -94,7 +94,7 @@ def test_a_family_agrees_with_its_reference(tmp_path: Path, write: Write) -> Non
 
 
 def test_every_family_has_a_reference() -> None:
-    assert {family.name for family in FAMILIES} == {family.name for family in (*VLM_FAMILIES, *TOWER_FAMILIES)}
+    assert {family.name for family in FAMILIES} == {family.name for family in (*CHAT_FAMILIES, *TOWER_FAMILIES)}
 
 
 def test_the_families_are_told_apart(tmp_path: Path) -> None:
@@ -152,9 +152,6 @@ FAULTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
     ),
     "ovis2.5: without rotary positions": (
         "ovis2.5", set_key("config.json", "vit_config", "use_rope", value=False), "block.0",
-    ),
-    "ovis2.5: all windows full": (
-        "ovis2.5, windows", set_key("config.json", "vit_config", "fullatt_block_indexes", value=None), "block.0",
     ),
     "ovis2.5: merged in another order": (
         "ovis2.5", set_tensor("visual_tokenizer.head.0.weight", lambda w: w.roll(32, 1)), "projector",

@@ -88,8 +88,9 @@ def test_a_users_text_is_never_a_video(tmp_path: Path, template: str | None) -> 
 
 def test_a_model_that_reads_one_kind_says_so(tmp_path: Path) -> None:
     whole = load(tmp_path)
-    assert whole.config.video is not None
-    config = replace(whole.config, video=replace(whole.config.video, with_images=False))
+    assert whole.facts.video is not None
+    images = replace(whole.facts, video=replace(whole.facts.video, with_images=False))
+    config = replace(whole.config, images=images)
     processor = load_processor(open_checkpoint(tmp_path), config)
     assert ask(processor, (ImagePart(0), ImagePart(1)), "image", "image").image_tokens > 0
     assert ask(processor, (ImagePart(0), ImagePart(1)), "video", "video").image_tokens > 0
@@ -102,7 +103,7 @@ def test_a_model_that_reads_one_kind_says_so(tmp_path: Path) -> None:
 def test_a_model_without_videos_says_so(tmp_path: Path) -> None:
     write_nvila_checkpoint(tmp_path, flags={"video_encoder": {"_target_": "llava.model.encoders.TSPVideoEncoder"}})
     processor = load_processor(open_checkpoint(tmp_path))
-    assert processor.config.video is None
+    assert processor.facts.video is None
     with pytest.raises(UserError, match="images, not videos"):
         ask(processor, (ImagePart(0), "What?"), "video")
 
@@ -111,8 +112,8 @@ def test_the_number_of_frames_is_the_configurations(tmp_path: Path) -> None:
     def video_of(**flags: object) -> tuple[int, int]:
         write_nvila_checkpoint(tmp_path, flags=flags)
         processor = load_processor(open_checkpoint(tmp_path))
-        assert processor.config.video is not None
-        return processor.config.video.frames, processor.config.video.most_frames
+        assert processor.facts.video is not None
+        return processor.facts.video.frames, processor.facts.video.most_frames
 
     assert video_of() == (8, 256)
     assert video_of(num_video_frames=16) == (16, 256)

@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from siglane.nn.linear import ShardedModule
+from siglane.nn.plan import WeightPlan
+from siglane.weights.load import StrictLoad
 
 MAX_ABS, MIN_COSINE = 2e-4, 0.99999
-
-# (pattern of a reference's tensor name, our parameter, the part of it); the first match counts
-Renames = tuple[tuple[str, str, str], ...]
-
-SIGLIP: Renames = (
-    (r"embeddings\.(patch|position)_embedding\.(\w+)", r"\1_embedding.\2", ""),
-    (r"encoder\.layers\.(\d+)\.layer_norm(\d)\.(\w+)", r"blocks.\1.norm\2.\3", ""),
-    (r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(\w+)", r"blocks.\1.attention.qkv.\3", r"\2"),
-    (r"encoder\.layers\.(\d+)\.self_attn\.out_proj\.(\w+)", r"blocks.\1.attention.out_proj.\2", ""),
-    (r"encoder\.layers\.(\d+)\.mlp\.(fc\d)\.(\w+)", r"blocks.\1.mlp.\2.\3", ""),
-    (r"post_layernorm\.(\w+)", r"post_norm.\1", ""),
-    (r"head\.attention\.(in_proj_\w+|out_proj\.\w+)", r"head.\1", ""),
-    (r"head\.layernorm\.(\w+)", r"head.norm.\1", ""),
-    (r"head\.mlp\.(fc\d\.\w+)", r"head.\1", ""),
-    (r"head\.probe", "head.probe", ""),
-)
-
-QWEN: Renames = (
-    (r"model\.(embed_tokens|norm)\.weight", r"\1.weight", ""),
-    (r"lm_head\.weight", "lm_head.weight", ""),
-    (r"model\.layers\.(\d+)\.(input|post_attention)_layernorm\.weight", r"blocks.\1.\2_norm.weight", ""),
-    (r"model\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(\w+)", r"blocks.\1.attention.qkv.\3", r"\2"),
-    (r"model\.layers\.(\d+)\.self_attn\.(o_proj\.\w+|[qk]_norm\.weight)", r"blocks.\1.attention.\2", ""),
-    (r"model\.layers\.(\d+)\.mlp\.(gate|up)_proj\.weight", r"blocks.\1.mlp.gate_up.weight", r"\2"),
-    (r"model\.layers\.(\d+)\.mlp\.down_proj\.weight", r"blocks.\1.mlp.down_proj.weight", ""),
-)
 
 
 def randomise(model: nn.Module, seed: int) -> None:
@@ -53,35 +28,15 @@ def randomise(model: nn.Module, seed: int) -> None:
                 parameter.copy_(0.3 * drawn)
 
 
-def fill(model: nn.Module, tensors: Mapping[str, torch.Tensor], renames: Renames) -> set[str]:
+def fill(model: nn.Module, tensors: Mapping[str, torch.Tensor], plan: WeightPlan) -> set[str]:
     """Loads `tensors` of a reference into our `model`; every part of every parameter exactly once.
 
     Returns the reference's tensors for which the model has no place.
     """
-    missing = {(name, part) for name, _ in model.named_parameters() for part in parts_of(model, name)}
-    unused = set()
-    for their_name, tensor in tensors.items():
-        name, part = renamed(their_name, renames)
-        if (name, part) not in missing:
-            unused.add(their_name)
-            continue
-        missing.remove((name, part))
-        load(model, name, part, tensor)
-    assert not missing, f"not filled: {sorted(missing)}"
-    return unused
-
-
-def renamed(their_name: str, renames: Renames) -> tuple[str, str]:
-    for pattern, name, part in renames:
-        if match := re.fullmatch(pattern, their_name):
-            return match.expand(name), match.expand(part)
-    raise AssertionError(f"no rule for the reference's {their_name}")
-
-
-def parts_of(model: nn.Module, name: str) -> Iterable[str]:
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    return module.parts(leaf) if isinstance(module, ShardedModule) else ("",)
+    with StrictLoad(plan, model) as load:
+        for name, tensor in tensors.items():
+            load.take(name, tensor)
+    return {name for name, _ in load.ignored}
 
 
 def load(model: nn.Module, name: str, part: str, tensor: torch.Tensor) -> None:

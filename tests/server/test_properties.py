@@ -23,9 +23,9 @@ from siglane.errors import UserError
 from siglane.families.processor import Processor
 from siglane.server.choices import ChoiceDelta, Choices
 from siglane.server.errors import error_body, from_validation
-from siglane.server.fields import REFUSED, ignored_fields
 from siglane.server.logprobs import TokenTexts, byte_alphabet
-from siglane.server.protocol import ChatCompletionRequest
+from siglane.server.protocol import ChatCompletionRequest, ignored_fields
+from siglane.server.refused import REFUSED
 from siglane.server.stream import DONE, KEEP_ALIVE, event
 from siglane.types import Finished, Prompt, Request, SamplingParams, TokenDelta, TokenLogprob
 
@@ -117,9 +117,9 @@ def test_an_answer_does_not_depend_on_when_its_tokens_are_read(
         engine = Engine()
         requests = [request(number, stops) for number in range(len(texts))]
         found: list[ChoiceDelta] = []
-        answers = [Answer(one, AnswerStream(processor.tokenizer, stops)) for one in requests]
+        answers = [Answer(one.request_id, one.prompt, AnswerStream(processor.tokenizer, stops)) for one in requests]
         choices = Choices(answers, cast(EngineProcess, engine), Inline())
-        await choices.start(requests)
+        engine.submit(requests, choices.on_delta)
         left = {number: list(one) for number, one in enumerate(ids)}
         while left:
             number = seed.choice(sorted(left))

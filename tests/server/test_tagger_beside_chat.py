@@ -129,7 +129,7 @@ def test_layers_of_equal_weights_exist_once(folders: Folders, dtype: str) -> Non
     config = EngineConfig(device="cpu", threads=1, kv_tokens=2048, vision_dtype=dtype)  # type: ignore[arg-type]
     engine, (two_tower, _, _, apart) = load_with_tagger(str(folders.chat), str(folders.two_tower), config)
     assert apart is None
-    own, tower = two_tower.vision.tower, engine.runner.model.vision.tower
+    own, tower = two_tower.vision.tower, engine.runner.model.vision.encoder.tower
     assert len(own.blocks) == len(tower.blocks) + 1  # VILA does not run the last one
     assert all(one is other for one, other in zip(own.blocks, tower.blocks, strict=False))
     assert own.patch_embedding is tower.patch_embedding
@@ -143,7 +143,7 @@ def test_a_tower_that_differs_is_loaded_beside(folders: Folders) -> None:
     engine, (two_tower, _, _, apart) = load_with_tagger(str(folders.chat), str(folders.drifted), config)
     assert apart is not None
     assert "encoder.layers.1.self_attn.k_proj.weight differs" in apart
-    tower = engine.runner.model.vision.tower
+    tower = engine.runner.model.vision.encoder.tower
     assert not any(one is other for one, other in zip(two_tower.vision.tower.blocks, tower.blocks, strict=False))
     assert answers(engine, folders) == answers(load_engine(str(folders.chat), config), folders)
 
@@ -162,7 +162,7 @@ def test_equal_weights_of_another_kind_of_tower_are_not_shared(
     config = EngineConfig(device="cpu", kv_tokens=2048)
     engine, (two_tower, _, _, apart) = load_with_tagger(str(folders.chat), str(tmp_path), config)
     assert apart == "the towers' configurations differ"
-    assert two_tower.vision.tower.patch_embedding is not engine.runner.model.vision.tower.patch_embedding
+    assert two_tower.vision.tower.patch_embedding is not engine.runner.model.vision.encoder.tower.patch_embedding
 
 
 def test_embeddings_are_those_of_the_checkpoint_alone(beside: RunningServer, folders: Folders) -> None:

@@ -15,7 +15,7 @@ from siglane.engine.features import FeatureCache
 from siglane.engine.kv import PageAllocator
 from siglane.engine.prefix_cache import PrefixCache
 from siglane.engine.scheduler import Scheduler, Step, StepBudget
-from siglane.engine.splice import splice
+from siglane.families.splice import splice
 from siglane.types import (
     Box,
     Grid,
@@ -40,7 +40,7 @@ VOCABULARY = 97
 def image(name: int, rows: int = 4, patches: int = 4) -> ImagePatches:
     """An image of which only identity and sizes matter; equal numbers are equal images."""
     tile = Tile((Resize(Size(patches, 1), "bicubic"),), Box(0, 0, patches, 1), Grid(1, patches))
-    layout = ImageLayout(Size(patches, 1), (tile,), (ImagePlaceholder(rows),), Grid(1, 1))
+    layout = ImageLayout(Size(patches, 1), (tile,), (ImagePlaceholder(rows),), Grid(1, 1), projected=(Grid(1, rows),))
     return ImagePatches(torch.zeros(patches, 1), layout, digest_of(b"kit", f"{name} {rows} {patches}".encode()))
 
 
@@ -192,7 +192,7 @@ class Rig:
         for position in range(chunk.start, chunk.stop):
             self.memory[self.slot(sequence, position)] = keys[position]
         embeds = torch.full((chunk.tokens, 1), -1, dtype=torch.float64)
-        splice(embeds, 0, chunk)
+        embeds = splice(embeds, chunk.spans, [chunk.rows(span.image) for span in chunk.spans])
         expected = [-1.0] * len(sequence.token_ids)
         rows = [iter(rows_of(picture).flatten().tolist()) for picture in sequence.request.images]
         for start, stop, number in sequence.request.prompt.spans:

@@ -14,15 +14,14 @@ from checkpoints import build_tokenizer
 from siglane.engine.answer import Answer
 from siglane.engine.reasoning import AnswerStream, TextDelta
 from siglane.errors import EngineError
-from siglane.types import Finished, Prompt, Request, SamplingParams, TokenDelta, TokenLogprob
+from siglane.types import Finished, Prompt, TokenDelta, TokenLogprob
 
 TOKENIZER = build_tokenizer()
 A, B, C = (TOKENIZER.convert_tokens_to_ids(letter) for letter in "abc")
 
 
 def answer(*stop: str) -> Answer:
-    request = Request("r", Prompt((1, 2, 3)), SamplingParams(stop=stop), 100)
-    return Answer(request, AnswerStream(TOKENIZER, stop))
+    return Answer("r", Prompt((1, 2, 3)), AnswerStream(TOKENIZER, stop))
 
 
 def delta(token_id: int | None = None, finished: Finished | None = None) -> TokenDelta:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siglane.config.projector import vila_projector
-from siglane.projector.assemble import assemble, projector_grids, projector_input
+from siglane.projector.assemble import assemble, projector_input
 from siglane.tiling.rule import ImageContext, PatchGeometry
 from siglane.tiling.vila import VilaTiling
 from siglane.types import (
@@ -37,9 +37,13 @@ def rows_of(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
-def layout_of(tiles: int, arrangement: Grid, assembly: Assembly | None, image_tokens: int) -> ImageLayout:
+def layout_of(
+    projected: tuple[Grid, ...], arrangement: Grid, assembly: Assembly | None, image_tokens: int, scales: int = 0
+) -> ImageLayout:
+    """projected: of the tiles that the projector sees, behind `scales` that it does not."""
     tile = Tile((Resize(Size(8, 8), "bicubic"),), Box(0, 0, 8, 8), Grid(2, 2))
-    return ImageLayout(Size(8, 8), (tile,) * tiles, (ImagePlaceholder(image_tokens),), arrangement, assembly)
+    pieces, tiles = (ImagePlaceholder(image_tokens),), (tile,) * (scales + len(projected))
+    return ImageLayout(Size(8, 8), tiles, pieces, arrangement, assembly, projected=projected)
 
 
 def bilinear(picture: list[list[torch.Tensor]], target: Grid) -> list[list[torch.Tensor]]:
@@ -98,15 +102,15 @@ class TestAnyRes:
         for line in picture:
             expected += [*line, NEWLINE]
 
-        layout = layout_of(1 + arrangement.area, arrangement, AnyRes(crop, resized), len(expected))
-        found = assemble(rows, (base, *(grid,) * arrangement.area), layout, NEWLINE)
+        layout = layout_of((base, *(grid,) * arrangement.area), arrangement, AnyRes(crop, resized), len(expected))
+        found = assemble(rows, layout, NEWLINE)
         torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=0)
 
     def test_nothing_is_interpolated_that_need_not_be(self) -> None:
         """Uncropped and unresized, the rows are the projector's own bits, and the newlines the parameter's."""
         rows = rows_of(4 + 6 * 4)
-        layout = layout_of(7, Grid(2, 3), AnyRes(Box(0, 0, 6, 4), None), 4 + 4 * 7)
-        found = assemble(rows, (Grid(2, 2),) * 7, layout, NEWLINE)
+        layout = layout_of((Grid(2, 2),) * 7, Grid(2, 3), AnyRes(Box(0, 0, 6, 4), None), 4 + 4 * 7)
+        found = assemble(rows, layout, NEWLINE)
         assert torch.equal(found[:4], rows[:4])
         lines = found[4:].unflatten(0, (4, 7))
         assert (lines[:, -1] == NEWLINE).all()
@@ -116,8 +120,8 @@ class TestAnyRes:
         assert torch.equal(lines[2, :2], rows[16:18])
 
     def test_keeps_the_dtype_of_the_rows(self) -> None:
-        layout = layout_of(2, Grid(1, 1), AnyRes(Box(0, 0, 2, 2), Grid(1, 1)), 4 + 2)
-        assert assemble(rows_of(8).bfloat16(), (Grid(2, 2),) * 2, layout, NEWLINE).dtype == torch.bfloat16
+        layout = layout_of((Grid(2, 2),) * 2, Grid(1, 1), AnyRes(Box(0, 0, 2, 2), Grid(1, 1)), 4 + 2)
+        assert assemble(rows_of(8).bfloat16(), layout, NEWLINE).dtype == torch.bfloat16
 
 
 class TestNewline:
@@ -135,22 +139,22 @@ class TestNewline:
             picture = [[own[y * grid.w + x] for x in range(grid.w)] for y in range(grid.h)]
             expected += [row for line in (bilinear(picture, pooled) if pooled else picture) for row in line]
         expected.append(NEWLINE)
-        layout = layout_of(tiles, Grid(1, 1), Newline(pooled), len(expected))
-        found = assemble(rows, (grid,) * tiles, layout, NEWLINE)
+        layout = layout_of((grid,) * tiles, Grid(1, 1), Newline(pooled), len(expected))
+        found = assemble(rows, layout, NEWLINE)
         torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=0)
 
     def test_without_pooling_tiles_may_differ(self) -> None:
         rows = rows_of(6 + 4)
-        layout = layout_of(2, Grid(1, 1), Newline(None), 11)
-        assert torch.equal(assemble(rows, (Grid(2, 3), Grid(2, 2)), layout, NEWLINE), torch.cat((rows, NEWLINE[None])))
+        layout = layout_of((Grid(2, 3), Grid(2, 2)), Grid(1, 1), Newline(None), 11)
+        assert torch.equal(assemble(rows, layout, NEWLINE), torch.cat((rows, NEWLINE[None])))
 
 
 class TestMergedScales:
     def test_the_rows_of_the_last_scale_form_one_map(self) -> None:
         rows, grid, arrangement = rows_of(12 * 4), Grid(2, 2), Grid(3, 4)
-        layout = layout_of(5 + 12, arrangement, MergedScales((1, 2), 3), 48)
+        layout = layout_of((grid,) * 12, arrangement, MergedScales((1, 2), 3), 48, scales=5)
         expected = [row for line in map_by_hand(rows, arrangement, grid) for row in line]
-        assert torch.equal(assemble(rows, (grid,) * 12, layout, None), torch.stack(expected))
+        assert torch.equal(assemble(rows, layout, None), torch.stack(expected))
 
     @pytest.mark.parametrize("scales", [(8,), (8, 16), (8, 16, 24), (8, 24)])
     @pytest.mark.parametrize("size", [Size(40, 30), Size(10, 70), Size(9, 9)])
@@ -177,21 +181,20 @@ class TestMergedScales:
         for y, x in product(range(height), range(width)):
             expected.append(torch.cat([mean_below(one, y, x, height, width) for one in maps]))
         read = projector_input(features, layout)
-        grids = projector_grids(layout)
-        assert grids == (grid,) * last.area
-        found = assemble(read, grids, layout, None)  # the identity projector
+        assert layout.projector_grids == layout.projected == (grid,) * last.area  # the identity projector
+        found = assemble(read, layout, None)
         torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=0)
 
     def test_a_single_tile_repeats_its_channels(self) -> None:
         features = rows_of(4)
-        layout = layout_of(1, Grid(1, 1), MergedScales((), 3), 4)
+        layout = layout_of((Grid(2, 2),), Grid(1, 1), MergedScales((), 3), 4)
         assert torch.equal(projector_input(features, layout), torch.cat((features, features, features), dim=1))
 
     def test_tiles_of_one_scale_that_are_no_map_stay_in_order(self) -> None:
         """The frames of a video."""
         rows = rows_of(12)
-        layout = layout_of(3, Grid(1, 1), MergedScales((), 3), 12)
-        assert torch.equal(assemble(rows, (Grid(2, 2),) * 3, layout, None), rows)
+        layout = layout_of((Grid(2, 2),) * 3, Grid(1, 1), MergedScales((), 3), 12)
+        assert torch.equal(assemble(rows, layout, None), rows)
 
 
 def mean_below(picture: list[list[torch.Tensor]], y: int, x: int, height: int, width: int) -> torch.Tensor:
@@ -217,13 +220,13 @@ class TestCount:
     def test_another_number_of_rows_than_the_layout_says_is_an_error(self, assembly: Assembly | None, off: int) -> None:
         tokens = {Newline(None): 9, Newline(Grid(1, 1)): 3, AnyRes(Box(0, 0, 2, 2), None): 4 + 2 * 3}
         count = 8 if assembly is None else tokens.get(assembly, 8)
-        layout = layout_of(2, Grid(1, 1), assembly, count)
-        assert assemble(rows_of(8), (Grid(2, 2),) * 2, layout, NEWLINE).shape == (count, WIDTH)
+        layout = layout_of((Grid(2, 2),) * 2, Grid(1, 1), assembly, count)
+        assert assemble(rows_of(8), layout, NEWLINE).shape == (count, WIDTH)
         wrong = replace(layout, pieces=(ImagePlaceholder(count + off),))
         with pytest.raises(RuntimeError, match=f"gave {count} rows, the layout says {count + off}"):
-            assemble(rows_of(8), (Grid(2, 2),) * 2, wrong, NEWLINE)
+            assemble(rows_of(8), wrong, NEWLINE)
 
     @pytest.mark.parametrize("assembly", [Newline(None), AnyRes(Box(0, 0, 2, 2), None)])
     def test_a_model_without_the_newline_cannot_end_rows(self, assembly: Assembly) -> None:
         with pytest.raises(ValueError, match="the model has none"):
-            assemble(rows_of(8), (Grid(2, 2),) * 2, layout_of(2, Grid(1, 1), assembly, 9), None)
+            assemble(rows_of(8), layout_of((Grid(2, 2),) * 2, Grid(1, 1), assembly, 9), None)

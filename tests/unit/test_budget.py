@@ -6,12 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from checkpoints import write_nvila_checkpoint
+from checkpoints import write_nvila_checkpoint, write_siglip_checkpoint
 
 from siglane.config.projector import ProjectorConfig, llava_projector, vila_projector
+from siglane.config.vlm import ImageFacts
 from siglane.errors import UserError
+from siglane.families.pipeline import MediaPipeline, report_image
 from siglane.families.registry import image_facts
-from siglane.families.report import report_image
+from siglane.media.item import MediaItem
 from siglane.tiling.anyres import AnyResTiling
 from siglane.tiling.naflex import NaFlex
 from siglane.tiling.nanovlm import WholeTiles
@@ -19,7 +21,7 @@ from siglane.tiling.navit import NativeResolution
 from siglane.tiling.rule import CHECKPOINT_LIMITS, LIMITS, ImageBudget, ImageContext, LayoutRule, PatchGeometry
 from siglane.tiling.squash import Squash
 from siglane.tiling.vila import VilaTiling
-from siglane.types import ImageLayout, Size, VideoSize
+from siglane.types import ImageLayout, Medium, Size, VideoSize
 from siglane.weights.hub import open_checkpoint
 
 ONE_TO_ONE = llava_projector(input_size=3, output_size=4)
@@ -66,6 +68,20 @@ def layout_of(name: str, budget: ImageBudget, size: Size = WIDE) -> ImageLayout:
     return rule.within(budget).rule.image(size, PatchGeometry(14, projector), ImageContext())
 
 
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory: pytest.TempPathFactory) -> ImageFacts:
+    folder = tmp_path_factory.mktemp("tower")
+    write_siglip_checkpoint(folder)
+    return image_facts(open_checkpoint(folder))
+
+
+def laid_out(facts: ImageFacts, size: Medium, image_limits: ImageBudget = CHECKPOINT_LIMITS) -> MediaItem:
+    item, pipeline = MediaItem(None, "images[0]", image_limits, size=size), MediaPipeline(facts)
+    pipeline.admit([item])
+    pipeline.lay_out([item])
+    return item
+
+
 @pytest.mark.parametrize("name", RULES)
 class TestEveryRule:
     def test_without_a_budget_it_is_the_checkpoints_own(self, name: str) -> None:
@@ -84,11 +100,14 @@ class TestEveryRule:
         assert (caught.value.code, caught.value.param) == ("unsupported_budget", limit)
 
     @pytest.mark.parametrize("detail", ["auto", "low", "high", "original"])
-    def test_what_was_applied_is_reported(self, name: str, detail: str) -> None:
-        rule, _, known = RULES[name]
+    def test_what_was_applied_is_reported(self, name: str, detail: str, facts: ImageFacts) -> None:
+        rule, projector, known = RULES[name]
         budget = ImageBudget(detail=detail, **{limit: A_LIMIT[limit] for limit in known})  # type: ignore[arg-type]
         layout = layout_of(name, budget)
-        report = report_image(layout, rule, budget.detail, budget)
+        preprocess = replace(facts.preprocess, rule=rule)
+        item = laid_out(replace(facts, projector=projector, preprocess=preprocess), WIDE, budget)
+        assert item.layout == layout
+        report = report_image(item)
         assert report["detail"] == {"requested": detail, "applied": rule.within(budget).detail}
         assert report["limits"] == {limit: A_LIMIT[limit] for limit in known}
         assert (report["width"], report["height"], report["tiles"]) == (*WIDE, len(layout.tiles))
@@ -166,4 +185,4 @@ def test_each_image_has_its_own_budget_and_videos_do_not_count_as_images(tmp_pat
     assert (clip.frames, len(clip.tiles)) == (4, 4)
     few, every = (facts.layouts([WIDE], [budget])[0] for budget in (ImageBudget(max_tiles=2), None))
     assert len(few.tiles) < len(every.tiles)
-    assert report_image(clip, "auto", "auto", CHECKPOINT_LIMITS)["frames"] == 4
+    assert report_image(laid_out(facts, VideoSize(Size(640, 480), 4)))["frames"] == 4

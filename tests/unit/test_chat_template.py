@@ -125,7 +125,7 @@ def both(
 ) -> tuple[list[Message], list[dict[str, Any]], tuple[ImageLayout, ...]]:
     """The conversation for siglane and for an engine. pictures_first: whether a request names its media by kind, or as
     they come."""
-    video = processor.config.video
+    video = processor.facts.video
     kept = [
         (role, content if isinstance(content, str) else [p for p in content if p != VIDEO or video is not None])
         for role, content in conversation.turns
@@ -254,7 +254,7 @@ class TestErrors:
 
     def test_too_few_or_too_many_videos(self, processors: dict[str, Processor], name: str) -> None:
         processor = processors[name]
-        if processor.config.video is None:
+        if processor.facts.video is None:
             with pytest.raises(UserError, match="images, not videos"):
                 processor.layouts([VideoSize(Size(20, 30), 2)])
             return

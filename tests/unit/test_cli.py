@@ -159,9 +159,9 @@ def test_encode_writes_features_and_projected_rows(model: str, pictures: list[st
     assert main(["encode", model, *pictures, "-o", str(output), "--device", "cpu"]) == 0
     found = load_file(output)
     assert list(found) == ["0", "1", "2", "projected.0", "projected.1", "projected.2"]
-    for number, (features, projected) in enumerate(VisionEncoder(model, device="cpu").run(pictures)):
-        assert torch.equal(found[str(number)], features)
-        assert torch.equal(found[f"projected.{number}"], projected)  # type: ignore[arg-type]
+    for number, encoded in enumerate(VisionEncoder(model, device="cpu").run(pictures)):
+        assert torch.equal(found[str(number)], encoded.projector_input)
+        assert torch.equal(found[f"projected.{number}"], encoded.rows)  # type: ignore[arg-type]
 
 
 def test_encode_takes_a_plain_tower(tmp_path: Path, pictures: list[str], capsys: pytest.CaptureFixture[str]) -> None:

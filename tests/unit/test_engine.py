@@ -25,7 +25,7 @@ from siglane.engine.load import load_engine
 from siglane.errors import EngineError, UserError
 from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import Processor, load_processor
-from siglane.nn.attention import CausalSegments
+from siglane.lm.attention import SegmentAttention
 from siglane.settings.engine import EngineConfig
 from siglane.types import (
     DecodedImage,
@@ -85,7 +85,7 @@ class Tiny:
         for start, stop, image in prompt.spans:
             for position in range(start, stop):
                 embeds[position] = rows[image].pop(0)
-        hidden = language(embeds, torch.arange(len(ids)), CausalSegments([len(ids)]))
+        hidden = language(embeds, torch.arange(len(ids)), SegmentAttention([len(ids)]))
         best, second = language.logits(hidden[-1:])[0].topk(2).values.tolist()
         assert best - second > 1e-4, "the tokens of this model are too close to call; take another seed"
         return int(language.logits(hidden[-1:]).argmax())

@@ -11,8 +11,8 @@ from torch import nn
 from siglane.errors import WeightError
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear
 from siglane.nn.parallel import TensorParallel
+from siglane.nn.plan import Rule, WeightPlan
 from siglane.weights.load import StrictLoad
-from siglane.weights.plan import Rule, WeightPlan
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER = 6, 4, 2, 3, 8
 Q, KV = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM

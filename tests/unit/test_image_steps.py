@@ -51,8 +51,9 @@ def picture(width: int, height: int, seed: int = 0) -> Rgb:
 
 
 def layout_of(source: Size, tiles: tuple[Tile, ...], *, frames: int = 0) -> ImageLayout:
-    rows = sum(tile.grid.area for tile in tiles)
-    return ImageLayout(source, tiles, (ImagePlaceholder(rows),), Grid(1, len(tiles)), frames=frames)
+    projected = tuple(tile.grid for tile in tiles)
+    pieces = (ImagePlaceholder(sum(grid.area for grid in projected)),)
+    return ImageLayout(source, tiles, pieces, Grid(1, len(tiles)), frames=frames, projected=projected)
 
 
 def cut(steps: tuple[Step, ...], left: int = 0, top: int = 0, side: int = 8, frame: int = 0) -> Tile:

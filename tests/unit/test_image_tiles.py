@@ -52,14 +52,11 @@ VISION = VisionConfig(
     patch_layout="channel_first",
     position_resize="never",
     rope_theta=None,
-    windows=None,
     depth=1,
     post_norm=True,
     use_head=False,
 )
-PROJECTOR = ProjectorConfig(
-    merge="blocks", factor=2, target=None, column_major=False, layers=(), input_size=8, output_size=8
-)
+PROJECTOR = ProjectorConfig(merge="blocks", factor=2, column_major=False, layers=(), input_size=8, output_size=8)
 SIZES = [(56, 56), (64, 48), (48, 64), (192, 108), (300, 30), (31, 300), (1, 1), (7, 3), (100, 100)]
 
 

@@ -280,13 +280,13 @@ def test_encoding_does_not_depend_on_packing(lite: bool, tmp_path: Path) -> None
     one_by_one = VisionEncoder(tmp_path / "model", device="cpu", max_batch_patches=1)
     packed, single = list(encoder.run(pictures)), list(one_by_one.run(pictures))
     for together, alone in zip(packed, single, strict=True):
-        torch.testing.assert_close(together.features, alone.features, rtol=0, atol=1e-5)
-        torch.testing.assert_close(together.projected, alone.projected, rtol=0, atol=1e-5)
-    for (features, projected), only in zip(packed, encoder.encode(pictures), strict=True):
-        torch.testing.assert_close(features, only, rtol=0, atol=1e-5)
-        assert projected is not None
-        assert projected.shape[1] == 48
-    assert [rows.shape for rows in encoder.project(pictures)] == [encoded.projected.shape for encoded in packed]  # type: ignore[union-attr]
+        torch.testing.assert_close(together.projector_input, alone.projector_input, rtol=0, atol=1e-5)
+        torch.testing.assert_close(together.rows, alone.rows, rtol=0, atol=1e-5)
+    for one, only in zip(packed, encoder.encode(pictures), strict=True):
+        torch.testing.assert_close(one.projector_input, only, rtol=0, atol=1e-5)
+        assert one.rows is not None
+        assert one.rows.shape[1] == 48
+    assert [rows.shape for rows in encoder.project(pictures)] == [encoded.rows.shape for encoded in packed]  # type: ignore[union-attr]
 
 
 def test_a_plain_tower_has_features_but_no_projector(tmp_path: Path) -> None:

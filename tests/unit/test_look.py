@@ -70,9 +70,8 @@ def native(size: Size, grid: Grid) -> ImageLayout:
     """One tile of any shape between two learned rows, as Ovis2.5's."""
     canvas = Size(grid.w * PATCH, grid.h * PATCH)
     tile = Tile((Resize(canvas, "bilinear"),), Box(0, 0, *canvas), grid)
-    return ImageLayout(
-        size, (tile,), (Indicator(0), ImagePlaceholder(max(1, grid.area // 4)), Indicator(1)), Grid(1, 1)
-    )
+    pieces = (Indicator(0), ImagePlaceholder(max(1, grid.area // 4)), Indicator(1))
+    return ImageLayout(size, (tile,), pieces, Grid(1, 1), projected=())
 
 
 def anyres(size: Size, columns: int, rows: int) -> ImageLayout:
@@ -86,7 +85,8 @@ def anyres(size: Size, columns: int, rows: int) -> ImageLayout:
     tiles = cut(1, 1, side, [Resize(Size(side, side), "bicubic")]) + cut(columns, rows, side, steps)
     crop = Box(0, 0, columns * n, rows * n)
     tokens = n * n + rows * n * (columns * n + 1)
-    return ImageLayout(size, tuple(tiles), (ImagePlaceholder(tokens),), Grid(rows, columns), AnyRes(crop, None))
+    pieces = (ImagePlaceholder(tokens),)
+    return ImageLayout(size, tuple(tiles), pieces, Grid(rows, columns), AnyRes(crop, None), projected=())
 
 
 def row_tokens(size: Size, columns: int, rows: int) -> ImageLayout:
@@ -99,7 +99,7 @@ def row_tokens(size: Size, columns: int, rows: int) -> ImageLayout:
         for column in range(columns):
             pieces += [Token(f"<row_{row + 1}_col_{column + 1}>"), ImagePlaceholder(4)]
     tiles = cut(1, 1, side, whole) + cut(columns, rows, side, [big])
-    return ImageLayout(size, tuple(tiles), tuple(pieces), Grid(rows, columns))
+    return ImageLayout(size, tuple(tiles), tuple(pieces), Grid(rows, columns), projected=())
 
 
 def scales(size: Size) -> ImageLayout:
@@ -109,17 +109,19 @@ def scales(size: Size) -> ImageLayout:
         for columns, rows in ((1, 1), (2, 2), (4, 3))
         for tile in cut(columns, rows, side, [Resize(Size(columns * side, rows * side), "bicubic")])
     ]
-    return ImageLayout(size, tuple(tiles), (ImagePlaceholder(48), LINE_FEED[0]), Grid(3, 4), MergedScales((1, 2), 3))
+    pieces = (ImagePlaceholder(48), LINE_FEED[0])
+    return ImageLayout(size, tuple(tiles), pieces, Grid(3, 4), MergedScales((1, 2), 3), projected=())
 
 
 def thumbnail(size: Size) -> ImageLayout:
     tiles = cut(4, 3, 64, [Resize(Size(256, 192), "bicubic")]) + cut(1, 1, 64, [Resize(Size(64, 64), "bicubic")])
-    return ImageLayout(size, tuple(tiles), (ImagePlaceholder(4), *LINE_FEED) * 13, Grid(3, 4))
+    return ImageLayout(size, tuple(tiles), (ImagePlaceholder(4), *LINE_FEED) * 13, Grid(3, 4), projected=())
 
 
 def video(size: Size, frames: int) -> ImageLayout:
     tiles = [cut(1, 1, 64, [Resize(Size(64, 64), "bicubic")], frame)[0] for frame in range(frames)]
-    return ImageLayout(size, tuple(tiles), (ImagePlaceholder(4 * frames + 1),), Grid(1, 1), Newline(Grid(2, 2)), frames)
+    pieces = (ImagePlaceholder(4 * frames + 1),)
+    return ImageLayout(size, tuple(tiles), pieces, Grid(1, 1), Newline(Grid(2, 2)), frames, projected=())
 
 
 def film(size: Size, frames: int, grid: Grid) -> ImageLayout:
@@ -127,7 +129,7 @@ def film(size: Size, frames: int, grid: Grid) -> ImageLayout:
     (tile,) = native(size, grid).tiles
     tiles = tuple(replace(tile, frame=frame) for frame in range(frames))
     pieces = (Indicator(2), ImagePlaceholder(frames * grid.area // 4), Indicator(3))
-    return ImageLayout(size, tiles, pieces, Grid(1, 1), frames=frames)
+    return ImageLayout(size, tiles, pieces, Grid(1, 1), frames=frames, projected=())
 
 
 LAYOUTS = {

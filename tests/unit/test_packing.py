@@ -16,16 +16,11 @@ import torch
 from torch.nn.attention import varlen
 
 from siglane.config.vision import PositionResize, VisionConfig
-from siglane.nn.attention import (
-    CHUNK_ROWS,
-    LONG,
-    AttentionBackend,
-    CausalSegments,
-    Segments,
-    choose_backend,
-    cu_seqlens_of,
-    packed_attention,
-)
+from siglane.lm.attention import Past, SegmentAttention
+from siglane.nn.attention import AttentionBackend, Segments, choose_backend, cu_seqlens_of, packed_attention
+from siglane.nn.cpu.attention import LONG
+from siglane.nn.cpu.chunks import CHUNK_ROWS, ChunkedBlock, ChunkedMLP, groups_of
+from siglane.nn.cpu.optimise import optimise
 from siglane.types import Grid, PackedPatches
 from siglane.vision.tower import SiglipVisionModel
 
@@ -73,18 +68,37 @@ class TestCompany:
         "grids", [SQUARE, EQUAL_COUNTS, MIXED, LARGE], ids=["square", "equal counts", "mixed", "large"]
     )
     @pytest.mark.parametrize("rule", ["bilinear_antialias", "bicubic"])
+    @pytest.mark.parametrize("optimised", [False, True])
     def test_an_image_alone_in_company_and_in_another_order_is_the_same(
-        self, tower: SiglipVisionModel, grids: list[Grid], rule: PositionResize
+        self, tower: SiglipVisionModel, grids: list[Grid], rule: PositionResize, optimised: bool
     ) -> None:
         state = tower.state_dict()
         tower = SiglipVisionModel(replace(tower.config, position_resize=rule))
         tower.load_state_dict(state)
+        if optimised:
+            optimise(tower)
         images = [image(number, grid) for number, grid in enumerate(grids)]
         alone = [encode(tower, [one], [grid])[0] for one, grid in zip(images, grids, strict=True)]
         for order in (list(range(10)), list(range(9, -1, -1)), [3, 0, 7, 1, 9, 8, 2, 6, 5, 4]):
             packed = encode(tower, [images[number] for number in order], [grids[number] for number in order])
             for number, features in zip(order, packed, strict=True):
                 torch.testing.assert_close(features, alone[number], atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("rope_theta", [None, 10000.0])
+    def test_an_optimised_tower_gives_the_same_features(
+        self, tower: SiglipVisionModel, rope_theta: float | None
+    ) -> None:
+        config = replace(tower.config, hidden_size=64, rope_theta=rope_theta)
+        fresh = SiglipVisionModel(config)
+        for number, parameter in enumerate(fresh.parameters()):
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(number))
+        images = [image(number, grid) for number, grid in enumerate(LARGE)]
+        plain = encode(fresh, images, LARGE)
+        optimise(fresh)
+        assert {type(block) for block in fresh.blocks} == {ChunkedBlock}
+        assert {type(block.mlp) for block in fresh.blocks} == {ChunkedMLP}
+        for one, other in zip(plain, encode(fresh, images, LARGE), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
     def test_a_neighbour_of_nan_harms_nobody(self, tower: SiglipVisionModel) -> None:
         images = [image(number, grid) for number, grid in enumerate(MIXED)]
@@ -130,29 +144,30 @@ def qkv(rows: int, heads: int, kv_heads: int, head_dim: int) -> Tensors:
 
 
 LENGTHS = [[7], [5, 5, 5], [1, 9, 9, 2, 9, 1], [36, 36], [3, 1, 4, 1, 5]]
-HEADS = [(4, 4, 16), (4, 2, 8), (6, 1, 12), (2, 2, 72), (9, 3, 5)]
-EVERY_CASE = [(lengths, heads) for lengths in LENGTHS for heads in HEADS]
+HEADS = [(4, 16), (6, 12), (2, 72), (9, 5)]
+GROUPED = [*((heads, heads, head_dim) for heads, head_dim in HEADS), (4, 2, 8), (6, 1, 12), (9, 3, 5)]
 
 
 class TestAttention:
-    @pytest.mark.parametrize("causal", [False, True])
-    @pytest.mark.parametrize(("lengths", "heads"), EVERY_CASE)
-    def test_sdpa_is_the_dense_masked_attention(
-        self, lengths: list[int], heads: tuple[int, int, int], causal: bool
+    @pytest.mark.parametrize("backend", ["sdpa", "onednn"])
+    @pytest.mark.parametrize(("heads", "head_dim"), HEADS)
+    @pytest.mark.parametrize("lengths", LENGTHS)
+    def test_a_backend_is_the_dense_masked_attention(
+        self, lengths: list[int], heads: int, head_dim: int, backend: AttentionBackend
     ) -> None:
-        q, k, v = qkv(sum(lengths), *heads)
-        ours = packed_attention(q, k, v, Segments.of(lengths, CPU), scale=0.37, backend="sdpa", causal=causal)
-        torch.testing.assert_close(ours, dense(q, k, v, lengths, 0.37, causal), atol=1e-5, rtol=0)
+        q, k, v = qkv(sum(lengths), heads, heads, head_dim)
+        ours = packed_attention(q, k, v, Segments.of(lengths, CPU), scale=0.37, backend=backend)
+        torch.testing.assert_close(ours, dense(q, k, v, lengths, 0.37, causal=False), atol=1e-5, rtol=0)
 
-    @pytest.mark.parametrize("heads", [(4, 4, 16), (2, 2, 72), (4, 2, 8)])
+    @pytest.mark.parametrize(("heads", "head_dim"), [(4, 16), (2, 72)])
     @pytest.mark.parametrize("lengths", [[LONG], [LONG - 1, LONG + 1], [1100, 40, 1100, 1100], [3000]])
-    def test_long_segments_too(self, lengths: list[int], heads: tuple[int, int, int]) -> None:
-        """They are computed head by head on CPUs, very long ones in parts, but not where a gradient is wanted."""
-        q, k, v = qkv(sum(lengths), *heads)
+    def test_long_segments_too(self, lengths: list[int], heads: int, head_dim: int) -> None:
+        """oneDNN computes them head by head, very long ones in parts, but not where a gradient is wanted."""
+        q, k, v = qkv(sum(lengths), heads, heads, head_dim)
         expected = dense(q, k, v, lengths, 0.37, causal=False)
         segments = Segments.of(lengths, CPU)
         for x in (q, q.clone().requires_grad_()):
-            ours = packed_attention(x, k, v, segments, scale=0.37, backend="sdpa")
+            ours = packed_attention(x, k, v, segments, scale=0.37, backend="onednn")
             assert ours.requires_grad == x.requires_grad
             torch.testing.assert_close(ours.detach(), expected, atol=1e-5, rtol=0)
 
@@ -164,16 +179,48 @@ class TestAttention:
         q, k = (q * spread).round().clamp(-spread, spread), k.sign()
         q[..., 0], k[..., 0] = shift, 1
         segments = Segments.of([LONG], CPU)
-        ours = packed_attention(q, k, v, segments, scale=1.0, backend="sdpa")
+        ours = packed_attention(q, k, v, segments, scale=1.0, backend="onednn")
         torch.testing.assert_close(ours, dense(q, k, v, [LONG], 1.0, causal=False), atol=5e-5, rtol=0)
 
-    @pytest.mark.parametrize(("lengths", "heads"), EVERY_CASE)
-    def test_causal_segments_are_the_dense_causal_attention(
-        self, lengths: list[int], heads: tuple[int, int, int]
-    ) -> None:
+    def test_autocast_decides_the_dtype(self) -> None:
+        q, k, v = qkv(LONG, 2, 2, 8)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            ours = packed_attention(q, k, v, Segments.of([LONG], CPU), scale=1.0, backend="onednn")
+        assert ours.dtype == torch.bfloat16
+
+
+class TestSegmentAttention:
+    @pytest.mark.parametrize("heads", GROUPED)
+    @pytest.mark.parametrize("lengths", LENGTHS)
+    def test_it_is_the_dense_causal_attention(self, lengths: list[int], heads: tuple[int, int, int]) -> None:
         q, k, v = qkv(sum(lengths), *heads)
         expected = dense(q, k, v, lengths, heads[2] ** -0.5, causal=True)
-        torch.testing.assert_close(CausalSegments(lengths)(0, q, k, v), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(SegmentAttention(lengths)(0, q, k, v), expected, atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("heads", GROUPED)
+    def test_a_mask_says_what_is_seen(self, heads: tuple[int, int, int]) -> None:
+        q, k, v = qkv(3 * 6, *heads)
+        mask = torch.ones(3, 6, 6, dtype=torch.bool).tril()
+        expected = dense(q, k, v, [6] * 3, heads[2] ** -0.5, causal=True)
+        torch.testing.assert_close(SegmentAttention([6] * 3, mask=mask)(0, q, k, v), expected, atol=1e-5, rtol=0)
+        mask[1] = torch.eye(6, dtype=torch.bool)
+        alone = SegmentAttention([6] * 3, mask=mask)(0, q, k, v)
+        values = v.repeat_interleave(heads[0] // heads[1], 1)
+        torch.testing.assert_close(alone[6:12], values[6:12])
+        torch.testing.assert_close(alone[12:], expected[12:], atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("heads", GROUPED)
+    def test_one_token_after_another_is_the_whole(self, heads: tuple[int, int, int]) -> None:
+        """Of every layer by itself."""
+        q, k, v = qkv(9, *heads)
+        past: Past = {}
+        for layer, factor in enumerate((1.0, 0.5)):
+            expected = dense(q, factor * k, v, [9], heads[2] ** -0.5, causal=True)
+            steps = [slice(0, 6), slice(6, 7), slice(7, 8), slice(8, 9)]
+            found = [
+                SegmentAttention([len(q[step])], past=past)(layer, q[step], factor * k[step], v[step]) for step in steps
+            ]
+            torch.testing.assert_close(torch.cat(found), expected, atol=1e-5, rtol=0)
 
 
 def flash_kernel(
@@ -183,14 +230,14 @@ def flash_kernel(
     cu_seqlens: torch.Tensor,
     longest: int,
     scale: float | None,
-    causal: bool,
 ) -> torch.Tensor:
     """What the CUDA kernels compute and what they insist on."""
     assert q.shape[-1] % 8 == 0
     assert cu_seqlens.dtype == torch.int32
     lengths = cu_seqlens.diff().tolist()
     assert longest == max(lengths)
-    return dense(q, k, v, lengths, q.shape[-1] ** -0.5 if scale is None else scale, causal)
+    assert q.shape == k.shape == v.shape
+    return dense(q, k, v, lengths, q.shape[-1] ** -0.5 if scale is None else scale, causal=False)
 
 
 def install_torch_varlen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,9 +248,8 @@ def install_torch_varlen(monkeypatch: pytest.MonkeyPatch) -> None:
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
         q, k, v, cu_seqlens, _, longest, _ = given.args[:7]
-        assert q.shape[1] == k.shape[1] or given.kwargs.get("enable_gqa")
-        causal = tuple(given.kwargs["window_size"]) == (-1, 0)
-        return flash_kernel(q, k, v, cu_seqlens, longest, given.kwargs.get("scale"), causal)
+        assert tuple(given.arguments.get("window_size") or (-1, -1)) == (-1, -1)
+        return flash_kernel(q, k, v, cu_seqlens, longest, given.kwargs.get("scale"))
 
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
 
@@ -215,7 +261,8 @@ def install_oldest_torch_varlen(monkeypatch: pytest.MonkeyPatch) -> None:
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor,
         max_q: int, max_k: int, is_causal: bool = False, return_aux: None = None,
     ) -> torch.Tensor:  # fmt: skip
-        return flash_kernel(q, k, v, cu_q, max_q, None, is_causal)
+        assert not is_causal
+        return flash_kernel(q, k, v, cu_q, max_q, None)
 
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
 
@@ -226,7 +273,8 @@ def install_flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
         max_seqlen_q: int, max_seqlen_k: int, dropout_p: float = 0.0, softmax_scale: float | None = None,
         causal: bool = False,
     ) -> torch.Tensor:  # fmt: skip
-        return flash_kernel(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale, causal)
+        assert not causal
+        return flash_kernel(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale)
 
     module: Any = ModuleType("flash_attn")
     module.flash_attn_varlen_func = flash_attn_varlen_func
@@ -266,20 +314,19 @@ KERNELS: dict[str, tuple[AttentionBackend, Callable[[pytest.MonkeyPatch], None]]
 class TestKernels:
     """How the kernels of a GPU are called; they themselves are stand-ins here, tests/gpu runs the real ones."""
 
-    @pytest.mark.parametrize(("kernel", "causal"), [*((name, False) for name in KERNELS), ("torch", True)])
-    @pytest.mark.parametrize("heads", HEADS)
+    @pytest.mark.parametrize("kernel", KERNELS)
+    @pytest.mark.parametrize(("heads", "head_dim"), HEADS)
     def test_padding_the_heads_keeps_the_true_scale(
-        self, monkeypatch: pytest.MonkeyPatch, kernel: str, causal: bool, heads: tuple[int, int, int]
+        self, monkeypatch: pytest.MonkeyPatch, kernel: str, heads: int, head_dim: int
     ) -> None:
         """head_dim 12 runs as 16, 72 as 128 in flashinfer: the scale stays 12 ** -0.5 and 72 ** -0.5."""
         backend, install = KERNELS[kernel]
         install(monkeypatch)
         lengths = [1, 9, 9, 2]
-        q, k, v = qkv(sum(lengths), *heads)
+        q, k, v = qkv(sum(lengths), heads, heads, head_dim)
         segments = replace(Segments.of(lengths, CPU), cu_seqlens=cu_seqlens_of(lengths))
-        scale = heads[2] ** -0.5
-        ours = packed_attention(q, k, v, segments, scale=scale, backend=backend, causal=causal)
-        torch.testing.assert_close(ours, dense(q, k, v, lengths, scale, causal), atol=1e-5, rtol=0)
+        ours = packed_attention(q, k, v, segments, scale=head_dim**-0.5, backend=backend)
+        torch.testing.assert_close(ours, dense(q, k, v, lengths, head_dim**-0.5, causal=False), atol=1e-5, rtol=0)
 
 
 class TestSegments:
@@ -302,18 +349,11 @@ class TestSegments:
         assert segments.cu_seqlens is None  # nothing reads it on the CPU
 
     @pytest.mark.parametrize("lengths", [[CHUNK_ROWS], [1000, 24, 1], [5000, 3], [900, 900, 200, 100, 25], [7] * 400])
-    def test_pieces_are_the_same_segments(self, lengths: list[int]) -> None:
-        pieces = Segments.of(lengths, CPU).pieces
-        if sum(lengths) <= CHUNK_ROWS:
-            assert pieces == ()
-            return
-        assert [length for piece in pieces for length in piece.lengths] == lengths
-        assert all(piece.rows <= CHUNK_ROWS or len(piece.lengths) == 1 for piece in pieces)
-        assert all(one.rows + other.lengths[0] > CHUNK_ROWS for one, other in pairwise(pieces))
-        assert not any(piece.pieces for piece in pieces)
-
-    def test_only_cpus_work_piece_by_piece(self) -> None:
-        assert Segments.of([900, 900], torch.device("meta")).pieces == ()
+    def test_chunks_are_the_same_segments(self, lengths: list[int]) -> None:
+        groups = groups_of(lengths)
+        assert [length for group in groups for length in group] == lengths
+        assert all(sum(group) <= CHUNK_ROWS or len(group) == 1 for group in groups)
+        assert all(sum(one) + other[0] > CHUNK_ROWS for one, other in pairwise(groups))
 
     def test_cumulative_lengths_start_at_zero(self) -> None:
         lengths = cu_seqlens_of([3, 1, 4])
@@ -342,13 +382,22 @@ TORCH_VARLEN = "torch.nn.attention.varlen"
 
 
 class TestChoice:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-    def test_the_cpu_takes_sdpa(self, dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    @pytest.mark.parametrize(
+        ("dtype", "chosen"), [(torch.float32, "onednn"), (torch.float16, "sdpa"), (torch.bfloat16, "sdpa")]
+    )
+    def test_the_cpu_takes_onednn_or_sdpa(
+        self, dtype: torch.dtype, chosen: AttentionBackend, caplog: pytest.LogCaptureFixture
+    ) -> None:
         with caplog.at_level(logging.INFO, "siglane"):
-            assert choose_backend("auto", CPU, dtype) == "sdpa"
+            assert choose_backend("auto", CPU, dtype) == chosen
             assert choose_backend("sdpa", CPU, dtype) == "sdpa"
-        assert caplog.messages[0] == f"vision attention: sdpa (cpu, {dtype}, asked for auto)"
+        assert caplog.messages[0] == f"vision attention: {chosen} (cpu, {dtype}, asked for auto)"
         assert caplog.messages[1].endswith("asked for sdpa)")
+
+    @pytest.mark.parametrize(("device", "dtype"), [(CPU, torch.bfloat16), (CUDA, torch.float32)])
+    def test_onednn_is_for_float32_on_cpus(self, device: torch.device, dtype: torch.dtype) -> None:
+        with pytest.raises(ValueError, match=f"'onednn' cannot run on {device} in {dtype}; use 'auto'"):
+            choose_backend("onednn", device, dtype)
 
     @pytest.mark.parametrize("choice", ["torch_varlen", "flash_attn", "flashinfer"])
     @pytest.mark.parametrize(("device", "dtype"), [(CPU, torch.float16), (CUDA, torch.float32)])

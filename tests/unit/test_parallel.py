@@ -21,15 +21,14 @@ from torch.multiprocessing.spawn import start_processes
 from siglane.config.language import LanguageConfig
 from siglane.config.projector import (
     ProjectorConfig,
-    average_projector,
     llava_projector,
     pixel_shuffle_projector,
     vila_projector,
     vocabulary_projector,
 )
 from siglane.config.vision import VisionConfig
+from siglane.lm.attention import SegmentAttention
 from siglane.lm.qwen import QwenModel
-from siglane.nn.attention import CausalSegments
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, ShardedModule, attention_parallel
 from siglane.nn.parallel import TensorParallel
 from siglane.projector.build import build_projector
@@ -61,7 +60,7 @@ def vision_config(heads: int, inner: int) -> VisionConfig:
 def navit_config() -> VisionConfig:
     raw = {
         "hidden_size": 48, "num_attention_heads": 12, "intermediate_size": 50, "num_hidden_layers": 3,
-        "image_size": 16, "patch_size": 4, "window_size": 16, "fullatt_block_indexes": "1",
+        "image_size": 16, "patch_size": 4,
     }  # fmt: skip
     return VisionConfig.from_navit(raw)
 
@@ -92,7 +91,7 @@ def ask_language_model(model: QwenModel) -> Answers:
     ids = torch.arange(5, 14)
     answers: Answers = {}
     for _ in range(12):
-        hidden = model(model.embed(ids), torch.arange(len(ids)), CausalSegments([len(ids)]))
+        hidden = model(model.embed(ids), torch.arange(len(ids)), SegmentAttention([len(ids)]))
         logits = model.logits(hidden)
         answers.setdefault("logits", logits)
         ids = torch.cat((ids, logits[-1:].argmax(-1)))
@@ -119,7 +118,7 @@ def language_case(config: LanguageConfig) -> Case:
 CASES = {
     "tower of 16 heads, 4304 wide": tower_case(16, 4304),
     "tower of 12 heads, 50 wide": tower_case(12, 50),
-    "tower with rotation and windows": Case(lambda tp: SiglipVisionModel(navit_config(), tp), ask_tower),
+    "tower with rotation": Case(lambda tp: SiglipVisionModel(navit_config(), tp), ask_tower),
     "qwen2, 2 key/value heads, 101 words": language_case(language_config("qwen2", 8, 2, vocab_size=101)),
     "qwen3, tied": language_case(language_config("qwen3", 4, 4, tie_word_embeddings=True, intermediate_size=50)),
     "qwen3, 3 key/value heads, biased": language_case(language_config("qwen3", 12, 3, attention_bias=True)),
@@ -137,7 +136,6 @@ CASES = {
     "pixel shuffle": projector_case(pixel_shuffle_projector(2, input_size=12, output_size=24)),
     "visual vocabulary of 120 words": vocabulary_case(120),
     "visual vocabulary of 121 words": vocabulary_case(121),
-    "average": projector_case(average_projector(Grid(3, 2), input_size=12, output_size=24)),
 }
 
 

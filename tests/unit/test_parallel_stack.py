@@ -25,6 +25,7 @@ from nanovlm_checkpoint import write_nanovlm_checkpoint
 from ovis2_5_checkpoint import write_ovis2_5_checkpoint
 from torch.multiprocessing.spawn import start_processes
 
+from siglane.config.images import ImageFacts
 from siglane.config.vlm import VlmConfig
 from siglane.families.parallel import EncoderParallel, ParallelStack, divide, resolve
 from siglane.families.processor import load_processor
@@ -85,14 +86,14 @@ def pictures(folder: Path) -> list[ImagePatches]:
 def loaded(folder: Path, tp: TensorParallel, wish: EncoderParallel) -> ParallelStack:
     checkpoint = Checkpoint(folder)
     family, config = vlm_family(checkpoint), load_processor(checkpoint).config
-    model = ParallelStack(config, tp, wish)
-    fill(model.stack, family.vision_plan(config), vision_tensors(checkpoint, config))
+    model = ParallelStack(config.images, tp, wish)
+    fill(model.stack, family.vision_plan(config.images), vision_tensors(checkpoint, config))
     return model.eval()
 
 
 def vision_tensors(checkpoint: Checkpoint, config: VlmConfig) -> list[Any]:
     family = vlm_family(checkpoint)
-    plan = family.vision_plan(config)
+    plan = family.vision_plan(config.images)
     return [one for one in stored_tensors(family.vision_sources(checkpoint)) if plan.find(one.name) is not None]
 
 
@@ -102,7 +103,7 @@ def tell(folder: Path, tp: TensorParallel, wish: EncoderParallel) -> Told:
     seen: Counter[str] = Counter()
     answers: dict[str, ImageTokens] = {}
     for call, numbers in CALLS.items():
-        hook = model.stack.tower.register_forward_pre_hook(
+        hook = model.stack.encoder.tower.register_forward_pre_hook(
             lambda module, inputs, call=call: seen.update({call: len(inputs[0].pixels)})
         )
         answers[call] = model([images[number] for number in numbers])
@@ -192,7 +193,7 @@ class TestRanks:
                 assert one.sizes == whole
                 continue
             # two heads and 40 columns are cut by 2 and whole on 3; nobody's biases of a sum are cut
-            for key in (key for key in whole if key.startswith("tower.")):
+            for key in (key for key in whole if key.startswith("encoder.tower.")):
                 assert one.sizes[key] == whole[key] // (2 if size == 2 and key.endswith(CUT) else 1), key
             assert sum(one.sizes.values()) < sum(whole.values())
 
@@ -200,14 +201,14 @@ class TestRanks:
 def test_one_rank_is_the_stack_itself(checkpoints: Path, alone: dict[str, Told]) -> None:
     config = load_processor(Checkpoint(checkpoints / "nvila")).config
     assert alone["nvila"].parallel == "replicate"
-    assert alone["nvila"].sizes == {name: one.numel() for name, one in VisionStack(config).named_parameters()}
+    assert alone["nvila"].sizes == {name: one.numel() for name, one in VisionStack(config.images).named_parameters()}
     assert alone["nvila"].rows["none"].shape == (0, config.language.hidden_size)
 
 
 class TestResolve:
     @pytest.fixture(scope="class")
-    def config(self, checkpoints: Path) -> VlmConfig:
-        return load_processor(Checkpoint(checkpoints / "nvila")).config
+    def facts(self, checkpoints: Path) -> ImageFacts:
+        return load_processor(Checkpoint(checkpoints / "nvila")).facts
 
     @staticmethod
     def ranks(size: int) -> TensorParallel:
@@ -220,14 +221,14 @@ class TestResolve:
             (16, 4304, 3, "dp"), (16, 4304, 32, "dp"), (12, 3072, 8, "dp"), (12, 3072, 6, "tp"), (8, 50, 4, "dp"),
         ],
     )  # fmt: skip
-    def test_auto(self, config: VlmConfig, heads: int, inner: int, size: int, expected: str) -> None:
-        vision = replace(config.vision, num_attention_heads=heads, intermediate_size=inner, hidden_size=heads * 8)
-        assert resolve("auto", replace(config, vision=vision), self.ranks(size)) == expected
+    def test_auto(self, facts: ImageFacts, heads: int, inner: int, size: int, expected: str) -> None:
+        vision = replace(facts.vision, num_attention_heads=heads, intermediate_size=inner, hidden_size=heads * 8)
+        assert resolve("auto", replace(facts, vision=vision), self.ranks(size)) == expected
 
     @pytest.mark.parametrize("wish", WISHES)
-    def test_a_wish_is_kept_and_one_rank_has_nothing_to_divide(self, config: VlmConfig, wish: Any) -> None:
-        assert resolve(wish, config, self.ranks(1)) == "replicate"
-        assert wish == "auto" or resolve(wish, config, self.ranks(3)) == wish
+    def test_a_wish_is_kept_and_one_rank_has_nothing_to_divide(self, facts: ImageFacts, wish: Any) -> None:
+        assert resolve(wish, facts, self.ranks(1)) == "replicate"
+        assert wish == "auto" or resolve(wish, facts, self.ranks(3)) == wish
 
 
 def loads(patches: Sequence[int], shares: Sequence[Sequence[int]]) -> list[int]:

@@ -7,8 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import settings
 from torch import nn
 
 from siglane.config.projector import (
@@ -16,14 +15,13 @@ from siglane.config.projector import (
     LinearLayer,
     NormLayer,
     ProjectorConfig,
-    average_projector,
     llava_projector,
     pixel_shuffle_projector,
     vila_projector,
 )
 from siglane.errors import ConfigError
 from siglane.nn.linear import ShardedModule
-from siglane.projector.downsample import average, concatenate_blocks, merge_patches
+from siglane.projector.downsample import concatenate_blocks, merge_patches
 from siglane.projector.mlp import Projector
 from siglane.types import Grid
 
@@ -147,13 +145,6 @@ class TestRows:
         with torch.device("meta"):
             assert Projector(config)(torch.empty(side * side, 768), [Grid(side, side)]).shape == (rows, 576)
 
-    def test_any_grid_is_averaged_to_81_rows(self) -> None:
-        config = average_projector(Grid(9, 9), input_size=1152, output_size=1536)
-        grids = [Grid(24, 24), Grid(27, 27), Grid(10, 40)]
-        with torch.device("meta"):
-            features = torch.empty(sum(grid.area for grid in grids), 1152)
-            assert Projector(config)(features, grids).shape == (3 * 81, 1536)
-
 
 class TestOrder:
     @pytest.mark.parametrize("grid", [Grid(27, 27), Grid(32, 32), Grid(24, 24), Grid(5, 7), Grid(1, 1)])
@@ -184,23 +175,6 @@ class TestOrder:
         assert torch.equal(merge_patches(maps, config)[0], blocks_by_hand(maps[0], 4).flatten(0, 1))
         with pytest.raises(ValueError, match="does not divide a grid of 9x12"):
             merge_patches(index_map(Grid(9, 12), C), config)
-
-    @PROPERTY
-    @given(
-        grid=st.builds(Grid, st.integers(1, 30), st.integers(1, 30)),
-        target=st.builds(Grid, st.integers(1, 30), st.integers(1, 30)),
-    )
-    def test_an_average_covers_its_window(self, grid: Grid, target: Grid) -> None:
-        maps = torch.rand(1, *grid, 2, generator=torch.Generator().manual_seed(0))
-        rows = [range(i * grid.h // target.h, -(-(i + 1) * grid.h // target.h)) for i in range(target.h)]
-        columns = [range(i * grid.w // target.w, -(-(i + 1) * grid.w // target.w)) for i in range(target.w)]
-        windows = [maps[0, ys.start : ys.stop, xs.start : xs.stop] for ys in rows for xs in columns]
-        expected = torch.stack([window.mean((0, 1)) for window in windows])
-        torch.testing.assert_close(average(maps, target)[0], expected)
-
-    def test_averaging_to_the_same_grid_changes_nothing(self) -> None:
-        maps = index_map(Grid(24, 24), C)
-        assert torch.equal(average(maps, Grid(24, 24))[0], maps[0].flatten(0, 1))
 
 
 class TestLayers:
@@ -236,7 +210,6 @@ class TestLayers:
             (vila("identity"), []),
             (vila("linear"), ["layers"]),
             (llava_projector(input_size=C, output_size=H), ["linear_1", "linear_2"]),
-            (average_projector(Grid(2, 2), input_size=C, output_size=H), ["layers.0", "layers.2"]),
             (pixel_shuffle_projector(2, input_size=C, output_size=H, name="MP.proj"), ["MP.proj"]),
         ],
     )
@@ -268,7 +241,6 @@ class TestPacking:
         [
             *(vila(kind) for kind in ("identity", "linear", *VILA)),
             vila("mlp_downsample", column_major=True),
-            average_projector(Grid(3, 4), input_size=C, output_size=H),
         ],
         ids=lambda config: f"{config.merge}-{len(config.layers)}",
     )

@@ -55,7 +55,7 @@ def plain(text: str) -> list[int]:
 
 def image(*pieces: Piece) -> ImageLayout:
     tile = Tile((Resize(Size(2, 1), "bicubic"),), Box(0, 0, 2, 1), Grid(1, 2))
-    return ImageLayout(Size(2, 1), (tile,), pieces, Grid(1, 1))
+    return ImageLayout(Size(2, 1), (tile,), pieces, Grid(1, 1), projected=())
 
 
 def prompt(*parts: str | ImageLayout) -> Prompt:

@@ -17,8 +17,8 @@ from checkpoints import write_nvila_checkpoint
 
 from siglane.engine.sampling import check_for_model, check_sampling, sampling_defaults
 from siglane.errors import ConfigError, UserError
+from siglane.families.files import stated_sampling
 from siglane.families.processor import load_processor
-from siglane.families.tokens import stated_sampling
 from siglane.llm import LLM
 from siglane.server.protocol import ChatCompletionRequest
 from siglane.types import SAMPLING_BOUNDS, SamplingParams
@@ -115,7 +115,7 @@ def test_a_prompt_without_parameters_gets_what_the_checkpoint_states(
 ) -> None:
     write_nvila_checkpoint(tmp_path)  # with the language model in a folder of its own
     processor = load_processor(open_checkpoint(tmp_path))
-    assert sampling_defaults(processor, SamplingParams(temperature=1.0)) == SamplingParams(temperature=1.0)
+    assert sampling_defaults(processor.config, SamplingParams(temperature=1.0)) == SamplingParams(temperature=1.0)
     assert not caplog.records
     file = tmp_path / "llm/generation_config.json"
     values = {"temperature": 2.0, "top_k": 1, "max_new_tokens": 7}

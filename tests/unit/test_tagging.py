@@ -439,7 +439,7 @@ class TestSettings:
             "tagging on cpu, torch.float32, 8 pictures a batch; texts: lower case, punctuation kept, 64" in caplog.text
         )
         assert "does not apply" not in caplog.text
-        assert "vision attention: sdpa" in caplog.text
+        assert "vision attention: onednn (cpu, torch.float32, asked for auto)" in caplog.text
         direct = Tagger(model, cache=tmp_path / "cache")
         assert torch.equal(found.scores([picture(0)], LABELS), direct.scores([picture(0)], LABELS))
         Tagger.from_settings(TagSettings(model=str(model), max_num_patches=64), cache=tmp_path / "cache")

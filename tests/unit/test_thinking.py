@@ -19,7 +19,7 @@ from siglane.engine.thinking import ThinkingBudget, thinking_start
 from siglane.errors import UserError
 from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import Processor, load_processor
-from siglane.nn.attention import CausalSegments
+from siglane.lm.attention import SegmentAttention
 from siglane.settings.engine import EngineConfig
 from siglane.types import Finished, Prompt, Request, SamplingParams, TokenLogprob
 from siglane.weights.hub import open_checkpoint
@@ -318,7 +318,7 @@ class TestTwoPhases:
         language, said = tiny.model.language, []
         while len(said) < count and not {EOS, PAD} & set(said):
             ids = torch.tensor([*known, *said])
-            hidden = language(language.embed(ids), torch.arange(len(ids)), CausalSegments([len(ids)]))
+            hidden = language(language.embed(ids), torch.arange(len(ids)), SegmentAttention([len(ids)]))
             best = language.logits(hidden[-1:])[0].topk(2)
             assert best.values[0] - best.values[1] > 1e-4, "too close to call; take another prompt"
             said.append(int(best.indices[0]))

@@ -15,7 +15,7 @@ from PIL import Image
 
 from recipes.demo import model, native, pictures
 from recipes.demo import train as demo
-from recipes.demo.data import IGNORE, BatchShape, BranchAttention, beginning, ending, make_batch
+from recipes.demo.data import IGNORE, BatchShape, beginning, branch_attention, ending, make_batch
 from recipes.demo.questions import NO_SIGN, QUESTION_KINDS, ask
 from recipes.demo.scenes import CHARACTERS, COLOURS, KINDS, LABELS, WORDS, draw, patch_labels, random_scene
 from recipes.demo.tokenizer import CHAT_TEMPLATE, END, IMAGE, VOCAB_SIZE, save_tokenizer, train_tokenizer
@@ -124,13 +124,13 @@ def test_branches_are_single_turn_conversations(tokenizer):
     language = model.DemoModel(tokenizer).language
     torch.manual_seed(0)
     embeds = language.embed(batch.ids.flatten())
-    together = language(embeds, batch.positions.flatten(), BranchAttention(batch.branches)).view(*batch.ids.shape, -1)
+    together = language(embeds, batch.positions.flatten(), branch_attention(batch.branches)).view(*batch.ids.shape, -1)
     for branch in (1, 2, 3):
         alone = (batch.branches[0] == 0) | (batch.branches[0] == branch)
         ids = batch.ids[0, alone]
         assert batch.positions[0, alone].tolist() == list(range(len(ids)))
         whole = torch.zeros(1, len(ids), dtype=torch.long)
-        hidden = language(language.embed(ids), torch.arange(len(ids)), BranchAttention(whole))
+        hidden = language(language.embed(ids), torch.arange(len(ids)), branch_attention(whole))
         assert torch.allclose(together[0, alone], hidden, atol=1e-5)
     answers = batch.targets[batch.targets != IGNORE]
     assert (answers == tokenizer.token_to_id(END)).sum() == SMALL.images * SMALL.questions
@@ -196,7 +196,7 @@ def test_export_loads_in_transformers(tokenizer, monkeypatch, tmp_path: Path):
     assert torch.allclose(rounded.see(picture)[0], expected, atol=1e-4)
     language = AutoModelForCausalLM.from_pretrained(tmp_path / "llm")
     ids = torch.arange(20)
-    hidden = rounded.language(rounded.language.embed(ids), ids, BranchAttention(torch.zeros(1, 20, dtype=torch.long)))
+    hidden = rounded.language(rounded.language.embed(ids), ids, branch_attention(torch.zeros(1, 20, dtype=torch.long)))
     assert torch.allclose(rounded.language.logits(hidden), language(ids[None]).logits[0], atol=1e-4)
 
 

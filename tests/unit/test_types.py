@@ -32,9 +32,8 @@ def image(name: str, rows: int = 3) -> ImagePatches:
     """Two patches that become `rows` rows, in two pieces."""
     tile = Tile((Resize(Size(2, 1), "bicubic"),), Box(0, 0, 2, 1), Grid(1, 2))
     pieces = (ImagePlaceholder(rows - 1), Marker("\n", isolated=True), ImagePlaceholder(1))
-    return ImagePatches(
-        torch.zeros(2, 3), ImageLayout(Size(2, 1), (tile,), pieces, Grid(1, 1)), digest_of(name.encode())
-    )
+    layout = ImageLayout(Size(2, 1), (tile,), pieces, Grid(1, 1), projected=())
+    return ImagePatches(torch.zeros(2, 3), layout, digest_of(name.encode()))
 
 
 def prompt(*images: ImagePatches, text: int = 7) -> Prompt:

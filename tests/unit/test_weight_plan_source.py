@@ -1,4 +1,4 @@
-"""`WeightPlan.source`, the reverse of `find`: any family's language tensors under transformers' names."""
+"""`WeightPlan.source`, the reverse of `find`, and `checkpoint_tensors`, the reverse of loading."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkpoints import write_nvila_checkpoint
 from llava_onevision_checkpoint import write_llava_onevision_checkpoint
 from nanovlm_checkpoint import ERAS, write_nanovlm_checkpoint
 from ovis2_5_checkpoint import write_ovis2_5_checkpoint
 
 from siglane.config.language import LanguageConfig
-from siglane.families.model import model_tensors
+from siglane.families.model import VisionLanguageModel, load_model, model_tensors
 from siglane.families.processor import load_processor
 from siglane.families.registry import vlm_family
+from siglane.lm.qwen import qwen_plan
+from siglane.nn.plan import Destination, Ignore, Rule, WeightPlan
+from siglane.weights.export import checkpoint_tensors
 from siglane.weights.hub import Checkpoint
-from siglane.weights.plan import Destination, Ignore, Rule, WeightPlan, qwen_plan
+from siglane.weights.load import StrictLoad
 
 WRITERS: dict[str, Callable[[Path], Any]] = {
     **{
@@ -63,7 +67,7 @@ def test_every_language_tensor_has_transformers_name(tmp_path: Path, name: str) 
     expected = language_names(WRITERS[name](tmp_path))
     checkpoint = Checkpoint(tmp_path)
     config = load_processor(checkpoint).config
-    ours, theirs = vlm_family(checkpoint).language_plan(config), qwen_plan(config.language)
+    ours, theirs = vlm_family(checkpoint).language_plan(config.language), qwen_plan(config.language)
     sources: dict[str, str] = {}
     for tensor in model_tensors(checkpoint):
         destination = ours.find(tensor.name)
@@ -75,6 +79,29 @@ def test_every_language_tensor_has_transformers_name(tmp_path: Path, name: str) 
         assert source not in sources or destination.twin, f"{tensor.name} and {sources[source]} are both {source}"
         sources[source] = tensor.name
     assert set(sources) == expected
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_model_is_written_back_as_it_was_read(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path)
+    checkpoint = Checkpoint(tmp_path)
+    config, family = load_processor(checkpoint).config, vlm_family(checkpoint)
+    plan = family.plan(config)
+    model = load_model(checkpoint, config, device="cpu", dtype=torch.float32)
+    tensors = checkpoint_tensors(model, plan)
+    again = VisionLanguageModel(config)
+    with StrictLoad(plan, again) as load:
+        for written, tensor in tensors.items():
+            load.take(written, tensor)
+    assert not load.ignored
+    state = again.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    shapes = {plan.find(tensor.name): tensor.shape for tensor in model_tensors(checkpoint)}
+    flat = ("vision.encoder.tower.position_embedding.weight",)  # nanoVLM stores it with an axis in front
+    for written, tensor in tensors.items():
+        destination = plan.find(written)
+        assert isinstance(destination, Destination)
+        assert shapes[destination] == tensor.shape or (destination.parameter in flat and name.startswith("nanovlm"))
 
 
 def language_config(model_type: str, **facts: Any) -> LanguageConfig:

@@ -55,7 +55,7 @@ def load_image_processor(checkpoint: Checkpoint) -> ImageProcessor:
     from siglane.families.registry import tower_family
 
     if tower := tower_family(checkpoint):
-        return ImageProcessor(tower.read_config(checkpoint))
+        return ImageProcessor(tower.images(checkpoint))
     return load_processor(checkpoint)
 
 

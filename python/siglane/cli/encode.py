@@ -65,12 +65,12 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     rows: list[dict[str, Any]] = []
     quiet = not sys.stderr.isatty() or len(arguments.images) == 1
     encoded = tqdm(encoder.run(arguments.images), total=len(arguments.images), unit="image", disable=quiet)
-    for number, (image, (features, projected)) in enumerate(zip(arguments.images, encoded, strict=True)):
-        tensors[str(number)] = features
-        rows.append({"image": image, "features": list(features.shape)})
-        if projected is not None:
-            tensors[f"projected.{number}"] = projected
-            rows[-1]["projected"] = list(projected.shape)
+    for number, (image, one) in enumerate(zip(arguments.images, encoded, strict=True)):
+        tensors[str(number)] = one.projector_input
+        rows.append({"image": image, "features": list(one.projector_input.shape)})
+        if one.rows is not None:
+            tensors[f"projected.{number}"] = one.rows
+            rows[-1]["projected"] = list(one.rows.shape)
     _write(tensors, options.output)
     if options.json:
         emit_json(rows, out)

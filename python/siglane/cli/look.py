@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
         raise UserError("--num-frames is about a video; give --video too", code="bad_option")
     check_writable(options.output)
 
-    from siglane.families.pipeline import MediaPipeline
+    from siglane.families.pipeline import MediaPipeline, report_image
     from siglane.families.processor import Processor
     from siglane.look.drawing import counted
     from siglane.look.page import draw
@@ -62,12 +62,12 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     from siglane.types import DecodedVideo
 
     processor = load_image_processor(checkpoint_of(arguments))
-    pipeline = MediaPipeline(processor.config, decode=decode)
+    pipeline = MediaPipeline(processor.facts, decode=decode)
     item = MediaItem(arguments.image, "IMAGE", image_limits, video=options.video, frames=options.num_frames)
     pipeline.admit([item])
     pipeline.read(item)
     pipeline.lay_out([item])
-    medium, layout, vision = pipeline.decode(item), item.layout, processor.config.vision
+    medium, layout, vision = pipeline.decode(item), item.layout, processor.facts.vision
     pixels = processor.patches(medium, layout).pixels.numpy()
     tiles = unpatchify(pixels, layout.grids, vision.patch_size, vision.patch_layout == "channel_first")
     view = View(
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     except OSError as error:
         raise UserError(f"cannot write {options.output}: {error.strerror}", code="cannot_write") from error
     if options.json:
-        emit_json(describe(arguments.image, pipeline.report(item)) | {"view": str(options.output)}, out)
+        emit_json(describe(arguments.image, report_image(item)) | {"view": str(options.output)}, out)
     else:
         tokens = counted(layout.image_tokens, "image token" if view.speaks else "row")
         out.write(f"{options.output}: {counted(len(layout.tiles), 'tile')}, {tokens}\n")

@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     image_limits = read_options(ImageBudget, arguments)
 
     # nothing here needs torch or transformers: a folder is counted before they would have been imported
-    from siglane.families.pipeline import MediaPipeline
+    from siglane.families.pipeline import MediaPipeline, report_image
     from siglane.families.registry import image_facts
     from siglane.media.item import MediaItem
 
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     pipeline.admit(items)
     for group in [items] if options.together else [[item] for item in items]:
         pipeline.lay_out(group)
-    layouts, reports = [item.layout for item in items], list(map(pipeline.report, items))
+    layouts, reports = [item.layout for item in items], list(map(report_image, items))
     names = [*arguments.images, *options.sizes]
     if options.json:
         emit_json([describe(*pair) for pair in zip(names, reports, strict=True)], out)

@@ -7,6 +7,7 @@ from typing import Literal
 
 from siglane.config.reader import ConfigReader, RawConfig
 from siglane.errors import ConfigError
+from siglane.types import RopeScaling
 
 NormDtype = Literal["float32", "input"]
 
@@ -15,7 +16,8 @@ NormDtype = Literal["float32", "input"]
 class LanguageConfig:
     """qkv_bias, output_bias: biases of the attention projections; qk_norm: RMSNorm over each head of q and k before
     the rotation (Qwen3); norm_dtype: what RMSNorm computes in, float32 or the dtype of its input (nanoVLM);
-    tie_embeddings: the output head is the embedding table."""
+    tie_embeddings: the output head is the embedding table; mlp_bias: biases of the MLP's layers; rope_scaling: how
+    rotary frequencies were changed for a longer context, None where they were not."""
 
     hidden_size: int
     intermediate_size: int
@@ -29,9 +31,11 @@ class LanguageConfig:
     rope_theta: float
     qkv_bias: bool
     output_bias: bool
+    mlp_bias: bool
     qk_norm: bool
     norm_dtype: NormDtype
     tie_embeddings: bool
+    rope_scaling: RopeScaling | None
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -57,9 +61,10 @@ class LanguageConfig:
             raise ConfigError(
                 f"{name}: use_sliding_window true is not supported; set it to false to attend to everything"
             )
+        if not set(raw.get("layer_types") or ()) <= {"full_attention"}:
+            raise ConfigError(f"{name}: layer_types {raw['layer_types']!r} are not supported; siglane attends to all")
         attention_bias = reader.value("attention_bias", bool, False) if qwen3 else False
-        if reader.value("hidden_act", str, "silu") != "silu":
-            raise ConfigError(f"{name}: hidden_act {raw['hidden_act']!r} is not known; Qwen models use silu")
+        _check_silu(reader)
         return cls(
             hidden_size=hidden_size,
             intermediate_size=reader.size("intermediate_size", 22016),
@@ -73,19 +78,70 @@ class LanguageConfig:
             rope_theta=_rope_theta(reader),
             qkv_bias=attention_bias if qwen3 else True,
             output_bias=attention_bias,
+            mlp_bias=False,
             qk_norm=qwen3,
             norm_dtype="float32",
             tie_embeddings=reader.value("tie_word_embeddings", bool, False),
+            rope_scaling=_rope_scaling(reader),
+        )
+
+    @classmethod
+    def from_llama(cls, raw: RawConfig, name: str = "config.json") -> LanguageConfig:
+        """A `LlamaConfig` as transformers writes it; absent keys take that class's defaults."""
+        reader = ConfigReader(raw, name)
+        heads, hidden_size = reader.size("num_attention_heads", 32), reader.size("hidden_size", 4096)
+        if hidden_size % heads:
+            raise ConfigError(f"{name}: hidden_size {hidden_size} does not divide by {heads} heads")
+        _check_silu(reader)
+        attention_bias = reader.value("attention_bias", bool, False)
+        return cls(
+            hidden_size=hidden_size,
+            intermediate_size=reader.size("intermediate_size", 11008),
+            num_hidden_layers=reader.size("num_hidden_layers", 32),
+            num_attention_heads=heads,
+            num_key_value_heads=reader.size("num_key_value_heads", heads),
+            head_dim=reader.size("head_dim", hidden_size // heads),
+            vocab_size=reader.size("vocab_size", 32000),
+            max_position_embeddings=reader.size("max_position_embeddings", 2048),
+            rms_norm_eps=reader.value("rms_norm_eps", float, 1e-6),
+            rope_theta=_rope_theta(reader),
+            qkv_bias=attention_bias,
+            output_bias=attention_bias,
+            mlp_bias=reader.value("mlp_bias", bool, False),
+            qk_norm=False,
+            norm_dtype="float32",
+            tie_embeddings=reader.value("tie_word_embeddings", bool, False),
+            rope_scaling=_rope_scaling(reader, llama3=True),
         )
 
 
+def _check_silu(reader: ConfigReader) -> None:
+    if reader.value("hidden_act", str, "silu") != "silu":
+        raise ConfigError(f"{reader.name}: hidden_act {reader.raw['hidden_act']!r} is not known; siglane knows silu")
+
+
+def _rope_sections(reader: ConfigReader) -> list[ConfigReader]:
+    """`rope_parameters` (transformers 5) and `rope_scaling` (before), as far as they are there."""
+    return [reader.section(key) for key in ("rope_parameters", "rope_scaling") if reader.has(key)]
+
+
 def _rope_theta(reader: ConfigReader) -> float:
-    for key in ("rope_parameters", "rope_scaling"):
-        if reader.has(key):
-            section = reader.section(key)
-            kind = section.value("rope_type", str, section.value("type", str, "default"))
-            if kind != "default":
-                raise ConfigError(f"{section.name}: rope_type {kind!r} is not supported; siglane knows 'default'")
-            if section.has("rope_theta"):
-                return section.value("rope_theta", float)
-    return reader.value("rope_theta", float, 10000.0)
+    stated = [section for section in _rope_sections(reader) if section.has("rope_theta")]
+    return stated[0].value("rope_theta", float) if stated else reader.value("rope_theta", float, 10000.0)
+
+
+def _rope_scaling(reader: ConfigReader, *, llama3: bool = False) -> RopeScaling | None:
+    """llama3: the model's family knows Llama 3's; any other kind but "default" is refused."""
+    for section in _rope_sections(reader):
+        kind = section.value("rope_type", str, section.value("type", str, "default"))
+        if kind == "llama3" and llama3:
+            return RopeScaling(
+                factor=section.value("factor", float),
+                low_turns=section.value("low_freq_factor", float),
+                high_turns=section.value("high_freq_factor", float),
+                original_length=section.size("original_max_position_embeddings"),
+            )
+        if kind != "default":
+            known = "'default' and 'llama3'" if llama3 else "'default'"
+            raise ConfigError(f"{section.name}: rope_type {kind!r} is not supported; siglane knows {known}")
+    return None

@@ -59,6 +59,12 @@ class ImageProcessorConfig:
     std: tuple[float, float, float]
     rescale: float
 
+    @property
+    def fill(self) -> tuple[int, int, int]:
+        """The mean as a colour, which LLaVA and VILA pad with."""
+        red, green, blue = (int(channel * 255) for channel in self.mean)
+        return red, green, blue
+
     @classmethod
     def from_hf(
         cls,

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from siglane.errors import ConfigError
 from siglane.tiling.merge import Merge
-from siglane.types import Activation, Grid
+from siglane.types import Activation
 
 NORM_EPS = 1e-5  # torch's LayerNorm default, which VILA's projectors use
 
@@ -22,14 +22,13 @@ class ProjectorConfig:
     table (Ovis, `projector/visual_vocabulary.py`).
     merge: "none" keeps every patch; "blocks" concatenates `factor` x `factor` patches in channel order
     (row, column, channel), zero-padding odd grids at the bottom and right; "pixel_shuffle" is the same but refuses
-    odd grids (nanoVLM); "average" pools adaptively to `target`.
+    odd grids (nanoVLM).
     column_major: output rows run down the columns (VILA checkpoints from before December 2024, formats.md 5.3).
     layers: see `projector/mlp.py`; widths in the order of the forward pass.
     """
 
     merge: Merge
     factor: int
-    target: Grid | None
     column_major: bool
     layers: tuple[Layer, ...]
     input_size: int
@@ -152,18 +151,9 @@ def vocabulary_projector(
         raise ConfigError(f"a visual vocabulary of {rows} rows has none left beside its {indicators} indicators")
     merged = input_size * factor * factor
     return ProjectorConfig(
-        merge="blocks", factor=factor, target=None, column_major=False,
+        merge="blocks", factor=factor, column_major=False,
         layers=(LinearLayer(f"{head}.0", merged, words, bias=False), NormLayer(f"{head}.1", words, NORM_EPS)),
         input_size=input_size, output_size=output_size, vocabulary=VocabularyConfig(table, words, indicators),
-    )  # fmt: skip
-
-
-def average_projector(target: Grid, *, input_size: int, output_size: int) -> ProjectorConfig:
-    """Any grid to `target` rows by adaptive averaging, then two linear layers around an exact GELU."""
-    layers = _mlp("layers", [input_size, output_size, output_size])
-    return ProjectorConfig(
-        merge="average", factor=1, target=target, column_major=False, layers=layers,
-        input_size=input_size, output_size=output_size,
     )  # fmt: skip
 
 
@@ -180,6 +170,6 @@ def _config(
     merge: Merge, factor: int, layers: tuple[Layer, ...], input_size: int, output_size: int, column_major: bool
 ) -> ProjectorConfig:
     return ProjectorConfig(
-        merge=merge, factor=factor, target=None, column_major=column_major, layers=layers,
+        merge=merge, factor=factor, column_major=column_major, layers=layers,
         input_size=input_size, output_size=output_size,
     )  # fmt: skip

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from siglane.config.images import ImageFacts
 from siglane.config.reader import ConfigReader, RawConfig
 from siglane.config.vision import ACTIVATIONS
-from siglane.config.vlm import ImageFacts
 from siglane.errors import ConfigError
 from siglane.types import Activation
 

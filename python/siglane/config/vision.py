@@ -25,14 +25,6 @@ PatchLayout = Literal["channel_first", "channel_last"]
 PositionResize = Literal["never", "bilinear_antialias", "bicubic"]
 
 
-@dataclass(frozen=True, slots=True)
-class WindowConfig:
-    """side: patches along a window; full_blocks: numbers of the blocks that attend to the whole image."""
-
-    side: int
-    full_blocks: tuple[int, ...]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisionConfig:
     """One tower.
@@ -40,7 +32,6 @@ class VisionConfig:
     patch_layout: order of the elements of a flattened patch, (c, y, x) or (y, x, c);
     position_grid: the grid the learned position table covers; position_resize: how other grids are served;
     rope_theta: base of 2-D rotary positions in every block, None without them (Ovis2.5, which has both kinds);
-    windows: attention in windows in all but some blocks, None for full attention in every block;
     depth: blocks that are run, at most num_hidden_layers (VILA skips the last); post_norm: whether the features pass
     `post_layernorm`; use_head: whether the MAP pooling head exists.
     """
@@ -57,7 +48,6 @@ class VisionConfig:
     patch_layout: PatchLayout
     position_resize: PositionResize
     rope_theta: float | None
-    windows: WindowConfig | None
     depth: int
     post_norm: bool
     use_head: bool
@@ -82,11 +72,18 @@ class VisionConfig:
 
     @classmethod
     def from_hf(
-        cls, raw: RawConfig, *, feature_layer: int, post_norm: bool, name: str = "vision_config"
+        cls,
+        raw: RawConfig,
+        *,
+        feature_layer: int,
+        post_norm: bool,
+        head: bool = True,
+        name: str = "vision_config",
     ) -> VisionConfig:
         """A `SiglipVisionConfig` as transformers writes it; absent keys take that class's defaults.
 
-        feature_layer: index into transformers' `hidden_states` (-1: all blocks, -2: without the last).
+        feature_layer: index into transformers' `hidden_states` (-1: all blocks, -2: without the last); head: keep the
+        pooling head where there is one.
         """
         reader = ConfigReader(raw, name)
         layers = reader.size("num_hidden_layers", 12)
@@ -107,10 +104,9 @@ class VisionConfig:
             patch_layout="channel_first",
             position_resize="never",
             rope_theta=None,
-            windows=None,
             depth=resolve_layer(feature_layer, layers, name),
             post_norm=post_norm,
-            use_head=reader.value("vision_use_head", bool, True),
+            use_head=head and reader.value("vision_use_head", bool, True),
         )
 
     @classmethod
@@ -125,6 +121,11 @@ class VisionConfig:
             )
         if not reader.value("preserve_original_pe", bool, True):
             raise ConfigError(f"{name}: preserve_original_pe false (no learned positions) is not supported")
+        if reader.value("fullatt_block_indexes", str, ""):  # null and "" mean that every block is full
+            raise ConfigError(
+                f"{name}: fullatt_block_indexes {raw['fullatt_block_indexes']!r} (windows for the other blocks) is not "
+                "supported; siglane knows towers whose blocks all attend to the whole image"
+            )
         layers = reader.size("num_hidden_layers", 24)
         patch_size = reader.size("patch_size", 16)
         return cls(
@@ -140,7 +141,6 @@ class VisionConfig:
             patch_layout="channel_first",
             position_resize="bicubic",
             rope_theta=NAVIT_ROPE_THETA if reader.value("use_rope", bool, True) else None,
-            windows=_navit_windows(reader, patch_size, layers),
             depth=layers,
             post_norm=False,
             use_head=False,
@@ -154,23 +154,6 @@ def _navit_positions(reader: ConfigReader, patch_size: int) -> Grid:
     if side == 0 or (patches > 0 and side * side != patches):
         raise ConfigError(f"{reader.name}: num_patches {patches} and image_size give no square of positions")
     return Grid(side, side)
-
-
-def _navit_windows(reader: ConfigReader, patch_size: int, layers: int) -> WindowConfig | None:
-    """`fullatt_block_indexes` is a text such as "7|15|23"; null, "" and absent mean that every block is full."""
-    if not reader.value("fullatt_block_indexes", str, ""):
-        return None
-    stated = reader.value("fullatt_block_indexes", str).split("|")
-    if not all(number.isdecimal() and int(number) < layers for number in stated):
-        raise ConfigError(
-            f"{reader.name}: fullatt_block_indexes must be numbers of the {layers} blocks such as '7|15|23', got "
-            f"{reader.raw['fullatt_block_indexes']!r}"
-        )
-    stride = reader.size("hidden_stride", 2)
-    side = reader.size("window_size", 112) // patch_size // stride * stride
-    if side == 0:
-        raise ConfigError(f"{reader.name}: window_size is smaller than one block of {stride}x{stride} patches")
-    return WindowConfig(side, tuple(sorted({int(number) for number in stated})))
 
 
 def resolve_layer(feature_layer: int, layers: int, name: str) -> int:

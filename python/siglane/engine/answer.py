@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from siglane.engine.reasoning import AnswerStream, TextDelta
 from siglane.families.processor import Processor
-from siglane.types import Finished, FinishReason, Request, TokenDelta, TokenLogprob, Usage
+from siglane.types import Finished, FinishReason, Prompt, TokenDelta, TokenLogprob, Usage
 
 
 class Answer:
-    """What one request has been answered so far. It holds none of the request's images: answers may wait for long.
+    """What one request has been answered so far. It sees none of the request's images: answers may wait for long.
 
     token_ids, logprobs: of every token up to the one that completed a stop string; finished: how the engine ended it.
     """
 
-    def __init__(self, request: Request, stream: AnswerStream) -> None:
-        self.request_id = request.request_id
+    def __init__(self, request_id: str, prompt: Prompt, stream: AnswerStream) -> None:
+        self.request_id = request_id
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.finished: Finished | None = None
-        self._prompt_tokens, self._image_tokens = len(request.prompt.token_ids), request.prompt.image_tokens
+        self._prompt_tokens, self._image_tokens = len(prompt.token_ids), prompt.image_tokens
         self._stream = stream
         self._deltas: list[TextDelta] = []
 
     @classmethod
-    def of(cls, request: Request, processor: Processor) -> Answer:
-        return cls(request, AnswerStream.of(request, processor))
+    def of(cls, request_id: str, prompt: Prompt, stop: Sequence[str], processor: Processor) -> Answer:
+        return cls(request_id, prompt, AnswerStream.of(prompt, stop, processor))
 
     def take(self, delta: TokenDelta) -> TextDelta:
         """What `delta` adds to the text: nothing once a stop string was met, of which the engine does not know."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from siglane.engine.batch import Chunk, StepBatch
 from siglane.engine.kv import PagedKV
 from siglane.errors import ConfigError
-from siglane.nn.attention import LayerAttention
+from siglane.lm.attention import LayerAttention
 
 
 def paged_attention(kv: PagedKV, batch: StepBatch, backend: str) -> LayerAttention:

@@ -11,26 +11,8 @@ import torch
 from siglane.engine.features import FeatureKey
 from siglane.engine.prefix_cache import Node
 from siglane.engine.thinking import ThinkingBudget
+from siglane.families.splice import ImageRows, image_rows
 from siglane.types import Request, Timings
-
-
-class ImageRows(NamedTuple):
-    """Prompt positions `start..stop` hold rows `row..row + stop - start` of image `image`."""
-
-    start: int
-    stop: int
-    image: int
-    row: int
-
-
-def image_rows(request: Request) -> tuple[ImageRows, ...]:
-    """The prompt's spans, each with its first row inside its image."""
-    seen = [0] * len(request.images)
-    rows = []
-    for start, stop, image in request.prompt.spans:
-        rows.append(ImageRows(start, stop, image, seen[image]))
-        seen[image] += stop - start
-    return tuple(rows)
 
 
 @dataclass(slots=True, eq=False)
@@ -64,7 +46,7 @@ class Sequence:
         cls, request: Request, order: int, generator: torch.Generator, thinking_budget: ThinkingBudget | None = None
     ) -> Sequence:
         token_ids, cache_ids = list(request.prompt.token_ids), list(request.cache_ids())
-        return cls(request, order, token_ids, cache_ids, image_rows(request), generator, thinking_budget)
+        return cls(request, order, token_ids, cache_ids, image_rows(request.prompt), generator, thinking_budget)
 
     @property
     def prompt_length(self) -> int:
@@ -126,6 +108,25 @@ class Chunk(NamedTuple):
     def samples(self) -> bool:
         """Whether the chunk ends the known tokens, so that the next one is to be chosen."""
         return self.stop == len(self.sequence.token_ids)
+
+    @property
+    def spans(self) -> list[ImageRows]:
+        """What images fill of the chunk; positions count from its own start."""
+        inside = []
+        for start, stop, image, row in self.sequence.spans:
+            first, last = max(start, self.start), min(stop, self.stop)
+            if first < last:
+                inside.append(ImageRows(first - self.start, last - self.start, image, row + first - start))
+        return inside
+
+    def rows(self, image: int) -> torch.Tensor:
+        """The features of an image, `[rows, hidden_size]`. RuntimeError when they are missing or not as many as its
+        layout says: a request fails rather than answers about half an image."""
+        rows = self.sequence.features.get(image)
+        needed = self.sequence.request.prompt.layouts[image].rows
+        if rows is None or rows.shape[0] != needed:
+            raise RuntimeError(f"image {image} needs {needed} rows, it has {'none' if rows is None else rows.shape[0]}")
+        return rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import Processor, load_processor
 from siglane.families.two_tower import LoadedTwoTower, load_two_tower
 from siglane.nn.attention import choose_backend
-from siglane.nn.cpu.packing import prepack
+from siglane.nn.cpu.optimise import optimise
 from siglane.settings.engine import EngineConfig
 from siglane.weights.demo import open_model
 from siglane.weights.hub import Checkpoint
@@ -45,10 +45,10 @@ def load_with_tagger(
         device=device,
         dtype=vision_dtype,
         attention_backend=config.attention_backend,
-        tower=loaded.vision.tower,
+        tower=None if loaded.vision is None else loaded.vision.encoder.tower,
     )
-    engine = _started(loaded, processor, config)  # packs the weights, after which they can no longer be shared
-    prepack(towers.model)
+    engine = _started(loaded, processor, config)  # optimises it, after which its layers can no longer be loaded into
+    optimise(towers.model)
     return engine, towers
 
 
@@ -70,7 +70,7 @@ def _load(checkpoint: Checkpoint, processor: Processor, config: EngineConfig) ->
 
 
 def _started(model: VisionLanguageModel, processor: Processor, config: EngineConfig) -> Engine:
-    prepack(model)
+    optimise(model)
     return Engine(model, config, processor.eos_token_ids, processor.config.thinking)
 
 

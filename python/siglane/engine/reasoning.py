@@ -11,7 +11,7 @@ from siglane.config.vlm import Thinking
 from siglane.engine.detokenize import TextStream
 from siglane.engine.thinking import thinking_start
 from siglane.families.processor import Processor
-from siglane.types import Request
+from siglane.types import Prompt
 
 
 class TextDelta(NamedTuple):
@@ -54,12 +54,11 @@ class AnswerStream:
         self.reasoning_tokens = 0
 
     @classmethod
-    def of(cls, request: Request, processor: Processor) -> AnswerStream:
-        """The stream of a request's answer."""
-        thinking = processor.config.thinking
-        prompt_ids = request.prompt.token_ids
-        opened = thinking is not None and (thinking_start(prompt_ids, thinking, processor.eos_token_ids) == "opened")
-        return cls(processor.tokenizer, request.sampling.stop, thinking, opened=opened)
+    def of(cls, prompt: Prompt, stop: Sequence[str], processor: Processor) -> AnswerStream:
+        """The stream of a prompt's answer."""
+        thinking, ends = processor.config.thinking, processor.eos_token_ids
+        opened = thinking is not None and thinking_start(prompt.token_ids, thinking, ends) == "opened"
+        return cls(processor.tokenizer, stop, thinking, opened=opened)
 
     @property
     def stopped(self) -> str | None:

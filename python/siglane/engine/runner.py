@@ -9,8 +9,8 @@ import torch
 from siglane.engine.attention import paged_attention
 from siglane.engine.batch import StepBatch
 from siglane.engine.kv import PagedKV
-from siglane.engine.splice import splice
 from siglane.families.model import VisionLanguageModel
+from siglane.families.splice import ImageRows, splice
 from siglane.types import ImagePatches
 
 
@@ -23,7 +23,7 @@ class Runner:
     def encode(self, images: Sequence[ImagePatches]) -> tuple[torch.Tensor, ...]:
         """All images in one packed forward, or each in its own -> each image's rows `[layout.rows, hidden_size]`."""
         groups = [images] if self.packing else [[image] for image in images]
-        return tuple(rows.to(self.dtype) for group in groups for rows in self.model.vision(group).split())
+        return tuple(rows.to(self.dtype) for group in groups for rows in self.model.see(group).split())
 
     def forward(self, batch: StepBatch) -> torch.Tensor:
         """Computes the batch, writes its keys and values, and returns logits `[B, vocab_size]`, one row for every
@@ -32,13 +32,18 @@ class Runner:
         ids = [i for chunk in batch.chunks for i in chunk.sequence.token_ids[chunk.start : chunk.stop]]
         places = [position for chunk in batch.chunks for position in range(chunk.start, chunk.stop)]
         embeds = language.embed(torch.tensor(ids, device=self.device))
+        spans: list[ImageRows] = []
+        rows: list[torch.Tensor] = []
         offset = 0
         last_rows = []
         for chunk in batch.chunks:
-            splice(embeds, offset, chunk)
+            for span in chunk.spans:
+                spans.append(span.moved(offset))
+                rows.append(chunk.rows(span.image))
             offset += chunk.tokens
             if chunk.samples:
                 last_rows.append(offset - 1)
+        embeds = splice(embeds, spans, rows)
         attention = paged_attention(self.kv, batch, self.paged_backend)
         hidden = language(embeds, torch.tensor(places, device=self.device), attention)
         return language.logits(hidden[torch.tensor(last_rows, dtype=torch.long, device=self.device)])

@@ -6,21 +6,19 @@ import logging
 import math
 from dataclasses import replace
 
-from siglane.config.vlm import Thinking
+from siglane.config.vlm import Thinking, VlmConfig
 from siglane.errors import UserError
-from siglane.families.processor import Processor
 from siglane.types import SamplingParams
 
 logger = logging.getLogger(__name__)
 
 
-def sampling_defaults(processor: Processor, otherwise: SamplingParams) -> SamplingParams:
+def sampling_defaults(facts: VlmConfig, otherwise: SamplingParams) -> SamplingParams:
     """What a request that names nothing gets: the values its checkpoint states, `otherwise` where it states none."""
-    stated = processor.sampling
-    if stated:
-        values = ", ".join(f"{name} {value:g}" for name, value in stated.items())
+    if facts.sampling:
+        values = ", ".join(f"{name} {value:g}" for name, value in facts.sampling.items())
         logger.info("sampling defaults from generation_config.json: %s", values)
-    return replace(otherwise, **stated)
+    return replace(otherwise, **facts.sampling)
 
 
 def check_sampling(params: SamplingParams) -> None:

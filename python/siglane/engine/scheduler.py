@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from siglane.engine.batch import Chunk, Sequence, StepBatch
+from siglane.engine.batch import Chunk, Sequence
 from siglane.engine.features import FeatureCache, FeatureKey
 from siglane.engine.kv import PageAllocator
 from siglane.engine.prefix_cache import NextPage, PrefixCache
@@ -33,10 +33,6 @@ class Step:
     images_to_encode: dict[FeatureKey, list[tuple[Sequence, int]]] = field(default_factory=dict)
     tokens_left: int = 0
     patches_left: int = 0
-
-    @property
-    def batch(self) -> StepBatch:
-        return StepBatch(tuple(self.chunks))
 
 
 class Scheduler:

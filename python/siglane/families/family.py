@@ -1,17 +1,31 @@
-"""What a family of vision-language checkpoints states about itself."""
+"""What a family of checkpoints states about itself. `families/registry.py` lists the families."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-from siglane.config.vlm import ImageFacts, VlmConfig
+from siglane.config.images import ImageFacts
+from siglane.config.language import LanguageConfig
+from siglane.config.reader import RawConfig
+from siglane.config.vlm import Thinking, VlmConfig
+from siglane.families.files import end_of_answer, stated_sampling
+from siglane.nn.plan import WeightPlan
 from siglane.weights.hub import Checkpoint, Source
-from siglane.weights.plan import WeightPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+# the turns of Qwen's models and of those trained after them
+END_OF_TURN = "<|im_end|>"
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' ~ message['role'] ~ '\n' ~ message['content'] ~ '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,49 +44,114 @@ class PromptRules:
     thinking_end: str = ""
 
 
-class ReadTower(Protocol):
-    """A tower's facts from its files. head: keep the MAP pooling head where the checkpoint has one."""
+class Family(ABC):
+    """Checkpoints that announce themselves alike. Every method is a pure function of a checkpoint's files.
 
-    def __call__(self, checkpoint: Checkpoint, *, head: bool = False) -> ImageFacts: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TowerFamily:
-    """A family of SigLIP towers without a language model.
-
-    name, known_as, matches: as in `VlmFamily`; read_config: its facts; plan: checkpoint names -> `VisionEncoderModel`.
+    known_as: how they announce themselves, for messages.
     """
 
-    name: str
-    known_as: tuple[str, ...]
-    matches: Callable[[Checkpoint], bool]
-    read_config: ReadTower
-    plan: Callable[[ImageFacts], WeightPlan]
+    name: ClassVar[str]
+    known_as: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def matches(self, root: RawConfig, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint with this config.json is one of them."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VlmFamily:
-    """One family; every member is a fact or a pure function of a checkpoint's files.
+class TowerFamily(Family):
+    """SigLIP towers without a language model."""
 
-    name: what `VlmConfig.family` says; known_as: how its checkpoints announce themselves, for messages;
-    matches: whether a checkpoint is one of them; tokenizer_folder: where its tokenizer lies; added_tokens:
-    the special tokens its own files add to that tokenizer, in the order of their ids; images: its image facts,
-    for which no tokenizer is needed; config: all its facts;
-    prompt_rules: how its messages become text; vision_plan: checkpoint names -> `VisionStack`; language_plan:
-    checkpoint names -> `QwenModel`; vision_sources, language_sources: the folders that hold those tensors;
+    @abstractmethod
+    def images(self, checkpoint: Checkpoint, *, head: bool = False) -> ImageFacts:
+        """The facts. head: keep the MAP pooling head where the checkpoint has one."""
+
+    @abstractmethod
+    def plan(self, images: ImageFacts) -> WeightPlan:
+        """Checkpoint names -> `VisionEncoderModel`."""
+
+
+class VlmFamily(Family):
+    """Models that answer. What most families share is written here; a family states its difference.
+
     language_prefix: what the names of the language model's tensors start with.
     """
 
-    name: str
-    known_as: tuple[str, ...]
-    matches: Callable[[Checkpoint], bool]
-    tokenizer_folder: Callable[[Checkpoint], Checkpoint]
-    added_tokens: Callable[[Checkpoint], tuple[str, ...]] = field(default=lambda checkpoint: ())
-    images: Callable[[Checkpoint], ImageFacts]
-    config: Callable[[Checkpoint, PreTrainedTokenizerFast], VlmConfig]
-    prompt_rules: Callable[[Checkpoint], PromptRules]
-    vision_plan: Callable[[VlmConfig], WeightPlan]
-    language_plan: Callable[[VlmConfig], WeightPlan]
-    vision_sources: Callable[[Checkpoint], tuple[Source, ...]]
-    language_sources: Callable[[Checkpoint], tuple[Source, ...]]
-    language_prefix: str
+    language_prefix: ClassVar[str]
+
+    @abstractmethod
+    def images(self, checkpoint: Checkpoint) -> ImageFacts | None:
+        """From the JSON files alone; None for a model without eyes. ConfigError names the key that is missing,
+        unknown or contradictory."""
+
+    @abstractmethod
+    def language(self, checkpoint: Checkpoint) -> LanguageConfig:
+        """ConfigError as `images`."""
+
+    @abstractmethod
+    def prompt_rules(self, checkpoint: Checkpoint) -> PromptRules:
+        """How messages become text."""
+
+    @abstractmethod
+    def vision_plan(self, images: ImageFacts) -> WeightPlan:
+        """Checkpoint names -> `VisionStack`."""
+
+    @abstractmethod
+    def language_plan(self, language: LanguageConfig) -> WeightPlan:
+        """Checkpoint names -> `QwenModel`."""
+
+    def config(self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast) -> VlmConfig:
+        """All facts. ConfigError as `images`, and for a tokenizer that is not the model's."""
+        language = self.language(checkpoint)
+        return VlmConfig(
+            family=self.name,
+            images=self.images(checkpoint),
+            language=language,
+            image_token=self.image_token(checkpoint),
+            image_token_id=self.image_token_id(checkpoint, tokenizer, language),
+            eos_token_ids=end_of_answer(self.language_folder(checkpoint), tokenizer, self.ends(tokenizer)),
+            thinking=self.thinking(tokenizer),
+            sampling=stated_sampling(self.language_folder(checkpoint)),
+        )
+
+    def plan(self, config: VlmConfig) -> WeightPlan:
+        """Checkpoint names -> `VisionLanguageModel`."""
+        language = self.language_plan(config.language).under("", "language.")
+        if config.images is None:
+            return language
+        return self.vision_plan(config.images).under("", "vision.") + language
+
+    def image_token(self, checkpoint: Checkpoint) -> str:
+        """What stands for an image in a rendered prompt."""
+        return "<image>"
+
+    def image_token_id(
+        self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast, language: LanguageConfig
+    ) -> int:
+        """An id outside the embedding table, neither looked up nor ever an answer, where no file states one."""
+        return max(language.vocab_size, len(tokenizer))
+
+    def ends(self, tokenizer: PreTrainedTokenizerFast) -> Sequence[str | None]:
+        """The tokens that end an answer beside those of generation_config.json."""
+        return (END_OF_TURN,)
+
+    def thinking(self, tokenizer: PreTrainedTokenizerFast) -> Thinking | None:
+        return None
+
+    def language_folder(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Where the language model's own files lie."""
+        return checkpoint
+
+    def tokenizer_folder(self, checkpoint: Checkpoint) -> Checkpoint:
+        return self.language_folder(checkpoint)
+
+    def added_tokens(self, checkpoint: Checkpoint) -> tuple[str, ...]:
+        """The special tokens that the checkpoint's files add to that tokenizer, in the order of their ids."""
+        return ()
+
+    def vision_sources(self, checkpoint: Checkpoint) -> tuple[Source, ...]:
+        """The folders that hold the tensors of `vision_plan`."""
+        return (Source(checkpoint),)
+
+    def language_sources(self, checkpoint: Checkpoint) -> tuple[Source, ...]:
+        """The folders that hold the tensors of `language_plan`."""
+        return (Source(checkpoint),)

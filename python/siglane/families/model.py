@@ -18,10 +18,11 @@ from siglane.families.registry import is_vision_only, tower_family, vlm_family
 from siglane.families.stack import VisionEncoderModel, VisionStack
 from siglane.lm.build import build_language_model
 from siglane.nn.parallel import TensorParallel
-from siglane.types import BackendChoice
+from siglane.nn.plan import WeightPlan
+from siglane.types import BackendChoice, ImagePatches, ImageTokens
+from siglane.vision.tower import Taps
 from siglane.weights.hub import Checkpoint, Source
 from siglane.weights.load import StoredTensor, allocate, fill, rehearse, stored_tensors
-from siglane.weights.plan import WeightPlan
 
 logger = logging.getLogger(__name__)
 
@@ -29,15 +30,22 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class VisionLanguageModel(nn.Module):
-    """The two halves of a model. What joins them, the splice, belongs to the engine."""
+    """The two halves of a model; `splice` joins them. vision: None for a model without eyes."""
 
     def __init__(
         self, config: VlmConfig, tp: TensorParallel | None = None, attention_backend: BackendChoice = "auto"
     ) -> None:
         super().__init__()
         self.config = config
-        self.vision = VisionStack(config, tp, attention_backend)
+        self.vision = None if config.images is None else VisionStack(config.images, tp, attention_backend)
         self.language = build_language_model(config.language, tp)
+
+    def see(self, images: Sequence[ImagePatches], taps: Taps | None = None) -> ImageTokens:
+        """`VisionStack.forward`. ValueError for a model without eyes."""
+        if self.vision is None:
+            raise ValueError("this model has no eyes")
+        tokens: ImageTokens = self.vision(images, taps)
+        return tokens
 
 
 def load_model(
@@ -56,7 +64,8 @@ def load_model(
     WeightError, before anything is allocated, when configuration and tensors do not belong together.
     """
     model, plan, tensors = _rehearsed_whole(checkpoint, config, tp, attention_backend)
-    allocate(model.vision, torch.device(device), vision_dtype or dtype)
+    if model.vision is not None:
+        allocate(model.vision, torch.device(device), vision_dtype or dtype)
     allocate(model.language, torch.device(device), dtype)
     return _filled(model, plan, tensors)
 
@@ -83,27 +92,28 @@ def load_vision(
     tp: TensorParallel | None = None,
     attention_backend: BackendChoice = "auto",
     head: bool = False,
-) -> tuple[VisionEncoderModel, ImageProcessor]:
+) -> tuple[VisionEncoderModel | VisionStack, ImageProcessor]:
     """What turns images into features: a `VisionStack` for a vision-language model, else a plain SigLIP tower.
 
     The language model's tensors are not read. head: load a plain tower's MAP head too, for `embeddings`.
     """
     if plain := tower_family(checkpoint):
-        encoder = plain.read_config(checkpoint, head=head)
+        facts = plain.images(checkpoint, head=head)
         tensors = stored_tensors([Source(checkpoint)])
-        _check_depth(tensors, encoder.vision.num_hidden_layers)
-        plan = plain.plan(encoder)
+        _check_depth(tensors, facts.vision.num_hidden_layers)
+        plan = plain.plan(facts)
         tower = _rehearsed(
-            lambda: VisionEncoderModel(encoder.vision, encoder.preprocess, tp, attention_backend), plan, tensors
+            lambda: VisionEncoderModel(facts.vision, facts.preprocess, tp, attention_backend), plan, tensors
         )
         allocate(tower, torch.device(device), dtype)
-        return _filled(tower, plan, tensors), ImageProcessor(encoder)
+        return _filled(tower, plan, tensors), ImageProcessor(facts)
     processor = load_processor(checkpoint)
-    family, config = vlm_family(checkpoint), processor.config
-    plan = family.vision_plan(config) + family.language_plan(config).unused("the language model is not loaded")
+    family, images = vlm_family(checkpoint), processor.facts
+    unused = family.language_plan(processor.config.language).unused("the language model is not loaded")
+    plan = family.vision_plan(images) + unused
     tensors = stored_tensors(family.vision_sources(checkpoint))
-    _check_depth(tensors, config.vision.num_hidden_layers)
-    stack = _rehearsed(lambda: VisionStack(config, tp, attention_backend), plan, tensors)
+    _check_depth(tensors, images.vision.num_hidden_layers)
+    stack = _rehearsed(lambda: VisionStack(images, tp, attention_backend), plan, tensors)
     allocate(stack, torch.device(device), dtype)
     return _filled(stack, plan, tensors), processor
 
@@ -128,8 +138,9 @@ def _rehearsed_whole(
     attention_backend: BackendChoice = "auto",
 ) -> tuple[VisionLanguageModel, WeightPlan, tuple[StoredTensor, ...]]:
     family, tensors = vlm_family(checkpoint), model_tensors(checkpoint)
-    plan = family.vision_plan(config).under("", "vision.") + family.language_plan(config).under("", "language.")
-    _check_depth(tensors, config.vision.num_hidden_layers, config.language.num_hidden_layers)
+    plan = family.plan(config)
+    eyes = () if config.images is None else (config.images.vision.num_hidden_layers,)
+    _check_depth(tensors, config.language.num_hidden_layers, *eyes)
     return _rehearsed(lambda: VisionLanguageModel(config, tp, attention_backend), plan, tensors), plan, tensors
 
 

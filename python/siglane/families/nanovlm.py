@@ -14,23 +14,24 @@ absence means that release's behaviour, not the newest one's:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from siglane.config.images import ImageFacts
 from siglane.config.language import LanguageConfig
 from siglane.config.preprocess import PreprocessConfig
 from siglane.config.projector import pixel_shuffle_projector
-from siglane.config.reader import ConfigReader
+from siglane.config.reader import ConfigReader, RawConfig
 from siglane.config.vision import VisionConfig
-from siglane.config.vlm import ImageFacts, VlmConfig
 from siglane.errors import ConfigError, UserError
-from siglane.families.family import PromptRules, VlmFamily
-from siglane.families.tokens import end_of_answer
+from siglane.families.family import CHATML, PromptRules, VlmFamily
+from siglane.nn.plan import Ignore, Rule, WeightPlan
+from siglane.projector.build import projector_plan
 from siglane.tiling.nanovlm import WholeTiles
 from siglane.tiling.rule import LayoutRule
 from siglane.tiling.squash import Squash
 from siglane.types import Grid, Size
-from siglane.weights.hub import TOKENIZER_PATTERNS, Checkpoint, Source, open_checkpoint
-from siglane.weights.plan import Entry, Ignore, Rule, WeightPlan, projector_plan
+from siglane.weights.hub import TOKENIZER_PATTERNS, Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -40,13 +41,6 @@ FIRST_TOKENIZER, TOKENIZER = "HuggingFaceTB/cosmo2-tokenizer", "HuggingFaceTB/Sm
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 BASE_VOCABULARY = 49152
 EXTRA_TOKENS = "vlm_extra_tokens"
-
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' ~ message['role'] ~ '\n' ~ message['content'] ~ '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 # The first two releases were trained on one question and its answer; that earlier turns are written one after another,
 # a line each, is siglane's choice.
@@ -65,65 +59,161 @@ QUESTION = _EACH + _IMAGES + _QUESTION + _END
 QUESTION_BEHIND_ALL_IMAGES = _EACH + _IMAGES + _END + _EACH + _QUESTION + _END
 
 
-def matches(checkpoint: Checkpoint) -> bool:
-    if not checkpoint.has("config.json"):
-        return False
-    root = checkpoint.json("config.json")
-    named = root.get("architectures") or root.get("model_type")
-    return not named and "vit_hidden_dim" in root and "lm_hidden_dim" in root
+# nanoVLM's own names, of a block of each half
+TOWER_BLOCK = WeightPlan((
+    Rule("ln1.{leaf}", "norm1.{leaf}"),
+    Rule("attn.qkv_proj.{leaf}", "attention.qkv.{leaf}", "q+k+v"),
+    Rule("attn.out_proj.{leaf}", "attention.out_proj.{leaf}"),
+    Rule("ln2.{leaf}", "norm2.{leaf}"),
+    Rule("mlp.fc1.{leaf}", "mlp.fc1.{leaf}"),
+    Rule("mlp.fc2.{leaf}", "mlp.fc2.{leaf}"),
+))  # fmt: skip
+LANGUAGE_BLOCK = WeightPlan((
+    Rule("norm1.weight", "input_norm.weight"),
+    Rule("attn.q_proj.weight", "attention.qkv.weight", "q"),
+    Rule("attn.k_proj.weight", "attention.qkv.weight", "k"),
+    Rule("attn.v_proj.weight", "attention.qkv.weight", "v"),
+    Rule("attn.out_proj.weight", "attention.o_proj.weight"),
+    Rule("norm2.weight", "post_attention_norm.weight"),
+    Rule("mlp.gate_proj.weight", "mlp.gate_up.weight", "gate"),
+    Rule("mlp.up_proj.weight", "mlp.gate_up.weight", "up"),
+    Rule("mlp.down_proj.weight", "mlp.down_proj.weight"),
+))  # fmt: skip
 
 
-def read_images(checkpoint: Checkpoint) -> ImageFacts:
-    """The image facts. ConfigError names the key that is missing, unknown or contradictory."""
-    root = _root(checkpoint)
-    vision = _vision(root)
-    factor = root.size("mp_pixel_shuffle_factor", 4 if "global_image_token" in _extra_tokens(root) else 2)
-    if vision.position_grid.h % factor:
-        side = vision.position_grid.h
-        raise ConfigError(f"config.json: mp_pixel_shuffle_factor {factor} does not divide {side}x{side} patches")
-    rows = (vision.position_grid.h // factor) ** 2
-    if root.size("mp_image_token_length", rows) != rows:
-        stated = root.size("mp_image_token_length")
-        raise ConfigError(f"config.json: mp_image_token_length {stated} is not the {rows} rows that a tile has")
-    projector = pixel_shuffle_projector(
-        factor, input_size=vision.hidden_size, output_size=root.size("lm_hidden_dim"), name="proj"
-    )
-    # pixels are only brought to 0..1
-    preprocess = PreprocessConfig(rule=_rule(root), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), rescale=1 / 255)
-    return ImageFacts(vision=vision, projector=projector, preprocess=preprocess)
+class NanoVlm(VlmFamily):
+    name = "nanovlm"
+    known_as = ("nanoVLM (vit_hidden_dim and lm_hidden_dim, no architectures)",)
+    language_prefix = "decoder."
 
+    def matches(self, root: RawConfig, checkpoint: Checkpoint) -> bool:
+        named = root.get("architectures") or root.get("model_type")
+        return not named and "vit_hidden_dim" in root and "lm_hidden_dim" in root
 
-def read_config(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast) -> VlmConfig:
-    """All facts. ConfigError as `read_images`, and for tokens beside images that have no embedding."""
-    images = read_images(checkpoint)
-    root = _root(checkpoint)
-    language = _language(root)
-    vocabulary, extra = tokenizer.get_vocab(), _extra_tokens(root)
-    for text in extra.values():
-        if vocabulary[text] >= language.vocab_size:
+    def images(self, checkpoint: Checkpoint) -> ImageFacts:
+        root = checkpoint.reader()
+        vision = _vision(root)
+        factor = root.size("mp_pixel_shuffle_factor", 4 if "global_image_token" in _extra_tokens(root) else 2)
+        if vision.position_grid.h % factor:
+            side = vision.position_grid.h
+            raise ConfigError(f"config.json: mp_pixel_shuffle_factor {factor} does not divide {side}x{side} patches")
+        rows = (vision.position_grid.h // factor) ** 2
+        if root.size("mp_image_token_length", rows) != rows:
+            stated = root.size("mp_image_token_length")
+            raise ConfigError(f"config.json: mp_image_token_length {stated} is not the {rows} rows that a tile has")
+        return ImageFacts(
+            vision=vision,
+            projector=pixel_shuffle_projector(
+                factor, input_size=vision.hidden_size, output_size=root.size("lm_hidden_dim"), name="proj"
+            ),
+            # pixels are only brought to 0..1
+            preprocess=PreprocessConfig(rule=_rule(root), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), rescale=1 / 255),
+            newline=False,
+            video=None,
+        )
+
+    def language(self, checkpoint: Checkpoint) -> LanguageConfig:
+        root = checkpoint.reader()
+        if root.value("lm_use_tokens", bool, False):
             raise ConfigError(
-                f"config.json: {text} is token {vocabulary[text]} of the tokenizer, lm_vocab_size is "
-                f"{language.vocab_size}; is this the tokenizer that lm_tokenizer names?"
+                "config.json: lm_use_tokens true is not supported; the language model must take embeddings"
             )
-    image_token = extra.get("image_token", IMAGE_TOKEN)
-    return VlmConfig(
-        family=FAMILY.name,
-        vision=images.vision,
-        projector=images.projector,
-        preprocess=images.preprocess,
-        language=language,
-        image_token=image_token,
-        # release 0.1 has no such token; outside the table it is neither looked up nor ever an answer
-        image_token_id=vocabulary[image_token] if extra else max(language.vocab_size, len(tokenizer)),
-        eos_token_ids=end_of_answer(checkpoint, tokenizer, str(tokenizer.eos_token)),
-        image_newline=False,
-        video=None,
-        thinking=None,
-    )
+        if root.value("lm_attn_scaling", float, 1.0) != 1:
+            raise ConfigError(f"config.json: lm_attn_scaling {root.raw['lm_attn_scaling']} is not supported, only 1 is")
+        hidden_size, heads = root.size("lm_hidden_dim"), root.size("lm_n_heads")
+        if hidden_size % heads:
+            raise ConfigError(f"config.json: lm_hidden_dim {hidden_size} does not divide by {heads} heads")
+        extra = root.value("extra_token_amount", int, len(_extra_tokens(root)))
+        return LanguageConfig(
+            hidden_size=hidden_size,
+            intermediate_size=root.size("lm_inter_dim"),
+            num_hidden_layers=root.size("lm_n_blocks"),
+            num_attention_heads=heads,
+            num_key_value_heads=root.size("lm_n_kv_heads"),
+            head_dim=hidden_size // heads,
+            vocab_size=root.size("lm_vocab_size", root.size("lm_base_vocab_size", BASE_VOCABULARY) + extra),
+            # beyond it the reference stretches all positions, which moves earlier ones too
+            max_position_embeddings=root.size("lm_max_position_embeddings", 8192),
+            rms_norm_eps=root.value("lm_rms_eps", float, 1e-5),
+            rope_theta=root.value("lm_re_base", float, 100000.0),
+            qkv_bias=False,
+            output_bias=False,
+            mlp_bias=False,
+            qk_norm=False,
+            norm_dtype="input",
+            tie_embeddings=root.value("lm_tie_weights", bool, True),
+            rope_scaling=None,
+        )
 
+    def image_token(self, checkpoint: Checkpoint) -> str:
+        return _extra_tokens(checkpoint.reader()).get("image_token", IMAGE_TOKEN)
 
-def _root(checkpoint: Checkpoint) -> ConfigReader:
-    return ConfigReader(checkpoint.json("config.json"), "config.json")
+    def image_token_id(
+        self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast, language: LanguageConfig
+    ) -> int:
+        """Release 0.1 has no such token. ConfigError for tokens beside images that have no embedding."""
+        vocabulary, extra = tokenizer.get_vocab(), _extra_tokens(checkpoint.reader())
+        for text in extra.values():
+            if vocabulary[text] >= language.vocab_size:
+                raise ConfigError(
+                    f"config.json: {text} is token {vocabulary[text]} of the tokenizer, lm_vocab_size is "
+                    f"{language.vocab_size}; is this the tokenizer that lm_tokenizer names?"
+                )
+        if not extra:
+            return super().image_token_id(checkpoint, tokenizer, language)
+        return vocabulary[extra["image_token"]]
+
+    def ends(self, tokenizer: PreTrainedTokenizerFast) -> Sequence[str | None]:
+        return (tokenizer.eos_token,)
+
+    def added_tokens(self, checkpoint: Checkpoint) -> tuple[str, ...]:
+        return tuple(_extra_tokens(checkpoint.reader()).values())
+
+    def tokenizer_folder(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint's own folder when a tokenizer lies in it, else what `lm_tokenizer` names: a folder or a hub
+        id."""
+        if any(checkpoint.has(file) for file in TOKENIZER_FILES):
+            return checkpoint
+        root = checkpoint.reader()
+        named = root.value("lm_tokenizer", str, TOKENIZER if _extra_tokens(root) else FIRST_TOKENIZER)
+        try:
+            return open_checkpoint(named, patterns=TOKENIZER_PATTERNS)
+        except UserError as error:
+            raise ConfigError(
+                f"{checkpoint.root} holds no tokenizer and the one that its lm_tokenizer names cannot be had: {error}; "
+                f"or put that tokenizer's files beside the weights"
+            ) from error
+
+    def prompt_rules(self, checkpoint: Checkpoint) -> PromptRules:
+        """The tokenizer's own template, which has a system turn, is never nanoVLM's."""
+        root = checkpoint.reader()
+        if root.has("lm_chat_template"):
+            template = root.value("lm_chat_template", str)
+        elif isinstance(_rule(root), WholeTiles):
+            template = CHATML
+        else:
+            template = QUESTION if _extra_tokens(root) else QUESTION_BEHIND_ALL_IMAGES
+        template = template.replace(IMAGE_TOKEN, self.image_token(checkpoint))
+        return PromptRules(default_template=CHATML, template=template, images_first=True, strip_messages=False)
+
+    def vision_plan(self, images: ImageFacts) -> WeightPlan:
+        tower = WeightPlan((
+            Rule("patch_embedding.conv.{leaf}", "patch_embedding.{leaf}"),
+            Rule("patch_embedding.position_embedding", "position_embedding.weight"),
+            Rule("layer_norm.{leaf}", "post_norm.{leaf}"),
+            *TOWER_BLOCK.under("blocks.{i}.", "blocks.{i}.").entries,
+        )).under("vision_encoder.", "encoder.tower.")  # fmt: skip
+        return tower + projector_plan(images.projector).under("MP.", "projector.")
+
+    def language_plan(self, language: LanguageConfig) -> WeightPlan:
+        tied = language.tie_embeddings
+        return WeightPlan((
+            Ignore("rotary_embd.inv_freq", "computed from lm_re_base"),
+            Rule("token_embedding.weight", "embed_tokens.weight", twin=tied),
+            Rule("head.weight", "embed_tokens.weight" if tied else "lm_head.weight", twin=tied),
+            Rule("norm.weight", "norm.weight"),
+            *LANGUAGE_BLOCK.under("blocks.{i}.", "blocks.{i}.").entries,
+        )).under(self.language_prefix, "")  # fmt: skip
 
 
 def _extra_tokens(root: ConfigReader) -> dict[str, str]:
@@ -157,39 +247,9 @@ def _vision(root: ConfigReader) -> VisionConfig:
         patch_layout="channel_first",
         position_resize="never",
         rope_theta=None,
-        windows=None,
         depth=layers,
         post_norm=True,
         use_head=False,
-    )
-
-
-def _language(root: ConfigReader) -> LanguageConfig:
-    if root.value("lm_use_tokens", bool, False):
-        raise ConfigError("config.json: lm_use_tokens true is not supported; the language model must take embeddings")
-    if root.value("lm_attn_scaling", float, 1.0) != 1:
-        raise ConfigError(f"config.json: lm_attn_scaling {root.raw['lm_attn_scaling']} is not supported, only 1 is")
-    hidden_size, heads = root.size("lm_hidden_dim"), root.size("lm_n_heads")
-    if hidden_size % heads:
-        raise ConfigError(f"config.json: lm_hidden_dim {hidden_size} does not divide by {heads} heads")
-    extra = root.value("extra_token_amount", int, len(_extra_tokens(root)))
-    return LanguageConfig(
-        hidden_size=hidden_size,
-        intermediate_size=root.size("lm_inter_dim"),
-        num_hidden_layers=root.size("lm_n_blocks"),
-        num_attention_heads=heads,
-        num_key_value_heads=root.size("lm_n_kv_heads"),
-        head_dim=hidden_size // heads,
-        vocab_size=root.size("lm_vocab_size", root.size("lm_base_vocab_size", BASE_VOCABULARY) + extra),
-        # beyond it the reference stretches all positions, which moves earlier ones too
-        max_position_embeddings=root.size("lm_max_position_embeddings", 8192),
-        rms_norm_eps=root.value("lm_rms_eps", float, 1e-5),
-        rope_theta=root.value("lm_re_base", float, 100000.0),
-        qkv_bias=False,
-        output_bias=False,
-        qk_norm=False,
-        norm_dtype="input",
-        tie_embeddings=root.value("lm_tie_weights", bool, True),
     )
 
 
@@ -219,91 +279,3 @@ def _tile_tokens(extra: dict[str, str]) -> tuple[tuple[str, ...], ...]:
             row.append(extra[name])
         rows.append(tuple(row))
     return tuple(rows)
-
-
-def _tokenizer_folder(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint's own folder when a tokenizer lies in it, else what `lm_tokenizer` names: a folder or a hub id."""
-    if any(checkpoint.has(file) for file in TOKENIZER_FILES):
-        return checkpoint
-    root = _root(checkpoint)
-    named = root.value("lm_tokenizer", str, TOKENIZER if _extra_tokens(root) else FIRST_TOKENIZER)
-    try:
-        return open_checkpoint(named, patterns=TOKENIZER_PATTERNS)
-    except UserError as error:
-        raise ConfigError(
-            f"{checkpoint.root} holds no tokenizer and the one that its lm_tokenizer names cannot be had: {error}; "
-            f"or put that tokenizer's files beside the weights"
-        ) from error
-
-
-def _prompt_rules(checkpoint: Checkpoint) -> PromptRules:
-    """The tokenizer's own template, which has a system turn, is never nanoVLM's."""
-    root = _root(checkpoint)
-    extra = _extra_tokens(root)
-    if root.has("lm_chat_template"):
-        template = root.value("lm_chat_template", str)
-    elif isinstance(_rule(root), WholeTiles):
-        template = CHATML
-    else:
-        template = QUESTION if extra else QUESTION_BEHIND_ALL_IMAGES
-    template = template.replace(IMAGE_TOKEN, extra.get("image_token", IMAGE_TOKEN))
-    return PromptRules(default_template=CHATML, template=template, images_first=True, strip_messages=False)
-
-
-def _vision_plan(config: VlmConfig) -> WeightPlan:
-    tower: list[Entry] = [
-        Rule("patch_embedding.conv.{leaf}", "patch_embedding.{leaf}"),
-        Rule("patch_embedding.position_embedding", "position_embedding.weight"),
-        Rule("layer_norm.{leaf}", "post_norm.{leaf}"),
-    ]
-    for source, target, part in (
-        ("ln1", "norm1", ""),
-        ("attn.qkv_proj", "attention.qkv", "q+k+v"),
-        ("attn.out_proj", "attention.out_proj", ""),
-        ("ln2", "norm2", ""),
-        ("mlp.fc1", "mlp.fc1", ""),
-        ("mlp.fc2", "mlp.fc2", ""),
-    ):
-        tower.append(Rule(f"blocks.{{i}}.{source}.{{leaf}}", f"blocks.{{i}}.{target}.{{leaf}}", part))
-    projector = projector_plan(config.projector).under("MP.", "projector.")
-    return WeightPlan(tuple(tower)).under("vision_encoder.", "tower.") + projector
-
-
-def _language_plan(config: VlmConfig) -> WeightPlan:
-    tied = config.language.tie_embeddings
-    entries: list[Entry] = [
-        Ignore("rotary_embd.inv_freq", "computed from lm_re_base"),
-        Rule("token_embedding.weight", "embed_tokens.weight", twin=tied),
-        Rule("head.weight", "embed_tokens.weight" if tied else "lm_head.weight", twin=tied),
-        Rule("norm.weight", "norm.weight"),
-    ]
-    for source, target, part in (
-        ("norm1", "input_norm", ""),
-        ("attn.q_proj", "attention.qkv", "q"),
-        ("attn.k_proj", "attention.qkv", "k"),
-        ("attn.v_proj", "attention.qkv", "v"),
-        ("attn.out_proj", "attention.o_proj", ""),
-        ("norm2", "post_attention_norm", ""),
-        ("mlp.gate_proj", "mlp.gate_up", "gate"),
-        ("mlp.up_proj", "mlp.gate_up", "up"),
-        ("mlp.down_proj", "mlp.down_proj", ""),
-    ):
-        entries.append(Rule(f"blocks.{{i}}.{source}.weight", f"blocks.{{i}}.{target}.weight", part))
-    return WeightPlan(tuple(entries)).under("decoder.", "")
-
-
-FAMILY = VlmFamily(
-    name="nanovlm",
-    known_as=("nanoVLM (vit_hidden_dim and lm_hidden_dim, no architectures)",),
-    matches=matches,
-    tokenizer_folder=_tokenizer_folder,
-    added_tokens=lambda checkpoint: tuple(_extra_tokens(_root(checkpoint)).values()),
-    images=read_images,
-    config=read_config,
-    prompt_rules=_prompt_rules,
-    vision_plan=_vision_plan,
-    language_plan=_language_plan,
-    vision_sources=lambda checkpoint: (Source(checkpoint),),
-    language_sources=lambda checkpoint: (Source(checkpoint),),
-    language_prefix="decoder.",
-)

@@ -7,33 +7,35 @@ those three names as prefixes; "vila": the same with the original's flags.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from siglane.config.images import ImageFacts
 from siglane.config.language import LanguageConfig
 from siglane.config.preprocess import ImageProcessorConfig, PreprocessConfig
 from siglane.config.projector import vila_projector
-from siglane.config.reader import ConfigReader
+from siglane.config.reader import ConfigReader, RawConfig
 from siglane.config.video import VideoRule
 from siglane.config.vision import VisionConfig
-from siglane.config.vlm import ImageFacts, VlmConfig
 from siglane.errors import ConfigError
-from siglane.families.family import PromptRules, VlmFamily
+from siglane.families.family import CHATML, END_OF_TURN, PromptRules, VlmFamily
+from siglane.families.files import PREPROCESSOR, image_processor, llava_tower
+from siglane.lm.qwen import qwen_plan
+from siglane.nn.plan import WeightPlan
+from siglane.projector.build import projector_plan
 from siglane.tiling.vila import MOST_TILES, Tiling, VilaTiling
 from siglane.types import Grid, Size
+from siglane.vision.tower import tower_plan
 from siglane.weights.hub import Checkpoint, Source
-from siglane.weights.plan import WeightPlan, projector_plan, qwen_plan, tower_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Layout = Literal["folders", "hf", "vila"]
-IMAGE_TOKEN = "<image>"
 VIDEO_TOKEN = "<vila/video>"
 VIDEO_ENCODER = "BasicVideoEncoder"
 MOST_FRAMES = 256  # VILA's long-video training
-END_OF_TURN = "<|im_end|>"
-TOWER_TYPE = "siglip_vision_model"
 LANGUAGE, TOWER, PROJECTOR = "llm", "vision_tower", "mm_projector"
 
 # image_aspect_ratio -> tiling; without a value the processor's own resize squashes the picture
@@ -44,11 +46,7 @@ CHAT_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful assistant<|im_end|>\n' }}"
     "{% endif %}"
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' ~ message['role'] ~ '\n' ~ message['content'] ~ '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+) + CHATML
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,69 +84,93 @@ def layout_of(checkpoint: Checkpoint) -> Layout | None:
     return None
 
 
-def read_images(checkpoint: Checkpoint, *, column_major: bool = False) -> ImageFacts:
-    """The image facts of any layout. ConfigError names the key that is missing, unknown or contradictory.
+class Nvila(VlmFamily):
+    name = "nvila"
+    known_as = (*HF_FACTS, "VILAForConditionalGeneration", f"VILA folders ({LANGUAGE}/, {TOWER}/, {PROJECTOR}/)")
+    language_prefix = f"{LANGUAGE}."
 
-    column_major: the projector's rows run down the columns, as VILA trained it before December 2024 (VILA1.5); no
-    file tells, so it is never guessed.
-    """
-    layout = _known_layout(checkpoint)
-    root = ConfigReader(checkpoint.json("config.json"), "config.json")
-    tower = _part(checkpoint, root, layout, TOWER, "vision_config")
-    tower.choice("model_type", {TOWER_TYPE: None}, TOWER_TYPE)
-    facts = _hf_facts(root, tower) if layout == "hf" else _flags(checkpoint, root, layout)
-    vision = VisionConfig.from_hf(tower.raw, feature_layer=facts.feature_layer, post_norm=False, name=tower.name)
-    if column_major and facts.scales:
-        raise ConfigError(
-            "column_major belongs to VILA1.5, whose pictures are one tile; this checkpoint stitches tiles"
+    def matches(self, root: RawConfig, checkpoint: Checkpoint) -> bool:
+        return layout_of(checkpoint) is not None
+
+    def images(self, checkpoint: Checkpoint, *, column_major: bool = False) -> ImageFacts:
+        """column_major: the projector's rows run down the columns, as VILA trained it before December 2024 (VILA1.5);
+        no file tells, so it is never guessed."""
+        root, tower = checkpoint.reader(), _part(checkpoint, TOWER, "vision_config")
+        facts = _hf_facts(root, tower) if layout_of(checkpoint) == "hf" else _flags(checkpoint, root)
+        vision = llava_tower(tower, facts.feature_layer)
+        if column_major and facts.scales:
+            raise ConfigError(
+                "column_major belongs to VILA1.5, whose pictures are one tile; this checkpoint stitches tiles"
+            )
+        channels = vision.hidden_size * max(1, len(facts.scales))
+        if root.has("mm_hidden_size") and root.size("mm_hidden_size") != channels:
+            stated = root.size("mm_hidden_size")
+            raise ConfigError(f"config.json: mm_hidden_size {stated} is not the tower's {channels}")
+        width = self.language(checkpoint).hidden_size
+        return ImageFacts(
+            vision=vision,
+            projector=vila_projector(
+                facts.projector, input_size=channels, output_size=width, column_major=column_major
+            ),
+            preprocess=_preprocess(checkpoint, facts, vision),
+            newline=False,
+            video=_video(root),
         )
-    channels = vision.hidden_size * max(1, len(facts.scales))
-    if root.has("mm_hidden_size") and root.size("mm_hidden_size") != channels:
-        raise ConfigError(f"config.json: mm_hidden_size {root.size('mm_hidden_size')} is not the tower's {channels}")
-    width = _language(checkpoint, root, layout).hidden_size
-    return ImageFacts(
-        vision=replace(vision, use_head=False),
-        projector=vila_projector(facts.projector, input_size=channels, output_size=width, column_major=column_major),
-        preprocess=_preprocess(checkpoint, layout, facts, vision),
-    )
+
+    def language(self, checkpoint: Checkpoint) -> LanguageConfig:
+        reader = _part(checkpoint, LANGUAGE, "text_config")
+        return LanguageConfig.from_hf(reader.raw, reader.name)
+
+    def image_token_id(
+        self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast, language: LanguageConfig
+    ) -> int:
+        """May lie outside the embedding table (NVILA-8B): it marks places and is never looked up."""
+        root = checkpoint.reader()
+        if root.has("image_token_id"):
+            return root.value("image_token_id", int)
+        return tokenizer.get_added_vocab().get(self.image_token(checkpoint), len(tokenizer))
+
+    def ends(self, tokenizer: PreTrainedTokenizerFast) -> Sequence[str | None]:
+        """VILA `infer_stop_tokens`."""
+        return (END_OF_TURN, tokenizer.eos_token)
+
+    def language_folder(self, checkpoint: Checkpoint) -> Checkpoint:
+        return _folder(checkpoint, LANGUAGE)
+
+    def prompt_rules(self, checkpoint: Checkpoint) -> PromptRules:
+        """VILA strips each message once its images are written out; the "hf" processors leave messages alone."""
+        return PromptRules(default_template=CHAT_TEMPLATE, strip_messages=layout_of(checkpoint) != "hf")
+
+    def vision_plan(self, images: ImageFacts) -> WeightPlan:
+        tower = tower_plan(images.vision).under(f"{TOWER}.", "encoder.tower.")
+        return tower + projector_plan(images.projector).under(f"{PROJECTOR}.", "projector.")
+
+    def language_plan(self, language: LanguageConfig) -> WeightPlan:
+        return qwen_plan(language).under(self.language_prefix, "")
+
+    def vision_sources(self, checkpoint: Checkpoint) -> tuple[Source, ...]:
+        return _sources(checkpoint, TOWER, PROJECTOR)
+
+    def language_sources(self, checkpoint: Checkpoint) -> tuple[Source, ...]:
+        return _sources(checkpoint, LANGUAGE)
 
 
-def read_config(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast, *, column_major: bool = False) -> VlmConfig:
-    """All facts of any layout; column_major as in `read_images`."""
-    images = read_images(checkpoint, column_major=column_major)
-    root = ConfigReader(checkpoint.json("config.json"), "config.json")
-    return VlmConfig(
-        family=FAMILY.name,
-        vision=images.vision,
-        projector=images.projector,
-        preprocess=images.preprocess,
-        language=_language(checkpoint, root, _known_layout(checkpoint)),
-        image_token=IMAGE_TOKEN,
-        image_token_id=_image_token_id(root, tokenizer),
-        eos_token_ids=_eos_token_ids(_language_folder(checkpoint), tokenizer),
-        image_newline=False,
-        video=_video(root),
-        thinking=None,
-    )
-
-
-def _known_layout(checkpoint: Checkpoint) -> Layout:
-    layout = layout_of(checkpoint)
-    if layout is None:
-        raise ConfigError(f"{checkpoint.root} is not a VILA or NVILA checkpoint")
-    return layout
-
-
-def _language(checkpoint: Checkpoint, root: ConfigReader, layout: Layout) -> LanguageConfig:
-    reader = _part(checkpoint, root, layout, LANGUAGE, "text_config")
-    return LanguageConfig.from_hf(reader.raw, reader.name)
-
-
-def _part(checkpoint: Checkpoint, root: ConfigReader, layout: Layout, folder: str, section: str) -> ConfigReader:
+def _part(checkpoint: Checkpoint, folder: str, section: str) -> ConfigReader:
     """A part's own config.json; the copies in `llm_cfg` and its like may be paths of the machine it was trained on."""
-    if layout == "folders":
+    if layout_of(checkpoint) == "folders":
         return ConfigReader(checkpoint.sub(folder).json("config.json"), f"{folder}/config.json")
-    return root.section(section)
+    return checkpoint.reader().section(section)
+
+
+def _folder(checkpoint: Checkpoint, part: str) -> Checkpoint:
+    return checkpoint.sub(part) if layout_of(checkpoint) == "folders" else checkpoint
+
+
+def _sources(checkpoint: Checkpoint, *parts: str) -> tuple[Source, ...]:
+    """The folders of some parts, with the prefixes that make their names those of the other layouts."""
+    if layout_of(checkpoint) != "folders":
+        return (Source(checkpoint),)
+    return tuple(Source(checkpoint.sub(part), f"{part}.") for part in parts)
 
 
 def _hf_facts(root: ConfigReader, tower: ConfigReader) -> Facts:
@@ -157,8 +179,8 @@ def _hf_facts(root: ConfigReader, tower: ConfigReader) -> Facts:
     return replace(facts, scales=tuple(side * scale for scale in facts.scales))
 
 
-def _flags(checkpoint: Checkpoint, root: ConfigReader, layout: Layout) -> Facts:
-    default = "" if layout == "folders" else "dynamic"  # "vila" was only ever NVILA-Lite
+def _flags(checkpoint: Checkpoint, root: ConfigReader) -> Facts:
+    default = "" if layout_of(checkpoint) == "folders" else "dynamic"  # "vila" was only ever NVILA-Lite
     aspect = root.value("image_aspect_ratio", str, default)
     tiling = root.choice("image_aspect_ratio", ASPECT_RATIOS) if aspect else "squash"
     if root.value("dynamic_s2", bool, tiling == "dynamic_s2") != (tiling == "dynamic_s2"):
@@ -176,7 +198,7 @@ def _flags(checkpoint: Checkpoint, root: ConfigReader, layout: Layout) -> Facts:
     if not fewest <= max_tiles <= MOST_TILES:
         raise ConfigError(f"config.json: max_tiles {max_tiles} is not between {fewest} and {MOST_TILES}")
     return Facts(
-        projector=_projector_kind(checkpoint, root, layout),
+        projector=_projector_kind(checkpoint, root),
         tiling=tiling,
         pillow_resize=aspect in ("resize", "dynamic", "dynamic_s2"),
         scales=scales,
@@ -186,13 +208,10 @@ def _flags(checkpoint: Checkpoint, root: ConfigReader, layout: Layout) -> Facts:
     )
 
 
-def _projector_kind(checkpoint: Checkpoint, root: ConfigReader, layout: Layout) -> str:
-    if layout == "folders":
-        own = ConfigReader(checkpoint.sub(PROJECTOR).json("config.json"), f"{PROJECTOR}/config.json")
-        return own.value("mm_projector_type", str)
-    if root.has("mm_projector_cfg"):
-        return root.section("mm_projector_cfg").value("mm_projector_type", str)
-    return root.value("mm_projector_type", str)
+def _projector_kind(checkpoint: Checkpoint, root: ConfigReader) -> str:
+    nested = layout_of(checkpoint) == "folders" or root.has("mm_projector_cfg")
+    reader = _part(checkpoint, PROJECTOR, "mm_projector_cfg") if nested else root
+    return reader.value("mm_projector_type", str)
 
 
 def _scales(root: ConfigReader) -> tuple[int, ...]:
@@ -207,26 +226,20 @@ def _scales(root: ConfigReader) -> tuple[int, ...]:
     return tuple(scales)
 
 
-def _preprocess(checkpoint: Checkpoint, layout: Layout, facts: Facts, vision: VisionConfig) -> PreprocessConfig:
-    folder, name = (checkpoint.sub(TOWER), f"{TOWER}/") if layout == "folders" else (checkpoint, "")
+def _preprocess(checkpoint: Checkpoint, facts: Facts, vision: VisionConfig) -> PreprocessConfig:
     side = vision.position_grid.h * vision.patch_size
-    raw: dict[str, Any] = {"size": {"height": side, "width": side}}
-    if folder.has("preprocessor_config.json"):
-        raw = folder.json("preprocessor_config.json")
-    elif folder.has("processor_config.json"):  # transformers 5 nests it
-        raw = dict(
-            ConfigReader(folder.json("processor_config.json"), "processor_config.json").section("image_processor").raw
-        )
-    processor = ImageProcessorConfig.from_hf(raw, name=f"{name}preprocessor_config.json")
+    file = image_processor(_folder(checkpoint, TOWER)) or ConfigReader(
+        {"size": {"height": side, "width": side}}, PREPROCESSOR
+    )
+    processor = ImageProcessorConfig.from_hf(file.raw, name=file.name)
     tile = Size(facts.scales[0], facts.scales[0]) if facts.scales else processor.size
     grid = Grid(tile.height // vision.patch_size, tile.width // vision.patch_size)
     if grid != vision.position_grid:
         expected = vision.position_grid
         raise ConfigError(
-            f"{name}preprocessor_config.json: {tile.width}x{tile.height} pixels hold {grid.h}x{grid.w} patches, "
+            f"{file.name}: {tile.width}x{tile.height} pixels hold {grid.h}x{grid.w} patches, "
             f"the tower has positions for {expected.h}x{expected.w}"
         )
-    red, green, blue = (int(channel * 255) for channel in processor.mean)
     rule = VilaTiling(
         tile=tile,
         # VILA resizes before its processor does, with Pillow's default
@@ -235,7 +248,7 @@ def _preprocess(checkpoint: Checkpoint, layout: Layout, facts: Facts, vision: Vi
         min_tiles=facts.min_tiles,
         max_tiles=facts.max_tiles,
         s2_scales=facts.scales,
-        fill=(red, green, blue),
+        fill=processor.fill,
     )
     return PreprocessConfig.of(rule, processor)
 
@@ -249,64 +262,3 @@ def _video(root: ConfigReader) -> VideoRule | None:
         raise ConfigError(f"config.json: fps {root.raw['fps']} is not supported; siglane knows num_video_frames")
     frames = root.size("num_video_frames", 8)
     return VideoRule(VIDEO_TOKEN, frames, most_frames=max(frames, MOST_FRAMES), spread="rounded", with_images=True)
-
-
-def _image_token_id(root: ConfigReader, tokenizer: PreTrainedTokenizerFast) -> int:
-    """May lie outside the embedding table (NVILA-8B): it marks places and is never looked up."""
-    if root.has("image_token_id"):
-        return root.value("image_token_id", int)
-    return tokenizer.get_added_vocab().get(IMAGE_TOKEN, len(tokenizer))
-
-
-def _eos_token_ids(folder: Checkpoint, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """generation_config.json's, the end of a turn and the tokenizer's own (VILA `infer_stop_tokens`)."""
-    found: list[int] = []
-    if folder.has("generation_config.json"):
-        stated = folder.json("generation_config.json").get("eos_token_id")
-        found += stated if isinstance(stated, list) else [] if stated is None else [stated]
-    vocabulary = tokenizer.get_vocab()
-    found += [vocabulary[token] for token in (END_OF_TURN, tokenizer.eos_token) if token in vocabulary]
-    if not found or not all(isinstance(token, int) and token >= 0 for token in found):
-        raise ConfigError(f"{folder.root}: no usable end-of-answer token in generation_config.json or the tokenizer")
-    return tuple(dict.fromkeys(found))
-
-
-def _language_folder(checkpoint: Checkpoint) -> Checkpoint:
-    return checkpoint.sub(LANGUAGE) if layout_of(checkpoint) == "folders" else checkpoint
-
-
-def _prompt_rules(checkpoint: Checkpoint) -> PromptRules:
-    """VILA strips each message once its images are written out; the "hf" processors leave messages alone."""
-    return PromptRules(default_template=CHAT_TEMPLATE, strip_messages=layout_of(checkpoint) != "hf")
-
-
-def _vision_plan(config: VlmConfig) -> WeightPlan:
-    tower = tower_plan(config.vision).under(f"{TOWER}.", "tower.")
-    return tower + projector_plan(config.projector).under(f"{PROJECTOR}.", "projector.")
-
-
-def _sources(checkpoint: Checkpoint, *parts: str) -> tuple[Source, ...]:
-    """The folders of some parts, with the prefixes that make their names those of the other layouts."""
-    if layout_of(checkpoint) != "folders":
-        return (Source(checkpoint),)
-    return tuple(Source(checkpoint.sub(part), f"{part}.") for part in parts)
-
-
-FAMILY = VlmFamily(
-    name="nvila",
-    known_as=(
-        *HF_FACTS,
-        "VILAForConditionalGeneration",
-        f"VILA folders ({LANGUAGE}/, {TOWER}/, {PROJECTOR}/)",
-    ),
-    matches=lambda checkpoint: layout_of(checkpoint) is not None,
-    tokenizer_folder=_language_folder,
-    images=read_images,
-    config=read_config,
-    prompt_rules=_prompt_rules,
-    vision_plan=_vision_plan,
-    language_plan=lambda config: qwen_plan(config.language).under(f"{LANGUAGE}.", ""),
-    vision_sources=lambda checkpoint: _sources(checkpoint, TOWER, PROJECTOR),
-    language_sources=lambda checkpoint: _sources(checkpoint, LANGUAGE),
-    language_prefix=f"{LANGUAGE}.",
-)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from siglane.config.vlm import VlmConfig
+from siglane.config.images import ImageFacts
 from siglane.families.stack import VisionStack
 from siglane.nn.parallel import TensorParallel
 from siglane.types import BackendChoice, ImagePatches, ImageTokens
@@ -16,15 +16,13 @@ from siglane.types import BackendChoice, ImagePatches, ImageTokens
 EncoderParallel = Literal["auto", "tp", "dp", "replicate"]
 
 
-def resolve(wish: EncoderParallel, config: VlmConfig, tp: TensorParallel) -> Literal["tp", "dp", "replicate"]:
+def resolve(wish: EncoderParallel, facts: ImageFacts, tp: TensorParallel) -> Literal["tp", "dp", "replicate"]:
     """What `auto` means: tensor parallel where the tower's heads and widths divide by the ranks, else its images do."""
     if tp.size == 1:
         return "replicate"
     if wish != "auto":
         return wish
-    divides = all(
-        count % tp.size == 0 for count in (config.vision.num_attention_heads, config.vision.intermediate_size)
-    )
+    divides = all(count % tp.size == 0 for count in (facts.vision.num_attention_heads, facts.vision.intermediate_size))
     return "tp" if divides else "dp"
 
 
@@ -51,19 +49,19 @@ class ParallelStack(nn.Module):
 
     def __init__(
         self,
-        config: VlmConfig,
+        facts: ImageFacts,
         tp: TensorParallel,
         parallel: EncoderParallel = "auto",
         attention_backend: BackendChoice = "auto",
     ) -> None:
         super().__init__()
-        self.config, self.tp, self.parallel = config, tp, resolve(parallel, config, tp)
-        self.stack = VisionStack(config, tp if self.parallel == "tp" else TensorParallel.single(), attention_backend)
+        self.facts, self.tp, self.parallel = facts, tp, resolve(parallel, facts, tp)
+        self.stack = VisionStack(facts, tp if self.parallel == "tp" else TensorParallel.single(), attention_backend)
 
     def share(self) -> str:
         """How much of the stack this rank holds, for a log."""
         with torch.device("meta"):
-            whole = VisionStack(self.config)
+            whole = VisionStack(self.facts)
         held, of = (sum(one.numel() for one in stack.parameters()) for stack in (self.stack, whole))
         place = f"rank {self.tp.rank} of {self.tp.size}"
         return f"encoder {self.parallel}, {place} holds {held} of {of} parameters"

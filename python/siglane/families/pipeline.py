@@ -18,18 +18,18 @@ from pathlib import Path
 
 from PIL import Image
 
+from siglane.config.images import ImageFacts
 from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
 from siglane.config.video import VideoRule
-from siglane.config.vlm import ImageFacts, VlmConfig
 from siglane.errors import ImageError, UserError, blaming
-from siglane.families.report import ImageReport, report_image
+from siglane.families.report import ImageReport
 from siglane.image.decode import decode, from_pil, pil_size, read_size
 from siglane.image.video import chosen_pictures, decode_video, read_video_size
 from siglane.media.item import MediaItem
 from siglane.media.policy import LOCAL_MEDIA, MediaPolicy
 from siglane.media.source import fetch, local_path, naming, open_file, read_local
 from siglane.settings.media import MediaConfig
-from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget, lay_out, no_video
+from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget, lay_out, no_images, no_video
 from siglane.types import DecodedImage, DecodedVideo, ImageLayout, Medium, Size, VideoSize
 
 VIDEO_BYTES = 1 << 30  # of a video's file from a web server, for a local caller
@@ -40,12 +40,13 @@ class MediaPipeline:
 
     Of a local caller, who may read what this process may: image_limits: those of items that name none of their own
     (`ImageBudget.over`). Of a server (`for_clients`): the ceiling of its clients' (`under`). blame: puts an item's
-    place on an error. UserError when the model does not know one of the limits.
+    place on an error. UserError when the model does not know one of the limits. facts: None for a model without eyes,
+    which admits nothing.
     """
 
     def __init__(
         self,
-        facts: ImageFacts,
+        facts: ImageFacts | None,
         image_limits: ImageBudget = CHECKPOINT_LIMITS,
         policy: MediaPolicy = LOCAL_MEDIA,
         decode: DecodeConfig = LOCAL_DECODE,
@@ -53,11 +54,10 @@ class MediaPipeline:
         caps: MediaConfig | None = None,
         blame: Callable[[UserError, str], UserError] = UserError.at,
     ) -> None:
-        self._facts, self._image_limits, self._decode_config = facts, image_limits, decode
+        self._eyes, self._image_limits, self._decode_config = facts, image_limits, decode
         self._caps, self._blame = caps, blame
-        self._video_rule = facts.video if isinstance(facts, VlmConfig) else None
-        self._rule = facts.preprocess.rule
-        self._rule.within(image_limits)  # before any image, and before weights are read
+        if facts is not None:
+            facts.preprocess.rule.within(image_limits)  # before any image, and before weights are read
         self._policy = policy
         video_bytes = max(policy.max_bytes, VIDEO_BYTES) if caps is None else caps.max_video_bytes
         self._video_policy = replace(policy, max_bytes=video_bytes)
@@ -66,7 +66,7 @@ class MediaPipeline:
     def for_clients(
         cls,
         config: MediaConfig,
-        facts: ImageFacts,
+        facts: ImageFacts | None,
         ceiling: ImageBudget,
         blame: Callable[[UserError, str], UserError] = UserError.at,
     ) -> MediaPipeline:
@@ -115,6 +115,8 @@ class MediaPipeline:
     def lay_out(self, items: Sequence[MediaItem]) -> None:
         """Measures all items of a request and sets what the model will see of each. ImageError for too many pixels or
         patches."""
+        if not items:
+            return
         pixels, media = 0, []
         for item in items:
             media.append(size := self.measure(item))
@@ -150,11 +152,7 @@ class MediaPipeline:
         with self.at(item):
             item.patches = to_patches(image, item.layout, self._facts.preprocess, self._facts.vision)
         item.decoding, item.cutting = decoded - began, time.monotonic() - decoded
-        item.file = None
-
-    def report(self, item: MediaItem) -> ImageReport:
-        """What became of an item that is laid out."""
-        return report_image(item.layout, item.requested, item.rule.detail, item.image_limits)
+        item.file, item.pictures = None, []
 
     @contextmanager
     def at(self, item: MediaItem) -> Iterator[None]:
@@ -167,20 +165,26 @@ class MediaPipeline:
         return self._video_policy if item.video else self._policy
 
     @property
+    def _facts(self) -> ImageFacts:
+        if self._eyes is None:
+            raise no_images()
+        return self._eyes
+
+    @property
     def _video(self) -> VideoRule:
-        if self._video_rule is None:
+        if self._facts.video is None:
             raise no_video()
-        return self._video_rule
+        return self._facts.video
 
     def _admit(self, item: MediaItem) -> None:
-        wish = item.image_limits
+        rule, wish = self._facts.preprocess.rule, item.image_limits
         if self._caps is None:
             item.image_limits = wish.over(self._image_limits)
             item.requested = item.image_limits.detail
         else:
             item.image_limits = wish.under(self._image_limits)
             item.requested = wish.detail
-        item.rule = self._rule.within(item.image_limits)
+        item.rule = rule.within(item.image_limits)
         if not item.video or item.size is not None:
             return
         if isinstance(item.source, list | tuple):
@@ -238,3 +242,20 @@ class MediaPipeline:
         assert isinstance(picture.file, bytes)
         with self.at(picture):
             return decode(picture.file, self._decode_config)
+
+
+def report_image(item: MediaItem) -> ImageReport:
+    """What became of an item that is laid out."""
+    layout = item.layout
+    report: ImageReport = {
+        "width": layout.source.width,
+        "height": layout.source.height,
+        "tiles": len(layout.tiles),
+        "grids": [(grid.h, grid.w) for grid in layout.grids],
+        "tokens": layout.image_tokens,
+        "detail": {"requested": item.requested, "applied": item.rule.detail},
+        "limits": item.image_limits.limits,
+    }
+    if layout.frames:
+        report["frames"] = layout.frames
+    return report

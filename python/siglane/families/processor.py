@@ -8,59 +8,60 @@ from typing import Any
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from siglane.config.vlm import ImageFacts, VlmConfig
+from siglane.config.images import ImageFacts
+from siglane.config.vlm import VlmConfig
 from siglane.errors import ConfigError
 from siglane.families.family import PromptRules
 from siglane.families.prompt.builder import PromptBuilder
 from siglane.families.registry import vlm_family
-from siglane.families.tokens import stated_sampling
 from siglane.image.patchify import to_patches
-from siglane.tiling.rule import ImageBudget
+from siglane.tiling.rule import ImageBudget, no_images
 from siglane.types import DecodedImage, DecodedVideo, ImageLayout, ImagePatches, Medium, Message, Prompt
 from siglane.weights.hub import Checkpoint
 
 
 class ImageProcessor:
-    """From sizes to layouts and from pixels to patches; all that an encoder needs. Safe to share between threads."""
+    """From sizes to layouts and from pixels to patches; all an encoder needs. Safe to share between threads.
 
-    config: ImageFacts
+    facts: None for a model without eyes, which refuses every image.
+    """
 
-    def __init__(self, config: ImageFacts) -> None:
-        self.config = config
+    def __init__(self, facts: ImageFacts | None) -> None:
+        self._facts = facts
+
+    @property
+    def facts(self) -> ImageFacts:
+        """UserError `images_unsupported` for a model without eyes."""
+        if self._facts is None:
+            raise no_images()
+        return self._facts
 
     def layouts(
         self, media: Sequence[Medium], image_limits: Sequence[ImageBudget | None] | None = None
     ) -> tuple[ImageLayout, ...]:
         """The layouts of all images and videos of one request, from their sizes alone (`ImageFacts.layouts`)."""
-        return self.config.layouts(media, image_limits)
+        return self.facts.layouts(media, image_limits) if media else ()
 
     def patches(self, image: DecodedImage | DecodedVideo, layout: ImageLayout) -> ImagePatches:
         """Patches `[layout.patches, patch_dim]`. ValueError when the layout is another size's."""
-        return to_patches(image, layout, self.config.preprocess, self.config.vision)
+        return to_patches(image, layout, self.facts.preprocess, self.facts.vision)
 
 
 class Processor(ImageProcessor):
-    """One checkpoint's facts, tokenizer, prompt rules and sampling values. Holds no weights; safe to share between
-    threads. sampling: as `stated_sampling`."""
+    """One checkpoint's facts, tokenizer and prompt rules. Holds no weights."""
 
     config: VlmConfig
 
-    def __init__(
-        self,
-        config: VlmConfig,
-        tokenizer: PreTrainedTokenizerFast,
-        rules: PromptRules,
-        sampling: Mapping[str, Any],
-    ) -> None:
-        super().__init__(config)
+    def __init__(self, config: VlmConfig, tokenizer: PreTrainedTokenizerFast, rules: PromptRules) -> None:
+        super().__init__(config.images)
+        self.config = config
         self.tokenizer = tokenizer
-        self.sampling = sampling
         self._prompts = PromptBuilder(
             tokenizer,
             rules,
             image_token=config.image_token,
             image_token_id=config.image_token_id,
-            video=config.video,
+            video=None if config.images is None else config.images.video,
         )
 
     @property
@@ -103,13 +104,11 @@ class Processor(ImageProcessor):
 def load_processor(checkpoint: Checkpoint, config: VlmConfig | None = None) -> Processor:
     """The processor of a vision-language checkpoint. ConfigError when its family or one of its facts is not known.
 
-    config: facts to use instead of the checkpoint's (VILA1.5 in column order: `nvila.read_config(column_major=True)`).
+    config: facts to use instead of the checkpoint's (VILA1.5 in column order: `Nvila.images(column_major=True)`).
     """
     family = vlm_family(checkpoint)
     tokenizer = load_tokenizer(family.tokenizer_folder(checkpoint), family.added_tokens(checkpoint))
-    sampling = stated_sampling(family.language_sources(checkpoint)[0].folder)
-    facts = config or family.config(checkpoint, tokenizer)
-    return Processor(facts, tokenizer, family.prompt_rules(checkpoint), sampling)
+    return Processor(config or family.config(checkpoint, tokenizer), tokenizer, family.prompt_rules(checkpoint))
 
 
 def load_tokenizer(folder: Checkpoint, added_tokens: Sequence[str] = ()) -> PreTrainedTokenizerFast:
@@ -143,6 +142,7 @@ def load_tokenizer(folder: Checkpoint, added_tokens: Sequence[str] = ()) -> PreT
 
 
 def _is_qwen(folder: Checkpoint) -> bool:
-    stated = folder.json("tokenizer_config.json") if folder.has("tokenizer_config.json") else {}
-    model_type = folder.json("config.json").get("model_type") if folder.has("config.json") else None
-    return model_type in ("qwen2", "qwen3") or stated.get("tokenizer_class") in ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+    if folder.optional("config.json").get("model_type") in ("qwen2", "qwen3"):
+        return True
+    stated = folder.optional("tokenizer_config.json").get("tokenizer_class")
+    return stated in ("Qwen2Tokenizer", "Qwen2TokenizerFast")

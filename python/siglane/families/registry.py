@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from siglane.config.vlm import ImageFacts
+from collections.abc import Sequence
+from typing import TypeVar
+
+from siglane.config.images import ImageFacts
 from siglane.errors import ConfigError
-from siglane.families import llava_onevision, nanovlm, nvila, ovis2_5, siglip, siglip2
-from siglane.families.family import TowerFamily, VlmFamily
+from siglane.families.causal_lm import CausalLm
+from siglane.families.family import Family, TowerFamily, VlmFamily
+from siglane.families.llava_onevision import LlavaOnevision
+from siglane.families.nanovlm import NanoVlm
+from siglane.families.nvila import Nvila
+from siglane.families.ovis2_5 import Ovis2_5
+from siglane.families.siglip import Siglip
+from siglane.families.siglip2 import Siglip2
+from siglane.tiling.rule import no_images
 from siglane.weights.hub import Checkpoint
 
-VLM_FAMILIES: tuple[VlmFamily, ...] = (nvila.FAMILY, llava_onevision.FAMILY, ovis2_5.FAMILY, nanovlm.FAMILY)
+F = TypeVar("F", bound=Family)
 
-TOWER_FAMILIES: tuple[TowerFamily, ...] = (siglip.FAMILY, siglip2.FAMILY)
+VLM_FAMILIES: tuple[VlmFamily, ...] = (Nvila(), LlavaOnevision(), Ovis2_5(), NanoVlm())
+CHAT_FAMILIES: tuple[VlmFamily, ...] = (*VLM_FAMILIES, CausalLm())
+TOWER_FAMILIES: tuple[TowerFamily, ...] = (Siglip(), Siglip2())
 
 
 def tower_family(checkpoint: Checkpoint) -> TowerFamily | None:
     """The family of a plain SigLIP checkpoint, without a language model; None for any other checkpoint."""
-    return next((family for family in TOWER_FAMILIES if family.matches(checkpoint)), None)
+    return _first(TOWER_FAMILIES, checkpoint)
 
 
 def is_vision_only(checkpoint: Checkpoint) -> bool:
@@ -25,21 +37,22 @@ def is_vision_only(checkpoint: Checkpoint) -> bool:
 
 def is_vlm(checkpoint: Checkpoint) -> bool:
     """Whether this is a vision-language checkpoint of a known family."""
-    return any(family.matches(checkpoint) for family in VLM_FAMILIES)
+    return _first(VLM_FAMILIES, checkpoint) is not None
 
 
 def image_facts(checkpoint: Checkpoint) -> ImageFacts:
-    """The image facts of any known checkpoint, from its JSON files alone: no weights, no tokenizer."""
-    if tower := tower_family(checkpoint):
-        return tower.read_config(checkpoint)
-    return vlm_family(checkpoint).images(checkpoint)
+    """The image facts of any known checkpoint, from its JSON files alone: no weights, no tokenizer. UserError
+    `images_unsupported` for a language model without eyes."""
+    facts = (tower_family(checkpoint) or vlm_family(checkpoint)).images(checkpoint)
+    if facts is None:
+        raise no_images()
+    return facts
 
 
 def vlm_family(checkpoint: Checkpoint) -> VlmFamily:
-    """The family of a vision-language checkpoint. ConfigError says what was found and what is known."""
-    for family in VLM_FAMILIES:
-        if family.matches(checkpoint):
-            return family
+    """The family of a checkpoint that answers. ConfigError says what was found and what is known."""
+    if family := _first(CHAT_FAMILIES, checkpoint):
+        return family
     if is_vision_only(checkpoint):
         raise ConfigError(
             f"{checkpoint.root} is a SigLIP tower without a language model; it can encode images, not answer"
@@ -49,10 +62,17 @@ def vlm_family(checkpoint: Checkpoint) -> VlmFamily:
 
 def unknown(checkpoint: Checkpoint) -> ConfigError:
     """The error for a checkpoint of no known family."""
-    families: tuple[VlmFamily | TowerFamily, ...] = (*VLM_FAMILIES, *TOWER_FAMILIES)
+    families: tuple[Family, ...] = (*CHAT_FAMILIES, *TOWER_FAMILIES)
     known = "siglane knows " + "; ".join(name for family in families for name in family.known_as)
     if not checkpoint.has("config.json"):
         return ConfigError(f"{checkpoint.root} has no config.json; {known}")
     root = checkpoint.json("config.json")
     found = f"architectures {root.get('architectures')} and model_type {root.get('model_type')!r}"
     return ConfigError(f"{checkpoint.root} has {found}; {known}")
+
+
+def _first(families: Sequence[F], checkpoint: Checkpoint) -> F | None:
+    if not checkpoint.has("config.json"):
+        return None
+    root = checkpoint.json("config.json")
+    return next((family for family in families if family.matches(root, checkpoint)), None)

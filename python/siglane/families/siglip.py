@@ -6,59 +6,59 @@ same model; NaFlex is not.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
+from siglane.config.images import ImageFacts
 from siglane.config.preprocess import ImageProcessorConfig, PreprocessConfig
 from siglane.config.projector import vila_projector
-from siglane.config.reader import ConfigReader
+from siglane.config.reader import ConfigReader, RawConfig
 from siglane.config.vision import VisionConfig
-from siglane.config.vlm import ImageFacts
 from siglane.errors import ConfigError
 from siglane.families.family import TowerFamily
+from siglane.families.files import PREPROCESSOR
+from siglane.nn.plan import Elsewhere, Ignore, WeightPlan
 from siglane.tiling.squash import Squash
+from siglane.vision.tower import tower_plan
 from siglane.weights.hub import Checkpoint
-from siglane.weights.plan import Elsewhere, Ignore, WeightPlan, tower_plan
-
-MODEL_TYPES = ("siglip", "siglip_vision_model")
-PREPROCESSOR = "preprocessor_config.json"
 
 
-def matches(checkpoint: Checkpoint) -> bool:
-    return checkpoint.has("config.json") and checkpoint.json("config.json").get("model_type") in MODEL_TYPES
+class Siglip(TowerFamily):
+    """known_as: the `model_type` of a checkpoint with a text tower beside the vision tower, and of one without."""
 
+    name = "siglip"
+    known_as = ("siglip", "siglip_vision_model")
 
-def read_config(checkpoint: Checkpoint, *, head: bool = False) -> ImageFacts:
-    """The facts of a SigLIP checkpoint, with or without a text tower beside the vision tower.
+    def matches(self, root: RawConfig, checkpoint: Checkpoint) -> bool:
+        return root.get("model_type") in self.known_as
 
-    head: keep the MAP pooling head, where the checkpoint has one; features do not need it.
-    """
-    root = ConfigReader(checkpoint.json("config.json"), "config.json")
-    reader = root if root.value("model_type", str) == "siglip_vision_model" else root.section("vision_config")
-    vision = VisionConfig.from_hf(reader.raw, feature_layer=-1, post_norm=True, name=reader.name)
-    side = reader.size("image_size", 224)
-    raw = {"size": {"height": side, "width": side}}
-    processor = ImageProcessorConfig.from_hf(
-        checkpoint.json(PREPROCESSOR) if checkpoint.has(PREPROCESSOR) else raw, name=PREPROCESSOR
-    )
-    tile, grid = processor.size, vision.position_grid
-    if (tile.height // vision.patch_size, tile.width // vision.patch_size) != grid:
-        raise ConfigError(
-            f"{PREPROCESSOR}: {tile.width}x{tile.height} pixels do not hold the tower's {grid.h}x{grid.w} patches"
+    def images(self, checkpoint: Checkpoint, *, head: bool = False) -> ImageFacts:
+        root = checkpoint.reader()
+        reader = root.section("vision_config") if root.value("model_type", str) == self.known_as[0] else root
+        vision = VisionConfig.from_hf(reader.raw, feature_layer=-1, post_norm=True, head=head, name=reader.name)
+        vision, preprocess = self.pictures(checkpoint, reader, vision)
+        return ImageFacts(
+            vision=vision,
+            projector=vila_projector("identity", input_size=vision.hidden_size, output_size=vision.hidden_size),
+            preprocess=preprocess,
+            newline=False,
+            video=None,
         )
-    return ImageFacts(
-        vision=replace(vision, use_head=head and vision.use_head),
-        projector=vila_projector("identity", input_size=vision.hidden_size, output_size=vision.hidden_size),
-        preprocess=PreprocessConfig.of(Squash(tile=tile, resample=processor.resample), processor),
-    )
 
+    def pictures(
+        self, checkpoint: Checkpoint, reader: ConfigReader, vision: VisionConfig
+    ) -> tuple[VisionConfig, PreprocessConfig]:
+        """The tower with its positions, and how pictures come to it. reader: the tower's configuration."""
+        side = reader.size("image_size", 224)
+        raw = {"size": {"height": side, "width": side}}
+        processor = ImageProcessorConfig.from_hf(
+            checkpoint.json(PREPROCESSOR) if checkpoint.has(PREPROCESSOR) else raw, name=PREPROCESSOR
+        )
+        tile, grid = processor.size, vision.position_grid
+        if (tile.height // vision.patch_size, tile.width // vision.patch_size) != grid:
+            raise ConfigError(
+                f"{PREPROCESSOR}: {tile.width}x{tile.height} pixels do not hold the tower's {grid.h}x{grid.w} patches"
+            )
+        return vision, PreprocessConfig.of(Squash(tile=tile, resample=processor.resample), processor)
 
-def plan(config: ImageFacts) -> WeightPlan:
-    """Checkpoint names -> `VisionEncoderModel`."""
-    zero_shot = "the zero-shot scores' scale and bias, which features do not need"
-    others = (Elsewhere("text_model."), Ignore("logit_scale", zero_shot), Ignore("logit_bias", zero_shot))
-    return tower_plan(config.vision).under("", "tower.") + WeightPlan(others)
-
-
-FAMILY = TowerFamily(
-    name="siglip", known_as=MODEL_TYPES, matches=matches, read_config=read_config, plan=plan
-)  # fmt: skip
+    def plan(self, images: ImageFacts) -> WeightPlan:
+        zero_shot = "the zero-shot scores' scale and bias, which features do not need"
+        others = (Elsewhere("text_model."), Ignore("logit_scale", zero_shot), Ignore("logit_bias", zero_shot))
+        return tower_plan(images.vision).under("", "tower.") + WeightPlan(others)

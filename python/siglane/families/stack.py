@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import nn
 
+from siglane.config.images import ImageFacts
 from siglane.config.preprocess import PreprocessConfig
 from siglane.config.vision import VisionConfig
-from siglane.config.vlm import VlmConfig
 from siglane.image.patchify import normalisation
 from siglane.nn.parallel import TensorParallel
-from siglane.projector.assemble import assemble, projector_grids, projector_input
+from siglane.projector.assemble import assemble, projector_input
 from siglane.projector.build import build_projector
 from siglane.projector.visual_vocabulary import VisualVocabulary
-from siglane.tiling.merge import projected_grid
 from siglane.types import BackendChoice, ImagePatches, ImagePlaceholder, ImageTokens, Indicator, PackedPatches
 from siglane.vision.tower import SiglipVisionModel, Taps
 
@@ -91,62 +91,67 @@ def _joined(pixels: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(list(pixels))
 
 
-class VisionStack(VisionEncoderModel):
-    """Tower and projector of a vision-language model; it knows no host and no language model.
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """One image behind the tower.
 
-    `features` gives what the projector reads, `forward` what the language model reads.
+    features: `[patches, hidden_size]`, tile after tile, raster order inside a tile; projector_input: what a projector
+    reads, `[patches, channels]`, the features themselves unless scales are merged: then `channels` is hidden_size times
+    their number and the tiles are those of the last one; rows: `[layout.image_tokens, output_size]` of the projector,
+    None where it was not asked.
     """
 
+    features: torch.Tensor
+    projector_input: torch.Tensor
+    rows: torch.Tensor | None
+
+
+class VisionStack(nn.Module):
+    """Encoder and projector of a vision-language model; it knows no host and no language model."""
+
     def __init__(
-        self, config: VlmConfig, tp: TensorParallel | None = None, attention_backend: BackendChoice = "auto"
+        self, facts: ImageFacts, tp: TensorParallel | None = None, attention_backend: BackendChoice = "auto"
     ) -> None:
-        super().__init__(config.vision, config.preprocess, tp, attention_backend)
-        self.projector = build_projector(config.projector, tp)
-        self.newline = nn.Parameter(torch.empty(config.projector.output_size)) if config.image_newline else None
+        super().__init__()
+        self.encoder = VisionEncoderModel(facts.vision, facts.preprocess, tp, attention_backend)
+        self.projector = build_projector(facts.projector, tp)
+        self.newline = nn.Parameter(torch.empty(facts.projector.output_size)) if facts.newline else None
 
-    def features(self, images: Sequence[ImagePatches], taps: Taps | None = None) -> tuple[torch.Tensor, ...]:
-        """Per image `[patches, channels]`, tile after tile in the order the projector sees them, raster inside.
+    def encode(
+        self, images: Sequence[ImagePatches], taps: Taps | None = None, *, project: bool = True
+    ) -> tuple[Encoded, ...]:
+        """Each image through the tower and, with `project`, the projector; all of them in one packed call.
 
-        Where scales are merged `channels` is hidden_size times their number and the tiles are those of the last one.
-        taps, when given, also receives `projector_input`.
-        """
-        features = super().features(images, taps)
-        read = tuple(projector_input(rows, image.layout) for rows, image in zip(features, images, strict=True))
-        if taps is not None and read:
-            taps["projector_input"] = torch.cat(read)
-        return read
-
-    def project(self, images: Sequence[ImagePatches], taps: Taps | None = None) -> tuple[torch.Tensor, ...]:
-        """Per image `[layout.image_tokens, output_size]`. RuntimeError when the projector gives another number.
-
-        taps, when given, receives the tower's intermediates, `projector_input` and `projected`.
+        RuntimeError when the projector gives another number of rows than a layout says. taps, when given, receives the
+        tower's intermediates, `projector_input` and `projected`.
         """
         if not images:
             return ()
-        config = self.projector.config
-        grids = [projector_grids(image.layout) for image in images]
-        rows = self.projector(torch.cat(self.features(images, taps)), [grid for group in grids for grid in group])
-        after = [[projected_grid(grid, config) for grid in group] for group in grids]
-        parts = torch.split(rows, [sum(grid.area for grid in group) for group in after])
-        projected = tuple(
-            assemble(part, group, image.layout, self.newline)
-            for part, group, image in zip(parts, after, images, strict=True)
-        )
+        features = self.encoder.features(images, taps)
+        read = [projector_input(rows, image.layout) for rows, image in zip(features, images, strict=True)]
+        if taps is not None:
+            taps["projector_input"] = torch.cat(read)
+        if not project:
+            return tuple(Encoded(*pair, None) for pair in zip(features, read, strict=True))
+        rows = self.projector(torch.cat(read), [grid for image in images for grid in image.layout.projector_grids])
+        parts = rows.split([sum(grid.area for grid in image.layout.projected) for image in images])
+        projected = [assemble(part, image.layout, self.newline) for part, image in zip(parts, images, strict=True)]
         if taps is not None:
             taps["projected"] = torch.cat(projected)
-        return projected
+        return tuple(map(Encoded, features, read, projected))
 
     def forward(self, images: Sequence[ImagePatches], taps: Taps | None = None) -> ImageTokens:
         """Rows `[T, output_size]` of all images, for each as many as its prompt has places (`layout.rows`)."""
-        projected = self.project(images, taps)
-        if not projected:
-            empty = torch.empty(0, self.projector.config.output_size, dtype=self.dtype, device=self.device)
-            return ImageTokens(empty, ())
-        rows = [self._with_indicators(*pair) for pair in zip(projected, images, strict=True)]
+        if not images:
+            encoder, width = self.encoder, self.projector.config.output_size
+            return ImageTokens(torch.empty(0, width, dtype=encoder.dtype, device=encoder.device), ())
+        rows = [self._with_indicators(*pair) for pair in zip(self.encode(images, taps), images, strict=True)]
         return ImageTokens(torch.cat(rows), tuple(image.layout.rows for image in images))
 
-    def _with_indicators(self, rows: torch.Tensor, image: ImagePatches) -> torch.Tensor:
-        """`rows` with the visual vocabulary's learned rows where the layout has them."""
+    def _with_indicators(self, encoded: Encoded, image: ImagePatches) -> torch.Tensor:
+        """The projector's rows with the visual vocabulary's learned ones where the layout has them."""
+        rows = encoded.rows
+        assert rows is not None
         layout = image.layout
         if layout.rows == layout.image_tokens:
             return rows

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from siglane.config.reader import ConfigReader
 from siglane.config.two_tower import TextRule, TextTowerConfig, TwoTowerConfig
 from siglane.config.vision import VisionConfig
 from siglane.errors import ConfigError, OtherWeights, UserError
@@ -19,13 +18,13 @@ from siglane.families.processor import ImageProcessor
 from siglane.families.registry import tower_family
 from siglane.families.stack import VisionEncoderModel
 from siglane.nn.parallel import TensorParallel
+from siglane.nn.plan import Rule, WeightPlan
 from siglane.text.tokens import TextTokens
-from siglane.text.tower import SiglipTextModel
+from siglane.text.tower import TEXT_TOWER_PLAN, SiglipTextModel
 from siglane.types import BackendChoice, ImagePatches
-from siglane.vision.tower import SiglipVisionModel
+from siglane.vision.tower import SiglipVisionModel, tower_plan
 from siglane.weights.hub import Checkpoint, Source
 from siglane.weights.load import allocate, fill, rehearse, stored_tensors
-from siglane.weights.plan import Rule, WeightPlan, text_tower_plan, tower_plan
 
 BOTH_TOWERS = ("siglip", "siglip2")
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -71,7 +70,7 @@ class LoadedTwoTower(NamedTuple):
 
 
 def has_both_towers(checkpoint: Checkpoint) -> bool:
-    return checkpoint.has("config.json") and checkpoint.json("config.json").get("model_type") in BOTH_TOWERS
+    return checkpoint.optional("config.json").get("model_type") in BOTH_TOWERS
 
 
 def read_two_tower(checkpoint: Checkpoint) -> tuple[TwoTowerConfig, TextTokens]:
@@ -79,10 +78,9 @@ def read_two_tower(checkpoint: Checkpoint) -> tuple[TwoTowerConfig, TextTokens]:
     family = tower_family(checkpoint)
     if family is None or not has_both_towers(checkpoint):
         raise ConfigError(f"{checkpoint.root} has no text tower; tagging needs a SigLIP or SigLIP2 with both towers")
-    root = ConfigReader(checkpoint.json("config.json"), "config.json")
-    text = TextTowerConfig.from_hf(root.section("text_config").raw)
+    text = TextTowerConfig.from_hf(checkpoint.reader().section("text_config").raw)
     texts = read_tokens(checkpoint, text)
-    return TwoTowerConfig(images=family.read_config(checkpoint, head=True), text=text, texts=texts.rule), texts
+    return TwoTowerConfig(images=family.images(checkpoint, head=True), text=text, texts=texts.rule), texts
 
 
 def read_tokens(checkpoint: Checkpoint, text: TextTowerConfig) -> TextTokens:
@@ -90,7 +88,7 @@ def read_tokens(checkpoint: Checkpoint, text: TextTowerConfig) -> TextTokens:
 
     ConfigError when there is no tokenizer, or one with ids outside the tower's table.
     """
-    stated: dict[str, Any] = checkpoint.json(TOKENIZER_CONFIG) if checkpoint.has(TOKENIZER_CONFIG) else {}
+    stated = checkpoint.optional(TOKENIZER_CONFIG)
     first = checkpoint.has("spiece.model") or str(stated.get("tokenizer_class", "")).startswith("SiglipTokenizer")
     encode, size = _tokenizer_json(checkpoint) if checkpoint.has("tokenizer.json") else _sentencepiece(checkpoint)
     if size > text.vocab_size:
@@ -195,5 +193,5 @@ def _stand_on(own: SiglipVisionModel, tower: SiglipVisionModel) -> None:
 def two_tower_plan(config: TwoTowerConfig) -> WeightPlan:
     """transformers' `SiglipModel` and `Siglip2Model` -> `TwoTowerModel`."""
     scalars = WeightPlan((Rule("logit_scale", "logit_scale"), Rule("logit_bias", "logit_bias")))
-    text = text_tower_plan().under("text_model.", "text.")
+    text = TEXT_TOWER_PLAN.under("text_model.", "text.")
     return scalars + text + tower_plan(config.images.vision).under("", "vision.tower.")

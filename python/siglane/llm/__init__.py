@@ -9,7 +9,8 @@ answered never takes another one with it. An `LLM` serves one caller at a time, 
 """
 
 from siglane.families.ahead import PREPARE_AHEAD
-from siglane.llm.encoder import Encoded, VisionEncoder
+from siglane.families.stack import Encoded
+from siglane.llm.encoder import VisionEncoder
 from siglane.llm.generation import Generation
 from siglane.llm.offline import LLM
 

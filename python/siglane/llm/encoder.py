@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -15,11 +15,11 @@ from siglane.errors import UserError
 from siglane.families.ahead import ahead
 from siglane.families.model import load_vision
 from siglane.families.pipeline import MediaPipeline
-from siglane.families.stack import VisionStack
-from siglane.media.item import ImageSource, image_item, video_item
+from siglane.families.stack import Encoded, VisionStack
+from siglane.media.item import ImageSource
+from siglane.media.messages import image_item, video_item
 from siglane.media.policy import LOCAL_MEDIA, MediaPolicy
-from siglane.nn.cpu.packing import prepack
-from siglane.projector.assemble import projector_grids
+from siglane.nn.cpu.optimise import optimise
 from siglane.settings.engine import Dtype, EngineConfig
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
 from siglane.types import BackendChoice, ImagePatches
@@ -28,13 +28,6 @@ from siglane.weights.demo import open_model
 from siglane.weights.hub import Checkpoint
 
 EncoderSource = ImageSource | Mapping[str, Any]
-
-
-class Encoded(NamedTuple):
-    """One image. features: `[patches, hidden_size]`; projected: `[rows, llm_hidden]`, None for a plain SigLIP tower."""
-
-    features: torch.Tensor
-    projected: torch.Tensor | None
 
 
 class VisionEncoder:
@@ -70,10 +63,11 @@ class VisionEncoder:
         self._model, processor = load_vision(
             checkpoint, device=on, dtype=vision_dtype, attention_backend=attention_backend
         )
-        prepack(self._model)
+        self._encoder = self._model.encoder if isinstance(self._model, VisionStack) else self._model
+        optimise(self._model)
         # without packing the second image is always one too many
         self._max_batch_patches = (max_batch_patches or STEP_PATCHES[on.type]) if enable_packing else 0
-        self._media = MediaPipeline(processor.config, budget, media, decode)
+        self._media = MediaPipeline(processor.facts, budget, media, decode)
 
     def encode(self, images: Iterable[EncoderSource]) -> list[torch.Tensor]:
         """Features of each image, `[patches, hidden_size]`, tile after tile, in raster order inside a tile.
@@ -82,7 +76,7 @@ class VisionEncoder:
         For a plain SigLIP checkpoint the reference's `last_hidden_state`, for a vision-language model what its
         projector reads. UserError for the first image that cannot be used.
         """
-        return [encoded.features for encoded in self.run(images, project=False)]
+        return [encoded.projector_input for encoded in self.run(images, project=False)]
 
     @torch.inference_mode()
     def encode_packed(
@@ -90,13 +84,13 @@ class VisionEncoder:
     ) -> torch.Tensor:
         """Normalised patches `[total_patches, patch_dim]` of many pictures -> tower features `[total_patches,
         hidden_size]`, in one forward whatever their number (`siglane.vision.packed`, which also makes the patches)."""
-        return encode_packed(self._model.tower, hidden_states, grid_thw)
+        return encode_packed(self._encoder.tower, hidden_states, grid_thw)
 
     def project(self, images: Iterable[EncoderSource]) -> list[torch.Tensor]:
         """What the language model reads of each image, `[rows, llm_hidden]`. UserError when there is no projector."""
         if not isinstance(self._model, VisionStack):
             raise UserError("a plain SigLIP checkpoint has no projector; use encode", code="no_projector")
-        return [encoded.projected for encoded in self.run(images) if encoded.projected is not None]
+        return [encoded.rows for encoded in self.run(images) if encoded.rows is not None]
 
     def run(self, images: Iterable[EncoderSource], *, project: bool = True) -> Iterator[Encoded]:
         """Encodes and, where there is a projector, projects each image, in order and as the images come."""
@@ -116,18 +110,7 @@ class VisionEncoder:
         return item.patches
 
     @torch.inference_mode()
-    def _encode(self, group: Sequence[ImagePatches], project: bool) -> list[Encoded]:
-        if not (project and isinstance(self._model, VisionStack)):
-            return [Encoded(features, None) for features in self._model.features(group)]
-        taps = _ProjectorInput()
-        projected = self._model.project(group, taps)
-        rows = [sum(grid.area for grid in projector_grids(image.layout)) for image in group]
-        return list(map(Encoded, torch.split(taps["projector_input"], rows), projected))
-
-
-class _ProjectorInput(dict[str, torch.Tensor]):
-    """Taps that keep what the projector reads; the other intermediates would fill the memory."""
-
-    def __setitem__(self, name: str, value: torch.Tensor) -> None:
-        if name == "projector_input":
-            super().__setitem__(name, value)
+    def _encode(self, group: Sequence[ImagePatches], project: bool) -> Sequence[Encoded]:
+        if isinstance(self._model, VisionStack):
+            return self._model.encode(group, project=project)
+        return [Encoded(features, features, None) for features in self._model.features(group)]

@@ -20,12 +20,12 @@ from siglane.engine.answer import Answer
 from siglane.engine.load import build_engine
 from siglane.engine.sampling import check_for_model, sampling_defaults
 from siglane.families.ahead import PREPARE_AHEAD, PREPARE_THREADS
-from siglane.families.conversation import ChatMessage, Conversation, read_messages
-from siglane.families.pipeline import MediaPipeline
+from siglane.families.pipeline import MediaPipeline, report_image
 from siglane.families.processor import Processor, load_processor
 from siglane.families.report import ImageReport
 from siglane.llm.generation import Generation, OnText, Row, blamed
 from siglane.llm.prompts import PromptLike, one_message
+from siglane.media.messages import ChatMessage, Conversation, read_messages
 from siglane.media.policy import LOCAL_MEDIA, MediaPolicy
 from siglane.settings.engine import EngineConfig
 from siglane.settings.options import options_of
@@ -60,8 +60,8 @@ class LLM:
         config = _engine_config(options)
         checkpoint = model if isinstance(model, Checkpoint) else open_model(model, revision)
         self.processor: Processor = load_processor(checkpoint)
-        self.sampling_defaults = sampling_defaults(self.processor, SamplingParams())
-        self._media = MediaPipeline(self.processor.config, budget, media, decode)
+        self.sampling_defaults = sampling_defaults(self.processor.config, SamplingParams())
+        self._media = MediaPipeline(self.processor.config.images, budget, media, decode)
         self._engine = build_engine(checkpoint, self.processor, config)
         self._one_caller = threading.Lock()
         self._request_ids = (f"offline-{number}" for number in count())
@@ -181,7 +181,7 @@ class LLM:
         self._media.prepare(media)
         prompt = self.processor.prompt(messages, [item.layout for item in media], job.template)
         images = prompt.in_order([item.patches for item in media])
-        return Ready(prompt, images, tuple(map(self._media.report, media)))
+        return Ready(prompt, images, tuple(map(report_image, media)))
 
     def _start_prepared(self, preparing: dict[Future[Ready], Row], running: dict[str, tuple[Row, Answer]]) -> None:
         """Hands prompts to the engine as it gets room, so that only a few wait with their pictures in memory."""
@@ -204,8 +204,8 @@ class LLM:
             request_id = next(self._request_ids)
             request = Request(request_id, prompt, params.choice(index), max_tokens, images=ready.images)
             self._engine.add(request)
-            answer = Answer.of(request, self.processor)
-            running[request.request_id] = row, answer
+            answer = Answer.of(request_id, prompt, params.stop, self.processor)
+            running[request_id] = row, answer
             row.answers.append(answer)
 
     def _take(self, delta: TokenDelta, running: dict[str, tuple[Row, Answer]]) -> None:

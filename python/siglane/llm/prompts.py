@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from siglane.errors import UserError
-from siglane.families.conversation import Conversation
-from siglane.media.item import check_keys, image_item, video_item
+from siglane.media.messages import Conversation, check_keys, image_item, video_item
 from siglane.types import ImagePart, Message
 
 PromptLike = str | Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen3: one decoder, their differences are flags of `LanguageConfig` (formats.md section 8)."""
+"""Qwen2, Qwen3 and Llama: one decoder, their differences are flags of `LanguageConfig` (formats.md section 8)."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import torch
 from torch import nn
 
 from siglane.config.language import LanguageConfig
+from siglane.lm.attention import LayerAttention
 from siglane.nn.act import activate
-from siglane.nn.attention import LayerAttention
 from siglane.nn.embedding import VocabParallelEmbedding
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear, attention_parallel
 from siglane.nn.norm import RMSNorm
 from siglane.nn.parallel import TensorParallel
-from siglane.nn.rope import rotary_tables, rotate
+from siglane.nn.plan import Entry, Ignore, Rule, WeightPlan
+from siglane.nn.rope import Rotary, rotary_tables, rotate
 
-Rotary = tuple[torch.Tensor, torch.Tensor]
 
-
-class Attention(nn.Module):
+class DecoderAttention(nn.Module):
     """Grouped-query attention with rotary positions; Qwen3 normalises each head of q and k before the rotation."""
 
     def __init__(self, config: LanguageConfig, layer: int, tp: TensorParallel, norm: type[RMSNorm]) -> None:
@@ -38,29 +37,29 @@ class Attention(nn.Module):
         return self.o_proj(attended.flatten(1))
 
 
-class MLP(nn.Module):
+class DecoderMLP(nn.Module):
     """SwiGLU: `down(silu(gate(x)) * up(x))`."""
 
     def __init__(self, config: LanguageConfig, tp: TensorParallel) -> None:
         super().__init__()
         sections = {"gate": config.intermediate_size, "up": config.intermediate_size}
-        self.gate_up = ColumnParallelLinear(config.hidden_size, sections, bias=False, tp=tp)
-        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, bias=False, tp=tp)
+        self.gate_up = ColumnParallelLinear(config.hidden_size, sections, bias=config.mlp_bias, tp=tp)
+        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias, tp=tp)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down_proj(activate(gate, "silu") * up)
 
 
-class Block(nn.Module):
+class DecoderBlock(nn.Module):
     """`x += attention(norm(x)); x += mlp(norm(x))`."""
 
     def __init__(self, config: LanguageConfig, layer: int, tp: TensorParallel, norm: type[RMSNorm]) -> None:
         super().__init__()
         self.input_norm = norm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, layer, tp, norm)
+        self.attention = DecoderAttention(config, layer, tp, norm)
         self.post_attention_norm = norm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, tp)
+        self.mlp = DecoderMLP(config, tp)
 
     def forward(self, x: torch.Tensor, rotary: Rotary, attention: LayerAttention) -> torch.Tensor:
         x = x + self.attention(self.input_norm(x), rotary, attention)
@@ -78,7 +77,7 @@ class QwenModel(nn.Module):
         self.config = config
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
         self.blocks = nn.ModuleList(
-            Block(config, layer, tp, self.norm_type) for layer in range(config.num_hidden_layers)
+            DecoderBlock(config, layer, tp, self.norm_type) for layer in range(config.num_hidden_layers)
         )
         self.norm = self.norm_type(config.hidden_size, config.rms_norm_eps)
         untied = not config.tie_embeddings
@@ -98,7 +97,8 @@ class QwenModel(nn.Module):
         taps: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """embeds `[T, hidden_size]`, positions i64 `[T]` -> normalised hidden states `[T, hidden_size]`."""
-        rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, embeds.dtype)
+        config = self.config
+        rotary = rotary_tables(positions, config.head_dim, config.rope_theta, embeds.dtype, config.rope_scaling)
         x = embeds
         for number, block in enumerate(self.blocks):
             x = block(x, rotary, attention)
@@ -115,5 +115,33 @@ class QwenModel(nn.Module):
     def kv_heads(self) -> int:
         """Key/value heads this rank holds."""
         attention = self.blocks[0].attention
-        assert isinstance(attention, Attention)
+        assert isinstance(attention, DecoderAttention)
         return attention.qkv.kv_heads
+
+
+def qwen_plan(config: LanguageConfig, decoder: str = "model.") -> WeightPlan:
+    """transformers' `Qwen2ForCausalLM`, `Qwen3ForCausalLM` and `LlamaForCausalLM`. decoder: the prefix of all but the
+    output head."""
+    block = WeightPlan((
+        Rule("input_layernorm.{leaf}", "input_norm.{leaf}"),
+        Rule("self_attn.q_proj.{leaf}", "attention.qkv.{leaf}", "q"),
+        Rule("self_attn.k_proj.{leaf}", "attention.qkv.{leaf}", "k"),
+        Rule("self_attn.v_proj.{leaf}", "attention.qkv.{leaf}", "v"),
+        Rule("self_attn.q_norm.{leaf}", "attention.q_norm.{leaf}"),
+        Rule("self_attn.k_norm.{leaf}", "attention.k_norm.{leaf}"),
+        Rule("self_attn.o_proj.{leaf}", "attention.o_proj.{leaf}"),
+        Rule("post_attention_layernorm.{leaf}", "post_attention_norm.{leaf}"),
+        Rule("mlp.gate_proj.{leaf}", "mlp.gate_up.{leaf}", "gate"),
+        Rule("mlp.up_proj.{leaf}", "mlp.gate_up.{leaf}", "up"),
+        Rule("mlp.down_proj.{leaf}", "mlp.down_proj.{leaf}"),
+    ))  # fmt: skip
+    head: Entry = Rule("lm_head.weight", "lm_head.weight")
+    if config.tie_embeddings:
+        head = Ignore("lm_head.weight", "tie_word_embeddings: the head is the embedding table")
+    return WeightPlan((
+        Ignore("{rest}.rotary_emb.inv_freq", "computed from rope_theta"),
+        Rule(f"{decoder}embed_tokens.weight", "embed_tokens.weight"),
+        Rule(f"{decoder}norm.weight", "norm.weight"),
+        *block.under(f"{decoder}layers.{{i}}.", "blocks.{i}.").entries,
+        head,
+    ))  # fmt: skip

@@ -7,10 +7,11 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from siglane.nn.attention import CHUNK_ROWS, Segments, packed_attention
+from siglane.nn.attention import Segments, packed_attention
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear, attention_parallel
 from siglane.nn.parallel import TensorParallel
-from siglane.nn.rope import rotate
+from siglane.nn.plan import Rule, WeightPlan
+from siglane.nn.rope import Rotary, rotate
 from siglane.types import Activation, AttentionBackend
 
 
@@ -31,11 +32,8 @@ class BlockFacts(Protocol):
     def layer_norm_eps(self) -> float: ...
 
 
-Rotary = tuple[torch.Tensor, torch.Tensor]
-
-
-class Attention(nn.Module):
-    """Self-attention within each segment: an image, a frame, a window or a text."""
+class EncoderAttention(nn.Module):
+    """Self-attention within each segment: an image, a frame or a text."""
 
     def __init__(self, config: BlockFacts, tp: TensorParallel) -> None:
         super().__init__()
@@ -55,7 +53,7 @@ class Attention(nn.Module):
         return self.out_proj(attended.flatten(1))
 
 
-class MLP(nn.Module):
+class EncoderMLP(nn.Module):
     """Two linear layers. A width that does not divide by the group's size (4304 on 3) is kept whole on every rank."""
 
     def __init__(self, config: BlockFacts, tp: TensorParallel) -> None:
@@ -65,37 +63,35 @@ class MLP(nn.Module):
         self.fc2 = RowParallelLinear(config.intermediate_size, config.hidden_size, bias=True, tp=tp)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type != "cpu" or torch.is_grad_enabled() or len(x) <= CHUNK_ROWS:
-            return self._rows(x)
-        return torch.cat([self._rows(rows) for rows in x.split(CHUNK_ROWS)])
-
-    def _rows(self, x: torch.Tensor) -> torch.Tensor:
-        hidden: torch.Tensor = self.fc2(self.fc1(x, self.activation))
-        return hidden
+        hidden = self.fc1(x, self.activation)
+        return self.fc2(hidden)
 
 
-class Block(nn.Module):
+class EncoderBlock(nn.Module):
     """`x += attention(norm1(x)); x += mlp(norm2(x))`."""
 
     def __init__(self, config: BlockFacts, tp: TensorParallel) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.attention = Attention(config, tp)
+        self.attention = EncoderAttention(config, tp)
         self.norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.mlp = MLP(config, tp)
+        self.mlp = EncoderMLP(config, tp)
 
     def forward(
         self, x: torch.Tensor, segments: Segments, backend: AttentionBackend, rotary: Rotary | None = None
     ) -> torch.Tensor:
-        if not segments.pieces or torch.is_grad_enabled():
-            return self._whole(x, segments, backend, rotary)
-        sizes = [piece.rows for piece in segments.pieces]
-        tables = [None] * len(sizes) if rotary is None else list(zip(*(t.split(sizes) for t in rotary), strict=True))
-        parts = zip(x.split(sizes), segments.pieces, tables, strict=True)
-        return torch.cat([self._whole(rows, piece, backend, table) for rows, piece, table in parts])
-
-    def _whole(
-        self, x: torch.Tensor, segments: Segments, backend: AttentionBackend, rotary: Rotary | None
-    ) -> torch.Tensor:
         x = x + self.attention(self.norm1(x), segments, backend, rotary)
         return x + self.mlp(self.norm2(x))
+
+
+# transformers' `SiglipEncoderLayer`, the same in both towers
+BLOCK_PLAN = WeightPlan((
+    Rule("layer_norm1.{leaf}", "norm1.{leaf}"),
+    Rule("self_attn.q_proj.{leaf}", "attention.qkv.{leaf}", "q"),
+    Rule("self_attn.k_proj.{leaf}", "attention.qkv.{leaf}", "k"),
+    Rule("self_attn.v_proj.{leaf}", "attention.qkv.{leaf}", "v"),
+    Rule("self_attn.out_proj.{leaf}", "attention.out_proj.{leaf}"),
+    Rule("layer_norm2.{leaf}", "norm2.{leaf}"),
+    Rule("mlp.fc1.{leaf}", "mlp.fc1.{leaf}"),
+    Rule("mlp.fc2.{leaf}", "mlp.fc2.{leaf}"),
+))  # fmt: skip

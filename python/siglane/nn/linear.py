@@ -17,7 +17,8 @@ class ShardedModule(nn.Module):
     """A module whose parameters are filled from named parts of whole checkpoint tensors.
 
     `parts(name)` lists the parts parameter `name` is made of ("" when it is one tensor) and `load_part` copies this
-    rank's share of one part. ValueError when the shape is not the whole tensor's.
+    rank's share of one part. ValueError when the shape is not the whole tensor's. `stored_parts` is the reverse, for a
+    module that is whole on this rank.
     """
 
     def parts(self, name: str) -> tuple[str, ...]:
@@ -29,6 +30,13 @@ class ShardedModule(nn.Module):
 
     def load_part(self, name: str, part: str, tensor: torch.Tensor) -> None:
         raise NotImplementedError
+
+    def stored_parts(self, name: str) -> dict[str, torch.Tensor]:
+        """Part -> what a checkpoint stores of parameter `name`, in its shape."""
+        parts, value = self.parts(name), self.get_parameter(name).detach()
+        if parts == ("",):
+            return {"": value}
+        return dict(zip(parts, value.split([self.part_size(part) for part in parts]), strict=True))
 
 
 def copy_checked(target: torch.Tensor, source: torch.Tensor, whole: torch.Size) -> None:

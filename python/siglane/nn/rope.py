@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
-from siglane.types import Grid
+from siglane.types import Grid, RopeScaling
+
+Rotary = tuple[torch.Tensor, torch.Tensor]  # cos and sin, each `[T, 1, head_dim]`
 
 
 def rotary_tables(
-    positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+    positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None
+) -> Rotary:
     """cos and sin for `positions` `[T]`: each `[T, 1, head_dim]`, computed in float32 and cast (transformers Qwen2)."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions.float()[:, None] * (1.0 / theta**exponents)
+    frequencies = 1.0 / theta**exponents
+    if scaling is not None:
+        frequencies = _stretched(frequencies, scaling)
+    angles = positions.float()[:, None] * frequencies
     angles = torch.cat((angles, angles), dim=-1)[:, None]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotary_tables_2d(
-    grids: Sequence[Grid], head_dim: int, theta: float, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _stretched(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+    """Llama 3's: slow turns become slower by `factor`, fast ones stay, those between are mixed (transformers
+    `_compute_llama3_parameters`)."""
+    turns = scaling.original_length * frequencies / (2 * math.pi)  # within the length it was pretrained on
+    share = ((turns - scaling.low_turns) / (scaling.high_turns - scaling.low_turns)).clamp(0, 1)
+    return (1 - share) * frequencies / scaling.factor + share * frequencies
+
+
+def rotary_tables_2d(grids: Sequence[Grid], head_dim: int, theta: float, device: torch.device) -> Rotary:
     """cos and sin `[N, 1, head_dim]`, float32, for patches of `grids` in raster order.
 
     The first half of the angles turns with the row, the second with the column, each over head_dim / 4 frequencies;

@@ -13,13 +13,6 @@ import torch.nn.functional as F
 from siglane.types import AnyRes, Grid, ImageLayout, MergedScales, Newline
 
 
-def projector_grids(layout: ImageLayout) -> tuple[Grid, ...]:
-    """Grids of what the projector sees; with merged scales the tiles of the last one."""
-    if isinstance(layout.assembly, MergedScales) and layout.assembly.sides:
-        return layout.grids[-layout.arrangement.area :]
-    return layout.grids
-
-
 def projector_input(features: torch.Tensor, layout: ImageLayout) -> torch.Tensor:
     """Tower features `[layout.patches, hidden_size]` -> what the projector sees, `[patches, channels]`."""
     if not isinstance(layout.assembly, MergedScales):
@@ -29,14 +22,13 @@ def projector_input(features: torch.Tensor, layout: ImageLayout) -> torch.Tensor
     return merge_scales(features, layout, layout.assembly.sides)
 
 
-def assemble(
-    rows: torch.Tensor, grids: Sequence[Grid], layout: ImageLayout, newline: torch.Tensor | None
-) -> torch.Tensor:
-    """Projector rows of the tiles, whose projected grids are `grids`, -> `[layout.image_tokens, output_size]`.
+def assemble(rows: torch.Tensor, layout: ImageLayout, newline: torch.Tensor | None) -> torch.Tensor:
+    """Projector rows of the tiles, as many as `layout.projected` says, -> `[layout.image_tokens, output_size]`.
 
     newline: the learned row `[output_size]` of families that have one. RuntimeError when the count is not the
     layout's; nothing is ever cut or filled up.
     """
+    grids = layout.projected
     match layout.assembly:
         case MergedScales() if layout.arrangement.area > 1:
             rows = tile_map(rows, layout.arrangement, grids[0]).flatten(0, 1)

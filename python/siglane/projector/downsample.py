@@ -30,14 +30,7 @@ def merged_rows(features: torch.Tensor, grids: Sequence[Grid], config: Projector
 
 def merge_patches(maps: torch.Tensor, config: ProjectorConfig) -> torch.Tensor:
     """Feature maps `[B, h, w, c]` of one grid -> rows `[B, rows, merged]`, `rows` as `projected_grid` counts them."""
-    match config.merge:
-        case "none":
-            rows = maps.flatten(1, 2)
-        case "average":
-            rows = average(maps, projected_grid(Grid(maps.shape[1], maps.shape[2]), config))
-        case "blocks" | "pixel_shuffle":
-            rows = concatenate_blocks(maps, config)
-    return rows
+    return maps.flatten(1, 2) if config.merge == "none" else concatenate_blocks(maps, config)
 
 
 def concatenate_blocks(maps: torch.Tensor, config: ProjectorConfig) -> torch.Tensor:
@@ -54,9 +47,3 @@ def concatenate_blocks(maps: torch.Tensor, config: ProjectorConfig) -> torch.Ten
     blocks = maps.unflatten(2, (grid.w, factor)).unflatten(1, (grid.h, factor))  # [B, H, dr, W, dc, c]
     order = (0, 3, 1, 2, 4, 5) if config.column_major else (0, 1, 3, 2, 4, 5)
     return blocks.permute(order).flatten(3).flatten(1, 2)
-
-
-def average(maps: torch.Tensor, target: Grid) -> torch.Tensor:
-    """Adaptive average pooling to any target grid; windows as torch's adaptive_avg_pool2d cuts them."""
-    pooled = F.adaptive_avg_pool2d(maps.permute(0, 3, 1, 2), target)
-    return pooled.permute(0, 2, 3, 1).flatten(1, 2)

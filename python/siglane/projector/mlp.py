@@ -11,6 +11,7 @@ from siglane.config.projector import ActivationLayer, Layer, LinearLayer, NormLa
 from siglane.nn.act import activate
 from siglane.nn.linear import ColumnParallelLinear, RowParallelLinear
 from siglane.nn.parallel import TensorParallel
+from siglane.nn.plan import Rule, WeightPlan
 from siglane.projector.downsample import merged_rows
 from siglane.types import Grid
 
@@ -56,3 +57,9 @@ def _pairs_with_next(layers: Sequence[Layer], number: int) -> bool:
     """Whether the next layer that is not an activation is linear."""
     following = next((layer for layer in layers[number + 1 :] if not isinstance(layer, ActivationLayer)), None)
     return isinstance(following, LinearLayer)
+
+
+def layers_plan(config: ProjectorConfig) -> WeightPlan:
+    """The layers under the names that the configuration gives them."""
+    stored = ((number, layer) for number, layer in enumerate(config.layers) if not isinstance(layer, ActivationLayer))
+    return WeightPlan(tuple(Rule(f"{layer.name}.{{leaf}}", f"layers.{number}.{{leaf}}") for number, layer in stored))

@@ -16,6 +16,7 @@ from siglane.nn.cpu.product import linear
 from siglane.nn.linear import ColumnParallelLinear, ShardedModule
 from siglane.nn.norm import ShardedLayerNorm
 from siglane.nn.parallel import TensorParallel
+from siglane.nn.plan import Rule, WeightPlan
 from siglane.projector.downsample import merged_rows
 from siglane.types import Grid
 
@@ -73,3 +74,16 @@ class VisualVocabulary(ShardedModule):
         with torch.no_grad():
             self.table[: self.words].copy_(self.tp.shard(tensor[: self.vocabulary.size], 0))
             self.table[self.words :].copy_(tensor[self.vocabulary.size :])
+
+
+def vocabulary_plan(config: ProjectorConfig) -> WeightPlan:
+    """The head, its norm and the table under the names that the configuration gives them."""
+    head, norm = config.layers
+    assert isinstance(head, LinearLayer)
+    assert isinstance(norm, NormLayer)
+    assert config.vocabulary is not None
+    return WeightPlan((
+        Rule(f"{head.name}.weight", "head.weight"),
+        Rule(f"{norm.name}.{{leaf}}", "norm.{leaf}"),
+        Rule(f"{config.vocabulary.name}.weight", "table"),
+    ))  # fmt: skip

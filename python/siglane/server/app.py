@@ -28,10 +28,9 @@ from siglane.server.embedding_protocol import (
     EmbeddingRequest,
 )
 from siglane.server.errors import ErrorBody, JsonResponse, error_response, from_validation
-from siglane.server.fields import ignored_fields
 from siglane.server.metrics import METHODS
 from siglane.server.middleware import Authenticate, Gate, Intake, Observe, shutting_down
-from siglane.server.protocol import ChatCompletionRequest
+from siglane.server.protocol import ChatCompletionRequest, ignored_fields
 from siglane.server.replies import ChatCompletion, ModelCard, ModelList
 from siglane.server.state import ModelState, ServerState
 from siglane.server.stream import ChatStream

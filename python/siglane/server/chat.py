@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from siglane.engine.answer import Answer
 from siglane.engine.sampling import check_for_model
 from siglane.errors import UserError
-from siglane.families.conversation import read_messages
+from siglane.families.pipeline import report_image
 from siglane.families.report import ImageReport
+from siglane.media.messages import read_messages
 from siglane.server.choices import Choices, finish_reason
 from siglane.server.context import RequestContext
-from siglane.server.fields import plain
-from siglane.server.protocol import ChatCompletionRequest
+from siglane.server.protocol import ChatCompletionRequest, plain
 from siglane.server.replies import AssistantMessage, ChatCompletion, Choice, SiglaneReport, UsageReply
 from siglane.server.state import ServerState
 from siglane.server.stopwatch import Stopwatch
@@ -59,7 +59,7 @@ async def prepare(body: ChatCompletionRequest, context: RequestContext, state: S
         Request(f"{request_id}-{index}", prompt, sampling.choice(index), max_tokens, salt, images)
         for index in range(sampling.n)
     )
-    return Prepared(request_id, prompt, requests, list(map(state.media.report, media)), watch.seconds)
+    return Prepared(request_id, prompt, requests, list(map(report_image, media)), watch.seconds)
 
 
 def check_length(messages: Sequence[Message], state: ServerState) -> None:

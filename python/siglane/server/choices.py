@@ -14,7 +14,7 @@ from siglane.engine.answer import Answer
 from siglane.engine.process import EngineProcess
 from siglane.server.errors import overloaded
 from siglane.server.replies import FinishReason
-from siglane.types import Request, TokenDelta, TokenLogprob, Usage
+from siglane.types import TokenDelta, TokenLogprob, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +42,6 @@ class Choices:
         self._arrived: asyncio.Queue[TokenDelta | Exception] = asyncio.Queue()
         self._unread: deque[ChoiceDelta] = deque()
         self.first_token: float | None = None
-
-    async def start(self, requests: Sequence[Request]) -> None:
-        """Hands the answers' requests to the engine. EngineError (503) when the engine is not ready."""
-        # on the one thread for commands: a full pipe would block the event loop, and an abort must not overtake
-        await self._loop.run_in_executor(self._commands, self._engine.submit, requests, self._on_delta)
 
     async def next(self, timeout: float | None = None) -> ChoiceDelta | None:
         """The next delta; None when `timeout` seconds went by without one. Raises what ended the request early."""
@@ -94,7 +89,7 @@ class Choices:
             "generate": slowest.decode,
         }
 
-    def _on_delta(self, delta: TokenDelta) -> None:
+    def on_delta(self, delta: TokenDelta) -> None:
         """Called on the engine's reader thread."""
         with contextlib.suppress(RuntimeError):  # the loop has closed: nobody is left to read
             self._loop.call_soon_threadsafe(self._arrived.put_nowait, delta)

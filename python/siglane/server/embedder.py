@@ -17,7 +17,7 @@ from siglane.engine.load import placement
 from siglane.engine.process import EngineProcess
 from siglane.errors import EngineError, SiglaneError
 from siglane.families.two_tower import TwoTowerModel, load_two_tower
-from siglane.nn.cpu.packing import prepack
+from siglane.nn.cpu.optimise import optimise
 from siglane.settings.engine import EngineConfig
 from siglane.weights.hub import Checkpoint
 
@@ -107,7 +107,7 @@ class Embedder:
         model = load_two_tower(
             self._checkpoint, device=self._device, dtype=self._dtype, attention_backend=backend
         ).model
-        prepack(model)
+        optimise(model)
         seconds = time.monotonic() - began
         logger.info("loaded %s in %.1f s (%s, %s)", self._checkpoint.root.name, seconds, self._device, self._dtype)
         return model

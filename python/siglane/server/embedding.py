@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from siglane.config.two_tower import TwoTowerConfig
 from siglane.engine.embed_worker import Embedding, Item
 from siglane.errors import EngineError, UserError
+from siglane.families.pipeline import report_image
 from siglane.families.report import ImageReport
 from siglane.media.item import MediaItem
 from siglane.server.context import RequestContext
@@ -216,7 +217,7 @@ async def _embed(inputs: Sequence[Input], context: RequestContext, state: Embedd
     state.metrics.images.inc(len(items))
     remaining = iter(pictures)
     vectors = [texts[one.text] if isinstance(one, TextInput) else next(remaining) for one in inputs]
-    return _Embedded(vectors, list(map(state.media.report, items)), _usage(inputs, vectors, state))
+    return _Embedded(vectors, list(map(report_image, items)), _usage(inputs, vectors, state))
 
 
 def _admit(items: Sequence[MediaItem], state: EmbeddingState) -> None:

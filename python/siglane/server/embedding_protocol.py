@@ -2,7 +2,7 @@
 
 An input is a text or a picture, in any of the shapes that servers of today read: OpenAI's strings, SGLang's
 `{"text"}` / `{"image"}`, llama.cpp's `{"content": [parts]}`, and vLLM's `messages`. Bounds are checked here, and a
-field is honoured, refused or reported as ignored (`fields.py`).
+field is honoured, refused or reported as ignored (`refused.py`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing_extensions import TypedDict
 
 from siglane.errors import UserError
 from siglane.families.report import ImageReport
-from siglane.media.item import MediaItem, url_item
-from siglane.server.fields import REFUSED, RequestModel, plain, refuse_fields
-from siglane.server.protocol import ChatMessage, Content, ImageUrl, ImageUrlPart, TextPart
+from siglane.media.item import MediaItem
+from siglane.media.messages import url_item
+from siglane.server.protocol import ChatMessage, Content, ImageUrl, ImageUrlPart, RequestModel, TextPart, plain
+from siglane.server.refused import REFUSED, refuse_fields
 from siglane.settings.tagging import CONFIDENCE_THRESHOLD, MAX_TAGS
 
 MAX_INPUTS = 2048

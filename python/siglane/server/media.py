@@ -11,9 +11,8 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-from siglane.config.vlm import ImageFacts
+from siglane.config.images import ImageFacts
 from siglane.families.pipeline import MediaPipeline
-from siglane.families.report import ImageReport
 from siglane.media.item import MediaItem
 from siglane.media.policy import MediaPolicy
 from siglane.media.source import fetch
@@ -35,7 +34,7 @@ class MediaLoader:
     image_limits: the server's. UserError when the model does not know one of them.
     """
 
-    def __init__(self, config: ServerConfig, facts: ImageFacts, image_limits: ImageBudget) -> None:
+    def __init__(self, config: ServerConfig, facts: ImageFacts | None, image_limits: ImageBudget) -> None:
         self._pipeline = MediaPipeline.for_clients(config, facts, image_limits)
         cores = config.decode_threads or min(8, os.cpu_count() or 1)
         self._fetchers = ThreadPoolExecutor(config.fetch_threads, thread_name_prefix="fetch")
@@ -63,9 +62,6 @@ class MediaLoader:
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """`function` on a thread for computing."""
         return await asyncio.get_running_loop().run_in_executor(self._workers, lambda: function(*args, **kwargs))
-
-    def report(self, item: MediaItem) -> ImageReport:
-        return self._pipeline.report(item)
 
     def close(self) -> None:
         self._fetchers.shutdown(wait=False, cancel_futures=True)

@@ -1,6 +1,7 @@
 """What clients send: OpenAI's chat completions, with the fields of vLLM and SGLang that mean something here.
 
-Every bound is checked here, before anything is allocated for the request.
+Every bound is checked here, before anything is allocated for the request. A field is honoured, or refused with a 400
+that names it (`REFUSED`), or reported back as ignored (`ignored_fields`); none is dropped in silence.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from siglane.errors import UserError
-from siglane.server.fields import REFUSED, RequestModel, refuse_fields
+from siglane.server.refused import REFUSED, refuse_fields
 from siglane.types import SAMPLING_BOUNDS, Detail, SamplingParams
 
 MAX_MESSAGES = 2048
@@ -26,6 +27,7 @@ MAX_LOGIT_BIAS = 1024
 MAX_TOP_LOGPROBS = 20
 MAX_SALT_CHARACTERS = 256
 MAX_TEMPLATE_KWARGS = 16
+MAX_REPORTED_FIELDS = 20
 MAX_LIMIT = (1 << 32) - 1
 MAX_PINPOINTS = 256
 MAX_PINPOINT_SIDE = 1 << 14
@@ -33,6 +35,20 @@ MAX_PINPOINT_SIDE = 1 << 14
 _REFUSED_IN_MESSAGES = ("audio", "function_call", "tool_call_id", "tool_calls")
 
 TemplateValue = str | int | float | bool | None
+
+
+class RequestModel(BaseModel):
+    # strict: true is not 1 and "1" is not 1; extra: unknown fields are reported, see ignored_fields
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+def plain(value: Any) -> Any:
+    """A validated model as dictionaries and lists; without nulls, and without the fields that have no effect."""
+    if isinstance(value, RequestModel):
+        fields = ((name, getattr(value, name)) for name in type(value).model_fields)
+        return {name: plain(found) for name, found in fields if found is not None}
+    return [plain(item) for item in value] if isinstance(value, list) else value
+
 
 Limit = Annotated[int, Field(ge=1, le=MAX_LIMIT)]
 Side = Annotated[int, Field(ge=1, le=MAX_PINPOINT_SIDE)]
@@ -237,3 +253,21 @@ class ChatCompletionRequest(RequestModel):
         if self.thinking_token_budget is not None:
             named["thinking_budget"] = self.thinking_token_budget
         return named
+
+
+def ignored_fields(model: BaseModel) -> list[str]:
+    """Dotted names of the fields that were sent and have no effect, made safe for a header; at most 20."""
+    found: dict[str, None] = {}
+    _collect_ignored(model, "", found)
+    return list(found)
+
+
+def _collect_ignored(model: BaseModel, prefix: str, found: dict[str, None]) -> None:
+    for name, value in (model.model_extra or {}).items():
+        if value is not None and name not in REFUSED and len(found) < MAX_REPORTED_FIELDS:
+            found[prefix + re.sub(r"[^A-Za-z0-9_-]", "?", name[:64])] = None
+    for name in type(model).model_fields:
+        value = getattr(model, name)
+        for item in value if isinstance(value, list) else (value,):
+            if isinstance(item, BaseModel):
+                _collect_ignored(item, f"{prefix}{name}.", found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import hashlib
 import time
 from abc import ABC, abstractmethod
@@ -10,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Protocol
 
-from siglane.config.vlm import ImageFacts
+from siglane.config.images import ImageFacts
 from siglane.engine.answer import Answer
 from siglane.engine.process import EngineProcess
 from siglane.engine.sampling import sampling_defaults
@@ -53,7 +55,7 @@ class ModelState(ABC):
         config: ServerConfig,
         model: str,
         facts: object,
-        images: ImageFacts,
+        images: ImageFacts | None,
         engine: Backend,
         budget: ImageBudget,
         beside: ModelState | None = None,
@@ -126,7 +128,7 @@ class ServerState(ModelState):
         engine: EngineProcess,
         budget: ImageBudget = CHECKPOINT_LIMITS,
     ) -> None:
-        super().__init__(config, model, processor.config, processor.config, engine, budget)
+        super().__init__(config, model, processor.config, processor.config.images, engine, budget)
         self.processor = processor
         self.sampling_defaults = defaults_of(config, processor)
         self.metrics.watch_engine(engine.stats)
@@ -143,14 +145,17 @@ class ServerState(ModelState):
         return positions if room is None else min(positions, room)
 
     async def ask(self, requests: Sequence[Request]) -> Choices:
-        """Hands one client's requests (its n choices) to the engine. The caller ends with `release`."""
-        answers = [Answer.of(request, self.processor) for request in requests]
+        """Hands one client's requests (its n choices) to the engine. The caller ends with `release`. EngineError (503)
+        when the engine is not ready."""
+        answers = [Answer.of(one.request_id, one.prompt, one.sampling.stop, self.processor) for one in requests]
         choices = Choices(answers, self._process, self._commands)
         self._asked.add(choices)
         try:
             if self.ended:
                 raise shutting_down()
-            await choices.start(requests)
+            # on the one thread for commands: a full pipe would block the event loop, and an abort must not overtake
+            submit = functools.partial(self._process.submit, requests, choices.on_delta)
+            await asyncio.get_running_loop().run_in_executor(self._commands, submit)
         except BaseException:
             self.release(choices)
             raise
@@ -174,7 +179,7 @@ def defaults_of(config: ServerConfig, processor: Processor) -> SamplingParams:
     """What a request gets where it names nothing: the operator's temperature, the checkpoint's values, OpenAI's."""
     defaults = SamplingParams(temperature=1.0)
     if config.sampling_defaults == "model":
-        defaults = sampling_defaults(processor, defaults)
+        defaults = sampling_defaults(processor.config, defaults)
     if config.default_temperature is not None:
         defaults = replace(defaults, temperature=config.default_temperature)
     return defaults

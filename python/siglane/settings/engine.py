@@ -24,7 +24,8 @@ class EngineConfig:
     dtype: Dtype = field(default="auto", metadata={"help": DTYPE_HELP})
     vision_dtype: Dtype = field(default="auto", metadata={"help": "dtype of the vision tower; auto: as dtype"})
     attention_backend: BackendChoice = field(
-        default="auto", metadata={"help": "packed vision attention: auto, sdpa, torch_varlen, flash_attn, flashinfer"}
+        default="auto",
+        metadata={"help": "packed vision attention: auto, sdpa, onednn, torch_varlen, flash_attn, flashinfer"},
     )
     paged_backend: str = field(
         default="auto", metadata={"help": "paged attention of the language model: auto, torch or flashinfer"}

@@ -21,10 +21,11 @@ from siglane.families.ahead import PREPARE_AHEAD, ahead
 from siglane.families.pipeline import MediaPipeline
 from siglane.families.registry import image_facts
 from siglane.families.two_tower import load_two_tower
-from siglane.media.item import ImageSource, image_item
+from siglane.media.item import ImageSource
+from siglane.media.messages import image_item
 from siglane.media.policy import LOCAL_MEDIA, MediaPolicy
 from siglane.nn.attention import choose_backend
-from siglane.nn.cpu.packing import prepack
+from siglane.nn.cpu.optimise import optimise
 from siglane.nn.device import resolve_device, resolve_dtype
 from siglane.settings.engine import Dtype
 from siglane.settings.tagging import (
@@ -124,9 +125,9 @@ class Tagger:
         checkpoint = model if isinstance(model, Checkpoint) else open_model(model, revision)
         loaded = load_two_tower(checkpoint, device=on, dtype=chosen, attention_backend=backend)
         self._model = quantize(loaded.model, quantization, on)
-        prepack(self._model)
+        optimise(self._model)
         self._tokens = loaded.texts
-        self._media = MediaPipeline(loaded.images.config, ImageBudget(max_num_patches=max_num_patches), media, decode)
+        self._media = MediaPipeline(loaded.images.facts, ImageBudget(max_num_patches=max_num_patches), media, decode)
         self._batch_size = batch_size or BATCH_SIZES[on.type]
         self._texts = TEXTS[on.type]
         folder = default_folder() if cache is None else Path(cache).expanduser()

@@ -8,8 +8,9 @@ from torch import nn
 from siglane.config.two_tower import TextTowerConfig
 from siglane.nn.attention import Segments, choose_backend
 from siglane.nn.embedding import VocabParallelEmbedding
-from siglane.nn.encoder import Block
+from siglane.nn.encoder import BLOCK_PLAN, EncoderBlock
 from siglane.nn.parallel import TensorParallel
+from siglane.nn.plan import Ignore, Rule, WeightPlan
 from siglane.types import AttentionBackend, BackendChoice
 
 
@@ -26,7 +27,7 @@ class SiglipTextModel(nn.Module):
         self._backends: dict[tuple[torch.device, torch.dtype], AttentionBackend] = {}
         self.token_embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
         self.position_embedding = nn.Embedding(config.length, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config, tp) for _ in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(EncoderBlock(config, tp) for _ in range(config.num_hidden_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.projection_size)
 
@@ -48,3 +49,14 @@ class SiglipTextModel(nn.Module):
         if key not in self._backends:
             self._backends[key] = choose_backend(self.attention_backend, *key)
         return self._backends[key]
+
+
+# transformers' `SiglipTextModel` and `Siglip2TextModel`
+TEXT_TOWER_PLAN = WeightPlan((
+    Ignore("{rest}.position_ids", "a constant buffer of older versions"),
+    Rule("embeddings.token_embedding.weight", "token_embedding.weight"),
+    Rule("embeddings.position_embedding.weight", "position_embedding.weight"),
+    *BLOCK_PLAN.under("encoder.layers.{i}.", "blocks.{i}.").entries,
+    Rule("final_layer_norm.{leaf}", "final_norm.{leaf}"),
+    Rule("head.{leaf}", "head.{leaf}"),
+))  # fmt: skip

@@ -63,9 +63,9 @@ class AnyResTiling:
             return self._tiled(size, geometry)
         padding = () if context.alone or size.width == size.height else (square(size, self.fill),)
         whole = self._whole(geometry, self.resample, padding)
-        return ImageLayout(
-            size, (whole,), (ImagePlaceholder(geometry.projected(whole.grid).area + 1),), Grid(1, 1), Newline(None)
-        )
+        rows = geometry.projected(whole.grid)
+        pieces = (ImagePlaceholder(rows.area + 1),)
+        return ImageLayout(size, (whole,), pieces, Grid(1, 1), Newline(None), projected=(rows,))
 
     def video(self, video: VideoSize, geometry: PatchGeometry) -> ImageLayout:
         """Every frame is squashed to one tile and keeps a quarter of its rows; one newline ends them all."""
@@ -73,7 +73,8 @@ class AnyResTiling:
         rows = geometry.projected(tiles[0].grid)
         pooled = Grid(-(-rows.h // 2), -(-rows.w // 2))
         pieces = (ImagePlaceholder(video.frames * pooled.area + 1),)
-        return ImageLayout(video.size, tiles, pieces, Grid(1, 1), Newline(pooled), video.frames)
+        projected = (rows,) * video.frames
+        return ImageLayout(video.size, tiles, pieces, Grid(1, 1), Newline(pooled), video.frames, projected=projected)
 
     def within(self, budget: ImageBudget) -> Budgeted:
         """`grid_pinpoints` replaces the canvases, `max_tiles` leaves out the larger ones but for the smallest; `low` is
@@ -103,7 +104,8 @@ class AnyResTiling:
         resized = shrunk(whole_map, self.max_maps * rows.area)
         kept = resized or whole_map
         pieces = (ImagePlaceholder(rows.area + kept.h * (kept.w + 1)),)
-        return ImageLayout(size, tiles, pieces, arrangement, AnyRes(crop, resized))
+        projected = (rows,) * len(tiles)
+        return ImageLayout(size, tiles, pieces, arrangement, AnyRes(crop, resized), projected=projected)
 
     def _whole(self, geometry: PatchGeometry, resample: Resample, before: tuple[Step, ...] = ()) -> Tile:
         """The whole picture squashed to one tile."""

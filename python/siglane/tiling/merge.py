@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 
 from siglane.types import Grid
 
-Merge = Literal["none", "blocks", "pixel_shuffle", "average"]
+Merge = Literal["none", "blocks", "pixel_shuffle"]
 
 
 class PatchMerge(Protocol):
@@ -16,8 +16,6 @@ class PatchMerge(Protocol):
     def merge(self) -> Merge: ...
     @property
     def factor(self) -> int: ...
-    @property
-    def target(self) -> Grid | None: ...
 
 
 def projected_grid(grid: Grid, merge: PatchMerge) -> Grid:
@@ -25,10 +23,6 @@ def projected_grid(grid: Grid, merge: PatchMerge) -> Grid:
     match merge.merge:
         case "none":
             return grid
-        case "average":
-            if merge.target is None:
-                raise ValueError("an averaging projector needs a target grid")
-            return merge.target
         case "pixel_shuffle":
             if grid.h % merge.factor or grid.w % merge.factor:
                 raise ValueError(f"pixel shuffle by {merge.factor} does not divide a grid of {grid.h}x{grid.w}")

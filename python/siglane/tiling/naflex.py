@@ -35,7 +35,8 @@ class NaFlex:
         target = self._target(size)
         grid = geometry.grid(target)
         whole = Tile((Resize(target, self.resample),), Box(0, 0, target.width, target.height), grid)
-        return ImageLayout(size, (whole,), (ImagePlaceholder(geometry.projected(grid).area),), Grid(1, 1))
+        rows = geometry.projected(grid)
+        return ImageLayout(size, (whole,), (ImagePlaceholder(rows.area),), Grid(1, 1), projected=(rows,))
 
     def video(self, video: VideoSize, geometry: PatchGeometry) -> ImageLayout:
         raise no_video()

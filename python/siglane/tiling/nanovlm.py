@@ -49,18 +49,19 @@ class WholeTiles:
         Each image of several is announced by its number.
         """
         arrangement = self.arrangement(size)
-        rows = ImagePlaceholder(geometry.projected(geometry.grid(Size(self.side, self.side))).area)
+        projected = geometry.projected(geometry.grid(Size(self.side, self.side)))
+        rows = ImagePlaceholder(projected.area)
         tiles = self._tiles(arrangement, geometry)
         pieces: list[Piece] = [] if context.alone else [Marker(f"<image: {context.index}>", isolated=False)]
         if self.global_token:
             pieces += [Token(self.global_token), rows]
             if arrangement == (1, 1):
-                return ImageLayout(size, tiles, tuple(pieces), arrangement)
+                return ImageLayout(size, tiles, tuple(pieces), arrangement, projected=(projected,))
             tiles = (self._whole(tiles[0]), *tiles)
         for row in range(arrangement.h):
             for column in range(arrangement.w):
                 pieces += [Token(self.tile_tokens[row][column]), rows] if self.tile_tokens else [rows]
-        return ImageLayout(size, tiles, tuple(pieces), arrangement)
+        return ImageLayout(size, tiles, tuple(pieces), arrangement, projected=(projected,) * len(tiles))
 
     def video(self, video: VideoSize, geometry: PatchGeometry) -> ImageLayout:
         raise no_video()

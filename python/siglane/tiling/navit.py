@@ -37,15 +37,18 @@ class NativeResolution:
     def image(self, size: Size, geometry: PatchGeometry, context: ImageContext) -> ImageLayout:
         """The picture between the two indicators of an image."""
         whole = self._whole(size, geometry)
-        pieces = (IMAGE_START, ImagePlaceholder(geometry.projected(whole.grid).area), IMAGE_END)
-        return ImageLayout(size, (whole,), pieces, Grid(1, 1))
+        rows = geometry.projected(whole.grid)
+        pieces = (IMAGE_START, ImagePlaceholder(rows.area), IMAGE_END)
+        return ImageLayout(size, (whole,), pieces, Grid(1, 1), projected=(rows,))
 
     def video(self, video: VideoSize, geometry: PatchGeometry) -> ImageLayout:
         """All frames in one run between the two indicators of a video, each at the first one's size."""
         whole = self._whole(video.size, geometry)
         tiles = tuple(replace(whole, frame=frame) for frame in range(video.frames))
-        pieces = (VIDEO_START, ImagePlaceholder(video.frames * geometry.projected(whole.grid).area), VIDEO_END)
-        return ImageLayout(video.size, tiles, pieces, Grid(1, 1), frames=video.frames)
+        rows = geometry.projected(whole.grid)
+        pieces = (VIDEO_START, ImagePlaceholder(video.frames * rows.area), VIDEO_END)
+        projected = (rows,) * video.frames
+        return ImageLayout(video.size, tiles, pieces, Grid(1, 1), frames=video.frames, projected=projected)
 
     def within(self, budget: ImageBudget) -> Budgeted:
         """`max_pixels` and `min_pixels` replace the checkpoint's bounds.

@@ -161,5 +161,9 @@ def lay_out(media: Sequence[Medium], rules: Sequence[LayoutRule], geometry: Patc
     return tuple(found)
 
 
+def no_images() -> UserError:
+    return UserError("this model reads text only, no images or videos", code="images_unsupported")
+
+
 def no_video() -> UserError:
     return UserError("this model reads images, not videos; send frames as images", code="video_unsupported")

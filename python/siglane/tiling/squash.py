@@ -18,7 +18,8 @@ class Squash:
     def image(self, size: Size, geometry: PatchGeometry, context: ImageContext) -> ImageLayout:
         grid = geometry.grid(self.tile)
         whole = Tile((Resize(self.tile, self.resample),), Box(0, 0, self.tile.width, self.tile.height), grid)
-        return ImageLayout(size, (whole,), (ImagePlaceholder(geometry.projected(grid).area),), Grid(1, 1))
+        rows = geometry.projected(grid)
+        return ImageLayout(size, (whole,), (ImagePlaceholder(rows.area),), Grid(1, 1), projected=(rows,))
 
     def video(self, video: VideoSize, geometry: PatchGeometry) -> ImageLayout:
         raise no_video()

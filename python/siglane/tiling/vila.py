@@ -70,14 +70,17 @@ class VilaTiling:
         if context.alone and self.tiling == "dynamic_s2":
             return self._scales(size, geometry)
         whole = self._whole(size, geometry)
-        pieces = (ImagePlaceholder(geometry.projected(whole.grid).area), LINE_FEED)
-        return ImageLayout(size, (whole,), pieces, Grid(1, 1), self._repeated())
+        rows = geometry.projected(whole.grid)
+        pieces = (ImagePlaceholder(rows.area), LINE_FEED)
+        return ImageLayout(size, (whole,), pieces, Grid(1, 1), self._repeated(), projected=(rows,))
 
     def video(self, video: VideoSize, geometry: PatchGeometry) -> ImageLayout:
         """Every frame is one tile with a line feed behind it."""
         tiles = tuple(replace(self._whole(video.size, geometry), frame=frame) for frame in range(video.frames))
-        pieces = (ImagePlaceholder(geometry.projected(tiles[0].grid).area), LINE_FEED) * video.frames
-        return ImageLayout(video.size, tiles, pieces, Grid(1, 1), self._repeated(), video.frames)
+        rows = geometry.projected(tiles[0].grid)
+        pieces = (ImagePlaceholder(rows.area), LINE_FEED) * video.frames
+        projected = (rows,) * video.frames
+        return ImageLayout(video.size, tiles, pieces, Grid(1, 1), self._repeated(), video.frames, projected=projected)
 
     def within(self, budget: ImageBudget) -> Budgeted:
         """`max_tiles` bounds the dynamic grid; `low` is one tile, the other details are the checkpoint's tiling."""
@@ -101,21 +104,20 @@ class VilaTiling:
         tiles = split(columns_rows, self.tile, geometry, resample)
         if len(tiles) > 1:
             tiles += split(Size(1, 1), self.tile, geometry, resample)  # the thumbnail comes last
-        pieces: tuple[Piece, ...] = (
-            ImagePlaceholder(geometry.projected(tiles[0].grid).area),
-            LINE_FEED,
-            NEWLINE,
-        ) * len(tiles)
-        return ImageLayout(size, tiles, pieces, Grid(columns_rows.height, columns_rows.width))
+        rows = geometry.projected(tiles[0].grid)
+        pieces: tuple[Piece, ...] = (ImagePlaceholder(rows.area), LINE_FEED, NEWLINE) * len(tiles)
+        arrangement = Grid(columns_rows.height, columns_rows.width)
+        return ImageLayout(size, tiles, pieces, arrangement, projected=(rows,) * len(tiles))
 
     def _scales(self, size: Size, geometry: PatchGeometry) -> ImageLayout:
         columns_rows = closest_tile_grid(size, self)
         arrangement = Grid(columns_rows.height, columns_rows.width)
         sides = tuple(scale // self.s2_scales[0] for scale in self.s2_scales[:-1])
         tiles = tuple(self._scale_tiles(sides, columns_rows, geometry))
-        rows = geometry.projected(tiles[0].grid).area
-        pieces = (ImagePlaceholder(arrangement.area * rows), LINE_FEED)
-        return ImageLayout(size, tiles, pieces, arrangement, MergedScales(sides, len(self.s2_scales)))
+        rows = geometry.projected(tiles[0].grid)
+        pieces = (ImagePlaceholder(arrangement.area * rows.area), LINE_FEED)
+        scales = MergedScales(sides, len(self.s2_scales))
+        return ImageLayout(size, tiles, pieces, arrangement, scales, projected=(rows,) * arrangement.area)
 
     def _scale_tiles(self, sides: tuple[int, ...], last: Size, geometry: PatchGeometry) -> Iterator[Tile]:
         """Every scale but the last as a fixed square of tiles, then the dynamic grid."""

@@ -29,12 +29,10 @@ from siglane.families.two_tower import (
     read_two_tower,
     two_tower_plan,
 )
-from siglane.nn.linear import ShardedModule
 from siglane.training.initialise import initialise
-from siglane.vision.embed import PatchEmbedding
+from siglane.weights.export import checkpoint_tensors
 from siglane.weights.hub import Checkpoint
 from siglane.weights.load import SINGLE, allocate
-from siglane.weights.plan import Destination
 
 CONFIG, PREPROCESSOR, TOKENIZER = "config.json", "preprocessor_config.json", "tokenizer.json"
 TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, "spiece.model", "special_tokens_map.json", "added_tokens.json")
@@ -106,7 +104,7 @@ def caption_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, length: int) -> None:
-    """As siglane and `AutoTokenizer` read it; length: of every text, padding included."""
+    """As siglane and `PreTrainedTokenizerFast` read it; length: of every text, padding included."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / TOKENIZER))
     config = {
@@ -130,37 +128,12 @@ def start_weights(model: TwoTowerModel, fresh: nn.Module, log_scale: float, bias
     nn.init.constant_(model.logit_bias, bias)
 
 
-def checkpoint_tensors(model: TwoTowerModel) -> dict[str, torch.Tensor]:
-    """The model's parameters under the hub's names and in its shapes, the reverse of `load_two_tower`."""
-    plan = two_tower_plan(model.config)
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        path, _, leaf = name.rpartition(".")
-        for part, piece in _pieces(model.get_submodule(path), leaf, parameter.detach()).items():
-            source = plan.source(Destination(name, part))
-            if source is None:
-                raise ValueError(f"no tensor of a checkpoint fills {name}")
-            tensors[source.replace("[", "").replace("]", "")] = piece  # the hub's files have the optional infix
-    return tensors
-
-
-def _pieces(owner: nn.Module, leaf: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
-    """part -> what a checkpoint stores of a parameter, in its shape."""
-    if isinstance(owner, PatchEmbedding) and leaf == "weight" and owner.config.patch_layout == "channel_first":
-        side = owner.config.patch_size
-        return {"": value.unflatten(1, (owner.config.num_channels, side, side))}
-    if not isinstance(owner, ShardedModule) or owner.parts(leaf) == ("",):
-        return {"": value}
-    parts = owner.parts(leaf)
-    return dict(zip(parts, value.split([owner.part_size(part) for part in parts]), strict=True))
-
-
 def write_weights(model: TwoTowerModel, folder: Path, dtype: torch.dtype) -> None:
     """An interruption leaves the old file or the new one."""
     scalars = ("logit_scale", "logit_bias")  # in half precision a logit would be wrong by tenths
     stored = {
         name: value.to("cpu", torch.float32 if name in scalars else dtype).contiguous()
-        for name, value in checkpoint_tensors(model).items()
+        for name, value in checkpoint_tensors(model, two_tower_plan(model.config)).items()
     }
     part = folder / (SINGLE + ".part")
     part.write_bytes(save(stored, metadata={"format": "pt"}))

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from siglane.families.model import VisionLanguageModel
-from siglane.nn.attention import CausalSegments
+from siglane.families.splice import ImageRows, image_rows, splice
+from siglane.lm.attention import SegmentAttention
 from siglane.types import ImagePatches, Prompt
 
 Part = Literal["tower", "projector", "language"]
@@ -76,7 +77,7 @@ def answer_loss(model: VisionLanguageModel, examples: Sequence[Example], *, logi
     lengths = [len(example.inputs) for example in examples]
     positions = torch.cat([torch.arange(length, device=device) for length in lengths])
     targets = torch.tensor([target for example in examples for target in example.targets], device=device)
-    hidden = language(spliced(model, examples), positions, CausalSegments(lengths, device))
+    hidden = language(spliced(model, examples), positions, SegmentAttention(lengths))
     answers = (targets != IGNORED).nonzero()[:, 0]
     everything = language.logits(hidden) if logits else None
     predicted = language.logits(hidden[answers]) if everything is None else everything[answers]
@@ -91,14 +92,17 @@ def spliced(model: VisionLanguageModel, examples: Sequence[Example]) -> torch.Te
     images = [image for example in examples for image in example.images]
     if not images:
         return embeds
-    places, start = [], 0
+    encoded = iter(model.see(images).split())
+    spans: list[ImageRows] = []
+    rows: list[torch.Tensor] = []
+    start = 0
     for example in examples:
-        for number in range(len(example.images)):
-            spans = (span for span in example.prompt.spans if span.image == number)
-            places += [start + place for span in spans for place in range(span.start, span.stop)]
+        own = [next(encoded) for _ in example.images]
+        for span in image_rows(example.prompt):
+            spans.append(span.moved(start))
+            rows.append(own[span.image])
         start += len(example.inputs)
-    rows = model.vision(images).embeds.to(device, embeds.dtype)
-    return embeds.index_copy(0, torch.tensor(places, device=device), rows)
+    return splice(embeds, spans, rows)
 
 
 def unfreeze(model: VisionLanguageModel, *parts: Part) -> list[nn.Parameter]:
@@ -118,4 +122,4 @@ def part_of(name: str) -> Part:
     """The part to which the parameter called `name` belongs."""
     if name.startswith("language."):
         return "language"
-    return "tower" if name.startswith("vision.tower.") else "projector"
+    return "tower" if name.startswith("vision.encoder.") else "projector"

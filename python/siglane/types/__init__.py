@@ -43,7 +43,7 @@ from siglane.types.layout import (
     Token,
     VideoSize,
 )
-from siglane.types.model import Activation, AttentionBackend, BackendChoice
+from siglane.types.model import Activation, AttentionBackend, BackendChoice, RopeScaling
 from siglane.types.prompt import ImagePart, ImageSpan, Message, Prompt, Role
 
 __all__ = [
@@ -81,6 +81,7 @@ __all__ = [
     "Resample",
     "Resize",
     "Role",
+    "RopeScaling",
     "SamplingParams",
     "Size",
     "Step",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
@@ -159,7 +159,8 @@ class ImageLayout:
 
     source: size of the upright image or of the first frame; tiles in the order the tower sees them; pieces in prompt
     order; arrangement: rows and columns of the tile map; assembly: how projector rows of the tiles become the
-    image's, None when they simply follow each other; frames: how many of a video, 0 for a still picture.
+    image's, None when they simply follow each other; frames: how many of a video, 0 for a still picture; projected:
+    rows and columns that the projector makes of each tile it sees (`projector_grids`).
     """
 
     source: Size
@@ -168,6 +169,7 @@ class ImageLayout:
     arrangement: Grid
     assembly: Assembly | None = None
     frames: int = 0
+    projected: tuple[Grid, ...] = field(kw_only=True)
 
     @property
     def image_tokens(self) -> int:
@@ -182,6 +184,13 @@ class ImageLayout:
     @property
     def grids(self) -> tuple[Grid, ...]:
         return tuple(tile.grid for tile in self.tiles)
+
+    @property
+    def projector_grids(self) -> tuple[Grid, ...]:
+        """Patches of what the projector sees; with merged scales the tiles of the last one."""
+        if isinstance(self.assembly, MergedScales) and self.assembly.sides:
+            return self.grids[-self.arrangement.area :]
+        return self.grids
 
     @property
     def patches(self) -> int:

@@ -51,7 +51,7 @@ def html(report: Report) -> str:
         f'<p class="muted">{escape(report.family)}, {report.dtype} on {escape(report.device)}, '
         f"compared with {escape(report.reference)}</p>",
         _verdict(report),
-        "<h2>Pictures</h2>",
+        "<h2>Pictures</h2>" if report.pictures else "",
         f'<div class="pictures">{"".join(map(_figure, report.pictures, range(len(report.pictures))))}</div>',
         f"<p class='muted'>Asked: {escape(report.prompt)}</p>" if report.prompt else "",
         "<h2>Error and cosine at each stage</h2>",

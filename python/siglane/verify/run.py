@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers.utils import logging as transformers_logging
 
 from siglane.errors import ConfigError, SiglaneError, UserError
-from siglane.families.registry import image_facts, tower_family, vlm_family
+from siglane.families.registry import tower_family, vlm_family
+from siglane.tiling.rule import no_images
 from siglane.types import DecodedImage
 from siglane.verify.golden import Golden, load_golden, save_golden
 from siglane.verify.pictures import ImageSource, decode_picture, draw_pictures, read_pictures
@@ -24,9 +26,11 @@ from siglane.verify.stages import Comparison, Picture, Report, compare_traces, p
 from siglane.weights.demo import open_model
 from siglane.weights.hub import Checkpoint
 
+T = TypeVar("T")
+
 PROMPT = "What is in the picture?"
 TRANSFORMERS = "transformers"
-TOGETHER = "together"
+TOGETHER, TEXT = "together", "text"
 STEPS = 8
 MOST_PICTURES, MOST_STEPS = 64, 256
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,23 +52,24 @@ def verify(
 ) -> Report:
     """Runs `model` and its reference on the same pictures, each alone and all in one request, and compares them.
 
-    images: paths, URLs, bytes or Pillow images; without them `random` drawn ones (3). reference: "transformers" (its
-    modules with `model`'s own tensors), the folder of another checkpoint of the family for the same modules, or a file
-    of golden values, which brings its own pictures and questions. prompt, steps: what a language model is asked and
-    how many greedy tokens of its answer are compared (8). save: a file for the reference's values. UserError and its
-    kinds when something given cannot be used.
+    images: paths, URLs, bytes or Pillow images; without them `random` drawn ones (3), none for a model without eyes.
+    reference: "transformers" (its modules with `model`'s own tensors), the folder of another checkpoint of the family
+    for the same modules, or a file of golden values, which brings its own pictures and questions. prompt, steps: what
+    a language model is asked and how many greedy tokens of its answer are compared (8). save: a file for the
+    reference's values. UserError and its kinds when something given cannot be used.
     """
     if not 0 <= threshold < 1:
         raise UserError(f"threshold must be at least 0 and below 1, got {threshold}", code="bad_option")
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not known; use {', '.join(DTYPES)}", code="bad_option")
     checkpoint, place_of = open_model(model, revision), _device(device)
-    image_facts(checkpoint)  # a configuration that siglane refuses is refused before the reference has run
+    # a configuration that siglane refuses is refused before the reference has run
+    sees = (tower_family(checkpoint) or vlm_family(checkpoint)).images(checkpoint) is not None
     if Path(reference).suffix == ".safetensors":
         given = (images, random, prompt, steps, save)
         expected = _stored(checkpoint, Path(reference), free=all(one is None for one in given))
     else:
-        pictures = _pictures(images, random)
+        pictures = _pictures(images, random) if sees else _no_pictures(images, random)
         asked, steps = _question(prompt, steps)
         folder = checkpoint.root if str(reference) == TRANSFORMERS else open_model(reference).root
         family = _family(checkpoint, folder)
@@ -96,6 +101,20 @@ def _pictures(images: Sequence[ImageSource] | None, random: int | None) -> tuple
     if not 1 <= count <= MOST_PICTURES:
         raise UserError(f"random must be between 1 and {MOST_PICTURES}, got {count}", code="bad_option")
     return draw_pictures(count)
+
+
+def _no_pictures(images: Sequence[ImageSource] | None, random: int | None) -> tuple[Picture, ...]:
+    if images is not None or random is not None:
+        raise no_images()
+    return ()
+
+
+def _requests(pictures: Sequence[T]) -> dict[str, list[T]]:
+    """The cases: each picture alone, all of them together, or a text alone where there are none."""
+    if not pictures:
+        return {TEXT: []}
+    alone = {f"image.{number}": [picture] for number, picture in enumerate(pictures)}
+    return alone | ({TOGETHER: list(pictures)} if len(pictures) > 1 else {})
 
 
 def _question(prompt: str | None, steps: int | None) -> tuple[str, int]:
@@ -146,12 +165,9 @@ def _expected(
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # it reads the JSON without looking
         raise ConfigError(f"{folder}: the reference does not understand its configuration: {error!r}") from error
-    requests = {f"image.{number}": [picture] for number, picture in enumerate(opened)}
-    if len(opened) > 1:
-        requests[TOGETHER] = opened
     # the reference's convolution in float32, whatever torch's default is
     with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
-        traces = {case: loaded.run(shown, prompt, steps) for case, shown in requests.items()}
+        traces = {case: loaded.run(shown, prompt, steps) for case, shown in _requests(opened).items()}
     return Golden(
         family=family.name,
         reference=name,
@@ -174,7 +190,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 def _compared(ours: SiglaneRunner, expected: Golden, threshold: float) -> list[Comparison]:
     decoded = [decode_picture(picture.name, picture.data) for picture in expected.pictures]
-    requests = {f"image.{number}": [image] for number, image in enumerate(decoded)} | {TOGETHER: decoded}
+    requests = _requests(decoded)
     found: list[Comparison] = []
     for case, reference in expected.traces.items():
         if case not in requests:
@@ -183,7 +199,7 @@ def _compared(ours: SiglaneRunner, expected: Golden, threshold: float) -> list[C
         if "projector_input" not in reference:  # then it is the features, which the reference names once
             trace.pop("projector_input", None)
         found += compare_traces(case, trace, reference, threshold)
-    return [*found, _packing(ours, decoded, threshold)]
+    return [*found, _packing(ours, decoded, threshold)] if decoded else found
 
 
 def _packing(ours: SiglaneRunner, images: Sequence[DecodedImage], threshold: float) -> Comparison:

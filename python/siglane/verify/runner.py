@@ -9,9 +9,10 @@ import torch
 from siglane.families.model import VisionLanguageModel, load_model, load_vision
 from siglane.families.processor import ImageProcessor, Processor, load_processor
 from siglane.families.registry import is_vision_only
+from siglane.families.splice import image_rows, splice
 from siglane.families.stack import VisionEncoderModel
-from siglane.nn.attention import Segments, packed_attention
-from siglane.nn.cpu.packing import prepack
+from siglane.lm.attention import Past, SegmentAttention
+from siglane.nn.cpu.optimise import optimise
 from siglane.types import DecodedImage, ImagePart, ImagePatches, Message, Prompt
 from siglane.verify.stages import LOGIT_ROWS, TOKENS, Trace
 from siglane.weights.hub import Checkpoint
@@ -24,17 +25,20 @@ class SiglaneRunner:
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
-        self.encoder: VisionEncoderModel
+        self.encoder: VisionEncoderModel | None
         self.processor: ImageProcessor
         self.model: VisionLanguageModel | None = None
         self.prompts: Processor | None = None
         if is_vision_only(checkpoint):
-            self.encoder, self.processor = load_vision(checkpoint, device=device, dtype=dtype, head=True)
+            encoder, self.processor = load_vision(checkpoint, device=device, dtype=dtype, head=True)
+            assert isinstance(encoder, VisionEncoderModel)
+            self.encoder = encoder
+            optimise(encoder)
         else:
             self.prompts = self.processor = load_processor(checkpoint)
             self.model = load_model(checkpoint, self.prompts.config, device=device, dtype=dtype)
-            self.encoder = self.model.vision
-        prepack(self.model or self.encoder)
+            self.encoder = None if self.model.vision is None else self.model.vision.encoder
+            optimise(self.model)
 
     def patches(self, images: Sequence[DecodedImage]) -> list[ImagePatches]:
         """Of one request that holds all of them."""
@@ -59,11 +63,13 @@ class SiglaneRunner:
 
     def _seen(self, images: Sequence[ImagePatches]) -> tuple[Trace, tuple[torch.Tensor, ...] | None]:
         """The stages, and what stands in the prompt for each image."""
+        if self.encoder is None:  # a model without eyes
+            return {}, ()
         taps: Trace = {}
         packed = self.encoder.pack(images)
         rows = None
         if self.model is not None:
-            rows = self.model.vision(images, taps).split()
+            rows = self.model.see(images, taps).split()
         else:
             features = torch.cat(self.encoder.features(images, taps))
             if self.encoder.tower.head is not None:
@@ -74,46 +80,22 @@ class SiglaneRunner:
     def _spliced(self, model: VisionLanguageModel, prompt: Prompt, rows: Sequence[torch.Tensor]) -> torch.Tensor:
         """rows: of each image, in the prompt's order."""
         embeds = model.language.embed(torch.tensor(prompt.token_ids, device=self.device))
-        used = [0] * len(rows)
-        for start, stop, image in prompt.spans:
-            first = used[image]
-            used[image] += stop - start
-            embeds[start:stop] = rows[image][first : used[image]]
-        return embeds
+        spans = image_rows(prompt)
+        return splice(embeds, spans, [rows[span.image] for span in spans])
 
     def _answered(self, model: VisionLanguageModel, embeds: torch.Tensor, steps: int) -> Trace:
         taps: Trace = {"spliced": embeds.clone()}
-        attention = _Remembered()
-        length = embeds.shape[0]
-        hidden = model.language(embeds, torch.arange(length, device=self.device), attention, taps)
+        length, past = embeds.shape[0], Past()
+        hidden = model.language(
+            embeds, torch.arange(length, device=self.device), SegmentAttention([length], past=past), taps
+        )
         taps["logits"] = logits = model.language.logits(hidden[-LOGIT_ROWS:])
         if steps:
             chosen = [int(logits[-1].argmax())]
             while len(chosen) < steps:
                 last = model.language.embed(torch.tensor(chosen[-1:], device=self.device))
                 position = torch.tensor([length + len(chosen) - 1], device=self.device)
-                hidden = model.language(last, position, attention)
+                hidden = model.language(last, position, SegmentAttention([1], past=past))
                 chosen.append(int(model.language.logits(hidden)[-1].argmax()))
             taps[TOKENS] = torch.tensor(chosen)
         return {name: tensor.cpu() for name, tensor in taps.items()}
-
-
-class _Remembered:
-    """`LayerAttention` of one sequence: the whole prompt first, then one token at a time."""
-
-    def __init__(self) -> None:
-        self._past: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        prefill = layer not in self._past
-        if not prefill:
-            before = self._past[layer]
-            k, v = torch.cat((before[0], k)), torch.cat((before[1], v))
-        self._past[layer] = (k, v)
-        scale = q.shape[-1] ** -0.5
-        if prefill:
-            segments = Segments.of([q.shape[0]], q.device)
-            return packed_attention(q, k, v, segments, scale=scale, backend="sdpa", causal=True)
-        q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
-        attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)
-        return attended[0].transpose(0, 1)

@@ -36,3 +36,9 @@ class PatchEmbedding(ShardedModule):
                 tensor = tensor.permute(0, 2, 3, 1)
             tensor = tensor.flatten(1)
         copy_checked(self.get_parameter(name), tensor, self.get_parameter(name).shape)
+
+    def stored_parts(self, name: str) -> dict[str, torch.Tensor]:
+        stored, config = super().stored_parts(name), self.config
+        if name == "weight" and config.patch_layout == "channel_first":
+            return {"": stored[""].unflatten(1, (config.num_channels, config.patch_size, config.patch_size))}
+        return stored

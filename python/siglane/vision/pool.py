@@ -12,6 +12,7 @@ from siglane.config.vision import VisionConfig
 from siglane.nn.act import activate
 from siglane.nn.attention import Segments
 from siglane.nn.cpu.product import linear
+from siglane.nn.plan import Rule, WeightPlan
 
 
 class MapHead(nn.Module):
@@ -49,3 +50,15 @@ class MapHead(nn.Module):
             start = stop
         attended = self.out_proj(torch.cat(pooled))
         return attended + self.fc2(activate(self.fc1(self.norm(attended)), self.activation))
+
+
+# transformers' `SiglipMultiheadAttentionPoolingHead`
+HEAD_PLAN = WeightPlan((
+    Rule("probe", "probe"),
+    Rule("attention.in_proj_weight", "in_proj_weight"),
+    Rule("attention.in_proj_bias", "in_proj_bias"),
+    Rule("attention.out_proj.{leaf}", "out_proj.{leaf}"),
+    Rule("layernorm.{leaf}", "norm.{leaf}"),
+    Rule("mlp.fc1.{leaf}", "fc1.{leaf}"),
+    Rule("mlp.fc2.{leaf}", "fc2.{leaf}"),
+))  # fmt: skip

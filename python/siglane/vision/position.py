@@ -74,10 +74,12 @@ class PositionEmbedding(ShardedModule):
         return True
 
     def _resized(self, grid: Grid) -> torch.Tensor:
-        """By the references' own call, and so with what torch makes of it: its antialiasing on CPUs gives all rows of a
-        grid of one column the first one's positions (torch 2.13)."""
         bilinear = self.config.position_resize == "bilinear_antialias"
         picture = self.weight.float().unflatten(0, self.config.position_grid).permute(2, 0, 1)[None]
+        if bilinear and grid.w == 1:
+            # torch's antialiasing on CPUs gives every row of one column the first row's values (2.10 to 2.15); of one
+            # row it is right, and bilinear weights are a product of both axes', so that the transpose is the same
+            picture, grid = picture.transpose(2, 3), Grid(1, grid.h)
         resized = F.interpolate(
             picture, size=grid, mode="bilinear" if bilinear else "bicubic", align_corners=False, antialias=bilinear
         )

@@ -8,15 +8,15 @@ import torch
 from torch import nn
 
 from siglane.config.vision import VisionConfig
-from siglane.nn.attention import choose_backend
-from siglane.nn.encoder import Block, Rotary
+from siglane.nn.attention import Segments, choose_backend
+from siglane.nn.encoder import BLOCK_PLAN, EncoderBlock
 from siglane.nn.parallel import TensorParallel
-from siglane.nn.rope import rotary_tables_2d
+from siglane.nn.plan import Entry, Ignore, Rule, WeightPlan
+from siglane.nn.rope import Rotary, rotary_tables_2d
 from siglane.types import AttentionBackend, BackendChoice, Grid, PackedPatches
 from siglane.vision.embed import PatchEmbedding
-from siglane.vision.pool import MapHead
+from siglane.vision.pool import HEAD_PLAN, MapHead
 from siglane.vision.position import PositionEmbedding
-from siglane.vision.window import BlockOrder
 
 Taps = dict[str, torch.Tensor]
 
@@ -36,7 +36,7 @@ class SiglipVisionModel(nn.Module):
         self._backends: dict[tuple[torch.device, torch.dtype], AttentionBackend] = {}
         self.patch_embedding = PatchEmbedding(config)
         self.position_embedding = PositionEmbedding(config)
-        self.blocks = nn.ModuleList(Block(config, tp) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(EncoderBlock(config, tp) for _ in range(config.depth))
         self.post_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.post_norm else None
         self.head = MapHead(config) if config.use_head else None
 
@@ -45,18 +45,15 @@ class SiglipVisionModel(nn.Module):
 
         taps, when given, receives every intermediate: patch_embedding, positions, block.0, ..., features.
         """
-        backend = self._backend(packed.pixels)
         x = self.patch_embedding(packed.pixels)
         _tap(taps, "patch_embedding", x)
         x = self.position_embedding(x, packed.grids)
         _tap(taps, "positions", x)
-        order = BlockOrder.of(packed.grids, len(self.blocks), self.config.windows, packed.pixels.device)
-        rotary, x = self._rotary(packed, order), order.enter(x)
-        for number, (block, segments) in enumerate(zip(self.blocks, order.segments, strict=True)):
+        segments = Segments.of([grid.area for grid in packed.grids], x.device)
+        backend, rotary = self._backend(x), self._rotary(packed.grids, x.device)
+        for number, block in enumerate(self.blocks):
             x = block(x, segments, backend, rotary)
-            if taps is not None:
-                taps[f"block.{number}"] = order.leave(x)
-        x = order.leave(x)
+            _tap(taps, f"block.{number}", x)
         if self.post_norm is not None:
             x = self.post_norm(x)
         _tap(taps, "features", x)
@@ -69,15 +66,14 @@ class SiglipVisionModel(nn.Module):
         pooled: torch.Tensor = self.head(features, [grid.area for grid in grids])
         return pooled
 
-    def _rotary(self, packed: PackedPatches, order: BlockOrder) -> Rotary | None:
+    def _rotary(self, grids: Sequence[Grid], device: torch.device) -> Rotary | None:
         config = self.config
         if config.rope_theta is None:
             return None
-        cos, sin = rotary_tables_2d(packed.grids, config.head_dim, config.rope_theta, packed.pixels.device)
-        return order.enter(cos), order.enter(sin)
+        return rotary_tables_2d(grids, config.head_dim, config.rope_theta, device)
 
-    def _backend(self, pixels: torch.Tensor) -> AttentionBackend:
-        key = (pixels.device, pixels.dtype)
+    def _backend(self, x: torch.Tensor) -> AttentionBackend:
+        key = (x.device, x.dtype)
         if key not in self._backends:
             self._backends[key] = choose_backend(self.attention_backend, *key)
         return self._backends[key]
@@ -86,3 +82,23 @@ class SiglipVisionModel(nn.Module):
 def _tap(taps: Taps | None, name: str, value: torch.Tensor) -> None:
     if taps is not None:
         taps[name] = value
+
+
+def tower_plan(config: VisionConfig) -> WeightPlan:
+    """transformers' `SiglipVisionModel`, saved with the infix `vision_model.` (hub) or without (transformers 5)."""
+    unused_blocks = range(config.depth, config.num_hidden_layers)
+    last_norm: Entry = Rule("post_layernorm.{leaf}", "post_norm.{leaf}")
+    if not config.post_norm:
+        last_norm = Ignore("post_layernorm.{leaf}", "the features are taken before the last norm")
+    head = HEAD_PLAN.under("head.", "head.")
+    if not config.use_head:
+        head = WeightPlan((Ignore("head.{rest}", "the pooling head is not used"),))
+    return WeightPlan((
+        Ignore("{rest}.position_ids", "a constant buffer of older versions"),
+        *(Ignore(f"encoder.layers.{i}.{{rest}}", "the features are taken before this block") for i in unused_blocks),
+        Rule("embeddings.patch_embedding.{leaf}", "patch_embedding.{leaf}"),
+        Rule("embeddings.position_embedding.weight", "position_embedding.weight"),
+        *BLOCK_PLAN.under("encoder.layers.{i}.", "blocks.{i}.").entries,
+        last_norm,
+        *head.entries,
+    )).under("[vision_model.]", "")  # fmt: skip

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from siglane.config.reader import read_json
+from siglane.config.reader import ConfigReader, read_json
 from siglane.errors import ConfigError, UserError
 
 # never code, never pickles: what is not downloaded cannot be run
@@ -33,6 +33,13 @@ class Checkpoint:
     def json(self, name: str) -> dict[str, Any]:
         """The JSON object in file `name`. ConfigError when it is missing, not JSON or not an object."""
         return read_json(self.path(name))
+
+    def optional(self, name: str) -> dict[str, Any]:
+        """The same, empty when there is no such file."""
+        return self.json(name) if self.has(name) else {}
+
+    def reader(self, name: str = "config.json") -> ConfigReader:
+        return ConfigReader(self.json(name), name)
 
     def sub(self, name: str) -> Checkpoint:
         """Folder `name`. ConfigError when it is missing."""

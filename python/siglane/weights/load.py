@@ -21,8 +21,8 @@ from torch import nn
 from siglane.config.reader import read_json
 from siglane.errors import OtherWeights, WeightError
 from siglane.nn.linear import ShardedModule, copy_checked
+from siglane.nn.plan import Destination, Elsewhere, Ignore, WeightPlan
 from siglane.weights.hub import Checkpoint, Source
-from siglane.weights.plan import Destination, Elsewhere, Ignore, WeightPlan
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth")

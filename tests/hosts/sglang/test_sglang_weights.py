@@ -41,7 +41,7 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
     "missing": (
         "vision_tower",
         without("vision_model.encoder.layers.0.mlp.fc1.bias"),
-        "the checkpoint fills 71 of 72 parameters; missing: vision.tower.blocks.0.mlp.fc1.bias",
+        "the checkpoint fills 71 of 72 parameters; missing: vision.encoder.tower.blocks.0.mlp.fc1.bias",
     ),
     "of another shape": (
         "mm_projector",
@@ -76,7 +76,7 @@ def test_a_tensor_that_sglang_leaves_out_is_missed(tmp_path: Path) -> None:
     left_out = "model.layers.1.self_attn.q_proj.weight"
 
     def read(weights: State, *, whole: bool) -> dict[str, torch.Tensor]:
-        load = StrictLoad(family.vision_plan(config), VisionStack(config))
+        load = StrictLoad(family.vision_plan(config.images), VisionStack(config.images))
         return dict(language_tensors(weights.items(), names, load, family, config, whole=whole))
 
     assert left_out in read(tensors, whole=True)

@@ -24,7 +24,7 @@ from siglane.families.prompt.messages import Parts, parts_of, without_trailing_s
 from siglane.families.prompt.probe import roles_with_parts
 from siglane.families.prompt.reserved import ReservedStrings, new_mark
 from siglane.families.prompt.template import checkpoint_template, self_contained
-from siglane.families.prompt.writer import PromptWriter, without_added_tokens
+from siglane.families.prompt.writer import PlainTokenizer, PromptWriter
 from siglane.tiling.rule import no_video
 from siglane.types import ImageLayout, ImagePart, Message, Prompt, Role
 
@@ -51,7 +51,7 @@ class PromptBuilder:
         self._special_ids = {token.content: number for number, token in added.items()}
         self._reserved = ReservedStrings(list(added.values()), *self._placeholders)
         self._reserved_in_text = ReservedStrings([t for t in added.values() if t.content not in self._placeholders])
-        self._plain = without_added_tokens(tokenizer)
+        self._plain = PlainTokenizer(tokenizer)
         self._template = rules.template or checkpoint_template(tokenizer.chat_template, rules.default_template)
         self._roles_with_parts = roles_with_parts(lambda turns: self._render(turns, {}), image_token)
 

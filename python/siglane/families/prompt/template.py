@@ -42,11 +42,16 @@ _MEDIA_FIRST = (
 
 def checkpoint_template(found: str | dict[str, str] | None, default: str) -> str:
     """The template to use. found: the tokenizer's, by name when it has several; default: where it has none. ConfigError
-    when none of several is the default one."""
+    when none of several is the default one, or there is none at all."""
     if isinstance(found, dict):
         if "default" not in found:
             raise ConfigError(f"the tokenizer has the chat templates {', '.join(sorted(found))} and none is 'default'")
         return found["default"]
+    if not found and not default:
+        raise ConfigError(
+            "the tokenizer has no chat template, and nothing else says how this model is spoken to; put its template "
+            "into the folder as chat_template.jinja"
+        )
     return found or default
 
 

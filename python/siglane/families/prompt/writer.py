@@ -13,22 +13,34 @@ from siglane.errors import ConfigError
 from siglane.types import ImagePlaceholder, ImageSpan, Indicator, Marker, Piece, Token
 
 
-def without_added_tokens(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """The same normaliser, splitter and vocabulary, but every text is only text."""
-    definition = json.loads(tokenizer.backend_tokenizer.to_str())
-    definition.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
-    plain: Tokenizer = Tokenizer.from_str(json.dumps(definition))
-    return plain
+class PlainTokenizer:
+    """The same normaliser, splitter and vocabulary as a tokenizer's, but every text is only text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        definition = json.loads(tokenizer.backend_tokenizer.to_str())
+        definition.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
+        self._first = self._following = Tokenizer.from_str(json.dumps(definition))
+        splitter = definition["pre_tokenizer"] or {}
+        steps = [step for step in (splitter, *splitter.get("pretokenizers", ())) if "prepend_scheme" in step]
+        if any(step["prepend_scheme"] == "first" for step in steps):
+            for step in steps:
+                step["prepend_scheme"] = "never"
+            self._following = Tokenizer.from_str(json.dumps(definition))
+
+    def ids(self, text: str, *, first: bool) -> list[int]:
+        """first: whether the text begins the prompt; Llama 2's tokenizer puts a space there and nowhere else."""
+        ids: list[int] = (self._first if first else self._following).encode(text, add_special_tokens=False).ids
+        return ids
 
 
 class PromptWriter:
     """Collects ids. Text is held back until something that is not text follows, so that neighbours join.
 
-    plain: for text (`without_added_tokens`); special_ids: of the added tokens, by their text; spans: of the images so
+    plain: for text; special_ids: of the added tokens, by their text; spans: of the images so
     far, numbered as they come.
     """
 
-    def __init__(self, plain: Tokenizer, special_ids: Mapping[str, int], image_token_id: int) -> None:
+    def __init__(self, plain: PlainTokenizer, special_ids: Mapping[str, int], image_token_id: int) -> None:
         self.spans: list[ImageSpan] = []
         self._plain, self._special_ids, self._image_token_id = plain, special_ids, image_token_id
         self._ids: list[int] = []
@@ -82,5 +94,4 @@ class PromptWriter:
         self._text.clear()
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
-        return ids
+        return self._plain.ids(text, first=not self._ids)

@@ -10,7 +10,7 @@ import torch
 from sglang.srt.managers import mm_schedule
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
 
-from siglane.config.vlm import ImageFacts
+from siglane.config.images import ImageFacts
 from siglane.nn.parallel import TensorParallel
 from siglane.tiling.rule import ImageBudget
 from siglane.types import ImagePatches, Medium, Prompt, Size, VideoSize

@@ -112,7 +112,7 @@ def _state(checkpoint: Checkpoint, files: list[Path]) -> str:
 
 
 def _fill(folder: Path, checkpoint: Checkpoint, processor: Processor, files: list[Path]) -> None:
-    config = processor.config
+    config, vision = processor.config, processor.facts.vision
     ends = list(config.eos_token_ids)
     dtype = str(stored_dtype(checkpoint)).removeprefix("torch.")
     root: dict[str, Any] = {
@@ -125,7 +125,7 @@ def _fill(folder: Path, checkpoint: Checkpoint, processor: Processor, files: lis
         "eos_token_id": ends,
         "tie_word_embeddings": config.language.tie_embeddings,
         "text_config": text_config(config.language, dtype) | {"eos_token_id": ends},
-        "vision_config": {"hidden_size": config.vision.hidden_size, "num_hidden_layers": config.vision.depth},
+        "vision_config": {"hidden_size": vision.hidden_size, "num_hidden_layers": vision.depth},
     }
     _write(folder / "config.json", root)
     _write(folder / "generation_config.json", {"eos_token_id": ends, "do_sample": False})

@@ -10,9 +10,10 @@ from siglane.config.vlm import VlmConfig
 from siglane.errors import WeightError
 from siglane.families.family import VlmFamily
 from siglane.families.model import model_tensors
+from siglane.lm.qwen import qwen_plan
+from siglane.nn.plan import Destination, Ignore
 from siglane.weights.hub import Checkpoint
 from siglane.weights.load import StrictLoad
-from siglane.weights.plan import Destination, Ignore, qwen_plan
 
 
 def full_names(checkpoint: Checkpoint) -> dict[str, str]:
@@ -45,7 +46,7 @@ def language_tensors(
     twice are yielded once.
     """
     waiting = dict(names) if whole else {}
-    plan, hf_plan = family.language_plan(config), qwen_plan(config.language)
+    plan, hf_plan = family.language_plan(config.language), qwen_plan(config.language)
     seen: set[str] = set()
     for key, tensor in weights:
         name = names.get(key, key)

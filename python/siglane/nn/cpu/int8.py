@@ -12,15 +12,18 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import platform
 from collections.abc import Callable
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from siglane.errors import ConfigError, UserError
 from siglane.nn.act import activate
-from siglane.nn.encoder import MLP, Block
+from siglane.nn.cpu.chunks import chunk_mlp
+from siglane.nn.cpu.sealed import Sealed
+from siglane.nn.encoder import EncoderBlock, EncoderMLP
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from siglane.types import Activation
 
@@ -58,7 +61,7 @@ def quantise(model: nn.Module, kind: Bits, device: torch.device | str) -> nn.Mod
     for parent, name, layer in layers:
         setattr(parent, name, _quantised(layer, make))
     if device.type == "cpu":
-        _cut_rows(model)
+        _chunk(model)
     return model
 
 
@@ -68,7 +71,7 @@ def _balance(model: nn.Module) -> None:
     changes no result but leaves the others more of a row's codes (SmoothQuant, arXiv:2211.10438 section 4, with the
     norm's own gain in the place of recorded activations)."""
     for block in model.modules():
-        if not isinstance(block, Block):
+        if not isinstance(block, EncoderBlock):
             continue
         for norm, layer in ((block.norm1, block.attention.qkv), (block.norm2, block.mlp.fc1)):
             size = torch.hypot(norm.weight, norm.bias).float().clamp_min(LEAST)
@@ -79,19 +82,21 @@ def _balance(model: nn.Module) -> None:
             layer.weight.mul_(divisor)
 
 
-def _cut_rows(model: nn.Module) -> None:
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, MLP) and isinstance(child.fc2, QuantisedRow) and child.fc2.tp.size == 1:
-                setattr(parent, name, Chunked(child))
+def _chunk(model: nn.Module) -> None:
+    """The wide values inside an MLP stay in the cache instead of going through memory."""
+    for module in model.modules():
+        if isinstance(module, EncoderMLP) and isinstance(module.fc2, QuantisedRow) and module.fc2.tp.size == 1:
+            chunk_mlp(module, ROWS)
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(Sealed):
     """`y = x W^T + b` by int8 products: x `[..., K]` of any float dtype -> `[..., N]` in the same one.
 
-    It lives on the CPU and has no parameters: it cannot be trained, moved, cast, copied or loaded into; ValueError for
-    any attempt. A row with an infinite or undefined value gives undefined values, and no other row does.
+    It lives on the CPU and has no parameters: it cannot be trained, saved, moved, cast, copied or loaded into;
+    ValueError for any attempt. A row with an infinite or undefined value gives undefined values, and no other row does.
     """
+
+    sealed, sealed_by, refusal = "an 8-bit layer", "quantise", ValueError
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
@@ -127,15 +132,6 @@ class Int8Linear(nn.Module):
         codes, scale, zero = row_codes(x)
         y = _integer_product(codes, self.packed, self.scale, self.zero_points).mul_(scale)
         return y.addmm_(torch.cat((zero * -scale, torch.ones_like(zero)), 1), self.corrections)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        moved = fn(torch.empty(0))
-        if moved.device.type != "cpu" or moved.dtype != torch.float32:
-            raise ValueError("an 8-bit layer cannot be moved or cast; move the model before it is quantised")
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        raise ValueError("an 8-bit layer cannot be copied or pickled; load the model again and quantise it there")
 
 
 def row_codes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -207,19 +203,6 @@ class QuantisedQKV(nn.Module):
         return q, k, v
 
 
-class Chunked(nn.Module):
-    """A module that sees each row by itself, run on `ROWS` rows at a time: the wide values inside an MLP stay in the
-    cache instead of going through memory."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        parts = [self.module(part) for part in x.split(ROWS)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
 def _quantised(layer: nn.Module, make: MakeLinear) -> nn.Module:
     if isinstance(layer, ColumnParallelLinear):
         return QuantisedColumn(layer, make)
@@ -245,7 +228,7 @@ def _on_cpu(kind: Bits) -> MakeLinear:
 def _exact() -> bool:
     """Whether int8 products are integer products here: oneDNN's kernels for processors without VNNI add neighbours up
     in 16 bits, which overflow in silence, and on other architectures it has none that are fast."""
-    if not torch.backends.mkldnn.is_available() or torch.cpu.get_capabilities()["architecture"] != "x86_64":
+    if not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):
         return False
     inputs = 64
     weight = torch.full((16, inputs), LEVELS, dtype=torch.int8)

@@ -57,10 +57,6 @@ class Tensors:
                 return Tensors(found)
         raise WeightError(f"the reference finds no tensor called {' or '.join(prefixes)}...")
 
-    def below(self, prefix: str) -> Tensors:
-        """The same with `prefix` in front of every name."""
-        return Tensors({prefix + name: read for name, read in self.readers.items()})
-
     def renamed(self, names: Mapping[str, str]) -> Tensors:
         """The same under other names: new name -> name here. WeightError when one is missing."""
         return Tensors({new: self.reader(name) for new, name in names.items()})

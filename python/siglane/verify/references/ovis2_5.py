@@ -88,13 +88,10 @@ class Ovis2_5:
         config: Any = SiglipVisionConfig(**{name: self.raw[name] for name in VIT_FACTS if name in self.raw})
         config.vision_use_head = False
         self.tower: Any = SiglipVisionModel(config)
-        infix = any(name.startswith("vision_model.") for name, _ in self.tower.named_parameters())
-        inner: Any = self.tower.vision_model if infix else self.tower
-        self.inner = inner
-        for layer in inner.encoder.layers:
+        for layer in self.tower.encoder.layers:
             layer.self_attn = RotaryAttention(config)
         vit = tensors.under("visual_tokenizer.vit.vision_model.", "visual_tokenizer.vit.")
-        ready(self.tower, vit.below("vision_model.") if infix else vit, device, dtype)
+        ready(self.tower, vit, device, dtype)
         self.table = tensors["vte.weight"].to(device, dtype)
         merged = config.hidden_size * self.stride**2
         words = len(self.table) - INDICATORS
@@ -143,9 +140,9 @@ class Ovis2_5:
 
     def _encoded(self, frame: Frame) -> tuple[Trace, torch.Tensor]:
         """The tower's stages in raster order, and its features in block order. No post_layernorm."""
-        layers = self.inner.encoder.layers
+        layers = self.tower.encoder.layers
         pixels = frame.pixels.to(self.device, self.dtype)
-        patches = self.inner.embeddings.patch_embedding(pixels).flatten(1)
+        patches = self.tower.embeddings.patch_embedding(pixels).flatten(1)
         x = patches + self._positions(frame) if self.raw.get("preserve_original_pe", True) else patches
         before = {"patch_embedding": patches, "positions": x}
         rotary, full = self._rotary(frame), self._full_layers(len(layers))
@@ -160,7 +157,7 @@ class Ovis2_5:
 
     def _positions(self, frame: Frame) -> torch.Tensor:
         """The learned table at the frame's grid: bicubic, without antialiasing, in block order."""
-        table = self.inner.embeddings.position_embedding.weight
+        table = self.tower.embeddings.position_embedding.weight
         side = round(len(table) ** 0.5)
         picture = table.float().unflatten(0, (side, side)).permute(2, 0, 1)[None]
         resized = F.interpolate(picture, size=frame.grid, mode="bicubic", align_corners=False)[0]
@@ -169,7 +166,7 @@ class Ovis2_5:
     def _rotary(self, frame: Frame) -> tuple[torch.Tensor, torch.Tensor] | None:
         if not self.raw.get("use_rope", True):
             return None
-        half = self.inner.encoder.layers[0].self_attn.head_dim // 2
+        half = self.tower.encoder.layers[0].self_attn.head_dim // 2
         frequencies = 1 / 10000 ** (torch.arange(0, half, 2).float() / half)
         angles = torch.cat([torch.outer(index.float(), frequencies) for index in (frame.rows, frame.columns)], dim=1)
         angles = torch.cat([angles, angles], dim=1).to(self.device)

@@ -27,11 +27,8 @@ class Siglip2:
         self.config: Any = Siglip2VisionConfig.from_dict(raw)
         self.device, self.dtype = device, dtype
         self.model: Any = Siglip2VisionModel(self.config)
-        bare = Tensors.of(folder).under("vision_model.", "")
-        self.inner: Any = self.model
-        if any(name.startswith("vision_model.") for name, _ in self.model.named_parameters()):
-            self.inner, bare = self.model.vision_model, bare.below("vision_model.")
-        ready(self.model, bare, device, dtype)
+        ready(self.model, Tensors.of(folder).under("vision_model.", ""), device, dtype)
+        resize_one_column_exactly(self.model.embeddings)
         self.most = processor.get("max_num_patches", 256)
         # the size is computed for each picture; the processor's defaults are those of Siglip2ImageProcessor
         self.processing: Processing = Processing.of(processor | {"size": 1}, 1, Image.Resampling.BILINEAR)
@@ -55,10 +52,10 @@ class Siglip2:
     @torch.no_grad()
     def _encoded(self, padded: torch.Tensor, mask: torch.Tensor, shapes: torch.Tensor) -> Trace:
         modules = {
-            "patch_embedding": self.inner.embeddings.patch_embedding,
-            "positions": self.inner.embeddings,
-            **{f"block.{number}": layer for number, layer in enumerate(self.inner.encoder.layers)},
-            "features": self.inner.post_layernorm,
+            "patch_embedding": self.model.embeddings.patch_embedding,
+            "positions": self.model.embeddings,
+            **{f"block.{number}": layer for number, layer in enumerate(self.model.encoder.layers)},
+            "features": self.model.post_layernorm,
         }
         mask = mask.to(self.device)
         with tapping(modules, rows=lambda output: output[mask.bool()]) as taps:
@@ -68,6 +65,24 @@ class Siglip2:
         if output.pooler_output is not None:
             taps["pooled"] = output.pooler_output.cpu()
         return taps
+
+
+def resize_one_column_exactly(embeddings: Any) -> None:
+    """Makes `Siglip2VisionEmbeddings` of every version agree on grids of one column.
+
+    Since 5.24 transformers multiplies by the filter's weights; before, it calls torch's antialiasing, which on CPUs
+    gives every row of one column the first row's positions. Their function is right for one row: such a grid goes
+    through it as its transpose.
+    """
+    theirs = embeddings.resize_positional_embeddings
+
+    def resized(table: torch.Tensor, shapes: torch.Tensor, max_length: int) -> torch.Tensor:
+        """table `[side, side, width]`, shapes (h, w) `[B, 2]` -> `[B, max_length, width]`."""
+        upright = theirs(table, shapes, max_length)
+        lying = theirs(table.transpose(0, 1), shapes.flip(1), max_length)
+        return torch.where((shapes[:, 1] == 1)[:, None, None].to(upright.device), lying, upright)
+
+    embeddings.resize_positional_embeddings = resized
 
 
 def resized_to(width: int, height: int, patch_size: int, most: int) -> tuple[int, int]:

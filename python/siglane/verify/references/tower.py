@@ -22,13 +22,7 @@ class SiglipTower:
         self.config: Any = SiglipVisionConfig.from_dict(facts)
         self.device, self.dtype = device, dtype
         self.model: Any = SiglipVisionModel(self.config)
-        bare = tensors.under("vision_model.", "")
-        # transformers before 5.19 keeps the infix of the hub's names, later ones do not
-        self.inner: Any = self.model
-        if any(name.startswith("vision_model.") for name, _ in self.model.named_parameters()):
-            self.inner = self.model.vision_model
-            bare = bare.below("vision_model.")
-        ready(self.model, bare, device, dtype)
+        ready(self.model, tensors.under("vision_model.", ""), device, dtype)
 
     @property
     def side(self) -> int:
@@ -44,12 +38,11 @@ class SiglipTower:
 
     def run(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """pixels f32 `[B, 3, H, W]` -> preprocessing, patch_embedding, positions, block.N, post_layernorm; pooled."""
-        inner = self.inner
         modules = {
-            "patch_embedding": inner.embeddings.patch_embedding,
-            "positions": inner.embeddings,
-            **{f"block.{number}": layer for number, layer in enumerate(inner.encoder.layers)},
-            "post_layernorm": inner.post_layernorm,
+            "patch_embedding": self.model.embeddings.patch_embedding,
+            "positions": self.model.embeddings,
+            **{f"block.{number}": layer for number, layer in enumerate(self.model.encoder.layers)},
+            "post_layernorm": self.model.post_layernorm,
         }
         with torch.no_grad(), tapping(modules) as taps:
             output = self.model(pixel_values=pixels.to(self.device, self.dtype))

@@ -38,10 +38,11 @@ class SiglaneForConditionalGeneration(nn.Module):
         super().__init__()
         self.checkpoint = Checkpoint(Path(config.checkpoint))
         self.family = vlm_family(self.checkpoint)
-        self.facts = load_processor(self.checkpoint).config
+        processor = load_processor(self.checkpoint)
+        self.facts, self.images = processor.config, processor.facts
         check_model(self.checkpoint, self.facts)
         self.config = config
-        self.vision = ParallelStack(self.facts, bridge.tensor_parallel(), host_config().encoder_parallel)
+        self.vision = ParallelStack(self.images, bridge.tensor_parallel(), host_config().encoder_parallel)
         self.language_model = LANGUAGE_MODELS[config.text_config.model_type](
             config.text_config, quant_config, add_prefix("language_model", prefix)
         )
@@ -63,7 +64,7 @@ class SiglaneForConditionalGeneration(nn.Module):
     def get_image_feature(self, items: list[Any]) -> list[torch.Tensor]:
         """What stands at the places of each item, `[places, hidden_size]`; any subset of a batch's images, one packed
         forward for all of them."""
-        images = [bridge.patches_of(item, self.facts) for item in items]
+        images = [bridge.patches_of(item, self.images) for item in items]
         logger.debug("siglane: %d images to encode", len(images))
         rows = self.vision(images).split()
         return [bridge.span_rows(*pair, self.get_input_embeddings()) for pair in zip(items, rows, strict=True)]
@@ -83,7 +84,7 @@ class SiglaneForConditionalGeneration(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """The first pass must fill every parameter of tower and projector; later ones, updates, may bring some."""
-        load = StrictLoad(self.family.vision_plan(self.facts), self.vision.stack)
+        load = StrictLoad(self.family.vision_plan(self.images), self.vision.stack)
         tensors = language_tensors(
             weights, full_names(self.checkpoint), load, self.family, self.facts, whole=not self._loaded
         )

@@ -32,7 +32,7 @@ class SiglaneProcessor(BaseMultimodalProcessor):
     def __init__(self, hf_config: Any, server_args: Any, processor: Any, transport_mode: Any, **others: Any) -> None:
         super().__init__(hf_config, server_args, processor, transport_mode, **others)
         self.prompts = load_processor(Checkpoint(Path(hf_config.checkpoint)))
-        self.media = HostMedia(host_config(), self.prompts.config, read_environment(ImageBudget))
+        self.media = HostMedia(host_config(), self.prompts.facts, read_environment(ImageBudget))
 
     async def process_mm_data_async(
         self,

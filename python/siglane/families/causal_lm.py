@@ -1,0 +1,62 @@
+"""Language models without eyes: Qwen2, Qwen3 and Llama in transformers' layout (formats.md section 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from siglane.config.images import ImageFacts
+from siglane.config.language import LanguageConfig
+from siglane.config.reader import RawConfig
+from siglane.config.vlm import Thinking
+from siglane.families.family import PromptRules, VlmFamily
+from siglane.families.files import THINK_END, thinking_of
+from siglane.lm.qwen import qwen_plan
+from siglane.nn.plan import WeightPlan
+from siglane.weights.hub import Checkpoint, Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+READERS: dict[str, Callable[[RawConfig, str], LanguageConfig]] = {
+    "Qwen2ForCausalLM": LanguageConfig.from_hf,
+    "Qwen3ForCausalLM": LanguageConfig.from_hf,
+    "LlamaForCausalLM": LanguageConfig.from_llama,
+}
+
+
+class CausalLm(VlmFamily):
+    name = "causal_lm"
+    known_as = tuple(READERS)
+    language_prefix = ""
+
+    def matches(self, root: RawConfig, checkpoint: Checkpoint) -> bool:
+        return any(name in READERS for name in root.get("architectures") or [])
+
+    def images(self, checkpoint: Checkpoint) -> None:
+        return None
+
+    def language(self, checkpoint: Checkpoint) -> LanguageConfig:
+        root = checkpoint.json("config.json")
+        reader = next(READERS[name] for name in root["architectures"] if name in READERS)
+        return reader(root, "config.json")
+
+    def ends(self, tokenizer: PreTrainedTokenizerFast) -> Sequence[str | None]:
+        return (tokenizer.eos_token,)
+
+    def thinking(self, tokenizer: PreTrainedTokenizerFast) -> Thinking | None:
+        return thinking_of(tokenizer)
+
+    def prompt_rules(self, checkpoint: Checkpoint) -> PromptRules:
+        """The template is the tokenizer's: without one nobody knows how this model is spoken to."""
+        thinks = "Qwen3ForCausalLM" in checkpoint.json("config.json")["architectures"]
+        return PromptRules(default_template="", strip_messages=False, thinking_end=THINK_END if thinks else "")
+
+    def vision_plan(self, images: ImageFacts) -> WeightPlan:
+        return WeightPlan(())
+
+    def language_plan(self, language: LanguageConfig) -> WeightPlan:
+        return qwen_plan(language)
+
+    def vision_sources(self, checkpoint: Checkpoint) -> tuple[Source, ...]:
+        return ()

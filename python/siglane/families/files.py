@@ -1,0 +1,95 @@
+"""Facts that several families find in the same files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from siglane.config.reader import ConfigReader
+from siglane.config.vision import VisionConfig
+from siglane.config.vlm import Thinking
+from siglane.errors import ConfigError
+from siglane.types import SamplingParams
+from siglane.weights.hub import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+GENERATION = "generation_config.json"
+# fields of `SamplingParams`, under the names that transformers gives them, and the types of their values
+SAMPLING: Mapping[str, tuple[str, type[int] | type[float]]] = {
+    "temperature": ("temperature", float),
+    "top_p": ("top_p", float),
+    "top_k": ("top_k", int),
+    "min_p": ("min_p", float),
+    "repetition_penalty": ("repetition_penalty", float),
+    "max_new_tokens": ("max_tokens", int),
+}
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+TOWER_TYPE = "siglip_vision_model"
+THINK_START, THINK_END = "<think>", "</think>"
+
+# what Qwen3 and Ovis2.5 are made to say when their thinking budget is spent
+FORCED_END = (
+    "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now.\n"
+    "</think>\n\n"
+)
+
+
+def llava_tower(reader: ConfigReader, feature_layer: int) -> VisionConfig:
+    """A `SiglipVisionConfig` whose features are read at a layer, without the last norm and the head, as LLaVA and VILA
+    do. ConfigError for another tower."""
+    reader.choice("model_type", {TOWER_TYPE: None}, TOWER_TYPE)
+    return VisionConfig.from_hf(reader.raw, feature_layer=feature_layer, post_norm=False, head=False, name=reader.name)
+
+
+def image_processor(
+    folder: Checkpoint, section: str = "image_processor", file: str = PREPROCESSOR
+) -> ConfigReader | None:
+    """A section of processor_config.json (transformers 5), else `file` (before), as transformers chooses."""
+    if folder.optional(PROCESSOR).get(section) is not None:
+        return folder.reader(PROCESSOR).section(section)
+    return folder.reader(file) if folder.has(file) else None
+
+
+def end_of_answer(
+    folder: Checkpoint, tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str | None]
+) -> tuple[int, ...]:
+    """The ids that end an answer: those generation_config.json states, or else config.json, as transformers reads them,
+    then those of `tokens` the tokenizer has.
+
+    ConfigError when there is none.
+    """
+    stated: Any = folder.optional(GENERATION).get("eos_token_id")
+    if stated is None:
+        stated = folder.optional("config.json").get("eos_token_id")
+    found = list(stated) if isinstance(stated, list) else [] if stated is None else [stated]
+    vocabulary = tokenizer.get_vocab()
+    found += [vocabulary[token] for token in tokens if token in vocabulary]
+    if not found or not all(type(token) is int and token >= 0 for token in found):
+        raise ConfigError(f"{folder.root}: no usable end-of-answer token in {GENERATION} or the tokenizer")
+    return tuple(dict.fromkeys(found))
+
+
+def stated_sampling(folder: Checkpoint) -> dict[str, Any]:
+    """The fields of `SamplingParams` that generation_config.json states; null and a missing file state nothing.
+
+    Read as vLLM and SGLang do: the values apply where they stand, and `do_sample` is not asked, which transformers'
+    `generate` alone gives a meaning. ConfigError for a value that cannot be used, naming the file.
+    """
+    reader = ConfigReader(folder.optional(GENERATION), str(folder.path(GENERATION)))
+    stated = {name: known for name, known in SAMPLING.items() if reader.has(name)}
+    found: dict[str, Any] = {field: reader.value(name, kind) for name, (field, kind) in stated.items()}
+    complaint = SamplingParams(**found).complaint()
+    if complaint is not None:
+        raise ConfigError(f"{reader.name}: {complaint[1]}")
+    return found
+
+
+def thinking_of(tokenizer: PreTrainedTokenizerFast) -> Thinking | None:
+    """None for a tokenizer without the tokens that Qwen3 marks its reasoning with."""
+    vocabulary = tokenizer.get_vocab()
+    if THINK_START not in vocabulary or THINK_END not in vocabulary:
+        return None
+    forced = tokenizer(FORCED_END, add_special_tokens=False).input_ids
+    return Thinking(vocabulary[THINK_START], vocabulary[THINK_END], tuple(forced))

@@ -1,0 +1,114 @@
+"""Which checkpoint tensor fills which parameter: renames, fusions and what is left out, as data.
+
+Patterns are tensor names in which `{i}` stands for a number, `{leaf}` for `weight` or `bias`, `{rest}` for anything,
+and `[...]` encloses text that may be absent. Targets repeat the pattern's `{i}` and `{leaf}`. Each module's file states
+its plan beside its parameters; a family joins those of its parts under its checkpoint's prefixes.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+PLACEHOLDERS = {"i": r"\d+", "leaf": "weight|bias", "rest": ".+"}
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Tensors named `pattern` fill `part` of parameter `target` (parts: `nn.linear.ShardedModule`).
+
+    `q+k+v`: the tensor holds several parts one after another along its first dimension. twin: another tensor may hold
+    the same values (tied weights stored under both names); the second one only has to be equal.
+    """
+
+    pattern: str
+    target: str
+    part: str = ""
+    twin: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ignore:
+    """Tensors named `pattern` are not used, for `reason`."""
+
+    pattern: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """Tensors whose name starts with `prefix` belong to another owner, who gets them without the prefix."""
+
+    prefix: str
+
+
+Entry = Rule | Ignore | Elsewhere
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """The part of a parameter that one tensor fills; twin: as in `Rule`."""
+
+    parameter: str
+    part: str
+    twin: bool = field(default=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPlan:
+    """What becomes of every tensor of a checkpoint. The first entry that matches a name decides."""
+
+    entries: tuple[Entry, ...]
+
+    def find(self, name: str) -> Destination | Ignore | Elsewhere | None:
+        """None: the plan does not know `name`."""
+        for entry in self.entries:
+            if isinstance(entry, Elsewhere):
+                if name.startswith(entry.prefix):
+                    return entry
+            elif found := _compile(entry.pattern).fullmatch(name):
+                if isinstance(entry, Ignore):
+                    return entry
+                return Destination(entry.target.format(**found.groupdict()), entry.part, entry.twin)
+        return None
+
+    def source(self, destination: Destination) -> str | None:
+        """The tensor that fills `destination`, its optional text written out: the reverse of `find`. None when no rule
+        does."""
+        rules = (entry for entry in self.entries if isinstance(entry, Rule) and entry.part == destination.part)
+        for rule in rules:
+            if found := _compile(rule.target).fullmatch(destination.parameter):
+                return rule.pattern.format(**found.groupdict()).replace("[", "").replace("]", "")
+        return None
+
+    def under(self, source: str, target: str) -> WeightPlan:
+        """The same plan for tensors called `source` + name and parameters called `target` + name."""
+        return WeightPlan(tuple(_moved(entry, source, target) for entry in self.entries))
+
+    def unused(self, reason: str) -> WeightPlan:
+        """The same names, none of them loaded."""
+        return WeightPlan(
+            tuple(Ignore(entry.pattern, reason) if isinstance(entry, Rule) else entry for entry in self.entries)
+        )
+
+    def __add__(self, other: WeightPlan) -> WeightPlan:
+        return WeightPlan(self.entries + other.entries)
+
+
+def _moved(entry: Entry, source: str, target: str) -> Entry:
+    match entry:
+        case Rule(pattern, parameter):
+            return replace(entry, pattern=source + pattern, target=target + parameter)
+        case Ignore(pattern, reason):
+            return Ignore(source + pattern, reason)
+        case Elsewhere(prefix):
+            return Elsewhere(source + prefix)
+
+
+@lru_cache(maxsize=4096)
+def _compile(pattern: str) -> re.Pattern[str]:
+    expression = re.escape(pattern).replace(r"\[", "(?:").replace(r"\]", ")?")
+    for name, matches in PLACEHOLDERS.items():
+        expression = expression.replace(re.escape("{" + name + "}"), f"(?P<{name}>{matches})")
+    return re.compile(expression)

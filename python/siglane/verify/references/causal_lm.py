@@ -1,0 +1,34 @@
+"""Language models without eyes: transformers' own, behind the tokenizer and its chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from siglane.verify.references.decoder import Decoder, load_tokenizer, rendered
+from siglane.verify.references.files import Tensors, read_json
+from siglane.verify.references.reference import ReferenceFamily
+from siglane.verify.stages import Trace
+
+ARCHITECTURES = {"Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM"}
+
+
+class CausalLm:
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+        self.folder, self.tokenizer = folder, load_tokenizer(folder)
+        self.decoder = Decoder(read_json(folder / "config.json"), Tensors.of(folder), device, dtype)
+
+    def run(self, pictures: Sequence[Image.Image], prompt: str, steps: int) -> Trace:
+        text = rendered(self.folder, self.tokenizer, [], prompt, default="")
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        return self.decoder.run(self.decoder.embed(ids), steps)
+
+
+def _matches(folder: Path) -> bool:
+    return not ARCHITECTURES.isdisjoint(read_json(folder / "config.json").get("architectures") or [])
+
+
+FAMILY = ReferenceFamily(name="causal_lm", speaks=True, matches=_matches, load=CausalLm)

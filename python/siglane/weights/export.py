@@ -1,0 +1,30 @@
+"""A module's parameters as the tensors of a checkpoint: the reverse of `weights/load.py`, by the same plan."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from siglane.nn.linear import ShardedModule
+from siglane.nn.plan import Destination, WeightPlan
+
+
+def checkpoint_tensors(module: nn.Module, plan: WeightPlan) -> dict[str, torch.Tensor]:
+    """Every parameter of `module`, which is whole on this rank, under the names and in the shapes of a checkpoint.
+
+    ValueError when no tensor of the plan fills a parameter.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in module.named_parameters():
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        stored = owner.stored_parts(leaf) if isinstance(owner, ShardedModule) else {"": parameter.detach()}
+        joined = "+".join(stored)
+        if len(stored) > 1 and plan.source(Destination(name, joined)) is not None:
+            stored = {joined: torch.cat(tuple(stored.values()))}
+        for part, tensor in stored.items():
+            source = plan.source(Destination(name, part))
+            if source is None:
+                raise ValueError(f"no tensor of a checkpoint fills {name}")
+            tensors[source] = tensor
+    return tensors
