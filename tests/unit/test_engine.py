@@ -16,7 +16,6 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 import torch
-from checkpoints import write_nvila_checkpoint
 from engine_kit import Asked
 
 from siglane.engine.batch import StepBatch
@@ -92,12 +91,10 @@ class Tiny:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    folder = tmp_path_factory.mktemp("engine") / "tiny"
-    write_nvila_checkpoint(folder)
-    checkpoint = open_checkpoint(folder)
+def tiny(nvila_folder: Path) -> Tiny:
+    checkpoint = open_checkpoint(nvila_folder)
     processor = load_processor(checkpoint)
-    return Tiny(folder, load_model(checkpoint, processor.config, device="cpu", dtype=torch.float32), processor)
+    return Tiny(nvila_folder, load_model(checkpoint, processor.config, device="cpu", dtype=torch.float32), processor)
 
 
 @pytest.fixture(scope="module")
@@ -311,9 +308,9 @@ class TestReuse:
         vision = engine.runner.model.vision
         real = vision.forward
 
-        def counting(images: list[ImagePatches]) -> ImageTokens:
+        def counting(images: list[ImagePatches], *others: object) -> ImageTokens:
             sizes.append(len(images))
-            return real(images)
+            return real(images, *others)
 
         monkeypatch.setattr(vision, "forward", counting)
         run(engine, [greedy("one", tiny.prompt("Two?", tiny.image(1), tiny.image(2)))])

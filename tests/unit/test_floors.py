@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Collection, Iterator, Mapping
@@ -98,6 +99,12 @@ def files() -> list[Path]:
 
 def relative(path: Path) -> PurePosixPath:
     return PurePosixPath(path.relative_to(PACKAGE).as_posix())
+
+
+def test_contributing_lists_these_floors() -> None:
+    page = (PACKAGE.parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    lines = [line for line in page.splitlines() if re.fullmatch(r"\d  \S.*", line)]
+    assert {room: int(line[0]) for line in lines for room in line[3:].split(" · ")} == FLOORS
 
 
 def test_imports_go_down_only() -> None:

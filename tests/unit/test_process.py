@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import write_nvila_checkpoint
 from engine_kit import Asked
 
 from siglane.engine import process
@@ -82,10 +81,8 @@ def until(holds: Callable[[], bool]) -> None:
 
 
 @pytest.fixture(scope="module")
-def spec(tmp_path_factory: pytest.TempPathFactory) -> EngineSpec:
-    folder = tmp_path_factory.mktemp("process") / "tiny"
-    write_nvila_checkpoint(folder)
-    return EngineSpec(str(folder), EngineConfig(device="cpu", threads=1, kv_tokens=16384))
+def spec(nvila_folder: Path) -> EngineSpec:
+    return EngineSpec(str(nvila_folder), EngineConfig(device="cpu", threads=1, kv_tokens=16384))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from siglane.server.choices import Choices, finish_reason
 from siglane.server.context import RequestContext
 from siglane.server.protocol import ChatCompletionRequest, plain
 from siglane.server.replies import AssistantMessage, ChatCompletion, Choice, SiglaneReport, UsageReply
-from siglane.server.state import ServerState
+from siglane.server.served import ChatModel
 from siglane.server.stopwatch import Stopwatch
 from siglane.types import Message, Prompt, Request, SamplingParams, Usage
 
@@ -33,24 +33,23 @@ class Prepared:
     seconds: dict[str, float]
 
 
-async def prepare(body: ChatCompletionRequest, context: RequestContext, state: ServerState) -> Prepared:
+async def prepare(body: ChatCompletionRequest, context: RequestContext, model: ChatModel) -> Prepared:
     """Everything before the engine. Raises UserError for a request that cannot be served, cheapest checks first."""
-    state.check_model(body.model)
     messages, media = read_messages(plain(body.messages))
-    state.media.admit(media)
-    sampling = sampling_of(body, state)
-    check_length(messages, state)
+    model.media.admit(media)
+    sampling = sampling_of(body, model)
+    check_length(messages, model)
     salt = body.cache_salt or ""
     watch = Stopwatch()
-    await state.media.fetch(media, salt, context.lease)
+    await model.media.fetch(media, salt, context.lease)
     watch.note("fetch")
-    await state.media.lay_out(media)
+    await model.media.lay_out(media)
     # of the images only the headers were read so far: what is too long is never decoded
     layouts = [item.layout for item in media]
-    prompt = await state.media.run(state.processor.prompt, messages, layouts, body.chat_template_kwargs)
-    max_tokens = resolve_max_tokens(body, sampling, prompt, state)
+    prompt = await model.media.run(model.processor.prompt, messages, layouts, body.chat_template_kwargs)
+    max_tokens = resolve_max_tokens(body, sampling, prompt, model)
     watch.note("prepare")
-    await state.media.preprocess(media, context.lease)
+    await model.media.preprocess(media, context.lease)
     watch.add("decode", sum(item.decoding for item in media))
     watch.add("prepare", sum(item.cutting for item in media))
     images = prompt.in_order([item.patches for item in media])
@@ -62,27 +61,25 @@ async def prepare(body: ChatCompletionRequest, context: RequestContext, state: S
     return Prepared(request_id, prompt, requests, list(map(report_image, media)), watch.seconds)
 
 
-def check_length(messages: Sequence[Message], state: ServerState) -> None:
+def check_length(messages: Sequence[Message], model: ChatModel) -> None:
     """Refuses text that cannot fit before it is tokenised: no token stands for more than the longest one's letters."""
     letters = sum(len(part) for message in messages for part in message.parts if isinstance(part, str))
-    least = letters // state.longest_token
-    if least >= state.context_length:
-        raise too_long(least, f"at least {least}", state)
+    least = letters // model.longest_token
+    if least >= model.context_length:
+        raise too_long(least, f"at least {least}", model)
 
 
-def too_long(tokens: int, shown: str, state: ServerState) -> UserError:
-    message = f"the prompt has {shown} tokens; the model reads at most {state.context_length}"
+def too_long(tokens: int, shown: str, model: ChatModel) -> UserError:
+    message = f"the prompt has {shown} tokens; the model reads at most {model.context_length}"
     return UserError(message, code="context_length_exceeded", param="messages")
 
 
-def resolve_max_tokens(
-    body: ChatCompletionRequest, sampling: SamplingParams, prompt: Prompt, state: ServerState
-) -> int:
+def resolve_max_tokens(body: ChatCompletionRequest, sampling: SamplingParams, prompt: Prompt, model: ChatModel) -> int:
     """The client's bound when there is room for it; where it names none the checkpoint's, or all the room."""
-    length, longest = len(prompt.token_ids), state.context_length
+    length, longest = len(prompt.token_ids), model.context_length
     room = longest - length
     if room < 1:
-        raise too_long(length, f"{length} ({prompt.image_tokens} of them for images)", state)
+        raise too_long(length, f"{length} ({prompt.image_tokens} of them for images)", model)
     wanted = body.requested_tokens
     if wanted is not None and wanted > room:
         raise UserError(
@@ -97,11 +94,11 @@ def resolve_max_tokens(
     return max_tokens
 
 
-def sampling_of(body: ChatCompletionRequest, state: ServerState) -> SamplingParams:
+def sampling_of(body: ChatCompletionRequest, model: ChatModel) -> SamplingParams:
     """What the client names, and the server's defaults for the rest."""
-    sampling = replace(state.sampling_defaults, **body.sampling)
-    language = state.processor.config.language
-    check_for_model(sampling, language.vocab_size, state.processor.config.thinking)
+    sampling = replace(model.sampling_defaults, **body.sampling)
+    language = model.processor.config.language
+    check_for_model(sampling, language.vocab_size, model.processor.config.thinking)
     for token_id in sampling.stop_token_ids:
         if token_id >= language.vocab_size:
             message = f"stop_token_ids names token {token_id}; the vocabulary ends at {language.vocab_size - 1}"
@@ -109,43 +106,43 @@ def sampling_of(body: ChatCompletionRequest, state: ServerState) -> SamplingPara
     return sampling
 
 
-async def complete(body: ChatCompletionRequest, context: RequestContext, state: ServerState) -> ChatCompletion:
+async def complete(body: ChatCompletionRequest, context: RequestContext, model: ChatModel) -> ChatCompletion:
     """The whole answer at once."""
-    prepared = await prepare(body, context, state)
-    choices = await state.ask(prepared.requests)
+    prepared = await prepare(body, context, model)
+    choices = await model.ask(prepared.requests)
     try:
         while not choices.finished:
             await choices.next()
     finally:
-        state.release(choices)
-    note_answer(choices, prepared, context, state)
+        model.release(choices)
+    note_answer(choices, prepared, context, model)
     return {
         "id": prepared.request_id,
         "object": "chat.completion",
         "created": int(time.time()),
-        "model": state.name,
-        "system_fingerprint": state.fingerprint,
-        "choices": [choice_reply(index, answer, state) for index, answer in enumerate(choices.answers)],
+        "model": model.name,
+        "system_fingerprint": model.fingerprint,
+        "choices": [choice_reply(index, answer, model) for index, answer in enumerate(choices.answers)],
         "usage": usage_reply(choices.usage),
         "siglane": siglane_report(body, prepared, choices),
     }
 
 
-def choice_reply(index: int, answer: Answer, state: ServerState) -> Choice:
+def choice_reply(index: int, answer: Answer, model: ChatModel) -> Choice:
     reason = finish_reason(answer)
     assert reason is not None
     return {
         "index": index,
-        "message": assistant_message(answer.text, answer.reasoning, state),
-        "logprobs": state.token_texts.report(answer.logprobs) if answer.logprobs else None,
+        "message": assistant_message(answer.text, answer.reasoning, model),
+        "logprobs": model.token_texts.report(answer.logprobs) if answer.logprobs else None,
         "finish_reason": reason,
         "matched_stop": answer.matched_stop,
     }
 
 
-def assistant_message(text: str, reasoning: str, state: ServerState) -> AssistantMessage:
+def assistant_message(text: str, reasoning: str, model: ChatModel) -> AssistantMessage:
     message: AssistantMessage = {"role": "assistant", "content": text, "refusal": None}
-    if state.processor.config.thinking is not None:
+    if model.processor.config.thinking is not None:
         message["reasoning_content"] = reasoning or None
     return message
 
@@ -171,9 +168,9 @@ def siglane_report(body: ChatCompletionRequest, prepared: Prepared, choices: Cho
     return report
 
 
-def note_answer(choices: Choices, prepared: Prepared, context: RequestContext, state: ServerState) -> None:
+def note_answer(choices: Choices, prepared: Prepared, context: RequestContext, model: ChatModel) -> None:
     """Counts an answer that was given in full."""
-    usage, metrics = choices.usage, state.metrics
+    usage, metrics = choices.usage, model.metrics
     metrics.count_tokens(
         prompt=usage.prompt_tokens,
         cached=usage.cached_tokens,

@@ -27,7 +27,7 @@ from siglane.server.context import RequestContext
 from siglane.server.errors import as_api_error, error_body
 from siglane.server.protocol import ChatCompletionRequest, StreamOptions
 from siglane.server.replies import ChatCompletionChunk, ChunkChoice
-from siglane.server.state import ServerState
+from siglane.server.served import ChatModel
 
 logger = logging.getLogger(__name__)
 
@@ -52,17 +52,17 @@ class ChatStream(StreamingResponse):
         request: ChatCompletionRequest,
         prepared: Prepared,
         context: RequestContext,
-        state: ServerState,
+        model: ChatModel,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__((), headers={**HEADERS, **(headers or {})}, media_type="text/event-stream")
-        self._request, self._prepared, self._context, self._state = request, prepared, context, state
+        self._request, self._prepared, self._context, self._model = request, prepared, context, model
         self._options = request.stream_options or StreamOptions()
         self._created = int(time.time())
         self._spoken: set[int] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        choices = await self._state.ask(self._prepared.requests)
+        choices = await self._model.ask(self._prepared.requests)
         try:
             events = self._events(choices)
             first = await anext(events)  # what goes wrong until here has a status code of its own
@@ -75,17 +75,17 @@ class ChatStream(StreamingResponse):
                 await _write(send, self._failure(error))
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            self._state.release(choices)
+            self._model.release(choices)
 
     async def _events(self, choices: Choices) -> AsyncIterator[bytes]:
-        silence = self._state.config.sse_keep_alive or None
+        silence = self._model.config.sse_keep_alive or None
         while not choices.finished:
             delta = await choices.next(silence)
             if delta is None:
                 yield KEEP_ALIVE
             elif self._says_something(delta):
                 yield event(self._chunk(delta, choices))
-        note_answer(choices, self._prepared, self._context, self._state)
+        note_answer(choices, self._prepared, self._context, self._model)
         if self._options.include_usage:
             report = siglane_report(self._request, self._prepared, choices)
             yield event({**self._frame([]), "usage": usage_reply(choices.usage), "siglane": report})
@@ -118,7 +118,7 @@ class ChatStream(StreamingResponse):
         if delta.reasoning:
             choice["delta"]["reasoning_content"] = delta.reasoning
         if delta.logprob is not None:
-            choice["logprobs"] = self._state.token_texts.report([delta.logprob])
+            choice["logprobs"] = self._model.token_texts.report([delta.logprob])
         if delta.finish_reason is not None:
             choice["matched_stop"] = choices.answers[delta.index].matched_stop
         chunk = self._frame([choice])
@@ -135,8 +135,8 @@ class ChatStream(StreamingResponse):
             "id": self._prepared.request_id,
             "object": "chat.completion.chunk",
             "created": self._created,
-            "model": self._state.name,
-            "system_fingerprint": self._state.fingerprint,
+            "model": self._model.name,
+            "system_fingerprint": self._model.fingerprint,
             "choices": choices,
         }
 
