@@ -191,8 +191,8 @@ def test_max_completion_tokens_wins_and_null_takes_the_room(server: RunningServe
     assert usage["total_tokens"] == processor.context_length
 
 
-def test_a_context_is_no_longer_than_the_engine_has_room_for(checkpoint: Path, processor: Processor) -> None:
-    engine = EngineProcess(EngineSpec(str(checkpoint), EngineConfig(device="cpu", threads=1, kv_tokens=150)))
+def test_a_context_is_no_longer_than_the_engine_has_room_for(nvila_folder: Path, processor: Processor) -> None:
+    engine = EngineProcess(EngineSpec(str(nvila_folder), EngineConfig(device="cpu", threads=1, kv_tokens=150)))
     with contextlib.closing(engine), running(processor, engine) as server, server.openai() as client:
         room = 144  # whole pages of 16 tokens
         promised = [client.models.retrieve(MODEL).model_extra]
@@ -211,10 +211,10 @@ def test_a_context_is_no_longer_than_the_engine_has_room_for(checkpoint: Path, p
 
 
 def test_requests_that_name_nothing_get_what_the_checkpoint_states(
-    checkpoint: Path, engine: EngineProcess, tmp_path: Path
+    nvila_folder: Path, engine: EngineProcess, tmp_path: Path
 ) -> None:
     stated = {"eos_token_id": [0], "temperature": 2.0, "top_k": 1, "max_new_tokens": 7}
-    shutil.copytree(checkpoint, tmp_path / "stated")
+    shutil.copytree(nvila_folder, tmp_path / "stated")
     (tmp_path / "stated/llm/generation_config.json").write_text(json.dumps(stated))
     processor = load_processor(open_checkpoint(tmp_path / "stated"))
 

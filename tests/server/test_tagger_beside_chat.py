@@ -114,7 +114,7 @@ def answers(engine: Any, folders: Folders) -> list[int]:
     engine.add(Request("a", prompt, SamplingParams(ignore_eos=True), 12, images=(patches,)))
     tokens: list[int] = []
     while engine.has_work:
-        tokens += [token for delta in engine.step() for token in delta.token_ids]
+        tokens += [delta.token_id for delta in engine.step() if delta.token_id is not None]
     return tokens
 
 

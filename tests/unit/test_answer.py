@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))  # the writers of tiny checkpoints live there
-
 from checkpoints import build_tokenizer
 
 from siglane.engine.answer import Answer

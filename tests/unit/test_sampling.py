@@ -5,14 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))  # the writers of tiny checkpoints live there
-
 from checkpoints import write_nvila_checkpoint
 
 from siglane.engine.sampling import check_for_model, check_sampling, sampling_defaults
