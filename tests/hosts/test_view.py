@@ -7,6 +7,9 @@ import errno
 import json
 import os
 import pwd
+import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,7 +35,7 @@ from siglane.families.registry import vlm_family
 from siglane.hosts.sglang import view as views_module
 from siglane.hosts.sglang.config import ARCHITECTURE, SiglaneConfig
 from siglane.hosts.sglang.settings import HostConfig, host_config
-from siglane.hosts.sglang.view import placeholder_id, view_of, write_view
+from siglane.hosts.sglang.view import IN_USE, placeholder_id, view_of, write_view
 from siglane.lm.qwen import qwen_plan
 from siglane.nn.plan import Destination
 from siglane.weights.hub import Checkpoint
@@ -368,6 +371,58 @@ class TestOnceForEachState:
     def test_another_copy_has_its_own(self, tmp_path: Path, model: Path, views: Path) -> None:
         write_nanovlm_checkpoint(tmp_path / "other" / "model", own_tokenizer=False)
         assert view_of(str(model)) != view_of(str(tmp_path / "other" / "model"))
+
+    def another_state(self, model: Path) -> Checkpoint:
+        os.utime(model / "config.json", ns=(1, (model / "config.json").stat().st_mtime_ns + 1))
+        return Checkpoint(model)
+
+    def test_views_of_other_states_are_removed(self, tmp_path: Path, model: Path, views: Path) -> None:
+        write_nanovlm_checkpoint(tmp_path / "other" / "model", own_tokenizer=False)
+        theirs = write_view(Checkpoint(tmp_path / "other" / "model"), views)
+        first = write_view(Checkpoint(model), views)
+        weights = (first / "part-00000.safetensors").resolve()
+        (views / f"{first.name}.half-made").mkdir()
+        second = write_view(self.another_state(model), views)
+        assert written(views) == sorted([theirs.name, f"{first.name}.half-made", second.name])
+        assert weights.is_file()
+
+    def test_a_view_in_use_stays_until_its_process_ends(self, model: Path, views: Path) -> None:
+        program = (
+            "import sys; from siglane.hosts.sglang.view import view_of\n"
+            f"print(view_of({str(model)!r}).name, flush=True); sys.stdin.read()"
+        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen([sys.executable, "-c", program], **pipes) as user:
+            used = user.stdout.readline().strip()
+            second = write_view(self.another_state(model), views)
+            assert written(views) == sorted([used, second.name])
+            user.stdin.close()
+            assert user.wait(30) == 0
+        third = write_view(self.another_state(model), views)
+        assert written(views) == [third.name]
+
+    def test_a_view_that_may_be_in_use_stays(self, model: Path, views: Path) -> None:
+        """By a siglane that did not say so yet."""
+        first = write_view(Checkpoint(model), views)
+        (first / IN_USE).unlink()
+        second = write_view(self.another_state(model), views)
+        assert written(views) == sorted([first.name, second.name])
+
+    def test_one_that_was_removed_meanwhile_is_made_again(
+        self, model: Path, views: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls: list[Path] = []
+
+        def removed_at_first(checkpoint: Checkpoint, folder: Path) -> Path:
+            calls.append(write_view(checkpoint, folder))
+            if len(calls) == 1:
+                shutil.rmtree(calls[0])
+            return calls[0]
+
+        monkeypatch.setattr(views_module, "write_view", removed_at_first)
+        assert view_of(str(model)) == calls[0]
+        assert len(calls) == 2
+        assert (calls[0] / "config.json").is_file()
 
     def test_two_at_once(self, model: Path, views: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Both are ready to put theirs in place at the same time."""

@@ -1,7 +1,7 @@
 """Tiny random checkpoints on disk, with the key names and config keys of the real ones. No network, a few thousand
 parameters; every norm and bias is random, because defaults of one and zero hide mistakes.
 
-Each `write_...` function returns the reference modules (transformers, torch) that hold the same weights.
+Each `write_...` function returns the modules (transformers, torch) whose weights it stored.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
     SiglipConfig,
     SiglipModel,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+
+from siglane.verify.references.nvila import build_projector
 
 Layout = Literal["folders", "hf", "vila"]
 State = dict[str, torch.Tensor]
@@ -45,9 +45,9 @@ CORPUS = (
 
 
 @dataclass
-class Reference:
-    """The modules behind a checkpoint. projector: VILA's nn.Sequential; language: transformers' Qwen2 or Qwen3, which
-    carry no usable types. A plain tower has neither."""
+class Written:
+    """The modules behind a checkpoint. language: transformers' decoder, which carries no usable types. A plain tower
+    has the tower only."""
 
     folder: Path
     tower: SiglipVisionModel
@@ -55,40 +55,103 @@ class Reference:
     language: Any = None
     tokenizer: PreTrainedTokenizerFast | None = None
 
-    @property
-    def side(self) -> int:
-        """Pixels of a tile."""
-        side = self.tower.config.image_size
-        assert isinstance(side, int)
-        return side
-
-    @property
-    def patches(self) -> int:
-        """Patches along the side of a tile."""
-        patch_size = self.tower.config.patch_size
-        assert isinstance(patch_size, int)
-        return self.side // patch_size
-
     def encode(self, text: str) -> list[int]:
         """Ids by the whole tokenizer, special tokens found in the text."""
-        assert self.tokenizer is not None
         ids: list[int] = self.tokenizer(text).input_ids
         return ids
 
     def token(self, text: str) -> int:
         """The id of one token."""
-        assert self.tokenizer is not None
         return self.tokenizer.get_vocab()[text]
 
 
-def randomise(module: nn.Module, seed: int) -> None:
-    """Every parameter random, norms around one, everything large enough to matter."""
+def write_checkpoint(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: State,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    *,
+    preprocessor: Mapping[str, Any] | None = None,
+    generation: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    sharded: bool = False,
+) -> None:
+    """The files of a checkpoint; those that are not given are not written. dtype: tensors are cast to it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, values in (("config", config), ("preprocessor_config", preprocessor), ("generation_config", generation)):
+        if values is not None:
+            write_json(folder / f"{name}.json", values)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
+    # safetensors wants tensors that share no memory
+    state = {name: tensor.detach().to(dtype or tensor.dtype).contiguous().clone() for name, tensor in tensors.items()}
+    if not sharded:
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    names = sorted(state)
+    half = len(names) // 2
+    weight_map: dict[str, str] = {}
+    for number, keys in enumerate((names[:half], names[half:]), start=1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        save_file({key: state[key] for key in keys}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(keys, file)
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1))
+
+
+def merged(config: Mapping[str, Any], flags: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`config` with keys added, or (None) taken out."""
+    return {key: value for key, value in {**config, **(flags or {})}.items() if value is not None}
+
+
+def config_of(module: nn.Module) -> dict[str, Any]:
+    """Every key of its class, as on the hub."""
+    config: dict[str, Any] = json.loads(module.config.to_json_string(use_diff=False))
+    return config
+
+
+def preprocessor_of(kind: str, resample: int, **facts: Any) -> dict[str, Any]:
+    """preprocessor_config.json of SigLIP's image processors."""
+    return {
+        "image_processor_type": kind, "do_resize": True, "do_rescale": True, "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "resample": resample, "rescale_factor": 1 / 255,
+        **facts,
+    }  # fmt: skip
+
+
+def tower_of(seed: int, **facts: Any) -> SiglipVisionModel:
+    """facts: of SiglipVisionConfig."""
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 2}
+    tower = SiglipVisionModel(SiglipVisionConfig(**sizes | facts)).eval()
+    randomise(tower, seed)
+    return tower
+
+
+def decoder_of(kind: str, seed: int, **facts: Any) -> Any:
+    """kind: a model_type of transformers; facts: of its configuration."""
+    sizes = {
+        "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }  # fmt: skip
+    decoder: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | facts)).eval()
+    randomise(decoder, seed)
+    return decoder
+
+
+def randomise(module: nn.Module, seed: int, *, by_width: bool = False) -> None:
+    """Every parameter random, norms around one, everything large enough to matter. by_width: no layer is louder than
+    its input, however wide."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            is_norm = parameter.ndim == 1 and name.endswith("weight")
-            parameter.copy_(1 + 0.3 * noise if is_norm else noise * (0.3 if parameter.ndim == 1 else 0.15))
+            if parameter.ndim > 1:
+                parameter.copy_(noise * (parameter[0].numel() ** -0.5 if by_width else 0.15))
+            else:
+                parameter.copy_(1 + 0.3 * noise if name.endswith("weight") else 0.3 * noise)
 
 
 def plain_backend() -> Tokenizer:
@@ -131,7 +194,7 @@ def write_nvila_checkpoint(
     flags: Mapping[str, Any] | None = None,
     media_in_tokenizer: bool = True,
     dtype: torch.dtype = torch.float32,
-) -> Reference:
+) -> Written:
     """An NVILA-Lite (dynamic tiles, 3x3) or NVILA (dynamic_s2, 2x2) checkpoint.
 
     flags: keys to add to, or (None) to take from, the root config.json. infix: tower tensors are called
@@ -139,158 +202,64 @@ def write_nvila_checkpoint(
     """
     tokenizer = build_tokenizer() if media_in_tokenizer else build_tokenizer(())
     tokenizer.chat_template = chat_template
-    tower = _tower(image_size, seed)
-    language = _language(tokenizer.get_vocab()[SPECIAL[-1]] + 1, qwen3=qwen3, tied=tied, seed=seed + 1)
+    tower = tower_of(seed, image_size=image_size, patch_size=14)
+    language = decoder_of(
+        "qwen3" if qwen3 else "qwen2", seed + 1, vocab_size=tokenizer.get_vocab()[SPECIAL[-1]] + 1,
+        max_position_embeddings=4096, tie_word_embeddings=tied, rope_theta=10000.0, **{"head_dim": 16} if qwen3 else {},
+    )  # fmt: skip
     scales = () if lite else (image_size, 2 * image_size, 3 * image_size)
     channels = tower.config.hidden_size * max(1, len(scales))
     kind = projector_type or ("mlp_downsample_3x3_fix" if lite else "mlp_downsample")
-    projector = reference_projector(kind, channels, language.config.hidden_size)
+    projector = build_projector(kind, channels, language.config.hidden_size)
     randomise(projector, seed + 2)
-    preprocessor = {
-        "image_processor_type": "SiglipImageProcessor", "do_resize": True, "do_rescale": True, "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "resample": 3, "rescale_factor": 1 / 255,
-        "size": {"height": image_size, "width": image_size},
-    }  # fmt: skip
-    prefix = "vision_model." if infix else ""
-    tower_state = {prefix + key.removeprefix("vision_model."): value for key, value in tower.state_dict().items()}
     states = {
-        "llm": _cast(_language_state(language, tied), dtype),
-        "vision_tower": _cast(tower_state, dtype),
-        "mm_projector": _cast({f"layers.{key}": value for key, value in projector.state_dict().items()}, dtype),
+        "llm": dict(language.state_dict()),  # with tied weights the head is stored too, as some converters do
+        "vision_tower": {("vision_model." if infix else "") + key: value for key, value in tower.state_dict().items()},
+        "mm_projector": {f"layers.{key}": value for key, value in projector.state_dict().items()},
     }  # fmt: skip
-    root = _root_config(layout, lite, tower, language, kind, scales, tokenizer)
-    root.update(flags or {})
-    root = {key: value for key, value in root.items() if value is not None}
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "config.json", root)
+    size = {"height": image_size, "width": image_size}
+    preprocessor = preprocessor_of("SiglipImageProcessor", 3, size=size)
+    generation = {"eos_token_id": [tokenizer.eos_token_id]}
+    root = merged(_root_config(layout, lite, tower, language, kind, scales, tokenizer), flags)
     if layout == "folders":
-        for part, state in states.items():
-            (folder / part).mkdir(exist_ok=True)
-            _write_weights(folder / part, state, sharded=sharded and part == "llm")
-        _write_json(folder / "llm/config.json", _config(language))
-        _write_json(folder / "vision_tower/config.json", _config(tower))
-        _write_json(folder / "vision_tower/preprocessor_config.json", preprocessor)
-        _write_json(folder / "mm_projector/config.json", {"model_type": "v2l_projector", "mm_projector_type": kind})
+        parts: dict[str, dict[str, Any]] = {
+            "llm": {
+                "config": config_of(language), "tokenizer": tokenizer, "generation": generation, "sharded": sharded,
+            },
+            "vision_tower": {"config": config_of(tower), "preprocessor": preprocessor},
+            "mm_projector": {"config": {"model_type": "v2l_projector", "mm_projector_type": kind}},
+        }  # fmt: skip
+        for part, files in parts.items():
+            write_checkpoint(folder / part, tensors=states[part], dtype=dtype, **files)
+        write_json(folder / "config.json", root)
     else:
-        merged = {f"{part}.{key}": value for part, state in states.items() for key, value in state.items()}
-        _write_weights(folder, merged, sharded=sharded)
-        _write_json(folder / "preprocessor_config.json", preprocessor)
-    text_folder = folder / "llm" if layout == "folders" else folder
-    tokenizer.save_pretrained(str(text_folder))
-    _write_json(text_folder / "generation_config.json", {"eos_token_id": [tokenizer.eos_token_id]})
-    return Reference(folder, tower, projector, language, tokenizer)
+        whole = {f"{part}.{key}": value for part, state in states.items() for key, value in state.items()}
+        write_checkpoint(
+            folder, root, whole, tokenizer, preprocessor=preprocessor, generation=generation, dtype=dtype,
+            sharded=sharded,
+        )  # fmt: skip
+    return Written(folder, tower, projector, language, tokenizer)
 
 
 def write_siglip_checkpoint(
     folder: Path, *, full: bool = False, infix: bool = True, image_size: int = 56, seed: int = 0
-) -> tuple[Reference, SiglipModel | None]:
+) -> Written:
     """A plain SigLIP tower; `full`: with a text tower beside it, as google/siglip-* are saved."""
-    folder.mkdir(parents=True, exist_ok=True)
-    vision = _vision_config(image_size)
-    model = None
+    tower = tower_of(seed, image_size=image_size, patch_size=14)
+    state = {("vision_model." if infix else "") + key: value for key, value in tower.state_dict().items()}
+    raw = config_of(tower)
     if full:
         text = {
-            "vocab_size": 64,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 1,
+            "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
             "num_attention_heads": 2,
-        }
-        config = SiglipConfig(vision_config=vision.to_dict(), text_config=text)
-        model = SiglipModel(config).eval()
-        randomise(model, seed)
-        state, raw = model.state_dict(), {**config.to_dict(), "model_type": "siglip"}
-        tower = SiglipVisionModel(vision).eval()
-        own = {key.removeprefix("vision_model."): v for key, v in state.items() if key.startswith("vision_model.")}
-        tower.load_state_dict({_like(tower, key): value for key, value in own.items()})
-    else:
-        tower = _tower(image_size, seed)
-        prefix = "vision_model." if infix else ""
-        state = {prefix + key.removeprefix("vision_model."): value for key, value in tower.state_dict().items()}
-        raw = _config(tower)
-    _write_json(folder / "config.json", raw)
-    _write_json(
-        folder / "preprocessor_config.json", {"resample": 3, "size": {"height": image_size, "width": image_size}}
-    )
-    _write_weights(folder, {key: value.clone() for key, value in state.items()})
-    return Reference(folder, tower), model
-
-
-class Downsample(nn.Module):
-    """VILA's block merge, written with loops: zeros below and right, channels in the order (row, column, channel)."""
-
-    def __init__(self, factor: int) -> None:
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, tokens, channels = x.shape
-        side, factor = round(tokens**0.5), self.factor
-        blocks = -(-side // factor)
-        padded = x.new_zeros(batch, blocks * factor, blocks * factor, channels)
-        padded[:, :side, :side] = x.reshape(batch, side, side, channels)
-        rows = []
-        for row in range(blocks):
-            for column in range(blocks):
-                neighbours = [
-                    padded[:, row * factor + dr, column * factor + dc] for dr in range(factor) for dc in range(factor)
-                ]
-                rows.append(torch.cat(neighbours, dim=-1))
-        return torch.stack(rows, dim=1)
-
-
-def reference_projector(kind: str, channels: int, width: int) -> nn.Sequential:
-    """The nn.Sequential of VILA's base_projector.py for the types that released models use."""
-    if kind == "mlp2x_gelu":
-        return nn.Sequential(nn.Linear(channels, width), nn.GELU(), nn.Linear(width, width))
-    if kind == "mlp_downsample":
-        merged = 4 * channels
-        return nn.Sequential(
-            Downsample(2), nn.LayerNorm(merged), nn.Linear(merged, width), nn.GELU(), nn.Linear(width, width)
-        )
-    if kind == "mlp_downsample_3x3_fix":
-        merged, middle = 9 * channels, 3 * channels
-        return nn.Sequential(
-            Downsample(3), nn.LayerNorm(merged), nn.Linear(merged, middle), nn.GELU(), nn.LayerNorm(middle),
-            nn.Linear(middle, width), nn.GELU(), nn.Linear(width, width),
-        )  # fmt: skip
-    raise ValueError(kind)
-
-
-def _vision_config(image_size: int) -> SiglipVisionConfig:
-    return SiglipVisionConfig(
-        hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2, image_size=image_size,
-        patch_size=14,
-    )  # fmt: skip
-
-
-def _tower(image_size: int, seed: int) -> SiglipVisionModel:
-    tower = SiglipVisionModel(_vision_config(image_size)).eval()
-    randomise(tower, seed)
-    return tower
-
-
-def _language(vocab_size: int, *, qwen3: bool, tied: bool, seed: int) -> Any:
-    sizes: dict[str, Any] = {
-        "vocab_size": vocab_size, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
-        "tie_word_embeddings": tied, "rope_theta": 10000.0,
-    }  # fmt: skip
-    language: Any
-    if qwen3:
-        language = Qwen3ForCausalLM(Qwen3Config(head_dim=16, **sizes)).eval()
-    else:
-        language = Qwen2ForCausalLM(Qwen2Config(**sizes)).eval()
-    randomise(language, seed)
-    return language
-
-
-def _language_state(language: nn.Module, tied: bool) -> State:
-    """With tied weights the head is stored too, as some converters do."""
-    state = dict(language.state_dict())
-    if tied:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
-    return state
+        }  # fmt: skip
+        model = SiglipModel(SiglipConfig(vision_config=tower.config.to_dict(), text_config=text))
+        randomise(model, seed + 1)
+        model.vision_model.load_state_dict(tower.state_dict())
+        state, raw = model.state_dict(), {**model.config.to_dict(), "model_type": "siglip"}
+    preprocessor = {"resample": 3, "size": {"height": image_size, "width": image_size}}
+    write_checkpoint(folder, raw, state, preprocessor=preprocessor)
+    return Written(folder, tower)
 
 
 def _root_config(
@@ -319,40 +288,9 @@ def _root_config(
         elsewhere = {"_name_or_path": "/somewhere/else"}
         parts = {"llm_cfg": elsewhere, "vision_tower_cfg": elsewhere, "mm_projector_cfg": elsewhere}
         return {"model_type": "llava_llama", "architectures": ["LlavaLlamaModel"], **parts, **flags}
-    sections: dict[str, Any] = {"text_config": _config(language), "vision_config": _config(tower), **ids}
+    sections: dict[str, Any] = {"text_config": config_of(language), "vision_config": config_of(tower), **ids}
     if layout == "hf":
         name = "NVILALiteForConditionalGeneration" if lite else "NVILAForConditionalGeneration"
         return {"model_type": "nvila", "architectures": [name], **sections}
     sections |= {"mm_projector_type": kind, **flags}
     return {"model_type": "vila", "architectures": ["VILAForConditionalGeneration"], **sections}
-
-
-def _config(module: nn.Module) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads(module.config.to_json_string(use_diff=False))  # type: ignore[union-attr,operator]
-    return config
-
-
-def _like(tower: nn.Module, key: str) -> str:
-    return key if key in tower.state_dict() else f"vision_model.{key}"
-
-
-def _cast(state: State, dtype: torch.dtype) -> State:
-    return {key: value.detach().to(dtype).clone() for key, value in state.items()}
-
-
-def _write_weights(folder: Path, state: State, *, sharded: bool = False) -> None:
-    if not sharded:
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    names = sorted(state)
-    half = len(names) // 2
-    weight_map: dict[str, str] = {}
-    for number, keys in enumerate((names[:half], names[half:]), start=1):
-        file = f"model-{number:05}-of-00002.safetensors"
-        save_file({key: state[key] for key in keys}, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(keys, file)
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1))

@@ -3,7 +3,6 @@ tensors go by: the hub's, those that transformers 5 saves, and those that it has
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,9 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from checkpoints import State, build_tokenizer, randomise
+from checkpoints import State, build_tokenizer, merged, preprocessor_of, randomise, write_checkpoint, write_json
 from PIL import Image
-from safetensors.torch import save_file
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
@@ -94,33 +92,29 @@ def write_llava_onevision_checkpoint(
     config = _config(tokenizer, image_size, pinpoints, tied=tied, bias=bias, keys=keys or {})
     model: Any = LlavaOnevisionForConditionalGeneration(config).eval()
     randomise(model, seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    if names == "saved":
-        model.save_pretrained(folder)
-    else:
-        state = _renamed(model.state_dict(), names)
-        if tied and not head_stored:
-            state = {name: tensor for name, tensor in state.items() if "lm_head" not in name}
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        stated = {"tie_word_embeddings": False}  # as on the hub, where only text_config says that the head is tied
-        _write_json(folder / "config.json", _without_none(config.to_dict() | stated | dict(keys or {})))
-    pictures: dict[str, Any] = {
-        "image_processor_type": "LlavaOnevisionImageProcessor", "do_resize": True, "do_rescale": True,
-        "do_normalize": True, "do_pad": True, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.25, 0.4],
-        "resample": 3, "rescale_factor": 1 / 255, "size": {"height": image_size, "width": image_size},
-        "image_grid_pinpoints": pinpoints,
-    }  # fmt: skip
-    pictures = _without_none(pictures | dict(processor or {}))
+    pictures = merged(
+        preprocessor_of(
+            "LlavaOnevisionImageProcessor", 3, do_pad=True, image_mean=[0.5, 0.4, 0.3], image_std=[0.5, 0.25, 0.4],
+            size={"height": image_size, "width": image_size}, image_grid_pinpoints=pinpoints,
+        ),
+        processor,
+    )  # fmt: skip
     side = image_size // PATCH
     facts = {"num_image_tokens": side * side, "vision_feature_select_strategy": "full"}
     facts["vision_aspect_ratio"] = config.vision_aspect_ratio
     whole = {"processor_class": "LlavaOnevisionProcessor", **facts}
-    _write_json(folder / "processor_config.json", whole | ({"image_processor": pictures} if nested else {}))
-    if not nested:
-        _write_json(folder / "preprocessor_config.json", pictures)
     tokenizer.chat_template = chat_template
-    tokenizer.save_pretrained(str(folder))
-    _write_json(folder / "generation_config.json", {"eos_token_id": [tokenizer.eos_token_id]})
+    generation = {"eos_token_id": [tokenizer.eos_token_id]}
+    stated = {"tie_word_embeddings": False}  # as on the hub, where only text_config says that the head is tied
+    write_checkpoint(
+        folder, merged(config.to_dict() | stated, keys),
+        _renamed(model.state_dict(), names, head=head_stored or not tied), tokenizer,
+        preprocessor=None if nested else pictures, generation=generation,
+    )  # fmt: skip
+    if names == "saved":
+        model.save_pretrained(folder)
+        write_json(folder / "generation_config.json", generation)
+    write_json(folder / "processor_config.json", whole | ({"image_processor": pictures} if nested else {}))
     reference = Processor(
         LlavaOnevisionImageProcessorPil(**pictures),
         tokenizer,
@@ -155,14 +149,12 @@ def _config(
         "vision_feature_layer": -1, "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_2",
         "multimodal_projector_bias": bias, "image_grid_pinpoints": pinpoints, "tie_word_embeddings": False,
     }  # fmt: skip
-    return LlavaOnevisionConfig(
-        **_without_none(raw | dict(keys)), architectures=["LlavaOnevisionForConditionalGeneration"]
-    )
+    return LlavaOnevisionConfig(**merged(raw, keys), architectures=["LlavaOnevisionForConditionalGeneration"])
 
 
-def _renamed(state: State, names: Names) -> State:
-    """`model.language_model.layers...` and its like as the hub has them."""
-    found = {name: tensor.clone() for name, tensor in state.items()}
+def _renamed(state: State, names: Names, *, head: bool) -> State:
+    """`model.language_model.layers...` and its like as the hub has them. head: whether the head is among them."""
+    found = {name: tensor for name, tensor in state.items() if head or "lm_head" not in name}
     if names == "memory":
         return found
     places = (
@@ -177,11 +169,3 @@ def _renamed(state: State, names: Names) -> State:
 def _moved(name: str, places: tuple[tuple[str, str], ...]) -> str:
     before, after = next(place for place in places if name.startswith(place[0]))
     return after + name.removeprefix(before)
-
-
-def _without_none(raw: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in raw.items() if value is not None}
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1))

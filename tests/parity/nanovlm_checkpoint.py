@@ -3,24 +3,24 @@ same weights: transformers' SiglipVisionModel, a linear layer, transformers' Lla
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from checkpoints import State, build_tokenizer, randomise
-from safetensors.torch import save_file
+from checkpoints import (
+    State,
+    Written,
+    build_tokenizer,
+    decoder_of,
+    merged,
+    randomise,
+    tower_of,
+    write_checkpoint,
+)
 from tokenizers import AddedToken
 from torch import nn
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
+from transformers import SiglipVisionModel
 
 Era = Literal["0.1", "0.2", "grid", "current"]
 Names = Literal["head", "embedding", "both", "untied"]
@@ -32,45 +32,6 @@ CHATML = (
 )
 # the tokenizer's own template, as SmolLM2's: its system turn must never be seen
 WITH_SYSTEM_TURN = "{{ '<|im_start|>system\\nYou are a helpful assistant<|im_end|>\\n' }}" + CHATML
-
-
-@dataclass
-class NanoVlm:
-    """A checkpoint as nanoVLM holds it. tokenizer: with the extra tokens; config: config.json; language: carries no
-    usable types."""
-
-    folder: Path
-    era: Era
-    config: dict[str, Any]
-    tower: SiglipVisionModel
-    projection: nn.Linear
-    language: Any
-    tokenizer: PreTrainedTokenizerFast
-
-    @property
-    def side(self) -> int:
-        side = self.config["vit_img_size"]
-        assert isinstance(side, int)
-        return side
-
-    @property
-    def factor(self) -> int:
-        factor = self.config["mp_pixel_shuffle_factor"]
-        assert isinstance(factor, int)
-        return factor
-
-    @property
-    def rows(self) -> int:
-        """Rows of one tile."""
-        return (self.side // self.config["vit_patch_size"] // self.factor) ** 2
-
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text).input_ids
-        return ids
-
-    def extra(self, purpose: str) -> str | None:
-        text: str | None = (self.config.get("vlm_extra_tokens") or {}).get(purpose)
-        return text
 
 
 def write_nanovlm_checkpoint(
@@ -87,11 +48,10 @@ def write_nanovlm_checkpoint(
     names: Names = "head",
     flags: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
-) -> NanoVlm:
+) -> Written:
     """tiles: `max_img_size` in tiles; own_tokenizer: else it lies in `folder`/tokenizer and `lm_tokenizer` names it;
     names: under which names the token embedding is stored ("untied": a head of its own); flags: keys to add to, or
     (None) to take from, config.json."""
-    folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(())
     tokenizer.chat_template = WITH_SYSTEM_TURN
     tokenizer_folder = folder if own_tokenizer else folder / "tokenizer"
@@ -100,19 +60,17 @@ def write_nanovlm_checkpoint(
     base = len(tokenizer)
     tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in extra.values()])
 
-    sizes: dict[str, Any] = {"vision_use_head": False, "image_size": image_size, "patch_size": patch_size}
-    tower = SiglipVisionModel(SiglipVisionConfig(
-        hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, layer_norm_eps=1e-6,
-        **sizes,
-    )).eval()  # fmt: skip
-    language: Any = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=48, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=8192, rms_norm_eps=1e-5, tie_word_embeddings=names != "untied",
-        rope_parameters={"rope_type": "default", "rope_theta": 100000.0}, attention_bias=False, mlp_bias=False,
-    )).eval()  # fmt: skip
+    tower = tower_of(
+        seed, num_hidden_layers=2, layer_norm_eps=1e-6, vision_use_head=False, image_size=image_size,
+        patch_size=patch_size,
+    )  # fmt: skip
+    language = decoder_of(
+        "llama", seed + 2, vocab_size=len(tokenizer), max_position_embeddings=8192, rms_norm_eps=1e-5,
+        tie_word_embeddings=names != "untied", attention_bias=False, mlp_bias=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+    )  # fmt: skip
     projection = nn.Linear(32 * factor**2, 48, bias=False)
-    for number, module in enumerate((tower, projection, language)):
-        randomise(module, seed + number)
+    randomise(projection, seed + 1)
 
     rows = (image_size // patch_size // factor) ** 2
     config = _config(era, tower, language, base, extra, factor, rows)
@@ -121,13 +79,8 @@ def write_nanovlm_checkpoint(
         config["max_img_size"] = tiles * image_size
     if era == "current":
         config["resize_to_max_side_len"] = enlarge
-    config |= flags or {}
-    config = {key: value for key, value in config.items() if value is not None}
-    (folder / "config.json").write_text(json.dumps(config, indent=4))
-    state = stored(tower, projection, language, names)
-    # save_file wants tensors that share no memory
-    save_file({key: value.detach().to(dtype).clone() for key, value in state.items()}, folder / "model.safetensors")
-    return NanoVlm(folder, era, config, tower, projection, language, tokenizer)
+    write_checkpoint(folder, merged(config, flags), stored(tower, projection, language, names), dtype=dtype)
+    return Written(folder, tower, projection, language, tokenizer)
 
 
 def stored(tower: SiglipVisionModel, projection: nn.Linear, language: Any, names: Names = "head") -> State:
@@ -173,7 +126,7 @@ def _config(
 
 
 def _tower_state(tower: SiglipVisionModel) -> State:
-    theirs = {key.removeprefix("vision_model."): value for key, value in tower.state_dict().items()}
+    theirs = tower.state_dict()
     state = {
         "patch_embedding.conv.weight": theirs["embeddings.patch_embedding.weight"],
         "patch_embedding.conv.bias": theirs["embeddings.patch_embedding.bias"],

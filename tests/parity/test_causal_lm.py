@@ -10,10 +10,10 @@ import pytest
 import torch
 from causal_lm_checkpoint import LLAMA3, Kind, Written, write_causal_lm_checkpoint
 from checkpoints import CORPUS, write_nvila_checkpoint
+from parity_kit import assert_parity
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transfer import assert_parity
 from transformers import PreTrainedTokenizerFast
 
 from siglane.cli.main import main

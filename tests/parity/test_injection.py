@@ -31,10 +31,8 @@ PLAIN = plain_backend()
 
 
 @pytest.fixture(scope="module")
-def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
-    folder = tmp_path_factory.mktemp("injection")
-    write_nvila_checkpoint(folder)
-    return load_processor(open_checkpoint(folder))
+def processor(nvila_folder: Path) -> Processor:
+    return load_processor(open_checkpoint(nvila_folder))
 
 
 def plain(text: str) -> list[int]:

@@ -4,80 +4,56 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from llava_onevision_checkpoint import HUB_TEMPLATE, LlavaOnevision, write_llava_onevision_checkpoint
+from llava_onevision_checkpoint import HUB_TEMPLATE, PATCH, LlavaOnevision, write_llava_onevision_checkpoint
+from parity_kit import Pair, ask, assert_parity, build, greedy, logits, patches_of, picture, spliced
 from PIL import Image
-from reference import picture
 from safetensors.torch import load_file
-from transfer import assert_parity
 from transformers import LlavaOnevisionConfig
 
 from siglane.cli.main import main
 from siglane.errors import ConfigError
-from siglane.families.model import VisionLanguageModel, load_model, load_vision
+from siglane.families.model import load_model, load_vision
 from siglane.families.processor import Processor, load_processor
 from siglane.families.stack import VisionStack
-from siglane.lm.attention import SegmentAttention
 from siglane.nn.parallel import TensorParallel
 from siglane.tiling.rule import ImageBudget
 from siglane.types import (
     DecodedImage,
     DecodedVideo,
-    Grid,
     ImageLayout,
     ImagePart,
     ImagePatches,
     Message,
     Newline,
-    Prompt,
 )
+from siglane.verify.references import llava_onevision, pixels
 from siglane.weights.hub import open_checkpoint
 
 WIDE, TALL, SQUARE, LARGE = (130, 70), (50, 171), (60, 60), (333, 291)
 AWKWARD = [(1, 1), (17, 4000), (4000, 17), (1, 61), (61, 1), (179, 181)]
 QUESTION = "What is in the image?"
+LlavaPair = Pair[LlavaOnevision, llava_onevision.LlavaOnevision]
 
 
-@dataclass
-class Pair:
-    """A checkpoint as transformers holds it and as siglane loads it."""
-
-    reference: LlavaOnevision
-    processor: Processor
-    model: VisionLanguageModel
-
-
-def build(folder: Path, **options: Any) -> Pair:
-    written = write_llava_onevision_checkpoint(folder, **options)
-    checkpoint = open_checkpoint(folder)
-    processor = load_processor(checkpoint)
-    return Pair(written, processor, load_model(checkpoint, processor.config, device="cpu", dtype=torch.float32))
+def built(folder: Path, **options: Any) -> LlavaPair:
+    return build(folder, write_llava_onevision_checkpoint, llava_onevision.LlavaOnevision, **options)
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return build(tmp_path_factory.mktemp("onevision"))
+def pair(tmp_path_factory: pytest.TempPathFactory) -> LlavaPair:
+    return built(tmp_path_factory.mktemp("onevision"))
 
 
 @pytest.fixture(autouse=True)
 def _no_gradients() -> Any:
     with torch.no_grad():
         yield
-
-
-def patches_of(
-    processor: Processor, images: list[Image.Image], budget: ImageBudget | None = None
-) -> list[ImagePatches]:
-    decoded = [DecodedImage.from_rgb(np.array(image)) for image in images]
-    layouts = processor.layouts([image.size for image in decoded], [budget] * len(decoded))
-    return [processor.patches(image, layout) for image, layout in zip(decoded, layouts, strict=True)]
 
 
 def asked(images: int, text: str = QUESTION) -> tuple[str | ImagePart, ...]:
@@ -95,64 +71,36 @@ def their_inputs(reference: LlavaOnevision, images: list[Image.Image], parts: tu
     return reference.inputs(text, images)
 
 
-def spliced(model: VisionLanguageModel, prompt: Prompt, patches: Sequence[ImagePatches]) -> torch.Tensor:
-    embeds = model.language.embed(torch.tensor(prompt.token_ids))
-    rows = [iter(image) for image in model.vision(prompt.in_order(patches)).split()]
-    for start, stop, image in prompt.spans:
-        embeds[start:stop] = torch.stack([next(rows[image]) for _ in range(stop - start)])
-    return embeds
-
-
-def logits(model: VisionLanguageModel, embeds: torch.Tensor) -> torch.Tensor:
-    return model.language.logits(model.language(embeds, torch.arange(len(embeds)), SegmentAttention([len(embeds)])))
-
-
-def greedy(model: VisionLanguageModel, embeds: torch.Tensor, steps: int) -> list[int]:
-    chosen: list[int] = []
-    for _ in range(steps):
-        chosen.append(int(logits(model, embeds)[-1].argmax()))
-        embeds = torch.cat([embeds, model.language.embed(torch.tensor(chosen[-1:]))])
-    return chosen
-
-
-def check_whole_path(pair: Pair, images: list[Image.Image]) -> None:
+def check_whole_path(pair: LlavaPair, images: list[Image.Image]) -> None:
     """Pixels, every block of the tower, packed rows, ids, logits and 32 greedy tokens of one request."""
-    theirs = their_inputs(pair.reference, images, asked(len(images)))
+    theirs = their_inputs(pair.written, images, asked(len(images)))
     patches = patches_of(pair.processor, images)
     check_vision(pair, patches, theirs)
-    prompt = pair.processor.prompt([Message("user", asked(len(images)))], [one.layout for one in patches])
+    prompt = ask(pair.processor, patches, QUESTION)
     assert list(prompt.token_ids) == theirs.input_ids[0].tolist()
     embeds = spliced(pair.model, prompt, patches)
-    assert_parity("logits", logits(pair.model, embeds), pair.reference.model(**theirs).logits[0])
-    chosen = pair.reference.model.generate(
+    assert_parity("logits", logits(pair.model, embeds), pair.written.model(**theirs).logits[0])
+    chosen = pair.written.model.generate(
         **theirs, max_new_tokens=32, min_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     assert greedy(pair.model, embeds, 32) == chosen[0, len(prompt.token_ids) :].tolist()
 
 
-def check_vision(pair: Pair, patches: list[ImagePatches], theirs: Any) -> None:
+def check_vision(pair: LlavaPair, patches: list[ImagePatches], theirs: Any) -> None:
     counts = [len(one.layout.tiles) for one in patches]
     tiles = torch.cat([image[:count] for image, count in zip(theirs.pixel_values, counts, strict=True)])
-    packed = pair.model.vision.encoder.pack(patches)
-    assert_parity("pixels", packed.pixels, cut(tiles, packed.grids[0]))
+    assert_parity("pixels", pair.model.vision.encoder.pack(patches).pixels, pixels.patches_of(tiles, PATCH))
     taps: dict[str, torch.Tensor] = {}
     tokens = pair.model.vision(patches, taps)
-    states = pair.reference.model.model.vision_tower(tiles, output_hidden_states=True).hidden_states
+    states = pair.written.model.model.vision_tower(tiles, output_hidden_states=True).hidden_states
     for number, state in enumerate(states[1:]):
         assert_parity(f"block.{number}", taps[f"block.{number}"], state.flatten(0, 1))
     assert_parity("features", taps["features"], states[-1].flatten(0, 1))
-    rows = pair.reference.model.model.multi_modal_projector(states[-1]).flatten(0, 1)
+    rows = pair.written.model.model.multi_modal_projector(states[-1]).flatten(0, 1)
     grids = [grid for one in patches for grid in one.layout.grids]
     assert_parity("projector", pair.model.vision.projector(taps["projector_input"], grids), rows)
-    for ours, expected in zip(tokens.split(), pair.reference.rows(theirs), strict=True):
+    for ours, expected in zip(tokens.split(), pair.written.rows(theirs), strict=True):
         assert_parity("packed", ours, expected)
-
-
-def cut(tiles: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """`[tiles, 3, H, W]` -> the patches that a convolution of stride 14 sees, `[patches, 3 * 14 * 14]`."""
-    windows = tiles.unfold(2, 14, 14).unfold(3, 14, 14)
-    assert windows.shape[2:4] == grid
-    return windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
 
 
 CASES: list[dict[str, Any]] = [
@@ -168,20 +116,20 @@ CASES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", CASES, ids=lambda options: f"{options['names']}-{options['image_size']}")
 def test_every_layout_of_a_checkpoint(tmp_path: Path, options: dict[str, Any]) -> None:
-    check_whole_path(build(tmp_path, **options), [picture(*WIDE)])
+    check_whole_path(built(tmp_path, **options), [picture(*WIDE)])
 
 
 @pytest.mark.parametrize("sizes", [[TALL], [SQUARE], [LARGE], [WIDE, TALL], [TALL, SQUARE, WIDE]], ids=str)
-def test_one_image_and_several(pair: Pair, sizes: list[tuple[int, int]]) -> None:
+def test_one_image_and_several(pair: LlavaPair, sizes: list[tuple[int, int]]) -> None:
     check_whole_path(pair, [picture(*size, seed=seed) for seed, size in enumerate(sizes)])
 
 
 @pytest.mark.parametrize("size", AWKWARD, ids=str)
 @pytest.mark.parametrize("image_size", [56, 70])  # maps of an even and of an odd number of rows
 def test_awkward_images(tmp_path: Path, image_size: int, size: tuple[int, int]) -> None:
-    odd = build(tmp_path, image_size=image_size)
+    odd = built(tmp_path, image_size=image_size)
     for images in ([picture(*size)], [picture(*size), picture(*WIDE)]):
-        theirs = their_inputs(odd.reference, images, asked(len(images)))
+        theirs = their_inputs(odd.written, images, asked(len(images)))
         check_vision(odd, patches_of(odd.processor, images), theirs)
 
 
@@ -197,34 +145,34 @@ def test_awkward_images(tmp_path: Path, image_size: int, size: tuple[int, int]) 
     ids=str,
 )
 def test_facts_that_change_the_rows_are_read(tmp_path: Path, keys: dict[str, Any]) -> None:
-    one = build(tmp_path, keys=keys)
+    one = built(tmp_path, keys=keys)
     image = picture(*LARGE)
-    theirs = one.reference.rows(their_inputs(one.reference, [image], asked(1)))
+    theirs = one.written.rows(their_inputs(one.written, [image], asked(1)))
     (ours,) = one.model.vision(patches_of(one.processor, [image])).split()
     assert_parity("packed", ours, theirs[0])
 
 
 @pytest.mark.parametrize("resample", [2, 3, 1])
 def test_the_filter_is_the_files(tmp_path: Path, resample: int) -> None:
-    one = build(tmp_path, processor={"resample": resample})
+    one = built(tmp_path, processor={"resample": resample})
     for images in ([picture(*LARGE)], [picture(*WIDE), picture(*LARGE)]):
-        theirs = their_inputs(one.reference, images, asked(len(images)))
+        theirs = their_inputs(one.written, images, asked(len(images)))
         check_vision(one, patches_of(one.processor, images), theirs)
 
 
 def test_keys_that_the_processors_file_lacks_are_its_class_defaults(tmp_path: Path) -> None:
     """CLIP's mean and std, bicubic, tiles of 384 and the pinpoints up to 6 x 6 of them."""
     absent = ("image_mean", "image_std", "resample", "rescale_factor", "size", "image_grid_pinpoints")
-    one = build(
+    one = built(
         tmp_path, image_size=384, processor=dict.fromkeys(absent), keys={"image_grid_pinpoints": None}
     )  # fmt: skip
     image = picture(100, 90)
-    theirs = their_inputs(one.reference, [image], asked(1))
+    theirs = their_inputs(one.written, [image], asked(1))
     check_vision(one, patches_of(one.processor, [image]), theirs)
     assert theirs.input_ids.tolist()[0].count(one.processor.config.image_token_id) == 729 + 25 * 28
 
 
-def test_packing_does_not_change_an_image(pair: Pair) -> None:
+def test_packing_does_not_change_an_image(pair: LlavaPair) -> None:
     """Alone, beside others and in another order, tiled and not, in one tower call."""
     alone = patches_of(pair.processor, [picture(*LARGE)])
     others = patches_of(pair.processor, [picture(*TALL, seed=1), picture(*SQUARE, seed=2)])
@@ -247,28 +195,24 @@ class TestClips:
         frames = [picture(*WIDE, seed=seed) for seed in range(self.FRAMES)]
         return DecodedVideo.of([DecodedImage.from_rgb(np.array(frame)) for frame in frames]), frames
 
-    def pixels(self, reference: LlavaOnevision, frames: list[Image.Image]) -> torch.Tensor:
+    def pixels(self, pair: LlavaPair, frames: list[Image.Image]) -> torch.Tensor:
         """What the video processor makes, `[1, frames, 3, side, side]`: resize, rescale, normalise."""
-        images, side = reference.processor.image_processor, reference.side
-        resized = [frame.resize((side, side), Image.Resampling.BICUBIC) for frame in frames]
-        stacked = torch.stack([torch.from_numpy(np.array(frame)).permute(2, 0, 1) for frame in resized])
-        mean, std = (torch.tensor(values)[:, None, None] for values in (images.image_mean, images.image_std))
-        return ((stacked / 255 - mean) / std)[None]
+        processing = pair.reference.processing
+        return torch.stack([processing.normalised(processing.resized(frame)) for frame in frames])[None]
 
     @pytest.mark.parametrize("image_size", [56, 70])
     def test_rows(self, tmp_path: Path, image_size: int) -> None:
-        one = build(tmp_path, image_size=image_size)
+        one = built(tmp_path, image_size=image_size)
         clip, frames = self.clip()
         (layout,) = one.processor.layouts([clip.size])
         video = one.processor.patches(clip, layout)
-        pixels = self.pixels(one.reference, frames)
-        theirs = one.reference.model.get_video_features(pixels).pooler_output[0]
+        theirs = one.written.model.get_video_features(self.pixels(one, frames)).pooler_output[0]
         (ours,) = one.model.vision([video]).split()
         assert_parity("video", ours, theirs)
-        counted = one.reference.processor._get_num_multimodal_tokens(video_sizes=[(self.FRAMES, *WIDE[::-1])])
+        counted = one.written.processor._get_num_multimodal_tokens(video_sizes=[(self.FRAMES, *WIDE[::-1])])
         assert [layout.image_tokens] == [len(theirs)] == counted.num_video_tokens
 
-    def test_a_clip_beside_an_image(self, pair: Pair) -> None:
+    def test_a_clip_beside_an_image(self, pair: LlavaPair) -> None:
         """The image is alone among the images and is tiled; packing changes neither."""
         clip, frames = self.clip()
         image = DecodedImage.from_rgb(np.array(picture(*LARGE)))
@@ -277,15 +221,15 @@ class TestClips:
         parts = [pair.processor.patches(clip, video_layout), pair.processor.patches(image, layout)]
         first, second = pair.model.vision(parts).split()
         assert (first - pair.model.vision(parts[:1]).embeds).abs().max() < 1e-5
-        theirs = pair.reference.model.get_video_features(self.pixels(pair.reference, frames)).pooler_output[0]
+        theirs = pair.written.model.get_video_features(self.pixels(pair, frames)).pooler_output[0]
         assert_parity("video", first, theirs)
-        inputs = their_inputs(pair.reference, [picture(*LARGE)], asked(1))
-        assert_parity("image", second, pair.reference.rows(inputs)[0])
+        inputs = their_inputs(pair.written, [picture(*LARGE)], asked(1))
+        assert_parity("image", second, pair.written.rows(inputs)[0])
 
-    def test_a_video_and_an_image_are_answered_together(self, pair: Pair) -> None:
+    def test_a_video_and_an_image_are_answered_together(self, pair: LlavaPair) -> None:
         """The template writes images before videos. transformers has an id of its own for a video's places."""
         clip, frames = self.clip()
-        image, config = DecodedImage.from_rgb(np.array(picture(*LARGE))), pair.reference.model.config
+        image, config = DecodedImage.from_rgb(np.array(picture(*LARGE))), pair.written.model.config
         layouts = pair.processor.layouts([clip.size, image.size])
         patches = [pair.processor.patches(*medium) for medium in zip((clip, image), layouts, strict=True)]
         prompt = pair.processor.prompt([Message("user", (ImagePart(0), ImagePart(1), QUESTION))], layouts)
@@ -293,18 +237,17 @@ class TestClips:
         assert prompt.layouts == (patches[1].layout, patches[0].layout)
 
         kinds = [{"type": "video"}, {"type": "image"}, {"type": "text", "text": QUESTION}]
-        text = pair.reference.processor.apply_chat_template(
+        text = pair.written.processor.apply_chat_template(
             [{"role": "user", "content": kinds}], add_generation_prompt=True
         )
         # its processor refuses a video's places without a video, and takes none without torchvision
         before, after = text.split("<video>")
-        theirs = pair.reference.inputs(before, [picture(*LARGE)])
+        theirs = pair.written.inputs(before, [picture(*LARGE)])
         places = torch.full((1, layouts[0].rows), config.video_token_id)
-        ids = torch.cat((theirs.input_ids, places, pair.reference.tokenizer(after, return_tensors="pt").input_ids), 1)
+        ids = torch.cat((theirs.input_ids, places, pair.written.tokenizer(after, return_tensors="pt").input_ids), 1)
         theirs.update(input_ids=ids, attention_mask=torch.ones_like(ids))
         assert list(prompt.token_ids) == ids.where(ids != config.video_token_id, config.image_token_id)[0].tolist()
-        pixels = self.pixels(pair.reference, frames)
-        expected = pair.reference.model(**theirs, pixel_values_videos=pixels).logits[0]
+        expected = pair.written.model(**theirs, pixel_values_videos=self.pixels(pair, frames)).logits[0]
         assert_parity("logits", logits(pair.model, spliced(pair.model, prompt, patches)), expected)
 
     def test_what_a_file_says_of_frames(self, tmp_path: Path) -> None:
@@ -321,39 +264,39 @@ class TestClips:
 
 
 class TestBudgets:
-    def rows(self, pair: Pair, budget: ImageBudget, image: Image.Image) -> tuple[torch.Tensor, ImageLayout]:
+    def rows(self, pair: LlavaPair, budget: ImageBudget, image: Image.Image) -> tuple[torch.Tensor, ImageLayout]:
         (patches,) = patches_of(pair.processor, [image], budget)
         return pair.model.vision([patches]).embeds, patches.layout
 
-    def test_low_is_the_base_tile_and_a_newline(self, pair: Pair) -> None:
+    def test_low_is_the_base_tile_and_a_newline(self, pair: LlavaPair) -> None:
         """transformers ends an image of one tile with one newline; the tile is the one that anyres puts first."""
         image = picture(*LARGE)
         ours, layout = self.rows(pair, ImageBudget(detail="low"), image)
         assert layout.assembly == Newline(None)
-        inputs = their_inputs(pair.reference, [image], asked(1))
-        base = pair.reference.model.get_image_features(
+        inputs = their_inputs(pair.written, [image], asked(1))
+        base = pair.written.model.get_image_features(
             inputs.pixel_values[:, :1].repeat(2, 1, 1, 1, 1), inputs.image_sizes.repeat(2, 1), batch_num_images=[2]
         ).pooler_output[0]
         assert_parity("low", ours, base)
 
-    def test_other_pinpoints_are_transformers_own_with_them(self, pair: Pair) -> None:
+    def test_other_pinpoints_are_transformers_own_with_them(self, pair: LlavaPair) -> None:
         chosen = ((120, 60), (60, 120))
         ours, layout = self.rows(pair, ImageBudget(grid_pinpoints=chosen), picture(*LARGE))
         assert layout.arrangement == (1, 2)
         assert_parity("pinpoints", ours, self.with_pinpoints(pair, [list(pair) for pair in chosen], picture(*LARGE)))
 
-    def test_max_tiles_leaves_pinpoints_out(self, pair: Pair) -> None:
+    def test_max_tiles_leaves_pinpoints_out(self, pair: LlavaPair) -> None:
         ours, layout = self.rows(pair, ImageBudget(max_tiles=2), picture(*LARGE))
         assert len(layout.tiles) <= 3
         fewer = [[60, 60], [60, 120], [120, 60]]
         assert_parity("max_tiles", ours, self.with_pinpoints(pair, fewer, picture(*LARGE)))
 
-    def with_pinpoints(self, pair: Pair, pinpoints: list[list[int]], image: Image.Image) -> torch.Tensor:
-        config, images = pair.reference.model.config, pair.reference.processor.image_processor
+    def with_pinpoints(self, pair: LlavaPair, pinpoints: list[list[int]], image: Image.Image) -> torch.Tensor:
+        config, images = pair.written.model.config, pair.written.processor.image_processor
         before = config.image_grid_pinpoints, images.image_grid_pinpoints
         config.image_grid_pinpoints = images.image_grid_pinpoints = pinpoints
         try:
-            return pair.reference.rows(their_inputs(pair.reference, [image], asked(1)))[0]
+            return pair.written.rows(their_inputs(pair.written, [image], asked(1)))[0]
         finally:
             config.image_grid_pinpoints, images.image_grid_pinpoints = before
 
@@ -403,16 +346,16 @@ class TestPrompts:
         prompt = processor.prompt([Message("user", ("Hello",))], [])
         assert list(prompt.token_ids) == written.tokenizer("[user]Hello").input_ids
 
-    def test_a_conversation_has_no_system_turn_of_its_own(self, pair: Pair) -> None:
+    def test_a_conversation_has_no_system_turn_of_its_own(self, pair: LlavaPair) -> None:
         turns = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi there"), ("user", "And now?")]
         theirs = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
-        text = pair.reference.processor.apply_chat_template(theirs, add_generation_prompt=True)
+        text = pair.written.processor.apply_chat_template(theirs, add_generation_prompt=True)
         messages = [Message(role, (text,)) for role, text in turns]  # type: ignore[arg-type]
-        assert list(pair.processor.prompt(messages, []).token_ids) == pair.reference.tokenizer(text).input_ids
+        assert list(pair.processor.prompt(messages, []).token_ids) == pair.written.tokenizer(text).input_ids
         alone = pair.processor.prompt([Message("user", ("Hello",))], [])
-        assert pair.reference.tokenizer.decode(alone.token_ids).startswith("<|im_start|>user\nHello<|im_end|>\n")
+        assert pair.written.tokenizer.decode(alone.token_ids).startswith("<|im_start|>user\nHello<|im_end|>\n")
 
-    def test_two_images_stand_side_by_side(self, pair: Pair) -> None:
+    def test_two_images_stand_side_by_side(self, pair: LlavaPair) -> None:
         patches = patches_of(pair.processor, [picture(*WIDE), picture(*TALL, seed=5)])
         prompt = pair.processor.prompt(
             [Message("user", (ImagePart(1), ImagePart(0), "Compare."))], [one.layout for one in patches]
@@ -420,16 +363,16 @@ class TestPrompts:
         assert prompt.order == (1, 0)
         assert prompt.layouts == (patches[1].layout, patches[0].layout)
         (first, second) = prompt.spans
-        assert pair.reference.tokenizer.decode(prompt.token_ids[first.stop : second.start]) == "\n"
+        assert pair.written.tokenizer.decode(prompt.token_ids[first.stop : second.start]) == "\n"
 
-    def test_a_users_text_is_never_a_placeholder(self, pair: Pair) -> None:
+    def test_a_users_text_is_never_a_placeholder(self, pair: LlavaPair) -> None:
         prompt = pair.processor.prompt([Message("user", ("<image> and <video>",))], [])
         assert pair.processor.config.image_token_id not in prompt.token_ids
 
 
-def test_facts_of_the_whole_model(pair: Pair) -> None:
-    tokenizer, config = pair.reference.tokenizer, pair.processor.config
-    assert config.image_token_id == tokenizer.get_vocab()["<image>"] == pair.reference.model.config.image_token_id
+def test_facts_of_the_whole_model(pair: LlavaPair) -> None:
+    tokenizer, config = pair.written.tokenizer, pair.processor.config
+    assert config.image_token_id == tokenizer.get_vocab()["<image>"] == pair.written.model.config.image_token_id
     assert pair.processor.eos_token_ids == (tokenizer.eos_token_id,)
     assert pair.processor.context_length == 4096
     assert config.images.video is not None
@@ -455,8 +398,8 @@ def test_the_newer_key_of_the_image_token_is_read(tmp_path: Path) -> None:
     assert load_processor(open_checkpoint(tmp_path)).config.image_token_id == 323
 
 
-def test_the_stack_alone_is_the_models_stack(pair: Pair) -> None:
-    stack, processor = load_vision(open_checkpoint(pair.reference.folder), device="cpu", dtype=torch.float32)
+def test_the_stack_alone_is_the_models_stack(pair: LlavaPair) -> None:
+    stack, processor = load_vision(open_checkpoint(pair.written.folder), device="cpu", dtype=torch.float32)
     assert isinstance(stack, VisionStack)
     assert isinstance(processor, Processor)
     patches = patches_of(processor, [picture(*WIDE)])
@@ -518,7 +461,7 @@ def test_without_a_processors_file_nothing_is_guessed(tmp_path: Path) -> None:
         load_processor(open_checkpoint(tmp_path))
 
 
-def test_two_ranks_give_the_answers_of_one(pair: Pair) -> None:
+def test_two_ranks_give_the_answers_of_one(pair: LlavaPair) -> None:
     """Two threads that meet at a barrier stand for the ranks."""
     patches = patches_of(pair.processor, [picture(*LARGE)])
     prompt = pair.processor.prompt([Message("user", asked(1))], [one.layout for one in patches])
@@ -541,7 +484,7 @@ def test_two_ranks_give_the_answers_of_one(pair: Pair) -> None:
 
         try:
             with torch.no_grad():
-                checkpoint = open_checkpoint(pair.reference.folder)
+                checkpoint = open_checkpoint(pair.written.folder)
                 tp = TensorParallel(rank, 2, all_reduce, all_gather)
                 model = load_model(checkpoint, pair.processor.config, device="cpu", dtype=torch.float32, tp=tp)
                 assert model.vision.projector.get_parameter("layers.0.weight").shape[0] == 24
@@ -574,16 +517,16 @@ class TestCommandLine:
         return json.loads(capsys.readouterr().out)
 
     def test_tokens_encode_look_and_generate_agree(
-        self, pair: Pair, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, pair: LlavaPair, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        folder, output = str(pair.reference.folder), str(tmp_path / "out.safetensors")
-        theirs = their_inputs(pair.reference, [picture(*LARGE)], asked(1))
+        folder, output = str(pair.written.folder), str(tmp_path / "out.safetensors")
+        theirs = their_inputs(pair.written, [picture(*LARGE)], asked(1))
         rows = theirs.input_ids[0].tolist().count(pair.processor.config.image_token_id)
         (counted,) = self.asked(capsys, "tokens", folder, file, "--json")
         assert counted["image_tokens"] == rows
         self.asked(capsys, "encode", folder, file, "-o", output, "--json", "--device", "cpu", "--dtype", "float32")
         found = load_file(output)
-        assert_parity("projected", found["projected.0"], pair.reference.rows(theirs)[0])
+        assert_parity("projected", found["projected.0"], pair.written.rows(theirs)[0])
         assert len(found["0"]) == counted["tiles"] * 16
         drawing = str(tmp_path / "view.png")
         assert self.asked(capsys, "look", folder, file, "-o", drawing, "--json")["image_tokens"] == rows
@@ -591,7 +534,7 @@ class TestCommandLine:
         words = ("--max-tokens", "8", "--ignore-eos", "--device", "cpu", "--dtype", "float32", "--json")
         answer = self.asked(capsys, "generate", folder, "-i", file, "-p", QUESTION, *words)
         assert answer["usage"]["image_tokens"] == rows
-        chosen = pair.reference.model.generate(
+        chosen = pair.written.model.generate(
             **theirs, max_new_tokens=8, min_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
         )
         assert answer["output_token_ids"] == chosen[0, -8:].tolist()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import Reference, write_nvila_checkpoint
+from checkpoints import Written, write_nvila_checkpoint
 from safetensors.torch import load_file, save_file
 
 from siglane.errors import ConfigError, SiglaneError, WeightError
@@ -46,7 +46,7 @@ def change_config(file: Path, **keys: Any) -> None:
 
 
 @pytest.fixture
-def written(tmp_path: Path) -> Reference:
+def written(tmp_path: Path) -> Written:
     return write_nvila_checkpoint(tmp_path / "model", tied=True)
 
 
@@ -68,7 +68,7 @@ def test_stored_types_are_cast(tmp_path: Path) -> None:
     assert torch.equal(model.language.norm.weight, stored.float())
 
 
-def test_a_tied_head_is_not_kept_twice(written: Reference) -> None:
+def test_a_tied_head_is_not_kept_twice(written: Written) -> None:
     model = load(written.folder)
     assert model.language.lm_head is None
     hidden = torch.randn(3, 48)
@@ -76,7 +76,7 @@ def test_a_tied_head_is_not_kept_twice(written: Reference) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_each_rank_keeps_its_share(written: Reference, rank: int) -> None:
+def test_each_rank_keeps_its_share(written: Written, rank: int) -> None:
     whole = load(written.folder)
     share = load(written.folder, tp=TensorParallel(rank, 2, lambda x: x, lambda x: x))
     name = "vision.encoder.tower.blocks.0.attention.qkv.weight"
@@ -92,19 +92,19 @@ class TestEveryTensorCounts:
         with pytest.raises(WeightError, match=message):
             load(folder)
 
-    def test_one_too_many(self, written: Reference) -> None:
+    def test_one_too_many(self, written: Written) -> None:
         change(written.folder, "llm", lambda state: state.update({"model.extra.weight": torch.ones(2)}))
         self.fails(written.folder, r"llm/model.safetensors: tensor llm.model.extra.weight is not known to this model")
 
-    def test_a_layer_too_many(self, written: Reference) -> None:
+    def test_a_layer_too_many(self, written: Written) -> None:
         change_config(written.folder / "llm/config.json", num_hidden_layers=1)
         self.fails(written.folder, r"tensor llm.model.layers.1.\S+ has no parameter to fill \(language.blocks.1")
 
-    def test_a_projector_bias_too_many(self, written: Reference) -> None:
+    def test_a_projector_bias_too_many(self, written: Written) -> None:
         change(written.folder, "mm_projector", lambda state: state.update({"layers.9.bias": torch.ones(2)}))
         self.fails(written.folder, "tensor mm_projector.layers.9.bias is not known")
 
-    def test_some_missing(self, written: Reference) -> None:
+    def test_some_missing(self, written: Written) -> None:
         change(written.folder, "llm", lambda state: [state.pop(k) for k in list(state) if "layers.1.self_attn" in k])
         self.fails(
             written.folder,
@@ -112,43 +112,43 @@ class TestEveryTensorCounts:
             "and 2 more$",
         )
 
-    def test_a_whole_half_missing(self, written: Reference) -> None:
+    def test_a_whole_half_missing(self, written: Written) -> None:
         change(written.folder, "vision_tower", lambda state: [state.pop(k) for k in list(state) if "q_proj.bias" in k])
         self.fails(
             written.folder,
             r"missing: vision.encoder.tower.blocks.0.attention.qkv.bias \(q\), vision.encoder.tower.blocks.1",
         )
 
-    def test_another_shape(self, written: Reference) -> None:
+    def test_another_shape(self, written: Written) -> None:
         change(written.folder, "llm", lambda state: state.update({"model.norm.weight": torch.ones(47)}))
         self.fails(
             written.folder,
             r"llm/model.safetensors: tensor llm.model.norm.weight has shape \[47\], the model needs \[48\]",
         )
 
-    def test_another_shape_of_a_fused_part(self, written: Reference) -> None:
+    def test_another_shape_of_a_fused_part(self, written: Written) -> None:
         key = "model.layers.0.self_attn.k_proj.weight"
         change(written.folder, "llm", lambda state: state.update({key: torch.ones(48, 48)}))
         self.fails(written.folder, rf"tensor llm.{key} has shape \[48, 48\], the model needs \[24, 48\]")
 
-    def test_the_same_twice(self, written: Reference) -> None:
+    def test_the_same_twice(self, written: Written) -> None:
         key = "encoder.layers.0.mlp.fc1.bias"
         change(written.folder, "vision_tower", lambda state: state.update({key: torch.ones(40)}))
         self.fails(
             written.folder, "comes twice: vision_tower.(vision_model.)?encoder.layers.0.mlp.fc1.bias already filled"
         )
 
-    def test_a_head_that_is_not_tied_must_be_there(self, written: Reference) -> None:
+    def test_a_head_that_is_not_tied_must_be_there(self, written: Written) -> None:
         change_config(written.folder / "llm/config.json", tie_word_embeddings=False)
         change(written.folder, "llm", lambda state: state.pop("lm_head.weight"))
         self.fails(written.folder, "missing: language.lm_head.weight$")
 
-    def test_quantised_weights(self, written: Reference) -> None:
+    def test_quantised_weights(self, written: Written) -> None:
         key = "model.layers.0.mlp.up_proj.weight"
         change(written.folder, "llm", lambda state: state.update({key: state[key].to(torch.float8_e4m3fn)}))
         self.fails(written.folder, f"tensor {key} is stored as F8_E4M3; .*quantised checkpoints are not supported")
 
-    def test_unused_ones_are_ignored_with_a_reason(self, written: Reference) -> None:
+    def test_unused_ones_are_ignored_with_a_reason(self, written: Written) -> None:
         change(
             written.folder, "vision_tower",
             lambda state: state.update({"vision_model.embeddings.position_ids": torch.arange(16.0)[None]}),
@@ -180,20 +180,20 @@ class TestBrokenFiles:
             (lambda data: b"\xff" * 8 + data[8:], "is not a usable safetensors file: .*header"),
         ],
     )  # fmt: skip
-    def test_damage(self, written: Reference, damage: Callable[[bytes], bytes], message: str) -> None:
+    def test_damage(self, written: Written, damage: Callable[[bytes], bytes], message: str) -> None:
         file = written.folder / "llm/model.safetensors"
         file.write_bytes(damage(file.read_bytes()))
         with pytest.raises(WeightError, match=message) as caught:
             load(written.folder)
         assert str(file) in str(caught.value)
 
-    def test_pickles_are_refused(self, written: Reference) -> None:
+    def test_pickles_are_refused(self, written: Written) -> None:
         file = written.folder / "mm_projector/model.safetensors"
         file.rename(file.with_name("pytorch_model.bin"))
         with pytest.raises(WeightError, match=r"only pickled weights .pytorch_model\.bin.*convert them"):
             load(written.folder)
 
-    def test_no_weights_at_all(self, written: Reference) -> None:
+    def test_no_weights_at_all(self, written: Written) -> None:
         (written.folder / "mm_projector/model.safetensors").unlink()
         with pytest.raises(WeightError, match=r"mm_projector holds no .*safetensors file"):
             load(written.folder)
@@ -246,7 +246,7 @@ class TestSizesAreCheckedBeforeMemoryIsTaken:
             ("vision_tower/config.json", {"hidden_size": 10**7}, SiglaneError),
         ],
     )
-    def test_refused(self, written: Reference, file: str, keys: dict[str, Any], error: type[SiglaneError]) -> None:
+    def test_refused(self, written: Written, file: str, keys: dict[str, Any], error: type[SiglaneError]) -> None:
         change_config(written.folder / file, **keys)
         change_config(written.folder / "config.json", mm_hidden_size=None)
         start = time.perf_counter()
@@ -279,7 +279,7 @@ class TestPlan:
         assert isinstance(moved.find("tower.old.thing"), Ignore)
         assert moved.find("layers.0.q.bias") is None
 
-    def test_a_tower_read_early_ignores_what_it_does_not_run(self, written: Reference) -> None:
+    def test_a_tower_read_early_ignores_what_it_does_not_run(self, written: Written) -> None:
         config = load_processor(open_checkpoint(written.folder)).facts.vision
         plan = tower_plan(config)
         assert isinstance(plan.find("vision_model.encoder.layers.2.mlp.fc1.bias"), Ignore)

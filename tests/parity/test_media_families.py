@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from checkpoints import write_nvila_checkpoint
 from llava_onevision_checkpoint import write_llava_onevision_checkpoint
 from nanovlm_checkpoint import write_nanovlm_checkpoint
 from ovis2_5_checkpoint import write_ovis2_5_checkpoint
-from PIL import Image
+from parity_kit import noise
 
 from siglane.errors import UserError
 from siglane.llm import LLM, Generation
@@ -36,9 +36,7 @@ LIMITS: dict[str, dict[str, Any]] = {
 }
 
 
-def picture(seed: int, size: tuple[int, int] = SIZE) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
+picture = partial(noise, size=SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +64,7 @@ def test_a_video_is_read_and_counted(models: dict[str, LLM], name: str) -> None:
     again = ask(llm, videos=[{"video": [picture(n) for n in range(3)], "num_frames": 3}])
     assert again.output_token_ids == three.output_token_ids
     # frames of another size are brought to the first one's
-    mixed = ask(llm, videos=[[picture(0), picture(1, (60, 90)), picture(2)]])
+    mixed = ask(llm, videos=[[picture(0), picture(1, size=(60, 90)), picture(2)]])
     assert mixed.images == three.images
 
 
@@ -104,7 +102,7 @@ def test_an_image_beyond_the_patch_budget_runs_alone_and_packing_changes_no_toke
 ) -> None:
     WRITERS[name](tmp_path)
     rows: list[dict[str, Any]] = [
-        {"prompt": "What?", "images": [picture(n), picture(n + 5, (40, 40))]} for n in range(2)
+        {"prompt": "What?", "images": [picture(n), picture(n + 5, size=(40, 40))]} for n in range(2)
     ]
     rows += [{"prompt": "What?", "videos": [[picture(n), picture(n + 1)]]} for n in range(2)] if name in VIDEO else []
     expected = [answer.output_token_ids for answer in models[name].generate(rows, SHORT)]

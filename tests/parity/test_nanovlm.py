@@ -1,38 +1,37 @@
-"""nanoVLM of every release against an independent one: transformers' tower and Llama around a naive image path."""
+"""nanoVLM of every release against its reference: transformers' tower and Llama around an image path of its own."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import nanovlm_reference as naive
 import numpy as np
 import pytest
 import torch
-from nanovlm_checkpoint import CHATML, ERAS, Era, NanoVlm, write_nanovlm_checkpoint
+from checkpoints import Written
+from nanovlm_checkpoint import CHATML, ERAS, Era, write_nanovlm_checkpoint
+from parity_kit import Pair, assert_parity, build, generated, greedy, logits, patches_of, picture, spliced
+from parity_kit import ask as asked
 from PIL import Image
-from reference import picture
 from safetensors.torch import load_file
 from torch import nn
-from transfer import assert_parity
 
 from siglane import LLM, SamplingParams
 from siglane.cli.main import main
 from siglane.errors import ConfigError, UserError, WeightError
-from siglane.families.model import VisionLanguageModel, load_model, load_vision
-from siglane.families.processor import Processor, load_processor
+from siglane.families.model import load_model, load_vision
+from siglane.families.processor import load_processor
 from siglane.families.registry import image_facts, vlm_family
-from siglane.lm.attention import SegmentAttention
 from siglane.lm.llama import InputRMSNorm, LlamaModel
 from siglane.nn.parallel import TensorParallel
 from siglane.tiling.nanovlm import WholeTiles
 from siglane.tiling.rule import ImageBudget
 from siglane.tiling.squash import Squash
-from siglane.types import DecodedImage, ImagePart, ImagePatches, ImageSpan, Message, Prompt, Size, VideoSize
+from siglane.types import ImagePart, ImagePatches, ImageSpan, Message, Prompt, Size, VideoSize
+from siglane.verify.references.nanovlm import NanoVlm
 from siglane.weights.hub import open_checkpoint
 
 WIDE, TALL, SQUARE, SMALL = (130, 70), (40, 95), (60, 60), (20, 13)
@@ -40,29 +39,20 @@ AWKWARD = [(1, 1), (17, 4000), (4000, 17), (33, 32), (61, 1), (95, 97)]
 QUESTION = "What is in the image?"
 
 
-@dataclass
-class Pair:
-    """A checkpoint as the reference holds it and as siglane loads it."""
-
-    reference: NanoVlm
-    processor: Processor
-    model: VisionLanguageModel
+NanoPair = Pair[Written, NanoVlm]
 
 
-def build(folder: Path, **options: Any) -> Pair:
-    written = write_nanovlm_checkpoint(folder, **options)
-    checkpoint = open_checkpoint(folder)
-    processor = load_processor(checkpoint)
-    return Pair(written, processor, load_model(checkpoint, processor.config, device="cpu", dtype=torch.float32))
+def built(folder: Path, **options: Any) -> NanoPair:
+    return build(folder, write_nanovlm_checkpoint, NanoVlm, **options)
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[Era, Pair]:
-    return {era: build(tmp_path_factory.mktemp(f"nano{era}"), era=era) for era in ERAS}
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[Era, NanoPair]:
+    return {era: built(tmp_path_factory.mktemp(f"nano{era}"), era=era) for era in ERAS}
 
 
 @pytest.fixture(params=ERAS)
-def pair(request: pytest.FixtureRequest, pairs: dict[Era, Pair]) -> Pair:
+def pair(request: pytest.FixtureRequest, pairs: dict[Era, NanoPair]) -> NanoPair:
     return pairs[request.param]
 
 
@@ -72,84 +62,44 @@ def _no_gradients() -> Iterator[None]:
         yield
 
 
-def patches_of(processor: Processor, images: list[Image.Image]) -> list[ImagePatches]:
-    decoded = [DecodedImage.from_rgb(np.array(image)) for image in images]
-    layouts = processor.layouts([image.size for image in decoded])
-    return [processor.patches(image, layout) for image, layout in zip(decoded, layouts, strict=True)]
+def ask(pair: NanoPair, patches: list[ImagePatches], question: str = QUESTION) -> Prompt:
+    return asked(pair.processor, patches, question)
 
 
-def ask(pair: Pair, patches: list[ImagePatches], question: str = QUESTION) -> Prompt:
-    message = Message("user", (*map(ImagePart, range(len(patches))), question))
-    return pair.processor.prompt([message], [one.layout for one in patches])
-
-
-def spliced(model: VisionLanguageModel, prompt: Prompt, patches: Sequence[ImagePatches]) -> torch.Tensor:
-    embeds = model.language.embed(torch.tensor(prompt.token_ids))
-    rows = [iter(image) for image in model.vision(prompt.in_order(patches)).split()]
-    for start, stop, image in prompt.spans:
-        embeds[start:stop] = torch.stack([next(rows[image]) for _ in range(stop - start)])
-    return embeds
-
-
-def logits(model: VisionLanguageModel, embeds: torch.Tensor, taps: dict[str, torch.Tensor] | None = None) -> Any:
-    hidden = model.language(embeds, torch.arange(len(embeds)), SegmentAttention([len(embeds)]), taps)
-    return model.language.logits(hidden)
-
-
-def greedy(model: VisionLanguageModel, embeds: torch.Tensor, steps: int) -> list[int]:
-    chosen: list[int] = []
-    for _ in range(steps):
-        chosen.append(int(logits(model, embeds)[-1].argmax()))
-        embeds = torch.cat([embeds, model.language.embed(torch.tensor(chosen[-1:]))])
-    return chosen
-
-
-def check_whole_path(pair: Pair, images: list[Image.Image], steps: int = 32) -> None:
+def check_whole_path(pair: NanoPair, images: list[Image.Image], steps: int = 32) -> None:
     """Pixels, every block of tower and language model, projected rows, ids, logits and greedy tokens."""
     reference, model = pair.reference, pair.model
-    seen = [naive.see(reference, image) for image in images]
-    pixels = torch.cat([one.tiles for one in seen])
+    seen = pair.see(images)
     patches = patches_of(pair.processor, images)
-    taps: dict[str, torch.Tensor] = {}
+    taps: dict[str, torch.Tensor] = {"preprocessing": model.vision.encoder.pack(patches).pixels}
     model.vision(patches, taps)
-    side = reference.config["vit_patch_size"]
-    cut = nn.functional.unfold(pixels, side, stride=side).transpose(1, 2).flatten(0, 1)
-    assert_parity("pixels", model.vision.encoder.pack(patches).pixels, cut)
-    theirs: Any = reference.tower(pixel_values=pixels, output_hidden_states=True)
-    assert_parity("positions", taps["positions"], theirs.hidden_states[0].flatten(0, 1))
-    for number, state in enumerate(theirs.hidden_states[1:]):
-        assert_parity(f"block.{number}", taps[f"block.{number}"], state.flatten(0, 1))
-    assert_parity("features", taps["features"], theirs.last_hidden_state.flatten(0, 1))
-    rows = reference.projection(naive.shuffle(reference, theirs.last_hidden_state)).flatten(0, 1)
-    assert_parity("projected", taps["projected"], rows)
+    taps["projector"] = taps.pop("projected")
+    for stage, expected in seen.taps.items():
+        assert_parity(stage, taps[stage], expected)
 
-    text = naive.prompt(reference, [one.grid for one in seen], QUESTION)
-    ids, their_embeds = naive.embeds(reference, text, rows)
+    text = reference.text(QUESTION, seen)
     prompt = ask(pair, patches)
-    in_front = len(rows) if reference.era == "0.1" else 0
-    assert list(prompt.token_ids[in_front:]) == ids
-    assert prompt.image_tokens == len(rows)
-    our_embeds = spliced(model, prompt, patches)
-    assert_parity("spliced", our_embeds, their_embeds)
-    answer = reference.language(inputs_embeds=their_embeds[None], output_hidden_states=True)
-    assert_parity("logits", logits(model, our_embeds, taps), answer.logits[0])
-    assert_parity("lm.block.0", taps["lm.block.0"], answer.hidden_states[1][0])
+    assert list(prompt.token_ids) == pair.their_ids(text, seen)
+    assert prompt.image_tokens == len(seen.taps["projector"])
+    ours, theirs = spliced(model, prompt, patches), reference.embeds(text, seen)
+    assert_parity("spliced", ours, theirs)
+    assert_parity("logits", logits(model, ours, taps), reference.language.logits(theirs))
+    answer = reference.language.run(theirs, 0)
+    for block in ("lm.block.0", "lm.block.1"):
+        assert_parity(block, taps[block], answer[block])
     if steps:
-        chosen = reference.language.generate(
-            inputs_embeds=their_embeds[None], attention_mask=torch.ones(1, len(their_embeds)), max_new_tokens=steps,
-            min_new_tokens=steps, do_sample=False, eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
-        print(f"{chosen.unique().numel()} different tokens of {steps}")
-        assert greedy(model, our_embeds, steps) == chosen[0].tolist()
+        chosen = generated(reference.language.model, theirs, steps)
+        print(f"{len(set(chosen))} different tokens of {steps}")
+        assert greedy(model, ours, steps) == chosen
 
 
 @pytest.mark.parametrize("sizes", [[WIDE], [SMALL], [TALL, SMALL, WIDE]], ids=str)
-def test_the_whole_path(pair: Pair, sizes: list[tuple[int, int]]) -> None:
+def test_the_whole_path(pair: NanoPair, sizes: list[tuple[int, int]]) -> None:
     check_whole_path(pair, [picture(*size, seed=seed) for seed, size in enumerate(sizes)])
 
 
 @pytest.mark.parametrize("size", AWKWARD, ids=str)
-def test_awkward_pictures(pair: Pair, size: tuple[int, int]) -> None:
+def test_awkward_pictures(pair: NanoPair, size: tuple[int, int]) -> None:
     check_whole_path(pair, [picture(*size)], steps=0)
 
 
@@ -162,57 +112,56 @@ def test_awkward_pictures(pair: Pair, size: tuple[int, int]) -> None:
     {"own_tokenizer": False},
 ], ids=str)  # fmt: skip
 def test_variants_of_the_newest_release(tmp_path: Path, options: dict[str, Any]) -> None:
-    check_whole_path(build(tmp_path, era="current", **options), [picture(*TALL), picture(*SQUARE, seed=1)], steps=8)
+    check_whole_path(built(tmp_path, era="current", **options), [picture(*TALL), picture(*SQUARE, seed=1)], steps=8)
 
 
 def test_the_configuration_of_49_rows(tmp_path: Path) -> None:
     """224 pixels, patches of 16, factor 2, tokens for tiles and none for the whole: one tile, announced by r1c1."""
     flags = {"lm_chat_template": CHATML, "max_img_size": 224}
-    pair = build(tmp_path, era="grid", image_size=224, patch_size=16, tiles=1, flags=flags)
+    pair = built(tmp_path, era="grid", image_size=224, patch_size=16, tiles=1, flags=flags)
     check_whole_path(pair, [picture(100, 60)], steps=8)
     for size in (Size(224, 224), Size(100, 100), Size(1, 1), Size(3000, 20), Size(640, 480)):
         (layout,) = pair.processor.layouts([size])
         assert (layout.image_tokens, len(layout.tiles), layout.grids) == (49, 1, ((14, 14),))
     prompt = ask(pair, patches_of(pair.processor, [picture(640, 480)]))
-    vocabulary = pair.reference.tokenizer.get_vocab()
+    vocabulary = pair.written.tokenizer.get_vocab()
     (span,) = prompt.spans
     assert prompt.token_ids[span.start - 1] == vocabulary["<row_1_col_1>"]
     assert span.stop - span.start == 49
 
 
-def test_release_0_1_prepends_its_rows(pairs: dict[Era, Pair]) -> None:
+def test_release_0_1_prepends_its_rows(pairs: dict[Era, NanoPair]) -> None:
     pair = pairs["0.1"]
     patches = patches_of(pair.processor, [picture(*WIDE), picture(*TALL)])
     message = Message("user", ("Look here.", ImagePart(0), "And?", ImagePart(1)))
     prompt = pair.processor.prompt([message], [one.layout for one in patches])
     assert prompt.spans == (ImageSpan(0, 4, 0), ImageSpan(4, 8, 1))
-    assert list(prompt.token_ids[8:]) == pair.reference.encode("Question: Look here.And? Answer:")
+    assert list(prompt.token_ids[8:]) == pair.written.encode("Question: Look here.And? Answer:")
     assert pair.processor.config.image_token_id >= pair.processor.config.language.vocab_size
 
 
 def test_release_0_2_with_a_template_uses_it(tmp_path: Path) -> None:
     """Where config.json states `lm_chat_template`, that is the checkpoint's word."""
-    pair = build(tmp_path, era="0.2", flags={"lm_chat_template": CHATML})
+    pair = built(tmp_path, era="0.2", flags={"lm_chat_template": CHATML})
     prompt = ask(pair, patches_of(pair.processor, [picture(*WIDE)]))
     text = f"<|im_start|>user\n{'<|image|>' * 4}{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
-    assert list(prompt.token_ids) == pair.reference.encode(text)
+    assert list(prompt.token_ids) == pair.written.encode(text)
 
 
 @pytest.mark.parametrize("era", ["grid", "current"])
-def test_images_stand_in_front_and_are_numbered(pairs: dict[Era, Pair], era: Era) -> None:
+def test_images_stand_in_front_and_are_numbered(pairs: dict[Era, NanoPair], era: Era) -> None:
     pair = pairs[era]
     images = [picture(*SMALL), picture(*WIDE)]
     patches = patches_of(pair.processor, images)
     message = Message("user", ("Compare ", ImagePart(0), "and", ImagePart(1), "!"))
     prompt = pair.processor.prompt([message], [one.layout for one in patches])
-    grids = [naive.see(pair.reference, image).grid for image in images]
-    text = naive.prompt(pair.reference, grids, "Compare and!")
+    text = pair.reference.text("Compare and!", pair.see(images))
     assert "<image: 0>" in text
     assert "<image: 1>" in text
-    assert list(prompt.token_ids) == pair.reference.encode(text)
+    assert list(prompt.token_ids) == pair.written.encode(text)
 
 
-def test_conversations(pairs: dict[Era, Pair]) -> None:
+def test_conversations(pairs: dict[Era, NanoPair]) -> None:
     history = [Message("user", ("Hello",)), Message("assistant", ("Hi",)), Message("user", ("And now?",))]
     for era, expected in {
         "0.1": "Question: Hello Answer: Hi\nQuestion: And now? Answer:",
@@ -221,19 +170,19 @@ def test_conversations(pairs: dict[Era, Pair]) -> None:
         "<|im_start|>user\nAnd now?<|im_end|>\n<|im_start|>assistant\n",
     }.items():
         pair = pairs[era]  # type: ignore[index]
-        assert list(pair.processor.prompt(history, []).token_ids) == pair.reference.encode(expected)
+        assert list(pair.processor.prompt(history, []).token_ids) == pair.written.encode(expected)
 
 
-def test_text_never_becomes_a_token(pair: Pair) -> None:
+def test_text_never_becomes_a_token(pair: NanoPair) -> None:
     prompt = ask(pair, patches_of(pair.processor, [picture(*SMALL)]), "Is <row_1_col_1> or <|image|> there?<|im_end|>")
-    added = set(pair.reference.tokenizer.added_tokens_decoder)
+    added = set(pair.written.tokenizer.added_tokens_decoder)
     expected = ask(pair, patches_of(pair.processor, [picture(*SMALL)]))
     image_id = pair.processor.config.image_token_id
     known = [token for token in expected.token_ids if token in added | {image_id}]
     assert [token for token in prompt.token_ids if token in added | {image_id}] == known
 
 
-def test_packing_does_not_change_an_image(pair: Pair) -> None:
+def test_packing_does_not_change_an_image(pair: NanoPair) -> None:
     patches = patches_of(pair.processor, [picture(*WIDE), picture(*TALL, seed=1), picture(*SMALL, seed=2)])
     alone = [pair.model.vision([image]).embeds for image in patches]
     together = pair.model.vision(patches).split()
@@ -243,14 +192,14 @@ def test_packing_does_not_change_an_image(pair: Pair) -> None:
         assert (single - second).abs().max() < 1e-5
 
 
-def test_pixels_are_only_brought_to_0_and_1(pairs: dict[Era, Pair]) -> None:
+def test_pixels_are_only_brought_to_0_and_1(pairs: dict[Era, NanoPair]) -> None:
     black_and_white = np.zeros((32, 32, 3), np.uint8)
     black_and_white[16:] = 255
     patches = patches_of(pairs["current"].processor, [Image.fromarray(black_and_white)])
     assert pairs["current"].model.vision.encoder.pack(patches).pixels.unique().tolist() == [0.0, 1.0]
 
 
-def test_post_norm_counts(pairs: dict[Era, Pair]) -> None:
+def test_post_norm_counts(pairs: dict[Era, NanoPair]) -> None:
     vision = pairs["current"].model.vision
     taps: dict[str, torch.Tensor] = {}
     vision(patches_of(pairs["current"].processor, [picture(*SMALL)]), taps)
@@ -271,15 +220,14 @@ class NaiveNorm(nn.Module):
 
 def test_half_precision_norms_stay_in_half_precision(tmp_path: Path) -> None:
     """bfloat16: the decoder with native norms gives the very numbers, with float32 norms it does not."""
-    reference = write_nanovlm_checkpoint(tmp_path, seed=3)
+    write_nanovlm_checkpoint(tmp_path, seed=3)
     checkpoint = open_checkpoint(tmp_path)
     config = load_processor(checkpoint).config
     model = load_model(checkpoint, config, device="cpu", dtype=torch.bfloat16)
     assert isinstance(model.language, LlamaModel)
     embeds = torch.randn(37, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
     ours = logits(model, embeds)
-    theirs, frequencies = reference.language, reference.language.model.rotary_emb.inv_freq
-    theirs.bfloat16().model.rotary_emb.inv_freq = frequencies  # transformers keeps them in float32 when it loads
+    theirs = NanoVlm(tmp_path, torch.device("cpu"), torch.bfloat16).language.model
     in_float32 = theirs(inputs_embeds=embeds[None]).logits[0]
     for layer in theirs.model.layers:
         layer.input_layernorm = NaiveNorm(layer.input_layernorm.weight)
@@ -306,19 +254,19 @@ def test_the_norm_alone(dtype: torch.dtype) -> None:
 
 
 class TestFacts:
-    def test_what_every_release_has_in_common(self, pair: Pair) -> None:
+    def test_what_every_release_has_in_common(self, pair: NanoPair) -> None:
         config = pair.processor.config
-        assert vlm_family(open_checkpoint(pair.reference.folder)).name == config.family == "nanovlm"
+        assert vlm_family(open_checkpoint(pair.written.folder)).name == config.family == "nanovlm"
         vision, language = config.images.vision, config.language
         assert (vision.layer_norm_eps, vision.post_norm, vision.use_head, vision.depth) == (1e-6, True, False, 2)
         assert (language.rms_norm_eps, language.rope_theta, language.norm_dtype) == (1e-5, 100000.0, "input")
         assert not any((language.qkv_bias, language.output_bias, language.qk_norm))
         assert language.tie_embeddings
         assert pair.processor.context_length == 8192
-        assert pair.processor.eos_token_ids == (pair.reference.tokenizer.get_vocab()["<|im_end|>"],)
-        assert image_facts(open_checkpoint(pair.reference.folder)).preprocess == config.images.preprocess
+        assert pair.processor.eos_token_ids == (pair.written.tokenizer.get_vocab()["<|im_end|>"],)
+        assert image_facts(open_checkpoint(pair.written.folder)).preprocess == config.images.preprocess
 
-    def test_the_rule_of_each_release(self, pairs: dict[Era, Pair]) -> None:
+    def test_the_rule_of_each_release(self, pairs: dict[Era, NanoPair]) -> None:
         rules = {era: pair.processor.facts.preprocess.rule for era, pair in pairs.items()}
         assert rules["0.1"] == rules["0.2"] == Squash(tile=Size(32, 32), resample="bilinear")
         tokens = tuple(tuple(f"<row_{r}_col_{c}>" for c in range(1, 5)) for r in range(1, 5))
@@ -332,17 +280,20 @@ class TestFacts:
         absent = ("vit_ln_eps", "vit_cls_flag", "lm_rms_eps", "lm_re_base", "lm_max_position_embeddings",
                   "lm_attn_scaling", "lm_tie_weights", "lm_use_tokens", "resize_to_max_side_len",
                   "mp_image_token_length", "lm_vocab_size")  # fmt: skip
-        whole = build(tmp_path / "whole").processor.config
-        assert build(tmp_path / "sparse", flags=dict.fromkeys(absent)).processor.config == whole
+        configs = []
+        for name, flags in (("whole", {}), ("sparse", dict.fromkeys(absent))):
+            write_nanovlm_checkpoint(tmp_path / name, flags=flags)
+            configs.append(load_processor(open_checkpoint(tmp_path / name)).config)
+        assert configs[0] == configs[1]
 
     def test_an_absent_max_img_size_is_one_tile(self, tmp_path: Path) -> None:
-        pair = build(tmp_path, era="grid", flags={"max_img_size": None})
+        pair = built(tmp_path, era="grid", flags={"max_img_size": None})
         (layout,) = pair.processor.layouts([Size(640, 480)])
         assert layout.image_tokens == 4
 
     def test_tiles_without_tokens_of_their_own(self, tmp_path: Path) -> None:
         """A version between two releases: the image token only, and tiles one after another."""
-        pair = build(tmp_path, era="0.2", flags={"max_img_size": 96})
+        pair = built(tmp_path, era="0.2", flags={"max_img_size": 96})
         prompt = ask(pair, patches_of(pair.processor, [picture(96, 64)]))
         (span,) = prompt.spans
         assert span.stop - span.start == 6 * 4
@@ -405,10 +356,10 @@ class TestFacts:
         files = {*wanted, "model.safetensors", "config.json", "generation_config.json", "README.md"}
         assert {name for name in files if any(fnmatch(name, pattern) for pattern in patterns)} == wanted
 
-    def test_ids_of_extra_tokens_follow_the_dictionary(self, pairs: dict[Era, Pair]) -> None:
-        ours, theirs = pairs["current"].processor.tokenizer, pairs["current"].reference.tokenizer
+    def test_ids_of_extra_tokens_follow_the_dictionary(self, pairs: dict[Era, NanoPair]) -> None:
+        ours, theirs = pairs["current"].processor.tokenizer, pairs["current"].written.tokenizer
         assert ours.get_vocab() == theirs.get_vocab()
-        base = pairs["current"].reference.config["lm_base_vocab_size"]
+        base = pairs["current"].reference.raw["lm_base_vocab_size"]
         first = [ours.convert_ids_to_tokens(base + number) for number in range(4)]
         assert first == ["<|image|>", "<|global_image|>", "<row_1_col_1>", "<row_1_col_2>"]
 
@@ -449,9 +400,9 @@ class TestWeights:
         load_model(checkpoint, load_processor(checkpoint).config, device="cpu", dtype=torch.float32)
 
 
-def test_the_tower_alone(pairs: dict[Era, Pair]) -> None:
+def test_the_tower_alone(pairs: dict[Era, NanoPair]) -> None:
     pair = pairs["current"]
-    stack, processor = load_vision(open_checkpoint(pair.reference.folder), device="cpu", dtype=torch.float32)
+    stack, processor = load_vision(open_checkpoint(pair.written.folder), device="cpu", dtype=torch.float32)
     patches = patches_of(pair.processor, [picture(*WIDE)])
     assert torch.equal(stack.encoder.features(patches)[0], pair.model.vision.encoder.features(patches)[0])
     assert processor.facts.preprocess == pair.processor.facts.preprocess
@@ -469,36 +420,32 @@ def test_two_ranks_load_both_names(tmp_path: Path) -> None:
     load_model(checkpoint, config, device="cpu", dtype=torch.float32, tp=tp)
 
 
-def test_videos_are_refused(pair: Pair) -> None:
+def test_videos_are_refused(pair: NanoPair) -> None:
     with pytest.raises(UserError, match="not videos"):
         pair.processor.layouts([VideoSize(Size(64, 64), 4)])
 
 
-def test_the_offline_api_answers_as_the_reference(pair: Pair, tmp_path: Path) -> None:
+def test_the_offline_api_answers_as_the_reference(pair: NanoPair, tmp_path: Path) -> None:
     image = picture(*WIDE)
     image.save(tmp_path / "picture.png")
-    seen = naive.see(pair.reference, image)
-    features = pair.reference.tower(pixel_values=seen.tiles).last_hidden_state
-    rows = pair.reference.projection(naive.shuffle(pair.reference, features)).flatten(0, 1)
-    text = naive.prompt(pair.reference, [seen.grid], QUESTION)
-    _, embeds = naive.embeds(pair.reference, text, rows)
-    chosen = pair.reference.language.generate(
-        inputs_embeds=embeds[None], attention_mask=torch.ones(1, len(embeds)), max_new_tokens=12, min_new_tokens=12,
-        do_sample=False, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    llm = LLM(pair.reference.folder, dtype="float32", device="cpu")
+    seen = pair.see([image])
+    embeds = pair.reference.embeds(pair.reference.text(QUESTION, seen), seen)
+    chosen = generated(pair.reference.language.model, embeds, 12)
+    llm = LLM(pair.written.folder, dtype="float32", device="cpu")
     params = SamplingParams(max_tokens=12, ignore_eos=True)
     (answer,) = llm.generate({"prompt": QUESTION, "images": [tmp_path / "picture.png"]}, params)
-    assert list(answer.output_token_ids) == chosen[0].tolist()
+    assert list(answer.output_token_ids) == chosen
     low: dict[str, Any] = {"image": tmp_path / "picture.png", "detail": "low"}
     (answer,) = llm.generate({"prompt": QUESTION, "images": [low]}, params)
-    assert answer.usage.image_tokens == pair.reference.rows
+    assert answer.usage.image_tokens == len(seen.blocks[0])
 
 
-def test_the_command_line(pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, model = str(tmp_path / "picture.png"), str(pair.reference.folder)
+@pytest.mark.parametrize(("era", "tiles"), [("0.1", 1), ("0.2", 1), ("grid", 6), ("current", 7)])
+def test_the_command_line(
+    pairs: dict[Era, NanoPair], tmp_path: Path, capsys: pytest.CaptureFixture[str], era: Era, tiles: int
+) -> None:
+    path, model = str(tmp_path / "picture.png"), str(pairs[era].written.folder)
     picture(*WIDE).save(path)
-    tiles = {"0.1": 1, "0.2": 1, "grid": 6, "current": 7}[pair.reference.era]
     assert main(["tokens", model, path, "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert (row["image_tokens"], row["tiles"]) == (4 * tiles, tiles)
@@ -512,7 +459,7 @@ def test_the_command_line(pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixt
     assert json.loads(capsys.readouterr().out)["usage"]["prompt_tokens"] > 4 * tiles
 
 
-def test_a_budget(pairs: dict[Era, Pair]) -> None:
+def test_a_budget(pairs: dict[Era, NanoPair]) -> None:
     facts = pairs["current"].processor.facts
     (layout,) = facts.layouts([Size(300, 200)], [ImageBudget(max_tiles=3)])
     assert (layout.arrangement, len(layout.tiles)) == ((1, 1), 1)

@@ -2,98 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import reference
 import torch
-from checkpoints import Layout, Reference, write_nvila_checkpoint
+from checkpoints import Layout, Written, write_nvila_checkpoint
+from parity_kit import Pair, ask, assert_parity, build, generated, greedy, logits, patches_of, picture, spliced
 from PIL import Image
 
 from siglane.errors import UserError
-from siglane.families.model import VisionLanguageModel, load_model, load_vision, stored_dtype
+from siglane.families.model import load_model, load_vision, stored_dtype
 from siglane.families.processor import Processor, load_processor
 from siglane.families.stack import VisionStack
-from siglane.lm.attention import SegmentAttention
-from siglane.types import DecodedImage, ImagePart, ImagePatches, Message, Prompt
+from siglane.types import ImagePart, ImagePatches, Message, Prompt
+from siglane.verify.references.nvila import Nvila
 from siglane.weights.hub import open_checkpoint
 
-TOLERANCE, COSINE = 2e-4, 0.99999
 WIDE, TALL, SQUARE = (130, 70), (50, 170), (60, 60)
 
 
-@dataclass
-class Pair:
-    """A checkpoint as the reference holds it and as siglane loads it."""
-
-    reference: Reference
-    processor: Processor
-    model: VisionLanguageModel
-    lite: bool
-
-
-def build(folder: Path, *, lite: bool, **options: Any) -> Pair:
-    written = write_nvila_checkpoint(folder, lite=lite, **options)
-    checkpoint = open_checkpoint(written.folder)
-    processor = load_processor(checkpoint)
-    return Pair(written, processor, load_model(checkpoint, processor.config, device="cpu", dtype=torch.float32), lite)
+NvilaPair = Pair[Written, Nvila]
 
 
 @pytest.fixture(scope="module")
-def lite(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return build(tmp_path_factory.mktemp("lite"), lite=True)
+def lite(tmp_path_factory: pytest.TempPathFactory) -> NvilaPair:
+    return build(tmp_path_factory.mktemp("lite"), write_nvila_checkpoint, Nvila)
 
 
 @pytest.fixture(scope="module")
-def s2(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return build(tmp_path_factory.mktemp("s2"), lite=False, layout="hf", image_size=70, qwen3=True, tied=True)
+def s2(tmp_path_factory: pytest.TempPathFactory) -> NvilaPair:
+    options = {"lite": False, "layout": "hf", "image_size": 70, "qwen3": True, "tied": True}
+    return build(tmp_path_factory.mktemp("s2"), write_nvila_checkpoint, Nvila, **options)
 
 
 @pytest.fixture(params=["lite", "s2"])
-def pair(request: pytest.FixtureRequest) -> Pair:
-    found: Pair = request.getfixturevalue(request.param)
+def pair(request: pytest.FixtureRequest) -> NvilaPair:
+    found: NvilaPair = request.getfixturevalue(request.param)
     return found
 
 
-def patches_of(processor: Processor, images: list[Image.Image]) -> list[ImagePatches]:
-    decoded = [DecodedImage.from_rgb(np.array(image)) for image in images]
-    layouts = processor.layouts([image.size for image in decoded])
-    return [processor.patches(image, layout) for image, layout in zip(decoded, layouts, strict=True)]
-
-
-def ask(processor: Processor, patches: list[ImagePatches], *parts: str | ImagePart, **arguments: Any) -> Prompt:
+def asked(processor: Processor, patches: list[ImagePatches], *parts: str | ImagePart, **arguments: Any) -> Prompt:
     return processor.prompt([Message("user", parts)], [one.layout for one in patches], arguments)
 
 
-def spliced(model: VisionLanguageModel, prompt: Prompt, patches: Sequence[ImagePatches]) -> torch.Tensor:
-    tokens = model.vision(prompt.in_order(patches))
-    embeds = model.language.embed(torch.tensor(prompt.token_ids))
-    rows = [iter(image) for image in tokens.split()]
-    for start, stop, image in prompt.spans:
-        embeds[start:stop] = torch.stack([next(rows[image]) for _ in range(stop - start)])
-    return embeds
-
-
-def greedy(model: VisionLanguageModel, embeds: torch.Tensor, steps: int) -> list[int]:
-    chosen: list[int] = []
-    for _ in range(steps):
-        hidden = model.language(embeds, torch.arange(len(embeds)), SegmentAttention([len(embeds)]))
-        chosen.append(int(model.language.logits(hidden[-1:]).argmax()))
-        embeds = torch.cat([embeds, model.language.embed(torch.tensor(chosen[-1:]))])
-    return chosen
-
-
-def close(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    assert ours.shape == theirs.shape
-    difference = (ours - theirs).abs().max().item()
-    assert difference <= TOLERANCE
-    cosine = torch.nn.functional.cosine_similarity(ours.double(), theirs.double(), dim=-1)
-    assert cosine.min().item() >= COSINE
-    return difference
+def chat(value: str) -> str:
+    system = "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n"
+    return f"{system}<|im_start|>user\n{value}<|im_end|>\n<|im_start|>assistant\n"
 
 
 CASES: list[tuple[Layout, bool, bool, bool, bool, int]] = [  # layout, lite, qwen3, tied, infix, image size
@@ -112,54 +67,41 @@ def test_features_rows_logits_and_tokens(
     tmp_path: Path, layout: Layout, lite: bool, qwen3: bool, tied: bool, infix: bool, image_size: int
 ) -> None:
     options: dict[str, Any] = {"layout": layout, "qwen3": qwen3, "tied": tied, "infix": infix, "image_size": image_size}
-    pair = build(tmp_path, lite=lite, **options)
+    pair = build(tmp_path, write_nvila_checkpoint, Nvila, lite=lite, **options)
     for sizes in ([WIDE], [TALL], [WIDE, SQUARE, TALL]):
-        images = [reference.picture(*size, seed=seed) for seed, size in enumerate(sizes)]
-        expected = reference.encode(pair.reference, images, lite=lite)
+        images = [picture(*size, seed=seed) for seed, size in enumerate(sizes)]
+        seen = pair.see(images)
         patches = patches_of(pair.processor, images)
-        worst = {"features": 0.0, "rows": 0.0}
-        for ours, theirs in zip(pair.model.vision.encode(patches), expected.features, strict=True):
-            worst["features"] = max(worst["features"], close(ours.projector_input, theirs))
-        tokens = pair.model.vision(patches)
-        for ours, blocks in zip(tokens.split(), expected.rows, strict=True):
-            worst["rows"] = max(worst["rows"], close(ours, torch.cat(blocks)))
+        features = torch.cat([one.projector_input for one in pair.model.vision.encode(patches)])
+        assert_parity("features", features, seen.taps.get("projector_input", seen.taps["features"]))
+        for ours, blocks in zip(pair.model.vision(patches).split(), seen.images, strict=True):
+            assert_parity("rows", ours, torch.cat(blocks))
 
-        value = "".join(
-            "<image>\n" * len(blocks) if lite and len(images) == 1 else "<image>" for blocks in expected.rows
-        )
-        parts = [ImagePart(number) for number in range(len(images))]
-        prompt = ask(pair.processor, patches, *parts, "What is in the image?")
-        text = reference.chat(value + "What is in the image?")
-        ids = reference.prompt_ids(pair.reference, text, expected.rows)
-        assert list(prompt.token_ids) == ids
+        value = "".join("<image>\n" * len(blocks) if lite and len(images) == 1 else "<image>" for blocks in seen.images)
+        prompt = ask(pair.processor, patches, "What is in the image?")
+        text = chat(value + "What is in the image?")
+        assert text == pair.reference.text("What is in the image?", seen)
+        assert list(prompt.token_ids) == pair.their_ids(text, seen)
 
-        ours = spliced(pair.model, prompt, patches)
-        theirs = reference.embeds(pair.reference, ids, expected.rows)
-        language = pair.reference.language
-        hidden = pair.model.language(ours, torch.arange(len(ours)), SegmentAttention([len(ours)]))
-        worst["logits"] = close(pair.model.language.logits(hidden), language(inputs_embeds=theirs[None]).logits[0])
-        print(f"{layout} lite={lite} qwen3={qwen3} {len(images)} images: {worst}")
-        chosen = language.generate(
-            inputs_embeds=theirs[None], attention_mask=torch.ones(1, len(theirs)), max_new_tokens=32, min_new_tokens=32,
-            do_sample=False, eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
-        assert greedy(pair.model, ours, 32) == chosen[0].tolist()
+        ours, theirs = spliced(pair.model, prompt, patches), pair.reference.embeds(text, seen)
+        assert_parity("logits", logits(pair.model, ours), pair.reference.language.logits(theirs))
+        assert greedy(pair.model, ours, 32) == generated(pair.reference.language.model, theirs, 32)
 
 
-def test_the_stack_alone_is_the_models_stack(pair: Pair) -> None:
-    stack, processor = load_vision(open_checkpoint(pair.reference.folder), device="cpu", dtype=torch.float32)
+def test_the_stack_alone_is_the_models_stack(pair: NvilaPair) -> None:
+    stack, processor = load_vision(open_checkpoint(pair.written.folder), device="cpu", dtype=torch.float32)
     assert isinstance(stack, VisionStack)
     assert isinstance(processor, Processor)
-    patches = patches_of(processor, [reference.picture(*WIDE)])
+    patches = patches_of(processor, [picture(*WIDE)])
     assert torch.equal(stack(patches).embeds, pair.model.vision(patches).embeds)
     assert not any(parameter.requires_grad for parameter in stack.parameters())
     assert not stack.training
 
 
-def test_packing_does_not_change_an_image(pair: Pair) -> None:
+def test_packing_does_not_change_an_image(pair: NvilaPair) -> None:
     """Alone, beside others and in another order, tiled and not, in one tower call."""
-    alone = patches_of(pair.processor, [reference.picture(*WIDE)])
-    others = patches_of(pair.processor, [reference.picture(*TALL, seed=1), reference.picture(*SQUARE, seed=2)])
+    alone = patches_of(pair.processor, [picture(*WIDE)])
+    others = patches_of(pair.processor, [picture(*TALL, seed=1), picture(*SQUARE, seed=2)])
     vision = pair.model.vision
     by_itself = [vision([image]).embeds for image in (*alone, *others)]
     together = vision([*alone, *others]).split()
@@ -169,42 +111,42 @@ def test_packing_does_not_change_an_image(pair: Pair) -> None:
         assert (single - second).abs().max() < 1e-5
 
 
-def test_no_images_is_no_rows(pair: Pair) -> None:
+def test_no_images_is_no_rows(pair: NvilaPair) -> None:
     tokens = pair.model.vision([])
     assert tokens.embeds.shape == (0, 48)
     assert tokens.lengths == ()
     assert pair.model.vision.encode([]) == ()
 
 
-def test_taps_name_every_stage(s2: Pair) -> None:
+def test_taps_name_every_stage(s2: NvilaPair) -> None:
     taps: dict[str, torch.Tensor] = {}
-    rows = s2.model.vision(patches_of(s2.processor, [reference.picture(*WIDE)]), taps).embeds
+    rows = s2.model.vision(patches_of(s2.processor, [picture(*WIDE)]), taps).embeds
     tower = ["patch_embedding", "positions", "block.0", "block.1", "features"]
     assert list(taps) == [*tower, "projector_input", "projected"]
     assert torch.equal(taps["projected"], rows)
 
 
-def test_float_patches_are_normalised_as_bytes_are(lite: Pair) -> None:
-    (patches,) = patches_of(lite.processor, [reference.picture(*WIDE)])
+def test_float_patches_are_normalised_as_bytes_are(lite: NvilaPair) -> None:
+    (patches,) = patches_of(lite.processor, [picture(*WIDE)])
     as_float = ImagePatches(patches.pixels.float(), patches.layout, patches.digest)
     assert torch.equal(lite.model.vision([patches]).embeds, lite.model.vision([as_float]).embeds)
 
 
-def test_half_precision_keeps_exact_pixels(lite: Pair) -> None:
-    checkpoint = open_checkpoint(lite.reference.folder)
+def test_half_precision_keeps_exact_pixels(lite: NvilaPair) -> None:
+    checkpoint = open_checkpoint(lite.written.folder)
     assert stored_dtype(checkpoint) == torch.float32
     options: dict[str, Any] = {"device": "cpu", "dtype": torch.bfloat16, "vision_dtype": torch.float16}
     model = load_model(checkpoint, lite.processor.config, **options)
     assert model.language.norm.weight.dtype == torch.bfloat16
     assert model.vision.encoder.dtype == torch.float16
     assert model.vision.encoder.pixel_scale.dtype == torch.float32
-    patches = patches_of(lite.processor, [reference.picture(*SQUARE)])
+    patches = patches_of(lite.processor, [picture(*SQUARE)])
     exact = lite.model.vision.encoder.pack(patches).pixels
     assert torch.equal(model.vision.encoder.pack(patches).pixels, exact.half())
 
 
-def test_rows_that_do_not_match_the_layout_are_an_error(lite: Pair, s2: Pair) -> None:
-    patches = patches_of(lite.processor, [reference.picture(*WIDE)])
+def test_rows_that_do_not_match_the_layout_are_an_error(lite: NvilaPair, s2: NvilaPair) -> None:
+    patches = patches_of(lite.processor, [picture(*WIDE)])
     with pytest.raises((RuntimeError, ValueError)):
         s2.model.vision(patches)
 
@@ -212,50 +154,52 @@ def test_rows_that_do_not_match_the_layout_are_an_error(lite: Pair, s2: Pair) ->
 class TestPrompts:
     """Ids against the reference's own: one text, special tokens found in it, placeholders filled."""
 
-    def check(self, pair: Pair, images: list[Image.Image], parts: list[str | ImagePart], value: str) -> None:
-        expected = reference.encode(pair.reference, images, lite=pair.lite)
-        prompt = ask(pair.processor, patches_of(pair.processor, images), *parts)
-        ids = reference.prompt_ids(pair.reference, reference.chat(value), expected.rows)
-        assert list(prompt.token_ids) == ids
+    def check(self, pair: NvilaPair, images: list[Image.Image], parts: list[str | ImagePart], value: str) -> None:
+        prompt = asked(pair.processor, patches_of(pair.processor, images), *parts)
+        assert list(prompt.token_ids) == pair.their_ids(chat(value), pair.see(images))
 
-    def test_tiles_are_separated_by_a_line_feed_row_and_a_line_feed_text(self, lite: Pair) -> None:
-        image = reference.picture(*WIDE)
+    def test_tiles_are_separated_by_a_line_feed_row_and_a_line_feed_text(self, lite: NvilaPair) -> None:
+        image = picture(*WIDE)
         self.check(lite, [image], [ImagePart(0), "Describe it."], "<image>\n" * 3 + "Describe it.")
 
-    def test_text_after_tiles_joins_their_line_feed(self, lite: Pair) -> None:
+    def test_text_after_tiles_joins_their_line_feed(self, lite: NvilaPair) -> None:
         """The reference tokenises "\\n" and "\\nDescribe" together; "\\n\\n" is one token."""
-        image = reference.picture(*WIDE)
+        image = picture(*WIDE)
         self.check(lite, [image], [ImagePart(0), "\nDescribe it."], "<image>\n" * 3 + "\nDescribe it.")
 
-    def test_text_after_the_line_feed_row_does_not_join_it(self, s2: Pair) -> None:
-        self.check(s2, [reference.picture(*WIDE)], [ImagePart(0), "\n\nDescribe it."], "<image>\n\nDescribe it.")
+    def test_text_after_the_line_feed_row_does_not_join_it(self, s2: NvilaPair) -> None:
+        self.check(s2, [picture(*WIDE)], [ImagePart(0), "\n\nDescribe it."], "<image>\n\nDescribe it.")
 
-    def test_text_before_the_image(self, pair: Pair) -> None:
+    def test_text_before_the_image(self, pair: NvilaPair) -> None:
         """Where the image ends the message, its last line feed is stripped with the message (VILA layouts only)."""
-        value = "Look: " + ("<image>\n" * 3).strip() if pair.lite else "Look: <image>"
+        lite = not pair.reference.flags.scales
+        value = "Look: " + ("<image>\n" * 3).strip() if lite else "Look: <image>"
         self.check(
-            pair, [reference.picture(*WIDE)], ["Look: ", ImagePart(0), " \n"], value + ("" if pair.lite else " \n")
+            pair,
+            [picture(*WIDE)],
+            ["Look: ", ImagePart(0), " \n"],
+            value + ("" if lite else " \n"),
         )
 
-    def test_message_is_stripped_at_its_ends_only(self, lite: Pair) -> None:
-        images = [reference.picture(*WIDE), reference.picture(*TALL)]
+    def test_message_is_stripped_at_its_ends_only(self, lite: NvilaPair) -> None:
+        images = [picture(*WIDE), picture(*TALL)]
         parts: list[str | ImagePart] = ["  ", "\nFirst ", ImagePart(0), " and ", ImagePart(1), " end \n"]
         self.check(lite, images, parts, "First <image> and <image> end")
 
-    def test_adjacent_images(self, pair: Pair) -> None:
-        images = [reference.picture(*WIDE), reference.picture(*TALL), reference.picture(*SQUARE)]
+    def test_adjacent_images(self, pair: NvilaPair) -> None:
+        images = [picture(*WIDE), picture(*TALL), picture(*SQUARE)]
         value = "<image><image>Compare.<image>"
         self.check(pair, images, [ImagePart(0), ImagePart(1), "Compare.", ImagePart(2)], value)
 
-    def test_images_out_of_order_are_sorted_by_appearance(self, pair: Pair) -> None:
-        images = [reference.picture(*WIDE), reference.picture(*TALL, seed=5)]
+    def test_images_out_of_order_are_sorted_by_appearance(self, pair: NvilaPair) -> None:
+        images = [picture(*WIDE), picture(*TALL, seed=5)]
         patches = patches_of(pair.processor, images)
-        prompt = ask(pair.processor, patches, ImagePart(1), ImagePart(0))
+        prompt = asked(pair.processor, patches, ImagePart(1), ImagePart(0))
         assert prompt.order == (1, 0)
         assert prompt.layouts == (patches[1].layout, patches[0].layout)
         assert [span.image for span in prompt.spans] == [0, 1]
 
-    def test_own_system_turn_and_history(self, pair: Pair) -> None:
+    def test_own_system_turn_and_history(self, pair: NvilaPair) -> None:
         messages = [
             Message("system", ("Be brief.",)),
             Message("user", ("Hello",)),
@@ -264,24 +208,24 @@ class TestPrompts:
         ]
         text = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
         text += "Hi there<|im_end|>\n<|im_start|>user\nAnd now?<|im_end|>\n<|im_start|>assistant\n"
-        assert list(pair.processor.prompt(messages, []).token_ids) == pair.reference.encode(text)
+        assert list(pair.processor.prompt(messages, []).token_ids) == pair.written.encode(text)
 
-    def test_placeholders_and_rows_are_equal_in_number(self, pair: Pair) -> None:
-        patches = patches_of(pair.processor, [reference.picture(*WIDE), reference.picture(*TALL)])
-        prompt = ask(pair.processor, patches, ImagePart(0), "and", ImagePart(1))
+    def test_placeholders_and_rows_are_equal_in_number(self, pair: NvilaPair) -> None:
+        patches = patches_of(pair.processor, [picture(*WIDE), picture(*TALL)])
+        prompt = asked(pair.processor, patches, ImagePart(0), "and", ImagePart(1))
         assert prompt.image_tokens == sum(pair.model.vision(patches).lengths)
         assert prompt.token_ids.count(pair.processor.config.image_token_id) == prompt.image_tokens
 
     @pytest.mark.parametrize("parts", [(), (ImagePart(0), ImagePart(0)), (ImagePart(1),), (ImagePart(0), ImagePart(1))])
-    def test_each_image_is_used_exactly_once(self, lite: Pair, parts: tuple[ImagePart, ...]) -> None:
-        patches = patches_of(lite.processor, [reference.picture(*SQUARE)])
+    def test_each_image_is_used_exactly_once(self, lite: NvilaPair, parts: tuple[ImagePart, ...]) -> None:
+        patches = patches_of(lite.processor, [picture(*SQUARE)])
         with pytest.raises(UserError, match="use each exactly once") as caught:
-            ask(lite.processor, patches, "Hello", *parts)
+            asked(lite.processor, patches, "Hello", *parts)
         assert caught.value.code == "image_count_mismatch"
 
-    def test_raw_text_keeps_its_special_tokens(self, lite: Pair) -> None:
+    def test_raw_text_keeps_its_special_tokens(self, lite: NvilaPair) -> None:
         text = "<|im_start|>user\nHello<|im_end|>\n"
-        assert list(lite.processor.text_prompt(text).token_ids) == lite.reference.encode(text)
+        assert list(lite.processor.text_prompt(text).token_ids) == lite.written.encode(text)
         ids = lite.processor.text_prompt("an <image> here").token_ids
         assert lite.processor.config.image_token_id not in ids
 
@@ -291,7 +235,7 @@ def test_the_checkpoints_own_template_wins(tmp_path: Path) -> None:
     written = write_nvila_checkpoint(tmp_path, chat_template=template)
     processor = load_processor(open_checkpoint(tmp_path))
     expected = written.encode("[user]Hello[calm]")
-    assert list(ask(processor, [], "Hello", mood="calm").token_ids) == expected
+    assert list(asked(processor, [], "Hello", mood="calm").token_ids) == expected
 
 
 def test_a_template_that_takes_parts_gets_parts(tmp_path: Path) -> None:
@@ -299,14 +243,10 @@ def test_a_template_that_takes_parts_gets_parts(tmp_path: Path) -> None:
         "{% for m in messages %}{% for p in m['content'] %}"
         "{% if p['type'] == 'image' %}[see <image>]{% else %}{{ p['text'] }};{% endif %}{% endfor %}{% endfor %}"
     )
-    written = write_nvila_checkpoint(tmp_path, layout="hf", chat_template=template)
-    processor = load_processor(open_checkpoint(tmp_path))
-    images = [reference.picture(*SQUARE), reference.picture(*WIDE)]
-    patches = patches_of(processor, images)
-    prompt = ask(processor, patches, "One", ImagePart(0), ImagePart(1), "two")
-    rows = reference.encode(written, images, lite=True).rows
-    text = "One;[see <image>][see <image>]two;"
-    assert list(prompt.token_ids) == reference.prompt_ids(written, text, rows)
+    pair = build(tmp_path, write_nvila_checkpoint, Nvila, layout="hf", chat_template=template)
+    images = [picture(*SQUARE), picture(*WIDE)]
+    prompt = asked(pair.processor, patches_of(pair.processor, images), "One", ImagePart(0), ImagePart(1), "two")
+    assert list(prompt.token_ids) == pair.their_ids("One;[see <image>][see <image>]two;", pair.see(images))
 
 
 def test_only_the_roles_that_take_parts_get_them(tmp_path: Path) -> None:
@@ -327,13 +267,13 @@ def test_an_image_token_the_tokenizer_lacks_lies_behind_it(tmp_path: Path) -> No
     processor = load_processor(open_checkpoint(tmp_path))
     assert written.tokenizer is not None
     assert processor.config.image_token_id == len(written.tokenizer)
-    patches = patches_of(processor, [reference.picture(*SQUARE)])
-    prompt = ask(processor, patches, ImagePart(0), "What is <image>?")
+    patches = patches_of(processor, [picture(*SQUARE)])
+    prompt = asked(processor, patches, ImagePart(0), "What is <image>?")
     assert prompt.token_ids.count(processor.config.image_token_id) == patches[0].layout.image_tokens
 
 
-def test_facts_the_processor_states(pair: Pair) -> None:
-    tokenizer = pair.reference.tokenizer
+def test_facts_the_processor_states(pair: NvilaPair) -> None:
+    tokenizer = pair.written.tokenizer
     assert tokenizer is not None
     assert pair.processor.context_length == 4096
     assert pair.processor.eos_token_ids == (tokenizer.eos_token_id,)

@@ -1,23 +1,21 @@
-"""Ovis2.5 against its naive second writing: every tap, prompts, spliced rows, logits and greedy tokens."""
+"""Ovis2.5 against its reference: every tap, prompts, spliced rows, logits and greedy tokens."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ovis2_5_reference as naive
 import pytest
 import torch
 import torch.distributed as dist
-from ovis2_5_checkpoint import LARGE, OvisReference, write_ovis2_5_checkpoint
-from ovis2_5_reference import Seen
+from checkpoints import Written
+from ovis2_5_checkpoint import LARGE, write_ovis2_5_checkpoint
+from parity_kit import Pair, ask, assert_parity, build, generated, greedy, logits, patches_of, picture, spliced
 from PIL import Image
-from reference import picture
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing.spawn import start_processes
 from transformers import SiglipVisionModel
@@ -25,12 +23,11 @@ from transformers import SiglipVisionModel
 from siglane.cli.main import main
 from siglane.config.vision import VisionConfig
 from siglane.errors import ConfigError, UserError, WeightError
-from siglane.families.model import VisionLanguageModel, load_model
+from siglane.families.model import load_model
 from siglane.families.processor import Processor, load_processor
 from siglane.families.prompt.messages import answer_alone
 from siglane.families.registry import image_facts, vlm_family
 from siglane.llm import LLM, VisionEncoder
-from siglane.lm.attention import SegmentAttention
 from siglane.nn.parallel import TensorParallel
 from siglane.tiling.navit import NativeResolution
 from siglane.types import (
@@ -45,9 +42,10 @@ from siglane.types import (
     Size,
     VideoSize,
 )
+from siglane.verify.references.ovis2_5 import Ovis2_5
+from siglane.verify.references.reference import Seen
 from siglane.weights.hub import open_checkpoint
 
-TOLERANCE, COSINE = 2e-4, 0.99999
 SIZES = ((50, 30), (31, 77), (64, 64), (1, 1))
 AWKWARD = ((1, 1), (17, 4000), (4000, 17), (301, 223))
 START, END = "<|im_start|>", "<|im_end|>\n"
@@ -71,36 +69,21 @@ HUB_TEMPLATE = (
 )
 
 
-@dataclass
-class Pair:
-    """A checkpoint as the reference holds it and as siglane loads it."""
-
-    reference: OvisReference
-    processor: Processor
-    model: VisionLanguageModel
+OvisPair = Pair[Written, Ovis2_5]
 
 
-def build(folder: Path, **options: Any) -> Pair:
-    written = write_ovis2_5_checkpoint(folder, **options)
-    checkpoint = open_checkpoint(folder)
-    processor = load_processor(checkpoint)
-    return Pair(written, processor, load_model(checkpoint, processor.config, device="cpu", dtype=torch.float32))
+def built(folder: Path, **options: Any) -> OvisPair:
+    return build(folder, write_ovis2_5_checkpoint, Ovis2_5, **options)
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return build(tmp_path_factory.mktemp("ovis"))
+def pair(tmp_path_factory: pytest.TempPathFactory) -> OvisPair:
+    return built(tmp_path_factory.mktemp("ovis"))
 
 
 @pytest.fixture(scope="module")
-def tied(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return build(tmp_path_factory.mktemp("tied"), tied=True, seed=20)
-
-
-def patches_of(processor: Processor, images: Sequence[Image.Image]) -> list[ImagePatches]:
-    decoded = [DecodedImage.from_rgb(np.array(image)) for image in images]
-    layouts = processor.layouts([image.size for image in decoded])
-    return [processor.patches(image, layout) for image, layout in zip(decoded, layouts, strict=True)]
+def tied(tmp_path_factory: pytest.TempPathFactory) -> OvisPair:
+    return built(tmp_path_factory.mktemp("tied"), tied=True, seed=20)
 
 
 def clip_of(processor: Processor, frames: Sequence[Image.Image]) -> ImagePatches:
@@ -109,34 +92,18 @@ def clip_of(processor: Processor, frames: Sequence[Image.Image]) -> ImagePatches
     return processor.patches(clip, layout)
 
 
-def close(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    assert ours.shape == theirs.shape
-    difference = (ours - theirs).abs().max().item()
-    assert difference <= TOLERANCE
-    cosine = torch.nn.functional.cosine_similarity(ours.double(), theirs.double(), dim=-1)
-    assert cosine.min().item() >= COSINE
-    return difference
-
-
 @torch.no_grad()
-def compare_taps(pair: Pair, patches: Sequence[ImagePatches], seen: Sequence[Seen]) -> dict[str, float]:
-    """All images in one call; the reference's rows are in block order, siglane's in raster order."""
-    taps: dict[str, torch.Tensor] = {}
+def compare_taps(pair: OvisPair, patches: Sequence[ImagePatches], seen: Seen) -> list[str]:
+    """All images in one call. The stages that were compared."""
+    taps: dict[str, torch.Tensor] = {"preprocessing": pair.model.vision.encoder.pack(patches).pixels}
     rows = pair.model.vision(patches, taps)
-    worst: dict[str, float] = {}
-    starts = np.cumsum([0, *(image.layout.patches for image in patches)]).tolist()
-    for start, one in zip(starts, seen, strict=False):
-        order = torch.tensor(one.order) + start
-        for name, expected in one.taps.items():
-            worst[name] = max(worst.get(name, 0.0), close(taps[name][order], expected))
-    worst["atoms"] = close(taps["projected"], torch.cat([one.atoms for one in seen]))
     assert torch.equal(taps["projector_input"], taps["features"])
-    vte = pair.reference.vte
-    for image, embeds, one in zip(patches, rows.split(), seen, strict=True):
-        first = 2 if image.layout.frames else 0
-        ends = vte[len(vte) - 4 + first], vte[len(vte) - 3 + first]
-        worst["rows"] = close(embeds, torch.cat((ends[0][None], one.atoms, ends[1][None])))
-    return worst
+    taps["projector"] = taps.pop("projected")
+    for stage, expected in seen.taps.items():
+        assert_parity(stage, taps[stage], expected)
+    for ours, theirs in zip(rows.split(), seen.blocks, strict=True):
+        assert_parity("rows", ours, theirs)
+    return list(seen.taps)
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -151,39 +118,38 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_tap(tmp_path: Path, case: str) -> None:
-    pair = build(tmp_path, seed=len(case), **CASES[case])
+    pair = built(tmp_path, seed=len(case), **CASES[case])
     images = [picture(*size, seed=number) for number, size in enumerate(SIZES)]
-    worst = compare_taps(pair, patches_of(pair.processor, images), [naive.see(pair.reference, [one]) for one in images])
-    assert list(worst) == ["patch_embedding", "positions", "block.0", "block.1", "block.2", "features", "atoms", "rows"]
-    print(case, worst)
+    stages = compare_taps(pair, patches_of(pair.processor, images), pair.see(images))
+    blocks = ["block.0", "block.1", "block.2"]
+    assert stages == ["preprocessing", "patch_embedding", "positions", *blocks, "features", "projector"]
 
 
 def test_every_tap_of_awkward_pictures(tmp_path: Path) -> None:
-    pair = build(tmp_path, bounds=LARGE)
+    pair = built(tmp_path, bounds=LARGE)
     for number, size in enumerate(AWKWARD):
         image = picture(*size, seed=number)
-        seen = naive.see(pair.reference, [image])
-        print(size, seen.grid, compare_taps(pair, patches_of(pair.processor, [image]), [seen]))
+        compare_taps(pair, patches_of(pair.processor, [image]), pair.see([image]))
 
 
 @torch.no_grad()
 def test_transformers_own_tower_where_it_has_no_rotation(tmp_path: Path) -> None:
     """At the grid of the position table, raster order, before post_layernorm."""
-    pair = build(tmp_path, rope=False)
+    pair = built(tmp_path, rope=False)
     image = picture(24, 24)
-    tower = pair.reference.tower
+    tower = pair.written.tower
     assert isinstance(tower, SiglipVisionModel)
-    pixels = naive.preprocess(pair.reference, [image])
+    pixels = torch.stack(pair.reference.prepared([image]))
     expected = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-1][0]
     (features,) = pair.model.vision.encoder.features(patches_of(pair.processor, [image]))
-    close(features, expected)
+    assert_parity("features", features, expected)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("which", ["pair", "tied"])
 def test_packing_does_not_change_an_image(which: str, request: pytest.FixtureRequest) -> None:
     """Equal counts with different grids among them: 32 x 48 and 48 x 32 pixels."""
-    pair: Pair = request.getfixturevalue(which)
+    pair: OvisPair = request.getfixturevalue(which)
     images = [picture(*size, seed=number) for number, size in enumerate((*SIZES, (32, 48), (48, 32)))]
     patches = patches_of(pair.processor, images)
     vision = pair.model.vision
@@ -198,16 +164,17 @@ def test_packing_does_not_change_an_image(which: str, request: pytest.FixtureReq
 @pytest.mark.parametrize("case", ["untied", "tied, no head stored"])
 def test_frames_of_a_video(tmp_path: Path, case: str) -> None:
     """Of different sizes: each is resized to what suits the first."""
-    pair = build(tmp_path, **CASES[case])
+    pair = built(tmp_path, **CASES[case])
     frames = [picture(50, 30), picture(40, 70, seed=1), picture(50, 30, seed=2)]
     patches = clip_of(pair.processor, frames)
-    seen = naive.see(pair.reference, frames)
-    assert seen.grid[0] == patches.layout.frames == 3
-    compare_taps(pair, [patches], [seen])
+    seen = pair.see([frames])
+    assert patches.layout.frames == 3
+    assert patches.layout.grids == tuple(seen.grids) * 3
+    compare_taps(pair, [patches], seen)
 
 
 @torch.no_grad()
-def test_frames_never_see_each_other(pair: Pair) -> None:
+def test_frames_never_see_each_other(pair: OvisPair) -> None:
     first, second = picture(50, 30), picture(50, 30, seed=1)
     (alone,) = pair.model.vision.encoder.features(patches_of(pair.processor, [first]))
     (same,) = pair.model.vision.encoder.features([clip_of(pair.processor, [first, first])])
@@ -217,12 +184,12 @@ def test_frames_never_see_each_other(pair: Pair) -> None:
     assert (other[len(alone) :] - alone).abs().max() > 0.1
 
 
-def test_a_clip_is_one_span_between_the_videos_indicators(pair: Pair) -> None:
+def test_a_clip_is_one_span_between_the_videos_indicators(pair: OvisPair) -> None:
     patches = clip_of(pair.processor, [picture(50, 30)] * 2)
     rows = pair.model.vision([patches])
     assert rows.lengths == (patches.layout.rows,)
-    assert torch.equal(rows.embeds[0], pair.reference.vte[-2])
-    assert torch.equal(rows.embeds[-1], pair.reference.vte[-1])
+    assert torch.equal(rows.embeds[0], pair.reference.table[-2])
+    assert torch.equal(rows.embeds[-1], pair.reference.table[-1])
 
 
 # one user message: images first
@@ -230,41 +197,37 @@ def chatml(content: str) -> str:
     return f"{START}user\n{content}{END}{START}assistant\n"
 
 
-def same_ids(pair: Pair, prompt: Prompt, expected: Sequence[int]) -> None:
-    place = pair.processor.config.image_token_id
-    assert list(prompt.token_ids) == [place if token < 0 else token for token in expected]
-
-
 class TestPrompts:
     """Ids against the reference's: text is split at the placeholders, each piece is tokenised alone."""
 
     @pytest.fixture(scope="class", params=["default", "hub"])
-    def either(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    def either(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OvisPair:
         template = HUB_TEMPLATE if request.param == "hub" else None
-        return build(tmp_path_factory.mktemp("prompts"), chat_template=template)
+        return built(tmp_path_factory.mktemp("prompts"), chat_template=template)
 
-    def check(self, pair: Pair, messages: list[Message], images: list[Image.Image], text: str, **options: Any) -> None:
-        seen = [naive.see(pair.reference, [image]) for image in images]
+    def check(
+        self, pair: OvisPair, messages: list[Message], images: list[Image.Image], text: str, **options: Any
+    ) -> None:
         layouts = [one.layout for one in patches_of(pair.processor, images)]
         prompt = pair.processor.prompt(messages, layouts, options)
-        same_ids(pair, prompt, naive.prompt_ids(pair.reference, text, seen))
+        assert list(prompt.token_ids) == pair.their_ids(text, pair.see(images))
 
-    def test_no_default_system_turn(self, either: Pair) -> None:
+    def test_no_default_system_turn(self, either: OvisPair) -> None:
         self.check(either, [Message("user", ("What is it?",))], [], chatml("What is it?"))
 
-    def test_own_system_turn(self, either: Pair) -> None:
+    def test_own_system_turn(self, either: OvisPair) -> None:
         messages = [Message("system", ("Be brief.",)), Message("user", ("Hello",))]
         self.check(either, messages, [], f"{START}system\nBe brief.{END}" + chatml("Hello"))
 
-    def test_parts_are_joined_by_line_feeds(self, either: Pair) -> None:
+    def test_parts_are_joined_by_line_feeds(self, either: OvisPair) -> None:
         images = [picture(50, 30), picture(20, 60)]
         parts = (ImagePart(0), ImagePart(1), "\nWhat is it?", "And this?")
         self.check(either, [Message("user", parts)], images, chatml("<image>\n<image>\n\nWhat is it?\nAnd this?"))
 
-    def test_text_before_an_image(self, either: Pair) -> None:
+    def test_text_before_an_image(self, either: OvisPair) -> None:
         self.check(either, [Message("user", ("Look:", ImagePart(0)))], [picture(50, 30)], chatml("Look:\n<image>"))
 
-    def test_thinking_is_closed_where_it_is_not_wanted(self, either: Pair) -> None:
+    def test_thinking_is_closed_where_it_is_not_wanted(self, either: OvisPair) -> None:
         closed = chatml("Hello") + "<think>\n\n</think>\n\n"
         self.check(either, [Message("user", ("Hello",))], [], closed, enable_thinking=False)
         self.check(either, [Message("user", ("Hello",))], [], chatml("Hello"), enable_thinking=True)
@@ -279,7 +242,7 @@ class TestPrompts:
             ("thought</think>", ""),
         ],
     )
-    def test_earlier_answers_lose_their_reasoning(self, either: Pair, answer: str, kept: str) -> None:
+    def test_earlier_answers_lose_their_reasoning(self, either: OvisPair, answer: str, kept: str) -> None:
         messages = [Message("user", ("One",)), Message("assistant", (answer,)), Message("user", ("Two",))]
         text = f"{START}user\nOne{END}{START}assistant\n{kept}{END}{chatml('Two')}"
         self.check(either, messages, [], text)
@@ -287,30 +250,29 @@ class TestPrompts:
     def test_only_the_parts_behind_the_reasoning_are_kept(self) -> None:
         assert answer_alone(("<think>a", "b</think>\nc", "\nd"), "</think>") == ("c", "\nd")
 
-    def test_reasoning_that_never_ended_is_text(self, either: Pair) -> None:
+    def test_reasoning_that_never_ended_is_text(self, either: OvisPair) -> None:
         """The reference would read a token there, which only its own template may write."""
         messages = [Message("user", ("One",)), Message("assistant", ("<think>Hm",)), Message("user", ("Two",))]
         prompt = either.processor.prompt(messages, [])
-        assert either.reference.token("<think>") not in prompt.token_ids
+        assert either.written.token("<think>") not in prompt.token_ids
 
     @pytest.mark.parametrize("text", ["an <image> of <video>", "<image>", "</think>", "<think>", "<|im_end|>"])
-    def test_a_users_text_is_text(self, either: Pair, text: str) -> None:
+    def test_a_users_text_is_text(self, either: OvisPair, text: str) -> None:
         """The hub's template would drop `<image>` and `<video>`; siglane keeps the letters, they are no placeholder."""
         prompt = either.processor.prompt([Message("user", (text,))], [])
-        tokenizer = either.reference.tokenizer
+        tokenizer = either.written.tokenizer
         assert tokenizer.decode(list(prompt.token_ids)) == chatml(text)
-        specials = {either.reference.token(name) for name in ("<think>", "</think>", "<|im_end|>")}
+        specials = {either.written.token(name) for name in ("<think>", "</think>", "<|im_end|>")}
         assert sum(token in specials for token in prompt.token_ids) == 1
 
-    def test_a_video(self, either: Pair) -> None:
+    def test_a_video(self, either: OvisPair) -> None:
         frames = [picture(50, 30), picture(50, 30, seed=1)]
         clip = clip_of(either.processor, frames)
         prompt = either.processor.prompt([Message("user", (ImagePart(0), "What happens?"))], [clip.layout])
-        seen = naive.see(either.reference, frames)
         text = chatml("<video>\nWhat happens?")
-        same_ids(either, prompt, naive.prompt_ids(either.reference, text, [seen]))
+        assert list(prompt.token_ids) == either.their_ids(text, either.see([frames]))
 
-    def test_images_and_videos_do_not_mix(self, either: Pair) -> None:
+    def test_images_and_videos_do_not_mix(self, either: OvisPair) -> None:
         media = [clip_of(either.processor, [picture(50, 30)]), *patches_of(either.processor, [picture(50, 30)])]
         with pytest.raises(UserError, match="either images or videos"):
             either.processor.prompt([Message("user", (ImagePart(0), ImagePart(1)))], [one.layout for one in media])
@@ -322,47 +284,32 @@ class TestPrompts:
 def test_spliced_rows_logits_and_greedy_tokens(
     which: str, sizes: Sequence[tuple[int, int]], request: pytest.FixtureRequest
 ) -> None:
-    pair: Pair = request.getfixturevalue(which)
+    pair: OvisPair = request.getfixturevalue(which)
     images = [picture(*size, seed=number) for number, size in enumerate(sizes)]
-    seen = [naive.see(pair.reference, [image]) for image in images]
-    ids = naive.prompt_ids(pair.reference, chatml("<image>\n" * len(images) + "What is it?"), seen)
-    theirs = naive.embeds(pair.reference, ids, seen)
-
-    parts = (*map(ImagePart, range(len(images))), "What is it?")
+    seen, text = pair.see(images), chatml("<image>\n" * len(images) + "What is it?")
+    theirs = pair.reference.embeds(text, seen)
     patches = patches_of(pair.processor, images)
-    prompt = pair.processor.prompt([Message("user", parts)], [one.layout for one in patches])
+    prompt = ask(pair.processor, patches, "What is it?")
     ours = spliced(pair.model, prompt, patches)
-    close(ours, theirs)
-    language = pair.model.language
-    hidden = language(ours, torch.arange(len(ours)), SegmentAttention([len(ours)]))
-    close(language.logits(hidden), pair.reference.language(inputs_embeds=theirs[None]).logits[0])
+    assert_parity("spliced", ours, theirs)
+    assert_parity("logits", logits(pair.model, ours), pair.reference.language.logits(theirs))
 
-    llm = LLM(pair.reference.folder, device="cpu", kv_tokens=4096)
+    llm = LLM(pair.written.folder, device="cpu", kv_tokens=4096)
     answer = llm.generate({"prompt": "What is it?", "images": images}, GREEDY)[0]
-    same_ids(pair, prompt, ids)
+    assert list(prompt.token_ids) == pair.their_ids(text, seen)
     assert answer.prompt_token_ids == prompt.token_ids
-    assert list(answer.output_token_ids) == naive.greedy(pair.reference, theirs, STEPS)
-    assert answer.usage.image_tokens == sum(len(one.atoms) for one in seen)
-
-
-def spliced(model: VisionLanguageModel, prompt: Prompt, patches: Sequence[ImagePatches]) -> torch.Tensor:
-    embeds = model.language.embed(torch.tensor(prompt.token_ids))
-    rows = model.vision(prompt.in_order(patches)).split()
-    for start, stop, image in prompt.spans:
-        assert stop - start == len(rows[image])
-        embeds[start:stop] = rows[image]
-    return embeds
+    assert list(answer.output_token_ids) == generated(pair.reference.language.model, theirs, STEPS)
+    assert answer.usage.image_tokens == sum(map(len, seen.blocks)) - 2 * len(images)  # without the indicators
 
 
 @torch.no_grad()
-def test_a_conversation_through_the_engine(pair: Pair) -> None:
+def test_a_conversation_through_the_engine(pair: OvisPair) -> None:
     images = [picture(50, 30), picture(20, 60, seed=1)]
-    seen = [naive.see(pair.reference, [image]) for image in images]
+    seen = pair.see(images)
     text = (
         f"{START}user\n<image>\nWhat is it?{END}{START}assistant\nA cat.{END}"
         f"{START}user\nAnd\n<image>\nthis?{END}{START}assistant\n<think>\n\n</think>\n\n"
     )
-    ids = naive.prompt_ids(pair.reference, text, seen)
     messages = [
         {"role": "user", "content": [{"type": "image", "image": images[0]}, {"type": "text", "text": "What is it?"}]},
         {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nA cat."},
@@ -375,11 +322,11 @@ def test_a_conversation_through_the_engine(pair: Pair) -> None:
             ],
         },
     ]
-    llm = LLM(pair.reference.folder, device="cpu", kv_tokens=4096)
+    llm = LLM(pair.written.folder, device="cpu", kv_tokens=4096)
     (answer,) = llm.chat(messages, GREEDY, chat_template_kwargs={"enable_thinking": False})
-    place = pair.processor.config.image_token_id
-    assert list(answer.prompt_token_ids) == [place if token < 0 else token for token in ids]
-    assert list(answer.output_token_ids) == naive.greedy(pair.reference, naive.embeds(pair.reference, ids, seen), STEPS)
+    assert list(answer.prompt_token_ids) == pair.their_ids(text, seen)
+    theirs = pair.reference.embeds(text, seen)
+    assert list(answer.output_token_ids) == generated(pair.reference.language.model, theirs, STEPS)
 
 
 @torch.no_grad()
@@ -393,52 +340,38 @@ def be_a_rank(rank: int, size: int, folder: str, patches: list[ImagePatches], pr
     words = model.vision.get_parameter("projector.table").shape[0]
     told = {
         "rows": model.vision(patches).embeds,
-        "greedy": torch.tensor(greedy(model, prompt, patches)),
+        "greedy": torch.tensor(greedy(model, spliced(model, prompt, patches), STEPS)),
         "words": words,
     }
     torch.save(told, f"{folder}/told{size}.{rank}")
     dist.destroy_process_group()
 
 
-def greedy(model: VisionLanguageModel, prompt: Prompt, patches: Sequence[ImagePatches]) -> list[int]:
-    embeds = spliced(model, prompt, patches)
-    chosen: list[int] = []
-    for _ in range(STEPS):
-        hidden = model.language(embeds, torch.arange(len(embeds)), SegmentAttention([len(embeds)]))
-        chosen.append(int(model.language.logits(hidden[-1:]).argmax()))
-        embeds = torch.cat([embeds, model.language.embed(torch.tensor(chosen[-1:]))])
-    return chosen
-
-
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 def test_every_rank_gives_the_references_rows_and_tokens(tmp_path: Path, size: int) -> None:
     """48 words divide by every size; 2 heads of the tower divide by 2 only."""
-    reference = write_ovis2_5_checkpoint(tmp_path)
-    processor = load_processor(open_checkpoint(tmp_path))
+    pair = built(tmp_path)
     images = [picture(*one, seed=number) for number, one in enumerate(SIZES[:2])]
-    patches = patches_of(processor, images)
-    prompt = processor.prompt(
-        [Message("user", (ImagePart(0), ImagePart(1), "What is it?"))], [one.layout for one in patches]
-    )
-    multiprocessing.set_forkserver_preload(["torch", "siglane.llm", "transformers.models.qwen3.modeling_qwen3"])
+    patches = patches_of(pair.processor, images)
+    prompt = ask(pair.processor, patches, "What is it?")
+    multiprocessing.set_forkserver_preload(["siglane.llm", "siglane.cli.main", "siglane.verify.references.ovis2_5"])
     start_processes(be_a_rank, (size, str(tmp_path), patches, prompt), nprocs=size, start_method="forkserver")
 
-    seen = [naive.see(reference, [image]) for image in images]
-    ids = naive.prompt_ids(reference, chatml("<image>\n<image>\nWhat is it?"), seen)
-    rows = naive.embeds(reference, ids, seen)
-    seen_rows = rows[[token < 0 for token in ids]]
+    seen = pair.see(images)
+    theirs = pair.reference.embeds(chatml("<image>\n<image>\nWhat is it?"), seen)
+    expected = generated(pair.reference.language.model, theirs, STEPS)
     for rank in range(size):
         told = torch.load(tmp_path / f"told{size}.{rank}", weights_only=True)
-        close(told["rows"], seen_rows)
-        assert told["greedy"].tolist() == naive.greedy(reference, rows, STEPS)
+        assert_parity("rows", told["rows"], torch.cat(seen.blocks))
+        assert told["greedy"].tolist() == expected
         assert told["words"] == 48 // size + 4
 
 
 class TestFacts:
     """What is read, from where, and what is refused."""
 
-    def test_all(self, pair: Pair) -> None:
-        config, reference = pair.processor.config, pair.reference
+    def test_all(self, pair: OvisPair) -> None:
+        config, reference = pair.processor.config, pair.written
         assert config.family == vlm_family(open_checkpoint(reference.folder)).name == "ovis2_5"
         assert config.eos_token_ids == (reference.token("<|im_end|>"), reference.token("<|endoftext|>"))
         assert config.image_token_id >= max(config.language.vocab_size, len(reference.tokenizer))
@@ -468,10 +401,8 @@ class TestFacts:
         rule = load_processor(open_checkpoint(tmp_path)).facts.preprocess.rule
         assert rule == NativeResolution(factor=8, min_pixels=448**2, max_pixels=1792**2, resample="bilinear")
 
-    def test_layouts_need_no_tokenizer(self, pair: Pair) -> None:
-        layouts = image_facts(open_checkpoint(pair.reference.folder)).layouts(
-            [Size(50, 30), VideoSize(Size(50, 30), 2)]
-        )
+    def test_layouts_need_no_tokenizer(self, pair: OvisPair) -> None:
+        layouts = image_facts(open_checkpoint(pair.written.folder)).layouts([Size(50, 30), VideoSize(Size(50, 30), 2)])
         assert [layout.rows for layout in layouts] == [6 * 4 + 2, 2 * 6 * 4 + 2]
 
     @pytest.mark.parametrize(
@@ -522,7 +453,7 @@ class TestFacts:
 
     def test_a_linear_patch_embedding(self, tmp_path: Path) -> None:
         """num_patches > 0: the same weights as a matrix, patches channel first."""
-        build(tmp_path)
+        write_ovis2_5_checkpoint(tmp_path)
         image = picture(50, 30)
         before = VisionEncoder(tmp_path, device="cpu").encode([image])[0]
         file = tmp_path / "model.safetensors"
@@ -544,29 +475,30 @@ class TestCommandLine:
         picture(50, 30).save(path)
         return str(path)
 
-    def test_tokens(self, pair: Pair, file: str, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["tokens", str(pair.reference.folder), file, "--json"]) == 0
+    def test_tokens(self, pair: OvisPair, file: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["tokens", str(pair.written.folder), file, "--json"]) == 0
         (found,) = json.loads(capsys.readouterr().out)
         assert found["image_tokens"] == 24
         assert found["grids"] == [[8, 12]]
 
-    def test_generate(self, pair: Pair, file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_generate(self, pair: OvisPair, file: str, capsys: pytest.CaptureFixture[str]) -> None:
         words = ["--prompt", "What is it?", "--image", file, "--max-tokens", "8", "--ignore-eos", "--json"]
-        assert main(["generate", str(pair.reference.folder), *words, "--device", "cpu", "--kv-tokens", "1024"]) == 0
+        assert main(["generate", str(pair.written.folder), *words, "--device", "cpu", "--kv-tokens", "1024"]) == 0
         found = json.loads(capsys.readouterr().out)
-        seen = [naive.see(pair.reference, [picture(50, 30)])]
-        ids = naive.prompt_ids(pair.reference, chatml("<image>\nWhat is it?"), seen)
-        assert found["output_token_ids"] == naive.greedy(pair.reference, naive.embeds(pair.reference, ids, seen), 8)
+        embeds = pair.reference.embeds(chatml("<image>\nWhat is it?"), pair.see([picture(50, 30)]))
+        assert found["output_token_ids"] == generated(pair.reference.language.model, embeds, 8)
 
-    def test_encode_gives_atoms_without_indicators_in_raster_order(self, pair: Pair, file: str, tmp_path: Path) -> None:
+    def test_encode_gives_atoms_without_indicators_in_raster_order(
+        self, pair: OvisPair, file: str, tmp_path: Path
+    ) -> None:
         out = str(tmp_path / "out.safetensors")
-        assert main(["encode", str(pair.reference.folder), file, "-o", out, "--device", "cpu"]) == 0
+        assert main(["encode", str(pair.written.folder), file, "-o", out, "--device", "cpu"]) == 0
         found = load_file(out)
-        seen = naive.see(pair.reference, [picture(50, 30)])
-        close(found["0"][seen.order], seen.taps["features"])
-        close(found["projected.0"], seen.atoms)
+        taps = pair.see([picture(50, 30)]).taps
+        assert_parity("features", found["0"], taps["features"])
+        assert_parity("projector", found["projected.0"], taps["projector"])
 
-    def test_look(self, pair: Pair, file: str, tmp_path: Path) -> None:
+    def test_look(self, pair: OvisPair, file: str, tmp_path: Path) -> None:
         out = tmp_path / "view.png"
-        assert main(["look", str(pair.reference.folder), file, "-o", str(out)]) == 0
+        assert main(["look", str(pair.written.folder), file, "-o", str(out)]) == 0
         assert Image.open(out).size[0] > 50

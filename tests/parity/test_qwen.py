@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from transfer import assert_parity, fill, randomise
+from checkpoints import randomise
+from parity_kit import assert_parity, filled
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from siglane.config.language import LanguageConfig
@@ -49,17 +50,18 @@ def reference_model(variant: dict[str, Any], seed: int = 0) -> ReferenceModel:
     model: ReferenceModel = model_class(config)
     model.eval()
     model.set_attn_implementation("eager")
-    randomise(model, seed)
+    randomise(model, seed, by_width=True)
     model.generation_config.eos_token_id = None
     return model
 
 
 def our_model(reference: ReferenceModel) -> QwenModel:
-    model = QwenModel(LanguageConfig.from_hf(reference.config.to_dict())).eval()
-    tensors = reference.state_dict()
-    if reference.config.tie_word_embeddings:
-        del tensors["lm_head.weight"]  # as in a checkpoint
-    assert fill(model, tensors, qwen_plan(model.config)) == set()
+    return our_model_of(reference, LanguageConfig.from_hf(reference.config.to_dict()))
+
+
+def our_model_of(reference: ReferenceModel, config: LanguageConfig) -> QwenModel:
+    model, unused = filled(QwenModel(config), qwen_plan(config), reference)
+    assert unused == ({"lm_head.weight"} if config.tie_embeddings else set())
     return model
 
 
@@ -131,9 +133,8 @@ def test_every_way_to_write_the_rotary_base_reads_as_the_reference_reads_it(writ
     raw |= written
     make: Any = Qwen2ForCausalLM
     reference: ReferenceModel = make(Qwen2Config.from_dict(raw)).eval()
-    randomise(reference, seed=3)
-    model = QwenModel(LanguageConfig.from_hf(raw)).eval()
-    fill(model, reference.state_dict(), qwen_plan(model.config))
+    randomise(reference, seed=3, by_width=True)
+    model = our_model_of(reference, LanguageConfig.from_hf(raw))
     (ids,) = prompts([60], seed=3)
     assert_parity("logits", logits(model, [ids]), reference(ids[None]).logits[0])
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import write_siglip_checkpoint
+from parity_kit import assert_parity, patches_of, picture
 from PIL import Image
-from reference import picture
-from siglip2_checkpoint import PATCH, reference_inputs, write_siglip2_checkpoint
+from siglip2_checkpoint import PATCH, write_siglip2_checkpoint
 from transformers.models.siglip2.image_processing_pil_siglip2 import (
     Siglip2ImageProcessorPil,
     get_image_size_for_max_num_patches,
@@ -22,6 +22,7 @@ from siglane.errors import ConfigError
 from siglane.families.model import load_vision
 from siglane.tiling.rule import ImageBudget
 from siglane.types import Grid, PackedPatches
+from siglane.verify.references.siglip2 import Siglip2
 from siglane.weights.hub import open_checkpoint
 
 SIZES = [(1, 1), (17, 400), (400, 17), (64, 48), (123, 77), (640, 480), (224, 224), (31, 33)]
@@ -41,12 +42,6 @@ def reference_outputs(tower, images, budget):
     )
 
 
-def assert_close(ours: torch.Tensor, reference: torch.Tensor) -> None:
-    assert ours.shape == reference.shape
-    assert (ours - reference).abs().max() <= 2e-4
-    assert torch.cosine_similarity(ours, reference, dim=-1).min() >= 0.99999
-
-
 @pytest.mark.parametrize("budget", [16, 64, 256])
 @pytest.mark.parametrize("full", [False, True])
 def test_features_and_pooled_vectors_are_the_references(tmp_path: Path, budget: int, full: bool) -> None:
@@ -54,44 +49,28 @@ def test_features_and_pooled_vectors_are_the_references(tmp_path: Path, budget: 
     images = [picture(*size, seed=number) for number, size in enumerate(SIZES)]
     expected, pooled, shapes = reference_outputs(tower, images, budget)
     for ours, reference in zip(VisionEncoder(tmp_path).encode(images), expected, strict=True):
-        assert_close(ours, reference)
+        assert_parity("rows", ours, reference)
     model, processor = load_vision(open_checkpoint(tmp_path), device="cpu", dtype=torch.float32, head=True)
-    from siglane.types import DecodedImage
-
-    decoded = [DecodedImage.from_rgb(np.asarray(image)) for image in images]
-    layouts = processor.layouts([image.size for image in decoded])
-    assert [list(layout.grids[0]) for layout in layouts] == shapes
-    patches = [processor.patches(*pair) for pair in zip(decoded, layouts, strict=True)]
+    patches = patches_of(processor, images)
+    assert [list(one.layout.grids[0]) for one in patches] == shapes
     with torch.no_grad():
-        assert_close(model.embeddings(patches), pooled)
+        assert_parity("rows", model.embeddings(patches), pooled)
 
 
 def test_every_tap(tmp_path: Path) -> None:
-    reference = write_siglip2_checkpoint(tmp_path)
-    model, _ = load_vision(open_checkpoint(tmp_path), device="cpu", dtype=torch.float32)
+    write_siglip2_checkpoint(tmp_path)
+    model, _ = load_vision(open_checkpoint(tmp_path), device="cpu", dtype=torch.float32, head=True)
     torch.manual_seed(0)
     pixels = [torch.randn(3, h * PATCH, w * PATCH) for h, w in ((3, 5), (4, 4), (7, 2), (1, 9))]
-    states: dict[str, torch.Tensor] = {}
-    own = reference if hasattr(reference, "encoder") else reference.vision_model
-    own.embeddings.register_forward_hook(lambda m, i, out: states.update(positions=out))
-    own.embeddings.patch_embedding.register_forward_hook(lambda m, i, out: states.update(patch_embedding=out))
-    for number, layer in enumerate(own.encoder.layers):
-        layer.register_forward_hook(
-            lambda m, i, out, number=number: states.update(
-                {f"block.{number}": out[0] if isinstance(out, tuple) else out}
-            )
-        )
-    with torch.no_grad():
-        states["features"] = reference(**reference_inputs(pixels, 16)).last_hidden_state
-    taps: dict[str, torch.Tensor] = {}
+    expected = Siglip2(tmp_path, torch.device("cpu"), torch.float32).encoded(pixels)
     hidden_states, grid_thw = convert_to_packing_format(pixels, PATCH)
+    taps = {"preprocessing": hidden_states}
     with torch.no_grad():
-        encode_packed(model.tower, hidden_states, grid_thw, taps)
-    assert set(states) == {"patch_embedding", "positions", "block.0", "block.1", "features"}
-    counts = [h * w for _, h, w in grid_thw.tolist()]
-    for name, padded in states.items():
-        rows = torch.cat([rows[:count] for rows, count in zip(padded, counts, strict=True)])
-        assert_close(taps[name], rows)
+        features = encode_packed(model.tower, hidden_states, grid_thw, taps)
+        taps["pooled"] = model.tower.pool(features, [Grid(h, w) for _, h, w in grid_thw.tolist()])
+    assert set(expected) == set(taps)
+    for name, rows in expected.items():
+        assert_parity(name, taps[name], rows)
 
 
 def test_alone_packed_and_reordered_agree(tmp_path: Path) -> None:
@@ -136,7 +115,7 @@ def test_frames_are_pictures_of_their_own(tmp_path: Path) -> None:
 
 def test_the_learned_grid_equals_the_fixed_resolution_model(tmp_path: Path) -> None:
     """formats.md 2.2: the same weights, the convolution as a linear layer, at the grid the table was learned on."""
-    reference, _ = write_siglip_checkpoint(tmp_path / "fixed", image_size=56)
+    reference = write_siglip_checkpoint(tmp_path / "fixed", image_size=56)
     state = {name.removeprefix("vision_model."): value for name, value in reference.tower.state_dict().items()}
     folder = tmp_path / "naflex"
     folder.mkdir()
@@ -177,13 +156,13 @@ def test_round_trip_of_pictures_of_any_shape() -> None:
 
 
 def test_a_channel_first_tower_reads_the_same_format(tmp_path: Path) -> None:
-    reference, _ = write_siglip_checkpoint(tmp_path)
+    reference = write_siglip_checkpoint(tmp_path)
     model, _ = load_vision(open_checkpoint(tmp_path), device="cpu", dtype=torch.float32)
     torch.manual_seed(3)
     pixels = torch.randn(2, 3, 56, 56)
     with torch.no_grad():
         expected = reference.tower(pixel_values=pixels).last_hidden_state.flatten(0, 1)
-        assert_close(encode_packed(model.tower, *convert_to_packing_format(pixels, 14)), expected)
+        assert_parity("rows", encode_packed(model.tower, *convert_to_packing_format(pixels, 14)), expected)
 
 
 @pytest.mark.parametrize(

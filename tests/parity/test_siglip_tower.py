@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from transfer import assert_parity, fill, load, randomise
+from checkpoints import randomise
+from parity_kit import assert_parity, filled
 from transformers import SiglipVisionConfig
 from transformers import SiglipVisionModel as SiglipReference
 
@@ -51,15 +52,15 @@ def reference_tower(shape: Shape, seed: int, *, layer_norm_eps: float = 1e-6) ->
     model: ReferenceTower = SiglipReference(config)
     model.eval()
     model.set_attn_implementation("eager")
-    randomise(model, seed)
+    randomise(model, seed, by_width=True)
     return model
 
 
 def our_tower(reference: ReferenceTower, *, feature_layer: int = -1, post_norm: bool = True) -> SiglipVisionModel:
     raw = reference.config.to_dict()
     config = VisionConfig.from_hf(raw, feature_layer=feature_layer, post_norm=post_norm)
-    tower = SiglipVisionModel(config).eval()
-    assert fill(tower, reference.state_dict(), tower_plan(tower.config)) == set()
+    tower, unused = filled(SiglipVisionModel(config), tower_plan(config), reference)
+    assert unused == set()
     return tower
 
 
@@ -107,8 +108,7 @@ def test_features_of_a_layer_are_the_references_hidden_states(shape: Shape, laye
     reference = reference_tower(shape, seed=3)
     raw = reference.config.to_dict() | {"vision_use_head": False}
     config = VisionConfig.from_hf(raw, feature_layer=layer, post_norm=False)
-    tower = SiglipVisionModel(config).eval()
-    unused = fill(tower, reference.state_dict(), tower_plan(tower.config))
+    tower, unused = filled(SiglipVisionModel(config), tower_plan(config), reference)
     pixels = pictures(shape, 2, seed=3)
     theirs = reference(pixels, output_hidden_states=True).hidden_states[layer]
     assert_parity("features", tower(patchify(pixels, shape.patch)), theirs.flatten(0, 1))
@@ -133,8 +133,8 @@ def test_a_patch_may_be_stored_with_its_channels_last() -> None:
     shape = SHAPES["head_dim 16"]
     reference = reference_tower(shape, seed=5)
     first = our_tower(reference)
-    last = SiglipVisionModel(replace(first.config, patch_layout="channel_last")).eval()
-    fill(last, reference.state_dict(), tower_plan(last.config))
+    config = replace(first.config, patch_layout="channel_last")
+    last, _ = filled(SiglipVisionModel(config), tower_plan(config), reference)
     packed = patchify(pictures(shape, 2, seed=5), shape.patch)
     turned = packed.pixels.unflatten(1, (3, 8, 8)).permute(0, 2, 3, 1).flatten(1)
     assert_parity("features", last(PackedPatches(turned, packed.grids)), first(packed))
@@ -156,8 +156,8 @@ def test_bicubic_positions_are_the_references_interpolation(height: int, width: 
     shape = SHAPES["head_dim 16"]
     reference = reference_tower(shape, seed=7)
     native = our_tower(reference)
-    tower = SiglipVisionModel(replace(native.config, position_resize="bicubic")).eval()
-    fill(tower, reference.state_dict(), tower_plan(tower.config))
+    config = replace(native.config, position_resize="bicubic")
+    tower, _ = filled(SiglipVisionModel(config), tower_plan(config), reference)
     pixels = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(7))
     packed = patchify(pixels, shape.patch)
     theirs = reference(pixels, interpolate_pos_encoding=True)
@@ -195,8 +195,8 @@ def test_the_three_gelus_are_told_apart() -> None:
     packed = patchify(pictures(shape, 1, seed=9), shape.patch)
     answers = []
     for activation in ("gelu_tanh", "gelu_erf", "quick_gelu"):
-        tower = SiglipVisionModel(replace(our_tower(reference).config, hidden_act=activation)).eval()
-        fill(tower, reference.state_dict(), tower_plan(tower.config))
+        config = replace(our_tower(reference).config, hidden_act=activation)
+        tower, _ = filled(SiglipVisionModel(config), tower_plan(config), reference)
         answers.append(tower(packed))
     assert (answers[0] - answers[1]).abs().max() > 2e-4
     assert (answers[0] - answers[2]).abs().max() > 1e-2
@@ -227,5 +227,7 @@ def test_a_tower_without_a_head_does_not_pool() -> None:
 )
 def test_a_tensor_of_another_shape_is_refused(name: str, part: str, shape: tuple[int, ...]) -> None:
     tower = our_tower(reference_tower(SHAPES["head_dim 16"], seed=11))
+    path, _, leaf = name.rpartition(".")
+    owner = tower.get_submodule(path)
     with pytest.raises(ValueError, match=r"has shape \[.*\], the model needs \["):
-        load(tower, name, part, torch.zeros(shape))
+        owner.load_part(leaf, part, torch.zeros(shape))

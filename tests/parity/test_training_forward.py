@@ -1,4 +1,4 @@
-"""The training forward: loss and every gradient against the transformers-composed references, and it learns.
+"""The training forward: loss and every gradient against the references, and it learns.
 
 A family joins the tests that need no reference by one line in WRITERS, the others by one line in REFERENCES.
 """
@@ -13,26 +13,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import nanovlm_reference
-import numpy as np
-import ovis2_5_reference
 import pytest
-import reference as vila
 import torch
 import torch.nn.functional as F
-from checkpoints import Reference, State, write_nvila_checkpoint
-from llava_onevision_checkpoint import LlavaOnevision, write_llava_onevision_checkpoint
-from nanovlm_checkpoint import NanoVlm, stored, write_nanovlm_checkpoint
-from ovis2_5_checkpoint import OvisReference, write_ovis2_5_checkpoint
+from checkpoints import State, write_nvila_checkpoint
+from llava_onevision_checkpoint import write_llava_onevision_checkpoint
+from nanovlm_checkpoint import stored, write_nanovlm_checkpoint
+from ovis2_5_checkpoint import write_ovis2_5_checkpoint
+from parity_kit import ask, load, patches_of, picture
 from PIL import Image
 from torch import nn
 
-from siglane.families.model import VisionLanguageModel, load_model
-from siglane.families.processor import Processor, load_processor
+from siglane.families.processor import Processor
 from siglane.families.registry import vlm_family
 from siglane.lm.attention import SegmentAttention
 from siglane.training.forward import IGNORED, PARTS, Example, Part, answer_loss, part_of, spliced, unfreeze
-from siglane.types import DecodedImage, ImagePart, Message, Prompt
+from siglane.types import Prompt
+from siglane.verify.references.llava_onevision import LlavaOnevision
+from siglane.verify.references.nanovlm import NanoVlm
+from siglane.verify.references.nvila import Nvila
+from siglane.verify.references.ovis2_5 import Ovis2_5
+from siglane.verify.references.reference import Seen, VisionLanguageReference
 from siglane.weights.hub import open_checkpoint
 from siglane.weights.load import StrictLoad
 
@@ -49,7 +50,7 @@ class Sample:
 
     @property
     def images(self) -> list[Image.Image]:
-        return [vila.picture(*size, seed=seed) for seed, size in enumerate(self.sizes)]
+        return [picture(*size, seed=seed) for seed, size in enumerate(self.sizes)]
 
 
 SAMPLES = [
@@ -60,100 +61,48 @@ SAMPLES = [
 ]
 
 
-# Differentiable references: what the language model reads of one sample, the language model, every gradient by name.
+# The weights of a reference, by the prefix that their names have in the checkpoint.
+
+Parts = dict[str, nn.Module | torch.Tensor]
 
 
-@dataclass(frozen=True)
-class ReferenceFamily:
-    embedded: Callable[[Any, list[Image.Image], str], torch.Tensor]
-    speaker: Callable[[Any], Any]
-    gradients: Callable[[Any], State]
+def nanovlm_parts(reference: NanoVlm) -> Parts:
+    modules = (reference.tower.model, reference.projector, reference.language.model)
+    return dict(zip(("vision_encoder.", "MP.proj.", "decoder."), modules, strict=True))
 
 
-def nanovlm_embedded(reference: NanoVlm, images: list[Image.Image], question: str) -> torch.Tensor:
-    seen = [nanovlm_reference.see(reference, image) for image in images]
-    rows = torch.empty(0, 48)
-    if seen:
-        features: Any = reference.tower(pixel_values=torch.cat([one.tiles for one in seen])).last_hidden_state
-        rows = reference.projection(nanovlm_reference.shuffle(reference, features)).flatten(0, 1)
-    text = nanovlm_reference.prompt(reference, [one.grid for one in seen], question)
-    return nanovlm_reference.embeds(reference, text, rows)[1]
+def nvila_parts(reference: Nvila) -> Parts:
+    modules = (reference.tower.model, reference.projector, reference.language.model)
+    return dict(zip(("vision_tower.", "mm_projector.layers.", "llm."), modules, strict=True))
 
 
-def nanovlm_gradients(reference: NanoVlm) -> State:
-    modules = [with_gradients(module) for module in (reference.tower, reference.projection, reference.language)]
-    tensors = stored(*modules)
+def llava_parts(reference: LlavaOnevision) -> Parts:
+    return {"": reference.model}
+
+
+def ovis_parts(reference: Ovis2_5) -> Parts:
+    return {
+        "visual_tokenizer.vit.": reference.tower,
+        "visual_tokenizer.head.": reference.head,
+        "llm.": reference.language.model,
+        "vte.weight": reference.table,
+    }
+
+
+def gradients_of(parts: Parts) -> State:
+    """By the names of the checkpoint's tensors; zeros for parameters that nothing used."""
+    named: dict[str, torch.Tensor] = {}
+    for prefix, part in parts.items():
+        weights = [("", part)] if isinstance(part, torch.Tensor) else part.named_parameters()
+        named |= {prefix + name: weight for name, weight in weights}
+    return {name: torch.zeros_like(weight) if weight.grad is None else weight.grad for name, weight in named.items()}
+
+
+def nanovlm_gradients(parts: Parts) -> State:
+    """nanoVLM has other names than transformers, and q, k and v of the tower in one tensor."""
+    tensors = stored(*map(with_gradients, parts.values()))
     del tensors["decoder.rotary_embd.inv_freq"]
     return tensors
-
-
-def vila_embedded(reference: Reference, images: list[Image.Image], question: str) -> torch.Tensor:
-    """NVILA-Lite: a picture alone in tiles with a thumbnail, several one tile each."""
-    alone, side = len(images) == 1, reference.side
-    blocks = []
-    for image in images:
-        columns, rows = vila.closest_grid(*image.size, side, 1, 12) if alone else (1, 1)
-        tiles = vila.cut(image, columns, rows, side)
-        tiles += vila.cut(image, 1, 1, side) if len(tiles) > 1 else []
-        pixels = torch.stack([torch.from_numpy(np.array(tile)).permute(2, 0, 1) for tile in tiles])
-        states: Any = reference.tower(pixel_values=(pixels / 255 - 0.5) / 0.5, output_hidden_states=True)
-        assert reference.projector is not None
-        blocks.append(list(reference.projector(states.hidden_states[-2])))
-    value = "".join("<image>\n" * len(image) if alone else "<image>" for image in blocks)
-    ids = vila.prompt_ids(reference, vila.chat(value + question), blocks)
-    waiting, place = iter([row for image in blocks for block in image for row in block]), reference.token("<image>")
-    table = reference.language.get_input_embeddings().weight
-    return torch.stack([next(waiting) if token == place else table[token] for token in ids])
-
-
-def vila_gradients(reference: Reference) -> State:
-    assert reference.projector is not None
-    return (
-        gradients_of(reference.tower, "vision_tower.")
-        | gradients_of(reference.projector, "mm_projector.layers.")
-        | gradients_of(reference.language, "llm.")
-    )
-
-
-def llava_embedded(reference: LlavaOnevision, images: list[Image.Image], question: str) -> torch.Tensor:
-    content: list[dict[str, str]] = [{"type": "image"}] * len(images)
-    turn = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
-    inputs = reference.inputs(reference.processor.apply_chat_template(turn, add_generation_prompt=True), images)
-    ids = inputs["input_ids"][0]
-    embeds = reference.model.get_input_embeddings()(ids)
-    if not images:
-        return embeds
-    place = reference.tokenizer.get_vocab()["<image>"]
-    return embeds.index_copy(0, (ids == place).nonzero()[:, 0], torch.cat(reference.rows(inputs)))
-
-
-def ovis_embedded(reference: OvisReference, images: list[Image.Image], question: str) -> torch.Tensor:
-    """The reference's functions without their no_grad."""
-    see: Any = ovis2_5_reference.see
-    embeds: Any = ovis2_5_reference.embeds
-    reference.vte.requires_grad_()
-    seen = [see.__wrapped__(reference, [image]) for image in images]
-    value = "<image>\n" * len(images) + question
-    text = f"<|im_start|>user\n{value}<|im_end|>\n<|im_start|>assistant\n"
-    return embeds.__wrapped__(reference, ovis2_5_reference.prompt_ids(reference, text, seen), seen)
-
-
-def ovis_gradients(reference: OvisReference) -> State:
-    assert reference.vte.grad is not None
-    return (
-        gradients_of(reference.tower, "visual_tokenizer.vit.")
-        | gradients_of(reference.head, "visual_tokenizer.head.")
-        | gradients_of(reference.language, "llm.")
-        | {"vte.weight": reference.vte.grad}
-    )
-
-
-def gradients_of(module: nn.Module, prefix: str) -> State:
-    """Zeros for parameters that nothing used."""
-    return {
-        prefix + name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        for name, parameter in module.named_parameters()
-    }
 
 
 def with_gradients(module: Any) -> Any:
@@ -164,13 +113,6 @@ def with_gradients(module: Any) -> Any:
     return twin
 
 
-NANOVLM = ReferenceFamily(nanovlm_embedded, lambda reference: reference.language, nanovlm_gradients)
-VILA = ReferenceFamily(vila_embedded, lambda reference: reference.language, vila_gradients)
-LLAVA = ReferenceFamily(
-    llava_embedded, lambda reference: reference.model, lambda reference: gradients_of(reference.model, "")
-)
-OVIS = ReferenceFamily(ovis_embedded, lambda reference: reference.language, ovis_gradients)
-
 WRITERS: dict[str, Write] = {
     "nanovlm": write_nanovlm_checkpoint,
     "nanovlm 0.1": partial(write_nanovlm_checkpoint, era="0.1"),
@@ -179,30 +121,22 @@ WRITERS: dict[str, Write] = {
     "llava onevision": write_llava_onevision_checkpoint,
     "ovis 2.5": write_ovis2_5_checkpoint,
 }
-REFERENCES: dict[str, tuple[Write, ReferenceFamily]] = {
-    "nanovlm": (write_nanovlm_checkpoint, NANOVLM),
-    "nanovlm 0.1": (partial(write_nanovlm_checkpoint, era="0.1"), NANOVLM),
-    "nvila lite": (write_nvila_checkpoint, VILA),
-    "nvila lite, tied": (partial(write_nvila_checkpoint, tied=True, layout="hf"), VILA),
-    "llava onevision": (write_llava_onevision_checkpoint, LLAVA),
-    "ovis 2.5": (write_ovis2_5_checkpoint, OVIS),
-    "ovis 2.5, tied": (partial(write_ovis2_5_checkpoint, tied=True), OVIS),
+REFERENCES: dict[str, tuple[Write, Callable[..., Any], Callable[[Any], Parts]]] = {
+    "nanovlm": (write_nanovlm_checkpoint, NanoVlm, nanovlm_parts),
+    "nanovlm 0.1": (partial(write_nanovlm_checkpoint, era="0.1"), NanoVlm, nanovlm_parts),
+    "nvila lite": (write_nvila_checkpoint, Nvila, nvila_parts),
+    "nvila lite, tied": (partial(write_nvila_checkpoint, tied=True, layout="hf"), Nvila, nvila_parts),
+    "nvila": (partial(write_nvila_checkpoint, lite=False), Nvila, nvila_parts),
+    "llava onevision": (write_llava_onevision_checkpoint, LlavaOnevision, llava_parts),
+    "ovis 2.5": (write_ovis2_5_checkpoint, Ovis2_5, ovis_parts),
+    "ovis 2.5, tied": (partial(write_ovis2_5_checkpoint, tied=True), Ovis2_5, ovis_parts),
 }
 EVERY_FAMILY = pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[VisionLanguageModel, Processor]:
-    checkpoint = open_checkpoint(folder)
-    processor = load_processor(checkpoint)
-    return load_model(checkpoint, processor.config, device="cpu", dtype=dtype), processor
-
-
 def example_of(processor: Processor, sample: Sample) -> Example:
-    decoded = [DecodedImage.from_rgb(np.array(image)) for image in sample.images]
-    layouts = processor.layouts([image.size for image in decoded])
-    patches = [processor.patches(image, layout) for image, layout in zip(decoded, layouts, strict=True)]
-    message = Message("user", (*map(ImagePart, range(len(patches))), sample.question))
-    prompt = processor.prompt([message], layouts)
+    patches = patches_of(processor, sample.images)
+    prompt = ask(processor, patches, sample.question)
     return Example(prompt, sample.answer, prompt.in_order(patches))
 
 
@@ -210,31 +144,32 @@ def examples_of(processor: Processor, samples: Iterable[Sample] = SAMPLES) -> li
     return [example_of(processor, sample) for sample in samples]
 
 
-def reference_loss(family: ReferenceFamily, reference: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def reference_loss(reference: VisionLanguageReference) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The mean over all answer tokens, sample after sample, and the logits of each sample."""
-    speaker = family.speaker(reference)
-    for module in vars(reference).values():
-        if isinstance(module, nn.Module):
-            module.requires_grad_(True)
-    table = speaker.get_input_embeddings().weight
-    losses, all_logits = [], []
+    language, losses, all_logits = reference.language, [], []
     for sample in SAMPLES:
-        prompt = family.embedded(reference, sample.images, sample.question)
-        embeds = torch.cat([prompt, table[list(sample.answer)]])
-        logits = speaker(inputs_embeds=embeds[None]).logits[0, :-1]
+        seen = reference.see(sample.images) if sample.images else Seen()
+        prompt = reference.embeds(reference.text(sample.question, seen), seen)
+        logits = language.logits(torch.cat([prompt, language.spliced(sample.answer, [])]))[:-1]
         losses.append(F.cross_entropy(logits[len(prompt) - 1 :], torch.tensor(sample.answer), reduction="none"))
         all_logits.append(logits)
     return torch.cat(losses).mean(), all_logits
 
 
-@pytest.mark.parametrize(("write", "family"), REFERENCES.values(), ids=REFERENCES)
-def test_loss_and_every_gradient_are_the_references(tmp_path: Path, write: Write, family: ReferenceFamily) -> None:
-    reference = write(tmp_path)
+@pytest.mark.parametrize(("write", "family", "parts_of"), REFERENCES.values(), ids=REFERENCES)
+def test_loss_and_every_gradient_are_the_references(
+    tmp_path: Path, write: Write, family: Callable[..., Any], parts_of: Callable[[Any], Parts]
+) -> None:
+    write(tmp_path)
+    reference = family(tmp_path, torch.device("cpu"), torch.float32)
+    parts = parts_of(reference)
+    for part in parts.values():
+        part.requires_grad_(True)
     model, processor = load(tmp_path)
     unfreeze(model, *PARTS)
     ours = answer_loss(model, examples_of(processor), logits=True)
     ours.loss.backward()
-    theirs, logits = reference_loss(family, reference)
+    theirs, logits = reference_loss(reference)
     theirs.backward()
     print(f"loss {ours.loss.item():.6f}, the reference's {theirs.item():.6f}")
     assert abs(ours.loss.item() - theirs.item()) <= 1e-5
@@ -243,8 +178,9 @@ def test_loss_and_every_gradient_are_the_references(tmp_path: Path, write: Write
 
     expected = copy.deepcopy(model).requires_grad_(False)
     registered = vlm_family(open_checkpoint(tmp_path))
+    gradients = nanovlm_gradients(parts) if family is NanoVlm else gradients_of(parts)
     with StrictLoad(registered.plan(processor.config), expected) as filling:
-        for name, gradient in family.gradients(reference).items():
+        for name, gradient in gradients.items():
             filling.take(name, gradient)
     worst = 0.0
     for (name, parameter), gradient in zip(model.named_parameters(), expected.parameters(), strict=True):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import write_nvila_checkpoint, write_siglip_checkpoint
+from checkpoints import write_siglip_checkpoint
 from safetensors.torch import load_file, save_file
 
 from siglane.verify import Report, verify
@@ -87,11 +87,6 @@ NVILA: list[tuple[str, Damage, str]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def nvila(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_nvila_checkpoint(tmp_path_factory.mktemp("original") / "model").folder
-
-
 def damaged(original: Path, folder: Path, damage: Damage) -> Path:
     copy = shutil.copytree(original, folder / "copy")
     damage(copy)
@@ -102,24 +97,23 @@ def checked(model: Path, original: Path, **options: Any) -> Report:
     return verify(model, random=2, reference=original, steps=2, **options)
 
 
-def test_an_unchanged_copy_agrees(nvila: Path, tmp_path: Path) -> None:
-    report = checked(damaged(nvila, tmp_path, lambda _: None), nvila, threshold=0.99999)
+def test_an_unchanged_copy_agrees(nvila_folder: Path, tmp_path: Path) -> None:
+    report = checked(damaged(nvila_folder, tmp_path, lambda _: None), nvila_folder, threshold=0.99999)
     assert report.ok
     assert report.first_inexact is None
 
 
 @pytest.mark.parametrize(("damage", "stage"), [case[1:] for case in NVILA], ids=[case[0] for case in NVILA])
-def test_the_stage_of_the_damage_is_named(nvila: Path, tmp_path: Path, damage: Damage, stage: str) -> None:
-    report = checked(damaged(nvila, tmp_path, damage), nvila)
+def test_the_stage_of_the_damage_is_named(nvila_folder: Path, tmp_path: Path, damage: Damage, stage: str) -> None:
+    report = checked(damaged(nvila_folder, tmp_path, damage), nvila_folder)
     assert not report.ok
     assert report.first_diverging == stage
 
 
-def test_a_near_activation_passes_the_bar_and_is_still_named(nvila: Path, tmp_path: Path) -> None:
+def test_a_near_activation_passes_the_bar_and_is_still_named(nvila_folder: Path, tmp_path: Path) -> None:
     """The exact GELU differs from tanh's by less than 0.0005: no usual threshold sees it, but it is not rounding."""
-    report = checked(
-        damaged(nvila, tmp_path, set_json("vision_tower/config.json", hidden_act="gelu")), nvila, threshold=0.99999
-    )
+    near = damaged(nvila_folder, tmp_path, set_json("vision_tower/config.json", hidden_act="gelu"))
+    report = checked(near, nvila_folder, threshold=0.99999)
     assert report.ok
     assert report.first_inexact == "block.0"
 
@@ -135,14 +129,14 @@ def test_a_near_activation_passes_the_bar_and_is_still_named(nvila: Path, tmp_pa
     ids=["resize filter", "activation", "last norm", "probe of the head"],
 )
 def test_a_damaged_tower_is_named(tmp_path: Path, damage: Damage, stage: str) -> None:
-    original = write_siglip_checkpoint(tmp_path / "original")[0].folder
+    original = write_siglip_checkpoint(tmp_path / "original").folder
     report = checked(damaged(original, tmp_path, damage), original, threshold=0.9999)
     assert report.first_diverging == stage
 
 
-def test_infinities_are_a_divergence(nvila: Path, tmp_path: Path) -> None:
+def test_infinities_are_a_divergence(nvila_folder: Path, tmp_path: Path) -> None:
     bad = set_tensor(TOWER, POSITIONS, lambda w: torch.full_like(w, float("nan")))
-    report = checked(damaged(nvila, tmp_path, bad), nvila)
+    report = checked(damaged(nvila_folder, tmp_path, bad), nvila_folder)
     assert report.first_diverging == "positions"
     failed = next(one for one in report.comparisons if not one.ok)
     assert failed.note == "siglane gives values that are not finite"

@@ -17,8 +17,8 @@ from checkpoints import write_nvila_checkpoint, write_siglip_checkpoint
 from llava_onevision_checkpoint import HUB_TEMPLATE, write_llava_onevision_checkpoint
 from nanovlm_checkpoint import write_nanovlm_checkpoint
 from ovis2_5_checkpoint import LARGE, write_ovis2_5_checkpoint
+from parity_kit import picture
 from PIL import Image
-from reference import picture
 from safetensors.torch import load_file, save_file
 from siglip2_checkpoint import write_siglip2_checkpoint
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil

@@ -1,15 +1,10 @@
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))  # the writers of tiny checkpoints live there
-
-from checkpoints import write_nvila_checkpoint
-from serving import RunningServer, running
+from serving import RunningServer, Told, ask_good, running
 
 from siglane.engine.child import EngineSpec
 from siglane.engine.process import EngineProcess
@@ -19,20 +14,13 @@ from siglane.weights.hub import open_checkpoint
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("server") / "tiny"
-    write_nvila_checkpoint(folder)
-    return folder
+def processor(nvila_folder: Path) -> Processor:
+    return load_processor(open_checkpoint(nvila_folder))
 
 
 @pytest.fixture(scope="session")
-def processor(checkpoint: Path) -> Processor:
-    return load_processor(open_checkpoint(checkpoint))
-
-
-@pytest.fixture(scope="session")
-def spec(checkpoint: Path) -> EngineSpec:
-    return EngineSpec(str(checkpoint), EngineConfig(device="cpu", threads=1, kv_tokens=65536))
+def spec(nvila_folder: Path) -> EngineSpec:
+    return EngineSpec(str(nvila_folder), EngineConfig(device="cpu", threads=1, kv_tokens=65536))
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +35,12 @@ def engine(spec: EngineSpec) -> Iterator[EngineProcess]:
 def server(processor: Processor, engine: EngineProcess) -> Iterator[RunningServer]:
     with running(processor, engine) as one:
         yield one
+
+
+@pytest.fixture(scope="module")
+def alone(server: RunningServer) -> Told:
+    """What the good request gets when nothing else happens."""
+    told = ask_good(server)
+    assert told.done
+    assert told.usage["completion_tokens"] == len(told.tokens)
+    return told

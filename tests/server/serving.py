@@ -23,20 +23,23 @@ from PIL import Image
 from siglane.engine.process import EngineProcess
 from siglane.families.processor import Processor
 from siglane.server.app import create_app
-from siglane.server.run import Server, listen, uvicorn_config
-from siglane.server.state import ServerState
+from siglane.server.http import Server, uvicorn_config
+from siglane.server.launch import listen
+from siglane.server.metrics import Metrics
+from siglane.server.served import ChatModel, Served
 from siglane.settings.server import ServerConfig
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
 
 MODEL = "tiny"
 HOST = "127.0.0.1"
+CHAT = "/v1/chat/completions"
 
 
 @dataclass
 class RunningServer:
     """A server on a thread of this process. `url` ends with the port."""
 
-    state: ServerState
+    served: Served
     server: Server
     port: int
     thread: threading.Thread
@@ -53,7 +56,7 @@ class RunningServer:
 
     def post(self, body: Any, **options: Any) -> httpx2.Response:
         with self.http() as client:
-            return client.post("/v1/chat/completions", json=body, **options)
+            return client.post(CHAT, json=body, **options)
 
     def post_to(self, path: str, **body: Any) -> httpx2.Response:
         with self.http() as client:
@@ -63,7 +66,7 @@ class RunningServer:
         return socket.create_connection((HOST, self.port), timeout=30)
 
     def metric(self, name: str, **labels: str) -> float:
-        value = self.state.metrics.registry.get_sample_value(name, labels)
+        value = self.served.metrics.registry.get_sample_value(name, labels)
         return 0.0 if value is None else value
 
 
@@ -71,8 +74,9 @@ class RunningServer:
 def running(
     processor: Processor, engine: EngineProcess, *, budget: ImageBudget = CHECKPOINT_LIMITS, **options: Any
 ) -> Iterator[RunningServer]:
-    config = config_of(**options)
-    with listening(ServerState(config, "folder/of-tiny", processor, engine, budget), config) as server:
+    config, metrics = config_of(**options), Metrics()
+    chat = ChatModel(MODEL, "folder/of-tiny", processor, engine, config, metrics, budget)
+    with listening(Served(config, engine, metrics, chat)) as server:
         yield server
 
 
@@ -81,21 +85,35 @@ def config_of(**options: Any) -> ServerConfig:
 
 
 @contextmanager
-def listening(state: Any, config: ServerConfig) -> Iterator[RunningServer]:
-    """A server of `state` on a thread; closes the state with it."""
-    listener = listen(HOST, config.port)
-    server = Server(uvicorn_config(create_app(state), config), state)
+def listening(served: Served) -> Iterator[RunningServer]:
+    """A server of `served` on a thread; closes it at the end."""
+    listener = listen(HOST, served.config.port)
+    server = Server(uvicorn_config(create_app(served), served.config), served)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     try:
         eventually(lambda: server.started)
-        yield RunningServer(state, server, listener.getsockname()[1], thread)
+        yield RunningServer(served, server, listener.getsockname()[1], thread)
     finally:
         server.drain()
         server.drain()  # twice: do not wait for what a failed test left running
         thread.join(timeout=20)
-        state.close()
+        served.close()
         listener.close()
+
+
+def head(path: str = CHAT, **headers: object) -> bytes:
+    """Of a request over a plain socket."""
+    lines = [f"POST {path} HTTP/1.1", "host: x", "content-type: application/json"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def read_all(connection: socket.socket) -> bytes:
+    found = b""
+    while data := connection.recv(65536):
+        found += data
+    return found
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:

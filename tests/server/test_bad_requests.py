@@ -26,7 +26,6 @@ from serving import (
     MODEL,
     RunningServer,
     Told,
-    ask_good,
     assert_error,
     assert_unharmed,
     chat,
@@ -44,15 +43,6 @@ from siglane.image.patchify import to_patches
 from siglane.types import DecodedImage, ImageLayout, ImagePatches
 
 FIRST_IMAGE = "messages[0].content[0]"
-
-
-@pytest.fixture(scope="module")
-def alone(server: RunningServer) -> Told:
-    """What the good request gets when nothing else happens."""
-    told = ask_good(server)
-    assert told.done
-    assert told.usage["completion_tokens"] == len(told.tokens)
-    return told
 
 
 def with_image(url: str) -> dict[str, Any]:
@@ -429,7 +419,7 @@ def test_an_unforeseen_exception_tells_nothing(server: RunningServer, monkeypatc
     def explode(*_: object) -> None:
         raise RuntimeError("secret at 0x7f0000000000 in /home/someone")
 
-    monkeypatch.setattr(server.state.media, "admit", explode)
+    monkeypatch.setattr(server.served.chat.media, "admit", explode)
     response = server.post(chat("x"))
     assert_error(response, 500, "internal_error")
     assert "secret" not in response.text

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,41 +16,57 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dual_checkpoint import Kind, write_dual_checkpoint
 from openai import BadRequestError, NotFoundError
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from serving import MODEL, RunningServer, assert_error, config_of, data_url, eventually, image_part, listening, picture
+from two_tower_checkpoint import Kind, write_two_tower_checkpoint
 
 from siglane.engine import embed_worker
 from siglane.engine.child import EngineSpec
+from siglane.engine.embed_worker import EmbedWorker
+from siglane.engine.load import load_tagger
+from siglane.engine.process import EngineProcess
 from siglane.errors import EngineError, UserError
 from siglane.families.two_tower import load_two_tower, read_two_tower
-from siglane.server.embedder import Embedder
-from siglane.server.embedding import EmbeddingState
-from siglane.server.run import serve
+from siglane.server.launch import serve, serving
+from siglane.server.text_cache import TextCache, Vector
 from siglane.settings.engine import EngineConfig
 from siglane.settings.server import ServerConfig
+from siglane.text.tokens import TextTokens
 from siglane.types import DecodedImage
 from siglane.weights.hub import open_checkpoint
 
 TEXTS = ["This is a photo of a cat.", "two green shapes", "hello, WORLD & rivers!"]
 PICTURES = [picture(60, 40, seed=1), picture(17, 90, seed=2), picture(1, 1, seed=3)]
 PICTURE = data_url(PICTURES[0])
+CPU = EngineConfig(device="cpu", threads=1)
 LABELS = ["a cat", "a dog", "two green shapes", "the old town hall"]
 
 
 @contextmanager
 def embedding_server(folder: Path, **options: Any) -> Iterator[RunningServer]:
-    config = config_of(**options)
-    checkpoint = open_checkpoint(folder)
-    embedder = Embedder(checkpoint, EngineConfig(device="cpu", threads=1))
-    embedder.start()
-    embedder.wait_ready()
-    try:
-        with listening(EmbeddingState(config, str(folder), *read_two_tower(checkpoint), embedder), config) as server:
+    with serving(config_of(**options), EngineSpec(str(folder), CPU)) as served:
+        served.engine.wait_ready()
+        with listening(served) as server:
             yield server
+
+
+@contextmanager
+def stopped(server: RunningServer) -> Iterator[None]:
+    """What is sent meanwhile waits at the engine's door."""
+    pid = server.served.engine.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
     finally:
-        embedder.close()
+        os.kill(pid, signal.SIGCONT)
+
+
+def forget_texts(server: RunningServer) -> None:
+    model = server.served.embed
+    model.texts = TextCache(model.texts.capacity)
 
 
 @pytest.fixture(scope="module", params=["siglip", "siglip2", "naflex"])
@@ -59,7 +77,7 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, kind: Kind) -> Path:
     folder = tmp_path_factory.mktemp("two_tower") / kind
-    write_dual_checkpoint(folder, kind)
+    write_two_tower_checkpoint(folder, kind)
     return folder
 
 
@@ -73,7 +91,7 @@ def siglip(folder: Path) -> Iterator[RunningServer]:
 def fixed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """One server for what does not depend on the kind of model."""
     folder = tmp_path_factory.mktemp("two_tower") / "siglip2"
-    write_dual_checkpoint(folder, "siglip2")
+    write_two_tower_checkpoint(folder, "siglip2")
     with embedding_server(folder, max_images=4, max_image_bytes=200_000) as server:
         yield server
 
@@ -162,7 +180,7 @@ def test_the_three_shapes_agree(fixed: RunningServer) -> None:
 
 def test_usage_and_report(fixed: RunningServer) -> None:
     body = fixed.post_to("/v1/embeddings", input=["two green shapes", {"image": PICTURE}, "a " * 200]).json()
-    tokens = fixed.state.tokens
+    tokens = fixed.served.embed.tokens
     expected = tokens.count("two green shapes") + 1 + tokens.rule.length
     details = body["usage"]["prompt_tokens_details"]
     assert details == {"image_tokens": 16, "text_tokens": expected}
@@ -270,63 +288,157 @@ def test_bad_classifications(fixed: RunningServer, body: dict[str, Any], code: s
     assert_error(fixed.post_to("/v1/classify", **body), 400, code, param)
 
 
-def test_clients_share_a_forward_and_get_what_they_get_alone(
-    fixed: RunningServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    embedder = fixed.state.embedder
+def test_clients_share_a_forward_and_get_what_they_get_alone(fixed: RunningServer) -> None:
+    engine = fixed.served.engine
     bodies = [{"input": [{"image": data_url(picture(30 + n, 50, seed=n))}, f"text number {n}"]} for n in range(8)]
     alone = [vectors(fixed.post_to("/v1/embeddings", **body)) for body in bodies]
-    fixed.state.known.clear()
-    groups: list[int] = []
-    gate = threading.Event()
-
-    def counting(model: Any, group: list[Any]) -> None:
-        groups.append(len(group))
-        gate.wait(10)
-        embed_worker.compute(model, group)
-
-    monkeypatch.setattr("siglane.server.embedder.compute", counting)
+    forget_texts(fixed)
     results: dict[int, np.ndarray] = {}
     threads = [
         threading.Thread(target=lambda n=n: results.update({n: vectors(fixed.post_to("/v1/embeddings", **bodies[n]))}))
         for n in range(8)
     ]
-    for thread in threads:
-        thread.start()
-    eventually(lambda: len(embedder._queue) + sum(groups) == 16)
-    gate.set()
+    with stopped(fixed):
+        for thread in threads:
+            thread.start()
+        eventually(lambda: len(engine._embeddings) == 16)
     for thread in threads:
         thread.join(30)
-    assert max(groups) >= 7
     for number, expected in enumerate(alone):
         assert np.abs(results[number] - expected).max() < 1e-5
 
 
-def test_what_fails_in_company_fails_alone(fixed: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_waits_shares_a_forward(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_tagger(str(folder), CPU)
+    groups: list[int] = []
     forward = embed_worker._forward
 
-    def failing(model: Any, items: list[Any]) -> torch.Tensor:
-        rows = forward(model, items)
-        if any(isinstance(item, torch.Tensor) and item[0] == poison for item in items):
-            raise RuntimeError("out of memory at 0x7f00")
-        return rows
+    def counting(model: Any, items: list[Any]) -> torch.Tensor:
+        groups.append(len(items))
+        return forward(model, items)
 
-    poison = fixed.state.tokens.ids(["zebra crossing"])[0, 0]
+    monkeypatch.setattr(embed_worker, "_forward", counting)
+    decoded = [DecodedImage.from_rgb(np.full((30, 50 + n, 3), 9 * n, np.uint8)) for n in range(4)]
+    images = [loaded.images.patches(one, *loaded.images.layouts([one.size])) for one in decoded]
+    patches = max(image.layout.patches for image in images)
+    worker = EmbedWorker(loaded.model, EngineConfig(device="cpu", max_batch_patches=3 * patches))
+    for number, item in enumerate([images[0], *loaded.texts.ids(TEXTS).numpy(), *images[1:], images[0]]):
+        worker.add(number, item)
+    worker.forget(5)
+    found: dict[int, Any] = {}
+    while worker.has_work:
+        found.update(worker.step())
+    assert groups == [3, 3, 1]  # images first, one has left, the fourth has no room beside the others
+    assert sorted(found) == [0, 1, 2, 3, 4, 6, 7]
+    assert np.allclose(found[0].vector, found[7].vector, atol=1e-6)
+    one_by_one = EmbedWorker(loaded.model, EngineConfig(device="cpu", enable_packing=False))
+    one_by_one.add(0, images[0])
+    one_by_one.add(1, images[1])
+    ((number, embedding),) = one_by_one.step()
+    assert number == 0
+    assert np.allclose(embedding.vector, found[0].vector, atol=1e-6)
+
+
+def test_what_fails_in_company_fails_alone(fixed: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, tokens = fixed.served.engine, fixed.served.embed.tokens
+    ids = tokens.ids(["rivers at night", "zebra crossing"])
+    ids[1] = 1 << 30  # outside the table
     good = vectors(fixed.post_to("/v1/embeddings", input=["rivers at night"]))
-    fixed.state.known.clear()
-    monkeypatch.setattr(embed_worker, "_forward", failing)
+    with stopped(fixed):
+        one, other = engine.embed(list(ids.numpy()))
+    assert np.abs(one.result(30).vector - good).max() < 1e-6
+    with pytest.raises(EngineError, match=r"^it could not be embedded \(IndexError\)$"):
+        other.result(30)
+
+    forget_texts(fixed)
+    real = TextTokens.ids
+
+    def poisoned(self: TextTokens, texts: list[str]) -> torch.Tensor:
+        found = real(self, texts)
+        found[[text == "zebra crossing" for text in texts]] = 1 << 30
+        return found
+
+    monkeypatch.setattr(TextTokens, "ids", poisoned)
     response = fixed.post_to("/v1/embeddings", input=["rivers at night", "zebra crossing"])
     assert_error(response, 500, "internal_error")
     assert response.json()["error"]["message"].startswith("input[1]: it could not be embedded")
     assert np.abs(vectors(fixed.post_to("/v1/embeddings", input=["rivers at night"])) - good).max() < 1e-6
-    monkeypatch.setattr(embed_worker, "_forward", lambda model, items: forward(model, items) * torch.nan)
-    assert_error(fixed.post_to("/v1/embeddings", input=["a yellow star"]), 500, "not_finite")
     monkeypatch.undo()
-    assert vectors(fixed.post_to("/v1/embeddings", input=["a yellow star"])).shape == (1, 32)
+    assert vectors(fixed.post_to("/v1/embeddings", input=["zebra crossing"])).shape == (1, 32)
+
+
+def test_a_vector_that_is_not_finite_is_an_error_of_its_item(tmp_path: Path) -> None:
+    write_two_tower_checkpoint(tmp_path, "siglip2")
+    ids = read_two_tower(open_checkpoint(tmp_path))[1].ids(["a yellow star", "two shapes"])
+    (odd, *_) = {*ids[0].tolist()} - {*ids[1].tolist()}
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["text_model.embeddings.token_embedding.weight"][odd] = torch.nan
+    save_file(weights, tmp_path / "model.safetensors")
+    with embedding_server(tmp_path) as server:
+        assert_error(server.post_to("/v1/embeddings", input=["two shapes", "a yellow star"]), 500, "not_finite")
+        assert vectors(server.post_to("/v1/embeddings", input=["two shapes"])).shape == (1, 32)
+
+
+def test_whoever_leaves_is_forgotten(fixed: RunningServer) -> None:
+    engine = fixed.served.engine
+    with stopped(fixed):
+        with pytest.raises(httpx2.TimeoutException), fixed.http(timeout=1) as http:
+            http.post("/v1/embeddings", json={"input": ["a text of somebody who leaves", "and another one"]})
+        eventually(lambda: not engine._embeddings)
+    assert vectors(fixed.post_to("/v1/embeddings", input="somebody who stays")).shape == (1, 32)
+
+
+def test_an_engine_that_dies_comes_back(tmp_path: Path) -> None:
+    write_two_tower_checkpoint(tmp_path, "siglip2")
+    with embedding_server(tmp_path) as server:
+        engine = server.served.engine
+        before = vectors(server.post_to("/v1/embeddings", input="a cat"))
+        forget_texts(server)
+        answers: list[httpx2.Response] = []
+        thread = threading.Thread(target=lambda: answers.append(server.post_to("/v1/embeddings", input="a bird")))
+        os.kill(engine.pid, signal.SIGSTOP)
+        thread.start()
+        eventually(lambda: engine._embeddings)
+        os.kill(engine.pid, signal.SIGKILL)
+        thread.join(30)
+        assert_error(answers[0], 503, "engine_restarting")
+        eventually(lambda: engine.state == "ready", 90)
+        assert np.array_equal(vectors(server.post_to("/v1/embeddings", input="a cat")), before)
+
+
+class TestTextCache:
+    def entry(self, value: float) -> Vector:
+        return Vector(np.full(256, value, np.float32), 3)
+
+    def test_it_holds_no_more_than_its_bytes_and_drops_the_oldest_use(self) -> None:
+        cache = TextCache(4 * 1800)
+        for number in range(4):
+            cache.put(f"text {number}", self.entry(number))
+        assert cache.get("text 0") is not None
+        cache.put("text 4", self.entry(4))
+        assert [cache.get(f"text {number}") is not None for number in range(5)] == [True, False, True, True, True]
+        assert cache.bytes <= cache.capacity
+        cache.put("text 4", self.entry(4))
+        cache.put("long " * 400, self.entry(5))  # texts count as their vectors do
+        assert [cache.get(f"text {number}") is not None for number in range(5)] == [False, False, False, True, True]
+
+    def test_what_is_larger_than_all_of_it_is_not_kept(self) -> None:
+        cache = TextCache(1000)
+        cache.put("a", self.entry(1))
+        assert cache.get("a") is None
+        assert cache.bytes == 0
+
+    def test_a_server_keeps_no_more(self, tmp_path: Path) -> None:
+        write_two_tower_checkpoint(tmp_path, "siglip2")
+        with embedding_server(tmp_path, text_cache_bytes=5000) as server:
+            first = vectors(server.post_to("/v1/embeddings", input=[f"text {number}" for number in range(40)]))
+            assert 0 < server.served.embed.texts.bytes <= 5000
+            again = vectors(server.post_to("/v1/embeddings", input=[f"text {number}" for number in range(40)]))
+            assert np.abs(first - again).max() < 1e-6
 
 
 def test_key_limits_probes_and_metrics(tmp_path: Path) -> None:
-    write_dual_checkpoint(tmp_path, "siglip2")
+    write_two_tower_checkpoint(tmp_path, "siglip2")
     with embedding_server(tmp_path, api_key="secret", max_body_bytes=4096) as server:
         assert_error(server.post_to("/v1/embeddings", input="a"), 401, "invalid_api_key")
         assert_error(server.post_to("/v1/classify", images=["a"], labels=["b"]), 401, "invalid_api_key")
@@ -341,7 +453,7 @@ def test_key_limits_probes_and_metrics(tmp_path: Path) -> None:
         assert server.metric("siglane_requests_total", outcome="ok") == 1
         assert server.metric("siglane_tokens_total", kind="prompt") > 2
         assert server.metric("siglane_inflight_bytes") == 0
-        server.state.draining = True
+        server.served.draining = True
         with server.http() as http:
             assert_error(http.post("/v1/embeddings", json={"input": "a"}, headers=headers), 503, "server_shutting_down")
 
@@ -353,31 +465,26 @@ def test_a_chat_server_does_not_embed(server: RunningServer) -> None:
         assert "chats" in response.json()["error"]["message"]
 
 
-def test_ending_while_a_client_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_dual_checkpoint(tmp_path, "siglip2")
-    with embedding_server(tmp_path) as server:
-        embedder = server.state.embedder
-        gate = threading.Event()
-        monkeypatch.setattr(
-            "siglane.server.embedder.compute", lambda model, group: (gate.wait(10), embed_worker.compute(model, group))
-        )
+def test_ending_while_a_client_waits(tmp_path: Path) -> None:
+    write_two_tower_checkpoint(tmp_path, "siglip2")
+    with embedding_server(tmp_path) as server, stopped(server):
+        engine = server.served.engine
         answers: list[httpx2.Response] = []
         thread = threading.Thread(target=lambda: answers.append(server.post_to("/v1/embeddings", input="a")))
         thread.start()
-        eventually(lambda: embedder._running)
+        eventually(lambda: engine._embeddings)
         server.server.drain()
         server.server.drain()
         thread.join(10)
-        gate.set()
         assert_error(answers[0], 503, "server_shutting_down")
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
-    write_dual_checkpoint(tmp_path, "siglip2")
+    write_two_tower_checkpoint(tmp_path, "siglip2")
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"model\.safetensors"):
-        serve(ServerConfig(port=0), EngineSpec(str(tmp_path), EngineConfig(device="cpu")))
-    embedder = Embedder(open_checkpoint(tmp_path), EngineConfig(device="cpu"))
+        serve(ServerConfig(port=0), EngineSpec(str(tmp_path), CPU))
+    engine = EngineProcess(EngineSpec(str(tmp_path), CPU))
     with pytest.raises(EngineError, match="starting"):
-        embedder.submit(torch.zeros(64, dtype=torch.int64))
+        engine.embed([np.zeros(64, np.int64)])[0].result(10)

@@ -29,6 +29,7 @@ from serving import (
     assert_unharmed,
     chat,
     eventually,
+    head,
     image_part,
     picture,
     running,
@@ -41,27 +42,17 @@ from siglane.engine.process import EngineProcess
 from siglane.errors import UserError
 from siglane.families.processor import Processor
 from siglane.image.patchify import to_patches
-from siglane.server.run import preflight
+from siglane.server.launch import preflight
 from siglane.settings.server import ServerConfig
 
 LONG = chat("x", max_tokens=4000, ignore_eos=True)
 
 
-@pytest.fixture(scope="module")
-def alone(server: RunningServer) -> Told:
-    return ask_good(server)
-
-
 def send(server: RunningServer, body: dict[str, Any]) -> socket.socket:
     connection = server.connect()
     data = json.dumps(body).encode()
-    connection.sendall(head(len(data)) + data)
+    connection.sendall(head(content_length=len(data)) + data)
     return connection
-
-
-def head(length: int, connection: str = "keep-alive") -> bytes:
-    lines = ["POST /v1/chat/completions HTTP/1.1", "host: x", f"connection: {connection}"]
-    return "\r\n".join([*lines, "content-type: application/json", f"content-length: {length}", "", ""]).encode()
 
 
 def cancelled(server: RunningServer) -> float:
@@ -114,7 +105,7 @@ def test_a_client_that_leaves_frees_its_place(
 
     assert_unharmed(server, alone, leave)
     eventually(lambda: working(engine) == 0, 2)
-    eventually(lambda: server.state.budget.used == 0)
+    eventually(lambda: server.served.inflight_bytes.used == 0)
     stats = engine.stats()
     assert stats is not None
     assert stats.pages_free + stats.pages_cached == stats.pages_total
@@ -136,9 +127,9 @@ def test_a_client_may_leave_while_it_sends(server: RunningServer, engine: Engine
     with server.connect() as connection:
         connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n")
         connection.sendall(b"content-length: 1000\r\n\r\n{")
-        eventually(lambda: server.state.budget.used > 0)
+        eventually(lambda: server.served.inflight_bytes.used > 0)
     eventually(lambda: cancelled(server) == before + 1)
-    eventually(lambda: server.state.budget.used == 0)
+    eventually(lambda: server.served.inflight_bytes.used == 0)
 
 
 def test_several_requests_on_one_connection(server: RunningServer) -> None:
@@ -156,7 +147,8 @@ def test_several_requests_on_one_connection(server: RunningServer) -> None:
     assert min(seconds) < 0.03, "an answer waits for the acknowledgement of its header"
     with server.connect() as connection:  # both at once
         data = json.dumps(chat("x", max_tokens=2)).encode()
-        connection.sendall((head(len(data)) + data) * 2 + head(len(data), "close") + data)
+        kept, last = head(content_length=len(data)), head(content_length=len(data), connection="close")
+        connection.sendall((kept + data) * 2 + last + data)
         answers = b""
         while found := connection.recv(65536):
             answers += found
@@ -224,7 +216,7 @@ def test_what_does_not_finish_in_time_ends_with_an_error(processor: Processor, e
         eventually(lambda: server.metric("siglane_requests_in_flight") == 1)
 
         def drain_once() -> None:
-            if not server.state.draining:
+            if not server.served.draining:
                 server.server.drain()
 
         told = stream(server, {**LONG, "n": 4}, drain_once)
@@ -295,19 +287,19 @@ def test_a_failed_stream_raises_in_openai_s_client(processor: Processor, engine:
         assert caught.value.code == "server_shutting_down"
 
 
-def test_what_cannot_work_is_said_before_anything_is_loaded(checkpoint: Path, tmp_path: Path) -> None:
+def test_what_cannot_work_is_said_before_anything_is_loaded(nvila_folder: Path, tmp_path: Path) -> None:
     """A port in use, an address of another machine, a model or media folder that is not there."""
     config = ServerConfig(port=0)
-    preflight(config, str(checkpoint)).close()
+    preflight(config, str(nvila_folder)).close()
     preflight(config, "owner/name").close()
     with socket.create_server((HOST, 0)) as taken:
         cases: list[tuple[ServerConfig, str, str]] = [
-            (ServerConfig(port=taken.getsockname()[1]), str(checkpoint), "in use"),
-            (ServerConfig(host="203.0.113.1", port=0), str(checkpoint), "cannot listen"),
+            (ServerConfig(port=taken.getsockname()[1]), str(nvila_folder), "in use"),
+            (ServerConfig(host="203.0.113.1", port=0), str(nvila_folder), "cannot listen"),
             (config, str(tmp_path / "missing"), "no folder"),
             (config, "not a/hub/id", "no folder"),
             (config, str(tmp_path), "no config.json"),
-            (ServerConfig(port=0, allowed_local_media_path=str(tmp_path / "x")), str(checkpoint), "not a folder"),
+            (ServerConfig(port=0, allowed_local_media_path=str(tmp_path / "x")), str(nvila_folder), "not a folder"),
         ]
         for options, model, words in cases:
             with pytest.raises(UserError, match=words):
@@ -318,7 +310,7 @@ PROGRAM = """
 import sys
 from siglane.settings.server import ServerConfig
 from siglane.errors import SiglaneError
-from siglane.server.run import preflight, serve
+from siglane.server.launch import preflight, serve
 config = ServerConfig(port=int(sys.argv[2]), served_model_name="tiny")
 try:
     listener = preflight(config, sys.argv[1])
@@ -378,9 +370,9 @@ def process_of(model: Path, log: Path, port: int = 0) -> Iterator[Process]:
 
 
 @pytest.mark.slow  # two servers are started
-def test_signals_end_a_server_cleanly(checkpoint: Path, tmp_path: Path) -> None:
+def test_signals_end_a_server_cleanly(nvila_folder: Path, tmp_path: Path) -> None:
     """The first lets requests finish, the second ends them; both exit with 0."""
-    with process_of(checkpoint, tmp_path / "1") as patient, process_of(checkpoint, tmp_path / "2") as hurried:
+    with process_of(nvila_folder, tmp_path / "1") as patient, process_of(nvila_folder, tmp_path / "2") as hurried:
         for server in (patient, hurried):
             eventually(server.is_ready, 90)
         finished = patient.stream_until_signal([signal.SIGTERM], max_tokens=300)
@@ -397,10 +389,10 @@ def test_signals_end_a_server_cleanly(checkpoint: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # a server is started
-def test_a_model_that_cannot_be_loaded_ends_the_server(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_loaded_ends_the_server(nvila_folder: Path, tmp_path: Path) -> None:
     """Truncated weights: the engine's process says why, and the server ends with its words and the user's exit code."""
     broken = tmp_path / "broken"
-    shutil.copytree(checkpoint, broken)
+    shutil.copytree(nvila_folder, broken)
     for path in broken.rglob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:1000])
     with process_of(broken, tmp_path / "log") as server:
@@ -409,11 +401,11 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(checkpoint: Path, tmp_pat
     assert "safetensors" in log[-1]
 
 
-def test_a_port_in_use_costs_no_time(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_port_in_use_costs_no_time(nvila_folder: Path, tmp_path: Path) -> None:
     """One line, long before torch is loaded."""
     with socket.create_server((HOST, 0)) as taken:
         began = time.monotonic()
-        with process_of(checkpoint, tmp_path / "log", taken.getsockname()[1]) as server:
+        with process_of(nvila_folder, tmp_path / "log", taken.getsockname()[1]) as server:
             code, log = server.end(30)
     assert code == 2
     assert len(log) == 1
@@ -424,6 +416,6 @@ def test_a_port_in_use_costs_no_time(checkpoint: Path, tmp_path: Path) -> None:
 def test_the_checks_before_loading_load_nothing_heavy() -> None:
     """So that a mistake in the command line is told at once."""
     heavy = "{'torch', 'transformers', 'fastapi'}"
-    program = f"import sys, siglane.server.run, siglane.settings.server; print({heavy} & {{*sys.modules}})"
+    program = f"import sys, siglane.server.launch, siglane.settings.server; print({heavy} & {{*sys.modules}})"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"

@@ -16,6 +16,7 @@ import httpx2
 import pytest
 from openai import APIStatusError, InternalServerError
 from serving import (
+    CHAT,
     HOST,
     RunningServer,
     Told,
@@ -24,9 +25,11 @@ from serving import (
     assert_unharmed,
     chat,
     eventually,
+    head,
     image_part,
     image_url,
     picture,
+    read_all,
     running,
 )
 
@@ -34,26 +37,7 @@ from siglane.engine.process import EngineProcess
 from siglane.families.processor import Processor
 from siglane.settings.server import ServerConfig
 
-CHAT = "/v1/chat/completions"
 LONG = chat("x", max_tokens=3000, ignore_eos=True, stream=True)
-
-
-@pytest.fixture(scope="module")
-def alone(server: RunningServer) -> Told:
-    return ask_good(server)
-
-
-def head(path: str = CHAT, **headers: object) -> bytes:
-    lines = [f"POST {path} HTTP/1.1", "host: x", "content-type: application/json"]
-    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-    return "\r\n".join([*lines, "", ""]).encode()
-
-
-def read_all(connection: socket.socket) -> bytes:
-    found = b""
-    while data := connection.recv(65536):
-        found += data
-    return found
 
 
 def test_a_body_over_the_limit_is_cut_while_it_is_read(processor: Processor, engine: EngineProcess) -> None:
@@ -90,13 +74,13 @@ def test_a_data_url_over_the_limit(processor: Processor, engine: EngineProcess) 
 def test_all_requests_together_hold_a_bounded_number_of_bytes(processor: Processor, engine: EngineProcess) -> None:
     with running(processor, engine, max_inflight_bytes=200_000) as server, server.connect() as hog:
         hog.sendall(head(content_length=190_000) + b" " * 150_000)
-        eventually(lambda: server.state.budget.used >= 150_000)
+        eventually(lambda: server.served.inflight_bytes.used >= 150_000)
         assert_error(server.post(chat("x" * 60_000)), 503, "server_overloaded")
         assert server.post(chat("x")).status_code == 200
         hog.close()
-        eventually(lambda: server.state.budget.used == 0)
+        eventually(lambda: server.served.inflight_bytes.used == 0)
         assert server.post(chat(image_part(picture()), "x")).status_code == 200
-        eventually(lambda: server.state.budget.used == 0)
+        eventually(lambda: server.served.inflight_bytes.used == 0)
 
 
 def test_slow_headers_and_bodies_are_dropped(processor: Processor, engine: EngineProcess) -> None:

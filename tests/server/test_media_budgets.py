@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import io
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from clips import animation, video
 from PIL import Image
 from serving import RunningServer, chat, eventually, image_part, picture, running, video_part
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))  # small video files are made there
-
-from clips import animation, video
 
 from siglane.engine.process import EngineProcess
 from siglane.errors import UserError
@@ -187,7 +182,7 @@ class TestVideos:
         assert refusal(server, video_part(CLIP), long)[0] == "context_length_exceeded"
 
     def test_memory_for_its_frames_is_given_back(self, server: RunningServer) -> None:
-        held = server.state.budget.used
+        held = server.served.inflight_bytes.used
         seen(server, video_part(CLIP), "x")
         refusal(server, video_part(CLIP[:900]), "x")
-        eventually(lambda: server.state.budget.used == held)  # a moment after the client has its answer
+        eventually(lambda: server.served.inflight_bytes.used == held)  # a moment after the client has its answer

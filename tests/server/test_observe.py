@@ -54,7 +54,7 @@ def test_everything_but_the_probes_needs_the_key(processor: Processor, engine: E
         with pytest.raises(AuthenticationError) as caught:
             server.openai(api_key="wrong").models.list()
         assert caught.value.code == "invalid_api_key"
-        assert KEY not in repr(server.state.config)
+        assert KEY not in repr(server.served.config)
 
 
 def test_other_origins_are_closed_unless_opened(processor: Processor, engine: EngineProcess) -> None:

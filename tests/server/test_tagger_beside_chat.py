@@ -16,8 +16,7 @@ import httpx2
 import numpy as np
 import pytest
 import torch
-from checkpoints import Reference, write_nvila_checkpoint
-from dual_checkpoint import write_dual_checkpoint
+from checkpoints import Written, write_nvila_checkpoint
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from serving import (
@@ -34,15 +33,16 @@ from serving import (
     listening,
     picture,
 )
+from two_tower_checkpoint import write_two_tower_checkpoint
 
 from siglane.engine.child import EngineSpec
 from siglane.engine.load import load_engine, load_with_tagger
 from siglane.engine.process import EngineProcess
 from siglane.errors import EngineError, UserError
 from siglane.families.processor import load_processor
-from siglane.families.two_tower import load_two_tower
-from siglane.server.run import preflight, read_tagger, serve, tagging
-from siglane.server.state import ServerState
+from siglane.families.two_tower import load_two_tower, read_two_tower
+from siglane.server.launch import preflight, serve, serving
+from siglane.server.text_cache import TextCache
 from siglane.settings.engine import EngineConfig
 from siglane.settings.server import ServerConfig
 from siglane.types import DecodedImage, ImagePart, Message, Request, SamplingParams
@@ -60,7 +60,7 @@ class Folders:
     chat: Path
     two_tower: Path
     drifted: Path
-    reference: Reference
+    reference: Written
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     root = tmp_path_factory.mktemp("beside")
     reference = write_nvila_checkpoint(root / "chat")
     for name in ("two_tower", "drifted"):
-        write_dual_checkpoint(root / name, "siglip2", image_size=56, patch_size=14, tower=reference.tower)
+        write_two_tower_checkpoint(root / name, "siglip2", image_size=56, patch_size=14, tower=reference.tower)
     weights = load_file(root / "drifted/model.safetensors")
     weights["vision_model.encoder.layers.1.self_attn.k_proj.weight"][3, 5] += 0.25
     save_file(weights, root / "drifted/model.safetensors")
@@ -77,16 +77,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 @contextmanager
 def both(folders: Folders, two_tower: Path, **options: Any) -> Iterator[RunningServer]:
-    config = config_of(**options)
-    engine = EngineProcess(EngineSpec(str(folders.chat), CPU, tagger=str(two_tower)))
-    engine.start()
-    try:
-        state = ServerState(config, "folder/of-tiny", load_processor(open_checkpoint(folders.chat)), engine)
-        state.company = (tagging(state, *read_tagger(str(two_tower)), engine),)
-        with listening(state, config) as server:
+    with serving(config_of(**options), EngineSpec(str(folders.chat), CPU, tagger=str(two_tower))) as served:
+        served.engine.wait_ready()
+        with listening(served) as server:
             yield server
-    finally:
-        engine.close()
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +121,8 @@ def answers(engine: Any, folders: Folders) -> list[int]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_layers_of_equal_weights_exist_once(folders: Folders, dtype: str) -> None:
     config = EngineConfig(device="cpu", threads=1, kv_tokens=2048, vision_dtype=dtype)  # type: ignore[arg-type]
-    engine, (two_tower, _, _, apart) = load_with_tagger(str(folders.chat), str(folders.two_tower), config)
-    assert apart is None
+    engine, (two_tower, _, _, not_shared_because) = load_with_tagger(str(folders.chat), str(folders.two_tower), config)
+    assert not_shared_because is None
     own, tower = two_tower.vision.tower, engine.runner.model.vision.encoder.tower
     assert len(own.blocks) == len(tower.blocks) + 1  # VILA does not run the last one
     assert all(one is other for one, other in zip(own.blocks, tower.blocks, strict=False))
@@ -140,9 +134,9 @@ def test_layers_of_equal_weights_exist_once(folders: Folders, dtype: str) -> Non
 
 def test_a_tower_that_differs_is_loaded_beside(folders: Folders) -> None:
     config = EngineConfig(device="cpu", threads=1, kv_tokens=2048)
-    engine, (two_tower, _, _, apart) = load_with_tagger(str(folders.chat), str(folders.drifted), config)
-    assert apart is not None
-    assert "encoder.layers.1.self_attn.k_proj.weight differs" in apart
+    engine, (two_tower, _, _, not_shared_because) = load_with_tagger(str(folders.chat), str(folders.drifted), config)
+    assert not_shared_because is not None
+    assert "encoder.layers.1.self_attn.k_proj.weight differs" in not_shared_because
     tower = engine.runner.model.vision.encoder.tower
     assert not any(one is other for one, other in zip(two_tower.vision.tower.blocks, tower.blocks, strict=False))
     assert answers(engine, folders) == answers(load_engine(str(folders.chat), config), folders)
@@ -156,12 +150,12 @@ def test_equal_weights_of_another_kind_of_tower_are_not_shared(
     before = {name: getattr(tower.config, name) for name in facts}
     try:
         tower.config.update(facts)
-        write_dual_checkpoint(tmp_path, "siglip2", tower=tower)
+        write_two_tower_checkpoint(tmp_path, "siglip2", tower=tower)
     finally:
         tower.config.update(before)
     config = EngineConfig(device="cpu", kv_tokens=2048)
-    engine, (two_tower, _, _, apart) = load_with_tagger(str(folders.chat), str(tmp_path), config)
-    assert apart == "the towers' configurations differ"
+    engine, (two_tower, _, _, not_shared_because) = load_with_tagger(str(folders.chat), str(tmp_path), config)
+    assert not_shared_because == "the towers' configurations differ"
     assert two_tower.vision.tower.patch_embedding is not engine.runner.model.vision.encoder.tower.patch_embedding
 
 
@@ -181,8 +175,7 @@ def test_tags_and_chat_side_by_side(beside: RunningServer, folders: Folders) -> 
 
     def busy() -> None:
         for _ in range(3):
-            for one in beside.state.company:
-                one.known.clear()  # type: ignore[attr-defined]
+            beside.served.embed.texts = TextCache(1 << 20)
             np.testing.assert_allclose(embedded(beside), vectors, atol=1e-6)
             body = {"images": [data_url(PICTURES[0])], "labels": ["a cat", "two green shapes"], "threshold": 0}
             assert len(beside.post_to("/v1/classify", **body).json()["data"][0]["tags"]) == 2
@@ -215,29 +208,24 @@ def test_whoever_leaves_is_forgotten(folders: Folders) -> None:
     engine = EngineProcess(EngineSpec(str(folders.chat), CPU, tagger=str(folders.two_tower)))
     engine.start()
     try:
-        _, _, tokens = read_tagger(str(folders.two_tower))
-        (ids,) = tokens.ids(["a cat"])
-        done = threading.Event()
-        results: list[Any] = []
-        for number in range(200):
-            engine.embed(number, ids, results.append)
-        for number in range(200):
-            engine.forget(number)
-        engine.embed(200, ids, lambda result: (results.append(result), done.set()))
-        assert done.wait(30)
-        assert len(results) <= 201
-        assert not isinstance(results[-1], EngineError)
+        _, tokens = read_two_tower(open_checkpoint(folders.two_tower))
+        (ids,) = tokens.ids(["a cat"]).numpy()
+        futures = engine.embed([ids] * 200)
+        left = [future for future in futures if future.cancel()]
+        assert engine.embed([ids])[0].result(30).vector.shape == (32,)
+        assert left
+        assert all(future.done() for future in futures)
         assert not engine._embeddings
     finally:
         engine.close()
     with pytest.raises(EngineError, match="down"):
-        engine.embed(201, ids, results.append)
+        engine.embed([ids])[0].result(30)
 
 
 def test_an_engine_that_dies_fails_what_it_embeds_and_comes_back(folders: Folders) -> None:
     with both(folders, folders.two_tower) as server:
         vectors = embedded(server)
-        engine = server.state.engine
+        engine = server.served.engine
         os.kill(engine.pid, signal.SIGSTOP)  # what is sent now waits
         responses: list[httpx2.Response] = []
         thread = threading.Thread(target=lambda: responses.append(server.post_to("/v1/embeddings", input="a bird")))

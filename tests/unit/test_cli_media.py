@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import write_nvila_checkpoint
 from clips import video
 from PIL import Image
 from safetensors.torch import load_file
@@ -17,10 +16,8 @@ from siglane.tiling.rule import ImageBudget
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("cli") / "tiny"
-    write_nvila_checkpoint(folder)
-    return str(folder)
+def model(nvila_folder: Path) -> str:
+    return str(nvila_folder)
 
 
 @pytest.fixture(scope="module")
@@ -37,19 +34,8 @@ def said(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
 
 
 def generate(model: str, *words: str) -> list[str]:
-    return [
-        "generate",
-        model,
-        "--prompt",
-        "What?",
-        "--device",
-        "cpu",
-        "--kv-tokens",
-        "4096",
-        "--max-tokens",
-        "2",
-        *words,
-    ]
+    asked = ["--prompt", "What?", "--device", "cpu", "--kv-tokens", "4096", "--max-tokens", "2"]
+    return ["generate", model, *asked, *words]
 
 
 def test_generate_reads_videos(model: str, files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,7 +106,7 @@ def test_serve_hands_the_budget_to_the_server(model: str, monkeypatch: pytest.Mo
         given.extend(arguments)
         return 0
 
-    monkeypatch.setattr("siglane.server.run.serve", record)
+    monkeypatch.setattr("siglane.server.launch.serve", record)
     words = [
         "--max-tiles",
         "4",

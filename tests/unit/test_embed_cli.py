@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))  # the writers of tiny checkpoints live there
-
-from dual_checkpoint import write_dual_checkpoint
+from two_tower_checkpoint import write_two_tower_checkpoint
 
 from siglane import Tagger
 from siglane.cli.main import main
@@ -25,7 +21,7 @@ TEXTS = ["a cat", "two green shapes"]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("embed") / "tiny"
-    write_dual_checkpoint(folder, "siglip2", seed=2)
+    write_two_tower_checkpoint(folder, "siglip2", seed=2)
     return str(folder)
 
 

@@ -10,28 +10,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from checkpoints import write_nvila_checkpoint, write_siglip_checkpoint
+from parity_kit import noise as picture
 from PIL import Image
 
 import siglane
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))  # the writers of tiny checkpoints live there
-
-from checkpoints import write_nvila_checkpoint, write_siglip_checkpoint
-
 from siglane.errors import EngineError, UserError
 from siglane.llm import LLM, PREPARE_AHEAD, Generation, VisionEncoder
 from siglane.types import SamplingParams
 
 SHORT = SamplingParams(max_tokens=6, ignore_eos=True)
 RUNNING = 3
-
-
-def picture(seed: int, size: tuple[int, int] = (80, 60)) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
 
 
 def png(image: Image.Image) -> bytes:
@@ -41,10 +32,8 @@ def png(image: Image.Image) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llm") / "tiny"
-    write_nvila_checkpoint(folder)
-    return folder
+def folder(nvila_folder: Path) -> Path:
+    return nvila_folder
 
 
 @pytest.fixture(scope="module")
@@ -224,12 +213,14 @@ def test_several_answers_to_one_prompt(llm: LLM) -> None:
     params = SamplingParams(max_tokens=8, temperature=1.5, seed=7, n=3, ignore_eos=True)
     (first,) = llm.generate(rows(2)[1], params)
     (again,) = llm.generate(rows(2)[1], params)
-    answers = [first, *first.alternatives]
+    answers = list(first.outputs)
     assert len(answers) == 3
     assert len(set(tokens(answers))) == 3
-    assert tokens(answers) == tokens([again, *again.alternatives])
+    assert tokens(answers) == tokens(list(again.outputs))
     (alone,) = llm.generate(rows(2)[1], SamplingParams(max_tokens=8, temperature=1.5, seed=8, ignore_eos=True))
-    assert alone.output_token_ids == first.alternatives[0].output_token_ids
+    assert alone.output_token_ids == answers[1].output_token_ids
+    assert (first.text, first.output_token_ids) == (answers[0].text, answers[0].output_token_ids)
+    assert [len(generation.outputs) for generation in (alone, *answers)] == [1, 0, 0, 0]
 
 
 def test_text_comes_in_pieces_and_stops_at_a_stop_string(llm: LLM) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from checkpoints import write_nvila_checkpoint, write_siglip_checkpoint
 from clips import animation, frame, video
+from parity_kit import noise
 from PIL import Image
 
 from siglane.errors import UserError
@@ -21,9 +22,7 @@ SHORT = SamplingParams(max_tokens=6, ignore_eos=True)
 WIDE = (200, 90)
 
 
-def picture(seed: int, size: tuple[int, int] = WIDE) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
+picture = partial(noise, size=WIDE)
 
 
 def frames(count: int) -> list[Image.Image]:
@@ -162,7 +161,7 @@ class TestBudgets:
 def test_the_patch_budget_and_packing_change_no_token(folder: Path, llm: LLM, options: dict[str, Any]) -> None:
     """A picture of many tiles is larger than all of these budgets, and still runs, alone."""
     rows = [{"prompt": "What?", "images": [picture(n)]} for n in range(3)]
-    rows.append({"prompt": "What?", "images": [picture(7, (60, 60)), picture(8, (60, 60))]})
+    rows.append({"prompt": "What?", "images": [picture(7, size=(60, 60)), picture(8, size=(60, 60))]})
     other = LLM(folder, device="cpu", kv_tokens=16384, **options)
     expected, found = llm.generate(rows, SHORT), other.generate(rows, SHORT)
     assert [answer.error for answer in found] == [None] * 4
@@ -170,7 +169,7 @@ def test_the_patch_budget_and_packing_change_no_token(folder: Path, llm: LLM, op
 
 
 def test_an_encoders_features_do_not_depend_on_packing(folder: Path) -> None:
-    pictures = [picture(n, size) for n, size in enumerate([(60, 60), WIDE, (30, 100)])]
+    pictures = [picture(n, size=size) for n, size in enumerate([(60, 60), WIDE, (30, 100)])]
     packed, alone = (VisionEncoder(folder, device="cpu", enable_packing=on).encode(pictures) for on in (True, False))
     for one, other in zip(packed, alone, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)

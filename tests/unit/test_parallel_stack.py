@@ -44,6 +44,13 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 }
 WISHES: tuple[EncoderParallel, ...] = get_args(EncoderParallel)
 RANKS = (2, 3)
+PRELOADED = [
+    "siglane.families.parallel", "siglane.families.registry",
+    "transformers.models.llava_onevision.modeling_llava_onevision",
+    "transformers.models.llava_onevision.processing_llava_onevision",
+    "transformers.models.llava_onevision.image_processing_pil_llava_onevision",
+    "transformers.models.siglip.modeling_siglip",
+]  # fmt: skip
 SIZES = ((90, 50), (20, 30), (1, 1), (200, 40), (64, 64), (64, 64), (33, 170))
 # numbers of the images of one call
 CALLS: dict[str, tuple[int, ...]] = {
@@ -139,7 +146,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def told(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[Any, Told]]]:
     """What every rank of every group says."""
-    multiprocessing.set_forkserver_preload(["torch", "transformers"])  # imported once, not once per rank
+    multiprocessing.set_forkserver_preload(PRELOADED)  # imported once, not once per rank
     groups = {}
     for size in RANKS:
         folder = tmp_path_factory.mktemp(f"ranks{size}")

@@ -16,10 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))  # the writers of tiny checkpoints live there
-
-from dual_checkpoint import write_dual_checkpoint
+from two_tower_checkpoint import write_two_tower_checkpoint
 
 from siglane import Tagger
 from siglane.cli.main import main
@@ -38,7 +35,7 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tag") / "tiny"
-    write_dual_checkpoint(folder, "siglip2", seed=2)
+    write_two_tower_checkpoint(folder, "siglip2", seed=2)
     return str(folder)
 
 

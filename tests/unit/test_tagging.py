@@ -6,7 +6,6 @@ import itertools
 import json
 import logging
 import os
-import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,16 +16,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))  # the writers of tiny checkpoints live there
-
-from dual_checkpoint import write_dual_checkpoint
+from two_tower_checkpoint import write_two_tower_checkpoint
 
 from siglane import Tag, Tagged, Tagger
 from siglane.errors import ConfigError, UserError
 from siglane.families.ahead import PREPARE_AHEAD
 from siglane.settings.tagging import TagSettings, read_settings
-from siglane.tagging.cache import default_folder
+from siglane.tagging.cache import LabelCache, default_folder
 from siglane.tagging.labels import read_labels
 
 LABELS = ["a cat", "a dog", "two shapes", "a red square", "snow boots"]
@@ -35,14 +31,14 @@ LABELS = ["a cat", "a dog", "two shapes", "a red square", "snow boots"]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tagging") / "siglip"
-    write_dual_checkpoint(folder, "siglip2", seed=5)
+    write_two_tower_checkpoint(folder, "siglip2", seed=5)
     return folder
 
 
 @pytest.fixture(scope="module")
 def naflex(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tagging") / "naflex"
-    write_dual_checkpoint(folder, "naflex")
+    write_two_tower_checkpoint(folder, "naflex")
     return folder
 
 
@@ -231,9 +227,9 @@ class TestCache:
         assert len(list((tmp_path / "cache").iterdir())) == 4
 
     def test_another_model_at_the_same_place_is_another_key(self, tmp_path: Path, texts: list[int]) -> None:
-        write_dual_checkpoint(tmp_path / "model", "siglip2")
+        write_two_tower_checkpoint(tmp_path / "model", "siglip2")
         first = Tagger(tmp_path / "model", cache=tmp_path / "cache").scores([picture(0)], LABELS)
-        write_dual_checkpoint(tmp_path / "model", "siglip2", seed=9)
+        write_two_tower_checkpoint(tmp_path / "model", "siglip2", seed=9)
         second = Tagger(tmp_path / "model", cache=tmp_path / "cache").scores([picture(0)], LABELS)
         assert texts == [5, 5]
         assert (first - second).abs().max() > 1e-3
@@ -297,6 +293,31 @@ class TestCache:
             tagger.scores([], [f"label {number}"])
         assert len(tagger._cache._recent) == 4
 
+    def test_disk_holds_those_used_last(self, tmp_path: Path) -> None:
+        def get(cache: LabelCache, number: int) -> torch.Tensor:
+            return cache.get(["{label}"], [f"label {number}"] * 100, lambda: torch.full((100, 25), float(number)))
+
+        def on_disk() -> int:
+            return len(list(tmp_path.glob("*.safetensors")))
+
+        mine = tmp_path / "weights.safetensors"  # of somebody else
+        mine.write_bytes(bytes(100_000))
+        os.utime(mine, (0, 0))
+        for number in range(4):
+            get(LabelCache(tmp_path, b"state", 45_000), number)
+        assert on_disk() == 5
+        first, *_, last = sorted(set(tmp_path.glob("*.safetensors")) - {mine}, key=lambda file: file.stat().st_mtime_ns)
+        os.utime(first, (1, 1))
+        get(LabelCache(tmp_path, b"state", 45_000), 0)
+        assert first.stat().st_mtime > 1, "what is read counts as used"
+        get(LabelCache(tmp_path, b"state", 45_000), 4)
+        assert on_disk() == 5
+        assert first.exists()
+        assert last.exists()
+        assert mine.exists()
+        get(LabelCache(tmp_path, b"other model", 1), 5)
+        assert on_disk() == 2, "the newest stays, however large"
+
     def test_its_place(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("HOME", str(tmp_path))
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -359,7 +380,7 @@ class TestLabels:
         assert message.endswith("and 2 more")
 
     def test_a_label_that_siglip_deletes_is_reported(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-        write_dual_checkpoint(tmp_path)
+        write_two_tower_checkpoint(tmp_path)
         Tagger(tmp_path, cache=tmp_path / "cache").scores([picture(0)], ["cat", "+++"])
         assert caplog.messages == ["1 labels hold nothing that the model reads: '+++'"]
 

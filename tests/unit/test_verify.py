@@ -28,13 +28,13 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_nvila_checkpoint(tmp_path_factory.mktemp("verify") / "tiny").folder)
+def model(nvila_folder: Path) -> str:
+    return str(nvila_folder)
 
 
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_siglip_checkpoint(tmp_path_factory.mktemp("verify") / "tower")[0].folder)
+    return str(write_siglip_checkpoint(tmp_path_factory.mktemp("verify") / "tower").folder)
 
 
 @pytest.fixture(scope="module")
@@ -404,7 +404,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 def test_a_reference_that_cannot_be_loaded(
     file: str, complaint: str, tower: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = write_siglip_checkpoint(tmp_path / "other")[0].folder
+    other = write_siglip_checkpoint(tmp_path / "other").folder
     (other / file).write_text('{"model_type": "siglip"}')
     assert run(tower, "--reference", str(other), "--random", "1") == 2
     assert complaint in capsys.readouterr().err
@@ -423,7 +423,7 @@ def imports_of(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", sorted(REFERENCES.glob("*.py")), ids=lambda path: path.name)
 def test_a_reference_computes_nothing_with_siglane(path: Path) -> None:
     """Only errors, its own room and the names of the stages: a mistake in a config, a plan or a layout must show."""
-    allowed = ("siglane.errors", "siglane.types", "siglane.verify.references", "siglane.verify.stages")
+    allowed = ("siglane.errors", "siglane.verify.references", "siglane.verify.stages")
     assert all(name.startswith(allowed) for name in imports_of(path)), imports_of(path)
 
 

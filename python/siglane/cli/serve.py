@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
         config = dataclasses.replace(config, served_model_name=config.served_model_name or model)
         model = str(demo_folder() / FOLDERS[model])
     try:
-        from siglane.server.run import preflight, serve
+        from siglane.server.launch import preflight, serve
     except ImportError as error:
         message = f"the server needs more packages ({error}); pip install 'siglane[server]'"
         raise UserError(message, code="missing_extra") from error

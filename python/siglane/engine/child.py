@@ -9,18 +9,18 @@ import pickle
 import signal
 import threading
 import time
-from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
-from siglane.engine.embed_worker import Calibration, Embedding, EmbeddingJob, EmbeddingQueue, Item, compute
+from siglane.engine.embed_worker import EmbedWorker
 from siglane.engine.engine import Engine
-from siglane.engine.load import load_engine, load_with_tagger
+from siglane.engine.load import load_engine, load_tagger, load_with_tagger
 from siglane.errors import EngineError, SiglaneError
-from siglane.families.two_tower import LoadedTwoTower, TwoTowerModel
+from siglane.families.two_tower import Calibration, LoadedTwoTower, has_both_towers
 from siglane.settings.engine import EngineConfig
-from siglane.types import Request, TokenDelta
+from siglane.types import Finished, Request, TokenDelta
+from siglane.weights.demo import open_model
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +29,10 @@ STATS_SECONDS = 0.5
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
-    """What a child needs to build its engine: a checkpoint folder or hub id, and the engine's configuration.
+    """What a child needs to load its models.
 
-    tagger: a SigLIP with both towers that embeds pictures and texts beside the chat, None for none.
+    model: a checkpoint folder or hub id of a vision-language model, or of a SigLIP with both towers, which embeds;
+    revision: its; tagger: a SigLIP that embeds beside a vision-language model, None for none.
     """
 
     model: str
@@ -40,13 +41,22 @@ class EngineSpec:
     tagger: str | None = None
 
 
+class EngineFacts(NamedTuple):
+    """What the parent learns once all is loaded. context_length: as in `Engine`, None where no model chats;
+    calibration: of the towers, on the host, None without them; not_shared_because: of `LoadedTwoTower`."""
+
+    context_length: int | None
+    calibration: Calibration | None = None
+    not_shared_because: str | None = None
+
+
 def run_child(pipe: Connection, spec: EngineSpec) -> None:
-    """The engine's process: reads requests while there are any, computes, writes deltas."""
+    """The engine's process: reads requests while there are any, computes, writes what it has."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides when to end
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
     try:
-        engine, towers = _load(spec)
+        engine, two_tower = _load(spec)
     except SiglaneError as error:
         _write(pipe, "failed", error)
         return
@@ -55,83 +65,59 @@ def run_child(pipe: Connection, spec: EngineSpec) -> None:
         _write(pipe, "failed", EngineError(f"the engine could not be built: {error}", code="engine_start"))
         return
     try:
-        _write(pipe, "stats", engine.stats())
-        _write(pipe, "ready", None if towers is None else TaggerFacts(Calibration.of(towers.model), towers.apart))
-        _serve(pipe, engine, None if towers is None else Towers(towers.model, spec.config, pipe))
+        if engine is not None:
+            _write(pipe, "stats", engine.stats())
+        _write(pipe, "ready", _facts(engine, two_tower))
+        _serve(pipe, engine, None if two_tower is None else EmbedWorker(two_tower.model, spec.config))
     except (EOFError, OSError):
         logger.info("the parent is gone; the engine ends")
 
 
-def _load(spec: EngineSpec) -> tuple[Engine, LoadedTwoTower | None]:
-    if spec.tagger is None:
-        return load_engine(spec.model, spec.config, spec.revision), None
-    return load_with_tagger(spec.model, spec.tagger, spec.config, spec.revision)
+def _load(spec: EngineSpec) -> tuple[Engine | None, LoadedTwoTower | None]:
+    """What chats and what embeds; at least one of them."""
+    if spec.tagger is not None:
+        return load_with_tagger(spec.model, spec.tagger, spec.config, spec.revision)
+    if has_both_towers(open_model(spec.model, spec.revision)):
+        return None, load_tagger(spec.model, spec.config, spec.revision)
+    return load_engine(spec.model, spec.config, spec.revision), None
 
 
-class TaggerFacts(NamedTuple):
-    """What the parent learns of the towers. apart: as in `LoadedTwoTower`."""
-
-    calibration: Calibration
-    apart: str | None
-
-
-class Towers:
-    """The SigLIP beside the engine: its forwards take turns with the engine's steps."""
-
-    def __init__(self, model: TwoTowerModel, config: EngineConfig, pipe: Connection) -> None:
-        self._model, self._pipe = model, pipe
-        self._queue = EmbeddingQueue(config, model.logit_scale.device)
-        self._jobs: dict[int, EmbeddingJob] = {}
-
-    @property
-    def has_work(self) -> bool:
-        return len(self._queue) > 0
-
-    def add(self, number: int, item: Item) -> None:
-        job = EmbeddingJob(item)
-        self._jobs[number] = job
-        job.future.add_done_callback(lambda future: self._ended(number, future))
-        self._queue.add(job)
-
-    def forget(self, number: int) -> None:
-        if number in self._jobs:
-            self._jobs[number].future.cancel()
-
-    def step(self) -> None:
-        compute(self._model, self._queue.take())
-
-    def _ended(self, number: int, future: Future[Embedding]) -> None:
-        del self._jobs[number]
-        if not future.cancelled():
-            _write(self._pipe, "embedding", (number, future.exception() or future.result()))
+def _facts(engine: Engine | None, two_tower: LoadedTwoTower | None) -> EngineFacts:
+    context_length = None if engine is None else engine.context_length
+    if two_tower is None:
+        return EngineFacts(context_length)
+    scale, bias = two_tower.model.calibration
+    return EngineFacts(context_length, Calibration(scale.cpu(), bias.cpu()), two_tower.not_shared_because)
 
 
-def _serve(pipe: Connection, engine: Engine, towers: Towers | None) -> None:
+def _serve(pipe: Connection, engine: Engine | None, worker: EmbedWorker | None) -> None:
+    """A step of the engine and a forward of the worker take turns."""
     told = 0.0
     while True:
-        if not engine.has_work or time.monotonic() - told > STATS_SECONDS:
+        generating = engine is not None and engine.has_work
+        if engine is not None and (not generating or time.monotonic() - told > STATS_SECONDS):
             told = time.monotonic()
             _write(pipe, "stats", engine.stats())
-        patience = 0 if engine.has_work or (towers and towers.has_work) else None
+        patience = 0 if generating or (worker is not None and worker.has_work) else None
         while pipe.poll(patience):
-            kind, value = pickle.loads(pipe.recv_bytes())
-            match kind:
-                case "close":
+            match pickle.loads(pipe.recv_bytes()):
+                case "close", _:
                     return
-                case "embed" if towers:
-                    towers.add(*value)
-                case "forget" if towers:
-                    towers.forget(value)
-                case _:
-                    delta = _take(engine, value) if kind == "add" else engine.abort(value)
-                    if delta is not None:
-                        _write(pipe, "deltas", [delta])
+                case "embed", items if worker is not None:
+                    for number, item in items:
+                        worker.add(number, item)
+                case "forget", number if worker is not None:
+                    worker.forget(number)
+                case kind, value if engine is not None:
+                    answers = [_take(engine, one) for one in value] if kind == "add" else [engine.abort(value)]
+                    if ended := [delta for delta in answers if delta is not None]:
+                        _write(pipe, "deltas", ended)
             patience = 0
-        deltas = engine.step() if engine.has_work else []
+        deltas = engine.step() if engine is not None and engine.has_work else []
         if deltas:
             _write(pipe, "deltas", deltas)
-        if towers and towers.has_work:
-            towers.step()
+        if worker is not None and worker.has_work:
+            _write(pipe, "embeddings", worker.step())
 
 
 def _end_with_parent() -> None:
@@ -147,11 +133,11 @@ def _take(engine: Engine, request: Request) -> TokenDelta | None:
     try:
         engine.add(request)
     except SiglaneError as error:
-        return TokenDelta(request.request_id, finish_reason="error", error=error)
+        return TokenDelta(request.request_id, finished=Finished("error", error=error))
     except Exception as error:
         logger.exception("request %s could not be queued", request.request_id)
         reason = EngineError(f"the request could not be queued ({type(error).__name__})")
-        return TokenDelta(request.request_id, finish_reason="error", error=reason)
+        return TokenDelta(request.request_id, finished=Finished("error", error=reason))
     return None
 
 

@@ -1,127 +1,103 @@
-"""Pictures and texts that wait for a SigLIP's towers: which of them share a forward, and what each gets."""
+"""Images and texts that wait for a SigLIP's towers: which of them share a forward, and what each gets."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from siglane.engine.engine import STEP_PATCHES
-from siglane.errors import EngineError, SiglaneError
-from siglane.families.two_tower import TwoTowerModel
+from siglane.errors import EngineError
+from siglane.families.two_tower import TEXTS_PER_FORWARD, TwoTowerModel
 from siglane.settings.engine import EngineConfig
 from siglane.types import ImagePatches
 
 logger = logging.getLogger(__name__)
 
-Item = ImagePatches | torch.Tensor  # a picture, or a text's ids i64 `[length]`
-TEXTS = {"cpu": 32, "cuda": 512}  # of one forward
+# arrays and not tensors where there may be thousands: a tensor takes the pipe fifty times as long
+Item = ImagePatches | npt.NDArray[np.int64]  # an image, or a text's ids `[length]`
 
 
 class Embedding(NamedTuple):
     """vector: f32 `[D]` of unit length, on the host; queue, encode: seconds it waited and its forward took."""
 
-    vector: torch.Tensor
+    vector: npt.NDArray[np.float32]
     queue: float
     encode: float
 
 
-class Calibration(NamedTuple):
-    """What turns cosines into logits; both f32 `[1]`, on the host."""
-
-    scale: torch.Tensor
-    bias: torch.Tensor
-
-    @classmethod
-    def of(cls, model: TwoTowerModel) -> Calibration:
-        return cls(model.logit_scale.exp().cpu(), model.logit_bias.cpu())
-
-    def scores(self, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-        """How likely each pair belongs together: vectors `[I, D]` and `[T, D]`, on the host -> `[I, T]` in 0..1."""
-        return (images @ texts.T * self.scale + self.bias).sigmoid()
-
-
-@dataclass(slots=True, eq=False)
-class EmbeddingJob:
+class _Waiting(NamedTuple):
     item: Item
-    future: Future[Embedding] = field(default_factory=Future)
-    arrived: float = field(default_factory=time.monotonic)
-
-    def end(self, result: Embedding | SiglaneError) -> None:
-        """Once; what comes later, or after its client has left, changes nothing."""
-        with contextlib.suppress(InvalidStateError):
-            if isinstance(result, Embedding):
-                self.future.set_result(result)
-            else:
-                self.future.set_exception(result)
+    arrived: float
 
 
-class EmbeddingQueue:
-    """A forward takes images up to `max_batch_patches` patches (a larger one alone), or texts; which of the two is told
-    by who has waited longest. Knows no threads: whoever shares it locks it."""
+class EmbedWorker:
+    """Both towers and the items that wait for them, each under a number of its owner's.
 
-    def __init__(self, config: EngineConfig, device: torch.device) -> None:
-        self._patches = (config.max_batch_patches or STEP_PATCHES[device.type]) if config.enable_packing else 0
-        self._texts = TEXTS[device.type]
-        self._images: deque[EmbeddingJob] = deque()
-        self._ids: deque[EmbeddingJob] = deque()
+    A forward takes images up to `max_batch_patches` patches (a larger one alone), or texts; which of the two is told by
+    who has waited longest.
+    """
 
-    def __len__(self) -> int:
-        return len(self._images) + len(self._ids)
+    def __init__(self, model: TwoTowerModel, config: EngineConfig) -> None:
+        device = model.logit_scale.device.type
+        self._model = model
+        self._most_patches = (config.max_batch_patches or STEP_PATCHES[device]) if config.enable_packing else 0
+        self._most_texts = TEXTS_PER_FORWARD[device]
+        self._images: OrderedDict[int, _Waiting] = OrderedDict()
+        self._texts: OrderedDict[int, _Waiting] = OrderedDict()
 
-    def add(self, job: EmbeddingJob) -> None:
-        (self._images if isinstance(job.item, ImagePatches) else self._ids).append(job)
+    @property
+    def has_work(self) -> bool:
+        return bool(self._images or self._texts)
 
-    def take(self) -> list[EmbeddingJob]:
-        """What shares the next forward; empty when nothing waits. Whoever has left by now takes no room in it."""
-        taken: list[EmbeddingJob] = []
-        while not taken and len(self):
-            waiting = min((queue for queue in (self._images, self._ids) if queue), key=lambda queue: queue[0].arrived)
-            room = self._texts if waiting is self._ids else self._patches
-            while waiting and (not taken or _cost(waiting[0].item) <= room):
-                job = waiting.popleft()
-                if job.future.set_running_or_notify_cancel():
-                    taken.append(job)
-                    room -= _cost(job.item)
+    def add(self, number: int, item: Item) -> None:
+        queue = self._images if isinstance(item, ImagePatches) else self._texts
+        queue[number] = _Waiting(item, time.monotonic())
+
+    def forget(self, number: int) -> None:
+        """An item that nobody waits for any more takes no room in a forward."""
+        for queue in (self._images, self._texts):
+            queue.pop(number, None)
+
+    def step(self) -> list[tuple[int, Embedding | EngineError]]:
+        """One forward: what each of its items gets. What fails in company is tried again alone, so that nobody pays for
+        a neighbour. Call it while there is work."""
+        taken = self._take()
+        began = time.monotonic()
+        vectors = _embed(self._model, [waiting.item for waiting in taken.values()])
+        seconds = time.monotonic() - began
+        return [
+            (number, vector if isinstance(vector, EngineError) else Embedding(vector, began - waiting.arrived, seconds))
+            for (number, waiting), vector in zip(taken.items(), vectors, strict=True)
+        ]
+
+    def _take(self) -> dict[int, _Waiting]:
+        """What shares the next forward."""
+        queues = [queue for queue in (self._images, self._texts) if queue]
+        queue = min(queues, key=lambda queue: next(iter(queue.values())).arrived)
+        room = self._most_texts if queue is self._texts else self._most_patches
+        taken: dict[int, _Waiting] = {}
+        while queue:
+            number, first = next(iter(queue.items()))
+            room -= first.item.layout.patches if isinstance(first.item, ImagePatches) else 1
+            if taken and room < 0:
+                break
+            taken[number] = queue.pop(number)
         return taken
-
-    def clear(self) -> list[EmbeddingJob]:
-        """Forgets everything that waits, and returns it."""
-        jobs = [*self._images, *self._ids]
-        self._images.clear()
-        self._ids.clear()
-        return jobs
-
-
-def compute(model: TwoTowerModel, jobs: Sequence[EmbeddingJob]) -> None:
-    """Ends jobs of one kind. What fails in company is tried again alone, so that nobody pays for a neighbour."""
-    began = time.monotonic()
-    vectors = _embed(model, [job.item for job in jobs])
-    seconds = time.monotonic() - began
-    for job, vector in zip(jobs, vectors, strict=True):
-        waited = began - job.arrived
-        job.end(vector if isinstance(vector, SiglaneError) else Embedding(vector, waited, seconds))
-
-
-def _cost(item: Item) -> int:
-    return item.layout.patches if isinstance(item, ImagePatches) else 1
 
 
 @torch.inference_mode()
-def _embed(model: TwoTowerModel, items: Sequence[Item]) -> list[torch.Tensor | SiglaneError]:
+def _embed(model: TwoTowerModel, items: Sequence[Item]) -> list[npt.NDArray[np.float32] | EngineError]:
     """The vectors of items of one kind, or why an item has none."""
-    if not items:
-        return []
     try:
-        rows = _forward(model, items).cpu()
-    except torch.AcceleratorError:  # the device is lost for this process
+        rows = _forward(model, items).cpu().numpy()
+    except torch.AcceleratorError:  # the device is lost for this process: end it, its supervisor starts another
         raise
     except Exception as error:
         if len(items) > 1:
@@ -130,11 +106,11 @@ def _embed(model: TwoTowerModel, items: Sequence[Item]) -> list[torch.Tensor | S
         return [EngineError(f"it could not be embedded ({type(error).__name__})", code="internal_error")]
     undefined = EngineError("the model gives no finite numbers for it; use another dtype", code="not_finite")
     # each owns its memory: a slice would keep the whole batch
-    return [row.clone() if bool(row.isfinite().all()) else undefined for row in rows]
+    return [row.copy() if np.isfinite(row).all() else undefined for row in rows]
 
 
 def _forward(model: TwoTowerModel, items: Sequence[Item]) -> torch.Tensor:
     images = [item for item in items if isinstance(item, ImagePatches)]
     if images:
         return model.embed_images(images)
-    return model.embed_texts(torch.stack([item for item in items if isinstance(item, torch.Tensor)]))
+    return model.embed_texts(torch.from_numpy(np.stack([item for item in items if isinstance(item, np.ndarray)])))

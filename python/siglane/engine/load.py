@@ -1,4 +1,4 @@
-"""A checkpoint to a running engine, with a SigLIP's towers beside it where they are asked for."""
+"""Checkpoints to what an engine's process runs: a chat model's engine, a SigLIP's towers, or both."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from siglane.families.two_tower import LoadedTwoTower, load_two_tower
 from siglane.nn.attention import choose_backend
 from siglane.nn.cpu.optimise import optimise
 from siglane.settings.engine import EngineConfig
+from siglane.vision.tower import SiglipVisionModel
 from siglane.weights.demo import open_model
 from siglane.weights.hub import Checkpoint
 
@@ -36,20 +37,34 @@ def load_with_tagger(
 ) -> tuple[Engine, LoadedTwoTower]:
     """`load_engine`, and both towers of the SigLIP `tagger`: its image tower is the chat model's own where their
     weights are equal."""
-    checkpoint, two_tower = open_model(model, revision), open_model(tagger)
+    checkpoint, siglip = open_model(model, revision), open_model(tagger)
     processor = load_processor(checkpoint)
     loaded = _load(checkpoint, processor, config)
-    device, _, vision_dtype = placement(config)
-    towers = load_two_tower(
-        two_tower,
-        device=device,
-        dtype=vision_dtype,
-        attention_backend=config.attention_backend,
-        tower=None if loaded.vision is None else loaded.vision.encoder.tower,
-    )
+    shared = None if loaded.vision is None else loaded.vision.encoder.tower
+    two_tower = _load_towers(siglip, config, shared)
     engine = _started(loaded, processor, config)  # optimises it, after which its layers can no longer be loaded into
-    optimise(towers.model)
-    return engine, towers
+    optimise(two_tower.model)
+    return engine, two_tower
+
+
+def load_tagger(model: str, config: EngineConfig, revision: str | None = None) -> LoadedTwoTower:
+    """Both towers of a SigLIP without a chat model. UserError when it cannot be used here, naming the reason."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    two_tower = _load_towers(open_model(model, revision), config)
+    optimise(two_tower.model)
+    return two_tower
+
+
+def _load_towers(
+    checkpoint: Checkpoint, config: EngineConfig, tower: SiglipVisionModel | None = None
+) -> LoadedTwoTower:
+    begin = time.monotonic()
+    device, _, dtype = placement(config)
+    backend = config.attention_backend
+    two_tower = load_two_tower(checkpoint, device=device, dtype=dtype, attention_backend=backend, tower=tower)
+    logger.info("loaded %s in %.1f s (%s, %s)", checkpoint.root.name, time.monotonic() - begin, device, dtype)
+    return two_tower
 
 
 def _load(checkpoint: Checkpoint, processor: Processor, config: EngineConfig) -> VisionLanguageModel:

@@ -5,26 +5,29 @@ Parent and child talk over one anonymous pipe; nothing listens on a socket. The 
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import logging
 import multiprocessing
 import pickle
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Literal
 
-from siglane.engine.child import EngineSpec, TaggerFacts, run_child
-from siglane.engine.embed_worker import Calibration, Embedding, Item
+from siglane.engine.child import EngineFacts, EngineSpec, run_child
+from siglane.engine.embed_worker import Embedding, Item
 from siglane.engine.engine import EngineStats
 from siglane.errors import EngineError, SiglaneError
-from siglane.types import Request, TokenDelta
+from siglane.types import Finished, Request, TokenDelta
 
 logger = logging.getLogger(__name__)
 
 State = Literal["starting", "ready", "restarting", "dead", "closed"]
 OnDelta = Callable[[TokenDelta], None]
-OnEmbedding = Callable[[Embedding | SiglaneError], None]
 
 RESTARTS_ALLOWED = 5
 RESTART_WINDOW_SECONDS = 300.0
@@ -36,9 +39,9 @@ class EngineProcess:
     """A supervised engine. `submit` and `abort` may be called from any thread and wait while the pipe is full;
     callbacks run on the one thread that empties it, so they must neither block nor call back.
 
-    Every submitted request gets exactly one delta with a finish_reason: the engine's own, "abort" after `abort`, or
-    "error" with `EngineError(code="engine_restarting", status=503)` when the process died under it. Likewise every item
-    to embed gets one embedding or error, unless it is forgotten.
+    Every submitted request gets exactly one delta that is finished: by the engine, with "abort" after `abort`, or with
+    "error" and `EngineError(code="engine_restarting", status=503)` when the process died under it. The future of every
+    item to embed ends likewise.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -47,9 +50,11 @@ class EngineProcess:
         self.failure: SiglaneError | None = None
         self._context = multiprocessing.get_context("spawn")
         self._lock = threading.Lock()
-        self.calibration: Calibration | None = None  # of the towers, once they are loaded
+        self.facts: EngineFacts | None = None  # once all is loaded
         self._pending: dict[str, OnDelta] = {}
-        self._embeddings: dict[int, OnEmbedding] = {}
+        self._embeddings: dict[int, Future[Embedding]] = {}
+        self._numbers = itertools.count()
+        self._embed_sender = ThreadPoolExecutor(1, thread_name_prefix="embed-sender")  # the pipe may be full
         self._stats: EngineStats | None = None
         self._starts: list[float] = []
         self._changed = threading.Condition()
@@ -69,14 +74,17 @@ class EngineProcess:
         if self.state != "ready":
             raise self.failure or EngineError("the engine was closed before it was ready", code="engine_closed")
 
-    def submit(self, request: Request, on_delta: OnDelta) -> None:
-        """Hands a request over. EngineError (503) when the engine is not ready."""
-        message = pickle.dumps(("add", request), protocol=5)
+    def submit(self, requests: Sequence[Request], on_delta: OnDelta) -> None:
+        """Hands requests over, all or none: in one message, so that the n choices of one prompt take its pixels along
+        once. EngineError (503) when the engine is not ready."""
+        message = pickle.dumps(("add", tuple(requests)), protocol=5)
         with self._lock:
-            if request.request_id in self._pending:
-                raise ValueError(f"request id {request.request_id!r} is in use")
-            self._check_ready()
-            self._pending[request.request_id] = on_delta
+            for request in requests:
+                if request.request_id in self._pending:
+                    raise ValueError(f"request id {request.request_id!r} is in use")
+            if self._check_ready().context_length is None:
+                raise EngineError("no model that chats is loaded", code="not_loaded")
+            self._pending.update((request.request_id, on_delta) for request in requests)
             self._send(message)
 
     def abort(self, request_id: str) -> None:
@@ -85,22 +93,20 @@ class EngineProcess:
             if self._pipe is not None and request_id in self._pending:
                 self._send(pickle.dumps(("abort", request_id)))
 
-    def embed(self, number: int, item: Item, on_embedding: OnEmbedding) -> None:
-        """Hands a picture or text over, for the towers of `spec.tagger`. EngineError (503) when the engine is not
-        ready."""
-        message = pickle.dumps(("embed", (number, item)), protocol=5)
-        with self._lock:
-            if number in self._embeddings:
-                raise ValueError(f"number {number} is in use")
-            self._check_ready()
-            self._embeddings[number] = on_embedding
-            self._send(message)
+    def embed(self, items: Sequence[Item]) -> list[Future[Embedding]]:
+        """The embeddings to come of images and texts. Does not wait; an item whose future is cancelled takes no room in
+        a forward. An error is EngineError, with status 503 when the engine is not ready or dies under it."""
+        futures = {next(self._numbers): Future[Embedding]() for _ in items}
+        for number, future in futures.items():
+            self._embeddings[number] = future
+            future.add_done_callback(functools.partial(self._embedded, number))
+        self._embed_sender.submit(self._send_items, futures, items)
+        return list(futures.values())
 
-    def forget(self, number: int) -> None:
-        """An embedding that nobody waits for any more."""
-        with self._lock:
-            if self._embeddings.pop(number, None) is not None and self._pipe is not None:
-                self._send(pickle.dumps(("forget", number)))
+    def fail_embeddings(self, error: SiglaneError) -> None:
+        """Ends every item that waits or is computed."""
+        for future in list(self._embeddings.values()):
+            _end(future, error)
 
     def stats(self) -> EngineStats | None:
         """The child's figures, at most half a second old while it works. None before it is ready."""
@@ -137,10 +143,11 @@ class EngineProcess:
         elif self._process is not None:
             self._process.kill()
 
-    def _check_ready(self) -> None:
+    def _check_ready(self) -> EngineFacts:
         """Called with the lock held."""
-        if self.state != "ready" or self._pipe is None:
+        if self.state != "ready" or self._pipe is None or self.facts is None:
             raise self._unready()
+        return self.facts
 
     def _send(self, message: bytes) -> None:
         """Called with the lock held. A broken pipe is the reader's business: it sees the end and restarts."""
@@ -149,6 +156,29 @@ class EngineProcess:
             self._pipe.send_bytes(message)
         except OSError:
             logger.warning("the engine process is gone; waiting for its restart")
+
+    def _send_items(self, futures: dict[int, Future[Embedding]], items: Sequence[Item]) -> None:
+        wanted = [(number, item) for (number, one), item in zip(futures.items(), items, strict=True) if not one.done()]
+        message = pickle.dumps(("embed", wanted), protocol=5)
+        try:
+            with self._lock:
+                if self._check_ready().calibration is None:
+                    raise EngineError("no model that embeds is loaded", code="not_loaded")
+                self._send(message)
+        except EngineError as error:
+            for future in futures.values():
+                _end(future, error)
+
+    def _embedded(self, number: int, done: Future[Embedding]) -> None:
+        """Called on the thread that ends the future."""
+        del self._embeddings[number]
+        if done.cancelled():
+            self._embed_sender.submit(self._forget, number)
+
+    def _forget(self, number: int) -> None:
+        with self._lock:
+            if self._pipe is not None:
+                self._send(pickle.dumps(("forget", number)))
 
     def _supervise(self) -> None:
         while self.state not in ("closed", "dead"):
@@ -187,13 +217,15 @@ class EngineProcess:
                 if kind == "deltas":
                     for delta in value:
                         self._deliver(delta)
-                elif kind == "embedding":
-                    self._deliver_embedding(*value)
+                elif kind == "embeddings":
+                    for number, result in value:
+                        if (future := self._embeddings.get(number)) is not None:  # else its client has left
+                            _end(future, result)
                 elif kind == "stats":
                     self._stats = value
                 elif kind == "ready":
                     with self._lock:
-                        self._note_tagger(value)
+                        self._note_facts(value)
                         self._pipe = pipe
                         self._set_state("ready")
                         if self.state == "closed":
@@ -203,10 +235,10 @@ class EngineProcess:
         except (EOFError, OSError):
             return
 
-    def _note_tagger(self, facts: TaggerFacts | None) -> None:
-        if facts is not None:
-            self.calibration = facts.calibration
-            place = f"loaded beside: {facts.apart}" if facts.apart else "the chat model's own"
+    def _note_facts(self, facts: EngineFacts) -> None:
+        self.facts, reason = facts, facts.not_shared_because
+        if self.spec.tagger is not None:
+            place = f"loaded beside: {reason}" if reason else "the chat model's own"
             logger.info("%s tags beside the chat model; its image tower is %s", self.spec.tagger, place)
 
     def _after_end(self) -> None:
@@ -219,30 +251,21 @@ class EngineProcess:
                 else:
                     self._set_state("restarting")
                 logger.error("the engine process died (%d recent starts); state %s", len(recent), self.state)
-            lost, unembedded = list(self._pending), list(self._embeddings)
+            lost = list(self._pending)
         error = self._unready()
         for request_id in lost:
-            self._deliver(TokenDelta(request_id, finish_reason="error", error=error))
-        for number in unembedded:
-            self._deliver_embedding(number, error)
+            self._deliver(TokenDelta(request_id, finished=Finished("error", error=error)))
+        self.fail_embeddings(error)
 
     def _deliver(self, delta: TokenDelta) -> None:
         callback = self._pending.get(delta.request_id)
-        if delta.finish_reason is not None:
+        if delta.finished is not None:
             self._pending.pop(delta.request_id, None)
         if callback is not None:
             try:
                 callback(delta)
             except Exception:
                 logger.exception("a delta's callback failed")
-
-    def _deliver_embedding(self, number: int, result: Embedding | SiglaneError) -> None:
-        callback = self._embeddings.pop(number, None)
-        if callback is not None:
-            try:
-                callback(result)
-            except Exception:
-                logger.exception("an embedding's callback failed")
 
     def _unready(self) -> EngineError:
         if self.state in ("closed", "dead"):
@@ -260,3 +283,12 @@ class EngineProcess:
             if self.state != "closed" and (self.state != "dead" or state == "closed"):
                 self.state = state
             self._changed.notify_all()
+
+
+def _end(future: Future[Embedding], result: Embedding | SiglaneError) -> None:
+    """Once: what comes later, or after its client has left, changes nothing."""
+    with contextlib.suppress(InvalidStateError):
+        if isinstance(result, SiglaneError):
+            future.set_exception(result)
+        else:
+            future.set_result(result)

@@ -28,6 +28,18 @@ from siglane.weights.load import allocate, fill, rehearse, stored_tensors
 
 BOTH_TOWERS = ("siglip", "siglip2")
 TOKENIZER_CONFIG = "tokenizer_config.json"
+TEXTS_PER_FORWARD = {"cpu": 32, "cuda": 512}
+
+
+class Calibration(NamedTuple):
+    """What turns cosines into logits; both f32 `[1]`."""
+
+    scale: torch.Tensor
+    bias: torch.Tensor
+
+    def logits(self, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        """Unit embeddings `[I, D]`, `[T, D]` -> `[I, T]`; a sigmoid of one is how likely its pair belongs together."""
+        return images @ texts.T * self.scale + self.bias
 
 
 class TwoTowerModel(nn.Module):
@@ -51,22 +63,22 @@ class TwoTowerModel(nn.Module):
         """ids `[texts, length]` -> `[texts, D]`, float32, unit length."""
         return F.normalize(self.text(ids.to(self.logit_scale.device)).float(), dim=-1)
 
-    def logits(self, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-        """Unit embeddings `[I, D]`, `[T, D]` -> `[I, T]`; a sigmoid of one is how likely its pair belongs together."""
-        return images @ texts.T * self.logit_scale.exp() + self.logit_bias
+    @property
+    def calibration(self) -> Calibration:
+        return Calibration(self.logit_scale.exp(), self.logit_bias)
 
 
 class LoadedTwoTower(NamedTuple):
-    """A model in eval mode without gradients, and what turns pictures and texts into its input.
+    """A model in eval mode without gradients, and what turns images and texts into its input.
 
-    apart: why the image tower has layers of its own in place of those it was offered, None when it shares them or was
-    offered none.
+    not_shared_because: why the image tower has layers of its own in place of those it was offered, None when it shares
+    them or was offered none.
     """
 
     model: TwoTowerModel
     images: ImageProcessor
     texts: TextTokens
-    apart: str | None = None
+    not_shared_because: str | None = None
 
 
 def has_both_towers(checkpoint: Checkpoint) -> bool:
@@ -149,7 +161,7 @@ def load_two_tower(
     plan = two_tower_plan(config)
     device, dtype = torch.device(device), dtype or stored_dtype(checkpoint)
 
-    def load(tower: SiglipVisionModel | None, apart: str | None = None) -> LoadedTwoTower:
+    def load(tower: SiglipVisionModel | None, not_shared_because: str | None = None) -> LoadedTwoTower:
         with torch.device("meta"):
             model = TwoTowerModel(config, tp, attention_backend)
         rehearse(model, plan, tensors)
@@ -159,7 +171,8 @@ def load_two_tower(
         allocate(model, device, dtype)
         model.logit_scale, model.logit_bias = (nn.Parameter(torch.empty(1, device=device)) for _ in range(2))
         fill(model, plan, tensors, held)
-        return LoadedTwoTower(model.eval().requires_grad_(False), ImageProcessor(config.images), texts, apart)
+        model.eval().requires_grad_(False)
+        return LoadedTwoTower(model, ImageProcessor(config.images), texts, not_shared_because)
 
     if tower is not None and not _same_layers(tower.config, config.images.vision):
         return load(None, "the towers' configurations differ")

@@ -24,7 +24,6 @@ from siglane.types import AttentionBackend, BackendChoice
 
 logger = logging.getLogger(__name__)
 
-
 FLASHINFER_HEAD_DIMS = (64, 128, 256)
 FLASHINFER_WORKSPACE = 128 << 20  # bytes
 KERNEL_HEAD_DIM_STEP = 8  # flash kernels take head dims that are multiples of 8
@@ -102,11 +101,9 @@ def sdpa(
 
     `heads` a multiple of `kv_heads`; mask: bool, broadcast to `[B, heads, L, S]`, True where a query sees a key.
     """
-    grouped = q.shape[2] != k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    attended = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
-    )
+    grouped = q.shape[1] != k.shape[1]
+    attended = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
     return attended.transpose(1, 2)
 
 
@@ -128,8 +125,7 @@ def _padded(
 ) -> torch.Tensor:
     """Runs a kernel that wants head_dim a multiple of `step`: zeros are appended, the scale stays the true one."""
     head_dim = q.shape[-1]
-    extra = -head_dim % step
-    if extra:
+    if extra := -head_dim % step:
         q, k, v = (F.pad(x, (0, extra)) for x in (q, k, v))
     return kernel(q, k, v, segments, scale)[..., :head_dim]
 

@@ -20,7 +20,7 @@ from starlette.responses import Response
 from siglane.errors import EngineError, UserError
 from siglane.server.chat import complete, prepare
 from siglane.server.context import context_of
-from siglane.server.embedding import EmbeddingState, classify, embed
+from siglane.server.embedding import classify, embed
 from siglane.server.embedding_protocol import (
     ClassificationList,
     ClassificationRequest,
@@ -30,8 +30,9 @@ from siglane.server.embedding_protocol import (
 from siglane.server.errors import ErrorBody, JsonResponse, error_response, from_validation
 from siglane.server.metrics import METHODS
 from siglane.server.middleware import Authenticate, Gate, Intake, Observe, shutting_down
-from siglane.server.protocol import ChatCompletion, ChatCompletionRequest, ModelCard, ModelList, ignored_fields
-from siglane.server.state import ModelState, ServerState
+from siglane.server.protocol import ChatCompletionRequest, ignored_fields
+from siglane.server.replies import ChatCompletion, ModelCard, ModelList
+from siglane.server.served import ChatModel, EmbedModel, Served
 from siglane.server.stream import ChatStream
 
 logger = logging.getLogger(__name__)
@@ -57,37 +58,33 @@ class _Route(APIRoute):
         return handle_with_orjson
 
 
-def create_app(state: ModelState) -> FastAPI:
-    """The application around a model that chats (`ServerState`), embeds (`EmbeddingState`), or one of each. Its routes
-    hold nothing of their own; those that have no model say why they are not served."""
+def create_app(served: Served) -> FastAPI:
+    """The application around the models of one server. Its routes hold nothing of their own; those that have no model
+    say why they are not served."""
     # no docs pages: they load scripts from elsewhere; no redirects: they would repeat the Host header of the client
     app = FastAPI(title="siglane", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.router.route_class = _Route
-    models = (state, *state.company)
-    chats = next((one for one in models if isinstance(one, ServerState)), None)
-    embeds = next((one for one in models if isinstance(one, EmbeddingState)), None)
-    served = (CHAT,) * bool(chats) + (EMBEDDINGS, CLASSIFY) * bool(embeds)
-    _add_middleware(app, state, served)
+    _add_middleware(app, served)
     for kind, answer in _failures().items():
         app.add_exception_handler(kind, answer)
-    _add_probes(app, state)
-    _add_models(app, state)
-    if chats:
-        _add_chat(app, chats)
+    _add_probes(app, served)
+    _add_models(app, served)
+    if served.chat is not None:
+        _add_chat(app, served, served.chat)
     else:
-        _add_refusals(app, (CHAT,), f"{state.name!r} embeds and classifies; a chat needs a vision-language model")
-    if embeds:
-        _add_embeddings(app, embeds)
+        _add_refusals(app, (CHAT,), f"{served.name!r} embeds and classifies; a chat needs a vision-language model")
+    if served.embed is not None:
+        _add_embeddings(app, served, served.embed)
     else:
-        reason = f"{state.name!r} chats; embeddings need a SigLIP with both towers beside it (siglane serve --tagger)"
+        reason = f"{served.name!r} chats; embeddings need a SigLIP with both towers beside it (siglane serve --tagger)"
         _add_refusals(app, (EMBEDDINGS, CLASSIFY), reason)
     return app
 
 
-def _add_middleware(app: FastAPI, state: ModelState, served: tuple[str, ...]) -> None:
-    config = state.config
-    gate = Gate(config.max_queue, state.refusal, state.metrics)
-    paths = frozenset(served)
+def _add_middleware(app: FastAPI, served: Served) -> None:
+    config = served.config
+    gate = Gate(config.max_queue, served.refusal, served.metrics)
+    paths = frozenset((CHAT,) * (served.chat is not None) + (EMBEDDINGS, CLASSIFY) * (served.embed is not None))
     # the last one added is the outermost
     app.add_middleware(Intake, paths=paths, gate=gate, max_bytes=config.max_body_bytes, timeout=config.body_timeout)
     app.add_middleware(Authenticate, api_key=config.api_key)
@@ -99,7 +96,7 @@ def _add_middleware(app: FastAPI, state: ModelState, served: tuple[str, ...]) ->
             allow_headers=["authorization", "content-type"],
             expose_headers=["x-request-id", IGNORED_FIELDS],
         )
-    app.add_middleware(Observe, metrics=state.metrics, budget=state.budget)
+    app.add_middleware(Observe, metrics=served.metrics, inflight=served.inflight_bytes)
 
 
 def _failures() -> dict[type[Exception], Callable[[Request, Any], Response]]:
@@ -121,36 +118,34 @@ def _failures() -> dict[type[Exception], Callable[[Request, Any], Response]]:
     return {UserError: refused, EngineError: refused, RequestValidationError: invalid, HTTPException: no_route}
 
 
-def _add_probes(app: FastAPI, state: ModelState) -> None:
+def _add_probes(app: FastAPI, served: Served) -> None:
     @app.get("/health")
     async def health() -> Response:
         """Whether the process works: 503 only when its engine is gone."""
-        if state.engine.state in ("starting", "ready"):
-            return JsonResponse({"status": "ok", "engine": state.engine.state})
-        return error_response(state.refusal() or shutting_down())
+        if served.engine.state in ("starting", "ready"):
+            return JsonResponse({"status": "ok", "engine": served.engine.state})
+        return error_response(served.refusal() or shutting_down())
 
     @app.get("/ready")
     async def ready() -> Response:
         """Whether new requests are taken."""
-        refusal = state.refusal()
+        refusal = served.refusal()
         return JsonResponse({"status": "ready"}) if refusal is None else error_response(refusal)
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        content = await run_in_threadpool(generate_latest, state.metrics.registry)
+        content = await run_in_threadpool(generate_latest, served.metrics.registry)
         return Response(content, media_type=CONTENT_TYPE_LATEST)
 
 
-def _add_models(app: FastAPI, state: ModelState) -> None:
+def _add_models(app: FastAPI, served: Served) -> None:
     @app.get("/v1/models", responses=FAILURES)
     async def list_models() -> ModelList:
-        return {"object": "list", "data": [one.card for one in (state, *state.company)]}
+        return {"object": "list", "data": served.cards()}
 
     @app.get("/v1/models/{name:path}", responses=FAILURES)
     async def get_model(name: str) -> ModelCard:
-        owner = next((one for one in (state, *state.company) if name in one.names), state)
-        owner.check_model(name)
-        return owner.card
+        return served.card(name)
 
 
 def _ignored_noter() -> Callable[[BaseModel], dict[str, str]]:
@@ -168,31 +163,34 @@ def _ignored_noter() -> Callable[[BaseModel], dict[str, str]]:
     return note_ignored
 
 
-def _add_chat(app: FastAPI, state: ServerState) -> None:
+def _add_chat(app: FastAPI, served: Served, model: ChatModel) -> None:
     note_ignored = _ignored_noter()
 
     @app.post(CHAT, responses={200: {"model": ChatCompletion}, **FAILURES}, response_model=None)
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Any:
         context = context_of(request.scope)
         headers = note_ignored(body)
+        served.check_name(body.model, model)
         if not body.stream:
-            return JsonResponse(await complete(body, context, state), headers=headers)
-        prepared = await prepare(body, context, state)
-        return ChatStream(body, prepared, context, state, headers)
+            return JsonResponse(await complete(body, context, model), headers=headers)
+        prepared = await prepare(body, context, model)
+        return ChatStream(body, prepared, context, model, headers)
 
 
-def _add_embeddings(app: FastAPI, state: EmbeddingState) -> None:
+def _add_embeddings(app: FastAPI, served: Served, model: EmbedModel) -> None:
     note_ignored = _ignored_noter()
 
     @app.post(EMBEDDINGS, responses={200: {"model": EmbeddingList}, **FAILURES}, response_model=None)
     async def create_embeddings(body: EmbeddingRequest, request: Request) -> Any:
         headers = note_ignored(body)
-        return JsonResponse(await embed(body, context_of(request.scope), state), headers=headers)
+        served.check_name(body.model, model)
+        return JsonResponse(await embed(body, context_of(request.scope), model), headers=headers)
 
     @app.post(CLASSIFY, responses={200: {"model": ClassificationList}, **FAILURES}, response_model=None)
     async def create_classification(body: ClassificationRequest, request: Request) -> Any:
         headers = note_ignored(body)
-        return JsonResponse(await classify(body, context_of(request.scope), state), headers=headers)
+        served.check_name(body.model, model)
+        return JsonResponse(await classify(body, context_of(request.scope), model), headers=headers)
 
 
 def _add_refusals(app: FastAPI, paths: Sequence[str], reason: str) -> None:

@@ -31,18 +31,18 @@ class InflightBytes:
 
 @dataclass(slots=True)
 class ByteLease:
-    """What one request holds of the budget."""
+    """What one request holds of them."""
 
-    budget: InflightBytes
+    inflight: InflightBytes
     held: int = 0
 
     def take(self, count: int) -> None:
         """Raises EngineError (503) when all requests together would hold too much."""
-        self.budget.change(count)
+        self.inflight.change(count)
         self.held += count
 
     def give(self, count: int) -> None:
-        self.budget.change(-count)
+        self.inflight.change(-count)
         self.held -= count
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """What clients of `/v1/embeddings` and `/v1/classify` send and get.
 
-An input is a text or a picture, in any of the shapes that servers of today read: OpenAI's strings, SGLang's
+An input is a text or an image, in any of the shapes that servers of today read: OpenAI's strings, SGLang's
 `{"text"}` / `{"image"}`, llama.cpp's `{"content": [parts]}`, and vLLM's `messages`. Bounds are checked here, and a
-field is honoured, refused or reported as ignored, as in `protocol.py`.
+field is honoured, refused or reported as ignored, as in a chat.
 """
 
 from __future__ import annotations
@@ -17,16 +17,9 @@ from typing_extensions import TypedDict
 from siglane.errors import UserError
 from siglane.families.report import ImageReport
 from siglane.media.item import MediaItem
-from siglane.server.protocol import (
-    REFUSED,
-    ChatMessage,
-    Content,
-    ImageUrl,
-    ImageUrlPart,
-    RequestModel,
-    TextPart,
-    refuse_fields,
-)
+from siglane.media.messages import url_item
+from siglane.server.protocol import ChatMessage, Content, ImageUrl, ImageUrlPart, RequestModel, TextPart, plain
+from siglane.server.refused import REFUSED, refuse_fields
 from siglane.settings.tagging import CONFIDENCE_THRESHOLD, MAX_TAGS
 
 MAX_INPUTS = 2048
@@ -50,12 +43,12 @@ def _as_url(value: Any) -> Any:
     return {"url": value} if isinstance(value, str) else value
 
 
-Picture = Annotated[ImageUrl, BeforeValidator(_as_url)]
+Image = Annotated[ImageUrl, BeforeValidator(_as_url)]
 
 
 class InputItem(RequestModel):
     text: str | None = None
-    image: Picture | None = None
+    image: Image | None = None
     content: Content | None = None
 
 
@@ -92,7 +85,7 @@ class EmbeddingRequest(RequestModel):
         refuse_fields(self.model_extra or {}, REFUSED)
         if (self.input is None) == (self.messages is None):
             raise UserError("send either input or messages", code="missing_field", param="input")
-        list(self.inputs())  # UserError for an item that is not one text or one picture
+        list(self.inputs())  # UserError for an item that is not one text or one image
         return self
 
     def inputs(self) -> Iterator[Input]:
@@ -107,7 +100,7 @@ class ClassificationRequest(RequestModel):
     """images: URLs, or objects with a URL and a budget; `input` is another name for it."""
 
     model: str | None = None
-    images: Annotated[list[Picture], Field(min_length=1, max_length=MAX_INPUTS)] | None = None
+    images: Annotated[list[Image], Field(min_length=1, max_length=MAX_INPUTS)] | None = None
     input: Inputs | None = None
     labels: Annotated[list[str], Field(min_length=1, max_length=MAX_LABELS)]
     template: str | None = None
@@ -130,17 +123,17 @@ class ClassificationRequest(RequestModel):
         for name, texts in (("labels", self.labels), ("templates", self.templates or [self.template or ""])):
             if any(len(text) > MAX_CHARACTERS for text in texts):
                 raise UserError(f"a text has at most {MAX_CHARACTERS} characters", code="invalid_value", param=name)
-        list(self.pictures())
+        list(self.media())
         return self
 
-    def pictures(self) -> Iterator[MediaItem]:
+    def media(self) -> Iterator[MediaItem]:
         for number, image in enumerate(self.images or ()):
-            yield MediaItem(image.url, f"images[{number}]", image.image_limits)
+            yield url_item(plain(image), f"images[{number}]")
         for number, item in enumerate(self.input or ()):
             param = f"input[{number}]"
             read = MediaItem(item, param) if isinstance(item, str) else _read(item, param)
             if isinstance(read, TextInput):
-                raise UserError("only pictures are classified", code="invalid_value", param=read.param)
+                raise UserError("only images are classified", code="invalid_value", param=read.param)
             yield read
 
 
@@ -155,31 +148,31 @@ def _read(item: str | InputItem, param: str) -> Input:
         if item.text is None:
             raise UserError("an item needs text, image or content", code="missing_field", param=param)
         return _text(item.text, f"{param}.text")
-    return _only([item.text or ""], [MediaItem(item.image.url, f"{param}.image", item.image.image_limits)], param)
+    return _only([item.text or ""], [url_item(plain(item.image), f"{param}.image")], param)
 
 
 def _of_content(content: str | Sequence[Any], param: str) -> Input:
     if isinstance(content, str):
         return _text(content, param)
     texts = [part.text for part in content if isinstance(part, TextPart)]
-    pictures = [
-        MediaItem(part.image_url.url, f"{param}[{number}]", part.image_url.image_limits)
+    images = [
+        url_item(plain(part.image_url), f"{param}[{number}]")
         for number, part in enumerate(content)
         if isinstance(part, ImageUrlPart)
     ]
-    if len(texts) + len(pictures) < len(content):
+    if len(texts) + len(images) < len(content):
         raise UserError("videos are not embedded", code="unsupported_content_type", param=param)
-    return _only(texts, pictures, param)
+    return _only(texts, images, param)
 
 
-def _only(texts: Sequence[str], pictures: Sequence[MediaItem], param: str) -> Input:
-    """One text or one picture. Each has a tower of its own: there is no vector of both."""
-    if not pictures:
+def _only(texts: Sequence[str], images: Sequence[MediaItem], param: str) -> Input:
+    """One text or one image. Each has a tower of its own: there is no vector of both."""
+    if not images:
         return _text("\n".join(texts), param)
-    if len(pictures) > 1 or any(texts):
-        message = "an item is one text or one picture, the model has no vector of several; send them as items"
+    if len(images) > 1 or any(texts):
+        message = "an item is one text or one image, the model has no vector of several; send them as items"
         raise UserError(message, code="invalid_value", param=param)
-    return pictures[0]
+    return images[0]
 
 
 def _text(text: str, param: str) -> TextInput:
@@ -194,7 +187,7 @@ class PromptDetails(TypedDict):
 
 
 class EncoderUsage(TypedDict):
-    """Patches of pictures and tokens of texts, the end token among them and what is cut off not."""
+    """Patches of images and tokens of texts, the end token among them and what is cut off not."""
 
     prompt_tokens: int
     total_tokens: int

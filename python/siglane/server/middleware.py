@@ -27,14 +27,14 @@ OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
 class Observe:
     """Gives every request an id, a log line and a place in the metrics; answers what nobody else has caught."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, budget: InflightBytes) -> None:
-        self.app, self.metrics, self.budget = app, metrics, budget
+    def __init__(self, app: ASGIApp, metrics: Metrics, inflight: InflightBytes) -> None:
+        self.app, self.metrics, self.inflight = app, metrics, inflight
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        context = RequestContext(request_id_of(scope), ByteLease(self.budget))
+        context = RequestContext(request_id_of(scope), ByteLease(self.inflight))
         scope[KEY] = context
         send = _noting(context, send)
         try:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from siglane.errors import ConfigError
 from siglane.settings.media import MIB, MediaConfig, above_zero, at_least
+from siglane.types import SAMPLING_BOUNDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +36,16 @@ class ServerConfig(MediaConfig):
     cors_origins: tuple[str, ...] = field(
         default=(), metadata={"help": "web origins whose pages may call the server; none by default"}
     )
-    default_temperature: float = field(default=1.0, metadata={"help": "temperature of requests that name none"})
+    sampling_defaults: Literal["model", "openai"] = field(
+        default="model",
+        metadata={
+            "help": "what requests get that name no temperature, top_p and so on: model: what the checkpoint's "
+            "generation_config.json states, OpenAI's defaults for the rest; openai: those alone"
+        },
+    )
+    default_temperature: float | None = field(
+        default=None, metadata={"help": "temperature of requests that name none; none: as sampling_defaults says"}
+    )
 
     max_queue: int = field(
         default=256, metadata={"help": "requests being read, waiting or running at one time; more are answered 503"}
@@ -44,6 +54,10 @@ class ServerConfig(MediaConfig):
     max_inflight_bytes: int = field(
         default=4096 * MIB,
         metadata={"help": "bodies, files and patches of all requests together; a request beyond it is answered 503"},
+    )
+    text_cache_bytes: int = field(
+        default=128 * MIB,  # 16,384 labels, the most of one request, have 85 MB at width 1152
+        metadata={"help": "bytes of embedded texts kept, so that labels that come again are not embedded again"},
     )
     body_timeout: float = field(default=30.0, metadata={"help": "seconds a client has to send its request body"})
     idle_timeout: int = field(
@@ -71,11 +85,12 @@ class ServerConfig(MediaConfig):
             raise ConfigError(f"port must be between 0 and 65535, got {self.port}")
         for name in ("max_queue", "max_body_bytes", "max_inflight_bytes", "idle_timeout", "fetch_threads"):
             at_least(name, getattr(self, name), 1)
-        for name in ("decode_threads", "sse_keep_alive", "drain_timeout"):
+        for name in ("decode_threads", "sse_keep_alive", "drain_timeout", "text_cache_bytes"):
             at_least(name, getattr(self, name), 0)
         for name in ("body_timeout", "stall_timeout"):
             above_zero(name, getattr(self, name))
-        if not 0 <= self.default_temperature <= 2:
-            raise ConfigError(f"default_temperature must be between 0 and 2, got {self.default_temperature}")
+        low, high = SAMPLING_BOUNDS["temperature"]
+        if self.default_temperature is not None and not low <= self.default_temperature <= high:
+            raise ConfigError(f"default_temperature must be between {low} and {high}, got {self.default_temperature}")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
             raise ConfigError("api_key must be printable ASCII and not empty")

@@ -1,1 +1,1 @@
-"""Zero-shot tagging: one sigmoid per picture and label, the label matrix computed once (docs/tagging.md)."""
+"""Zero-shot tagging: one sigmoid per image and label, the label matrix computed once (docs/tagging.md)."""

@@ -1,11 +1,13 @@
-"""Label matrices that are known: a few in memory, all of them on disk."""
+"""Label matrices that are known: a few in memory, those used last on disk."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "siglane.labels.1"
 IN_MEMORY = 4  # of 10,000 labels and width 1152 one has 46 MB
+ON_DISK_BYTES = 1 << 30
+FILE = re.compile(r"[0-9a-f]{64}\.safetensors")  # nothing else in the folder is ever removed
 TEXT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "spiece.model", "*.safetensors")
 
 
@@ -38,10 +42,13 @@ def state_of(checkpoint: Checkpoint, *numerics: str) -> bytes:
 
 
 class LabelCache:
-    """Matrices f32 `[labels, D]` of one model. A file that is damaged or another's is computed again, never used."""
+    """Matrices f32 `[labels, D]` of one model. A file that is damaged or another's is computed again, never used.
 
-    def __init__(self, folder: Path, state: bytes) -> None:
-        self.folder, self._state = folder, state
+    max_bytes: of the files that all models keep in `folder`; beyond it those go whose last use is the longest ago.
+    """
+
+    def __init__(self, folder: Path, state: bytes, max_bytes: int = ON_DISK_BYTES) -> None:
+        self.folder, self._state, self._max_bytes = folder, state, max_bytes
         self._recent: OrderedDict[str, torch.Tensor] = OrderedDict()
 
     def get(self, templates: Sequence[str], labels: Sequence[str], compute: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -53,6 +60,7 @@ class LabelCache:
             if matrix is None:
                 matrix = compute()
                 _write(path, key, matrix)
+                _prune(path, self._max_bytes)
             self._recent[key] = matrix
         self._recent.move_to_end(key)
         while len(self._recent) > IN_MEMORY:
@@ -81,6 +89,8 @@ def _read(path: Path, key: str, labels: int) -> torch.Tensor | None:
     if matrix.shape[:1] != (labels,) or matrix.dtype != torch.float32 or header != _header(key, matrix):
         logger.warning("%s is damaged and computed again: its content is not what its header says", path)
         return None
+    with contextlib.suppress(OSError):  # a folder that is only read is not pruned either
+        os.utime(path)  # its last use
     return matrix
 
 
@@ -99,3 +109,17 @@ def _write(path: Path, key: str, matrix: torch.Tensor) -> None:
                 raise
     except OSError as error:
         logger.warning("the label matrix is not kept: cannot write %s: %s", path, error.strerror)
+
+
+def _prune(newest: Path, max_bytes: int) -> None:
+    """Removes matrices around `newest`, which stays whatever its size; whoever has one of them open keeps it."""
+    try:
+        files = [file for file in newest.parent.iterdir() if FILE.fullmatch(file.name) and file.is_file()]
+        stats = sorted(((file, file.stat()) for file in files), key=lambda pair: pair[1].st_mtime_ns)
+        left = sum(stat.st_size for _, stat in stats)
+        for file, stat in stats:
+            if left > max_bytes and file != newest:
+                file.unlink(missing_ok=True)
+                left -= stat.st_size
+    except OSError as error:
+        logger.warning("label matrices are not pruned: %s", error)

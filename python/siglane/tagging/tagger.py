@@ -1,9 +1,8 @@
-"""`Tagger`: pictures and labels -> tags, by SigLIP's two towers."""
+"""`Tagger`: images and labels -> tags, by SigLIP's two towers."""
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
@@ -20,10 +18,12 @@ from siglane.errors import ConfigError, ImageError, UserError
 from siglane.families.ahead import PREPARE_AHEAD, ahead
 from siglane.families.pipeline import MediaPipeline
 from siglane.families.registry import image_facts
-from siglane.families.two_tower import load_two_tower
-from siglane.media.item import ImageSource, image_item
+from siglane.families.two_tower import TEXTS_PER_FORWARD, load_two_tower
+from siglane.media.item import ImageSource
+from siglane.media.messages import image_item
 from siglane.media.policy import LOCAL_MEDIA, MediaPolicy
 from siglane.nn.attention import choose_backend
+from siglane.nn.cpu.int8 import quantise
 from siglane.nn.cpu.optimise import optimise
 from siglane.nn.device import resolve_device, resolve_dtype
 from siglane.settings.engine import Dtype
@@ -38,7 +38,7 @@ from siglane.settings.tagging import (
 )
 from siglane.tagging.cache import LabelCache, default_folder, state_of
 from siglane.tagging.labels import check_labels, check_templates, texts_of, warn_of_losses
-from siglane.tagging.quantise import quantize
+from siglane.tagging.scoring import label_vectors, likeliest, sigmoid_scores
 from siglane.tiling.naflex import NaFlex
 from siglane.tiling.rule import ImageBudget
 from siglane.types import BackendChoice, ImagePatches
@@ -50,7 +50,6 @@ logger = logging.getLogger(__name__)
 TaggedSource = ImageSource | Mapping[str, Any]
 
 BATCH_SIZES = {"cpu": 8, "cuda": 32}
-TEXTS = {"cpu": 32, "cuda": 512}  # texts of one forward
 MANY_TEXTS = 1000  # so many take long enough for a progress bar
 
 # names of transformers' attn_implementation -> what computes the same here
@@ -63,7 +62,7 @@ BACKENDS: dict[Attention, BackendChoice] = {
 
 
 class Tag(NamedTuple):
-    """confidence: 0..1, how likely label and picture belong together; the confidences of a picture have no sum."""
+    """confidence: 0..1, how likely label and image belong together; the confidences of an image have no sum."""
 
     label: str
     confidence: float
@@ -71,7 +70,7 @@ class Tag(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Tagged:
-    """One picture. tags: the most likely first; error: why it could not be read, None when it could."""
+    """One image. tags: the most likely first; error: why it could not be read, None when it could."""
 
     tags: tuple[Tag, ...] = ()
     error: str | None = None
@@ -82,7 +81,7 @@ class Tagged:
 
 
 class _Batch(NamedTuple):
-    """errors: of each picture, None for one that could be read; embeddings: `[those that could, D]`."""
+    """errors: of each image, None for one that could be read; embeddings: `[those that could, D]`."""
 
     errors: list[UserError | None]
     embeddings: torch.Tensor
@@ -91,12 +90,12 @@ class _Batch(NamedTuple):
 class Tagger:
     """A SigLIP or SigLIP2 with both towers.
 
-    model: a folder or a hub id; batch_size: pictures of one packed forward, 0 for what suits the device;
-    max_num_patches: of a NaFlex model's pictures that name none of their own, None for what the checkpoint says;
+    model: a folder or a hub id; batch_size: images of one packed forward, 0 for what suits the device;
+    max_num_patches: of a NaFlex model's images that name none of their own, None for what the checkpoint says;
     templates: texts with `{label}`, a label's embedding is the mean of theirs; cache: folder of label matrices, None
     for `~/.cache/siglane/labels`. Raises UserError for a model or a setting that cannot be used here.
 
-    Pictures are what `LLM` takes, or `{"image": source, "max_num_patches": 512}` with a budget of their own.
+    Images are what `LLM` takes, or `{"image": source, "max_num_patches": 512}` with a budget of their own.
     """
 
     def __init__(
@@ -123,12 +122,14 @@ class Tagger:
         backend = _backend(attention, on, chosen)
         checkpoint = model if isinstance(model, Checkpoint) else open_model(model, revision)
         loaded = load_two_tower(checkpoint, device=on, dtype=chosen, attention_backend=backend)
-        self._model = quantize(loaded.model, quantization, on)
+        self._model = loaded.model
+        if quantization != "none":
+            quantise(self._model, quantization, on)
         optimise(self._model)
         self._tokens = loaded.texts
         self._media = MediaPipeline(loaded.images.facts, ImageBudget(max_num_patches=max_num_patches), media, decode)
         self._batch_size = batch_size or BATCH_SIZES[on.type]
-        self._texts = TEXTS[on.type]
+        self._texts = TEXTS_PER_FORWARD[on.type]
         folder = default_folder() if cache is None else Path(cache).expanduser()
         self._cache = LabelCache(folder, state_of(checkpoint, str(chosen), quantization))
         self.summary = f"{on}, {chosen}, {self._batch_size} pictures a batch; texts: {self.text_rule}"
@@ -167,10 +168,10 @@ class Tagger:
         max_tags: int = MAX_TAGS,
         top_k: int | None = None,
     ) -> list[Tagged]:
-        """For each picture at most `max_tags` labels of at least `threshold`, the most likely first, among equals the
+        """For each image at most `max_tags` labels of at least `threshold`, the most likely first, among equals the
         first of `labels`. top_k: so many labels instead, whatever their confidence.
 
-        A picture that cannot be read has an `error`; UserError for labels or limits that cannot be used.
+        An image that cannot be read has an `error`; UserError for labels or limits that cannot be used.
         """
         return list(self.stream(images, labels, threshold=threshold, max_tags=max_tags, top_k=top_k))
 
@@ -183,7 +184,7 @@ class Tagger:
         max_tags: int = MAX_TAGS,
         top_k: int | None = None,
     ) -> Iterator[Tagged]:
-        """`tag` as the pictures come: any iterable, of which a bounded number is read ahead."""
+        """`tag` as the images come: any iterable, of which a bounded number is read ahead."""
         check_limits(threshold, max_tags)
         if top_k is not None and top_k < 1:
             raise ConfigError(f"top_k must be at least 1, got {top_k}")
@@ -195,13 +196,13 @@ class Tagger:
         )
 
     def scores(self, images: Iterable[TaggedSource], labels: Sequence[str]) -> torch.Tensor:
-        """Sigmoid probabilities, f32 `[images, labels]`. UserError for the first picture that cannot be read."""
+        """Sigmoid probabilities, f32 `[images, labels]`. UserError for the first image that cannot be read."""
         matrix = self._matrix(check_labels(labels))
         rows = [self._scores(batch, matrix) for batch in map(_readable, self._batches(images))]
         return torch.cat([torch.zeros(0, len(matrix)), *rows])
 
     def embed_images(self, images: Iterable[TaggedSource]) -> torch.Tensor:
-        """f32 `[images, D]`, unit length. UserError for the first picture that cannot be read."""
+        """f32 `[images, D]`, unit length. UserError for the first image that cannot be read."""
         rows = [batch.embeddings.cpu() for batch in map(_readable, self._batches(images))]
         return torch.cat([torch.zeros(0, self._model.config.text.projection_size), *rows])
 
@@ -223,18 +224,15 @@ class Tagger:
         return matrix.to(self._model.logit_scale.device)
 
     def _embed_labels(self, labels: Sequence[str]) -> torch.Tensor:
-        total = self.embed_texts(texts_of(self.templates[0], labels))
-        for template in self.templates[1:]:
-            total += self.embed_texts(texts_of(template, labels))
-        return F.normalize(total, dim=-1)
+        return label_vectors(self.embed_texts(texts_of(template, labels)) for template in self.templates)
 
     @torch.inference_mode()
     def _scores(self, batch: _Batch, matrix: torch.Tensor) -> torch.Tensor:
-        """f32 `[readable pictures, labels]`, on the host."""
-        return self._model.logits(batch.embeddings, matrix).sigmoid().cpu()
+        """f32 `[readable images, labels]`, on the host."""
+        return sigmoid_scores(batch.embeddings, matrix, self._model.calibration).cpu()
 
     def _batches(self, images: Iterable[TaggedSource]) -> Iterator[_Batch]:
-        """The readable pictures of a batch share one packed forward; the next ones are prepared meanwhile."""
+        """The readable images of a batch share one packed forward; the next ones are prepared meanwhile."""
         prepared = ahead(self._prepare, images, max(PREPARE_AHEAD, 2 * self._batch_size))
         while group := list(islice(prepared, self._batch_size)):
             patches = [one for one in group if isinstance(one, ImagePatches)]
@@ -261,18 +259,17 @@ class Tagger:
 def _tagged(
     batch: _Batch, scores: torch.Tensor, labels: Sequence[str], threshold: float, most: int
 ) -> Iterator[Tagged]:
-    confidences, order = scores.sort(dim=1, descending=True, stable=True)
-    rows = zip(confidences[:, :most].tolist(), order[:, :most].tolist(), strict=True)
+    undefined = scores.isnan().any(dim=1).tolist()
+    rows = zip(undefined, likeliest(scores, most, threshold), strict=True)
     for error in batch.errors:
         if error is not None:
             yield Tagged(error=error.message)
             continue
-        values, numbers = next(rows)
-        if math.isnan(values[0]):
+        broken, found = next(rows)
+        if broken:
             yield Tagged(error="the model gives no finite numbers for this picture; use another dtype")
-            continue
-        found = zip(values, numbers, strict=True)
-        yield Tagged(tuple(Tag(labels[number], value) for value, number in found if value >= threshold))
+        else:
+            yield Tagged(tuple(Tag(labels[number], score) for number, score in found))
 
 
 def _readable(batch: _Batch) -> _Batch:
@@ -283,7 +280,7 @@ def _readable(batch: _Batch) -> _Batch:
 
 
 def _patches_of(checkpoint: Checkpoint, patches: int) -> int | None:
-    """The setting, for a model that has a use for it; the pictures of others have one size."""
+    """The setting, for a model that has a use for it; the images of others have one size."""
     if isinstance(image_facts(checkpoint).preprocess.rule, NaFlex):
         return patches
     if patches != TagSettings().max_num_patches:

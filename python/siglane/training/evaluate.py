@@ -20,11 +20,11 @@ from siglane.families.two_tower import LoadedTwoTower, load_two_tower
 from siglane.image.decode import decode
 from siglane.media.source import naming, open_file
 from siglane.nn.device import resolve_device
+from siglane.settings.tagging import TEMPLATES
 from siglane.training.pairs import PICTURES
 from siglane.types import DecodedImage, ImagePatches
 from siglane.weights.demo import open_model
 
-TEMPLATES = ("This is a photo of {label}.",)
 BATCH = 128
 RIDGE = 1e-3
 

@@ -19,7 +19,7 @@ from siglane.types import DecodedImage
 from siglane.verify.golden import Golden, load_golden, save_golden
 from siglane.verify.pictures import ImageSource, decode_picture, draw_pictures, read_pictures
 from siglane.verify.references.pixels import open_picture
-from siglane.verify.references.reference import ReferenceFamily
+from siglane.verify.references.reference import Reference, ReferenceFamily
 from siglane.verify.references.registry import family_of
 from siglane.verify.runner import SiglaneRunner
 from siglane.verify.stages import Comparison, Picture, Report, compare_traces, packing, place
@@ -60,9 +60,7 @@ def verify(
     """
     if not 0 <= threshold < 1:
         raise UserError(f"threshold must be at least 0 and below 1, got {threshold}", code="bad_option")
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is not known; use {', '.join(DTYPES)}", code="bad_option")
-    checkpoint, place_of = open_model(model, revision), _device(device)
+    checkpoint, place_of, precision = open_model(model, revision), _device(device), _dtype(dtype)
     # a configuration that siglane refuses is refused before the reference has run
     sees = (tower_family(checkpoint) or vlm_family(checkpoint)).images(checkpoint) is not None
     if Path(reference).suffix == ".safetensors":
@@ -70,13 +68,9 @@ def verify(
         expected = _stored(checkpoint, Path(reference), free=all(one is None for one in given))
     else:
         pictures = _pictures(images, random) if sees else _no_pictures(images, random)
-        asked, steps = _question(prompt, steps)
-        folder = checkpoint.root if str(reference) == TRANSFORMERS else open_model(reference).root
-        family = _family(checkpoint, folder)
-        expected = _expected(family, folder, str(reference), pictures, asked, steps, place_of, DTYPES[dtype])
+        expected = _computed(checkpoint, str(reference), pictures, *_question(prompt, steps), place_of, precision)
         if save is not None:
             save_golden(expected, save)
-    comparisons = _compared(SiglaneRunner(checkpoint, place_of, DTYPES[dtype]), expected, threshold)
     return Report(
         model=str(model),
         reference=expected.reference,
@@ -86,7 +80,7 @@ def verify(
         threshold=threshold,
         prompt=expected.prompt,
         pictures=expected.pictures,
-        comparisons=tuple(sorted(comparisons, key=lambda one: place(one.stage))),
+        comparisons=_compared(SiglaneRunner(checkpoint, place_of, precision), expected, threshold),
     )
 
 
@@ -146,10 +140,9 @@ def _stored(checkpoint: Checkpoint, file: Path, *, free: bool) -> Golden:
     return replace(golden, reference=f"{file} ({golden.reference})")
 
 
-def _expected(
-    family: ReferenceFamily,
-    folder: Path,
-    name: str,
+def _computed(
+    checkpoint: Checkpoint,
+    reference: str,
     pictures: Sequence[Picture],
     prompt: str,
     steps: int,
@@ -157,24 +150,30 @@ def _expected(
     dtype: torch.dtype,
 ) -> Golden:
     """What the reference gives for each picture alone, and for all in one request when there are several."""
+    folder = checkpoint.root if reference == TRANSFORMERS else open_model(reference).root
+    family = _family(checkpoint, folder)
     opened = [open_picture(picture.data, picture.name) for picture in pictures]
-    try:
-        with _quiet_transformers():
-            loaded = family.load(folder, device, dtype)
-    except SiglaneError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # it reads the JSON without looking
-        raise ConfigError(f"{folder}: the reference does not understand its configuration: {error!r}") from error
+    loaded = _loaded(family, folder, device, dtype)
     # the reference's convolution in float32, whatever torch's default is
     with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
         traces = {case: loaded.run(shown, prompt, steps) for case, shown in _requests(opened).items()}
     return Golden(
         family=family.name,
-        reference=name,
+        reference=reference,
         prompt=prompt if family.speaks else None,
         pictures=tuple(pictures),
         traces=traces,
     )
+
+
+def _loaded(family: ReferenceFamily, folder: Path, device: torch.device, dtype: torch.dtype) -> Reference:
+    try:
+        with _quiet_transformers():
+            return family.load(folder, device, dtype)
+    except SiglaneError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # it reads the JSON without looking
+        raise ConfigError(f"{folder}: the reference does not understand its configuration: {error!r}") from error
 
 
 @contextmanager
@@ -188,7 +187,8 @@ def _quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
 
 
-def _compared(ours: SiglaneRunner, expected: Golden, threshold: float) -> list[Comparison]:
+def _compared(ours: SiglaneRunner, expected: Golden, threshold: float) -> tuple[Comparison, ...]:
+    """In the order of the forward."""
     decoded = [decode_picture(picture.name, picture.data) for picture in expected.pictures]
     requests = _requests(decoded)
     found: list[Comparison] = []
@@ -199,7 +199,9 @@ def _compared(ours: SiglaneRunner, expected: Golden, threshold: float) -> list[C
         if "projector_input" not in reference:  # then it is the features, which the reference names once
             trace.pop("projector_input", None)
         found += compare_traces(case, trace, reference, threshold)
-    return [*found, _packing(ours, decoded, threshold)] if decoded else found
+    if decoded:
+        found.append(_packing(ours, decoded, threshold))
+    return tuple(sorted(found, key=lambda one: place(one.stage)))
 
 
 def _packing(ours: SiglaneRunner, images: Sequence[DecodedImage], threshold: float) -> Comparison:
@@ -238,3 +240,9 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {name!r} was asked for, but torch finds no CUDA here; use cpu", code="bad_option")
     return device
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise UserError(f"dtype {name!r} is not known; use {', '.join(DTYPES)}", code="bad_option")
+    return DTYPES[name]

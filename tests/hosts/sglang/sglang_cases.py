@@ -19,8 +19,8 @@ from checkpoints import write_nvila_checkpoint
 from llava_onevision_checkpoint import write_llava_onevision_checkpoint
 from nanovlm_checkpoint import write_nanovlm_checkpoint
 from ovis2_5_checkpoint import write_ovis2_5_checkpoint
+from parity_kit import picture
 from PIL import Image
-from reference import picture
 from safetensors.torch import load_file, save_file
 from sglang_host import RunningEngine
 from transformers import PreTrainedTokenizerFast

@@ -13,8 +13,8 @@ from typing import Any
 
 import httpx2
 from openai import OpenAI
+from parity_kit import picture
 from PIL import Image
-from reference import picture
 from sglang_host import RunningServer
 
 from siglane.llm import LLM, Generation

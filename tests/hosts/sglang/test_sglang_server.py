@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from clips import animation
+from clips import video as clip
 from sglang_clients import (
     TOKENS,
     Client,
@@ -28,11 +29,6 @@ from sglang_clients import (
 from sglang_host import sglang_server
 
 from siglane.weights.demo import FOLDERS, demo_folder
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "unit"))  # small video files are made there
-
-from clips import animation
-from clips import video as clip
 
 PATIENT = {"SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT": "300"}  # SGLang ends workers that start slowly
 CAFE, HELLO = (data_url((demo_folder() / "pictures" / name).read_bytes()) for name in ("cafe.png", "hello.png"))

@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import plain_backend, randomise
+from checkpoints import (
+    decoder_of,
+    plain_backend,
+    preprocessor_of,
+    randomise,
+    tower_of,
+    write_checkpoint,
+)
 from llava_onevision_checkpoint import write_llava_onevision_checkpoint
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
 from torch import nn
-from transformers import (
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
+from transformers import PreTrainedTokenizerFast
 
 QWEN_BASE = 151643  # entries of Qwen2's vocabulary; its special tokens follow
 QWEN_SPECIAL = {
@@ -64,33 +65,22 @@ def qwen_sized_tokenizer() -> PreTrainedTokenizerFast:
 
 def write_ovis2_5(folder: Path, seed: int = 0) -> None:
     """Ovis2.5 of a few blocks, with the reference's patch size 16 and 32x32 positions."""
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
-    tower = SiglipVisionModel(
-        SiglipVisionConfig(
-            hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2, image_size=512,
-            patch_size=16, vision_use_head=False,
-        )
+    tower = tower_of(
+        seed, hidden_size=64, intermediate_size=96, image_size=512, patch_size=16, vision_use_head=False
     )  # fmt: skip
-    language = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=32, max_position_embeddings=8192, rope_theta=1e6,
-            tie_word_embeddings=False, eos_token_id=151645, pad_token_id=151643, bos_token_id=None,
-        )
+    language = decoder_of(
+        "qwen3", seed + 1, vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, head_dim=32,
+        max_position_embeddings=8192, rope_theta=1e6, tie_word_embeddings=False, eos_token_id=151645,
+        pad_token_id=151643, bos_token_id=None,
     )  # fmt: skip
     head = nn.Sequential(nn.Linear(256, VISUAL_WORDS, bias=False), nn.LayerNorm(VISUAL_WORDS))
     table = nn.Embedding(VISUAL_WORDS + 4, 64)
-    for offset, module in enumerate((tower, language, head, table)):
-        randomise(module, seed + offset)
-    state = {
-        f"visual_tokenizer.vit.vision_model.{name.removeprefix('vision_model.')}": value
-        for name, value in tower.state_dict().items()
-    }
+    randomise(head, seed + 2)
+    randomise(table, seed + 3)
+    state = {f"visual_tokenizer.vit.vision_model.{name}": value for name, value in tower.state_dict().items()}
     state |= {f"llm.{name}": value for name, value in language.state_dict().items()}
     state |= {f"visual_tokenizer.head.{name}": value for name, value in head.state_dict().items()}
     state["vte.weight"] = table.weight
-    _save(state, folder, LARGER["ovis2_5"])
     vision: dict[str, Any] = {
         "model_type": "siglip2_navit", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
         "num_attention_heads": 2, "num_channels": 3, "num_patches": -1, "image_size": 512, "patch_size": 16,
@@ -104,18 +94,15 @@ def write_ovis2_5(folder: Path, seed: int = 0) -> None:
         "visual_vocab_size": VISUAL_WORDS + 4, "llm_config": language.config.to_dict(), "vit_config": vision,
         "torch_dtype": "float32",
     }  # fmt: skip
-    preprocessor = {
-        "image_processor_type": "SiglipImageProcessor", "do_resize": True, "do_rescale": True, "do_normalize": True,
-        "do_convert_rgb": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2,
-        "rescale_factor": 1 / 255, "size": {"height": 512, "width": 512},
-    }  # fmt: skip
-    generation = {"eos_token_id": [151645, 151643], "pad_token_id": 151643}
-    files = {"config": config, "preprocessor_config": preprocessor, "generation_config": generation}
-    for name, content in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=1))
     tokenizer = qwen_sized_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(str(folder))
+    write_checkpoint(
+        folder, config, louder(state, LARGER["ovis2_5"]), tokenizer,
+        preprocessor=preprocessor_of(
+            "SiglipImageProcessor", 2, do_convert_rgb=True, size={"height": 512, "width": 512}
+        ),
+        generation={"eos_token_id": [151645, 151643], "pad_token_id": 151643},
+    )  # fmt: skip
 
 
 def write_llava_onevision(folder: Path, seed: int = 0) -> None:
@@ -134,10 +121,10 @@ def write_llava_onevision(folder: Path, seed: int = 0) -> None:
         chat_template=CHAT_TEMPLATE,
         keys={"text_config": language, "vision_aspect_ratio": "anyres_max_9"},
     )
-    _save(load_file(folder / "model.safetensors"), folder, LARGER["llava_onevision"])
+    file = folder / "model.safetensors"
+    save_file(louder(load_file(file), LARGER["llava_onevision"]), file, metadata={"format": "pt"})
 
 
-def _save(state: Mapping[str, torch.Tensor], folder: Path, larger: Mapping[str, float]) -> None:
+def louder(state: Mapping[str, torch.Tensor], larger: Mapping[str, float]) -> dict[str, torch.Tensor]:
     factors = {name: [by for end, by in larger.items() if name.endswith(f"{end}.weight")] for name in state}
-    scaled = {name: value.detach() * math.prod(factors[name]) for name, value in state.items()}
-    save_file(scaled, folder / "model.safetensors", metadata={"format": "pt"})
+    return {name: value.detach() * math.prod(factors[name]) for name, value in state.items()}

@@ -4,13 +4,19 @@ SGLang reads config.json, the tokenizer and the weights from one folder, by the 
 keeps them in three folders, nanoVLM's config.json names no architecture and has no tokenizer beside it, Ovis2.5's needs
 remote code. A view has one configuration for all (`config.py`), siglane's tokenizer with a chat template that needs no
 help, and links to the checkpoint's own weights: nothing is copied or converted.
+
+A view belongs to one state of a checkpoint's files and one version of siglane. Making one removes the others of its
+checkpoint, but for those in use: whoever takes a view holds a shared lock on its file IN_USE until its process ends.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -28,10 +34,11 @@ from siglane.weights.hub import FILE_PATTERNS, REPOSITORY_ID, Checkpoint, open_c
 # architectures for which SGLang 0.5.23 has classes of its own, by siglane's family
 BUILT_IN = {"nvila": ("NVILAForConditionalGeneration", "NVILALiteForConditionalGeneration")}
 DESCRIPTIONS = ("*.json", "*/*.json", "*.jinja")
+IN_USE = ".in_use"
 
 
 def view_of(model: str, revision: str | None = None) -> Path | None:
-    """The view of `model`, a folder or hub id; None when it is SGLang's own business.
+    """The view of `model`, a folder or hub id, in use from now on; None when it is SGLang's own business.
 
     That is every model of no known family, a view, and one of a built-in architecture whose family is not in
     SIGLANE_SGLANG_OVERRIDE. UserError for a broken checkpoint of a known family: nothing falls back in silence.
@@ -51,7 +58,10 @@ def view_of(model: str, revision: str | None = None) -> Path | None:
     built_in = set(found.json("config.json").get("architectures") or []) & set(BUILT_IN.get(family.name, ()))
     if built_in and family.name not in config.sglang_override:
         return None
-    return write_view(open_checkpoint(model, revision), _views(config.sglang_views))
+    checkpoint, views = open_checkpoint(model, revision), _views(config.sglang_views)
+    while not _taken(view := write_view(checkpoint, views)):
+        pass  # another process has just removed it
+    return view
 
 
 def write_view(checkpoint: Checkpoint, views: Path) -> Path:
@@ -74,7 +84,39 @@ def write_view(checkpoint: Checkpoint, views: Path) -> Path:
     except OSError as error:
         if not folder.is_dir():  # else another process was faster
             raise _no_place(f"{views} cannot be written: {error}") from error
+    _prune(views, folder, checkpoint)
     return folder
+
+
+def _taken(view: Path) -> bool:
+    """Takes a view into use until this process ends; whether it is still there."""
+    try:
+        lock = os.open(view / IN_USE, os.O_RDWR | os.O_CREAT)  # never closed: that would give the lock back
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return view.is_dir()  # in a folder of somebody else's, who does not ask us before removing it
+    with contextlib.suppress(OSError):  # a file system without locks, where nothing is removed
+        fcntl.flock(lock, fcntl.LOCK_SH)
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(lock), os.stat(view / IN_USE))
+    return False
+
+
+def _prune(views: Path, current: Path, checkpoint: Checkpoint) -> None:
+    """Removes the views of a checkpoint's other states that nobody uses. One without IN_USE is not known to be free."""
+    root = checkpoint.root.resolve()
+    name = re.compile(re.escape(root.name) + "-[0-9a-f]{16}")
+    for view in views.iterdir():
+        if view == current or not name.fullmatch(view.name):
+            continue
+        with contextlib.suppress(OSError, ValueError):  # in use, not ours to remove, or no view
+            if json.loads((view / "config.json").read_text(encoding="utf-8"))["checkpoint"] != str(root):
+                continue
+            with open(view / IN_USE, "r+b") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with tempfile.TemporaryDirectory(prefix=".stale-", dir=views, ignore_cleanup_errors=True) as bin:
+                    os.rename(view, Path(bin) / view.name)  # at once: nobody sees a half of it
 
 
 def _described(model: str, revision: str | None) -> Checkpoint | None:
@@ -131,6 +173,7 @@ def _fill(folder: Path, checkpoint: Checkpoint, processor: Processor, files: lis
     _write(folder / "generation_config.json", {"eos_token_id": ends, "do_sample": False})
     processor.tokenizer.chat_template = processor.chat_template()
     processor.tokenizer.save_pretrained(str(folder))
+    (folder / IN_USE).touch()
     for number, file in enumerate(files):
         os.symlink(file, folder / f"part-{number:05d}.safetensors")
 

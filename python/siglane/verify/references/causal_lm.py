@@ -19,12 +19,12 @@ ARCHITECTURES = {"Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM"}
 class CausalLm:
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
         self.folder, self.tokenizer = folder, load_tokenizer(folder)
-        self.decoder = Decoder(read_json(folder / "config.json"), Tensors.of(folder), device, dtype)
+        self.decoder = Decoder.load(read_json(folder / "config.json"), Tensors.of(folder), device, dtype)
 
     def run(self, pictures: Sequence[Image.Image], prompt: str, steps: int) -> Trace:
         text = rendered(self.folder, self.tokenizer, [], prompt, default="")
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        return self.decoder.run(self.decoder.embed(ids), steps)
+        return self.decoder.run(self.decoder.spliced(ids, []), steps)
 
 
 def _matches(folder: Path) -> bool:

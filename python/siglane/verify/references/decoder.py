@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,54 +16,79 @@ from siglane.verify.references.files import Raw, Tensors, read_json, ready
 from siglane.verify.references.tapping import rows_of, tapping
 from siglane.verify.stages import LOGIT_ROWS, TOKENS, Trace
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{{ '<|im_start|>assistant\n' }}"  # a template's own last line feed is dropped
+)
+PLACE = -1  # a token id that no table has: a row of a picture stands there
 
+
+@dataclass(frozen=True, slots=True)
 class Decoder:
-    """raw: the language model's JSON with its `model_type`; tensors: `model.`... and `lm_head.weight`."""
+    """model: one of transformers' that answers, frozen; layers: those of its language model."""
 
-    def __init__(self, raw: Raw, tensors: Tensors, device: torch.device, dtype: torch.dtype) -> None:
+    model: Any
+    layers: Sequence[nn.Module]
+
+    @classmethod
+    def load(cls, raw: Raw, tensors: Tensors, device: torch.device, dtype: torch.dtype) -> Decoder:
+        """raw: the language model's JSON with its `model_type`; tensors: `model.`... and `lm_head.weight`."""
         facts = {key: value for key, value in raw.items() if key not in ("model_type", "dtype", "torch_dtype")}
-        self.config = AutoConfig.for_model(raw["model_type"], **facts)
-        self.device, self.dtype = device, dtype
         from_config: Any = AutoModelForCausalLM.from_config
-        self.model: Any = from_config(self.config)
-        ready(self.model, tensors, device, dtype)
+        model = from_config(AutoConfig.for_model(raw["model_type"], **facts))
+        ready(model, tensors, device, dtype)
+        return cls(model, model.model.layers)
 
-    def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """`[T, hidden_size]`; ids outside the table, which only stand for image rows, read row 0."""
+    def spliced(self, token_ids: Sequence[int], rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        """`[T, hidden_size]`: the ids' embeddings, and `rows` one after another where PLACE stands."""
         table = self.model.get_input_embeddings()
-        ids = [token if 0 <= token < table.num_embeddings else 0 for token in token_ids]
-        rows: torch.Tensor = table(torch.tensor(ids, device=self.device)).detach()
-        return rows
+        ids = torch.tensor(token_ids, device=table.weight.device)
+        embeds: torch.Tensor = table(ids.clamp(0, table.num_embeddings - 1))
+        return embeds.index_copy(0, (ids == PLACE).nonzero()[:, 0], torch.cat([embeds[:0], *rows]).to(embeds))
+
+    def logits(self, embeds: torch.Tensor) -> torch.Tensor:
+        """embeds `[T, hidden_size]` -> `[T, vocab_size]`."""
+        found: torch.Tensor = self.model(inputs_embeds=embeds[None]).logits[0]
+        return found
 
     def run(self, embeds: torch.Tensor, steps: int) -> Trace:
         """embeds `[T, hidden_size]` -> spliced, lm.block.N, logits and `steps` greedy tokens (without: none)."""
-        return answer(self.model, self.model.model.layers, {"inputs_embeds": embeds[None]}, steps)
+        return self.answer({"inputs_embeds": embeds[None]}, steps)
+
+    def answer(self, inputs: Mapping[str, Any], steps: int) -> Trace:
+        """What `model(**inputs)` passes through: what its first layer reads, every layer, logits, greedy tokens.
+
+        An end token does not end the answer: both sides go on alike.
+        """
+        taken: Trace = {}
+
+        def take(module: nn.Module, arguments: Any, named: Any) -> None:
+            taken.setdefault("spliced", rows_of((arguments or [named["hidden_states"]])[0]).cpu())
+
+        handle = self.layers[0].register_forward_pre_hook(take, with_kwargs=True)
+        with tapping({f"lm.block.{number}": layer for number, layer in enumerate(self.layers)}) as taps:
+            output = self.model(**inputs, use_cache=True, logits_to_keep=LOGIT_ROWS)
+        handle.remove()
+        taps |= {**taken, "logits": output.logits[0].cpu()}
+        if steps:
+            chosen = [int(output.logits[0, -1].argmax())]
+            while len(chosen) < steps:
+                ids = torch.tensor([chosen[-1:]], device=output.logits.device)
+                output = self.model(input_ids=ids, past_key_values=output.past_key_values, use_cache=True)
+                chosen.append(int(output.logits[0, -1].argmax()))
+            taps[TOKENS] = torch.tensor(chosen)
+        return taps
 
 
-@torch.no_grad()
-def answer(model: Any, layers: Sequence[nn.Module], inputs: Mapping[str, Any], steps: int) -> Trace:
-    """What `model(**inputs)` passes through: what its first layer reads, every layer, logits, greedy tokens.
-
-    An end token does not end the answer: both sides go on alike.
-    """
-    taken: Trace = {}
-
-    def take(module: nn.Module, arguments: Any, named: Any) -> None:
-        taken.setdefault("spliced", rows_of((arguments or [named["hidden_states"]])[0]).cpu())
-
-    handle = layers[0].register_forward_pre_hook(take, with_kwargs=True)
-    with tapping({f"lm.block.{number}": layer for number, layer in enumerate(layers)}) as taps:
-        output = model(**inputs, use_cache=True, logits_to_keep=LOGIT_ROWS)
-    handle.remove()
-    taps |= {**taken, "logits": output.logits[0].cpu()}
-    if steps:
-        chosen = [int(output.logits[0, -1].argmax())]
-        while len(chosen) < steps:
-            ids = torch.tensor([chosen[-1:]], device=output.logits.device)
-            output = model(input_ids=ids, past_key_values=output.past_key_values, use_cache=True)
-            chosen.append(int(output.logits[0, -1].argmax()))
-        taps[TOKENS] = torch.tensor(chosen)
-    return taps
+def filled(
+    token_ids: Sequence[int], placeholder: int, blocks: Sequence[torch.Tensor], behind: Sequence[int] = ()
+) -> list[int]:
+    """`token_ids` with PLACE for each row of the next block, and `behind` after them, for each `placeholder`."""
+    waiting = iter(blocks)
+    ids: list[int] = []
+    for token in token_ids:
+        ids += [*[PLACE] * len(next(waiting)), *behind] if token == placeholder else [token]
+    return ids
 
 
 def load_tokenizer(folder: Path, *added: str) -> Any:

@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
-from siglane.verify.references.decoder import answer, load_tokenizer, rendered
+from siglane.verify.references.decoder import PLACE, Decoder, filled, load_tokenizer, rendered
 from siglane.verify.references.files import Tensors, read_json, ready
-from siglane.verify.references.pixels import Processing, patches_of, processor_json
-from siglane.verify.references.reference import ReferenceFamily
+from siglane.verify.references.pixels import Processing, patches_of, processor_json, squares_of
+from siglane.verify.references.reference import ReferenceFamily, Seen, VisionLanguageReference
 from siglane.verify.references.tapping import tapping
+from siglane.verify.references.tower import stages_of, up_to
 from siglane.verify.stages import Trace
 
 IMAGE = "<image>"
@@ -26,7 +27,7 @@ TEMPLATE = (
 )
 
 
-class LlavaOnevision:
+class LlavaOnevision(VisionLanguageReference):
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
         raw, processor = read_json(folder / "config.json"), processor_json(folder)
         config: Any = LlavaOnevisionConfig
@@ -34,59 +35,47 @@ class LlavaOnevision:
         self.device, self.dtype = device, dtype
         self.model: Any = LlavaOnevisionForConditionalGeneration(self.config)
         ready(self.model, _named(self.model, Tensors.of(folder)), device, dtype)
+        self.language = Decoder(self.model, self.model.model.language_model.layers)
         self.processing = Processing.of(processor, 384, Image.Resampling.BICUBIC, mean=CLIP_MEAN, std=CLIP_STD)
         self.pinpoints: list[list[int]] = processor.get("image_grid_pinpoints", self.config.image_grid_pinpoints)
         self.folder, self.tokenizer = folder, load_tokenizer(folder, IMAGE)
 
     def run(self, pictures: Sequence[Image.Image], prompt: str, steps: int) -> Trace:
-        alone = len(pictures) == 1
-        pixels = self.prepared(pictures)
-        inputs = {
-            "pixel_values": (pixels[None] if alone else pixels[:, None]).to(self.device, self.dtype),
+        """transformers' class cuts, encodes and splices by itself, a second time."""
+        seen = self.see(pictures)
+        ids = torch.tensor([self.ids(self.text(prompt, seen), seen)], device=self.device)
+        ids[ids == PLACE] = self.config.image_token_id
+        return {**seen.taps, **self.language.answer({"input_ids": ids, **self._inputs(pictures)}, steps)}
+
+    def see(self, pictures: Sequence[Image.Image]) -> Seen:
+        inputs, vision = self._inputs(pictures), self.config.vision_config
+        with tapping(stages_of(self.model.model.vision_tower)) as taps:
+            images = self.model.get_image_features(**inputs, return_dict=True).pooler_output
+        pixels = inputs["pixel_values"].flatten(0, 1).cpu()
+        stages = up_to(taps, self.config.vision_feature_layer % (vision.num_hidden_layers + 1))
+        preprocessing, projector = patches_of(pixels, vision.patch_size), torch.cat(list(images)).cpu()
+        taps = {"preprocessing": preprocessing, **stages, "projector": projector}
+        return Seen(taps, [[rows] for rows in images])
+
+    def text(self, prompt: str, seen: Seen) -> str:
+        return rendered(self.folder, self.tokenizer, [IMAGE] * len(seen.images), prompt, TEMPLATE)
+
+    def ids(self, text: str, seen: Seen) -> list[int]:
+        return filled(self.tokenizer(text).input_ids, self.tokenizer.convert_tokens_to_ids(IMAGE), seen.blocks)
+
+    def _inputs(self, pictures: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+        pixels = self.prepared(pictures).to(self.device, self.dtype)
+        return {
+            "pixel_values": pixels[None] if len(pictures) == 1 else pixels[:, None],
             "image_sizes": torch.tensor([(picture.height, picture.width) for picture in pictures]),
             "batch_num_images": torch.tensor([len(pictures)]),
-        }
-        with torch.no_grad():
-            rows = self.model.get_image_features(**inputs, return_dict=True).pooler_output
-        ids = torch.tensor([self._ids(prompt, [len(image) for image in rows])], device=self.device)
-        with tapping(self._tower_modules()) as taps:
-            spoken = answer(
-                self.model, self.model.model.language_model.layers, {"input_ids": ids, **inputs}, steps
-            )  # fmt: skip
-        layer = self.config.vision_feature_layer
-        used = layer if layer >= 0 else self.config.vision_config.num_hidden_layers + 1 + layer
-        taps = {stage: rows for stage, rows in taps.items() if stage not in _unused(taps, used)}
-        return {
-            "preprocessing": patches_of(pixels.to(self.dtype), self.config.vision_config.patch_size),
-            **taps,
-            "features": taps[f"block.{used - 1}"],
-            "projector": torch.cat(list(rows)).cpu(),
-            **spoken,
         }
 
     def prepared(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
         """f32 `[tiles, 3, side, side]` of one request."""
-        tiles = self._anyres(pictures[0]) if len(pictures) == 1 else [self._squared(picture) for picture in pictures]
+        alone = len(pictures) == 1
+        tiles = self._anyres(pictures[0]) if alone else [self.processing.squared(picture) for picture in pictures]
         return torch.stack([self.processing.normalised(tile) for tile in tiles])
-
-    def _tower_modules(self) -> dict[str, Any]:
-        tower = self.model.model.vision_tower
-        names = dict(tower.named_modules())
-        inner = names.get("vision_model", tower)
-        return {
-            "patch_embedding": inner.embeddings.patch_embedding,
-            "positions": inner.embeddings,
-            **{f"block.{number}": layer for number, layer in enumerate(inner.encoder.layers)},
-        }
-
-    def _ids(self, prompt: str, rows: Sequence[int]) -> list[int]:
-        text = rendered(self.folder, self.tokenizer, [IMAGE] * len(rows), prompt, TEMPLATE)
-        image_id = self.tokenizer.convert_tokens_to_ids(IMAGE)
-        counts = iter(rows)
-        ids: list[int] = []
-        for token in self.tokenizer(text).input_ids:
-            ids += [self.config.image_token_id] * next(counts) if token == image_id else [token]
-        return ids
 
     def _anyres(self, picture: Image.Image) -> list[Image.Image]:
         """The whole picture squashed, then the tiles of the pinpoint that shows most of it."""
@@ -99,17 +88,7 @@ class LlavaOnevision:
         canvas = Image.new("RGB", (width, height))
         resized = picture.resize(size, self.processing.resample)
         canvas.paste(resized, ((width - size[0]) // 2, (height - size[1]) // 2))
-        side = self.processing.height
-        tiles = [canvas.crop((x, y, x + side, y + side)) for y in range(0, height, side) for x in range(0, width, side)]
-        return [self.processing.resized(picture), *tiles]
-
-    def _squared(self, picture: Image.Image) -> Image.Image:
-        """One of several pictures: on a square of the mean colour."""
-        longest = max(picture.size)
-        red, green, blue = (int(value * 255) for value in self.processing.mean.tolist())
-        canvas = Image.new("RGB", (longest, longest), (red, green, blue))
-        canvas.paste(picture, ((longest - picture.width) // 2, (longest - picture.height) // 2))
-        return self.processing.resized(canvas)
+        return [self.processing.resized(picture), *squares_of(canvas, self.processing.height)]
 
 
 def best_resolution(height: int, width: int, pinpoints: Sequence[Sequence[int]]) -> tuple[int, int]:
@@ -122,10 +101,6 @@ def best_resolution(height: int, width: int, pinpoints: Sequence[Sequence[int]])
         if effective > most or (effective == most and wasted < least):
             best, most, least = (candidate_height, candidate_width), effective, wasted
     return best
-
-
-def _unused(taps: Trace, used: int) -> set[str]:
-    return {stage for stage in taps if stage.startswith("block.") and int(stage.removeprefix("block.")) >= used}
 
 
 def _named(model: Any, tensors: Tensors) -> Tensors:

@@ -13,17 +13,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from siglane.verify.references.decoder import Decoder, load_tokenizer
+from siglane.verify.references.decoder import CHATML, PLACE, Decoder, load_tokenizer
 from siglane.verify.references.files import Raw, Tensors, read_json, ready
-from siglane.verify.references.pixels import patches_of
-from siglane.verify.references.reference import ReferenceFamily
+from siglane.verify.references.reference import ReferenceFamily, Seen, VisionLanguageReference
 from siglane.verify.references.tower import SiglipTower
-from siglane.verify.stages import Trace
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{{ '<|im_start|>assistant\n' }}"
-)
 TOKENIZER = "HuggingFaceTB/SmolLM2-360M-Instruct"
 LLAMA = {  # transformers' LlamaConfig -> nanoVLM's VLMConfig
     "hidden_size": "lm_hidden_dim", "intermediate_size": "lm_inter_dim", "num_hidden_layers": "lm_n_blocks",
@@ -35,12 +29,12 @@ SIGLIP = {
 }  # fmt: skip
 
 
-class NanoVlm:
+class NanoVlm(VisionLanguageReference):
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
         self.raw, tensors = read_json(folder / "config.json"), Tensors.of(folder)
         self.device, self.dtype = device, dtype
         self.tower = SiglipTower(_tower_json(self.raw), _tower_tensors(self.raw, tensors), device, dtype)
-        self.language = Decoder(_llama_json(self.raw), _llama_tensors(self.raw, tensors), device, dtype)
+        self.language = Decoder.load(_llama_json(self.raw), _llama_tensors(self.raw, tensors), device, dtype)
         projection = tensors["MP.proj.weight"]
         self.projector = nn.Linear(projection.shape[1], projection.shape[0], bias=False)
         ready(self.projector, tensors.under("MP.proj."), device, dtype)
@@ -54,18 +48,36 @@ class NanoVlm:
     def tiled(self) -> bool:
         return "r1c1" in self.extra or "max_img_size" in self.raw
 
-    def run(self, pictures: Sequence[Image.Image], prompt: str, steps: int) -> Trace:
+    def see(self, pictures: Sequence[Image.Image]) -> Seen:
+        """The image tokens of a prompt are written out: one for each row."""
         cut = [self._tiles(picture) for picture in pictures]
-        pixels = torch.cat([tiles for tiles, _ in cut])
-        taps = self.tower.run(pixels)
+        taps = self.tower.run(torch.cat([tiles for tiles, _ in cut]))
         taps["features"] = taps.pop("post_layernorm")
-        taps["preprocessing"] = patches_of(pixels.to(self.dtype), self.raw["vit_patch_size"])
-        with torch.no_grad():
-            features = taps["features"].unflatten(0, (len(pixels), -1)).to(self.device)
-            rows = self.projector(self._shuffled(features))
-        taps["projector"] = rows.flatten(0, 1).cpu()
-        embeds = self._spliced(rows, [grid for _, grid in cut], prompt)
-        return {**taps, **self.language.run(embeds, steps)}
+        features = taps["features"].unflatten(0, (-1, self.tower.grid**2)).to(self.device, self.dtype)
+        rows = self.projector(self._shuffled(features)).cpu()
+        taps["projector"] = rows.flatten(0, 1)
+        images = [list(tiles) for tiles in rows.split([len(tiles) for tiles, _ in cut])]
+        return Seen(taps, images, [grid for _, grid in cut])
+
+    def text(self, prompt: str, seen: Seen) -> str:
+        image = self.extra.get("image_token")
+        images = self._image_strings(seen.grids, image, len(seen.blocks[0])) if image and seen.images else ""
+        template = self.raw.get("lm_chat_template") or (CHATML if self.tiled else None)
+        if template is None:
+            return f"{images}Question: {prompt} Answer:"
+        turns = [{"role": "user", "content": images + prompt}]
+        text: str = self.tokenizer.apply_chat_template(
+            turns, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+        return text
+
+    def ids(self, text: str, seen: Seen) -> list[int]:
+        """Release 0.1 has no image token and puts all rows in front."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        if "image_token" not in self.extra:
+            return [PLACE] * sum(map(len, seen.blocks)) + ids
+        image_id = self.tokenizer.convert_tokens_to_ids(self.extra["image_token"])
+        return [PLACE if token == image_id else token for token in ids]
 
     def _tiles(self, picture: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
         """`[tiles, 3, side, side]` on the scale 0..1, the whole picture first where there is a token for it, and rows
@@ -99,27 +111,6 @@ class NanoVlm:
         n = self.tower.grid // factor
         blocks = features.unflatten(1, (n, factor, n, factor)).permute(0, 1, 3, 2, 4, 5)
         return blocks.flatten(3).flatten(1, 2)
-
-    def _spliced(self, rows: torch.Tensor, grids: Sequence[tuple[int, int]], prompt: str) -> torch.Tensor:
-        """All tiles' rows over the image tokens in order; release 0.1 has none and puts them in front."""
-        image = self.extra.get("image_token")
-        images = self._image_strings(grids, image, rows.shape[1]) if image else ""
-        template = self.raw.get("lm_chat_template") or (CHATML if self.tiled else None)
-        if template is None:
-            text = f"{images}Question: {prompt} Answer:"
-        else:
-            turns = [{"role": "user", "content": images + prompt}]
-            text = self.tokenizer.apply_chat_template(
-                turns, chat_template=template, tokenize=False, add_generation_prompt=True
-            )
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        embeds = self.language.embed(ids)
-        flat = rows.flatten(0, 1).to(embeds)
-        if image is None:
-            return torch.cat((flat, embeds))
-        places = torch.tensor(ids) == self.tokenizer.convert_tokens_to_ids(image)
-        embeds[places.to(embeds.device)] = flat
-        return embeds
 
     def _image_strings(self, grids: Sequence[tuple[int, int]], image: str, length: int) -> str:
         """`get_image_string`."""

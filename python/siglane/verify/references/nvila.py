@@ -15,20 +15,15 @@ from PIL import Image
 from torch import nn
 
 from siglane.errors import ConfigError
-from siglane.verify.references.decoder import Decoder, load_tokenizer, rendered
+from siglane.verify.references.decoder import CHATML, Decoder, filled, load_tokenizer, rendered
 from siglane.verify.references.files import Raw, Tensors, read_json, ready
-from siglane.verify.references.pixels import processor_json, siglip_processing
-from siglane.verify.references.reference import ReferenceFamily
+from siglane.verify.references.pixels import processor_json, siglip_processing, squares_of
+from siglane.verify.references.reference import ReferenceFamily, Seen, VisionLanguageReference
 from siglane.verify.references.tower import SiglipTower
-from siglane.verify.stages import Trace
 
 IMAGE = "<image>"
 PARTS = ("llm", "vision_tower", "mm_projector")
-TEMPLATE = (
-    "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{{ '<|im_start|>assistant\n' }}"  # a template's own last line feed is dropped
-)
+TEMPLATE = "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n" + CHATML
 # what SGLang's models/nvila.py and nvila_lite.py hard-code: projector, image_aspect_ratio, scales in tiles
 HARD_CODED = {
     "NVILAForConditionalGeneration": ("mlp_downsample", "dynamic_s2", (1, 2, 3)),
@@ -56,7 +51,7 @@ class Flags:
     max_tiles: int
 
 
-class Nvila:
+class Nvila(VisionLanguageReference):
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
         root = read_json(folder / "config.json")
         in_folders = all((folder / part).is_dir() for part in PARTS)
@@ -66,34 +61,38 @@ class Nvila:
         tensors = {part: _part(folder, part, in_folders) for part in PARTS}
         self.flags = _flags(folder, root, vision_json)
         self.tower = SiglipTower(vision_json, tensors["vision_tower"], device, dtype)
-        self.language = Decoder(language_json, tensors["llm"], device, dtype)
+        self.language = Decoder.load(language_json, tensors["llm"], device, dtype)
         channels = self.tower.config.hidden_size * max(1, len(self.flags.scales))
-        self.projector = build_projector(self.flags.projector, channels, self.language.config.hidden_size)
+        self.projector = build_projector(self.flags.projector, channels, self.language.model.config.hidden_size)
         weights = tensors["mm_projector"]
         ready(self.projector, weights.under("layers.") if weights.readers else weights, device, dtype)
         self.processing = siglip_processing(processor_json(vision), self.tower.side)
         self.side = self.flags.scales[0] if self.flags.scales else self.processing.width
         self.tokenizer, self.text_folder = load_tokenizer(text, IMAGE), text
 
-    def run(self, pictures: Sequence[Image.Image], prompt: str, steps: int) -> Trace:
+    def see(self, pictures: Sequence[Image.Image]) -> Seen:
         alone = len(pictures) == 1
         arranged = [self._tiles(picture, alone) for picture in pictures]
         tiles = [tile for group, _ in arranged for tile in group]
         taps = self.tower.read_at(torch.stack([self.processing.normalised(tile) for tile in tiles]), self.flags.layer)
         by_tile = taps["features"].unflatten(0, (len(tiles), -1))
-        groups = by_tile.split([len(group) for group, _ in arranged])
+        read = list(by_tile.split([len(group) for group, _ in arranged]))
         if self.flags.scales:
-            read = [self._merged(group, shape) for group, (_, shape) in zip(groups, arranged, strict=True)]
+            read = [self._merged(group, grid) for group, (_, grid) in zip(read, arranged, strict=True)]
             taps["projector_input"] = torch.cat([group.flatten(0, 1) for group in read])
-        else:
-            read = list(groups)
-        blocks = [self._blocks(self._project(group), shape) for group, (_, shape) in zip(read, arranged, strict=True)]
-        taps["projector"] = torch.cat([row for image in blocks for row in image])
-        lite = self.flags.aspect == "dynamic" and alone
-        images = [(IMAGE + "\n" if lite else IMAGE) * len(image) for image in blocks]
-        text = rendered(self.text_folder, self.tokenizer, images, prompt, TEMPLATE, placeholder=IMAGE)
-        embeds = self._spliced(text, [block for image in blocks for block in image])
-        return {**taps, **self.language.run(embeds, steps)}
+        images = [self._blocks(group, grid) for group, (_, grid) in zip(read, arranged, strict=True)]
+        taps["projector"] = torch.cat([rows for image in images for rows in image])
+        return Seen(taps, images)
+
+    def text(self, prompt: str, seen: Seen) -> str:
+        lite = self.flags.aspect == "dynamic" and len(seen.images) == 1
+        images = [(IMAGE + "\n" if lite else IMAGE) * len(image) for image in seen.images]
+        return rendered(self.text_folder, self.tokenizer, images, prompt, TEMPLATE, placeholder=IMAGE)
+
+    def ids(self, text: str, seen: Seen) -> list[int]:
+        """Behind every block of image rows VILA puts the embedding of a line feed."""
+        ids, line_feed = self.tokenizer(text).input_ids, self.tokenizer("\n").input_ids
+        return filled(ids, self.tokenizer.convert_tokens_to_ids(IMAGE), seen.blocks, line_feed)
 
     def _tiles(self, picture: Image.Image, alone: bool) -> tuple[list[Image.Image], tuple[int, int] | None]:
         """The crops of one picture, and (columns, rows) of the last scale where scales are merged."""
@@ -108,17 +107,10 @@ class Nvila:
             tiles = cut(picture, *grid, side)
             return tiles + (cut(picture, 1, 1, side) if len(tiles) > 1 else []), None
         if flags.aspect == "pad":
-            return [self.processing.resized(self._square(picture))], None
+            return [self.processing.squared(picture)], None
         if flags.aspect:
             return cut(picture, 1, 1, side), None
         return [self.processing.resized(picture)], None
-
-    def _square(self, picture: Image.Image) -> Image.Image:
-        longest = max(picture.size)
-        red, green, blue = (int(value * 255) for value in self.processing.mean.tolist())
-        canvas = Image.new("RGB", (longest, longest), (red, green, blue))
-        canvas.paste(picture, ((longest - picture.width) // 2, (longest - picture.height) // 2))
-        return canvas
 
     def _merged(self, tiles: torch.Tensor, grid: tuple[int, int] | None) -> torch.Tensor:
         """`[tiles, N, c]` of all scales -> `[tiles of the last, N, scales * c]`."""
@@ -139,30 +131,13 @@ class Nvila:
             for column in range(columns)
         ])  # fmt: skip
 
-    @torch.no_grad()
-    def _project(self, features: torch.Tensor) -> torch.Tensor:
-        projected: torch.Tensor = self.projector(features.to(self.tower.device, self.tower.dtype))
-        return projected.cpu()
-
-    def _blocks(self, projected: torch.Tensor, grid: tuple[int, int] | None) -> list[torch.Tensor]:
-        """One block of rows per `<image>`: each tile its own, or all of the last scale's map."""
+    def _blocks(self, features: torch.Tensor, grid: tuple[int, int] | None) -> list[torch.Tensor]:
+        """One block of projected rows per `<image>`: each tile its own, or all of the last scale's map."""
+        projected = self.projector(features.to(self.tower.device, self.tower.dtype)).cpu()
         if grid is None:
             return list(projected)
         columns, rows = grid
         return [stitched(projected, rows, columns).flatten(0, 1)]
-
-    def _spliced(self, text: str, blocks: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Embeddings of the prompt; behind every block of image rows VILA puts the embedding of a line feed."""
-        image_id = self.tokenizer.convert_tokens_to_ids(IMAGE)
-        line_feed = self.language.embed(self.tokenizer("\n").input_ids)
-        waiting = iter(blocks)
-        pieces = []
-        for token in self.tokenizer(text).input_ids:
-            if token == image_id:
-                pieces += [next(waiting).to(line_feed), line_feed]
-            else:
-                pieces.append(self.language.embed([token]))
-        return torch.cat(pieces)
 
 
 def closest_grid(width: int, height: int, side: int, fewest: int, most: int) -> tuple[int, int]:
@@ -180,9 +155,7 @@ def closest_grid(width: int, height: int, side: int, fewest: int, most: int) -> 
 
 def cut(picture: Image.Image, columns: int, rows: int, side: int) -> list[Image.Image]:
     """Pillow's default resize to columns x rows squares, row by row."""
-    resized = picture.resize((columns * side, rows * side))
-    corners = [(column * side, row * side) for row in range(rows) for column in range(columns)]
-    return [resized.crop((x, y, x + side, y + side)) for x, y in corners]
+    return squares_of(picture.resize((columns * side, rows * side)), side)
 
 
 def stitched(tiles: torch.Tensor, rows: int, columns: int) -> torch.Tensor:

@@ -20,22 +20,16 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 from transformers.models.siglip.modeling_siglip import SiglipAttention
 
-from siglane.verify.references.decoder import Decoder, load_tokenizer, rendered
+from siglane.verify.references.decoder import CHATML, PLACE, Decoder, load_tokenizer, rendered
 from siglane.verify.references.files import Raw, Tensors, read_json, ready
 from siglane.verify.references.pixels import Processing, processor_json
-from siglane.verify.references.reference import ReferenceFamily
+from siglane.verify.references.reference import ReferenceFamily, Seen, VisionLanguageReference
 from siglane.verify.references.tapping import tapping
 from siglane.verify.stages import Trace
 
-IMAGE = "<image>"
+IMAGE, VIDEO = "<image>", "<video>"
 INDICATORS = 4  # the last rows of the table: image start and end, video start and end
 MIN_PIXELS, MAX_PIXELS = 448 * 448, 1792 * 1792
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{{ '<|im_start|>assistant\n' }}"
-)
-
-
 VIT_FACTS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size",
     "patch_size", "hidden_act", "layer_norm_eps",
@@ -43,7 +37,7 @@ VIT_FACTS = (
 
 
 class RotaryAttention(SiglipAttention):
-    """Full or windowed attention of one frame, queries and keys turned by row and column."""
+    """Attention of one frame, queries and keys turned by row and column."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[no-untyped-call]
@@ -55,8 +49,7 @@ class RotaryAttention(SiglipAttention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        """hidden_states `[1, N, hidden_size]`; attention_mask bool `[N, N]`; position_embeddings: cos and sin, each
-        `[N, head_dim]`."""
+        """hidden_states `[1, N, hidden_size]`; position_embeddings: cos and sin, each `[N, head_dim]`."""
         q, k, v = (
             projection(hidden_states[0]).unflatten(-1, (self.num_heads, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -64,7 +57,7 @@ class RotaryAttention(SiglipAttention):
         if position_embeddings is not None:
             q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
         q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, scale=self.scale)
+        attended = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         return self.out_proj(attended[0].transpose(0, 1).flatten(1))[None], None
 
 
@@ -80,7 +73,7 @@ class Frame:
     raster: torch.Tensor
 
 
-class Ovis2_5:
+class Ovis2_5(VisionLanguageReference):
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
         root, tensors = read_json(folder / "config.json"), Tensors.of(folder)
         self.raw: Raw = root["vit_config"]
@@ -97,7 +90,7 @@ class Ovis2_5:
         words = len(self.table) - INDICATORS
         self.head: Any = nn.Sequential(nn.Linear(merged, words, bias=False), nn.LayerNorm(words))
         ready(self.head, tensors.under("visual_tokenizer.head."), device, dtype)
-        self.language = Decoder(root["llm_config"], tensors.under("llm."), device, dtype)
+        self.language = Decoder.load(root["llm_config"], tensors.under("llm."), device, dtype)
         processor = processor_json(folder)
         self.processing = Processing.of(processor | {"size": 1}, 1, Image.Resampling.BILINEAR)
         self.least = processor.get("min_pixels", MIN_PIXELS)
@@ -115,22 +108,47 @@ class Ovis2_5:
         size: int = self.raw.get("patch_size", 16)
         return size
 
-    def run(self, pictures: Sequence[Image.Image], prompt: str, steps: int) -> Trace:
-        frames = [self._frame(picture) for picture in pictures]
-        with torch.no_grad():
+    def see(self, pictures: Sequence[Image.Image | Sequence[Image.Image]]) -> Seen:
+        """Several pictures in place of one are the frames of a video."""
+        traces, images, atoms, grids = [], [], [], []
+        for medium in pictures:
+            shown, first = ([medium], 0) if isinstance(medium, Image.Image) else (medium, 2)
+            frames = [self._frame(pixels) for pixels in self.prepared(shown)]
             encoded = [self._encoded(frame) for frame in frames]
-            rows = [self._visual_tokens(features) for _, features in encoded]
-            images = [IMAGE + "\n"] * len(pictures)  # the parts of a message are joined with line feeds
-            embeds = self._spliced(rendered(self.folder, self.tokenizer, images, prompt, TEMPLATE), rows)
-        taps = {stage: torch.cat([trace[stage] for trace, _ in encoded]) for stage in encoded[0][0]}
-        return {**taps, "projector": torch.cat(rows).cpu(), **self.language.run(embeds, steps)}
+            rows = torch.cat([self._visual_tokens(features) for _, features in encoded])
+            start, end = self.table[-INDICATORS:][first : first + 2].split(1)
+            traces += [trace for trace, _ in encoded]
+            images.append([torch.cat((start, rows, end))])
+            atoms.append(rows.cpu())
+            grids.append(frames[0].grid)
+        taps = {stage: torch.cat([trace[stage] for trace in traces]) for stage in traces[0]}
+        return Seen({**taps, "projector": torch.cat(atoms)}, images, grids)
 
-    def _frame(self, picture: Image.Image) -> Frame:
+    def text(self, prompt: str, seen: Seen) -> str:
+        images = [IMAGE + "\n"] * len(seen.images)  # the parts of a message are joined with line feeds
+        return rendered(self.folder, self.tokenizer, images, prompt, CHATML)
+
+    def ids(self, text: str, seen: Seen) -> list[int]:
+        """Text is tokenised piece by piece; each picture's rows stand between the learned start and end."""
+        waiting = iter(seen.blocks)
+        ids: list[int] = []
+        for part in re.split(f"({IMAGE}|{VIDEO})", text):
+            if part in (IMAGE, VIDEO):
+                ids += [PLACE] * len(next(waiting))
+            elif part:
+                ids += self.tokenizer(part, add_special_tokens=False).input_ids
+        return ids
+
+    def prepared(self, frames: Sequence[Image.Image]) -> list[torch.Tensor]:
+        """f32 `[3, H, W]`, every frame at the size that suits the first."""
         factor = self.patch_size * self.stride
-        height, width = smart_resize(picture.height, picture.width, factor, self.least, self.most)
-        pixels = self.processing.normalised(picture.resize((width, height), self.processing.resample))
+        height, width = smart_resize(frames[0].height, frames[0].width, factor, self.least, self.most)
+        resized = [frame.resize((width, height), self.processing.resample) for frame in frames]
+        return [self.processing.normalised(frame) for frame in resized]
+
+    def _frame(self, pixels: torch.Tensor) -> Frame:
         p, s = self.patch_size, self.stride
-        h, w = height // p, width // p
+        h, w = (side // p for side in pixels.shape[1:])
         blocks = pixels.reshape(3, h // s, s, p, w // s, s, p).permute(1, 4, 2, 5, 0, 3, 6)
         row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
         rows, columns = (_in_blocks(index, s).flatten() for index in (row, column))
@@ -145,13 +163,11 @@ class Ovis2_5:
         patches = self.tower.embeddings.patch_embedding(pixels).flatten(1)
         x = patches + self._positions(frame) if self.raw.get("preserve_original_pe", True) else patches
         before = {"patch_embedding": patches, "positions": x}
-        rotary, full = self._rotary(frame), self._full_layers(len(layers))
-        windows = self._windows(frame) if len(full) < len(layers) else None
+        rotary = self._rotary(frame)
         with tapping({f"block.{number}": layer for number, layer in enumerate(layers)}) as taps:
             x = x[None]
-            for number, layer in enumerate(layers):
-                mask = None if number in full else windows
-                x = layer(x, attention_mask=mask, position_embeddings=rotary)
+            for layer in layers:
+                x = layer(x, attention_mask=None, position_embeddings=rotary)
         trace = {"preprocessing": frame.pixels.flatten(1).to(self.dtype), **before, **taps, "features": x[0]}
         return {stage: rows.cpu()[frame.raster] for stage, rows in trace.items()}, x[0]
 
@@ -172,33 +188,11 @@ class Ovis2_5:
         angles = torch.cat([angles, angles], dim=1).to(self.device)
         return angles.cos(), angles.sin()
 
-    def _windows(self, frame: Frame) -> torch.Tensor:
-        """Which patches share a window, `[N, N]`."""
-        side = self.raw.get("window_size", 112) // self.stride // self.patch_size * self.stride
-        window = frame.rows // side * (frame.grid[1] + 1) + frame.columns // side
-        return (window[:, None] == window[None]).to(self.device)
-
-    def _full_layers(self, layers: int) -> set[int]:
-        stated = self.raw.get("fullatt_block_indexes")
-        return {int(number) for number in stated.split("|")} if stated else set(range(layers))
-
     def _visual_tokens(self, features: torch.Tensor) -> torch.Tensor:
         """features `[N, hidden_size]` in block order -> expected rows of the table `[N / stride**2, width]`."""
         merged = features.reshape(-1, features.shape[1] * self.stride**2)
         chosen = self.head(merged).softmax(dim=-1, dtype=torch.float32).to(features.dtype)
         return F.pad(chosen, (0, INDICATORS)) @ self.table
-
-    def _spliced(self, text: str, rows: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Text is tokenised piece by piece; each picture's rows stand between the learned start and end."""
-        start, end = self.table[-INDICATORS][None], self.table[-INDICATORS + 1][None]
-        waiting = iter(rows)
-        pieces = []
-        for part in re.split(f"({IMAGE})", text):
-            if part == IMAGE:
-                pieces += [start, next(waiting), end]
-            elif part:
-                pieces.append(self.language.embed(self.tokenizer(part, add_special_tokens=False).input_ids))
-        return torch.cat(pieces)
 
 
 def smart_resize(height: int, width: int, factor: int, least: int, most: int) -> tuple[int, int]:

@@ -64,6 +64,14 @@ class Processing:
     def resized(self, picture: Image.Image) -> Image.Image:
         return picture.resize((self.width, self.height), self.resample)
 
+    def squared(self, picture: Image.Image) -> Image.Image:
+        """`resized` after it was put in the middle of a square of the mean colour."""
+        longest = max(picture.size)
+        red, green, blue = (int(value * 255) for value in self.mean.tolist())
+        canvas = Image.new("RGB", (longest, longest), (red, green, blue))
+        canvas.paste(picture, ((longest - picture.width) // 2, (longest - picture.height) // 2))
+        return self.resized(canvas)
+
     def normalised(self, picture: Image.Image) -> torch.Tensor:
         """f32 `[3, H, W]`."""
         values = torch.from_numpy(np.array(picture)).permute(2, 0, 1) * self.rescale
@@ -79,6 +87,12 @@ def processor_json(folder: Path) -> Raw:
     """processor_config.json's picture part, which transformers 5 prefers, else preprocessor_config.json; {} without."""
     nested = read_json(folder / "processor_config.json").get("image_processor")
     return nested if isinstance(nested, dict) else read_json(folder / "preprocessor_config.json")
+
+
+def squares_of(picture: Image.Image, side: int) -> list[Image.Image]:
+    """Its tiles, row by row."""
+    corners = [(x, y) for y in range(0, picture.height, side) for x in range(0, picture.width, side)]
+    return [picture.crop((x, y, x + side, y + side)) for x, y in corners]
 
 
 def patches_of(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:

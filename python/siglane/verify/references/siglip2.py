@@ -15,6 +15,7 @@ from siglane.verify.references.files import Tensors, read_json, ready
 from siglane.verify.references.pixels import Processing, processor_json
 from siglane.verify.references.reference import ReferenceFamily
 from siglane.verify.references.tapping import tapping
+from siglane.verify.references.tower import stages_of
 from siglane.verify.stages import Trace
 
 MODEL_TYPES = ("siglip2", "siglip2_vision_model")
@@ -34,37 +35,30 @@ class Siglip2:
         self.processing: Processing = Processing.of(processor | {"size": 1}, 1, Image.Resampling.BILINEAR)
 
     def run(self, pictures: Sequence[Image.Image], prompt: str, steps: int) -> Trace:
+        return self.encoded([self.prepared(picture) for picture in pictures])
+
+    def prepared(self, picture: Image.Image) -> torch.Tensor:
+        """f32 `[3, H, W]` of at most `most` patches."""
+        size = resized_to(*picture.size, self.config.patch_size, self.most)
+        return self.processing.normalised(picture.resize(size, self.processing.resample))
+
+    def encoded(self, pictures: Sequence[torch.Tensor]) -> Trace:
+        """Prepared pictures -> all stages, padding left out."""
         patch_size = self.config.patch_size
-        patches, shapes = [], []
-        for picture in pictures:
-            width, height = resized_to(*picture.size, patch_size, self.most)
-            pixels = self.processing.normalised(picture.resize((width, height), self.processing.resample))
-            shapes.append((height // patch_size, width // patch_size))
-            patches.append(channel_last(pixels, patch_size))
+        patches = [channel_last(pixels, patch_size) for pixels in pictures]
         padded = torch.zeros(len(patches), self.most, patches[0].shape[1])
-        mask = torch.zeros(len(patches), self.most, dtype=torch.int64)
+        mask = torch.zeros(len(patches), self.most, dtype=torch.int64, device=self.device)
         for number, rows in enumerate(patches):
             padded[number, : len(rows)], mask[number, : len(rows)] = rows, 1
-        taps = self._encoded(padded, mask, torch.tensor(shapes))
-        taps["preprocessing"] = torch.cat(patches).to(self.dtype)
-        return taps
-
-    @torch.no_grad()
-    def _encoded(self, padded: torch.Tensor, mask: torch.Tensor, shapes: torch.Tensor) -> Trace:
-        modules = {
-            "patch_embedding": self.model.embeddings.patch_embedding,
-            "positions": self.model.embeddings,
-            **{f"block.{number}": layer for number, layer in enumerate(self.model.encoder.layers)},
-            "features": self.model.post_layernorm,
-        }
-        mask = mask.to(self.device)
+        modules = {**stages_of(self.model), "features": self.model.post_layernorm}
         with tapping(modules, rows=lambda output: output[mask.bool()]) as taps:
             output = self.model(
-                pixel_values=padded.to(self.device, self.dtype), pixel_attention_mask=mask, spatial_shapes=shapes
+                pixel_values=padded.to(self.device, self.dtype),
+                pixel_attention_mask=mask,
+                spatial_shapes=torch.tensor([[side // patch_size for side in one.shape[1:]] for one in pictures]),
             )
-        if output.pooler_output is not None:
-            taps["pooled"] = output.pooler_output.cpu()
-        return taps
+        pooled = {} if output.pooler_output is None else {"pooled": output.pooler_output.cpu()}
+        return {"preprocessing": torch.cat(patches).to(self.dtype), **taps, **pooled}
 
 
 def resize_one_column_exactly(embeddings: Any) -> None:

@@ -27,7 +27,7 @@ def tapping(modules: Mapping[str, nn.Module], rows: Rows = rows_of) -> Iterator[
     def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
             found = output[0] if isinstance(output, tuple) else output
-            taps[name] = rows(found.detach()).cpu()
+            taps[name] = rows(found).cpu()
 
         return keep
 

@@ -1,15 +1,33 @@
-"""transformers' SiglipVisionModel with every stage read."""
+"""transformers' SigLIP towers with every stage read."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from siglane.verify.references.files import Raw, Tensors, ready
 from siglane.verify.references.pixels import patches_of
 from siglane.verify.references.tapping import tapping
+from siglane.verify.stages import Trace
+
+
+def stages_of(tower: Any) -> dict[str, nn.Module]:
+    """What gives patch_embedding, positions and block.N."""
+    return {
+        "patch_embedding": tower.embeddings.patch_embedding,
+        "positions": tower.embeddings,
+        **{f"block.{number}": layer for number, layer in enumerate(tower.encoder.layers)},
+    }
+
+
+def up_to(taps: Trace, blocks: int) -> Trace:
+    """Without the blocks after the first `blocks`, whose output is the features."""
+    later = {stage for stage in taps if stage.startswith("block.") and int(stage.removeprefix("block.")) >= blocks}
+    kept = {stage: rows for stage, rows in taps.items() if stage not in later}
+    return {**kept, "features": taps[f"block.{blocks - 1}"] if blocks else taps["positions"]}
 
 
 class SiglipTower:
@@ -36,27 +54,15 @@ class SiglipTower:
         patch_size: int = self.config.patch_size
         return self.side // patch_size
 
-    def run(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    def run(self, pixels: torch.Tensor) -> Trace:
         """pixels f32 `[B, 3, H, W]` -> preprocessing, patch_embedding, positions, block.N, post_layernorm; pooled."""
-        modules = {
-            "patch_embedding": self.model.embeddings.patch_embedding,
-            "positions": self.model.embeddings,
-            **{f"block.{number}": layer for number, layer in enumerate(self.model.encoder.layers)},
-            "post_layernorm": self.model.post_layernorm,
-        }
-        with torch.no_grad(), tapping(modules) as taps:
+        with tapping({**stages_of(self.model), "post_layernorm": self.model.post_layernorm}) as taps:
             output = self.model(pixel_values=pixels.to(self.device, self.dtype))
-        taps["preprocessing"] = patches_of(pixels.to(self.dtype), self.config.patch_size)
-        if output.pooler_output is not None:
-            taps["pooled"] = output.pooler_output.cpu()
-        return taps
+        pooled = {} if output.pooler_output is None else {"pooled": output.pooler_output.cpu()}
+        return {"preprocessing": patches_of(pixels.to(self.dtype), self.config.patch_size), **taps, **pooled}
 
-    def read_at(self, pixels: torch.Tensor, layer: int) -> dict[str, torch.Tensor]:
+    def read_at(self, pixels: torch.Tensor, layer: int) -> Trace:
         """The stages up to transformers' `hidden_states[layer]`, which are the features."""
         taps = self.run(pixels)
-        layers = self.config.num_hidden_layers
-        used = layer if layer >= 0 else layers + 1 + layer
-        for number in range(used, layers):
-            del taps[f"block.{number}"]
         del taps["post_layernorm"]
-        return {**taps, "features": taps[f"block.{used - 1}"] if used else taps["positions"]}
+        return up_to(taps, layer % (self.config.num_hidden_layers + 1))

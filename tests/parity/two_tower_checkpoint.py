@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from checkpoints import randomise
-from safetensors.torch import save_file
+from checkpoints import config_of, preprocessor_of, randomise, write_checkpoint
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import Siglip2Config, Siglip2Model, SiglipConfig, SiglipModel, SiglipVisionModel
 
 from siglane.verify.references.siglip2 import resize_one_column_exactly
 
 Kind = Literal["siglip", "siglip2", "naflex"]
-DualReference = SiglipModel | Siglip2Model
+TwoTowerReference = SiglipModel | Siglip2Model
 
 LENGTH = 64
 LOG_SCALE, BIAS = 4.0, -3.0  # trained ones are near 4.7 and -16, where the scores of random towers would all be 0
@@ -29,7 +28,7 @@ CORPUS = (
 )
 
 
-def write_dual_checkpoint(
+def write_two_tower_checkpoint(
     folder: Path,
     kind: Kind = "siglip",
     *,
@@ -41,7 +40,7 @@ def write_dual_checkpoint(
     layers: int = 2,
     seed: int = 0,
     tower: SiglipVisionModel | None = None,
-) -> DualReference:
+) -> TwoTowerReference:
     """Returns the reference with the same weights. tokenizer: which file a v1 checkpoint has; image_size, patch_size:
     of fixed resolution; max_num_patches: NaFlex' own (patches of 16, a learned grid of 4x4); tower: the image tower,
     with its head and of that resolution, in place of a new one."""
@@ -54,42 +53,28 @@ def write_dual_checkpoint(
         "vocab_size": vocab_size, "max_position_embeddings": length, "projection_size": 32, "bos_token_id": 2,
         "eos_token_id": 1,
     }  # fmt: skip
-    preprocessor: dict[str, Any] = {
-        "do_resize": True, "do_rescale": True, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
-        "rescale_factor": 1 / 255, "resample": 3 if kind == "siglip" else 2,
-    }  # fmt: skip
-    model: DualReference
+    model: TwoTowerReference
     if kind == "naflex":
-        model = Siglip2Model(
-            Siglip2Config(vision_config=sizes | {"patch_size": 16, "num_patches": 16}, text_config=text)
-        )
+        vision = sizes | {"patch_size": 16, "num_patches": 16}
+        model = Siglip2Model(Siglip2Config(vision_config=vision, text_config=text))
         resize_one_column_exactly(model.vision_model.embeddings)
-        preprocessor |= {
-            "image_processor_type": "Siglip2ImageProcessor", "patch_size": 16, "max_num_patches": max_num_patches,
-        }  # fmt: skip
+        preprocessor = preprocessor_of("Siglip2ImageProcessor", 2, patch_size=16, max_num_patches=max_num_patches)
     else:
         vision = sizes | {"patch_size": patch_size, "image_size": image_size}
         if tower is not None:
             vision = tower.config.to_dict()
         model = SiglipModel(SiglipConfig(vision_config=vision, text_config=text))
-        preprocessor |= {
-            "image_processor_type": "SiglipImageProcessor", "size": {"height": image_size, "width": image_size},
-        }  # fmt: skip
+        size = {"height": image_size, "width": image_size}
+        preprocessor = preprocessor_of("SiglipImageProcessor", 3 if kind == "siglip" else 2, size=size)
     model.eval()
     randomise(model, seed)
     if tower is not None:
-        model.vision_model.load_state_dict(
-            {name.removeprefix("vision_model."): value for name, value in tower.state_dict().items()}
-        )
+        model.vision_model.load_state_dict(tower.state_dict())
     with torch.no_grad():
         model.logit_scale.fill_(LOG_SCALE)
         model.logit_bias.fill_(BIAS)
-    save_file(
-        {name: value.detach().clone() for name, value in model.state_dict().items()}, folder / "model.safetensors"
-    )
-    raw = json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
-    (folder / "config.json").write_text(json.dumps(raw))
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    raw = config_of(model) | {"architectures": [type(model).__name__]}
+    write_checkpoint(folder, raw, model.state_dict(), preprocessor=preprocessor)
     return model
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dual_checkpoint import DualReference, Kind, write_dual_checkpoint
+from parity_kit import assert_parity, picture
 from PIL import Image
-from reference import picture
 from transformers import PreTrainedTokenizerFast, SiglipTokenizer, pipeline
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
+from two_tower_checkpoint import Kind, TwoTowerReference, write_two_tower_checkpoint
 
 from siglane import Tagger
 from siglane.config.two_tower import TextRule, TextTowerConfig
@@ -74,30 +74,24 @@ def reference_ids(folder: Path, texts: list[str], length: int = 64) -> torch.Ten
     return found
 
 
-def assert_close(ours: torch.Tensor, reference: torch.Tensor) -> None:
-    assert ours.shape == reference.shape
-    assert (ours - reference).abs().max() <= 2e-4
-    assert torch.cosine_similarity(ours, reference, dim=-1).min() >= 0.99999
-
-
 @pytest.fixture(params=list(VARIANTS))
-def written(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, DualReference]:
+def written(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, TwoTowerReference]:
     kind, options = VARIANTS[request.param]
-    return tmp_path, write_dual_checkpoint(tmp_path, kind, **options)
+    return tmp_path, write_two_tower_checkpoint(tmp_path, kind, **options)
 
 
 @torch.no_grad()
-def test_embeddings_logits_and_scores(written: tuple[Path, DualReference]) -> None:
+def test_embeddings_logits_and_scores(written: tuple[Path, TwoTowerReference]) -> None:
     folder, model = written
     texts = [TEMPLATE.replace("{label}", label) for label in LABELS]
     pixels = image_processor(folder)(images=pictures(), return_tensors="pt")
     expected = model(input_ids=reference_ids(folder, texts), **pixels)
     tagger = Tagger(folder, cache=folder / "cache")
     images, labels = tagger.embed_images(pictures()), tagger.embed_texts(texts)
-    assert_close(images, expected.image_embeds)
-    assert_close(labels, expected.text_embeds)
+    assert_parity("image embeddings", images, expected.image_embeds)
+    assert_parity("text embeddings", labels, expected.text_embeds)
     loaded = load_two_tower(open_checkpoint(folder), device="cpu", dtype=torch.float32)
-    logits = loaded.model.logits(images, labels)
+    logits = loaded.model.calibration.logits(images, labels)
     assert (logits - expected.logits_per_image).abs().max() <= 2e-4
     scores = tagger.scores(pictures(), LABELS)
     assert (scores - expected.logits_per_image.sigmoid()).abs().max() <= 1e-5
@@ -108,7 +102,7 @@ def test_embeddings_logits_and_scores(written: tuple[Path, DualReference]) -> No
 @pytest.mark.parametrize("name", ["SigLIP, spiece.model", "SigLIP2, 24x24 patches", "NaFlex, 64 patches"])
 def test_the_pipelines_scores(tmp_path: Path, name: str) -> None:
     kind, options = VARIANTS[name]
-    model = write_dual_checkpoint(tmp_path, kind, **options)
+    model = write_two_tower_checkpoint(tmp_path, kind, **options)
     classify = pipeline(
         "zero-shot-image-classification", model=model, tokenizer=tokenizer(tmp_path),
         image_processor=image_processor(tmp_path), device="cpu",
@@ -125,7 +119,7 @@ def test_the_pipelines_scores(tmp_path: Path, name: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["siglip", "siglip2"])
 def test_every_tap_of_the_text_tower(tmp_path: Path, kind: Kind) -> None:
-    model = write_dual_checkpoint(tmp_path, kind, layers=3)
+    model = write_two_tower_checkpoint(tmp_path, kind, layers=3)
     loaded = load_two_tower(open_checkpoint(tmp_path), device="cpu", dtype=torch.float32)
     taps: list[torch.Tensor] = []
     for block in loaded.model.text.blocks:
@@ -134,15 +128,15 @@ def test_every_tap_of_the_text_tower(tmp_path: Path, kind: Kind) -> None:
     ours = loaded.model.text(ids)
     expected = model.text_model(input_ids=ids, output_hidden_states=True)
     for tap, state in zip(taps, expected.hidden_states[1:], strict=True):
-        assert_close(tap, state)
-    assert_close(ours, expected.pooler_output)
+        assert_parity("block", tap, state)
+    assert_parity("text embeddings", ours, expected.pooler_output)
 
 
 @pytest.mark.parametrize("name", ["SigLIP, spiece.model", "SigLIP2", "NaFlex, 64 patches"])
 @pytest.mark.parametrize("length", [64, 16])
 def test_token_ids(tmp_path: Path, name: str, length: int) -> None:
     kind, options = VARIANTS[name]
-    write_dual_checkpoint(tmp_path, kind, **options, length=length)
+    write_two_tower_checkpoint(tmp_path, kind, **options, length=length)
     _, tokens = read_two_tower(open_checkpoint(tmp_path))
     ids = tokens.ids(TEXTS)
     assert ids.shape == (len(TEXTS), length)
@@ -153,7 +147,7 @@ def test_token_ids(tmp_path: Path, name: str, length: int) -> None:
 
 def test_both_forms_of_siglips_tokenizer_give_the_same_ids(tmp_path: Path) -> None:
     for form in ("spiece", "json"):
-        write_dual_checkpoint(tmp_path / form, tokenizer=form)
+        write_two_tower_checkpoint(tmp_path / form, tokenizer=form)
     first, second = (read_two_tower(open_checkpoint(tmp_path / form))[1].ids(TEXTS) for form in ("spiece", "json"))
     assert torch.equal(first, second)
     assert (tmp_path / "spiece/spiece.model").exists()
@@ -161,8 +155,8 @@ def test_both_forms_of_siglips_tokenizer_give_the_same_ids(tmp_path: Path) -> No
 
 
 def test_what_siglip_deletes_and_siglip2_keeps(tmp_path: Path) -> None:
-    write_dual_checkpoint(tmp_path / "first", "siglip")
-    write_dual_checkpoint(tmp_path / "second", "siglip2")
+    write_two_tower_checkpoint(tmp_path / "first", "siglip")
+    write_two_tower_checkpoint(tmp_path / "second", "siglip2")
     first, second = (read_two_tower(open_checkpoint(tmp_path / name))[1] for name in ("first", "second"))
     assert first.prepared("Snow_Boots: the “BIG” ones!") == "snowboots the “big” ones"
     assert second.prepared("Snow_Boots: the “BIG” ones!") == "snow_boots: the “big” ones!"
@@ -178,25 +172,25 @@ def test_what_siglip_deletes_and_siglip2_keeps(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["siglip", "siglip2"])
 def test_padding_changes_the_embedding_and_the_trained_length_is_used(tmp_path: Path, kind: Kind) -> None:
     """formats.md trap 23, on weights of 64 positions and on a copy that was trained with 16 (so400m-patch14-224)."""
-    model = write_dual_checkpoint(tmp_path / "64", kind)
-    short = write_dual_checkpoint(tmp_path / "16", kind, length=16)
+    model = write_two_tower_checkpoint(tmp_path / "64", kind)
+    short = write_two_tower_checkpoint(tmp_path / "16", kind, length=16)
     texts = ["a cat", "This is a photo of two green shapes."]
     by_length = {
         length: F.normalize(model.text_model(input_ids=reference_ids(tmp_path / "64", texts, length)).pooler_output)
         for length in (16, 64)
     }
     ours = Tagger(tmp_path / "64", cache=tmp_path / "cache").embed_texts(texts)
-    assert_close(ours, by_length[64])
+    assert_parity("text embeddings", ours, by_length[64])
     assert (ours - by_length[16]).abs().max() > 0.01
     tagger = Tagger(tmp_path / "16", cache=tmp_path / "cache")
     assert tagger.text_rule.length == 16
     expected = short.text_model(input_ids=reference_ids(tmp_path / "16", texts, 16)).pooler_output
-    assert_close(tagger.embed_texts(texts), F.normalize(expected))
+    assert_parity("text embeddings", tagger.embed_texts(texts), F.normalize(expected))
 
 
 def test_a_masked_text_has_another_embedding(tmp_path: Path) -> None:
     """SigLIP was trained on padding that is attended to; a mask, which later tokenizers offer, breaks it."""
-    model = write_dual_checkpoint(tmp_path)
+    model = write_two_tower_checkpoint(tmp_path)
     ids = reference_ids(tmp_path, ["a cat"])
     mask = (torch.arange(64) < 4).long()[None]
     with torch.no_grad():
@@ -207,7 +201,7 @@ def test_a_masked_text_has_another_embedding(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["SigLIP, spiece.model", "NaFlex, 64 patches"])
 def test_alone_packed_and_in_another_order(tmp_path: Path, name: str) -> None:
     kind, options = VARIANTS[name]
-    write_dual_checkpoint(tmp_path, kind, **options)
+    write_two_tower_checkpoint(tmp_path, kind, **options)
     images = pictures()
     together, alone, backwards = (
         Tagger(tmp_path, batch_size=size, cache=tmp_path / "cache").embed_images(given)
@@ -219,7 +213,7 @@ def test_alone_packed_and_in_another_order(tmp_path: Path, name: str) -> None:
 
 @torch.no_grad()
 def test_templates_are_averaged_and_normalised_again(tmp_path: Path) -> None:
-    model = write_dual_checkpoint(tmp_path, "siglip2")
+    model = write_two_tower_checkpoint(tmp_path, "siglip2")
     templates = ("This is a photo of {label}.", "{label}", "a picture of {label} at night")
     units = [
         F.normalize(
@@ -236,23 +230,23 @@ def test_templates_are_averaged_and_normalised_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("budget", [4, 64, 300])
 def test_a_budget_of_naflex_for_all_and_for_one(tmp_path: Path, budget: int) -> None:
-    model = write_dual_checkpoint(tmp_path, "naflex")
+    model = write_two_tower_checkpoint(tmp_path, "naflex")
     processor = Siglip2ImageProcessorPil(patch_size=16, max_num_patches=budget)
     with torch.no_grad():
         expected = F.normalize(model.vision_model(**processor(images=pictures(), return_tensors="pt")).pooler_output)
     common = Tagger(tmp_path, max_num_patches=budget, cache=tmp_path / "cache")
-    assert_close(common.embed_images(pictures()), expected)
+    assert_parity("image embeddings", common.embed_images(pictures()), expected)
     own = Tagger(tmp_path, cache=tmp_path / "cache")
     mixed = [
         {"image": image, "max_num_patches": budget} if number % 2 else image for number, image in enumerate(pictures())
     ]
     found = own.embed_images(mixed)
-    assert_close(found[1::2], expected[1::2])
-    assert_close(found[::2], own.embed_images(pictures())[::2])
+    assert_parity("image embeddings", found[1::2], expected[1::2])
+    assert_parity("image embeddings", found[::2], own.embed_images(pictures())[::2])
 
 
 def test_half_precision_keeps_scale_and_bias(tmp_path: Path) -> None:
-    model = write_dual_checkpoint(tmp_path)
+    model = write_two_tower_checkpoint(tmp_path)
     loaded = load_two_tower(open_checkpoint(tmp_path), device="cpu", dtype=torch.bfloat16)
     assert loaded.model.vision.dtype == torch.bfloat16
     assert (loaded.model.logit_scale, loaded.model.logit_bias) == (model.logit_scale, model.logit_bias)
@@ -271,20 +265,20 @@ class TestRefusals:
             read_two_tower(open_checkpoint(tmp_path))
 
     def test_no_tokenizer(self, tmp_path: Path) -> None:
-        write_dual_checkpoint(tmp_path)
+        write_two_tower_checkpoint(tmp_path)
         (tmp_path / "spiece.model").unlink()
         with pytest.raises(ConfigError, match=r"neither tokenizer.json nor spiece.model"):
             read_two_tower(open_checkpoint(tmp_path))
 
     @pytest.mark.parametrize(("kind", "file"), [("siglip", "spiece.model"), ("siglip2", "tokenizer.json")])
     def test_a_damaged_tokenizer(self, tmp_path: Path, kind: Kind, file: str) -> None:
-        write_dual_checkpoint(tmp_path, kind)
+        write_two_tower_checkpoint(tmp_path, kind)
         (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:50])
         with pytest.raises(ConfigError, match=file):
             read_two_tower(open_checkpoint(tmp_path))
 
     def test_a_tokenizer_of_another_model(self, tmp_path: Path) -> None:
-        write_dual_checkpoint(tmp_path, "siglip2")
+        write_two_tower_checkpoint(tmp_path, "siglip2")
         raw = json.loads((tmp_path / "config.json").read_text())
         raw["text_config"]["vocab_size"] = 10
         (tmp_path / "config.json").write_text(json.dumps(raw))
@@ -292,7 +286,7 @@ class TestRefusals:
             read_two_tower(open_checkpoint(tmp_path))
 
     def test_a_tower_without_a_head(self, tmp_path: Path) -> None:
-        write_dual_checkpoint(tmp_path)
+        write_two_tower_checkpoint(tmp_path)
         raw = json.loads((tmp_path / "config.json").read_text())
         raw["vision_config"]["vision_use_head"] = False
         (tmp_path / "config.json").write_text(json.dumps(raw))

@@ -1,0 +1,177 @@
+"""HTTP by uvicorn: its configuration, a drain that lets requests finish, and patience that has an end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import h11
+import orjson
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from siglane.errors import SiglaneError, UserError
+from siglane.server.errors import error_body
+from siglane.settings.server import ServerConfig
+
+if TYPE_CHECKING:
+    from siglane.server.served import Served
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 4096
+LINGER_SECONDS = 1.0  # for a client to read that what it sends is not HTTP, before its connection is closed
+CLOSING_SECONDS = 3  # for the last bytes of failed answers to leave
+
+
+def uvicorn_config(app: Any, config: ServerConfig) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=functools.partial(PatientProtocol, stall_timeout=config.stall_timeout),  # type: ignore[arg-type]
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="warning",
+        access_log=False,  # it would write queries and client-chosen paths; middleware.Observe has its own line
+        proxy_headers=False,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=config.idle_timeout,
+        timeout_graceful_shutdown=CLOSING_SECONDS,
+    )
+
+
+class Server(uvicorn.Server):
+    """uvicorn with a drain: the first signal stops admission and lets requests finish, the second ends them now."""
+
+    def __init__(self, config: uvicorn.Config, served: Served) -> None:
+        super().__init__(config)
+        self._served = served
+        self._deadline: float | None = None
+        self.failure: SiglaneError | None = None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        # not uvicorn's own: it raises the signal again at the end, and the exit code of a clean stop is 0
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, self.handle_exit) for number in signals]
+        try:
+            yield
+        finally:
+            for number, handler in zip(signals, before, strict=True):
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._deadline is None:
+            self._served.draining = True
+            self._deadline = now + self._served.config.drain_timeout
+        else:
+            self._deadline = now
+
+    def drain(self) -> None:
+        """What the first SIGTERM does."""
+        self.handle_exit(signal.SIGTERM, None)
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._deadline is not None and not self.should_exit:
+            late = time.monotonic() >= self._deadline
+            if late:
+                self._served.fail_all()
+            if late or not self._busy:
+                self.should_exit = True
+        return await super().on_tick(counter)
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self.server_state.tasks)
+
+    def stop_when_engine_fails(self) -> None:
+        """A model that cannot be loaded ends the server with the reason, instead of a server that is never ready."""
+
+        def watch() -> None:
+            try:
+                self._served.engine.wait_ready()
+                logger.info("ready")
+            except SiglaneError as error:
+                if self._deadline is None:
+                    self.failure = error
+                    self.should_exit = True
+
+        threading.Thread(target=watch, name="engine-watch", daemon=True).start()
+
+
+class PatientProtocol(H11Protocol):
+    """HTTP/1.1 with deadlines for clients that connect and do not go on, or do not read what they asked for."""
+
+    def __init__(self, *args: Any, stall_timeout: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._stall_timeout = stall_timeout
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._stall_timer: asyncio.TimerHandle | None = None
+        self._refused = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch_idle()
+
+    def data_received(self, data: bytes) -> None:
+        if not self._refused:
+            super().data_received(data)
+            self._watch_idle()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch_idle()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._idle_timer, self._stall_timer):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stall_timer = self.loop.call_later(self._stall_timeout, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
+
+    def send_400_response(self, msg: str) -> None:
+        """What is not HTTP gets the body that every other failure has; behind an answer that has begun, nothing."""
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if not (answering and self.cycle.response_started):
+            body = orjson.dumps(error_body(UserError(msg, code="invalid_http")))
+            head = "HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-type: application/json"
+            self.transport.write(f"{head}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
+        if answering:
+            self.transport.close()
+            return
+        self._refused = True  # the rest is read and forgotten: closed over it, the connection would lose the answer too
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.loop.call_later(LINGER_SECONDS, self.transport.close)
+
+    def _watch_idle(self) -> None:
+        """The client has one idle timeout for its next whole header (and for a refused body's end), however it
+        dribbles; while a request is being answered it has none here."""
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if answering and self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
+        elif not answering and self._idle_timer is None and self.conn.our_state is not h11.ERROR:
+            self._idle_timer = self.loop.call_later(self.timeout_keep_alive, self.transport.close)

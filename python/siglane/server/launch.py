@@ -1,0 +1,151 @@
+"""Launching a server: port and model are checked before anything heavy is loaded, then the engine is started."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import logging
+import re
+import resource
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from siglane.errors import UserError
+from siglane.server import logs
+from siglane.server.http import BACKLOG, Server, uvicorn_config
+from siglane.settings.server import ServerConfig
+from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
+from siglane.weights.demo import FOLDERS, open_model
+
+if TYPE_CHECKING:
+    from siglane.engine.child import EngineSpec
+    from siglane.server.served import Served
+
+logger = logging.getLogger(__name__)
+
+FILES = 65536  # one per connection; the usual limit of 1024 would refuse clients long before the queue does
+REPOSITORY_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def preflight(config: ServerConfig, model: str) -> socket.socket:
+    """The listening socket. UserError in well under a second when the port or the model cannot be had.
+
+    Call it before importing anything that loads torch.
+    """
+    check_model_exists(model, "model")
+    if config.tagger is not None and config.tagger not in FOLDERS:
+        check_model_exists(config.tagger, "tagger")
+    root = config.allowed_local_media_path
+    if root is not None and not Path(root).is_dir():
+        raise UserError(f"allowed_local_media_path {root!r} is not a folder", code="bad_option")
+    return listen(config.host, config.port)
+
+
+def check_model_exists(model: str, param: str) -> None:
+    """UserError for a folder that is none, or holds no model."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir() and (folder.is_absolute() or folder.exists() or not REPOSITORY_ID.fullmatch(model)):
+        message = f"there is no folder {model!r}; give a model's folder or its hub id (owner/name)"
+        raise UserError(message, code="model_not_found", param=param)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        message = f"{model} holds no config.json; give the folder of a model"
+        raise UserError(message, code="model_not_found", param=param)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio turns Nagle's delay off only for sockets that say they are TCP: without it every answer waits 40 ms
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            message = f"port {port} of {host} is in use; choose another one with --port"
+            raise UserError(message, code="port_in_use") from error
+        message = f"cannot listen on {host} port {port}: {error.strerror or error}"
+        raise UserError(message, code="cannot_listen") from error
+    return listener
+
+
+def serve(
+    config: ServerConfig,
+    spec: EngineSpec,
+    listener: socket.socket | None = None,
+    image_limits: ImageBudget = CHECKPOINT_LIMITS,
+) -> int:
+    """Serves until a signal, and returns the exit code: 0 after SIGTERM or Ctrl-C.
+
+    listener: from `preflight`, when the caller has checked already; image_limits: the ceiling of the clients'. Raises
+    UserError for a port, a model or limits that cannot be used, EngineError when the engine cannot be started.
+    """
+    listener = listener or preflight(config, spec.model)
+    with contextlib.closing(listener):
+        logs.configure(config.log_format, config.log_level)
+        _raise_file_limit()
+
+        from siglane.server.app import create_app  # loads torch, after everything that can fail at once
+
+        with serving(config, dataclasses.replace(spec, tagger=config.tagger), image_limits) as served:
+            server = Server(uvicorn_config(create_app(served), config), served)
+            server.stop_when_engine_fails()
+            host, port = listener.getsockname()[:2]
+            logger.info("serving %s on http://%s:%d/v1", served.name, f"[{host}]" if ":" in host else host, port)
+            server.run([listener])
+    if server.failure is not None:
+        raise server.failure
+    return 0
+
+
+@contextlib.contextmanager
+def serving(config: ServerConfig, spec: EngineSpec, image_limits: ImageBudget = CHECKPOINT_LIMITS) -> Iterator[Served]:
+    """The models of `spec` behind an engine that loads them while the server starts; closed at the end.
+
+    image_limits: of the model itself; a tagger beside it reads images as its checkpoint says.
+    """
+    from siglane.engine.process import EngineProcess
+    from siglane.families.processor import load_processor
+    from siglane.families.two_tower import has_both_towers, read_two_tower
+    from siglane.server.metrics import Metrics
+    from siglane.server.served import ChatModel, EmbedModel, Served
+    from siglane.weights.hub import open_checkpoint
+
+    # what the engine's process opens is downloaded here, and facts that cannot be used are found
+    checkpoint = open_checkpoint(spec.model, spec.revision)
+    alone = has_both_towers(checkpoint)
+    if alone and spec.tagger is not None:
+        raise UserError(f"{spec.model} is a SigLIP itself; leave --tagger out", code="bad_option", param="tagger")
+    tagger = spec.model if alone else spec.tagger
+    two_tower = None if tagger is None else read_two_tower(checkpoint if alone else open_model(tagger))
+
+    name, metrics, engine = config.served_model_name or folder_of(spec.model), Metrics(), EngineProcess(spec)
+    engine.start(wait=False)
+    try:
+        chat = embed = None
+        if not alone:
+            chat = ChatModel(name, spec.model, load_processor(checkpoint), engine, config, metrics, image_limits)
+        if tagger is not None and two_tower is not None:
+            its_name, its_limits = (name, image_limits) if alone else (folder_of(tagger), CHECKPOINT_LIMITS)
+            embed = EmbedModel(its_name, tagger, *two_tower, engine, config, metrics, its_limits)
+        with contextlib.closing(Served(config, engine, metrics, chat, embed)) as served:
+            yield served
+    finally:
+        engine.close()
+
+
+def folder_of(model: str) -> str:
+    """The last part of a path or hub id."""
+    return model.rstrip("/").rpartition("/")[2]
+
+
+def _raise_file_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,0 +1,243 @@
+"""What one server serves: a model that chats, one that embeds, or both of them, computed by one engine."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hashlib
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from siglane.config.two_tower import TwoTowerConfig
+from siglane.engine.answer import Answer
+from siglane.engine.embed_worker import Embedding, Item
+from siglane.engine.process import EngineProcess
+from siglane.engine.sampling import sampling_defaults
+from siglane.errors import EngineError, UserError
+from siglane.families.processor import Processor
+from siglane.families.two_tower import Calibration
+from siglane.server.choices import Choices
+from siglane.server.context import InflightBytes
+from siglane.server.errors import overloaded
+from siglane.server.logprobs import TokenTexts
+from siglane.server.media import MediaLoader
+from siglane.server.metrics import Metrics
+from siglane.server.middleware import shutting_down
+from siglane.server.replies import ModelCard
+from siglane.server.text_cache import TextCache
+from siglane.settings.server import ServerConfig
+from siglane.text.tokens import TextTokens
+from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
+from siglane.types import Request, SamplingParams
+
+
+class ChatModel:
+    """A vision-language model behind an engine. Lives on one event loop.
+
+    name: of it in answers; root: its folder or hub id; image_limits: the ceiling of its clients'; config,
+    metrics: the server's.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        root: str,
+        processor: Processor,
+        engine: EngineProcess,
+        config: ServerConfig,
+        metrics: Metrics,
+        image_limits: ImageBudget = CHECKPOINT_LIMITS,
+    ) -> None:
+        self.name, self.root, self.processor, self.config, self.metrics = name, root, processor, config, metrics
+        self.sampling_defaults = defaults_of(config, processor)
+        self.fingerprint = "fp_" + hashlib.sha256(f"{root}\0{processor.config}".encode()).hexdigest()[:12]
+        self.media = MediaLoader(config, processor.config.images, image_limits)
+        self.token_texts = TokenTexts(processor.tokenizer)
+        self.longest_token = max(map(len, processor.tokenizer.get_vocab()))
+        self._engine = engine
+        self._commands = ThreadPoolExecutor(1, thread_name_prefix="engine-commands")
+        self._asked: set[Choices] = set()
+        self._ended = False
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and answer together that the engine has room for; before it is ready, what `kv_tokens`
+        leaves of the model's."""
+        if self._engine.facts is not None and self._engine.facts.context_length is not None:
+            return self._engine.facts.context_length
+        settings, positions = self._engine.spec.config, self.processor.context_length
+        pages = settings.stated_pages
+        return positions if pages is None else min(positions, pages * settings.page_size)
+
+    async def ask(self, requests: Sequence[Request]) -> Choices:
+        """Hands one client's requests (its n choices) to the engine. The caller ends with `release`. EngineError (503)
+        when the engine is not ready."""
+        answers = [Answer.of(one.request_id, one.prompt, one.sampling.stop, self.processor) for one in requests]
+        choices = Choices(answers, self._engine, self._commands)
+        self._asked.add(choices)
+        try:
+            if self._ended:
+                raise shutting_down()
+            # on the one thread for commands: a full pipe would block the event loop, and an abort must not overtake
+            submit = functools.partial(self._engine.submit, requests, choices.on_delta)
+            await asyncio.get_running_loop().run_in_executor(self._commands, submit)
+        except BaseException:
+            self.release(choices)
+            raise
+        return choices
+
+    def release(self, choices: Choices) -> None:
+        self._asked.discard(choices)
+        choices.close()
+
+    def fail_all(self) -> None:
+        """Ends every running request with an error and takes no other."""
+        self._ended = True
+        for choices in self._asked:
+            choices.fail(shutting_down())
+
+    def close(self) -> None:
+        self.media.close()
+        self._commands.shutdown(wait=False)
+
+
+def defaults_of(config: ServerConfig, processor: Processor) -> SamplingParams:
+    """What a request gets where it names nothing: the operator's temperature, the checkpoint's values, OpenAI's."""
+    defaults = SamplingParams(temperature=1.0)
+    if config.sampling_defaults == "model":
+        defaults = sampling_defaults(processor.config, defaults)
+    if config.default_temperature is not None:
+        defaults = replace(defaults, temperature=config.default_temperature)
+    return defaults
+
+
+class EmbedModel:
+    """Both towers of a SigLIP behind an engine. Lives on one event loop.
+
+    name: of it in answers; root: its folder or hub id; image_limits: the ceiling of its clients'; config,
+    metrics: the server's.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        root: str,
+        facts: TwoTowerConfig,
+        tokens: TextTokens,
+        engine: EngineProcess,
+        config: ServerConfig,
+        metrics: Metrics,
+        image_limits: ImageBudget = CHECKPOINT_LIMITS,
+    ) -> None:
+        self.name, self.root, self.tokens, self.metrics = name, root, tokens, metrics
+        self.width = facts.text.projection_size
+        self.context_length = facts.text.length
+        self.media = MediaLoader(config, facts.images, image_limits)
+        self.texts = TextCache(config.text_cache_bytes)
+        self._engine = engine
+        self._ended = False
+
+    @property
+    def prepared_as(self) -> str:
+        """How texts are prepared, in words."""
+        rule = self.tokens.rule
+        punctuation = "without punctuation" if rule.delete_punctuation else "with punctuation"
+        return f"lower case, {punctuation}, cut and padded to {rule.length} tokens with id {rule.pad_id}"
+
+    @property
+    def calibration(self) -> Calibration:
+        facts = self._engine.facts
+        assert facts is not None, "vectors come from a loaded model"
+        assert facts.calibration is not None
+        return facts.calibration
+
+    async def embed(self, items: Sequence[Item]) -> list[Embedding | BaseException]:
+        """For each item its embedding, or why it has none."""
+        if self._ended:
+            raise shutting_down()
+        futures = [asyncio.wrap_future(future) for future in self._engine.embed(items)]
+        return await asyncio.gather(*futures, return_exceptions=True)
+
+    def fail_all(self) -> None:
+        """Ends every running request with an error and takes no other."""
+        self._ended = True
+        self._engine.fail_embeddings(shutting_down())
+
+    def close(self) -> None:
+        self.media.close()
+
+
+class Served:
+    """The models of one server, at least one, and what they share: names, metrics, bytes in flight, the end.
+
+    Beside a chat model, the one that embeds answers to the chat model's names too.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        engine: EngineProcess,
+        metrics: Metrics,
+        chat: ChatModel | None = None,
+        embed: EmbedModel | None = None,
+    ) -> None:
+        self.config, self.engine, self.metrics, self.chat, self.embed = config, engine, metrics, chat, embed
+        self.models = tuple(model for model in (chat, embed) if model is not None)
+        self.name = self.models[0].name
+        self.inflight_bytes = InflightBytes(config.max_inflight_bytes, metrics.inflight_bytes)
+        self.draining = False
+        self._created = int(time.time())
+        if chat is not None:
+            metrics.watch_engine(engine.stats)
+
+    def check_name(self, name: str | None, model: ChatModel | EmbedModel) -> None:
+        """UserError (404) for a name that a client gives a model that has others."""
+        if name is not None and name not in self._names(model):
+            message = f"the model {name[:80]!r} is not served here; this is {model.name!r}"
+            raise UserError(message, code="model_not_found", param="model", status=404)
+
+    def cards(self) -> list[ModelCard]:
+        return [self._card(model) for model in self.models]
+
+    def card(self, name: str) -> ModelCard:
+        """UserError (404) when no model has this name."""
+        model = next((model for model in self.models if name in self._names(model)), self.models[0])
+        self.check_name(name, model)
+        return self._card(model)
+
+    def refusal(self) -> EngineError | None:
+        """Why no new request is taken, if so."""
+        if self.draining:
+            return shutting_down()
+        if self.engine.state == "ready":
+            return None
+        if self.engine.state in ("starting", "restarting"):
+            return overloaded(f"the model is {self.engine.state}; try again", code=f"engine_{self.engine.state}")
+        return overloaded("the engine is down", code="engine_down")
+
+    def fail_all(self) -> None:
+        """Ends every running request with an error and takes no other, because the time to drain is over."""
+        for model in self.models:
+            model.fail_all()
+
+    def close(self) -> None:
+        for model in self.models:
+            model.close()
+
+    def _names(self, model: ChatModel | EmbedModel) -> set[str]:
+        """The first model has the server's aliases too, and whoever stands beside it has all of its names."""
+        first = self.models[0]
+        return {model.name, model.root, first.name, first.root, *self.config.model_aliases}
+
+    def _card(self, model: ChatModel | EmbedModel) -> ModelCard:
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "siglane",
+            "root": model.root,
+            "parent": None,
+            "max_model_len": model.context_length,
+        }
