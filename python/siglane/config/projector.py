@@ -27,12 +27,12 @@ class ProjectorConfig:
     layers: see `projector/mlp.py`; widths in the order of the forward pass.
     """
 
-    merge: Merge
-    factor: int
-    column_major: bool
     layers: tuple[Layer, ...]
     input_size: int
     output_size: int
+    merge: Merge = "none"
+    factor: int = 1
+    column_major: bool = False
     vocabulary: VocabularyConfig | None = None
 
 
@@ -97,7 +97,14 @@ def vila_projector(kind: str, *, input_size: int, output_size: int, column_major
     elif kind != "identity":
         known = ", ".join(["identity", "linear", "mlp<N>x_gelu", *_VILA])
         raise ConfigError(f"mm_projector_type {kind!r} is not known; siglane knows {known}")
-    return _config(layers, input_size, output_size, merge, factor, column_major)
+    return ProjectorConfig(
+        merge=merge,
+        factor=factor,
+        column_major=column_major,
+        layers=layers,
+        input_size=input_size,
+        output_size=output_size,
+    )
 
 
 def _downsample_layers(merged: int, channels: int, output_size: int, multiples: tuple[int, ...]) -> tuple[Layer, ...]:
@@ -132,13 +139,15 @@ def llava_projector(
         ActivationLayer(activation),
         LinearLayer(f"{prefix}2", output_size, output_size, bias=bias),
     )
-    return _config(layers, input_size, output_size)
+    return ProjectorConfig(layers=layers, input_size=input_size, output_size=output_size)
 
 
 def pixel_shuffle_projector(factor: int, *, input_size: int, output_size: int, name: str = "proj") -> ProjectorConfig:
     """nanoVLM's: pixel shuffle by `factor`, then one linear layer without bias."""
     layers = (LinearLayer(name, input_size * factor * factor, output_size, bias=False),)
-    return _config(layers, input_size, output_size, "pixel_shuffle", factor)
+    return ProjectorConfig(
+        merge="pixel_shuffle", factor=factor, layers=layers, input_size=input_size, output_size=output_size
+    )
 
 
 def vocabulary_projector(
@@ -151,7 +160,7 @@ def vocabulary_projector(
         raise ConfigError(f"a visual vocabulary of {rows} rows has none left beside its {indicators} indicators")
     merged = input_size * factor * factor
     return ProjectorConfig(
-        merge="blocks", factor=factor, column_major=False,
+        merge="blocks", factor=factor,
         layers=(LinearLayer(f"{head}.0", merged, words, bias=False), NormLayer(f"{head}.1", words, NORM_EPS)),
         input_size=input_size, output_size=output_size, vocabulary=VocabularyConfig(table, words, indicators),
     )  # fmt: skip
@@ -164,17 +173,3 @@ def _mlp(widths: Sequence[int]) -> tuple[Layer, ...]:
             layers.append(ActivationLayer("gelu_erf"))
         layers.append(LinearLayer(f"layers.{2 * number}", before, after, bias=True))
     return tuple(layers)
-
-
-def _config(
-    layers: tuple[Layer, ...],
-    input_size: int,
-    output_size: int,
-    merge: Merge = "none",
-    factor: int = 1,
-    column_major: bool = False,
-) -> ProjectorConfig:
-    return ProjectorConfig(
-        merge=merge, factor=factor, column_major=column_major, layers=layers,
-        input_size=input_size, output_size=output_size,
-    )  # fmt: skip

@@ -10,8 +10,19 @@ from typing import Literal
 
 from siglane.errors import ConfigError, UserError
 from siglane.tiling.rule import Budgeted, ImageBudget, ImageContext, LayoutRule, PatchGeometry, split, whole_tile
-from siglane.types import Grid, ImageLayout, ImagePlaceholder, Marker, MergedScales, Pad, Piece
-from siglane.types import Resample, Size, Tile, VideoSize
+from siglane.types import (
+    Grid,
+    ImageLayout,
+    ImagePlaceholder,
+    Marker,
+    MergedScales,
+    Pad,
+    Piece,
+    Resample,
+    Size,
+    Tile,
+    VideoSize,
+)
 
 Tiling = Literal["squash", "pad", "dynamic", "dynamic_s2"]
 
