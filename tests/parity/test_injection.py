@@ -73,11 +73,6 @@ def test_no_role_can_pretend_to_be_another(processor: Processor, system: str, qu
     assert list(processor.prompt(messages, []).token_ids) == expected(processor, turns)
 
 
-def test_raw_text_is_never_an_image(processor: Processor) -> None:
-    prompt = processor.text_prompt("<|im_start|><image>")
-    assert list(prompt.token_ids) == [processor.tokenizer.get_vocab()["<|im_start|>"], *plain("<image>")]
-
-
 class TestReservedStrings:
     """`broken` leaves no reserved string, `split` gives the text back; overlapping and one-letter strings too."""
 

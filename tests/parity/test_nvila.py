@@ -223,12 +223,6 @@ class TestPrompts:
             asked(lite.processor, patches, "Hello", *parts)
         assert caught.value.code == "image_count_mismatch"
 
-    def test_raw_text_keeps_its_special_tokens(self, lite: NvilaPair) -> None:
-        text = "<|im_start|>user\nHello<|im_end|>\n"
-        assert list(lite.processor.text_prompt(text).token_ids) == lite.written.encode(text)
-        ids = lite.processor.text_prompt("an <image> here").token_ids
-        assert lite.processor.config.image_token_id not in ids
-
 
 def test_the_checkpoints_own_template_wins(tmp_path: Path) -> None:
     template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[{{ mood }}]"

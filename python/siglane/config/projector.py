@@ -27,12 +27,12 @@ class ProjectorConfig:
     layers: see `projector/mlp.py`; widths in the order of the forward pass.
     """
 
-    merge: Merge
-    factor: int
-    column_major: bool
     layers: tuple[Layer, ...]
     input_size: int
     output_size: int
+    merge: Merge = "none"
+    factor: int = 1
+    column_major: bool = False
     vocabulary: VocabularyConfig | None = None
 
 
@@ -84,20 +84,27 @@ _VILA: dict[str, tuple[Merge, int, tuple[int, ...]]] = {
 
 def vila_projector(kind: str, *, input_size: int, output_size: int, column_major: bool = False) -> ProjectorConfig:
     """The projector VILA calls `kind`, with `input_size` channels per patch. ConfigError when it is not known."""
-    if kind == "identity":
-        return _config("none", 1, (), input_size, output_size, column_major)
+    merge: Merge = "none"
+    factor = 1
+    layers: tuple[Layer, ...] = ()
     if kind == "linear":
-        layers: tuple[Layer, ...] = (LinearLayer("layers", input_size, output_size, bias=True),)
-        return _config("none", 1, layers, input_size, output_size, column_major)
-    if depth := re.fullmatch(r"mlp([1-9]|1[0-6])x_gelu", kind):
-        layers = _mlp("layers", [input_size] + [output_size] * int(depth[1]))
-        return _config("none", 1, layers, input_size, output_size, column_major)
-    if kind not in _VILA:
+        layers = (LinearLayer("layers", input_size, output_size, bias=True),)
+    elif depth := re.fullmatch(r"mlp([1-9]|1[0-6])x_gelu", kind):
+        layers = _mlp([input_size] + [output_size] * int(depth[1]))
+    elif kind in _VILA:
+        merge, factor, multiples = _VILA[kind]
+        layers = _downsample_layers(factor * factor * input_size, input_size, output_size, multiples)
+    elif kind != "identity":
         known = ", ".join(["identity", "linear", "mlp<N>x_gelu", *_VILA])
         raise ConfigError(f"mm_projector_type {kind!r} is not known; siglane knows {known}")
-    merge, factor, multiples = _VILA[kind]
-    layers = _downsample_layers(factor * factor * input_size, input_size, output_size, multiples)
-    return _config(merge, factor, layers, input_size, output_size, column_major)
+    return ProjectorConfig(
+        merge=merge,
+        factor=factor,
+        column_major=column_major,
+        layers=layers,
+        input_size=input_size,
+        output_size=output_size,
+    )
 
 
 def _downsample_layers(merged: int, channels: int, output_size: int, multiples: tuple[int, ...]) -> tuple[Layer, ...]:
@@ -132,13 +139,15 @@ def llava_projector(
         ActivationLayer(activation),
         LinearLayer(f"{prefix}2", output_size, output_size, bias=bias),
     )
-    return _config("none", 1, layers, input_size, output_size, False)
+    return ProjectorConfig(layers=layers, input_size=input_size, output_size=output_size)
 
 
 def pixel_shuffle_projector(factor: int, *, input_size: int, output_size: int, name: str = "proj") -> ProjectorConfig:
     """nanoVLM's: pixel shuffle by `factor`, then one linear layer without bias."""
     layers = (LinearLayer(name, input_size * factor * factor, output_size, bias=False),)
-    return _config("pixel_shuffle", factor, layers, input_size, output_size, False)
+    return ProjectorConfig(
+        merge="pixel_shuffle", factor=factor, layers=layers, input_size=input_size, output_size=output_size
+    )
 
 
 def vocabulary_projector(
@@ -151,25 +160,16 @@ def vocabulary_projector(
         raise ConfigError(f"a visual vocabulary of {rows} rows has none left beside its {indicators} indicators")
     merged = input_size * factor * factor
     return ProjectorConfig(
-        merge="blocks", factor=factor, column_major=False,
+        merge="blocks", factor=factor,
         layers=(LinearLayer(f"{head}.0", merged, words, bias=False), NormLayer(f"{head}.1", words, NORM_EPS)),
         input_size=input_size, output_size=output_size, vocabulary=VocabularyConfig(table, words, indicators),
     )  # fmt: skip
 
 
-def _mlp(prefix: str, widths: Sequence[int]) -> tuple[Layer, ...]:
+def _mlp(widths: Sequence[int]) -> tuple[Layer, ...]:
     layers: list[Layer] = []
     for number, (before, after) in enumerate(pairwise(widths)):
         if number:
             layers.append(ActivationLayer("gelu_erf"))
-        layers.append(LinearLayer(f"{prefix}.{2 * number}", before, after, bias=True))
+        layers.append(LinearLayer(f"layers.{2 * number}", before, after, bias=True))
     return tuple(layers)
-
-
-def _config(
-    merge: Merge, factor: int, layers: tuple[Layer, ...], input_size: int, output_size: int, column_major: bool
-) -> ProjectorConfig:
-    return ProjectorConfig(
-        merge=merge, factor=factor, column_major=column_major, layers=layers,
-        input_size=input_size, output_size=output_size,
-    )  # fmt: skip

@@ -107,8 +107,7 @@ class LlavaOnevision(VlmFamily):
 
     def language_plan(self, language: LanguageConfig) -> WeightPlan:
         """`language_model.` in front of Qwen2's names on disk; `model.language_model.` and `lm_head.` in memory."""
-        on_disk = qwen_plan(language).under(self.language_prefix, "")
-        return on_disk + qwen_plan(language, decoder="model.language_model.")
+        return super().language_plan(language) + qwen_plan(language, decoder="model.language_model.")
 
 
 def _preprocess(checkpoint: Checkpoint, root: ConfigReader, side: int) -> PreprocessConfig:

@@ -6,6 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -99,34 +100,26 @@ def load_vision(
     """
     if plain := tower_family(checkpoint):
         facts = plain.images(checkpoint, head=head)
-        tensors = stored_tensors([Source(checkpoint)])
-        _check_depth(tensors, facts.vision.num_hidden_layers)
-        plan = plain.plan(facts)
-        tower = _rehearsed(
-            lambda: VisionEncoderModel(facts.vision, facts.preprocess, tp, attention_backend), plan, tensors
-        )
+        plan, tensors = plain.plan(facts), stored_tensors([Source(checkpoint)])
+        new_tower = partial(VisionEncoderModel, facts.vision, facts.preprocess, tp, attention_backend)
+        tower = _rehearsed(new_tower, plan, tensors, facts.vision.num_hidden_layers)
         allocate(tower, torch.device(device), dtype)
         return _filled(tower, plan, tensors), ImageProcessor(facts)
     processor = load_processor(checkpoint)
-    family, images = vlm_family(checkpoint), processor.facts
+    family, facts = vlm_family(checkpoint), processor.facts
     unused = family.language_plan(processor.config.language).unused("the language model is not loaded")
-    plan = family.vision_plan(images) + unused
-    tensors = stored_tensors(family.vision_sources(checkpoint))
-    _check_depth(tensors, images.vision.num_hidden_layers)
-    stack = _rehearsed(lambda: VisionStack(images, tp, attention_backend), plan, tensors)
+    plan, tensors = family.vision_plan(facts) + unused, stored_tensors(family.vision_sources(checkpoint))
+    new_stack = partial(VisionStack, facts, tp, attention_backend)
+    stack = _rehearsed(new_stack, plan, tensors, facts.vision.num_hidden_layers)
     allocate(stack, torch.device(device), dtype)
     return _filled(stack, plan, tensors), processor
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype most of a checkpoint's values are stored in: what "auto" means."""
-    if is_vision_only(checkpoint):
-        sources: tuple[Source, ...] = (Source(checkpoint),)
-    else:
-        family = vlm_family(checkpoint)
-        sources = (*family.language_sources(checkpoint), *family.vision_sources(checkpoint))
+    plain = is_vision_only(checkpoint)
     sizes: Counter[torch.dtype] = Counter()
-    for tensor in stored_tensors(dict.fromkeys(sources)):
+    for tensor in stored_tensors([Source(checkpoint)]) if plain else model_tensors(checkpoint):
         sizes[tensor.dtype] += math.prod(tensor.shape)
     return sizes.most_common(1)[0][0]
 
@@ -139,19 +132,18 @@ def _rehearsed_whole(
 ) -> tuple[VisionLanguageModel, WeightPlan, tuple[StoredTensor, ...]]:
     family, tensors = vlm_family(checkpoint), model_tensors(checkpoint)
     plan = family.plan(config)
-    eyes = () if config.images is None else (config.images.vision.num_hidden_layers,)
-    _check_depth(tensors, config.language.num_hidden_layers, *eyes)
-    return _rehearsed(lambda: VisionLanguageModel(config, tp, attention_backend), plan, tensors), plan, tensors
+    layers = max(config.language.num_hidden_layers, config.images.vision.num_hidden_layers if config.images else 0)
+    build = partial(VisionLanguageModel, config, tp, attention_backend)
+    return _rehearsed(build, plan, tensors, layers), plan, tensors
 
 
-def _check_depth(tensors: Sequence[StoredTensor], *layers: int) -> None:
-    """A layer holds at least one tensor. Building a million layers to find that out would take the memory we guard."""
-    if max(layers) > len(tensors):
-        raise ConfigError(f"num_hidden_layers {max(layers)}: the weights hold only {len(tensors)} tensors")
+def _rehearsed(build: Callable[[], M], plan: WeightPlan, tensors: Sequence[StoredTensor], layers: int) -> M:
+    """The model on the meta device, its names and shapes compared with the files' headers. layers: of its deeper half.
 
-
-def _rehearsed(build: Callable[[], M], plan: WeightPlan, tensors: Sequence[StoredTensor]) -> M:
-    """The model on the meta device, its names and shapes compared with the files' headers."""
+    A layer holds at least one tensor. Building a million layers to find that out would take the memory we guard.
+    """
+    if layers > len(tensors):
+        raise ConfigError(f"num_hidden_layers {layers}: the weights hold only {len(tensors)} tensors")
     try:
         with torch.device("meta"):
             model = build()

@@ -30,7 +30,7 @@ from siglane.media.policy import LOCAL_MEDIA, MediaPolicy
 from siglane.media.source import fetch, local_path, naming, open_file, read_local
 from siglane.settings.media import MediaConfig
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget, lay_out, no_images, no_video
-from siglane.types import DecodedImage, DecodedVideo, ImageLayout, Medium, Size, VideoSize
+from siglane.types import DecodedImage, DecodedVideo, Medium, Size, VideoSize
 
 VIDEO_BYTES = 1 << 30  # of a video's file from a web server, for a local caller
 
@@ -127,8 +127,10 @@ class MediaPipeline:
                 raise ImageError(message, code="image_too_large", param=item.param)
         layouts = lay_out(media, [item.rule.rule for item in items], self._facts.geometry)
         for item, layout in zip(items, layouts, strict=True):
-            with self.at(item):
-                self._check_patches(layout)
+            if self._caps is not None and layout.patches > (most := self._caps.max_image_patches):
+                message = f"it would be {layout.patches} patches; at most {most} are accepted; ask for a smaller budget"
+                with self.at(item):
+                    raise ImageError(message, code="image_too_large")
             item.layout = layout
 
     def decode(self, item: MediaItem) -> DecodedImage | DecodedVideo:
@@ -230,11 +232,6 @@ class MediaPipeline:
             return read_size(item.file, self._decode_config)
         assert item.frames is not None
         return read_video_size(item.file, self._video, item.frames, self._decode_config)
-
-    def _check_patches(self, layout: ImageLayout) -> None:
-        if self._caps is not None and layout.patches > (most := self._caps.max_image_patches):
-            message = f"it would be {layout.patches} patches; at most {most} are accepted; ask for a smaller budget"
-            raise ImageError(message, code="image_too_large")
 
     def _decoded(self, picture: MediaItem) -> DecodedImage:
         if isinstance(picture.file, Image.Image):

@@ -96,10 +96,6 @@ class Processor(ImageProcessor):
         for each image."""
         return self._prompts.rendered(text, layouts)
 
-    def text_prompt(self, text: str) -> Prompt:
-        """`text` without a chat template. Special tokens written in it count; the image placeholder is plain text."""
-        return self._prompts.text(text)
-
 
 def load_processor(checkpoint: Checkpoint, config: VlmConfig | None = None) -> Processor:
     """The processor of a vision-language checkpoint. ConfigError when its family or one of its facts is not known.

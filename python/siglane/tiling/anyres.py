@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from siglane.errors import ConfigError, UserError
-from siglane.tiling.rule import Budgeted, ImageBudget, ImageContext, PatchGeometry
+from siglane.tiling.rule import Budgeted, ImageBudget, ImageContext, LayoutRule, PatchGeometry, whole_tile
 from siglane.tiling.vila import square
 from siglane.types import (
     AnyRes,
@@ -37,7 +37,7 @@ SHRUNK_FROM = 1.1  # a map is left as it is until its sides are this much longer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AnyResTiling:
+class AnyResTiling(LayoutRule):
     """tile: pixels of one square tile; resample: of pictures, frame_resample: of a video's frames; fill: the colour
     around a picture that shares its request with others; pinpoints: canvases (height, width) in pixels to choose from,
     the first one of equals wins; max_maps: the tiles together keep about as many rows as so many tiles have (the number
@@ -62,15 +62,16 @@ class AnyResTiling:
         if context.alone and not self.base_only:
             return self._tiled(size, geometry)
         padding = () if context.alone or size.width == size.height else (square(size, self.fill),)
-        whole = self._whole(geometry, self.resample, padding)
+        whole = whole_tile(self.tile, self.resample, geometry, padding)
         rows = geometry.projected(whole.grid)
         pieces = (ImagePlaceholder(rows.area + 1),)
         return ImageLayout(size, (whole,), pieces, Grid(1, 1), Newline(None), projected=(rows,))
 
     def video(self, video: VideoSize, geometry: PatchGeometry) -> ImageLayout:
         """Every frame is squashed to one tile and keeps a quarter of its rows; one newline ends them all."""
-        tiles = tuple(replace(self._whole(geometry, self.frame_resample), frame=frame) for frame in range(video.frames))
-        rows = geometry.projected(tiles[0].grid)
+        whole = whole_tile(self.tile, self.frame_resample, geometry)
+        tiles = tuple(replace(whole, frame=frame) for frame in range(video.frames))
+        rows = geometry.projected(whole.grid)
         pooled = Grid(-(-rows.h // 2), -(-rows.w // 2))
         pieces = (ImagePlaceholder(video.frames * pooled.area + 1),)
         projected = (rows,) * video.frames
@@ -94,7 +95,7 @@ class AnyResTiling:
 
     def _tiled(self, size: Size, geometry: PatchGeometry) -> ImageLayout:
         height, width = best_pinpoint(size, self.pinpoints)
-        side, base = self.tile.width, self._whole(geometry, self.resample)
+        side, base = self.tile.width, whole_tile(self.tile, self.resample, geometry)
         steps = fitted(size, Size(width, height), self.resample)
         boxes = (Box(x, y, x + side, y + side) for y in range(0, height, side) for x in range(0, width, side))
         tiles = (base, *(Tile(steps, box, base.grid) for box in boxes))
@@ -106,11 +107,6 @@ class AnyResTiling:
         pieces = (ImagePlaceholder(rows.area + kept.h * (kept.w + 1)),)
         projected = (rows,) * len(tiles)
         return ImageLayout(size, tiles, pieces, arrangement, AnyRes(crop, resized), projected=projected)
-
-    def _whole(self, geometry: PatchGeometry, resample: Resample, before: tuple[Step, ...] = ()) -> Tile:
-        """The whole picture squashed to one tile."""
-        box = Box(0, 0, self.tile.width, self.tile.height)
-        return Tile((*before, Resize(self.tile, resample)), box, geometry.grid(self.tile))
 
     def _tiles(self, pinpoint: Pinpoint) -> int:
         return pinpoint[0] * pinpoint[1] // (self.tile.width * self.tile.height)

@@ -9,8 +9,8 @@ import math
 from dataclasses import dataclass, replace
 
 from siglane.errors import ConfigError
-from siglane.tiling.rule import Budgeted, ImageBudget, ImageContext, PatchGeometry, no_video
-from siglane.types import Box, Grid, ImageLayout, ImagePlaceholder, Resample, Resize, Size, Tile, VideoSize
+from siglane.tiling.rule import Budgeted, ImageBudget, ImageContext, LayoutRule, PatchGeometry, whole_tile
+from siglane.types import Grid, ImageLayout, ImagePlaceholder, Resample, Size
 
 SCALES = (1e-6, 100.0)  # the search's first interval: a picture is enlarged a hundredfold at most
 PRECISION = 1e-5
@@ -18,7 +18,7 @@ MOST_PATCHES = 4096  # what detail "original" stops at: 1024 x 1024 pixels in pa
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NaFlex:
+class NaFlex(LayoutRule):
     """patch_size: both sides are multiples of it; max_num_patches: a picture is scaled up or down to just fit; native:
     a picture that fits as it is keeps its size, rounded up to patches."""
 
@@ -32,14 +32,9 @@ class NaFlex:
             raise ConfigError(f"max_num_patches must be at least 1, got {self.max_num_patches}")
 
     def image(self, size: Size, geometry: PatchGeometry, context: ImageContext) -> ImageLayout:
-        target = self._target(size)
-        grid = geometry.grid(target)
-        whole = Tile((Resize(target, self.resample),), Box(0, 0, target.width, target.height), grid)
-        rows = geometry.projected(grid)
+        whole = whole_tile(self._target(size), self.resample, geometry)
+        rows = geometry.projected(whole.grid)
         return ImageLayout(size, (whole,), (ImagePlaceholder(rows.area),), Grid(1, 1), projected=(rows,))
-
-    def video(self, video: VideoSize, geometry: PatchGeometry) -> ImageLayout:
-        raise no_video()
 
     def within(self, budget: ImageBudget) -> Budgeted:
         """`max_num_patches` replaces the checkpoint's; detail `low` is a quarter of it, `high` four times as much,

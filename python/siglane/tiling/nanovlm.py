@@ -11,14 +11,14 @@ import math
 from dataclasses import dataclass, replace
 
 from siglane.errors import ConfigError
-from siglane.tiling.rule import Budgeted, ImageBudget, ImageContext, PatchGeometry, no_video
-from siglane.types import Box, Grid, ImageLayout, ImagePlaceholder, Marker, Piece, Resize, Size, Tile, Token, VideoSize
+from siglane.tiling.rule import Budgeted, ImageBudget, ImageContext, LayoutRule, PatchGeometry, split
+from siglane.types import Box, Grid, ImageLayout, ImagePlaceholder, Marker, Piece, Resize, Size, Tile, Token
 
 MOST_TILES = 1024  # pictures of more are a mistake
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WholeTiles:
+class WholeTiles(LayoutRule):
     """side: pixels of a square tile; longest: tiles along the longer side of a picture, at most; enlarge: every picture
     has so many (`resize_to_max_side_len`); most: tiles of a picture, None for no limit but `longest`.
 
@@ -49,9 +49,9 @@ class WholeTiles:
         Each image of several is announced by its number.
         """
         arrangement = self.arrangement(size)
-        projected = geometry.projected(geometry.grid(Size(self.side, self.side)))
+        tiles = split(arrangement, Size(self.side, self.side), geometry, "bicubic")
+        projected = geometry.projected(tiles[0].grid)
         rows = ImagePlaceholder(projected.area)
-        tiles = self._tiles(arrangement, geometry)
         pieces: list[Piece] = [] if context.alone else [Marker(f"<image: {context.index}>", isolated=False)]
         if self.global_token:
             pieces += [Token(self.global_token), rows]
@@ -62,9 +62,6 @@ class WholeTiles:
             for column in range(arrangement.w):
                 pieces += [Token(self.tile_tokens[row][column]), rows] if self.tile_tokens else [rows]
         return ImageLayout(size, tiles, tuple(pieces), arrangement, projected=(projected,) * len(tiles))
-
-    def video(self, video: VideoSize, geometry: PatchGeometry) -> ImageLayout:
-        raise no_video()
 
     def within(self, budget: ImageBudget) -> Budgeted:
         """`max_tiles` lowers `longest` tile by tile until there are few enough; `low` is the picture in one tile, every
@@ -88,16 +85,6 @@ class WholeTiles:
         scale = along * self.side / long
         across = min(longest, max(1, math.ceil(short * scale / self.side)))
         return Grid(across, along) if size.width >= size.height else Grid(along, across)
-
-    def _tiles(self, arrangement: Grid, geometry: PatchGeometry) -> tuple[Tile, ...]:
-        side = self.side
-        canvas = Size(arrangement.w * side, arrangement.h * side)
-        grid = geometry.grid(Size(side, side))
-        return tuple(
-            Tile((Resize(canvas, "bicubic"),), Box(x, y, x + side, y + side), grid)
-            for y in range(0, canvas.height, side)
-            for x in range(0, canvas.width, side)
-        )
 
     def _whole(self, tile: Tile) -> Tile:
         """The canvas of `tile` once more, as torchvision resizes a tensor."""

@@ -10,15 +10,15 @@ import math
 from dataclasses import dataclass, replace
 
 from siglane.errors import ConfigError, UserError
-from siglane.tiling.rule import Budgeted, ImageBudget, ImageContext, PatchGeometry
-from siglane.types import Box, Grid, ImageLayout, ImagePlaceholder, Indicator, Resample, Resize, Size, Tile, VideoSize
+from siglane.tiling.rule import Budgeted, ImageBudget, ImageContext, LayoutRule, PatchGeometry, whole_tile
+from siglane.types import Grid, ImageLayout, ImagePlaceholder, Indicator, Resample, Size, Tile, VideoSize
 
 LONGEST_ASPECT = 200
 IMAGE_START, IMAGE_END, VIDEO_START, VIDEO_END = map(Indicator, range(4))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NativeResolution:
+class NativeResolution(LayoutRule):
     """factor: both sides are multiples of it, patch_size times the patches along a merged block; min_pixels,
     max_pixels: bounds of the resized picture or frame, no max_pixels: as large as it comes."""
 
@@ -77,8 +77,7 @@ class NativeResolution:
 
     def _whole(self, size: Size, geometry: PatchGeometry) -> Tile:
         target = smart_resize(size, factor=self.factor, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
-        steps = (Resize(target, self.resample),)
-        return Tile(steps, Box(0, 0, target.width, target.height), geometry.grid(target))
+        return whole_tile(target, self.resample, geometry)
 
 
 def smart_resize(size: Size, *, factor: int, min_pixels: int, max_pixels: int | None) -> Size:

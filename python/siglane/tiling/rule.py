@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from siglane.errors import UserError
 from siglane.tiling.merge import PatchMerge, projected_grid
-from siglane.types import Detail, Grid, ImageLayout, Medium, Size, VideoSize
+from siglane.types import Box, Detail, Grid, ImageLayout, Medium, Resample, Resize, Size, Step, Tile, VideoSize
 
 LIMITS = ("max_pixels", "min_pixels", "max_num_patches", "max_tiles", "grid_pinpoints")
 
@@ -137,12 +137,28 @@ class LayoutRule(Protocol):
         ...
 
     def video(self, video: VideoSize, geometry: PatchGeometry) -> ImageLayout:
-        """The layout of a video. UserError `video_unsupported` when the family reads none."""
-        ...
+        """The layout of a video. UserError `video_unsupported` when the family reads none, as a rule that does not
+        define it."""
+        raise no_video()
 
     def within(self, budget: ImageBudget) -> Budgeted:
         """The same rule with a caller's limits. UserError names a limit that does not apply or leaves no image."""
         ...
+
+
+def whole_tile(pixels: Size, resample: Resample, geometry: PatchGeometry, before: tuple[Step, ...] = ()) -> Tile:
+    """The whole image resized to `pixels`, aspect ignored. before: the steps in front of that."""
+    return Tile((*before, Resize(pixels, resample)), Box(0, 0, pixels.width, pixels.height), geometry.grid(pixels))
+
+
+def split(arrangement: Grid, tile: Size, geometry: PatchGeometry, resample: Resample) -> tuple[Tile, ...]:
+    """The image resized to rows and columns of tiles of `tile` pixels, cut row by row."""
+    canvas = Size(arrangement.w * tile.width, arrangement.h * tile.height)
+    return tuple(
+        Tile((Resize(canvas, resample),), Box(x, y, x + tile.width, y + tile.height), geometry.grid(tile))
+        for y in range(0, canvas.height, tile.height)
+        for x in range(0, canvas.width, tile.width)
+    )
 
 
 def lay_out(media: Sequence[Medium], rules: Sequence[LayoutRule], geometry: PatchGeometry) -> tuple[ImageLayout, ...]:

@@ -5,14 +5,12 @@ Source: NVlabs/VILA `llava/mm_utils.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from siglane.errors import ConfigError, UserError
-from siglane.tiling.rule import Budgeted, ImageBudget, ImageContext, PatchGeometry
+from siglane.tiling.rule import Budgeted, ImageBudget, ImageContext, LayoutRule, PatchGeometry, split, whole_tile
 from siglane.types import (
-    Box,
     Grid,
     ImageLayout,
     ImagePlaceholder,
@@ -21,9 +19,7 @@ from siglane.types import (
     Pad,
     Piece,
     Resample,
-    Resize,
     Size,
-    Step,
     Tile,
     VideoSize,
 )
@@ -36,7 +32,7 @@ MOST_TILES = 1024  # a limit beyond it is a mistake; every candidate grid is loo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VilaTiling:
+class VilaTiling(LayoutRule):
     """tile: pixels of one tile; resample: of a tile that holds the whole picture; min_tiles, max_tiles: bounds of the
     dynamic grid; s2_scales: tile-map sides in pixels, ascending (dynamic_s2); fill: the colour "pad" surrounds the
     picture with."""
@@ -98,38 +94,34 @@ class VilaTiling:
         return Budgeted(replace(self, max_tiles=most), "auto" if budget.detail == "auto" else "high")
 
     def _dynamic(self, size: Size, geometry: PatchGeometry) -> ImageLayout:
-        columns_rows = closest_tile_grid(size, self)
+        arrangement = self._arrangement(size)
         # VILA resizes a tiled picture with Pillow's default, whatever its processor is told
-        resample: Resample = "bicubic" if columns_rows != Size(1, 1) else self.resample
-        tiles = split(columns_rows, self.tile, geometry, resample)
+        resample: Resample = "bicubic" if arrangement != (1, 1) else self.resample
+        tiles = split(arrangement, self.tile, geometry, resample)
         if len(tiles) > 1:
-            tiles += split(Size(1, 1), self.tile, geometry, resample)  # the thumbnail comes last
+            tiles += (whole_tile(self.tile, resample, geometry),)  # the thumbnail comes last
         rows = geometry.projected(tiles[0].grid)
         pieces: tuple[Piece, ...] = (ImagePlaceholder(rows.area), LINE_FEED, NEWLINE) * len(tiles)
-        arrangement = Grid(columns_rows.height, columns_rows.width)
         return ImageLayout(size, tiles, pieces, arrangement, projected=(rows,) * len(tiles))
 
     def _scales(self, size: Size, geometry: PatchGeometry) -> ImageLayout:
-        columns_rows = closest_tile_grid(size, self)
-        arrangement = Grid(columns_rows.height, columns_rows.width)
+        arrangement = self._arrangement(size)
         sides = tuple(scale // self.s2_scales[0] for scale in self.s2_scales[:-1])
-        tiles = tuple(self._scale_tiles(sides, columns_rows, geometry))
+        # every scale but the last is a fixed square of tiles
+        grids = (*(Grid(side, side) for side in sides), arrangement)
+        tiles = tuple(tile for grid in grids for tile in split(grid, self.tile, geometry, "bicubic"))
         rows = geometry.projected(tiles[0].grid)
         pieces = (ImagePlaceholder(arrangement.area * rows.area), LINE_FEED)
         scales = MergedScales(sides, len(self.s2_scales))
         return ImageLayout(size, tiles, pieces, arrangement, scales, projected=(rows,) * arrangement.area)
 
-    def _scale_tiles(self, sides: tuple[int, ...], last: Size, geometry: PatchGeometry) -> Iterator[Tile]:
-        """Every scale but the last as a fixed square of tiles, then the dynamic grid."""
-        for side in sides:
-            yield from split(Size(side, side), self.tile, geometry, "bicubic")
-        yield from split(last, self.tile, geometry, "bicubic")
+    def _arrangement(self, size: Size) -> Grid:
+        columns, rows = closest_tile_grid(size, self)
+        return Grid(rows, columns)
 
     def _whole(self, size: Size, geometry: PatchGeometry) -> Tile:
-        steps: tuple[Step, ...] = (Resize(self.tile, self.resample),)
-        if self.tiling == "pad" and size.width != size.height:
-            steps = (square(size, self.fill), *steps)
-        return Tile(steps, Box(0, 0, self.tile.width, self.tile.height), geometry.grid(self.tile))
+        padding = (square(size, self.fill),) if self.tiling == "pad" and size.width != size.height else ()
+        return whole_tile(self.tile, self.resample, geometry, padding)
 
     def _repeated(self) -> MergedScales | None:
         """A single tile of a model that joins scales on the channel axis shows the same scale in all of them."""
@@ -142,27 +134,15 @@ def square(size: Size, fill: tuple[int, int, int]) -> Pad:
     return Pad(Size(side, side), (side - size.width) // 2, (side - size.height) // 2, fill)
 
 
-def split(columns_rows: Size, tile: Size, geometry: PatchGeometry, resample: Resample) -> tuple[Tile, ...]:
-    """The image resized to columns x rows tiles, cut row by row."""
-    columns, rows = columns_rows
-    canvas = Size(columns * tile.width, rows * tile.height)
-    return tuple(
-        Tile((Resize(canvas, resample),), Box(x, y, x + tile.width, y + tile.height), geometry.grid(tile))
-        for y in range(0, canvas.height, tile.height)
-        for x in range(0, canvas.width, tile.width)
-    )
-
-
 def closest_tile_grid(size: Size, rule: VilaTiling) -> Size:
     """Columns and rows of tiles whose aspect ratio is closest to the image's.
 
     Candidates are ordered by their product (then by columns, then rows); on an exact tie the later one wins when the
     image has more than half of its pixels.
     """
-    min_tiles, max_tiles = tile_bounds(rule)
     ratio = size.width / size.height
     best, best_distance = Size(1, 1), float("inf")
-    for candidate in _candidates(min_tiles, max_tiles):
+    for candidate in _candidates(*tile_bounds(rule)):
         distance = abs(ratio - candidate.width / candidate.height)
         half = 0.5 * rule.tile.width * rule.tile.height * candidate.width * candidate.height
         if distance < best_distance or (distance == best_distance and size.width * size.height > half):

@@ -7,6 +7,7 @@ from torch import nn
 
 from siglane.nn.linear import ShardedModule
 from siglane.nn.plan import Destination, WeightPlan
+from siglane.weights.load import owner_of
 
 
 def checkpoint_tensors(module: nn.Module, plan: WeightPlan) -> dict[str, torch.Tensor]:
@@ -16,8 +17,7 @@ def checkpoint_tensors(module: nn.Module, plan: WeightPlan) -> dict[str, torch.T
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in module.named_parameters():
-        path, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(path)
+        owner, leaf = owner_of(module, name)
         stored = owner.stored_parts(leaf) if isinstance(owner, ShardedModule) else {"": parameter.detach()}
         joined = "+".join(stored)
         if len(stored) > 1 and plan.source(Destination(name, joined)) is not None:

@@ -131,7 +131,7 @@ class StrictLoad:
     def __init__(self, plan: WeightPlan, module: nn.Module, held: Collection[str] = ()) -> None:
         self.plan, self.module, self.held = plan, module, frozenset(held)
         self.ignored: list[tuple[str, str]] = []
-        self._owners = {name: _owner(module, name) for name, _ in module.named_parameters()}
+        self._owners = {name: owner_of(module, name) for name, _ in module.named_parameters()}
         self._waiting = {
             Destination(name, part): None
             for name, (owner, leaf) in self._owners.items()
@@ -146,7 +146,7 @@ class StrictLoad:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is None and self._waiting:
-            missing = [f"{name} ({part})" if part else name for name, part in map(_pair, self._waiting)]
+            missing = [f"{one.parameter} ({one.part})" if one.part else one.parameter for one in self._waiting]
             more = f" and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
             raise WeightError(
                 f"the checkpoint fills {len(self._filled_by)} of {len(self._filled_by) + len(missing)} parameters; "
@@ -233,11 +233,8 @@ class StrictLoad:
             raise WeightError(f"{place} {error}") from error
 
 
-def _pair(destination: Destination) -> tuple[str, str]:
-    return destination.parameter, destination.part
-
-
-def _owner(module: nn.Module, parameter: str) -> tuple[nn.Module, str]:
+def owner_of(module: nn.Module, parameter: str) -> tuple[nn.Module, str]:
+    """The submodule that holds a parameter, and the parameter's name there."""
     path, _, leaf = parameter.rpartition(".")
     return module.get_submodule(path), leaf
 

@@ -50,7 +50,6 @@ class PromptBuilder:
         self._placeholders = (image_token,) if video is None else (image_token, video.token)
         self._special_ids = {token.content: number for number, token in added.items()}
         self._reserved = ReservedStrings(list(added.values()), *self._placeholders)
-        self._reserved_in_text = ReservedStrings([t for t in added.values() if t.content not in self._placeholders])
         self._plain = PlainTokenizer(tokenizer)
         self._template = rules.template or checkpoint_template(tokenizer.chat_template, rules.default_template)
         self._roles_with_parts = roles_with_parts(lambda turns: self._render(turns, {}), image_token)
@@ -105,10 +104,6 @@ class PromptBuilder:
             if self._rules.strip_messages and not behind and following not in self._placeholders:
                 ending.add(image)
         return self._written(fragments, images, layouts, ending)
-
-    def text(self, text: str) -> Prompt:
-        """`text` as it is, no template. Special tokens written in it count, the image placeholder is plain text."""
-        return self._written(self._reserved_in_text.split(text, new_mark()), {}, (), ())
 
     def _written(
         self,

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from siglane.families.family import PromptRules
 from siglane.types import ImagePart, Marker, Message, Piece
 
@@ -23,18 +25,7 @@ def parts_of(message: Message, rules: PromptRules) -> Parts:
 
 def stripped(parts: Parts) -> Parts:
     """A message without the white space at its two ends; a text in between keeps its own."""
-    kept = list(parts)
-    while kept and isinstance(first := kept[0], str):
-        kept[0] = first.lstrip()
-        if kept[0]:
-            break
-        del kept[0]
-    while kept and isinstance(last := kept[-1], str):
-        kept[-1] = last.rstrip()
-        if kept[-1]:
-            break
-        del kept[-1]
-    return tuple(kept)
+    return _trimmed(_trimmed(parts, str.lstrip)[::-1], str.rstrip)[::-1]
 
 
 def without_trailing_space(pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
@@ -51,10 +42,13 @@ def answer_alone(parts: Parts, thinking_end: str) -> Parts:
     this too, but could not find the string once it is broken (`ReservedStrings`).
     """
     ends = [place for place, part in enumerate(parts) if isinstance(part, str) and thinking_end in part]
-    kept = list(parts[ends[-1] :] if ends else parts)
-    while kept and isinstance(first := kept[0], str):
-        kept[0] = first.rpartition(thinking_end)[2].lstrip("\n")
-        if kept[0]:
-            break
-        del kept[0]
-    return tuple(kept)
+    return _trimmed(parts[ends[-1] :] if ends else parts, lambda text: text.rpartition(thinking_end)[2].lstrip("\n"))
+
+
+def _trimmed(parts: Parts, trim: Callable[[str], str]) -> Parts:
+    """The first text by `trim`; it is dropped, and the next one is the first, when nothing of it is left."""
+    while parts and isinstance(first := parts[0], str):
+        if kept := trim(first):
+            return (kept, *parts[1:])
+        parts = parts[1:]
+    return parts
