@@ -11,7 +11,6 @@ from siglane.config.reader import RawConfig
 from siglane.config.vlm import Thinking
 from siglane.families.family import PromptRules, VlmFamily
 from siglane.families.files import THINK_END, thinking_of
-from siglane.lm.qwen import qwen_plan
 from siglane.nn.plan import WeightPlan
 from siglane.weights.hub import Checkpoint, Source
 
@@ -54,9 +53,6 @@ class CausalLm(VlmFamily):
 
     def vision_plan(self, images: ImageFacts) -> WeightPlan:
         return WeightPlan(())
-
-    def language_plan(self, language: LanguageConfig) -> WeightPlan:
-        return qwen_plan(language)
 
     def vision_sources(self, checkpoint: Checkpoint) -> tuple[Source, ...]:
         return ()

@@ -11,7 +11,8 @@ from siglane.config.images import ImageFacts
 from siglane.config.language import LanguageConfig
 from siglane.config.reader import RawConfig
 from siglane.config.vlm import Thinking, VlmConfig
-from siglane.families.files import end_of_answer
+from siglane.families.files import end_of_answer, stated_sampling
+from siglane.lm.qwen import qwen_plan
 from siglane.nn.plan import WeightPlan
 from siglane.weights.hub import Checkpoint, Source
 
@@ -95,9 +96,9 @@ class VlmFamily(Family):
     def vision_plan(self, images: ImageFacts) -> WeightPlan:
         """Checkpoint names -> `VisionStack`."""
 
-    @abstractmethod
     def language_plan(self, language: LanguageConfig) -> WeightPlan:
         """Checkpoint names -> `QwenModel`."""
+        return qwen_plan(language).under(self.language_prefix, "")
 
     def config(self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast) -> VlmConfig:
         """All facts. ConfigError as `images`, and for a tokenizer that is not the model's."""
@@ -110,6 +111,7 @@ class VlmFamily(Family):
             image_token_id=self.image_token_id(checkpoint, tokenizer, language),
             eos_token_ids=end_of_answer(self.language_folder(checkpoint), tokenizer, self.ends(tokenizer)),
             thinking=self.thinking(tokenizer),
+            sampling=stated_sampling(self.language_folder(checkpoint)),
         )
 
     def plan(self, config: VlmConfig) -> WeightPlan:

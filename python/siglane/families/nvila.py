@@ -21,7 +21,6 @@ from siglane.config.vision import VisionConfig
 from siglane.errors import ConfigError
 from siglane.families.family import CHATML, END_OF_TURN, PromptRules, VlmFamily
 from siglane.families.files import PREPROCESSOR, image_processor, llava_tower
-from siglane.lm.qwen import qwen_plan
 from siglane.nn.plan import WeightPlan
 from siglane.projector.build import projector_plan
 from siglane.tiling.vila import MOST_TILES, Tiling, VilaTiling
@@ -144,9 +143,6 @@ class Nvila(VlmFamily):
     def vision_plan(self, images: ImageFacts) -> WeightPlan:
         tower = tower_plan(images.vision).under(f"{TOWER}.", "encoder.tower.")
         return tower + projector_plan(images.projector).under(f"{PROJECTOR}.", "projector.")
-
-    def language_plan(self, language: LanguageConfig) -> WeightPlan:
-        return qwen_plan(language).under(self.language_prefix, "")
 
     def vision_sources(self, checkpoint: Checkpoint) -> tuple[Source, ...]:
         return _sources(checkpoint, TOWER, PROJECTOR)

@@ -18,7 +18,6 @@ from siglane.config.vlm import Thinking
 from siglane.errors import ConfigError
 from siglane.families.family import CHATML, PromptRules, VlmFamily
 from siglane.families.files import PREPROCESSOR, THINK_END, thinking_of
-from siglane.lm.qwen import qwen_plan
 from siglane.nn.plan import WeightPlan
 from siglane.projector.build import projector_plan
 from siglane.tiling.navit import NativeResolution
@@ -113,6 +112,3 @@ class Ovis2_5(VlmFamily):
     def vision_plan(self, images: ImageFacts) -> WeightPlan:
         tower = tower_plan(images.vision).under("visual_tokenizer.vit.", "encoder.tower.")
         return tower + projector_plan(images.projector).under("", "projector.")
-
-    def language_plan(self, language: LanguageConfig) -> WeightPlan:
-        return qwen_plan(language).under(self.language_prefix, "")

@@ -107,11 +107,9 @@ def sdpa(
 
     `heads` a multiple of `kv_heads`; mask: bool, broadcast to `[B, heads, L, S]`, True where a query sees a key.
     """
-    grouped = q.shape[2] != k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    attended = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
-    )
+    grouped = q.shape[1] != k.shape[1]
+    attended = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
     return attended.transpose(1, 2)
 
 
@@ -133,8 +131,7 @@ def _padded(
 ) -> torch.Tensor:
     """Runs a kernel that wants head_dim a multiple of `step`: zeros are appended, the scale stays the true one."""
     head_dim = q.shape[-1]
-    extra = -head_dim % step
-    if extra:
+    if extra := -head_dim % step:
         q, k, v = (F.pad(x, (0, extra)) for x in (q, k, v))
     return kernel(q, k, v, segments, scale)[..., :head_dim]
 
