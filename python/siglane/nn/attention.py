@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import assert_never
+from typing import TypeVar, assert_never
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ from siglane.nn.cpu.product import uses_onednn
 from siglane.types import AttentionBackend, BackendChoice
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 FLASHINFER_HEAD_DIMS = (64, 128, 256)
 FLASHINFER_WORKSPACE = 128 << 20  # bytes
@@ -41,8 +43,12 @@ class Segments:
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Segments:
         cu_seqlens = None if device.type == "cpu" else cu_seqlens_of(lengths, device)
-        runs = tuple((length, sum(1 for _ in group)) for length, group in groupby(lengths))
-        return cls(tuple(lengths), max(lengths, default=0), cu_seqlens, runs)
+        return cls(tuple(lengths), max(lengths, default=0), cu_seqlens, runs_of(lengths))
+
+
+def runs_of(items: Iterable[T]) -> tuple[tuple[T, int], ...]:
+    """Each item with how many of it stand in a row."""
+    return tuple((item, sum(1 for _ in group)) for item, group in groupby(items))
 
 
 def packed_attention(

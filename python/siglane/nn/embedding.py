@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from siglane.nn.cpu.product import linear
-from siglane.nn.linear import ShardedModule
+from siglane.nn.linear import ShardedModule, check_shape, copy_checked
 from siglane.nn.parallel import TensorParallel
 
 
@@ -36,7 +36,5 @@ class VocabParallelEmbedding(ShardedModule):
         return self.tp.all_gather(linear(hidden, self.weight))
 
     def load_part(self, name: str, part: str, tensor: torch.Tensor) -> None:
-        if tensor.shape != (self.vocab_size, self.hidden_size):
-            raise ValueError(f"has shape {list(tensor.shape)}, the model needs {[self.vocab_size, self.hidden_size]}")
-        with torch.no_grad():
-            self.weight.copy_(self.tp.shard(tensor, 0))
+        check_shape(tensor, self.vocab_size, self.hidden_size)
+        copy_checked(self.weight, self.tp.shard(tensor, 0))

@@ -39,11 +39,17 @@ class ShardedModule(nn.Module):
         return dict(zip(parts, value.split([self.part_size(part) for part in parts]), strict=True))
 
 
-def copy_checked(target: torch.Tensor, source: torch.Tensor, whole: torch.Size) -> None:
-    if source.shape != whole:
-        raise ValueError(f"has shape {list(source.shape)}, the model needs {list(whole)}")
+def check_shape(tensor: torch.Tensor, *sizes: int) -> None:
+    """ValueError unless `tensor` has this shape: the whole parameter's, as checkpoints store it."""
+    if tensor.shape != sizes:
+        raise ValueError(f"has shape {list(tensor.shape)}, the model needs {list(sizes)}")
+
+
+def copy_checked(target: torch.Tensor, source: torch.Tensor) -> None:
+    """ValueError when the shapes differ."""
+    check_shape(source, *target.shape)
     with torch.no_grad():
-        target.copy_(source if source.shape == target.shape else source.reshape(target.shape))
+        target.copy_(source)
 
 
 class ColumnParallelLinear(ShardedModule):
@@ -80,19 +86,12 @@ class ColumnParallelLinear(ShardedModule):
         return self.sections[part]
 
     def load_part(self, name: str, part: str, tensor: torch.Tensor) -> None:
-        rows = self.sections[part]
-        whole = torch.Size((rows, self.input_size) if name == "weight" else (rows,))
-        if tensor.shape != whole:
-            raise ValueError(f"has shape {list(tensor.shape)}, the model needs {list(whole)}")
-        start = sum(size for other, size in _before(self.sections, part)) // self.tp.size
+        check_shape(tensor, self.sections[part], *([self.input_size] if name == "weight" else []))
+        names = list(self.sections)
+        start = sum(self.sections[before] for before in names[: names.index(part)]) // self.tp.size
         shard = self.tp.shard(tensor, 0)
         with torch.no_grad():
             self.get_parameter(name).narrow(0, start, shard.shape[0]).copy_(shard)
-
-
-def _before(sections: dict[str, int], part: str) -> list[tuple[str, int]]:
-    names = list(sections)
-    return [(name, sections[name]) for name in names[: names.index(part)]]
 
 
 class RowParallelLinear(ShardedModule):
@@ -116,12 +115,10 @@ class RowParallelLinear(ShardedModule):
 
     def load_part(self, name: str, part: str, tensor: torch.Tensor) -> None:
         if name == "bias":
-            copy_checked(self.get_parameter("bias"), tensor, torch.Size((self.output_size,)))
+            copy_checked(self.get_parameter("bias"), tensor)
             return
-        if tensor.shape != (self.output_size, self.input_size):
-            raise ValueError(f"has shape {list(tensor.shape)}, the model needs {[self.output_size, self.input_size]}")
-        with torch.no_grad():
-            self.weight.copy_(self.tp.shard(tensor, 1))
+        check_shape(tensor, self.output_size, self.input_size)
+        copy_checked(self.weight, self.tp.shard(tensor, 1))
 
 
 class QKVParallelLinear(ShardedModule):
@@ -156,10 +153,7 @@ class QKVParallelLinear(ShardedModule):
         return self.whole[part] * self.head_dim
 
     def load_part(self, name: str, part: str, tensor: torch.Tensor) -> None:
-        rows = self.whole[part] * self.head_dim
-        whole = torch.Size((rows, self.input_size) if name == "weight" else (rows,))
-        if tensor.shape != whole:
-            raise ValueError(f"has shape {list(tensor.shape)}, the model needs {list(whole)}")
+        check_shape(tensor, self.part_size(part), *([self.input_size] if name == "weight" else []))
         count = self.heads if part == "q" else self.kv_heads
         first = self.tp.rank * self.heads if part == "q" else self.tp.rank // self.copies * self.kv_heads
         start = {"q": 0, "k": self.heads, "v": self.heads + self.kv_heads}[part]

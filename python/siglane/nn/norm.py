@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from siglane.nn.linear import ShardedModule
+from siglane.nn.linear import ShardedModule, check_shape, copy_checked
 from siglane.nn.parallel import TensorParallel
 
 
@@ -23,7 +23,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype == torch.float32:
-            return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
@@ -54,7 +54,5 @@ class ShardedLayerNorm(ShardedModule):
         return self.tp.all_reduce(share.sum(-1, keepdim=True)) / self.size
 
     def load_part(self, name: str, part: str, tensor: torch.Tensor) -> None:
-        if tensor.shape != (self.size,):
-            raise ValueError(f"has shape {list(tensor.shape)}, the model needs {[self.size]}")
-        with torch.no_grad():
-            self.get_parameter(name).copy_(self.tp.shard(tensor, 0))
+        check_shape(tensor, self.size)
+        copy_checked(self.get_parameter(name), self.tp.shard(tensor, 0))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 
 from siglane.config.projector import ProjectorConfig
+from siglane.nn.attention import runs_of
 from siglane.tiling.merge import projected_grid
 from siglane.types import Grid
 
@@ -18,13 +18,9 @@ def merged_rows(features: torch.Tensor, grids: Sequence[Grid], config: Projector
     if sum(grid.area for grid in grids) != features.shape[0]:
         raise ValueError(f"grids hold {sum(grid.area for grid in grids)} patches, got {features.shape[0]} rows")
     merged = []
-    start = 0
-    for grid, group in groupby(grids):
-        count = sum(1 for _ in group)
-        stop = start + count * grid.area
-        maps = features[start:stop].unflatten(0, (count, grid.h, grid.w))
-        merged.append(merge_patches(maps, config).flatten(0, 1))
-        start = stop
+    runs = runs_of(grids)
+    for rows, (grid, count) in zip(features.split([grid.area * count for grid, count in runs]), runs, strict=True):
+        merged.append(merge_patches(rows.unflatten(0, (count, *grid)), config).flatten(0, 1))
     return merged[0] if len(merged) == 1 else torch.cat(merged)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from siglane.config.projector import LinearLayer, NormLayer, ProjectorConfig
 from siglane.nn.cpu.product import linear
-from siglane.nn.linear import ColumnParallelLinear, ShardedModule
+from siglane.nn.linear import ColumnParallelLinear, ShardedModule, check_shape
 from siglane.nn.norm import ShardedLayerNorm
 from siglane.nn.parallel import TensorParallel
 from siglane.nn.plan import Rule, WeightPlan
@@ -68,9 +68,7 @@ class VisualVocabulary(ShardedModule):
         return self.table[self.words + index]
 
     def load_part(self, name: str, part: str, tensor: torch.Tensor) -> None:
-        whole = [self.vocabulary.size + self.vocabulary.indicators, self.config.output_size]
-        if list(tensor.shape) != whole:
-            raise ValueError(f"has shape {list(tensor.shape)}, the model needs {whole}")
+        check_shape(tensor, self.vocabulary.size + self.vocabulary.indicators, self.config.output_size)
         with torch.no_grad():
             self.table[: self.words].copy_(self.tp.shard(tensor[: self.vocabulary.size], 0))
             self.table[self.words :].copy_(tensor[self.vocabulary.size :])

@@ -81,11 +81,10 @@ def load_golden(path: Path) -> Golden:
             if stage.rstrip("0123456789").rstrip(".") not in ORDER:
                 raise KeyError(name)
             traces.setdefault(case, {})[stage] = tensor
-        prompt = json.loads(metadata["prompt"])
         return Golden(
             family=metadata["family"],
             reference=metadata["reference"],
-            prompt=prompt,
+            prompt=json.loads(metadata["prompt"]),
             pictures=pictures,
             traces=traces,
         )

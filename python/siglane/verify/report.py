@@ -52,7 +52,7 @@ def html(report: Report) -> str:
         f"compared with {escape(report.reference)}</p>",
         _verdict(report),
         "<h2>Pictures</h2>" if report.pictures else "",
-        f'<div class="pictures">{"".join(map(_figure, report.pictures, range(len(report.pictures))))}</div>',
+        f'<div class="pictures">{"".join(_figure(*one) for one in enumerate(report.pictures))}</div>',
         f"<p class='muted'>Asked: {escape(report.prompt)}</p>" if report.prompt else "",
         "<h2>Error and cosine at each stage</h2>",
         f'<div class="plot">{plot(report)}</div>',
@@ -88,7 +88,7 @@ def _verdict(report: Report) -> str:
     return f'<div class="verdict{"" if report.ok else " bad"}">{escape(text[:1].upper() + text[1:])}.</div>'
 
 
-def _figure(picture: Picture, number: int) -> str:
+def _figure(number: int, picture: Picture) -> str:
     data = b64encode(thumbnail(picture)).decode()
     return (
         f'<figure><div><img alt="" src="data:image/png;base64,{data}"></div>'

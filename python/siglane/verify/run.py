@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from siglane.errors import ConfigError, SiglaneError, UserError
 from siglane.families.registry import tower_family, vlm_family
+from siglane.nn.device import DTYPES, resolve_device
 from siglane.tiling.rule import no_images
 from siglane.types import DecodedImage
 from siglane.verify.golden import Golden, load_golden, save_golden
@@ -33,7 +34,6 @@ TRANSFORMERS = "transformers"
 TOGETHER, TEXT = "together", "text"
 STEPS = 8
 MOST_PICTURES, MOST_STEPS = 64, 256
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def verify(
@@ -52,7 +52,7 @@ def verify(
 ) -> Report:
     """Runs `model` and its reference on the same pictures, each alone and all in one request, and compares them.
 
-    images: paths, URLs, bytes or Pillow images; without them `random` drawn ones (3), none for a model without eyes.
+    images: paths, URLs, bytes or Pillow images; without them `random` drawn ones (3), none for a language model alone.
     reference: "transformers" (its modules with `model`'s own tensors), the folder of another checkpoint of the family
     for the same modules, or a file of golden values, which brings its own pictures and questions. prompt, steps: what
     a language model is asked and how many greedy tokens of its answer are compared (8). save: a file for the
@@ -60,14 +60,16 @@ def verify(
     """
     if not 0 <= threshold < 1:
         raise UserError(f"threshold must be at least 0 and below 1, got {threshold}", code="bad_option")
-    checkpoint, place_of, precision = open_model(model, revision), _device(device), _dtype(dtype)
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not known; use {', '.join(DTYPES)}", code="bad_option")
+    checkpoint, place_of, precision = open_model(model, revision), resolve_device(device), DTYPES[dtype]
     # a configuration that siglane refuses is refused before the reference has run
     sees = (tower_family(checkpoint) or vlm_family(checkpoint)).images(checkpoint) is not None
     if Path(reference).suffix == ".safetensors":
         given = (images, random, prompt, steps, save)
         expected = _stored(checkpoint, Path(reference), free=all(one is None for one in given))
     else:
-        pictures = _pictures(images, random) if sees else _no_pictures(images, random)
+        pictures = _pictures(images, random, sees=sees)
         expected = _computed(checkpoint, str(reference), pictures, *_question(prompt, steps), place_of, precision)
         if save is not None:
             save_golden(expected, save)
@@ -84,7 +86,11 @@ def verify(
     )
 
 
-def _pictures(images: Sequence[ImageSource] | None, random: int | None) -> tuple[Picture, ...]:
+def _pictures(images: Sequence[ImageSource] | None, random: int | None, *, sees: bool) -> tuple[Picture, ...]:
+    if not sees:
+        if images is not None or random is not None:
+            raise no_images()
+        return ()
     if images is not None:
         if random is not None:
             raise UserError("--images and --random exclude each other", code="bad_option")
@@ -95,12 +101,6 @@ def _pictures(images: Sequence[ImageSource] | None, random: int | None) -> tuple
     if not 1 <= count <= MOST_PICTURES:
         raise UserError(f"random must be between 1 and {MOST_PICTURES}, got {count}", code="bad_option")
     return draw_pictures(count)
-
-
-def _no_pictures(images: Sequence[ImageSource] | None, random: int | None) -> tuple[Picture, ...]:
-    if images is not None or random is not None:
-        raise no_images()
-    return ()
 
 
 def _requests(pictures: Sequence[T]) -> dict[str, list[T]]:
@@ -228,21 +228,3 @@ def _family(checkpoint: Checkpoint, folder: Path) -> ReferenceFamily:
             param="reference",
         )
     return own
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError as error:
-        raise UserError(f"device {name!r} is not known; use auto, cpu, cuda or cuda:N", code="bad_option") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N", code="bad_option")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device {name!r} was asked for, but torch finds no CUDA here; use cpu", code="bad_option")
-    return device
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise UserError(f"dtype {name!r} is not known; use {', '.join(DTYPES)}", code="bad_option")
-    return DTYPES[name]

@@ -12,8 +12,9 @@ from siglane.families.registry import is_vision_only
 from siglane.families.splice import image_rows, splice
 from siglane.families.stack import VisionEncoderModel
 from siglane.lm.attention import Past, SegmentAttention
+from siglane.lm.qwen import QwenModel
 from siglane.nn.cpu.optimise import optimise
-from siglane.types import DecodedImage, ImagePart, ImagePatches, Message, Prompt
+from siglane.types import DecodedImage, ImagePart, ImagePatches, Message
 from siglane.verify.stages import LOGIT_ROWS, TOKENS, Trace
 from siglane.weights.hub import Checkpoint
 
@@ -58,12 +59,14 @@ class SiglaneRunner:
             return trace
         parts: list[str | ImagePart] = [ImagePart(number) for number in range(len(images))]
         asked = self.prompts.prompt([Message("user", (*parts, prompt))], [image.layout for image in images])
-        embeds = self._spliced(self.model, asked, asked.in_order(rows))
-        return {**trace, **self._answered(self.model, embeds, steps)}
+        ordered, spans = asked.in_order(rows), image_rows(asked)
+        embeds = self.model.language.embed(torch.tensor(asked.token_ids, device=self.device))
+        embeds = splice(embeds, spans, [ordered[span.image] for span in spans])
+        return {**trace, **self._answered(self.model.language, embeds, steps)}
 
     def _seen(self, images: Sequence[ImagePatches]) -> tuple[Trace, tuple[torch.Tensor, ...] | None]:
         """The stages, and what stands in the prompt for each image."""
-        if self.encoder is None:  # a model without eyes
+        if self.encoder is None:  # a language model alone
             return {}, ()
         taps: Trace = {}
         packed = self.encoder.pack(images)
@@ -77,25 +80,17 @@ class SiglaneRunner:
         stages = {TAPPED_AS.get(name, name): tensor.cpu() for name, tensor in taps.items()}
         return {"preprocessing": packed.pixels.cpu(), **stages}, rows
 
-    def _spliced(self, model: VisionLanguageModel, prompt: Prompt, rows: Sequence[torch.Tensor]) -> torch.Tensor:
-        """rows: of each image, in the prompt's order."""
-        embeds = model.language.embed(torch.tensor(prompt.token_ids, device=self.device))
-        spans = image_rows(prompt)
-        return splice(embeds, spans, [rows[span.image] for span in spans])
-
-    def _answered(self, model: VisionLanguageModel, embeds: torch.Tensor, steps: int) -> Trace:
+    def _answered(self, language: QwenModel, embeds: torch.Tensor, steps: int) -> Trace:
         taps: Trace = {"spliced": embeds.clone()}
         length, past = embeds.shape[0], Past()
-        hidden = model.language(
-            embeds, torch.arange(length, device=self.device), SegmentAttention([length], past=past), taps
-        )
-        taps["logits"] = logits = model.language.logits(hidden[-LOGIT_ROWS:])
+        positions = torch.arange(length + steps, device=self.device)
+        hidden = language(embeds, positions[:length], SegmentAttention([length], past=past), taps)
+        taps["logits"] = logits = language.logits(hidden[-LOGIT_ROWS:])
         if steps:
             chosen = [int(logits[-1].argmax())]
-            while len(chosen) < steps:
-                last = model.language.embed(torch.tensor(chosen[-1:], device=self.device))
-                position = torch.tensor([length + len(chosen) - 1], device=self.device)
-                hidden = model.language(last, position, SegmentAttention([1], past=past))
-                chosen.append(int(model.language.logits(hidden)[-1].argmax()))
+            for position in positions[length : length + steps - 1]:
+                last = language.embed(torch.tensor(chosen[-1:], device=self.device))
+                hidden = language(last, position[None], SegmentAttention([1], past=past))
+                chosen.append(int(language.logits(hidden)[-1].argmax()))
             taps[TOKENS] = torch.tensor(chosen)
         return {name: tensor.cpu() for name, tensor in taps.items()}

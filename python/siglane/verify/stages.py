@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -83,21 +84,17 @@ def compare_traces(case: str, ours: Trace, reference: Trace, threshold: float) -
 
 def compare(case: str, stage: str, ours: torch.Tensor, reference: torch.Tensor, threshold: float) -> Comparison:
     """ok: shapes are equal, all values finite, every row's cosine above `threshold`, the scale as close to 1."""
-    shape, reference_shape = tuple(ours.shape), tuple(reference.shape)
-    if shape != reference_shape:
-        return _failed(case, stage, shape, reference_shape, f"the reference has shape {list(reference_shape)}")
+    found = _compared(case, stage, ours, reference)
+    if ours.shape != reference.shape:
+        return found(ok=False, note=f"the reference has shape {list(reference.shape)}")
     a, b = ours.double(), reference.double()
     if not (a.isfinite().all() and b.isfinite().all()):
         side = "siglane" if b.isfinite().all() else "the reference"
-        return _failed(case, stage, shape, reference_shape, f"{side} gives values that are not finite")
+        return found(ok=False, note=f"{side} gives values that are not finite")
     cosines = _cosines(a, b, SAME_ROW * torch.finfo(reference.dtype).eps)
     lowest, scale = cosines.min().item(), _scale(a, b)
     alike, well_scaled = lowest > threshold, threshold < scale and scale * threshold < 1
-    return Comparison(
-        case=case,
-        stage=stage,
-        shape=shape,
-        reference_shape=reference_shape,
+    return found(
         max_abs_error=(a - b).abs().max().item(),
         mean_cosine=cosines.mean().item(),
         min_cosine=lowest,
@@ -111,14 +108,7 @@ def _compare_tokens(case: str, ours: torch.Tensor, reference: torch.Tensor, *, h
     """Greedy ids are equal in float32; in half precision two right answers part where two logits nearly tie."""
     same = torch.equal(ours, reference)
     note = "" if same else f"{ours.tolist()} instead of {reference.tolist()}"
-    return Comparison(
-        case=case,
-        stage=TOKENS,
-        shape=tuple(ours.shape),
-        reference_shape=tuple(reference.shape),
-        ok=same or halved,
-        note=note,
-    )
+    return _compared(case, TOKENS, ours, reference)(ok=same or halved, note=note)
 
 
 def _scale(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -138,17 +128,16 @@ def _cosines(a: torch.Tensor, b: torch.Tensor, nearest: float) -> torch.Tensor:
 
 def _one_sided(case: str, stage: str, ours: torch.Tensor | None, reference: torch.Tensor | None) -> Comparison:
     """A block that one side does not run shows in what follows it; any other stage must be there."""
-    shape, reference_shape = (None if side is None else tuple(side.shape) for side in (ours, reference))
     note = f"only {'the reference' if ours is None else 'siglane'} has it"
-    return Comparison(
-        case=case, stage=stage, shape=shape, reference_shape=reference_shape, ok="block." in stage, note=note
-    )  # fmt: skip
+    return _compared(case, stage, ours, reference)(ok="block." in stage, note=note)
 
 
-def _failed(
-    case: str, stage: str, shape: tuple[int, ...], reference_shape: tuple[int, ...], note: str
-) -> Comparison:  # fmt: skip
-    return Comparison(case=case, stage=stage, shape=shape, reference_shape=reference_shape, ok=False, note=note)
+def _compared(
+    case: str, stage: str, ours: torch.Tensor | None, reference: torch.Tensor | None
+) -> partial[Comparison]:  # fmt: skip
+    """A comparison that waits for its outcome."""
+    shape, reference_shape = (None if side is None else tuple(side.shape) for side in (ours, reference))
+    return partial(Comparison, case=case, stage=stage, shape=shape, reference_shape=reference_shape)
 
 
 def packing(alone: Sequence[Trace], packed: Trace, threshold: float) -> Comparison:
@@ -159,17 +148,10 @@ def packing(alone: Sequence[Trace], packed: Trace, threshold: float) -> Comparis
         found.append(compare("packed", stage, packed[stage], rows, threshold))
     failed = [one for one in found if not one.ok]
     worst = failed[0] if failed else min(found, key=lambda one: one.min_cosine or 0.0)
-    errors = [one.max_abs_error for one in found if one.max_abs_error is not None]
-    return Comparison(
-        case=worst.case,
+    return replace(
+        worst,
         stage=PACKING,
-        shape=worst.shape,
-        reference_shape=worst.reference_shape,
-        max_abs_error=max(errors, default=None),
-        mean_cosine=worst.mean_cosine,
-        min_cosine=worst.min_cosine,
-        scale=worst.scale,
-        ok=not failed,
+        max_abs_error=_most(max, [one.max_abs_error for one in found]),
         note=f"{'first' if failed else 'least alike'} at {worst.stage}{': ' if worst.note else ''}{worst.note}",
     )
 
@@ -235,27 +217,22 @@ class Report:
             "prompt": self.prompt,
             "images": [{"image": one.name, "width": one.width, "height": one.height} for one in self.pictures],
             "stages": [_summary_row(summary(cases)) for _, cases in self.stages()],
-            "cases": [{"case": one.case, **_summary_row(one)} for one in self.comparisons],
+            "cases": [asdict(one) for one in self.comparisons],
         }
 
 
 def summary(cases: Sequence[Comparison]) -> Comparison:
     """One stage over all its cases: rows added up, the worst of every number, the first failing case's note."""
     worst = next((one for one in cases if not one.ok), min(cases, key=_likeness))
-    shapes = [[one.shape for one in cases], [one.reference_shape for one in cases]]
     means = [(one.mean_cosine, one.shape[0]) for one in cases if one.mean_cosine is not None and one.shape]
     rows = sum(count for _, count in means)
-    return Comparison(
-        case=worst.case,
-        stage=worst.stage,
-        shape=_added(shapes[0]),
-        reference_shape=_added(shapes[1]),
+    return replace(
+        worst,
+        shape=_added([one.shape for one in cases]),
+        reference_shape=_added([one.reference_shape for one in cases]),
         max_abs_error=_most(max, [one.max_abs_error for one in cases]),
         mean_cosine=sum(mean * count for mean, count in means) / rows if rows else None,
         min_cosine=_most(min, [one.min_cosine for one in cases]),
-        scale=worst.scale,
-        ok=worst.ok,
-        note=worst.note,
     )
 
 
@@ -274,14 +251,4 @@ def _added(shapes: Sequence[tuple[int, ...] | None]) -> tuple[int, ...] | None:
 
 
 def _summary_row(one: Comparison) -> dict[str, Any]:
-    return {
-        "stage": one.stage,
-        "shape": None if one.shape is None else list(one.shape),
-        "reference_shape": None if one.reference_shape is None else list(one.reference_shape),
-        "max_abs_error": one.max_abs_error,
-        "mean_cosine": one.mean_cosine,
-        "min_cosine": one.min_cosine,
-        "scale": one.scale,
-        "ok": one.ok,
-        "note": one.note,
-    }
+    return {name: value for name, value in asdict(one).items() if name != "case"}

@@ -7,7 +7,7 @@ from torch import nn
 
 from siglane.config.vision import VisionConfig
 from siglane.nn.cpu.product import linear
-from siglane.nn.linear import ShardedModule, copy_checked
+from siglane.nn.linear import ShardedModule, check_shape, copy_checked
 
 
 class PatchEmbedding(ShardedModule):
@@ -29,13 +29,11 @@ class PatchEmbedding(ShardedModule):
     def load_part(self, name: str, part: str, tensor: torch.Tensor) -> None:
         config = self.config
         if name == "weight" and tensor.ndim == 4:
-            convolution = (config.hidden_size, config.num_channels, config.patch_size, config.patch_size)
-            if tensor.shape != convolution:
-                raise ValueError(f"has shape {list(tensor.shape)}, the model needs {list(convolution)}")
+            check_shape(tensor, config.hidden_size, config.num_channels, config.patch_size, config.patch_size)
             if config.patch_layout == "channel_last":
                 tensor = tensor.permute(0, 2, 3, 1)
             tensor = tensor.flatten(1)
-        copy_checked(self.get_parameter(name), tensor, self.get_parameter(name).shape)
+        copy_checked(self.get_parameter(name), tensor)
 
     def stored_parts(self, name: str) -> dict[str, torch.Tensor]:
         stored, config = super().stored_parts(name), self.config

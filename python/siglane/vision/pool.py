@@ -10,7 +10,7 @@ from torch import nn
 
 from siglane.config.vision import VisionConfig
 from siglane.nn.act import activate
-from siglane.nn.attention import Segments
+from siglane.nn.attention import runs_of
 from siglane.nn.cpu.product import linear
 from siglane.nn.plan import Rule, WeightPlan
 
@@ -40,14 +40,12 @@ class MapHead(nn.Module):
         q = linear(self.probe[0], wq, bq).unflatten(-1, (self.heads, -1))
         k = linear(features, wk, bk).unflatten(-1, (self.heads, -1))
         v = linear(features, wv, bv).unflatten(-1, (self.heads, -1))
-        pooled = []
-        start = 0
-        for length, count in Segments.of(lengths, torch.device("cpu")).runs:
-            stop = start + length * count
-            ks, vs = (x[start:stop].unflatten(0, (count, length)).transpose(1, 2) for x in (k, v))
+        pooled, runs = [], runs_of(lengths)
+        rows = [length * count for length, count in runs]
+        for keys, values, (length, count) in zip(k.split(rows), v.split(rows), runs, strict=True):
+            ks, vs = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (keys, values))
             qs = q.transpose(0, 1).expand(count, -1, -1, -1)
             pooled.append(F.scaled_dot_product_attention(qs, ks, vs).transpose(1, 2).flatten(1))
-            start = stop
         attended = self.out_proj(torch.cat(pooled))
         return attended + self.fc2(activate(self.fc1(self.norm(attended)), self.activation))
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from siglane.config.vision import VisionConfig
+from siglane.nn.attention import runs_of
 from siglane.nn.linear import ShardedModule, copy_checked
 from siglane.types import Grid
 
@@ -30,13 +30,10 @@ class PositionEmbedding(ShardedModule):
     def forward(self, x: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
         """x: `[N, hidden_size]`, patches of `grids` in raster order; every image gets its own resized table."""
         outputs = []
-        start = 0
-        for grid, group in groupby(grids):
-            count = sum(1 for _ in group)
-            stop = start + count * grid.area
-            images = x[start:stop].unflatten(0, (count, grid.area)) + self.table(grid)
+        runs = runs_of(grids)
+        for rows, (grid, count) in zip(x.split([grid.area * count for grid, count in runs]), runs, strict=True):
+            images = rows.unflatten(0, (count, grid.area)) + self.table(grid)
             outputs.append(images.flatten(0, 1))
-            start = stop
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def table(self, grid: Grid) -> torch.Tensor:
@@ -86,4 +83,4 @@ class PositionEmbedding(ShardedModule):
         return resized[0].permute(1, 2, 0).flatten(0, 1).to(self.weight.dtype)
 
     def load_part(self, name: str, part: str, tensor: torch.Tensor) -> None:
-        copy_checked(self.weight, tensor.flatten(0, -2), self.weight.shape)
+        copy_checked(self.weight, tensor.flatten(0, -2))

@@ -228,7 +228,7 @@ class StrictLoad:
                 owner.load_part(leaf, destination.part, tensor)
             else:
                 parameter = owner.get_parameter(leaf)
-                copy_checked(parameter, tensor, parameter.shape)
+                copy_checked(parameter, tensor)
         except ValueError as error:
             raise WeightError(f"{place} {error}") from error
 

@@ -26,7 +26,7 @@ class Asked:
     image_limits: tuple[ImageBudget, ...]
 
     def to_json(self) -> str:
-        media = [[*(one.size if isinstance(one, VideoSize) else one), _frames(one)] for one in self.media]
+        media = [(*one.size, one.frames) if isinstance(one, VideoSize) else (*one, 0) for one in self.media]
         return json.dumps({"media": media, "image_limits": [asdict(limits) for limits in self.image_limits]})
 
     @classmethod
@@ -98,10 +98,6 @@ def tensor_parallel() -> TensorParallel:
 
     group = get_parallel().attn_tp_group
     return TensorParallel(group.rank_in_group, group.world_size, group.all_reduce, group.all_gather)
-
-
-def _frames(medium: Medium) -> int:
-    return medium.frames if isinstance(medium, VideoSize) else 0
 
 
 def _limits(fields: dict[str, object]) -> ImageBudget:

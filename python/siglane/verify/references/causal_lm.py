@@ -1,4 +1,4 @@
-"""Language models without eyes: transformers' own, behind the tokenizer and its chat template."""
+"""Language models alone: transformers' own, behind the tokenizer and its chat template."""
 
 from __future__ import annotations
 

@@ -89,22 +89,19 @@ def _opened(file: Path) -> Iterator[Any]:
         raise WeightError(f"{file} is not a usable safetensors file: {error}") from error
 
 
-def fill(module: nn.Module, tensors: Tensors) -> None:
-    """Copies every parameter of `module` from the tensor of its name. WeightError when one is missing or of another
-    shape; tensors that are left over belong to other modules."""
+def ready(module: nn.Module, tensors: Tensors, device: torch.device, dtype: torch.dtype) -> None:
+    """`module` in `dtype` on `device`, for evaluation, every parameter filled from the tensor of its name.
+
+    Buffers keep their dtype, as transformers loads them. WeightError when a tensor is missing or of another shape;
+    tensors that are left over belong to other modules.
+    """
     with torch.no_grad():
         for name, parameter in module.named_parameters():
+            parameter.data = parameter.data.to(dtype)
             tensor = tensors[name]
             if tensor.shape != parameter.shape:
                 raise WeightError(
                     f"tensor {name} has shape {list(tensor.shape)}, the reference needs {list(parameter.shape)}"
                 )
             parameter.copy_(tensor)
-
-
-def ready(module: nn.Module, tensors: Tensors, device: torch.device, dtype: torch.dtype) -> None:
-    """`module` in `dtype` on `device`, filled, for evaluation. Buffers keep their dtype, as transformers loads them."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
-    fill(module, tensors)
     module.to(device).eval().requires_grad_(False)

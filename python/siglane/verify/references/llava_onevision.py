@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+from transformers.image_processing_utils import select_best_resolution
 
 from siglane.verify.references.decoder import PLACE, Decoder, filled, load_tokenizer, rendered
 from siglane.verify.references.files import Tensors, read_json, ready
@@ -79,7 +80,7 @@ class LlavaOnevision(VisionLanguageReference):
 
     def _anyres(self, picture: Image.Image) -> list[Image.Image]:
         """The whole picture squashed, then the tiles of the pinpoint that shows most of it."""
-        height, width = best_resolution(picture.height, picture.width, self.pinpoints)
+        height, width = select_best_resolution((picture.height, picture.width), self.pinpoints)
         scale_w, scale_h = width / picture.width, height / picture.height
         if scale_w < scale_h:
             size = (width, min(math.ceil(picture.height * scale_w), height))
@@ -89,18 +90,6 @@ class LlavaOnevision(VisionLanguageReference):
         resized = picture.resize(size, self.processing.resample)
         canvas.paste(resized, ((width - size[0]) // 2, (height - size[1]) // 2))
         return [self.processing.resized(picture), *squares_of(canvas, self.processing.height)]
-
-
-def best_resolution(height: int, width: int, pinpoints: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """transformers' `select_best_resolution`: most effective pixels, then least waste, the first of equals."""
-    best, most, least = (0, 0), 0, math.inf
-    for candidate_height, candidate_width in pinpoints:
-        scale = min(candidate_width / width, candidate_height / height)
-        effective = min(int(width * scale) * int(height * scale), width * height)
-        wasted = candidate_width * candidate_height - effective
-        if effective > most or (effective == most and wasted < least):
-            best, most, least = (candidate_height, candidate_width), effective, wasted
-    return best
 
 
 def _named(model: Any, tensors: Tensors) -> Tensors:

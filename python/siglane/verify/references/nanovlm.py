@@ -40,13 +40,9 @@ class NanoVlm(VisionLanguageReference):
         ready(self.projector, tensors.under("MP.proj."), device, dtype)
         self.extra: dict[str, str] = self.raw.get("vlm_extra_tokens") or {}
         named = Path(self.raw.get("lm_tokenizer", TOKENIZER))
-        self.tokenizer = load_tokenizer(folder if (folder / "tokenizer.json").is_file() else named)
-        new = [text for text in self.extra.values() if text not in self.tokenizer.get_vocab()]
-        self.tokenizer.add_tokens(new, special_tokens=True)
-
-    @property
-    def tiled(self) -> bool:
-        return "r1c1" in self.extra or "max_img_size" in self.raw
+        own = folder if (folder / "tokenizer.json").is_file() else named
+        self.tokenizer = load_tokenizer(own, *self.extra.values())
+        self.tiled = "r1c1" in self.extra or "max_img_size" in self.raw
 
     def see(self, pictures: Sequence[Image.Image]) -> Seen:
         """The image tokens of a prompt are written out: one for each row."""
@@ -143,7 +139,6 @@ def _tower_tensors(raw: Raw, tensors: Tensors) -> Tensors:
     names = {
         "embeddings.patch_embedding.weight": "patch_embedding.conv.weight",
         "embeddings.patch_embedding.bias": "patch_embedding.conv.bias",
-        "embeddings.position_embedding.weight": "patch_embedding.position_embedding",
         "post_layernorm.weight": "layer_norm.weight",
         "post_layernorm.bias": "layer_norm.bias",
     }

@@ -77,6 +77,8 @@ class Ovis2_5(VisionLanguageReference):
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
         root, tensors = read_json(folder / "config.json"), Tensors.of(folder)
         self.raw: Raw = root["vit_config"]
+        self.patch_size: int = self.raw.get("patch_size", 16)
+        self.stride: int = self.raw.get("hidden_stride", 2)  # patches along a side of a merged block
         self.device, self.dtype = device, dtype
         config: Any = SiglipVisionConfig(**{name: self.raw[name] for name in VIT_FACTS if name in self.raw})
         config.vision_use_head = False
@@ -96,17 +98,6 @@ class Ovis2_5(VisionLanguageReference):
         self.least = processor.get("min_pixels", MIN_PIXELS)
         self.most = processor.get("max_pixels", MAX_PIXELS)
         self.folder, self.tokenizer = folder, load_tokenizer(folder)
-
-    @property
-    def stride(self) -> int:
-        """Patches along a side of a merged block."""
-        stride: int = self.raw.get("hidden_stride", 2)
-        return stride
-
-    @property
-    def patch_size(self) -> int:
-        size: int = self.raw.get("patch_size", 16)
-        return size
 
     def see(self, pictures: Sequence[Image.Image | Sequence[Image.Image]]) -> Seen:
         """Several pictures in place of one are the frames of a video."""

@@ -37,22 +37,13 @@ class SiglipTower:
         self, raw: Raw, tensors: Tensors, device: torch.device, dtype: torch.dtype, *, head: bool = False
     ) -> None:
         facts = dict(raw, vision_use_head=head and raw.get("vision_use_head", True))
-        self.config: Any = SiglipVisionConfig.from_dict(facts)
+        config: Any = SiglipVisionConfig
+        self.config = config.from_dict(facts)
+        self.side: int = self.config.image_size  # pixels along a side
+        self.grid = self.side // self.config.patch_size  # patches along a side
         self.device, self.dtype = device, dtype
         self.model: Any = SiglipVisionModel(self.config)
         ready(self.model, tensors.under("vision_model.", ""), device, dtype)
-
-    @property
-    def side(self) -> int:
-        """Pixels along a side."""
-        side: int = self.config.image_size
-        return side
-
-    @property
-    def grid(self) -> int:
-        """Patches along a side."""
-        patch_size: int = self.config.patch_size
-        return self.side // patch_size
 
     def run(self, pixels: torch.Tensor) -> Trace:
         """pixels f32 `[B, 3, H, W]` -> preprocessing, patch_embedding, positions, block.N, post_layernorm; pooled."""
