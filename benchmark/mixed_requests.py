@@ -71,7 +71,7 @@ def model_config(layers: int) -> VlmConfig:
     )
     return VlmConfig(
         family="benchmark", images=images, language=language, image_token="<image>", image_token_id=IMAGE_ID,
-        eos_token_ids=(511,), thinking=None,
+        eos_token_ids=(511,), thinking=None, sampling={},
     )  # fmt: skip
 
 
@@ -127,8 +127,8 @@ def in_engine(model: VisionLanguageModel, images: Sequence[ImagePatches], max_ba
         engine.add(request(f"client-{number}", image))
     while engine.has_work:
         for delta in engine.step():
-            if delta.error is not None:
-                raise delta.error
+            if delta.finished is not None and delta.finished.error is not None:
+                raise delta.finished.error
     return timed.patches / timed.seconds
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from PIL import Image
 from serving import (
     MODEL,
     RunningServer,
+    assert_error,
     chat,
     encode,
     image_part,
@@ -23,9 +26,12 @@ from serving import (
     stream,
 )
 
+from siglane.engine.child import EngineSpec
 from siglane.engine.process import EngineProcess
-from siglane.families.processor import Processor
+from siglane.families.processor import Processor, load_processor
+from siglane.settings.engine import EngineConfig
 from siglane.types import Size
+from siglane.weights.hub import open_checkpoint
 
 IMAGES = {"wide": Size(200, 60), "small": Size(20, 20), "tall": Size(50, 140)}
 
@@ -183,6 +189,50 @@ def test_max_completion_tokens_wins_and_null_takes_the_room(server: RunningServe
     assert server.post({**body, "max_completion_tokens": 3}).json()["usage"]["completion_tokens"] == 3
     usage = stream(server, {**body, "max_tokens": None, "max_completion_tokens": None}).usage
     assert usage["total_tokens"] == processor.context_length
+
+
+def test_a_context_is_no_longer_than_the_engine_has_room_for(checkpoint: Path, processor: Processor) -> None:
+    engine = EngineProcess(EngineSpec(str(checkpoint), EngineConfig(device="cpu", threads=1, kv_tokens=150)))
+    with contextlib.closing(engine), running(processor, engine) as server, server.openai() as client:
+        room = 144  # whole pages of 16 tokens
+        promised = [client.models.retrieve(MODEL).model_extra]
+        engine.start()
+        promised.append(client.models.retrieve(MODEL).model_extra)
+        assert [card and card["max_model_len"] for card in promised] == [room, room]
+        usage = server.post(chat("x", max_tokens=None, ignore_eos=True)).json()["usage"]
+        assert usage["total_tokens"] == room
+        left = room - usage["prompt_tokens"]
+        full = server.post(chat("x", max_tokens=left, ignore_eos=True)).json()
+        assert (full["usage"]["total_tokens"], full["choices"][0]["finish_reason"]) == (room, "length")
+        for body, param in ((chat("x", max_tokens=left + 1), "max_tokens"), (chat("z" * 400), "messages")):
+            response = server.post(body)
+            assert_error(response, 400, "context_length_exceeded", param)
+            assert str(room) in response.json()["error"]["message"]
+
+
+def test_requests_that_name_nothing_get_what_the_checkpoint_states(
+    checkpoint: Path, engine: EngineProcess, tmp_path: Path
+) -> None:
+    stated = {"eos_token_id": [0], "temperature": 2.0, "top_k": 1, "max_new_tokens": 7}
+    shutil.copytree(checkpoint, tmp_path / "stated")
+    (tmp_path / "stated/llm/generation_config.json").write_text(json.dumps(stated))
+    processor = load_processor(open_checkpoint(tmp_path / "stated"))
+
+    def ask(server: RunningServer, **fields: Any) -> tuple[str, int]:
+        answer = server.post(wordy(processor, **{"temperature": None, "max_tokens": None, **fields})).json()
+        return answer["choices"][0]["message"]["content"], answer["usage"]["completion_tokens"]
+
+    with running(processor, engine) as server:
+        greedy = ask(server, temperature=0, max_tokens=7)
+        assert ask(server) == greedy
+        own = ask(server, top_k=0, max_tokens=12)
+        assert own[0][:7] != greedy[0]
+        assert own[1] == 12
+    with running(processor, engine, default_temperature=0.0) as server:
+        assert ask(server, top_k=0) == greedy
+    with running(processor, engine, sampling_defaults="openai") as server:
+        assert ask(server, max_tokens=12) == ask(server, max_tokens=12, temperature=1)
+        assert ask(server, max_tokens=12)[0][:7] != greedy[0]
 
 
 def test_logprobs_have_openai_s_format(server: RunningServer) -> None:

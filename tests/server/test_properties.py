@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from typing import Any, cast
 
 import pytest
@@ -15,17 +15,19 @@ from pydantic import ValidationError
 from serving import told_by
 from transformers import PreTrainedTokenizerFast
 
+from siglane.engine.answer import Answer
 from siglane.engine.detokenize import TextStream
 from siglane.engine.process import EngineProcess
 from siglane.engine.reasoning import AnswerStream
 from siglane.errors import UserError
 from siglane.families.processor import Processor
-from siglane.server.answer import Answer, Piece
+from siglane.server.choices import ChoiceDelta, Choices
 from siglane.server.errors import error_body, from_validation
 from siglane.server.logprobs import TokenTexts, byte_alphabet
-from siglane.server.protocol import REFUSED, ChatCompletionRequest, ignored_fields
+from siglane.server.protocol import ChatCompletionRequest, ignored_fields
+from siglane.server.refused import REFUSED
 from siglane.server.stream import DONE, KEEP_ALIVE, event
-from siglane.types import FinishReason, Prompt, Request, SamplingParams, TokenDelta, TokenLogprob
+from siglane.types import Finished, Prompt, Request, SamplingParams, TokenDelta, TokenLogprob
 
 FAST = settings(max_examples=60, deadline=None, database=None)
 TEXT = st.text(alphabet=st.sampled_from("abc ñ€𝄞🙂\n"), max_size=30)
@@ -69,20 +71,29 @@ class Engine:
         self.on_delta: dict[str, Callable[[TokenDelta], None]] = {}
         self.aborted: list[str] = []
 
-    def submit(self, request: Request, on_delta: Callable[[TokenDelta], None]) -> None:
-        self.on_delta[request.request_id] = on_delta
+    def submit(self, requests: Sequence[Request], on_delta: Callable[[TokenDelta], None]) -> None:
+        self.on_delta.update((request.request_id, on_delta) for request in requests)
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
 
 
-async def read(answer: Answer) -> list[Piece]:
-    pieces = []
-    while not answer.finished:
-        piece = await answer.next()
-        assert piece is not None
-        pieces.append(piece)
-    return pieces
+class Inline(Executor):
+    """A command has happened when it was given, so that every run of a test repeats exactly."""
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(function(*args, **kwargs))
+        return done
+
+
+async def read(choices: Choices, found: list[ChoiceDelta], timeout: float | None = None) -> None:
+    """All deltas, or those that are there when a `timeout` says not to wait for more."""
+    while not choices.finished:
+        delta = await choices.next(timeout)
+        if delta is None:
+            return
+        found.append(delta)
 
 
 def request(number: int, stops: Sequence[str]) -> Request:
@@ -95,39 +106,48 @@ def request(number: int, stops: Sequence[str]) -> Request:
     stops=st.lists(st.text("abc ñ", min_size=1, max_size=2), max_size=2),
     seed=st.randoms(use_true_random=False),
 )
-def test_an_answer_does_not_depend_on_how_tokens_were_grouped(
+def test_an_answer_does_not_depend_on_when_its_tokens_are_read(
     processor: Processor, texts: list[str], stops: list[str], seed: Any
 ) -> None:
-    """Text, token count, logprobs and ending of every choice are the same for any grouping and any interleaving."""
+    """Text, token count, logprobs and ending of every choice are the same for any interleaving, however many tokens
+    wait to be read, and wherever an abort meets an answer that a stop string has ended."""
     ids = [tokens_of(processor.tokenizer, text) for text in texts]
 
     async def play(group: Callable[[int], int]) -> tuple[list[tuple[Any, ...]], int, list[str]]:
         engine = Engine()
         requests = [request(number, stops) for number in range(len(texts))]
-        with ThreadPoolExecutor(1) as commands:
-            streams = [AnswerStream(processor.tokenizer, stops) for _ in requests]
-            answer = Answer(requests, streams, cast(EngineProcess, engine), commands)
-            await answer.start()
-            left = {number: list(found) for number, found in enumerate(ids)}
-            while left:
-                number = seed.choice(sorted(left))
-                size = group(len(left[number]))
-                now, left[number] = left[number][:size], left[number][size:]
-                reason: FinishReason | None = None if left[number] else "length"
-                logprobs = tuple(TokenLogprob(token, -1.0) for token in now)
-                engine.on_delta[f"r{number}"](TokenDelta(f"r{number}", tuple(now), logprobs, reason))
-                if reason:
-                    del left[number]
-            pieces = await read(answer)
-            answer.close()
+        found: list[ChoiceDelta] = []
+        answers = [Answer(one.request_id, one.prompt, AnswerStream(processor.tokenizer, stops)) for one in requests]
+        choices = Choices(answers, cast(EngineProcess, engine), Inline())
+        engine.submit(requests, choices.on_delta)
+        left = {number: list(one) for number, one in enumerate(ids)}
+        while left:
+            number = seed.choice(sorted(left))
+            name = f"r{number}"
+            for _ in range(group(len(left[number])) or 1):
+                if name in engine.aborted and seed.random() < 0.5:
+                    left.pop(number)
+                    engine.on_delta[name](TokenDelta(name, finished=Finished("abort")))
+                    break
+                token = left[number].pop(0) if left[number] else None
+                finished = None if left[number] else Finished("length")
+                logprob = None if token is None else TokenLogprob(token, -1.0)
+                engine.on_delta[name](TokenDelta(name, token, logprob, finished))
+            if not left.get(number):
+                left.pop(number, None)
+            await asyncio.sleep(0)
+            await read(choices, found, timeout=0)
+        await read(choices, found)
+        choices.close()
         told = []
-        for number in range(len(texts)):
-            mine = [piece for piece in pieces if piece.index == number]
-            assert [piece.finish_reason for piece in mine[:-1]] == [None] * (len(mine) - 1)
-            text = "".join(piece.text for piece in mine)
-            tokens = tuple(entry.token_id for piece in mine for entry in piece.logprobs)
-            told.append((text, tokens, mine[-1].finish_reason, mine[-1].matched_stop))
-        return told, answer.usage.completion_tokens, sorted(engine.aborted)
+        for number, answer in enumerate(answers):
+            mine = [delta for delta in found if delta.index == number]
+            assert [delta.finish_reason for delta in mine[:-1]] == [None] * (len(mine) - 1)
+            text = "".join(delta.text for delta in mine)
+            tokens = tuple(delta.logprob.token_id for delta in mine if delta.logprob)
+            assert (answer.text, tuple(answer.token_ids)) == (text, tokens)
+            told.append((text, tokens, mine[-1].finish_reason, answer.matched_stop))
+        return told, choices.usage.completion_tokens, sorted(engine.aborted)
 
     whole = asyncio.run(play(lambda length: max(1, length)))
     single = asyncio.run(play(lambda length: 1))

@@ -121,18 +121,20 @@ def compute(walk: Walk, request: Request, spec: EngineSpec) -> None:
     """From the pipe to the tower: what the engine's process does, on a thread of this one."""
     engine = load_engine(spec.model, spec.config)
     here, there = multiprocessing.Pipe()
-    here.send_bytes(pickle.dumps(("add", request)))
+    here.send_bytes(pickle.dumps(("add", (request,))))
     with watched(walk):
         thread = threading.Thread(target=_serve, args=(there, engine, None))
         thread.start()
     deltas: list[TokenDelta] = []
-    while not any(delta.finish_reason for delta in deltas):
+    while not any(delta.finished for delta in deltas):
         assert here.poll(60), "the engine's thread does not answer"
         kind, value = pickle.loads(here.recv_bytes())
         deltas += value if kind == "deltas" else []
     here.send_bytes(pickle.dumps(("close", None)))
     thread.join()
-    assert deltas[-1].finish_reason in ("stop", "length"), deltas[-1].error
+    finished = deltas[-1].finished
+    assert finished is not None
+    assert finished.reason in ("stop", "length"), finished.error
 
 
 def test_few_files_see_an_image_and_none_gets_it_back(

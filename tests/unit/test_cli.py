@@ -84,7 +84,8 @@ def test_generate_reports_what_was_asked_for(model: str, capsys: pytest.CaptureF
     words = ["--max-tokens", "3", "--n", "2", "--temperature", "1", "--seed", "1", "--logprobs", "1", "--json"]
     assert main(generate(model, *words)) == 0
     found = json.loads(capsys.readouterr().out)
-    assert len(found["alternatives"]) == 1
+    first, second = found["outputs"]
+    assert first["output_token_ids"] == found["output_token_ids"] != second["output_token_ids"]
     assert [entry["token_id"] for entry in found["logprobs"]] == found["output_token_ids"]
 
 

@@ -28,6 +28,7 @@ from siglane.lm.attention import SegmentAttention
 from siglane.settings.engine import EngineConfig
 from siglane.types import (
     DecodedImage,
+    Finished,
     ImagePart,
     ImagePatches,
     ImageTokens,
@@ -113,10 +114,14 @@ def prompts(tiny: Tiny) -> Mapping[str, Asked]:
 
 @dataclass
 class Answer:
-    """What an engine said to one request. last: the delta that ended it."""
+    """What an engine said to one request. last: how it ended."""
 
     tokens: list[int] = field(default_factory=list)
-    last: TokenDelta = field(default_factory=lambda: TokenDelta(""))
+    last: Finished = field(default_factory=lambda: Finished("error"))
+
+
+def said(delta: TokenDelta) -> list[int]:
+    return [] if delta.token_id is None else [delta.token_id]
 
 
 def greedy(name: str, prompt: Asked, max_tokens: int = ANSWER, **sampling: object) -> Request:
@@ -138,10 +143,10 @@ def run(engine: Engine, requests: Iterable[Request], apart: int = 0) -> dict[str
             break
         for delta in engine.step() if engine.has_work else []:
             assert delta.request_id not in ended, "somebody spoke after the end"
-            answers[delta.request_id].tokens += delta.token_ids
-            if delta.finish_reason is not None:
+            answers[delta.request_id].tokens += said(delta)
+            if delta.finished is not None:
                 ended.append(delta.request_id)
-                answers[delta.request_id].last = delta
+                answers[delta.request_id].last = delta.finished
     assert sorted(ended) == sorted(answers)
     check_idle(engine)
     return answers
@@ -247,7 +252,7 @@ class TestGreedyTokens:
         engine = load_engine(str(tiny.folder), EngineConfig(device="cpu", dtype=dtype, kv_tokens=2048))
         assert engine.runner.kv.keys.dtype == engine.runner.model.language.norm.weight.dtype == getattr(torch, dtype)
         answers = run(engine, [greedy(name, prompt, logprobs=0) for name, prompt in prompts.items()])
-        assert {answer.last.finish_reason for answer in answers.values()} == {"length"}
+        assert {answer.last.reason for answer in answers.values()} == {"length"}
         assert engine.runner.kv.keys.isfinite().all()
 
 
@@ -303,9 +308,9 @@ class TestReuse:
         vision = engine.runner.model.vision
         real = vision.forward
 
-        def counting(images: list[ImagePatches]) -> ImageTokens:
+        def counting(images: list[ImagePatches], *others: object) -> ImageTokens:
             sizes.append(len(images))
-            return real(images)
+            return real(images, *others)
 
         monkeypatch.setattr(vision, "forward", counting)
         run(engine, [greedy("one", tiny.prompt("Two?", tiny.image(1), tiny.image(2)))])
@@ -356,7 +361,7 @@ class TestSampling:
         engine, found = tiny.engine(), []
         engine.add(greedy("a", prompts["tiles"], 3, logprobs=2))
         while engine.has_work:
-            found += [logprob for delta in engine.step() for logprob in delta.logprobs]
+            found += [delta.logprob for delta in engine.step() if delta.logprob is not None]
         assert (
             [one.token_id for one in found] == [one.top[0][0] for one in found] == tiny.reference(prompts["tiles"], 3)
         )
@@ -366,7 +371,7 @@ class TestSampling:
 class TestEnds:
     def end(
         self, tiny: Tiny, prompt: Asked, max_tokens: int = ANSWER, **sampling: object
-    ) -> tuple[list[int], TokenDelta]:
+    ) -> tuple[list[int], Finished]:
         answer = run(tiny.engine(), [greedy("a", prompt, max_tokens, **{"ignore_eos": False, **sampling})])["a"]
         return answer.tokens, answer.last
 
@@ -374,29 +379,29 @@ class TestEnds:
     def test_max_tokens(self, tiny: Tiny, prompts: Mapping[str, Asked], max_tokens: int) -> None:
         found, last = self.end(tiny, prompts["text"], max_tokens, ignore_eos=True)
         assert found == tiny.reference(prompts["text"], max_tokens)
-        assert (last.finish_reason, last.matched_stop) == ("length", None)
+        assert (last.reason, last.matched_stop) == ("length", None)
 
     def test_the_models_end_of_answer(self, tiny: Tiny, prompts: Mapping[str, Asked]) -> None:
         (eos,) = tiny.processor.eos_token_ids
         found, last = self.end(tiny, prompts["text"], logit_bias=((eos, 1000.0),))
-        assert (found, last.finish_reason, last.matched_stop) == ([eos], "stop", eos)
+        assert (found, last.reason, last.matched_stop) == ([eos], "stop", eos)
 
     def test_the_end_can_be_ignored_or_put_off(self, tiny: Tiny, prompts: Mapping[str, Asked]) -> None:
         (eos,) = tiny.processor.eos_token_ids
         wants_to_end = {"logit_bias": ((eos, 1000.0),)}
         found, last = self.end(tiny, prompts["text"], 3, ignore_eos=True, **wants_to_end)
-        assert (found, last.finish_reason) == ([eos] * 3, "length")
+        assert (found, last.reason) == ([eos] * 3, "length")
         found, last = self.end(tiny, prompts["text"], min_tokens=2, **wants_to_end)
         assert len(found) == 3
         assert eos not in found[:2]
-        assert (last.finish_reason, last.matched_stop) == ("stop", eos)
+        assert (last.reason, last.matched_stop) == ("stop", eos)
 
     def test_stop_token_ids(self, tiny: Tiny, prompts: Mapping[str, Asked]) -> None:
         whole = tiny.reference(prompts["image"])
         stop = whole[2]
         found, last = self.end(tiny, prompts["image"], ignore_eos=True, stop_token_ids=(stop, 10**6))
         assert found == whole[: whole.index(stop) + 1]
-        assert (last.finish_reason, last.matched_stop) == ("stop", stop)
+        assert (last.reason, last.matched_stop) == ("stop", stop)
 
     def test_the_context_ends_an_answer(self, tiny: Tiny, prompts: Mapping[str, Asked]) -> None:
         length = len(prompts["text"].token_ids)
@@ -404,7 +409,7 @@ class TestEnds:
         assert engine.context_length == length + 3
         answer = run(engine, [greedy("a", prompts["text"], 100)])["a"]
         assert answer.tokens == tiny.reference(prompts["text"], 3)
-        assert answer.last.finish_reason == "length"
+        assert answer.last.reason == "length"
 
 
 class TestRefusals:
@@ -446,7 +451,7 @@ class TestRefusals:
             engine.add(greedy("a", prompts["image"]))
         found = []
         while engine.has_work:
-            found += [token_id for delta in engine.step() for token_id in delta.token_ids]
+            found += [token_id for delta in engine.step() for token_id in said(delta)]
         assert found == tiny.reference(prompts["text"])
         run(engine, [greedy("a", prompts["text"])])  # free again
 
@@ -461,14 +466,15 @@ class TestAborts:
         engine.add(greedy("kept", prompts["image"], 10))
         for _ in range(steps):
             for delta in engine.step():
-                answers[delta.request_id] += delta.token_ids
+                answers[delta.request_id] += said(delta)
         last = engine.abort("aborted")
         assert last is not None
-        assert (last.request_id, last.finish_reason, last.token_ids) == ("aborted", "abort", ())
+        assert last.finished is not None
+        assert (last.request_id, last.finished.reason, last.token_id) == ("aborted", "abort", None)
         assert engine.abort("aborted") is None
         while engine.has_work:
             for delta in engine.step():
-                answers[delta.request_id] += delta.token_ids
+                answers[delta.request_id] += said(delta)
         assert answers["kept"] == tiny.reference(prompts["image"], 10)
         assert answers["aborted"] == tiny.reference(prompts["tiles"], len(answers["aborted"]))
         check_idle(engine)
@@ -489,11 +495,11 @@ class TestFaults:
         requests = [greedy(names[0], others[names[0]]), bad, *(greedy(name, others[name]) for name in names[1:])]
         answers = run(engine, requests)
         failed = answers.pop(bad.request_id)
-        assert failed.last.finish_reason == "error"
+        assert failed.last.reason == "error"
         assert isinstance(failed.last.error, EngineError)
         assert failed.last.error.code == code
         assert tokens(answers) == {name: tiny.reference(prompt) for name, prompt in others.items()}
-        assert all(answer.last.finish_reason == "length" for answer in answers.values())
+        assert all(answer.last.reason == "length" for answer in answers.values())
         return failed
 
     @staticmethod
@@ -541,7 +547,7 @@ class TestFaults:
         self.break_encode(engine, image, lambda rows: rows * math.inf)
         requests = [greedy(f"bad {n}", tiny.prompt(f"{n}?", image)) for n in range(2)]
         answers = run(engine, [*requests, greedy("good", prompts["image"])])
-        assert [answers[f"bad {n}"].last.finish_reason for n in range(2)] == ["error"] * 2
+        assert [answers[f"bad {n}"].last.reason for n in range(2)] == ["error"] * 2
         assert answers["good"].tokens == tiny.reference(prompts["image"])
 
     @pytest.mark.parametrize("wrong", [-1, 1])
@@ -593,7 +599,7 @@ class TestFaults:
         engine = tiny.engine(page_size=4)
         forward = engine.runner.forward
         self.break_forward(engine, lambda batch, logits: logits * math.nan)
-        assert run(engine, [greedy("bad", asked)])["bad"].last.finish_reason == "error"
+        assert run(engine, [greedy("bad", asked)])["bad"].last.reason == "error"
         engine.runner.forward = forward  # type: ignore[method-assign]
         good = run(engine, [greedy("good", asked)])["good"]
         assert good.tokens == tiny.reference(asked)

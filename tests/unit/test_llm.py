@@ -213,12 +213,14 @@ def test_several_answers_to_one_prompt(llm: LLM) -> None:
     params = SamplingParams(max_tokens=8, temperature=1.5, seed=7, n=3, ignore_eos=True)
     (first,) = llm.generate(rows(2)[1], params)
     (again,) = llm.generate(rows(2)[1], params)
-    answers = [first, *first.alternatives]
+    answers = list(first.outputs)
     assert len(answers) == 3
     assert len(set(tokens(answers))) == 3
-    assert tokens(answers) == tokens([again, *again.alternatives])
+    assert tokens(answers) == tokens(list(again.outputs))
     (alone,) = llm.generate(rows(2)[1], SamplingParams(max_tokens=8, temperature=1.5, seed=8, ignore_eos=True))
-    assert alone.output_token_ids == first.alternatives[0].output_token_ids
+    assert alone.output_token_ids == answers[1].output_token_ids
+    assert (first.text, first.output_token_ids) == (answers[0].text, answers[0].output_token_ids)
+    assert [len(generation.outputs) for generation in (alone, *answers)] == [1, 0, 0, 0]
 
 
 def test_text_comes_in_pieces_and_stops_at_a_stop_string(llm: LLM) -> None:

@@ -108,7 +108,7 @@ def test_only_the_answer_is_told_as_it_appears(llm: LLM) -> None:
 
 def test_every_answer_has_its_own_reasoning_and_budget(llm: LLM) -> None:
     first = ask(llm, n=2, thinking_budget=4, temperature=0.1, seed=1)
-    (second,) = first.alternatives
+    _, second = first.outputs
     assert first.text == second.text == ANSWER
     assert first.reasoning.endswith(SENTENCE)
     assert second.reasoning.endswith(SENTENCE)

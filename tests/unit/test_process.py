@@ -26,7 +26,7 @@ from siglane.engine.process import EngineProcess
 from siglane.errors import EngineError, UserError
 from siglane.families.processor import load_processor
 from siglane.settings.engine import EngineConfig
-from siglane.types import DecodedImage, ImagePart, Message, Prompt, Request, SamplingParams, TokenDelta
+from siglane.types import DecodedImage, Finished, ImagePart, Message, Prompt, Request, SamplingParams, TokenDelta
 from siglane.weights.hub import open_checkpoint
 
 TIMEOUT = 60.0
@@ -46,18 +46,19 @@ class Reader:
         self.deltas.append(delta)
         self.threads.add(threading.get_ident())
         self.began.set()
-        if delta.finish_reason is not None:
+        if delta.finished is not None:
             self.ended.set()
 
-    def wait(self) -> TokenDelta:
-        """The final delta; there is exactly one, and it is the last."""
+    def wait(self) -> Finished:
+        """How it ended; exactly one delta says so, and it is the last."""
         assert self.ended.wait(TIMEOUT), "no final delta"
-        assert [delta for delta in self.deltas if delta.finish_reason is not None] == [self.deltas[-1]]
-        return self.deltas[-1]
+        assert [delta for delta in self.deltas if delta.finished is not None] == [self.deltas[-1]]
+        assert self.deltas[-1].finished is not None
+        return self.deltas[-1].finished
 
     @property
     def tokens(self) -> list[int]:
-        return [token_id for delta in self.deltas for token_id in delta.token_ids]
+        return [delta.token_id for delta in self.deltas if delta.token_id is not None]
 
 
 def request(name: str, asked: Asked = TEXT, max_tokens: int = 5, **sampling: object) -> Request:
@@ -67,7 +68,7 @@ def request(name: str, asked: Asked = TEXT, max_tokens: int = 5, **sampling: obj
 
 def ask(engine: EngineProcess, one: Request) -> Reader:
     reader = Reader()
-    engine.submit(one, reader)
+    engine.submit([one], reader)
     return reader
 
 
@@ -102,7 +103,7 @@ def answer(spec: EngineSpec) -> Callable[[Asked, int], list[int]]:
         engine.add(request("here", asked, max_tokens))
         tokens: list[int] = []
         while engine.has_work:
-            tokens += [token_id for delta in engine.step() for token_id in delta.token_ids]
+            tokens += [delta.token_id for delta in engine.step() if delta.token_id is not None]
         return tokens
 
     return ask
@@ -126,10 +127,10 @@ class TestServing:
         self, engine: EngineProcess, answer: Said, picture: Asked
     ) -> None:
         text, image = ask(engine, request("text")), ask(engine, request("image", picture))
-        assert (text.wait().finish_reason, image.wait().finish_reason) == ("length", "length")
+        assert (text.wait().reason, image.wait().reason) == ("length", "length")
         assert text.tokens == answer(TEXT, 5)
         assert image.tokens == answer(picture, 5)
-        assert [len(delta.token_ids) for delta in text.deltas] == [1] * 5
+        assert [delta.token_id is not None for delta in text.deltas] == [True] * 5
 
     def test_threads_may_submit_at_the_same_time(self, engine: EngineProcess, answer: Said, picture: Asked) -> None:
         readers: dict[str, Reader] = {}
@@ -148,10 +149,41 @@ class TestServing:
             thread.join()
         expected = {0: answer(TEXT, 5), 1: answer(picture, 5)}
         for name, reader in readers.items():
-            assert reader.wait().finish_reason == "length"
+            assert reader.wait().reason == "length"
             assert reader.tokens == expected[int(name[-1]) % 2]
         assert len(readers) == 20
         assert len({thread for reader in readers.values() for thread in reader.threads}) == 1
+
+    def test_choices_of_one_prompt_take_its_pixels_over_the_pipe_once(
+        self, engine: EngineProcess, answer: Said, picture: Asked, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sizes: list[int] = []
+        send = engine._send
+        monkeypatch.setattr(engine, "_send", lambda message: (sizes.append(len(message)), send(message)))
+        for count in (1, 8):
+            readers = {f"{count}.{number}": Reader() for number in range(count)}
+
+            def deliver(delta: TokenDelta, readers: dict[str, Reader] = readers) -> None:
+                readers[delta.request_id](delta)
+
+            engine.submit([request(name, picture) for name in readers], deliver)
+            for reader in readers.values():
+                assert reader.wait().reason == "length"
+                assert reader.tokens == answer(picture, 5)
+        pixels = sum(image.pixels.nbytes for image in picture.images)
+        assert len(sizes) == 2
+        assert sizes[0] > pixels
+        assert sizes[1] - sizes[0] < pixels / 10
+
+    def test_requests_are_taken_all_or_none(self, engine: EngineProcess, answer: Said) -> None:
+        owner = ask(engine, request("owner", max_tokens=60))
+        reader = Reader()
+        with pytest.raises(ValueError, match="'owner' is in use"):
+            engine.submit([request("new"), request("owner")], reader)
+        assert owner.wait().reason == "length"
+        assert owner.tokens == answer(TEXT, 60)
+        assert reader.deltas == []
+        assert ask(engine, request("new")).wait().reason == "length"
 
     def test_an_aborted_request_ends_and_its_neighbour_does_not(self, engine: EngineProcess, answer: Said) -> None:
         long, neighbour = (
@@ -161,8 +193,8 @@ class TestServing:
         assert long.began.wait(TIMEOUT)
         engine.abort("long")
         engine.abort("long")
-        assert long.wait().finish_reason == "abort"
-        assert neighbour.wait().finish_reason == "length"
+        assert long.wait().reason == "abort"
+        assert neighbour.wait().reason == "length"
         assert neighbour.tokens == answer(TEXT, 30)
         engine.abort("long")  # has ended
         engine.abort("never was")
@@ -190,7 +222,7 @@ class TestServing:
     )
     def test_a_request_that_can_never_run_gets_its_reason(self, engine: EngineProcess, bad: Request, code: str) -> None:
         last = ask(engine, bad).wait()
-        assert last.finish_reason == "error"
+        assert last.reason == "error"
         assert isinstance(last.error, UserError)
         assert last.error.code == code
 
@@ -198,24 +230,24 @@ class TestServing:
         pid = engine.pid
         last = ask(engine, request("bad", seed="seven")).wait()
         assert isinstance(last.error, EngineError)
-        assert ask(engine, request("good")).wait().finish_reason == "length"
+        assert ask(engine, request("good")).wait().reason == "length"
         assert engine.pid == pid
 
     def test_an_id_in_use_is_refused_and_its_owner_keeps_its_answer(self, engine: EngineProcess, answer: Said) -> None:
         owner = ask(engine, request("twice", max_tokens=60))
         with pytest.raises(ValueError, match="'twice' is in use"):
             ask(engine, request("twice"))
-        assert owner.wait().finish_reason == "length"
+        assert owner.wait().reason == "length"
         assert owner.tokens == answer(TEXT, 60)
-        assert ask(engine, request("twice")).wait().finish_reason == "length"
+        assert ask(engine, request("twice")).wait().reason == "length"
 
     def test_a_callback_that_fails_harms_nobody(self, engine: EngineProcess, answer: Said) -> None:
         def fail(delta: TokenDelta) -> None:
             raise RuntimeError("a bug in the caller")
 
-        engine.submit(request("fails"), fail)
+        engine.submit([request("fails")], fail)
         good = ask(engine, request("good"))
-        assert good.wait().finish_reason == "length"
+        assert good.wait().reason == "length"
         assert good.tokens == answer(TEXT, 5)
 
     def test_a_killed_engine_ends_its_requests_with_an_error_and_comes_back(
@@ -226,15 +258,15 @@ class TestServing:
         assert pid is not None
 
         def watched(delta: TokenDelta) -> None:
-            if delta.finish_reason is not None:
+            if delta.finished is not None:
                 states.append(engine.state)
                 with pytest.raises(EngineError) as refused:
-                    engine.submit(request("too early"), Reader())
+                    engine.submit([request("too early")], Reader())
                 states.append(refused.value.code)
             long(delta)
 
-        engine.submit(request("long", max_tokens=LONG), watched)
-        engine.submit(request("other", max_tokens=LONG), other)
+        engine.submit([request("long", max_tokens=LONG)], watched)
+        engine.submit([request("other", max_tokens=LONG)], other)
         assert long.began.wait(TIMEOUT)
         assert other.began.wait(TIMEOUT)
         os.kill(pid, signal.SIGKILL)
@@ -247,7 +279,7 @@ class TestServing:
         assert engine.state == "ready"
         assert engine.pid != pid
         good = ask(engine, request("after"))
-        assert good.wait().finish_reason == "length"
+        assert good.wait().reason == "length"
         assert good.tokens == answer(TEXT, 5)
 
 
@@ -320,7 +352,7 @@ class TestClosing:
         short, long = ask(engine, request("short")), ask(engine, request("long", max_tokens=LONG))
         assert long.began.wait(TIMEOUT)
         engine.close(drain=0.5)
-        assert short.wait().finish_reason == "length"
+        assert short.wait().reason == "length"
         assert short.tokens == answer(TEXT, 5)
         assert len(long.tokens) > 5
         error = long.wait().error
@@ -338,7 +370,7 @@ class TestClosing:
         begin = time.monotonic()
         engine.close(drain=TIMEOUT)
         assert time.monotonic() - begin < TIMEOUT / 2
-        assert short.wait().finish_reason == "length"
+        assert short.wait().reason == "length"
 
     def test_while_the_model_loads_it_ends_at_once(self, stuck: Path) -> None:
         engine = EngineProcess(EngineSpec(str(stuck), EngineConfig(device="cpu", threads=1)))

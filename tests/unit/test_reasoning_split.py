@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from siglane.config.vlm import Thinking
-from siglane.engine.reasoning import AnswerStream, Said
+from siglane.engine.reasoning import AnswerStream, TextDelta
 
 TAGS = ("<think>", "</think>")
 LETTERS = ("a", "b", "€", " ", "\n", "\n\n", "\t", "<|im_end|>")
@@ -69,7 +69,7 @@ def cut(text: str, stop: Sequence[str]) -> tuple[str, str | None]:
 
 def said(
     ids: Sequence[int], sizes: Sequence[int], opened: bool = False, stop: Sequence[str] = ()
-) -> tuple[list[Said], AnswerStream]:
+) -> tuple[list[TextDelta], AnswerStream]:
     """The pieces that come when `ids` are pushed in groups of `sizes`, over and over."""
     stream = AnswerStream(tokenizer(), stop, thinking(), opened=opened)
     pieces, start, number = [], 0, 0
@@ -95,8 +95,8 @@ def test_any_grouping_gives_the_split_of_the_whole(ids: list[int], sizes: list[i
     expected = split(ids, opened)
     for groups in (sizes, [len(ids) or 1]):
         pieces, stream = said(ids, groups, opened)
-        assert (*Said.joined(pieces), stream.reasoning_tokens) == expected
-        assert not any(tag in text for text in Said.joined(pieces) for tag in TAGS)
+        assert (*TextDelta.joined(pieces), stream.reasoning_tokens) == expected
+        assert not any(tag in text for text in TextDelta.joined(pieces) for tag in TAGS)
 
 
 @given(ANSWERS, SIZES, st.booleans())
@@ -109,7 +109,7 @@ def test_what_was_said_is_never_taken_back_and_no_text_comes_before_its_reasonin
     for piece in pieces:
         assert not (begun and piece.reasoning)
         begun = begun or bool(piece.text)
-    whole = Said.joined(pieces)
+    whole = TextDelta.joined(pieces)
     for text in whole:
         assert text == text.strip()
 
@@ -132,7 +132,7 @@ def test_stop_strings_cut_the_stripped_answer_and_not_the_reasoning(
     raw = tokenizer().decode([one for one in part if one not in tags], skip_special_tokens=True)
     expected, matched = cut(raw.lstrip(), stop)
     pieces, stream = said(ids, sizes, opened, stop)
-    whole = Said.joined(pieces)
+    whole = TextDelta.joined(pieces)
     assert (whole.text, stream.stopped) == (expected.rstrip(), matched)
     if matched is None:
         assert whole == (text, reasoning)
@@ -155,12 +155,12 @@ def test_stop_strings_cut_the_stripped_answer_and_not_the_reasoning(
     ],
 )
 def test_answers_by_example(answer: str, text: str, reasoning: str) -> None:
-    assert Said.joined(said(ids_of(answer), [1])[0]) == (text, reasoning)
+    assert TextDelta.joined(said(ids_of(answer), [1])[0]) == (text, reasoning)
 
 
 def test_after_a_prompt_that_opened_it_an_answer_begins_with_reasoning() -> None:
     pieces, stream = said(ids_of("\nab\n</think>\n\nba"), [1], opened=True)
-    assert Said.joined(pieces) == ("ba", "ab")
+    assert TextDelta.joined(pieces) == ("ba", "ab")
     assert stream.reasoning_tokens == len(ids_of("\nab\n</think>"))
 
 
@@ -175,7 +175,7 @@ def test_space_is_held_until_something_follows() -> None:
 
 def test_a_stop_string_of_space_does_not_end_an_answer_before_it_began() -> None:
     pieces, stream = said(ids_of("<think>a\n\nb</think>\n\nab\n\nb"), [1], stop=("\n\n",))
-    assert (Said.joined(pieces), stream.stopped) == (("ab", "a\n\nb"), "\n\n")
+    assert (TextDelta.joined(pieces), stream.stopped) == (("ab", "a\n\nb"), "\n\n")
 
 
 @given(ANSWERS)
@@ -184,4 +184,4 @@ def test_a_model_that_does_not_reason_has_its_text_as_it_stands(ids: list[int]) 
     stream = AnswerStream(tokenizer())
     pieces = [stream.push(ids), stream.push([], finished=True)]
     whole = tokenizer().decode(ids, skip_special_tokens=True)
-    assert (Said.joined(pieces), stream.reasoning_tokens) == ((whole, ""), 0)
+    assert (TextDelta.joined(pieces), stream.reasoning_tokens) == ((whole, ""), 0)

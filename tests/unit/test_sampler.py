@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from siglane.engine import sampler
 from siglane.engine.batch import Sequence as Running
-from siglane.engine.sampler import HEAD, Choice, filter_probabilities, sample
+from siglane.engine.sampler import HEAD, SampledToken, filter_probabilities, sample
 from siglane.errors import EngineError
 from siglane.types import SamplingParams
 
@@ -33,9 +33,9 @@ def running(asked: Asked | None = None, answered: tuple[int, ...] = (), order: i
     return sequence
 
 
-def choose(logits: torch.Tensor, sequence: Running, eos: frozenset[int] = EOS) -> Choice:
+def choose(logits: torch.Tensor, sequence: Running, eos: frozenset[int] = EOS) -> SampledToken:
     (choice,) = sample(logits[None], [sequence], eos)
-    assert isinstance(choice, Choice), choice
+    assert isinstance(choice, SampledToken), choice
     return choice
 
 
@@ -76,7 +76,7 @@ def check_filter(logits: list[float], temperature: float, top_k: int, top_p: flo
 
 class TestGreedy:
     def test_the_likeliest_token_is_taken(self) -> None:
-        assert choose(LOGITS, running()) == Choice(3, None)
+        assert choose(LOGITS, running()) == SampledToken(3, None)
 
     def test_of_equal_tokens_always_the_first(self) -> None:
         tied = torch.tensor([1.0, 4.0, 4.0, 4.0])
@@ -159,7 +159,7 @@ class TestDistribution:
         counts = Counter(
             choice.token_id
             for choice in sample(LOGITS.repeat(draws, 1), [sequence] * draws, EOS)
-            if isinstance(choice, Choice)
+            if isinstance(choice, SampledToken)
         )
         assert set(counts) <= set(expected)
         for token_id, probability in expected.items():
@@ -249,7 +249,7 @@ class TestSeeds:
             rows = [running(temperature=2.0, seed=90 + n) for n in range(before)]
             rows += [sequence, *(running(temperature=0.0) for _ in range(after))]
             choice = sample(LOGITS.repeat(len(rows), 1), rows, EOS)[before]
-            assert isinstance(choice, Choice)
+            assert isinstance(choice, SampledToken)
             tokens.append(choice.token_id)
         return tokens
 

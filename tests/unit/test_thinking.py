@@ -21,7 +21,7 @@ from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import Processor, load_processor
 from siglane.lm.attention import SegmentAttention
 from siglane.settings.engine import EngineConfig
-from siglane.types import Prompt, Request, SamplingParams, TokenDelta, TokenLogprob
+from siglane.types import Finished, Prompt, Request, SamplingParams, TokenLogprob
 from siglane.weights.hub import open_checkpoint
 
 START, END = 200, 201
@@ -58,11 +58,12 @@ def replies(*tokens: int) -> Says:
 class Answer:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    last: TokenDelta = field(default_factory=lambda: TokenDelta(""))
+    last: Finished | None = None
 
     @property
     def end(self) -> tuple[str | None, int | None]:
-        return self.last.finish_reason, self.last.matched_stop
+        assert self.last is not None
+        return self.last.reason, self.last.matched_stop
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,10 @@ def run(engine: Engine, *requests: Request) -> dict[str, Answer]:
             break
         for delta in engine.step():
             answer = answers[delta.request_id]
-            answer.tokens += delta.token_ids
-            answer.logprobs += delta.logprobs
-            answer.last = delta
-    assert all(answer.last.finish_reason for answer in answers.values())
+            answer.tokens += [] if delta.token_id is None else [delta.token_id]
+            answer.logprobs += [] if delta.logprob is None else [delta.logprob]
+            answer.last = delta.finished
+    assert all(answer.last for answer in answers.values())
     stats = engine.stats()
     assert stats.pages_free + stats.pages_cached == stats.pages_total
     return answers
@@ -367,6 +368,7 @@ class TestTwoPhases:
         longer = (*TURN, *said, 6, 7)
         again = run(engine, request("b", longer, max_tokens=1))["b"]
         assert again.tokens == self.generate(tiny, list(longer), 1)
+        assert again.last is not None
         assert again.last.cached_tokens >= len(TURN) + len(said) - 1
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SAMPLING_HELP = {
     "max_tokens": "longest answer; none: as long as the context allows",
-    "temperature": "0 takes the likeliest token, higher values are more varied",
+    "temperature": "0 takes the likeliest token, higher values are more varied; the checkpoint's own is not read here",
     "top_k": "choose among the k likeliest tokens only; 0: all",
     "top_p": "choose among the likeliest tokens that hold this share of the probability",
     "min_p": "drop tokens less likely than this share of the likeliest one",
@@ -82,7 +82,8 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
 
     checkpoint = checkpoint_of(arguments)
 
-    from siglane.llm import LLM, check_sampling
+    from siglane.engine.sampling import check_sampling
+    from siglane.llm import LLM
 
     check_sampling(params)
 
@@ -100,7 +101,7 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     if options.json:
         emit_json(document(answer), out)
     else:
-        texts = ["" if options.stream else answer.text, *(other.text for other in answer.alternatives)]
+        texts = ["" if options.stream else answer.text, *(other.text for other in answer.outputs[1:])]
         out.write("\n".join(texts) + "\n")
         if sys.stderr.isatty():
             print(summary(answer), file=sys.stderr)
@@ -108,7 +109,7 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
 
 
 def document(answer: Generation) -> dict[str, Any]:
-    """The JSON of one answer; `logprobs` and `alternatives` only when they were asked for."""
+    """The JSON of one answer; `logprobs`, and the `outputs` of several answers, only when they were asked for."""
     usage = answer.usage
     found: dict[str, Any] = {
         "text": answer.text,
@@ -122,8 +123,8 @@ def document(answer: Generation) -> dict[str, Any]:
     }
     if answer.logprobs:
         found["logprobs"] = [dataclasses.asdict(logprob) for logprob in answer.logprobs]
-    if answer.alternatives:
-        found["alternatives"] = [document(other) for other in answer.alternatives]
+    if len(answer.outputs) > 1:
+        found["outputs"] = [document(output) for output in answer.outputs]
     return found
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from siglane.config.images import ImageFacts
 from siglane.config.language import LanguageConfig
@@ -31,3 +33,4 @@ class VlmConfig:
     image_token_id: int
     eos_token_ids: tuple[int, ...]
     thinking: Thinking | None
+    sampling: Mapping[str, Any]  # the fields of `SamplingParams` that the checkpoint states, by name

@@ -19,7 +19,7 @@ from siglane.engine.load import load_engine, load_tagger, load_with_tagger
 from siglane.errors import EngineError, SiglaneError
 from siglane.families.two_tower import Calibration, LoadedTwoTower, has_both_towers
 from siglane.settings.engine import EngineConfig
-from siglane.types import Request, TokenDelta
+from siglane.types import Finished, Request, TokenDelta
 from siglane.weights.demo import open_model
 
 logger = logging.getLogger(__name__)
@@ -42,10 +42,10 @@ class EngineSpec:
 
 
 class EngineFacts(NamedTuple):
-    """What the parent learns once all is loaded. chats: whether there is a vision-language model; calibration: of the
-    towers, on the host, None without them; not_shared_because: of `LoadedTwoTower`."""
+    """What the parent learns once all is loaded. context_length: as in `Engine`, None where no model chats;
+    calibration: of the towers, on the host, None without them; not_shared_because: of `LoadedTwoTower`."""
 
-    chats: bool
+    context_length: int | None
     calibration: Calibration | None = None
     not_shared_because: str | None = None
 
@@ -83,10 +83,11 @@ def _load(spec: EngineSpec) -> tuple[Engine | None, LoadedTwoTower | None]:
 
 
 def _facts(engine: Engine | None, two_tower: LoadedTwoTower | None) -> EngineFacts:
+    context_length = None if engine is None else engine.context_length
     if two_tower is None:
-        return EngineFacts(engine is not None)
+        return EngineFacts(context_length)
     scale, bias = two_tower.model.calibration
-    return EngineFacts(engine is not None, Calibration(scale.cpu(), bias.cpu()), two_tower.not_shared_because)
+    return EngineFacts(context_length, Calibration(scale.cpu(), bias.cpu()), two_tower.not_shared_because)
 
 
 def _serve(pipe: Connection, engine: Engine | None, worker: EmbedWorker | None) -> None:
@@ -108,9 +109,9 @@ def _serve(pipe: Connection, engine: Engine | None, worker: EmbedWorker | None) 
                 case "forget", number if worker is not None:
                     worker.forget(number)
                 case kind, value if engine is not None:
-                    delta = _take(engine, value) if kind == "add" else engine.abort(value)
-                    if delta is not None:
-                        _write(pipe, "deltas", [delta])
+                    answers = [_take(engine, one) for one in value] if kind == "add" else [engine.abort(value)]
+                    if ended := [delta for delta in answers if delta is not None]:
+                        _write(pipe, "deltas", ended)
             patience = 0
         deltas = engine.step() if engine is not None and engine.has_work else []
         if deltas:
@@ -132,11 +133,11 @@ def _take(engine: Engine, request: Request) -> TokenDelta | None:
     try:
         engine.add(request)
     except SiglaneError as error:
-        return TokenDelta(request.request_id, finish_reason="error", error=error)
+        return TokenDelta(request.request_id, finished=Finished("error", error=error))
     except Exception as error:
         logger.exception("request %s could not be queued", request.request_id)
         reason = EngineError(f"the request could not be queued ({type(error).__name__})")
-        return TokenDelta(request.request_id, finish_reason="error", error=reason)
+        return TokenDelta(request.request_id, finished=Finished("error", error=reason))
     return None
 
 

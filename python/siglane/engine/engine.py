@@ -4,7 +4,6 @@ process of its own)."""
 from __future__ import annotations
 
 import logging
-import math
 import secrets
 import time
 from dataclasses import dataclass
@@ -18,13 +17,14 @@ from siglane.engine.features import FeatureCache, FeatureKey
 from siglane.engine.kv import PageAllocator, PagedKV
 from siglane.engine.prefix_cache import PrefixCache
 from siglane.engine.runner import Runner
-from siglane.engine.sampler import Choice, sample
+from siglane.engine.sampler import SampledToken, sample
+from siglane.engine.sampling import check_for_model
 from siglane.engine.scheduler import Scheduler, StepBudget
 from siglane.engine.thinking import thinking_budget
 from siglane.errors import EngineError, UserError
 from siglane.families.model import VisionLanguageModel
 from siglane.settings.engine import EngineConfig
-from siglane.types import FinishReason, ImagePatches, Request, SamplingParams, TokenDelta
+from siglane.types import Finished, FinishReason, ImagePatches, Request, TokenDelta
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,8 @@ class EngineStats:
 class Engine:
     """Continuous batching over a paged cache. A request that fails ends alone, with an "error" delta.
 
-    thinking: how the model marks its reasoning, None for one that does not reason.
+    thinking: how the model marks its reasoning, None for one that does not reason. context_length: tokens of a prompt
+    and its answer together, the model's or the fewer that the KV cache holds.
     """
 
     def __init__(
@@ -83,7 +84,11 @@ class Engine:
         self.scheduler = Scheduler(budget, self.allocator, self.prefix_cache, self.features, config.page_size)
         paged_backend = choose_paged_backend(config.paged_backend, device, dtype)
         self.runner = Runner(model, kv, paged_backend, packing=config.enable_packing)
-        self.context_length = min(language.config.max_position_embeddings, self.scheduler.capacity)
+        positions, capacity = language.config.max_position_embeddings, self.scheduler.capacity
+        self.context_length = min(positions, capacity)
+        if capacity < positions:
+            message = "the KV cache holds %d tokens, fewer than the model's %d; see kv_tokens"
+            logger.warning(message, capacity, positions)
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = 0
         self._encoded_images = self._cached_tokens = self._computed_tokens = self._steps = 0
@@ -93,8 +98,7 @@ class Engine:
         return bool(self._sequences)
 
     def add(self, request: Request) -> None:
-        """Queues a request. UserError when it can never run: no room for an answer, a bias for no token, a thinking
-        budget where the model does not reason."""
+        """Queues a request. UserError when it can never run: no room for an answer, sampling that cannot be done."""
         length, sampling = len(request.prompt.token_ids), request.sampling
         if request.request_id in self._sequences:
             raise ValueError(f"request id {request.request_id!r} is in use")
@@ -105,7 +109,7 @@ class Engine:
                 f"the prompt has {length} tokens, the context holds {self.context_length}; shorten it",
                 code="context_length_exceeded",
             )
-        _check_logit_bias(sampling, self.runner.vocab_size)
+        check_for_model(sampling, self.runner.vocab_size, self.thinking)
         budget = thinking_budget(sampling, request.prompt.token_ids, self.thinking, self.eos_token_ids)
         generator = torch.Generator()
         generator.manual_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed % (1 << 64))
@@ -129,12 +133,12 @@ class Engine:
         computed, logits, failed = self._forward(chunks)
         deltas += failed
         sampling = [chunk.sequence for chunk in computed if chunk.samples]
-        choices = sample(logits, sampling, self.eos_token_ids) if sampling else []
-        broken = {one for one, choice in zip(sampling, choices, strict=True) if isinstance(choice, EngineError)}
+        chosen = sample(logits, sampling, self.eos_token_ids) if sampling else []
+        broken = {one for one, token in zip(sampling, chosen, strict=True) if isinstance(token, EngineError)}
         self.scheduler.commit(chunk for chunk in computed if chunk.sequence not in broken)  # nobody reuses their NaN
         self._computed_tokens += sum(chunk.tokens for chunk in computed)
         self._steps += 1
-        return deltas + [self._extend(*pair) for pair in zip(sampling, choices, strict=True)]
+        return deltas + [self._extend(*pair) for pair in zip(sampling, chosen, strict=True)]
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -181,7 +185,7 @@ class Engine:
                 if isinstance(rows, torch.Tensor):
                     sequence.features[image] = rows
                 elif sequence.request.request_id in self._sequences:
-                    failed.append(self._end(sequence, "error", rows))
+                    failed.append(self._end(sequence, "error", error=rows))
         return failed
 
     def _encode_isolated(self, images: list[ImagePatches]) -> list[torch.Tensor | EngineError]:
@@ -219,55 +223,42 @@ class Engine:
             except Exception as error:
                 logger.exception("request %s failed", chunk.sequence.request.request_id)
                 reason = EngineError(f"the request could not be computed ({type(error).__name__})")
-                failed.append(self._end(chunk.sequence, "error", reason))
+                failed.append(self._end(chunk.sequence, "error", error=reason))
         return computed, torch.cat(logits) if logits else torch.empty(0), failed
 
-    def _extend(self, sequence: Sequence, choice: Choice | EngineError) -> TokenDelta:
-        if isinstance(choice, EngineError):
-            return self._end(sequence, "error", choice)
+    def _extend(self, sequence: Sequence, chosen: SampledToken | EngineError) -> TokenDelta:
+        if isinstance(chosen, EngineError):
+            return self._end(sequence, "error", error=chosen)
         if not sequence.prefilled:
             sequence.prefilled = time.monotonic()
-        sequence.append(choice.token_id)
-        params = sequence.request.sampling
-        ends = choice.token_id in self.eos_token_ids and not params.ignore_eos
-        if ends or choice.token_id in params.stop_token_ids:
-            return self._end(sequence, "stop", choice=choice)
-        if len(sequence.output_ids) >= sequence.request.max_tokens or len(sequence.token_ids) >= self.context_length:
-            return self._end(sequence, "length", choice=choice)
-        return self._delta(sequence, choice)
+        sequence.append(chosen.token_id)
+        request, params = sequence.request, sequence.request.sampling
+        ends = chosen.token_id in self.eos_token_ids and not params.ignore_eos
+        if ends or chosen.token_id in params.stop_token_ids:
+            return self._end(sequence, "stop", chosen)
+        if len(sequence.output_ids) >= request.max_tokens or len(sequence.token_ids) >= self.context_length:
+            return self._end(sequence, "length", chosen)
+        return TokenDelta(request.request_id, chosen.token_id, chosen.logprob)
 
     def _end(
-        self, sequence: Sequence, reason: FinishReason, error: Exception | None = None, choice: Choice | None = None
-    ) -> TokenDelta:
-        del self._sequences[sequence.request.request_id]
-        self.scheduler.finish(sequence)
-        return self._delta(sequence, choice, reason, error)
-
-    def _delta(
         self,
         sequence: Sequence,
-        choice: Choice | None,
-        reason: FinishReason | None = None,
+        reason: FinishReason,
+        last: SampledToken | None = None,
         error: Exception | None = None,
     ) -> TokenDelta:
-        return TokenDelta(
-            request_id=sequence.request.request_id,
-            token_ids=() if choice is None else (choice.token_id,),
-            logprobs=() if choice is None or choice.logprob is None else (choice.logprob,),
-            finish_reason=reason,
-            matched_stop=choice.token_id if choice is not None and reason == "stop" else None,
+        request_id = sequence.request.request_id
+        del self._sequences[request_id]
+        self.scheduler.finish(sequence)
+        finished = Finished(
+            reason,
+            matched_stop=last.token_id if last and reason == "stop" else None,
             error=error,
             cached_tokens=sequence.cached_tokens,
             encoded_images=sequence.encoded_images,
             timings=sequence.timings(time.monotonic()),
         )
-
-
-def _check_logit_bias(params: SamplingParams, vocab_size: int) -> None:
-    for token_id, bias in params.logit_bias:
-        if not 0 <= token_id < vocab_size or not math.isfinite(bias):
-            message = f"logit_bias gives token {token_id} a bias of {bias}; ids are below {vocab_size}, biases finite"
-            raise UserError(message, code="invalid_value", param="logit_bias")
+        return TokenDelta(request_id, last and last.token_id, last and last.logprob, finished)
 
 
 def _finite(rows: torch.Tensor) -> torch.Tensor | EngineError:

@@ -22,7 +22,7 @@ from siglane.engine.child import EngineFacts, EngineSpec, run_child
 from siglane.engine.embed_worker import Embedding, Item
 from siglane.engine.engine import EngineStats
 from siglane.errors import EngineError, SiglaneError
-from siglane.types import Request, TokenDelta
+from siglane.types import Finished, Request, TokenDelta
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,8 @@ class EngineProcess:
     """A supervised engine. `submit` and `abort` may be called from any thread and wait while the pipe is full;
     callbacks run on the one thread that empties it, so they must neither block nor call back.
 
-    Every submitted request gets exactly one delta with a finish_reason: the engine's own, "abort" after `abort`, or
-    "error" with `EngineError(code="engine_restarting", status=503)` when the process died under it. The future of every
+    Every submitted request gets exactly one delta that is finished: by the engine, with "abort" after `abort`, or with
+    "error" and `EngineError(code="engine_restarting", status=503)` when the process died under it. The future of every
     item to embed ends likewise.
     """
 
@@ -74,15 +74,17 @@ class EngineProcess:
         if self.state != "ready":
             raise self.failure or EngineError("the engine was closed before it was ready", code="engine_closed")
 
-    def submit(self, request: Request, on_delta: OnDelta) -> None:
-        """Hands a request over. EngineError (503) when the engine is not ready."""
-        message = pickle.dumps(("add", request), protocol=5)
+    def submit(self, requests: Sequence[Request], on_delta: OnDelta) -> None:
+        """Hands requests over, all or none: in one message, so that the n choices of one prompt take its pixels along
+        once. EngineError (503) when the engine is not ready."""
+        message = pickle.dumps(("add", tuple(requests)), protocol=5)
         with self._lock:
-            if request.request_id in self._pending:
-                raise ValueError(f"request id {request.request_id!r} is in use")
-            if not self._check_ready().chats:
+            for request in requests:
+                if request.request_id in self._pending:
+                    raise ValueError(f"request id {request.request_id!r} is in use")
+            if self._check_ready().context_length is None:
                 raise EngineError("no model that chats is loaded", code="not_loaded")
-            self._pending[request.request_id] = on_delta
+            self._pending.update((request.request_id, on_delta) for request in requests)
             self._send(message)
 
     def abort(self, request_id: str) -> None:
@@ -252,12 +254,12 @@ class EngineProcess:
             lost = list(self._pending)
         error = self._unready()
         for request_id in lost:
-            self._deliver(TokenDelta(request_id, finish_reason="error", error=error))
+            self._deliver(TokenDelta(request_id, finished=Finished("error", error=error)))
         self.fail_embeddings(error)
 
     def _deliver(self, delta: TokenDelta) -> None:
         callback = self._pending.get(delta.request_id)
-        if delta.finish_reason is not None:
+        if delta.finished is not None:
             self._pending.pop(delta.request_id, None)
         if callback is not None:
             try:

@@ -11,19 +11,19 @@ from siglane.config.vlm import Thinking
 from siglane.engine.detokenize import TextStream
 from siglane.engine.thinking import thinking_start
 from siglane.families.processor import Processor
-from siglane.types import Request
+from siglane.types import Prompt
 
 
-class Said(NamedTuple):
+class TextDelta(NamedTuple):
     """New text of an answer, and of the reasoning before it."""
 
-    text: str
-    reasoning: str
+    text: str = ""
+    reasoning: str = ""
 
     @classmethod
-    def joined(cls, pieces: Iterable[Said]) -> Said:
-        """All of `pieces`, one after the other."""
-        texts, reasonings = zip(("", ""), *pieces, strict=True)
+    def joined(cls, deltas: Iterable[TextDelta]) -> TextDelta:
+        """All of `deltas`, one after the other."""
+        texts, reasonings = zip(cls(), *deltas, strict=True)
         return cls("".join(texts), "".join(reasonings))
 
 
@@ -54,29 +54,28 @@ class AnswerStream:
         self.reasoning_tokens = 0
 
     @classmethod
-    def of(cls, request: Request, processor: Processor) -> AnswerStream:
-        """The stream of a request's answer."""
-        thinking = processor.config.thinking
-        prompt_ids = request.prompt.token_ids
-        opened = thinking is not None and (thinking_start(prompt_ids, thinking, processor.eos_token_ids) == "opened")
-        return cls(processor.tokenizer, request.sampling.stop, thinking, opened=opened)
+    def of(cls, prompt: Prompt, stop: Sequence[str], processor: Processor) -> AnswerStream:
+        """The stream of a prompt's answer."""
+        thinking, ends = processor.config.thinking, processor.eos_token_ids
+        opened = thinking is not None and thinking_start(prompt.token_ids, thinking, ends) == "opened"
+        return cls(processor.tokenizer, stop, thinking, opened=opened)
 
     @property
     def stopped(self) -> str | None:
         """The stop string that was met; nothing follows it."""
         return self._text.stopped
 
-    def push(self, token_ids: Sequence[int], finished: bool = False) -> Said:
+    def push(self, token_ids: Sequence[int], finished: bool = False) -> TextDelta:
         """Adds tokens, returns what is new; `finished` releases what is held back."""
-        said = [self._take(token_id) for token_id in token_ids]
+        deltas = [self._take(token_id) for token_id in token_ids]
         if finished:
-            said.append(Said(self._text.push((), finished=True), self._reasoning.push((), finished=True)))
-        return Said.joined(said)
+            deltas.append(TextDelta(self._text.push((), finished=True), self._reasoning.push((), finished=True)))
+        return TextDelta.joined(deltas)
 
-    def _take(self, token_id: int) -> Said:
+    def _take(self, token_id: int) -> TextDelta:
         thinking = self._thinking
         if thinking is None:
-            return Said(self._text.push([token_id]), "")
+            return TextDelta(self._text.push([token_id]))
         if self._part == "unknown":
             if token_id == thinking.start:
                 self._part = "reasoning"
@@ -84,11 +83,11 @@ class AnswerStream:
                 self._part = "text"
         tag = token_id in (thinking.start, thinking.end)
         if self._part != "reasoning":
-            return Said("" if tag else self._text.push([token_id]), "")
+            return TextDelta("" if tag else self._text.push([token_id]))
         self.reasoning_tokens += 1
         if token_id == thinking.end:
             self._part = "text"
-        return Said("", self._reasoning.push([] if tag else [token_id], finished=token_id == thinking.end))
+        return TextDelta("", self._reasoning.push([] if tag else [token_id], finished=token_id == thinking.end))
 
     def _is_space(self, token_id: int) -> bool:
         text = self._tokenizer.decode([token_id], skip_special_tokens=True)

@@ -18,7 +18,7 @@ SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny
 HEAD = 1024  # likeliest tokens among which top-p looks first
 
 
-class Choice(NamedTuple):
+class SampledToken(NamedTuple):
     """The chosen token, with its log-probability when the request asked for it."""
 
     token_id: int
@@ -27,7 +27,7 @@ class Choice(NamedTuple):
 
 def sample(
     logits: torch.Tensor, sequences: list[Sequence], eos_token_ids: frozenset[int]
-) -> list[Choice | EngineError]:
+) -> list[SampledToken | EngineError]:
     """logits `[B, vocab_size]`, one row per sequence -> one choice per row.
 
     Each row is chosen by its own request's parameters and random generator, so neighbours never change it. A row with
@@ -36,12 +36,12 @@ def sample(
     logits = logits.float()
     finite = torch.isfinite(logits).all(dim=-1).tolist()
     best = logits.argmax(dim=-1).tolist()
-    choices: list[Choice | EngineError] = []
+    choices: list[SampledToken | EngineError] = []
     for row, sequence in enumerate(sequences):
         if not finite[row]:
             choices.append(EngineError("the model gave NaN or infinite logits", code="engine_nan"))
         elif sequence.forced_id is None and _plain_greedy(sequence.request.sampling):
-            choices.append(Choice(best[row], None))
+            choices.append(SampledToken(best[row], None))
         else:
             choices.append(_choose_isolated(logits[row].cpu(), sequence, eos_token_ids))
     return choices
@@ -61,7 +61,9 @@ def _plain_greedy(params: SamplingParams) -> bool:
     )
 
 
-def _choose_isolated(logits: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[int]) -> Choice | EngineError:
+def _choose_isolated(
+    logits: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[int]
+) -> SampledToken | EngineError:
     try:
         return _choose(logits, sequence, eos_token_ids)
     except Exception as error:
@@ -69,12 +71,12 @@ def _choose_isolated(logits: torch.Tensor, sequence: Sequence, eos_token_ids: fr
         return EngineError(f"the next token could not be chosen ({type(error).__name__})")
 
 
-def _choose(logits: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[int]) -> Choice:
+def _choose(logits: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[int]) -> SampledToken:
     params = sequence.request.sampling
     logprobs = torch.log_softmax(logits, dim=-1) if params.logprobs is not None else None
     forced_id = sequence.forced_id
     token_id = _draw(logits, sequence, eos_token_ids) if forced_id is None else forced_id
-    return Choice(token_id, None if logprobs is None else _report(logprobs, token_id, params.logprobs or 0))
+    return SampledToken(token_id, None if logprobs is None else _report(logprobs, token_id, params.logprobs or 0))
 
 
 def _draw(logits: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[int]) -> int:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from siglane.config.vlm import Thinking
-from siglane.errors import UserError
 from siglane.types import SamplingParams
 
 ThinkingStart = Literal["free", "opened", "closed"]
@@ -53,28 +52,10 @@ def thinking_start(prompt_ids: Sequence[int], thinking: Thinking, eos_token_ids:
     return "free"
 
 
-def check_thinking_budget(params: SamplingParams, thinking: Thinking | None) -> None:
-    """UserError for a budget of a model that does not reason, or one that leaves nothing to think."""
-    budget = params.thinking_budget
-    if budget is None:
-        return
-    if thinking is None:
-        message = "this model does not reason, so it takes no thinking_budget; leave it out"
-    elif budget < 1:
-        message = f"thinking_budget must be at least 1, got {budget}; enable_thinking=false turns thinking off"
-    else:
-        return
-    raise UserError(message, code="invalid_value", param="thinking_budget")
-
-
 def thinking_budget(
     params: SamplingParams, prompt_ids: Sequence[int], thinking: Thinking | None, eos_token_ids: Collection[int]
 ) -> ThinkingBudget | None:
-    """The budget that is in force; None without one, and where the prompt has closed the thinking already.
-
-    UserError as `check_thinking_budget`.
-    """
-    check_thinking_budget(params, thinking)
+    """The budget that is in force; None without one, and where the prompt has closed the thinking already."""
     if thinking is None or params.thinking_budget is None:
         return None
     closed = thinking_start(prompt_ids, thinking, eos_token_ids) == "closed"

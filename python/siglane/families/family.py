@@ -11,7 +11,7 @@ from siglane.config.images import ImageFacts
 from siglane.config.language import LanguageConfig
 from siglane.config.reader import RawConfig
 from siglane.config.vlm import Thinking, VlmConfig
-from siglane.families.files import end_of_answer
+from siglane.families.files import end_of_answer, stated_sampling
 from siglane.lm.qwen import qwen_plan
 from siglane.nn.plan import WeightPlan
 from siglane.weights.hub import Checkpoint, Source
@@ -111,6 +111,7 @@ class VlmFamily(Family):
             image_token_id=self.image_token_id(checkpoint, tokenizer, language),
             eos_token_ids=end_of_answer(self.language_folder(checkpoint), tokenizer, self.ends(tokenizer)),
             thinking=self.thinking(tokenizer),
+            sampling=stated_sampling(self.language_folder(checkpoint)),
         )
 
     def plan(self, config: VlmConfig) -> WeightPlan:

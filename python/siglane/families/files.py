@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from siglane.config.reader import ConfigReader
 from siglane.config.vision import VisionConfig
 from siglane.config.vlm import Thinking
 from siglane.errors import ConfigError
+from siglane.types import SamplingParams
 from siglane.weights.hub import Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 GENERATION = "generation_config.json"
+# fields of `SamplingParams`, under the names that transformers gives them, and the types of their values
+SAMPLING: Mapping[str, tuple[str, type[int] | type[float]]] = {
+    "temperature": ("temperature", float),
+    "top_p": ("top_p", float),
+    "top_k": ("top_k", int),
+    "min_p": ("min_p", float),
+    "repetition_penalty": ("repetition_penalty", float),
+    "max_new_tokens": ("max_tokens", int),
+}
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 TOWER_TYPE = "siglip_vision_model"
 THINK_START, THINK_END = "<think>", "</think>"
@@ -59,6 +69,21 @@ def end_of_answer(
     if not found or not all(type(token) is int and token >= 0 for token in found):
         raise ConfigError(f"{folder.root}: no usable end-of-answer token in {GENERATION} or the tokenizer")
     return tuple(dict.fromkeys(found))
+
+
+def stated_sampling(folder: Checkpoint) -> dict[str, Any]:
+    """The fields of `SamplingParams` that generation_config.json states; null and a missing file state nothing.
+
+    Read as vLLM and SGLang do: the values apply where they stand, and `do_sample` is not asked, which transformers'
+    `generate` alone gives a meaning. ConfigError for a value that cannot be used, naming the file.
+    """
+    reader = ConfigReader(folder.optional(GENERATION), str(folder.path(GENERATION)))
+    stated = {name: known for name, known in SAMPLING.items() if reader.has(name)}
+    found: dict[str, Any] = {field: reader.value(name, kind) for name, (field, kind) in stated.items()}
+    complaint = SamplingParams(**found).complaint()
+    if complaint is not None:
+        raise ConfigError(f"{reader.name}: {complaint[1]}")
+    return found
 
 
 def thinking_of(tokenizer: PreTrainedTokenizerFast) -> Thinking | None:

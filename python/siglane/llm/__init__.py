@@ -13,6 +13,5 @@ from siglane.families.stack import Encoded
 from siglane.llm.encoder import VisionEncoder
 from siglane.llm.generation import Generation
 from siglane.llm.offline import LLM
-from siglane.llm.sampling import check_sampling
 
-__all__ = ["LLM", "PREPARE_AHEAD", "Encoded", "Generation", "VisionEncoder", "check_sampling"]
+__all__ = ["LLM", "PREPARE_AHEAD", "Encoded", "Generation", "VisionEncoder"]

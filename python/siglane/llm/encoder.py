@@ -16,7 +16,8 @@ from siglane.families.ahead import ahead
 from siglane.families.model import load_vision
 from siglane.families.pipeline import MediaPipeline
 from siglane.families.stack import Encoded, VisionStack
-from siglane.media.item import ImageSource, image_item, video_item
+from siglane.media.item import ImageSource
+from siglane.media.messages import image_item, video_item
 from siglane.media.policy import LOCAL_MEDIA, MediaPolicy
 from siglane.nn.cpu.optimise import optimise
 from siglane.settings.engine import Dtype, EngineConfig

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from siglane.engine.reasoning import AnswerStream, Said
+from siglane.engine.answer import Answer
 from siglane.errors import EngineError, UserError
 from siglane.families.report import ImageReport
 from siglane.types import FinishReason, SamplingParams, Timings, TokenDelta, TokenLogprob, Usage
@@ -20,8 +19,9 @@ class Generation:
 
     text: the answer; reasoning: what a reasoning model thought before it, "" when it did not;
     images: what the model saw of each image and video, and the budget that was applied; logprobs: one per output token
-    when asked for; alternatives: the further answers of a request with n > 1, each
-    with its own usage; error: set exactly when finish_reason is "error", and the text is then what came before it.
+    when asked for; outputs: all n answers in order, each with its own usage, of which this one is the first; () in
+    those themselves and where there is an error before any answer; error: set exactly when finish_reason is "error",
+    and the text is then what came before it.
     """
 
     text: str
@@ -33,7 +33,7 @@ class Generation:
     images: tuple[ImageReport, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     timings: Timings = field(default_factory=Timings)
-    alternatives: tuple[Generation, ...] = ()
+    outputs: tuple[Generation, ...] = ()
     error: UserError | EngineError | None = None
 
 
@@ -57,7 +57,12 @@ class Row:
     def done(self) -> bool:
         if self.error is not None:
             return True
-        return len(self.answers) == self.params.n and all(answer.finish_reason for answer in self.answers)
+        return len(self.answers) == self.params.n and all(answer.finished for answer in self.answers)
+
+    def take(self, answer: Answer, delta: TokenDelta) -> None:
+        told = answer.take(delta)
+        if told.text and self.on_text is not None and answer is self.answers[0]:
+            self.on_text(self.number, told.text)
 
     def generation(self) -> Generation:
         if self.error is not None:
@@ -71,54 +76,23 @@ class Row:
                 images=self.images,
                 error=self.error,
             )
-        first, *others = (answer.generation() for answer in self.answers)
-        return dataclasses.replace(first, alternatives=tuple(others))
+        outputs = tuple(map(self._output, self.answers))
+        return replace(outputs[0], outputs=outputs)
 
-
-@dataclass(slots=True, eq=False)
-class Answer:
-    """One request in the engine and what it has said so far."""
-
-    row: Row
-    stream: AnswerStream
-    pieces: list[Said] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    last: TokenDelta | None = None
-    finish_reason: FinishReason | None = None
-
-    def take(self, delta: TokenDelta) -> None:
-        self.last, self.finish_reason = delta, delta.finish_reason
-        self.token_ids += delta.token_ids
-        self.logprobs += delta.logprobs
-        shown = delta.token_ids if delta.matched_stop is None else delta.token_ids[:-1]
-        said = self.stream.push(shown, finished=delta.finish_reason is not None)
-        self.pieces.append(said)
-        if said.text and self.row.on_text is not None and self is self.row.answers[0]:
-            self.row.on_text(self.row.number, said.text)
-
-    def generation(self) -> Generation:
-        assert self.last is not None
-        assert self.finish_reason is not None
-        row = self.row
-        text, reasoning = Said.joined(self.pieces)
+    def _output(self, answer: Answer) -> Generation:
+        assert answer.finished is not None
+        assert answer.finish_reason is not None
         return Generation(
-            text=text,
-            reasoning=reasoning,
-            prompt_token_ids=row.prompt_token_ids,
-            output_token_ids=tuple(self.token_ids),
-            finish_reason=self.finish_reason,
-            usage=Usage(
-                prompt_tokens=len(row.prompt_token_ids),
-                completion_tokens=len(self.token_ids),
-                cached_tokens=self.last.cached_tokens,
-                image_tokens=row.image_tokens,
-                reasoning_tokens=self.stream.reasoning_tokens,
-            ),
-            images=row.images,
-            logprobs=tuple(self.logprobs),
-            timings=self.last.timings,
-            error=None if self.last.error is None else blamed(self.last.error),
+            text=answer.text,
+            reasoning=answer.reasoning,
+            prompt_token_ids=self.prompt_token_ids,
+            output_token_ids=tuple(answer.token_ids),
+            finish_reason=answer.finish_reason,
+            usage=answer.usage,
+            images=self.images,
+            logprobs=tuple(answer.logprobs),
+            timings=answer.finished.timings,
+            error=None if answer.error is None else blamed(answer.error),
         )
 
 

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count, islice, repeat
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
 from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
+from siglane.engine.answer import Answer
 from siglane.engine.load import build_engine
-from siglane.engine.reasoning import AnswerStream
+from siglane.engine.sampling import check_for_model, sampling_defaults
 from siglane.families.ahead import PREPARE_AHEAD, PREPARE_THREADS
 from siglane.families.pipeline import MediaPipeline, report_image
 from siglane.families.processor import Processor, load_processor
 from siglane.families.report import ImageReport
-from siglane.llm.generation import Answer, Generation, OnText, Row, blamed
-from siglane.llm.prompts import ChatMessage, Conversation, PromptLike, conversation, one_message
-from siglane.llm.sampling import check_sampling, params_of_each
+from siglane.llm.generation import Generation, OnText, Row, blamed
+from siglane.llm.prompts import PromptLike, one_message
+from siglane.media.messages import ChatMessage, Conversation, read_messages
 from siglane.media.policy import LOCAL_MEDIA, MediaPolicy
 from siglane.settings.engine import EngineConfig
 from siglane.settings.options import options_of
@@ -41,7 +41,8 @@ class LLM:
     """A model and its engine, in this process.
 
     model: a checkpoint folder, a hub id, or "demo" for the one that ships with siglane; budget: the limits of images
-    that name none of their own; options: any field of `EngineConfig`, by name.
+    that name none of their own; options: any field of `EngineConfig`, by name. sampling_defaults: what a prompt without
+    `params` gets: the values of the checkpoint's generation_config.json, greedy where it states no temperature.
     Raises UserError for a model that cannot be loaded or does not know a limit, TypeError for an option that does not
     exist.
     """
@@ -59,6 +60,7 @@ class LLM:
         config = _engine_config(options)
         checkpoint = model if isinstance(model, Checkpoint) else open_model(model, revision)
         self.processor: Processor = load_processor(checkpoint)
+        self.sampling_defaults = sampling_defaults(self.processor.config, SamplingParams())
         self._media = MediaPipeline(self.processor.config.images, budget, media, decode)
         self._engine = build_engine(checkpoint, self.processor, config)
         self._one_caller = threading.Lock()
@@ -80,19 +82,16 @@ class LLM:
         bytes or list of frames, ...]}`, or an iterable of them; each is one user message, its images first, then its
         videos, through the checkpoint's chat template. An image may also be `{"image": source, "detail": "low",
         "max_pixels": ...}` with any field of `ImageBudget`, a video `{"video": source, "num_frames": 8, ...}`.
-        params: for all prompts, or one for each. errors: "return" puts the error into its row, "raise" raises the
-        first one; by default a single prompt raises and several return. progress: a bar on stderr, by default when
-        there are several prompts and a terminal. on_text: called with (prompt number, new text) as the text of a
-        prompt's first answer appears, its reasoning left out; it must not call this LLM. chat_template_kwargs: the chat
-        template's own variables, such as `{"enable_thinking": False}`.
+        params: for all prompts, or one for each; by default `sampling_defaults`. errors: "return" puts the error into
+        its row, "raise" raises the first one; by default a single prompt raises and several return. progress: a bar on
+        stderr, by default when there are several prompts and a terminal. on_text: called with (prompt number, new text)
+        as the text of a prompt's first answer appears, its reasoning left out; it must not call this LLM.
+        chat_template_kwargs: the chat template's own variables, such as `{"enable_thinking": False}`.
         """
         single = isinstance(prompts, str | Mapping)
         rows: Iterable[Any] = [prompts] if single else prompts
-
-        def read(row: Any) -> Conversation:
-            return one_message(row, chat_template_kwargs or {})
-
-        return self._answer(rows, read, params, errors or ("raise" if single else "return"), progress, on_text)
+        jobs = self._jobs(rows, one_message, params, on_text, chat_template_kwargs)
+        return self._answer(jobs, _length(rows), errors or ("raise" if single else "return"), progress)
 
     def chat(
         self,
@@ -114,24 +113,31 @@ class LLM:
         """
         single = isinstance(messages, Sequence) and len(messages) > 0 and isinstance(messages[0], Mapping)
         rows: Iterable[Any] = [messages] if single else messages
+        jobs = self._jobs(rows, read_messages, params, on_text, chat_template_kwargs)
+        return self._answer(jobs, _length(rows), errors or ("raise" if single else "return"), progress)
 
-        def read(row: Any) -> Conversation:
-            return conversation(row, chat_template_kwargs or {})
-
-        return self._answer(rows, read, params, errors or ("raise" if single else "return"), progress, on_text)
-
-    def _answer(
+    def _jobs(
         self,
         rows: Iterable[Any],
         read: Callable[[Any], Conversation],
         params: SamplingParams | Sequence[SamplingParams] | None,
-        errors: Errors,
-        progress: bool | None,
         on_text: OnText | None,
+        template: Mapping[str, Any] | None,
+    ) -> Iterator[_Job]:
+        total = _length(rows)
+        if params is None or isinstance(params, SamplingParams):
+            params_of_each: Iterable[SamplingParams] = repeat(params or self.sampling_defaults)
+        elif total == len(params):
+            params_of_each = params
+        else:
+            shown = "an unknown number of" if total is None else total
+            raise ValueError(f"there are {len(params)} params for {shown} prompts")
+        each = enumerate(zip(rows, params_of_each, strict=False))
+        return (_Job(number, row, read, sampling, on_text, template or {}) for number, (row, sampling) in each)
+
+    def _answer(
+        self, jobs: Iterator[_Job], total: int | None, errors: Errors, progress: bool | None
     ) -> list[Generation]:
-        total = len(rows) if isinstance(rows, Sequence) else None
-        each = zip(rows, params_of_each(params, total), strict=False)
-        jobs = (_Job(number, row, read, sampling, on_text) for number, (row, sampling) in enumerate(each))
         if progress is None:
             progress = sys.stderr.isatty() and total != 1
         answers = []
@@ -146,7 +152,7 @@ class LLM:
         """Feeds the engine and yields answers in order. Leaves the engine empty, however it ends."""
         rows: deque[Row] = deque()  # given out from the left
         preparing: dict[Future[Ready], Row] = {}
-        running: dict[str, Answer] = {}
+        running: dict[str, tuple[Row, Answer]] = {}
         pool = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="siglane-prepare")
         try:
             while True:
@@ -169,16 +175,15 @@ class LLM:
 
     def _prepare(self, job: _Job) -> Ready:
         """Runs in a thread of the pool: everything between the caller's row and the engine."""
-        check_sampling(job.params)
-        conversation = job.read(job.row)
-        media = conversation.media
+        facts = self.processor.config
+        check_for_model(job.params, facts.language.vocab_size, facts.thinking)
+        messages, media = job.read(job.row)
         self._media.prepare(media)
-        layouts = [item.layout for item in media]
-        prompt = self.processor.prompt(conversation.messages, layouts, conversation.template)
-        patches = [item.patches for item in media]
-        return Ready(prompt, prompt.in_order(patches), tuple(map(report_image, media)))
+        prompt = self.processor.prompt(messages, [item.layout for item in media], job.template)
+        images = prompt.in_order([item.patches for item in media])
+        return Ready(prompt, images, tuple(map(report_image, media)))
 
-    def _start_prepared(self, preparing: dict[Future[Ready], Row], running: dict[str, Answer]) -> None:
+    def _start_prepared(self, preparing: dict[Future[Ready], Row], running: dict[str, tuple[Row, Answer]]) -> None:
         """Hands prompts to the engine as it gets room, so that only a few wait with their pictures in memory."""
         for future in [future for future in preparing if future.done()]:
             if len(running) >= self._engine.config.max_running:
@@ -189,32 +194,28 @@ class LLM:
             except Exception as error:
                 row.error = blamed(error)
 
-    def _start(self, row: Row, ready: Ready, running: dict[str, Answer]) -> None:
+    def _start(self, row: Row, ready: Ready, running: dict[str, tuple[Row, Answer]]) -> None:
         prompt, params = ready.prompt, row.params
         row.images = ready.reports
         row.prompt_token_ids, row.image_tokens = prompt.token_ids, prompt.image_tokens
         room = max(1, self._engine.context_length - len(prompt.token_ids))  # the engine refuses prompts without room
-        for choice in range(params.n):
-            seed = None if params.seed is None else params.seed + choice
-            request = Request(
-                request_id=next(self._request_ids),
-                prompt=prompt,
-                sampling=dataclasses.replace(params, n=1, seed=seed),
-                max_tokens=min(params.max_tokens or room, room),
-                images=ready.images,
-            )
+        max_tokens = min(params.max_tokens or room, room)
+        for index in range(params.n):
+            request_id = next(self._request_ids)
+            request = Request(request_id, prompt, params.choice(index), max_tokens, images=ready.images)
             self._engine.add(request)
-            answer = Answer(row, AnswerStream.of(request, self.processor))
-            running[request.request_id] = answer
+            answer = Answer.of(request_id, prompt, params.stop, self.processor)
+            running[request_id] = row, answer
             row.answers.append(answer)
 
-    def _take(self, delta: TokenDelta, running: dict[str, Answer]) -> None:
-        answer = running[delta.request_id]
-        answer.take(delta)
-        if answer.stream.stopped is not None and delta.finish_reason is None:
-            answer.last = self._engine.abort(delta.request_id) or delta
-            answer.finish_reason = "stop"
-        if answer.finish_reason is not None:
+    def _take(self, delta: TokenDelta, running: dict[str, tuple[Row, Answer]]) -> None:
+        row, answer = running[delta.request_id]
+        row.take(answer, delta)
+        if answer.stop_string is not None and answer.finished is None:
+            aborted = self._engine.abort(delta.request_id)
+            assert aborted is not None
+            row.take(answer, aborted)
+        if answer.finished is not None:
             del running[delta.request_id]
 
 
@@ -228,13 +229,18 @@ class Ready(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Job:
-    """One prompt as the caller gave it; `read` interprets it."""
+    """One prompt as the caller gave it; `read` interprets it. template: variables of the chat template."""
 
     number: int
     row: Any
     read: Callable[[Any], Conversation]
     params: SamplingParams
     on_text: OnText | None
+    template: Mapping[str, Any]
+
+
+def _length(rows: Iterable[Any]) -> int | None:
+    return len(rows) if isinstance(rows, Sequence) else None
 
 
 def _engine_config(options: Mapping[str, Any]) -> EngineConfig:

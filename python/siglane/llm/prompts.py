@@ -1,31 +1,19 @@
-"""The prompts and OpenAI messages of a Python caller, as the processor takes them."""
+"""The prompts of `LLM.generate`: a text, with images and videos beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 from siglane.errors import UserError
-from siglane.media.item import BUDGET_KEYS, MediaItem, check_keys, image_item, video_item
-from siglane.types import ImagePart, Message, Role
+from siglane.media.messages import Conversation, check_keys, image_item, video_item
+from siglane.types import ImagePart, Message
 
 PromptLike = str | Mapping[str, Any]
-ChatMessage = Mapping[str, Any]
-
-ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-PART_TYPES = "text, image_url, image, video_url or video"
 
 
-class Conversation(NamedTuple):
-    """One prompt as the processor takes it. media: its images and videos, numbered together."""
-
-    messages: tuple[Message, ...]
-    media: tuple[MediaItem, ...]
-    template: Mapping[str, Any]
-
-
-def one_message(row: PromptLike, template: Mapping[str, Any]) -> Conversation:
-    """A prompt of `generate`: one user message, its images first, then its videos."""
+def one_message(row: PromptLike) -> Conversation:
+    """One user message, its images first, then its videos."""
     if isinstance(row, str):
         row = {"prompt": row}
     check_keys(row, {"prompt", "images", "videos"}, "a prompt")
@@ -41,58 +29,4 @@ def one_message(row: PromptLike, template: Mapping[str, Any]) -> Conversation:
         *(video_item(given, f"videos[{number}]") for number, given in enumerate(videos)),
     )
     parts: tuple[str | ImagePart, ...] = (*map(ImagePart, range(len(media))), text)
-    return Conversation((Message("user", parts),), media, template)
-
-
-def conversation(messages: Sequence[ChatMessage], template: Mapping[str, Any]) -> Conversation:
-    """OpenAI messages. Images and videos are numbered through the whole conversation."""
-    media: list[MediaItem] = []
-    turns = [_turn(message, f"messages[{number}]", media) for number, message in enumerate(messages)]
-    if not turns:
-        raise UserError("the conversation has no messages", code="invalid_prompt", param="messages")
-    return Conversation(tuple(turns), tuple(media), template)
-
-
-def _turn(message: ChatMessage, where: str, media: list[MediaItem]) -> Message:
-    check_keys(message, {"role", "content", "reasoning_content"}, where)  # the last as it came; models do not read it
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise UserError(f"{where}: role {role!r} is not one of {', '.join(ROLES)}", code="invalid_prompt", param=where)
-    if isinstance(content, str):
-        return Message(ROLES[role], (content,))
-    if not isinstance(content, list | tuple):
-        raise UserError(f"{where}: content must be a text or a list of parts", code="invalid_prompt", param=where)
-    parts = (_part(part, f"{where}.content[{number}]", media) for number, part in enumerate(content))
-    return Message(ROLES[role], tuple(parts))
-
-
-def _part(part: Any, where: str, media: list[MediaItem]) -> str | ImagePart:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    match kind:
-        case "text":
-            check_keys(part, {"type", "text"}, where)
-            if not isinstance(part.get("text"), str):
-                raise UserError(f"{where}: text must be a text", code="invalid_prompt", param=where)
-            return str(part["text"])
-        case "image_url" | "video_url":
-            check_keys(part, {"type", kind}, where)
-            media.append(_by_url(part.get(kind), where, video=kind == "video_url"))
-        case "image":
-            media.append(image_item({key: value for key, value in part.items() if key != "type"}, where))
-        case "video":
-            media.append(video_item({key: value for key, value in part.items() if key != "type"}, where))
-        case _:
-            message = f"{where}: a part is of type {PART_TYPES}, got {kind!r}"
-            raise UserError(message, code="unsupported_content_type", param=where)
-    return ImagePart(len(media) - 1)
-
-
-def _by_url(given: Any, where: str, *, video: bool) -> MediaItem:
-    """What stands in an `image_url` or `video_url`: a text, or `{"url": text}` with a budget."""
-    fields = given if isinstance(given, Mapping) else {"url": given}
-    check_keys(fields, {"url", *BUDGET_KEYS, *({"num_frames"} if video else ())}, where)
-    url = fields.get("url")
-    if not isinstance(url, str):
-        raise UserError(f"{where}: url must be a text", code="invalid_prompt", param=where)
-    others = {key: value for key, value in fields.items() if key != "url"}
-    return video_item({"video": url, **others}, where) if video else image_item({"image": url, **others}, where)
+    return Conversation((Message("user", parts),), media)

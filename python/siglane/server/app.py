@@ -30,7 +30,8 @@ from siglane.server.embedding_protocol import (
 from siglane.server.errors import ErrorBody, JsonResponse, error_response, from_validation
 from siglane.server.metrics import METHODS
 from siglane.server.middleware import Authenticate, Gate, Intake, Observe, shutting_down
-from siglane.server.protocol import ChatCompletion, ChatCompletionRequest, ModelCard, ModelList, ignored_fields
+from siglane.server.protocol import ChatCompletionRequest, ignored_fields
+from siglane.server.replies import ChatCompletion, ModelCard, ModelList
 from siglane.server.served import ChatModel, EmbedModel, Served
 from siglane.server.stream import ChatStream
 

@@ -4,33 +4,22 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from siglane.engine.thinking import check_thinking_budget
+from siglane.engine.answer import Answer
+from siglane.engine.sampling import check_for_model
 from siglane.errors import UserError
 from siglane.families.pipeline import report_image
 from siglane.families.report import ImageReport
-from siglane.media.item import MediaItem
-from siglane.server.answer import Answer
+from siglane.media.messages import read_messages
+from siglane.server.choices import Choices, finish_reason
 from siglane.server.context import RequestContext
-from siglane.server.protocol import (
-    AssistantMessage,
-    ChatCompletion,
-    ChatCompletionRequest,
-    ChatMessage,
-    Choice,
-    FinishReason,
-    ImageUrlPart,
-    SiglaneReport,
-    UsageReply,
-    VideoUrlPart,
-)
+from siglane.server.protocol import ChatCompletionRequest, plain
+from siglane.server.replies import AssistantMessage, ChatCompletion, Choice, SiglaneReport, UsageReply
 from siglane.server.served import ChatModel
 from siglane.server.stopwatch import Stopwatch
-from siglane.types import ImagePart, Message, Prompt, Request, Role, SamplingParams, TokenLogprob, Usage
-
-LEAST_TEMPERATURE = 1e-4  # below it dividing float32 logits overflows; the likeliest token is taken instead
+from siglane.types import Message, Prompt, Request, SamplingParams, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,71 +35,48 @@ class Prepared:
 
 async def prepare(body: ChatCompletionRequest, context: RequestContext, model: ChatModel) -> Prepared:
     """Everything before the engine. Raises UserError for a request that cannot be served, cheapest checks first."""
-    messages, items = read_messages(body.messages)
-    model.media.admit(items)
+    messages, media = read_messages(plain(body.messages))
+    model.media.admit(media)
     sampling = sampling_of(body, model)
     check_length(messages, model)
     salt = body.cache_salt or ""
     watch = Stopwatch()
-    await model.media.fetch(items, salt, context.lease)
+    await model.media.fetch(media, salt, context.lease)
     watch.note("fetch")
-    await model.media.lay_out(items)
+    await model.media.lay_out(media)
     # of the images only the headers were read so far: what is too long is never decoded
-    layouts = [item.layout for item in items]
+    layouts = [item.layout for item in media]
     prompt = await model.media.run(model.processor.prompt, messages, layouts, body.chat_template_kwargs)
-    max_tokens = resolve_max_tokens(body, prompt, model)
+    max_tokens = resolve_max_tokens(body, sampling, prompt, model)
     watch.note("prepare")
-    await model.media.preprocess(items, context.lease)
-    watch.add("decode", sum(item.decoding for item in items))
-    watch.add("prepare", sum(item.cutting for item in items))
-    images = prompt.in_order([item.patches for item in items])
+    await model.media.preprocess(media, context.lease)
+    watch.add("decode", sum(item.decoding for item in media))
+    watch.add("prepare", sum(item.cutting for item in media))
+    images = prompt.in_order([item.patches for item in media])
     request_id = f"chatcmpl-{secrets.token_hex(12)}"
     requests = tuple(
-        Request(f"{request_id}-{index}", prompt, _nth(sampling, index), max_tokens, salt, images)
+        Request(f"{request_id}-{index}", prompt, sampling.choice(index), max_tokens, salt, images)
         for index in range(sampling.n)
     )
-    return Prepared(request_id, prompt, requests, list(map(report_image, items)), watch.seconds)
-
-
-def read_messages(messages: Sequence[ChatMessage]) -> tuple[tuple[Message, ...], list[MediaItem]]:
-    """The conversation with its pictures and videos numbered, and what each is."""
-    items: list[MediaItem] = []
-    read: list[Message] = []
-    for i, message in enumerate(messages):
-        parts: list[str | ImagePart] = []
-        for j, part in enumerate([message.content] if isinstance(message.content, str) else message.content):
-            if isinstance(part, str):
-                parts.append(part)
-            elif isinstance(part, ImageUrlPart):
-                parts.append(ImagePart(len(items)))
-                items.append(MediaItem(part.image_url.url, f"messages[{i}].content[{j}]", part.image_url.image_limits))
-            elif isinstance(part, VideoUrlPart):
-                asked, param = part.video_url, f"messages[{i}].content[{j}]"
-                parts.append(ImagePart(len(items)))
-                items.append(MediaItem(asked.url, param, asked.image_limits, video=True, frames=asked.num_frames))
-            else:
-                parts.append(part.text)
-        role: Role = "system" if message.role == "developer" else message.role
-        read.append(Message(role, tuple(parts)))
-    return tuple(read), items
+    return Prepared(request_id, prompt, requests, list(map(report_image, media)), watch.seconds)
 
 
 def check_length(messages: Sequence[Message], model: ChatModel) -> None:
     """Refuses text that cannot fit before it is tokenised: no token stands for more than the longest one's letters."""
     letters = sum(len(part) for message in messages for part in message.parts if isinstance(part, str))
     least = letters // model.longest_token
-    if least >= model.processor.context_length:
+    if least >= model.context_length:
         raise too_long(least, f"at least {least}", model)
 
 
 def too_long(tokens: int, shown: str, model: ChatModel) -> UserError:
-    message = f"the prompt has {shown} tokens; the model reads at most {model.processor.context_length}"
+    message = f"the prompt has {shown} tokens; the model reads at most {model.context_length}"
     return UserError(message, code="context_length_exceeded", param="messages")
 
 
-def resolve_max_tokens(body: ChatCompletionRequest, prompt: Prompt, model: ChatModel) -> int:
-    """The client's bound when there is room for it, all the room when it names none."""
-    length, longest = len(prompt.token_ids), model.processor.context_length
+def resolve_max_tokens(body: ChatCompletionRequest, sampling: SamplingParams, prompt: Prompt, model: ChatModel) -> int:
+    """The client's bound when there is room for it; where it names none the checkpoint's, or all the room."""
+    length, longest = len(prompt.token_ids), model.context_length
     room = longest - length
     if room < 1:
         raise too_long(length, f"{length} ({prompt.image_tokens} of them for images)", model)
@@ -122,92 +88,55 @@ def resolve_max_tokens(body: ChatCompletionRequest, prompt: Prompt, model: ChatM
             code="context_length_exceeded",
             param="max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens",
         )
-    max_tokens = room if wanted is None else wanted
-    if (body.min_tokens or 0) > max_tokens:
+    max_tokens = min(sampling.max_tokens or room, room)
+    if sampling.min_tokens > max_tokens:
         raise UserError(f"min_tokens is more than the {max_tokens} allowed", code="invalid_value", param="min_tokens")
     return max_tokens
 
 
 def sampling_of(body: ChatCompletionRequest, model: ChatModel) -> SamplingParams:
-    vocabulary = model.processor.config.language.vocab_size
-    bias = tuple((int(key), float(value)) for key, value in (body.logit_bias or {}).items())
-    _check_ids("logit_bias", (token_id for token_id, _ in bias), vocabulary)
-    _check_ids("stop_token_ids", body.stop_token_ids or (), vocabulary)
-    temperature = model.config.default_temperature if body.temperature is None else body.temperature
-    sampling = SamplingParams(
-        temperature=temperature if temperature >= LEAST_TEMPERATURE else 0.0,
-        top_k=max(0, body.top_k or 0),  # -1 and 0 both mean no limit
-        top_p=1.0 if body.top_p is None else body.top_p,
-        min_p=body.min_p or 0.0,
-        repetition_penalty=body.repetition_penalty or 1.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
-        presence_penalty=body.presence_penalty or 0.0,
-        logit_bias=bias,
-        seed=body.seed,
-        stop=body.stops,
-        stop_token_ids=tuple(body.stop_token_ids or ()),
-        ignore_eos=bool(body.ignore_eos),
-        min_tokens=body.min_tokens or 0,
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        n=body.choices,
-        thinking_budget=body.most_thinking,
-    )
-    check_thinking_budget(sampling, model.processor.config.thinking)
+    """What the client names, and the server's defaults for the rest."""
+    sampling = replace(model.sampling_defaults, **body.sampling)
+    language = model.processor.config.language
+    check_for_model(sampling, language.vocab_size, model.processor.config.thinking)
+    for token_id in sampling.stop_token_ids:
+        if token_id >= language.vocab_size:
+            message = f"stop_token_ids names token {token_id}; the vocabulary ends at {language.vocab_size - 1}"
+            raise UserError(message, code="invalid_value", param="stop_token_ids")
     return sampling
-
-
-def _check_ids(param: str, ids: Iterable[int], vocabulary: int) -> None:
-    for token_id in ids:
-        if token_id >= vocabulary:
-            message = f"{param} names token {token_id}; the vocabulary ends at {vocabulary - 1}"
-            raise UserError(message, code="invalid_value", param=param)
-
-
-def _nth(sampling: SamplingParams, index: int) -> SamplingParams:
-    """Choice number `index`: with a seed, every choice has its own and repeats."""
-    seed = sampling.seed
-    return replace(sampling, n=1, seed=None if seed is None else (seed + index) % (1 << 63))
 
 
 async def complete(body: ChatCompletionRequest, context: RequestContext, model: ChatModel) -> ChatCompletion:
     """The whole answer at once."""
     prepared = await prepare(body, context, model)
-    answer = await model.ask(prepared.requests)
-    texts = ["" for _ in prepared.requests]
-    reasonings = ["" for _ in prepared.requests]
-    logprobs: list[list[TokenLogprob]] = [[] for _ in prepared.requests]
-    endings: dict[int, tuple[FinishReason, str | int | None]] = {}
+    choices = await model.ask(prepared.requests)
     try:
-        while not answer.finished:
-            piece = await answer.next()
-            assert piece is not None
-            texts[piece.index] += piece.text
-            reasonings[piece.index] += piece.reasoning
-            logprobs[piece.index] += piece.logprobs
-            if piece.finish_reason is not None:
-                endings[piece.index] = (piece.finish_reason, piece.matched_stop)
+        while not choices.finished:
+            await choices.next()
     finally:
-        model.release(answer)
-    note_answer(answer, prepared, context, model)
-    choices: list[Choice] = [
-        {
-            "index": index,
-            "message": assistant_message(texts[index], reasonings[index], model),
-            "logprobs": model.token_texts.report(logprobs[index]) if body.logprobs else None,
-            "finish_reason": endings[index][0],
-            "matched_stop": endings[index][1],
-        }
-        for index in range(len(prepared.requests))
-    ]
+        model.release(choices)
+    note_answer(choices, prepared, context, model)
     return {
         "id": prepared.request_id,
         "object": "chat.completion",
         "created": int(time.time()),
         "model": model.name,
         "system_fingerprint": model.fingerprint,
-        "choices": choices,
-        "usage": usage_reply(answer.usage),
-        "siglane": siglane_report(body, prepared, answer),
+        "choices": [choice_reply(index, answer, model) for index, answer in enumerate(choices.answers)],
+        "usage": usage_reply(choices.usage),
+        "siglane": siglane_report(body, prepared, choices),
+    }
+
+
+def choice_reply(index: int, answer: Answer, model: ChatModel) -> Choice:
+    reason = finish_reason(answer)
+    assert reason is not None
+    return {
+        "index": index,
+        "message": assistant_message(answer.text, answer.reasoning, model),
+        "logprobs": model.token_texts.report(answer.logprobs) if answer.logprobs else None,
+        "finish_reason": reason,
+        "matched_stop": answer.matched_stop,
     }
 
 
@@ -232,16 +161,16 @@ def usage_reply(usage: Usage) -> UsageReply:
     }
 
 
-def siglane_report(body: ChatCompletionRequest, prepared: Prepared, answer: Answer) -> SiglaneReport:
+def siglane_report(body: ChatCompletionRequest, prepared: Prepared, choices: Choices) -> SiglaneReport:
     report: SiglaneReport = {"images": prepared.images}
     if body.include_timings:
-        report["timings"] = {stage: round(value, 6) for stage, value in {**prepared.seconds, **answer.stages}.items()}
+        report["timings"] = {stage: round(value, 6) for stage, value in {**prepared.seconds, **choices.stages}.items()}
     return report
 
 
-def note_answer(answer: Answer, prepared: Prepared, context: RequestContext, model: ChatModel) -> None:
+def note_answer(choices: Choices, prepared: Prepared, context: RequestContext, model: ChatModel) -> None:
     """Counts an answer that was given in full."""
-    usage, metrics = answer.usage, model.metrics
+    usage, metrics = choices.usage, model.metrics
     metrics.count_tokens(
         prompt=usage.prompt_tokens,
         cached=usage.cached_tokens,
@@ -249,6 +178,6 @@ def note_answer(answer: Answer, prepared: Prepared, context: RequestContext, mod
         completion=usage.completion_tokens,
     )
     metrics.images.inc(len(prepared.images))
-    metrics.observe_stages({**prepared.seconds, **answer.stages})
-    if answer.first_token is not None:
-        metrics.first_token.observe(answer.first_token - context.began)
+    metrics.observe_stages({**prepared.seconds, **choices.stages})
+    if choices.first_token is not None:
+        metrics.first_token.observe(choices.first_token - context.began)

@@ -2,7 +2,7 @@
 
 An input is a text or an image, in any of the shapes that servers of today read: OpenAI's strings, SGLang's
 `{"text"}` / `{"image"}`, llama.cpp's `{"content": [parts]}`, and vLLM's `messages`. Bounds are checked here, and a
-field is honoured, refused or reported as ignored, as in `protocol.py`.
+field is honoured, refused or reported as ignored, as in a chat.
 """
 
 from __future__ import annotations
@@ -17,16 +17,9 @@ from typing_extensions import TypedDict
 from siglane.errors import UserError
 from siglane.families.report import ImageReport
 from siglane.media.item import MediaItem
-from siglane.server.protocol import (
-    REFUSED,
-    ChatMessage,
-    Content,
-    ImageUrl,
-    ImageUrlPart,
-    RequestModel,
-    TextPart,
-    refuse_fields,
-)
+from siglane.media.messages import url_item
+from siglane.server.protocol import ChatMessage, Content, ImageUrl, ImageUrlPart, RequestModel, TextPart, plain
+from siglane.server.refused import REFUSED, refuse_fields
 from siglane.settings.tagging import CONFIDENCE_THRESHOLD, MAX_TAGS
 
 MAX_INPUTS = 2048
@@ -135,7 +128,7 @@ class ClassificationRequest(RequestModel):
 
     def media(self) -> Iterator[MediaItem]:
         for number, image in enumerate(self.images or ()):
-            yield MediaItem(image.url, f"images[{number}]", image.image_limits)
+            yield url_item(plain(image), f"images[{number}]")
         for number, item in enumerate(self.input or ()):
             param = f"input[{number}]"
             read = MediaItem(item, param) if isinstance(item, str) else _read(item, param)
@@ -155,7 +148,7 @@ def _read(item: str | InputItem, param: str) -> Input:
         if item.text is None:
             raise UserError("an item needs text, image or content", code="missing_field", param=param)
         return _text(item.text, f"{param}.text")
-    return _only([item.text or ""], [MediaItem(item.image.url, f"{param}.image", item.image.image_limits)], param)
+    return _only([item.text or ""], [url_item(plain(item.image), f"{param}.image")], param)
 
 
 def _of_content(content: str | Sequence[Any], param: str) -> Input:
@@ -163,7 +156,7 @@ def _of_content(content: str | Sequence[Any], param: str) -> Input:
         return _text(content, param)
     texts = [part.text for part in content if isinstance(part, TextPart)]
     images = [
-        MediaItem(part.image_url.url, f"{param}[{number}]", part.image_url.image_limits)
+        url_item(plain(part.image_url), f"{param}[{number}]")
         for number, part in enumerate(content)
         if isinstance(part, ImageUrlPart)
     ]

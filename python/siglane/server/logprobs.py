@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from siglane.server.protocol import ChoiceLogprobs, TopLogprob
+from siglane.server.replies import ChoiceLogprobs, TopLogprob
 from siglane.types import TokenLogprob
 
 

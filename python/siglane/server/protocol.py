@@ -1,4 +1,4 @@
-"""What clients send and get: OpenAI's chat completions, with the fields of vLLM and SGLang that mean something here.
+"""What clients send: OpenAI's chat completions, with the fields of vLLM and SGLang that mean something here.
 
 Every bound is checked here, before anything is allocated for the request. A field is honoured, or refused with a 400
 that names it (`REFUSED`), or reported back as ignored (`ignored_fields`); none is dropped in silence.
@@ -6,17 +6,16 @@ that names it (`REFUSED`), or reported back as ignored (`ignored_fields`); none 
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
-from typing_extensions import TypedDict  # pydantic reads no other on Python 3.11
 
 from siglane.errors import UserError
-from siglane.families.report import ImageReport
-from siglane.tiling.rule import LIMITS, ImageBudget
-from siglane.types import Detail
+from siglane.server.refused import REFUSED, refuse_fields
+from siglane.types import SAMPLING_BOUNDS, Detail, SamplingParams
 
 MAX_MESSAGES = 2048
 MAX_PARTS = 1024
@@ -33,52 +32,8 @@ MAX_LIMIT = (1 << 32) - 1
 MAX_PINPOINTS = 256
 MAX_PINPOINT_SIDE = 1 << 14
 
-# Fields that change the answer in other servers and are not served here, with the values that ask for nothing.
-# None, False and empty values ask for nothing in any of them.
-REFUSED: Mapping[str, tuple[object, ...]] = {
-    "add_generation_prompt": (True,),
-    "audio": (),
-    "bad_words": (),
-    "beam_width": (1,),
-    "best_of": (1,),
-    "chat_template": (),
-    "continue_final_message": (),
-    "custom_logit_processor": (),
-    "documents": (),
-    "ebnf": (),
-    "echo": (),
-    "function_call": ("none", "auto"),
-    "functions": (),
-    "grammar": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "input_ids": (),
-    "json_schema": (),
-    "logits_processors": (),
-    "lora_path": (),
-    "media_io_kwargs": (),
-    "mm_processor_kwargs": (),
-    "modalities": (["text"],),
-    "prediction": (),
-    "prompt_embeds": (),
-    "prompt_logprobs": (),
-    "regex": (),
-    "response_format": ({"type": "text"},),
-    "stop_regex": (),
-    "structural_tag": (),
-    "structured_outputs": (),
-    "suffix": (),
-    "tool_choice": ("none", "auto"),
-    "tools": (),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (),
-    "web_search_options": (),
-}
 _REFUSED_IN_MESSAGES = ("audio", "function_call", "tool_call_id", "tool_calls")
 
-FinishReason = Literal["stop", "length"]
 TemplateValue = str | int | float | bool | None
 
 
@@ -87,13 +42,21 @@ class RequestModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
 
+def plain(value: Any) -> Any:
+    """A validated model as dictionaries and lists; without nulls, and without the fields that have no effect."""
+    if isinstance(value, RequestModel):
+        fields = ((name, getattr(value, name)) for name in type(value).model_fields)
+        return {name: plain(found) for name, found in fields if found is not None}
+    return [plain(item) for item in value] if isinstance(value, list) else value
+
+
 Limit = Annotated[int, Field(ge=1, le=MAX_LIMIT)]
 Side = Annotated[int, Field(ge=1, le=MAX_PINPOINT_SIDE)]
 Pinpoint = Annotated[list[Side], Field(min_length=2, max_length=2)]  # height, width
 
 
-class _Budgeted(RequestModel):
-    """The fields of `ImageBudget` beside a URL: wishes, which the server lowers to its own budget."""
+class ImageUrl(RequestModel):
+    """A URL beside the fields of `ImageBudget`: wishes, which the server lowers to its own limits."""
 
     url: str
     detail: Detail | None = None
@@ -103,20 +66,8 @@ class _Budgeted(RequestModel):
     max_tiles: Limit | None = None
     grid_pinpoints: Annotated[list[Pinpoint], Field(min_length=1, max_length=MAX_PINPOINTS)] | None = None
 
-    @property
-    def image_limits(self) -> ImageBudget:
-        limits = {name: value for name in LIMITS[:-1] if (value := getattr(self, name)) is not None}
-        pinpoints = None
-        if self.grid_pinpoints is not None:
-            pinpoints = tuple((height, width) for height, width in self.grid_pinpoints)
-        return ImageBudget(detail=self.detail or "auto", grid_pinpoints=pinpoints, **limits)
 
-
-class ImageUrl(_Budgeted):
-    pass
-
-
-class VideoUrl(_Budgeted):
+class VideoUrl(ImageUrl):
     num_frames: Limit | None = None
 
 
@@ -178,30 +129,35 @@ class ChatMessage(RequestModel):
         return self
 
 
+def _bounds(name: str) -> Any:
+    low, high = SAMPLING_BOUNDS[name]
+    return Field(ge=low, le=None if math.isinf(high) else high)
+
+
 class StreamOptions(RequestModel):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
 class ChatCompletionRequest(RequestModel):
-    """Null means absent. The bounds of the sampling fields keep float32 logits finite."""
+    """Null means absent."""
 
     model: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_tokens: Annotated[int, _bounds("max_tokens")] | None = None
+    max_completion_tokens: Annotated[int, _bounds("max_tokens")] | None = None
+    min_tokens: Annotated[int, _bounds("min_tokens")] | None = None
     ignore_eos: bool | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    temperature: Annotated[float, _bounds("temperature")] | None = None
+    top_p: Annotated[float, _bounds("top_p")] | None = None
+    top_k: Annotated[int, _bounds("top_k")] | None = None
+    min_p: Annotated[float, _bounds("min_p")] | None = None
+    repetition_penalty: Annotated[float, _bounds("repetition_penalty")] | None = None
+    frequency_penalty: Annotated[float, _bounds("frequency_penalty")] | None = None
+    presence_penalty: Annotated[float, _bounds("presence_penalty")] | None = None
     logit_bias: dict[str, Any] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     stop: str | list[str] | None = None
@@ -209,8 +165,8 @@ class ChatCompletionRequest(RequestModel):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    thinking_budget: Annotated[int, Field(ge=1)] | None = None
-    thinking_token_budget: Annotated[int, Field(ge=1)] | None = None  # vLLM's name for it
+    thinking_budget: Annotated[int, _bounds("thinking_budget")] | None = None
+    thinking_token_budget: Annotated[int, _bounds("thinking_budget")] | None = None  # vLLM's name for it
     cache_salt: Annotated[str, Field(max_length=MAX_SALT_CHARACTERS)] | None = None
     include_timings: bool | None = None
 
@@ -279,28 +235,24 @@ class ChatCompletionRequest(RequestModel):
         return self
 
     @property
-    def choices(self) -> int:
-        return self.n or 1
-
-    @property
     def requested_tokens(self) -> int | None:
         """The client's bound on generated tokens; the newer name wins."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
     @property
-    def most_thinking(self) -> int | None:
-        """The client's bound on tokens of thinking, under either of its names."""
-        return self.thinking_budget if self.thinking_budget is not None else self.thinking_token_budget
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        return tuple(self.stop or ())
-
-
-def refuse_fields(extra: Mapping[str, Any], refused: Mapping[str, tuple[object, ...]]) -> None:
-    for name, value in extra.items():
-        if name in refused and value and value not in refused[name]:
-            raise UserError(f"{name} is not supported by this server", code="unsupported_field", param=name)
+    def sampling(self) -> dict[str, Any]:
+        """The fields of `SamplingParams` that the client names."""
+        fields = (field.name for field in dataclasses.fields(SamplingParams))
+        named = {name: found for name in fields if (found := getattr(self, name)) is not None}
+        named["logprobs"] = (self.top_logprobs or 0) if self.logprobs else None
+        named["logit_bias"] = tuple((int(key), float(value)) for key, value in (self.logit_bias or {}).items())
+        for name in ("stop", "stop_token_ids"):
+            named[name] = tuple(named.get(name, ()))
+        if self.requested_tokens is not None:
+            named["max_tokens"] = self.requested_tokens
+        if self.thinking_token_budget is not None:
+            named["thinking_budget"] = self.thinking_token_budget
+        return named
 
 
 def ignored_fields(model: BaseModel) -> list[str]:
@@ -319,113 +271,3 @@ def _collect_ignored(model: BaseModel, prefix: str, found: dict[str, None]) -> N
         for item in value if isinstance(value, list) else (value,):
             if isinstance(item, BaseModel):
                 _collect_ignored(item, f"{prefix}{name}.", found)
-
-
-class PromptTokensDetails(TypedDict):
-    cached_tokens: int
-    image_tokens: int
-    text_tokens: int
-
-
-class CompletionTokensDetails(TypedDict):
-    reasoning_tokens: int
-
-
-class UsageReply(TypedDict):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-    completion_tokens_details: CompletionTokensDetails
-
-
-class TopLogprob(TypedDict):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class TokenLogprobReply(TopLogprob):
-    top_logprobs: list[TopLogprob]
-
-
-class ChoiceLogprobs(TypedDict):
-    content: list[TokenLogprobReply]
-    refusal: None
-
-
-class SiglaneReport(TypedDict):
-    """What other servers do not tell. timings: seconds by stage, when the request asked for them."""
-
-    images: list[ImageReport]
-    timings: NotRequired[dict[str, float]]
-
-
-class AssistantMessage(TypedDict):
-    """reasoning_content: of models that reason, null where this answer has none."""
-
-    role: Literal["assistant"]
-    content: str
-    refusal: None
-    reasoning_content: NotRequired[str | None]
-
-
-class Choice(TypedDict):
-    index: int
-    message: AssistantMessage
-    logprobs: ChoiceLogprobs | None
-    finish_reason: FinishReason
-    matched_stop: str | int | None
-
-
-class ChatCompletion(TypedDict):
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[Choice]
-    usage: UsageReply
-    siglane: SiglaneReport
-
-
-class Delta(TypedDict):
-    role: NotRequired[Literal["assistant"]]
-    content: NotRequired[str]
-    reasoning_content: NotRequired[str]
-
-
-class ChunkChoice(TypedDict):
-    index: int
-    delta: Delta
-    logprobs: ChoiceLogprobs | None
-    finish_reason: FinishReason | None
-    matched_stop: NotRequired[str | int | None]
-
-
-class ChatCompletionChunk(TypedDict):
-    """One event of a stream. usage: null until the last chunk when it was asked for, else absent."""
-
-    id: str
-    object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[ChunkChoice]
-    usage: NotRequired[UsageReply | None]
-    siglane: NotRequired[SiglaneReport]
-
-
-class ModelCard(TypedDict):
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    root: str
-    parent: None
-    max_model_len: int
-
-
-class ModelList(TypedDict):
-    object: Literal["list"]
-    data: list[ModelCard]

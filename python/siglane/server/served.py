@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from siglane.config.two_tower import TwoTowerConfig
+from siglane.engine.answer import Answer
 from siglane.engine.embed_worker import Embedding, Item
 from siglane.engine.process import EngineProcess
-from siglane.engine.reasoning import AnswerStream
+from siglane.engine.sampling import sampling_defaults
 from siglane.errors import EngineError, UserError
 from siglane.families.processor import Processor
 from siglane.families.two_tower import Calibration
-from siglane.server.answer import Answer
+from siglane.server.choices import Choices
 from siglane.server.context import InflightBytes
 from siglane.server.errors import overloaded
 from siglane.server.logprobs import TokenTexts
 from siglane.server.media import MediaLoader
 from siglane.server.metrics import Metrics
 from siglane.server.middleware import shutting_down
-from siglane.server.protocol import ModelCard
+from siglane.server.replies import ModelCard
 from siglane.server.text_cache import TextCache
 from siglane.settings.server import ServerConfig
 from siglane.text.tokens import TextTokens
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
-from siglane.types import Request
+from siglane.types import Request, SamplingParams
 
 
 class ChatModel:
@@ -48,43 +51,66 @@ class ChatModel:
         image_limits: ImageBudget = CHECKPOINT_LIMITS,
     ) -> None:
         self.name, self.root, self.processor, self.config, self.metrics = name, root, processor, config, metrics
-        self.context_length = processor.context_length
+        self.sampling_defaults = defaults_of(config, processor)
         self.fingerprint = "fp_" + hashlib.sha256(f"{root}\0{processor.config}".encode()).hexdigest()[:12]
         self.media = MediaLoader(config, processor.config.images, image_limits)
         self.token_texts = TokenTexts(processor.tokenizer)
         self.longest_token = max(map(len, processor.tokenizer.get_vocab()))
         self._engine = engine
         self._commands = ThreadPoolExecutor(1, thread_name_prefix="engine-commands")
-        self._answers: set[Answer] = set()
+        self._asked: set[Choices] = set()
         self._ended = False
 
-    async def ask(self, requests: Sequence[Request]) -> Answer:
-        """Hands one client's requests (its n choices) to the engine. The caller ends with `release`."""
-        streams = [AnswerStream.of(request, self.processor) for request in requests]
-        answer = Answer(requests, streams, self._engine, self._commands)
-        self._answers.add(answer)
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and answer together that the engine has room for; before it is ready, what `kv_tokens`
+        leaves of the model's."""
+        if self._engine.facts is not None and self._engine.facts.context_length is not None:
+            return self._engine.facts.context_length
+        settings, positions = self._engine.spec.config, self.processor.context_length
+        pages = settings.stated_pages
+        return positions if pages is None else min(positions, pages * settings.page_size)
+
+    async def ask(self, requests: Sequence[Request]) -> Choices:
+        """Hands one client's requests (its n choices) to the engine. The caller ends with `release`. EngineError (503)
+        when the engine is not ready."""
+        answers = [Answer.of(one.request_id, one.prompt, one.sampling.stop, self.processor) for one in requests]
+        choices = Choices(answers, self._engine, self._commands)
+        self._asked.add(choices)
         try:
             if self._ended:
                 raise shutting_down()
-            await answer.start()
+            # on the one thread for commands: a full pipe would block the event loop, and an abort must not overtake
+            submit = functools.partial(self._engine.submit, requests, choices.on_delta)
+            await asyncio.get_running_loop().run_in_executor(self._commands, submit)
         except BaseException:
-            self.release(answer)
+            self.release(choices)
             raise
-        return answer
+        return choices
 
-    def release(self, answer: Answer) -> None:
-        self._answers.discard(answer)
-        answer.close()
+    def release(self, choices: Choices) -> None:
+        self._asked.discard(choices)
+        choices.close()
 
     def fail_all(self) -> None:
         """Ends every running request with an error and takes no other."""
         self._ended = True
-        for answer in self._answers:
-            answer.fail(shutting_down())
+        for choices in self._asked:
+            choices.fail(shutting_down())
 
     def close(self) -> None:
         self.media.close()
         self._commands.shutdown(wait=False)
+
+
+def defaults_of(config: ServerConfig, processor: Processor) -> SamplingParams:
+    """What a request gets where it names nothing: the operator's temperature, the checkpoint's values, OpenAI's."""
+    defaults = SamplingParams(temperature=1.0)
+    if config.sampling_defaults == "model":
+        defaults = sampling_defaults(processor.config, defaults)
+    if config.default_temperature is not None:
+        defaults = replace(defaults, temperature=config.default_temperature)
+    return defaults
 
 
 class EmbedModel:

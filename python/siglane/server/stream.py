@@ -21,11 +21,12 @@ import orjson
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from siglane.server.answer import Answer, Piece
 from siglane.server.chat import Prepared, note_answer, siglane_report, usage_reply
+from siglane.server.choices import ChoiceDelta, Choices
 from siglane.server.context import RequestContext
 from siglane.server.errors import as_api_error, error_body
-from siglane.server.protocol import ChatCompletionChunk, ChatCompletionRequest, ChunkChoice, StreamOptions
+from siglane.server.protocol import ChatCompletionRequest, StreamOptions
+from siglane.server.replies import ChatCompletionChunk, ChunkChoice
 from siglane.server.served import ChatModel
 
 logger = logging.getLogger(__name__)
@@ -55,15 +56,15 @@ class ChatStream(StreamingResponse):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__((), headers={**HEADERS, **(headers or {})}, media_type="text/event-stream")
-        self._request, self._prepared, self._exchange, self._model = request, prepared, context, model
+        self._request, self._prepared, self._context, self._model = request, prepared, context, model
         self._options = request.stream_options or StreamOptions()
         self._created = int(time.time())
         self._spoken: set[int] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = await self._model.ask(self._prepared.requests)
+        choices = await self._model.ask(self._prepared.requests)
         try:
-            events = self._events(answer)
+            events = self._events(choices)
             first = await anext(events)  # what goes wrong until here has a status code of its own
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await _write(send, first)
@@ -74,59 +75,59 @@ class ChatStream(StreamingResponse):
                 await _write(send, self._failure(error))
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            self._model.release(answer)
+            self._model.release(choices)
 
-    async def _events(self, answer: Answer) -> AsyncIterator[bytes]:
+    async def _events(self, choices: Choices) -> AsyncIterator[bytes]:
         silence = self._model.config.sse_keep_alive or None
-        while not answer.finished:
-            piece = await answer.next(silence)
-            if piece is None:
+        while not choices.finished:
+            delta = await choices.next(silence)
+            if delta is None:
                 yield KEEP_ALIVE
-            elif self._says_something(piece):
-                yield event(self._chunk(piece, answer))
-        note_answer(answer, self._prepared, self._exchange, self._model)
+            elif self._says_something(delta):
+                yield event(self._chunk(delta, choices))
+        note_answer(choices, self._prepared, self._context, self._model)
         if self._options.include_usage:
-            report = siglane_report(self._request, self._prepared, answer)
-            yield event({**self._frame([]), "usage": usage_reply(answer.usage), "siglane": report})
+            report = siglane_report(self._request, self._prepared, choices)
+            yield event({**self._frame([]), "usage": usage_reply(choices.usage), "siglane": report})
         yield DONE
 
     def _failure(self, error: Exception) -> bytes:
         reason = as_api_error(error)
-        self._exchange.failed = reason.code
+        self._context.failed = reason.code
         if reason is not error:
-            logger.error("a stream failed", exc_info=error, extra={"request_id": self._exchange.request_id})
+            logger.error("a stream failed", exc_info=error, extra={"request_id": self._context.request_id})
         return event(error_body(reason)) + DONE
 
-    def _says_something(self, piece: Piece) -> bool:
-        first = piece.index not in self._spoken
-        said = piece.text or piece.reasoning
-        return bool(first or said or piece.finish_reason or (self._request.logprobs and piece.logprobs))
+    def _says_something(self, delta: ChoiceDelta) -> bool:
+        first = delta.index not in self._spoken
+        said = delta.text or delta.reasoning
+        return bool(first or said or delta.finish_reason or delta.logprob)
 
-    def _chunk(self, piece: Piece, answer: Answer) -> ChatCompletionChunk:
+    def _chunk(self, delta: ChoiceDelta, choices: Choices) -> ChatCompletionChunk:
         choice: ChunkChoice = {
-            "index": piece.index,
+            "index": delta.index,
             "delta": {},
             "logprobs": None,
-            "finish_reason": piece.finish_reason,
+            "finish_reason": delta.finish_reason,
         }
-        if piece.index not in self._spoken:
-            self._spoken.add(piece.index)
-            choice["delta"] = {"role": "assistant", "content": piece.text}
-        elif piece.text or (piece.finish_reason is None and not piece.reasoning):
-            choice["delta"] = {"content": piece.text}
-        if piece.reasoning:
-            choice["delta"]["reasoning_content"] = piece.reasoning
-        if self._request.logprobs and piece.logprobs:
-            choice["logprobs"] = self._model.token_texts.report(piece.logprobs)
-        if piece.finish_reason is not None:
-            choice["matched_stop"] = piece.matched_stop
+        if delta.index not in self._spoken:
+            self._spoken.add(delta.index)
+            choice["delta"] = {"role": "assistant", "content": delta.text}
+        elif delta.text or (delta.finish_reason is None and not delta.reasoning):
+            choice["delta"] = {"content": delta.text}
+        if delta.reasoning:
+            choice["delta"]["reasoning_content"] = delta.reasoning
+        if delta.logprob is not None:
+            choice["logprobs"] = self._model.token_texts.report([delta.logprob])
+        if delta.finish_reason is not None:
+            choice["matched_stop"] = choices.answers[delta.index].matched_stop
         chunk = self._frame([choice])
         if self._options.continuous_usage_stats:
-            chunk["usage"] = usage_reply(answer.usage)
+            chunk["usage"] = usage_reply(choices.usage)
         elif self._options.include_usage:
             chunk["usage"] = None
-        if answer.finished and not self._options.include_usage:
-            chunk["siglane"] = siglane_report(self._request, self._prepared, answer)
+        if choices.finished and not self._options.include_usage:
+            chunk["siglane"] = siglane_report(self._request, self._prepared, choices)
         return chunk
 
     def _frame(self, choices: list[ChunkChoice]) -> ChatCompletionChunk:

@@ -78,10 +78,15 @@ class EngineConfig:
         language = resolve_dtype(self.dtype, device)
         return language, language if self.vision_dtype == "auto" else resolve_dtype(self.vision_dtype, device)
 
+    @property
+    def stated_pages(self) -> int | None:
+        """Pages of the KV cache where `kv_tokens` asks for them, None where memory decides."""
+        return max(1, self.kv_tokens // self.page_size) if self.kv_tokens else None
+
     def resolve_pages(self, language: LanguageConfig, kv_heads: int, dtype: torch.dtype, device: torch.device) -> int:
         """Pages of the KV cache: as asked, else by free memory; never more than all running requests can fill."""
-        if self.kv_tokens:
-            return max(1, self.kv_tokens // self.page_size)
+        if self.stated_pages is not None:
+            return self.stated_pages
         token_bytes = 2 * language.num_hidden_layers * kv_heads * language.head_dim * dtype.itemsize
         free = KV_BYTES_ON_CPU
         if device.type == "cuda":

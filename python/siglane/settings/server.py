@@ -11,6 +11,7 @@ from typing import Literal
 from siglane.errors import ConfigError
 from siglane.settings.media import MIB, MediaConfig
 from siglane.settings.options import above_zero, at_least
+from siglane.types import SAMPLING_BOUNDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,16 @@ class ServerConfig(MediaConfig):
     cors_origins: tuple[str, ...] = field(
         default=(), metadata={"help": "web origins whose pages may call the server; none by default"}
     )
-    default_temperature: float = field(default=1.0, metadata={"help": "temperature of requests that name none"})
+    sampling_defaults: Literal["model", "openai"] = field(
+        default="model",
+        metadata={
+            "help": "what requests get that name no temperature, top_p and so on: model: what the checkpoint's "
+            "generation_config.json states, OpenAI's defaults for the rest; openai: those alone"
+        },
+    )
+    default_temperature: float | None = field(
+        default=None, metadata={"help": "temperature of requests that name none; none: as sampling_defaults says"}
+    )
 
     max_queue: int = field(
         default=256, metadata={"help": "requests being read, waiting or running at one time; more are answered 503"}
@@ -80,7 +90,8 @@ class ServerConfig(MediaConfig):
             at_least(name, getattr(self, name), 0)
         for name in ("body_timeout", "stall_timeout"):
             above_zero(name, getattr(self, name))
-        if not 0 <= self.default_temperature <= 2:
-            raise ConfigError(f"default_temperature must be between 0 and 2, got {self.default_temperature}")
+        low, high = SAMPLING_BOUNDS["temperature"]
+        if self.default_temperature is not None and not low <= self.default_temperature <= high:
+            raise ConfigError(f"default_temperature must be between {low} and {high}, got {self.default_temperature}")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
             raise ConfigError("api_key must be printable ASCII and not empty")

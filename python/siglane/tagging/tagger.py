@@ -19,7 +19,8 @@ from siglane.families.ahead import PREPARE_AHEAD, ahead
 from siglane.families.pipeline import MediaPipeline
 from siglane.families.registry import image_facts
 from siglane.families.two_tower import TEXTS_PER_FORWARD, load_two_tower
-from siglane.media.item import ImageSource, image_item
+from siglane.media.item import ImageSource
+from siglane.media.messages import image_item
 from siglane.media.policy import LOCAL_MEDIA, MediaPolicy
 from siglane.nn.attention import choose_backend
 from siglane.nn.cpu.int8 import quantise

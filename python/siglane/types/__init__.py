@@ -1,6 +1,16 @@
 """The nouns every floor shares: images, layouts, prompts, requests, answers. All frozen, checked when built."""
 
-from siglane.types.generation import FinishReason, Request, SamplingParams, Timings, TokenDelta, TokenLogprob, Usage
+from siglane.types.generation import (
+    SAMPLING_BOUNDS,
+    Finished,
+    FinishReason,
+    Request,
+    SamplingParams,
+    Timings,
+    TokenDelta,
+    TokenLogprob,
+    Usage,
+)
 from siglane.types.image import (
     DIGEST_BYTES,
     DecodedImage,
@@ -38,6 +48,7 @@ from siglane.types.prompt import ImagePart, ImageSpan, Message, Prompt, Role
 
 __all__ = [
     "DIGEST_BYTES",
+    "SAMPLING_BOUNDS",
     "Activation",
     "AnyRes",
     "Assembly",
@@ -48,6 +59,7 @@ __all__ = [
     "DecodedVideo",
     "Detail",
     "FinishReason",
+    "Finished",
     "Grid",
     "ImageLayout",
     "ImagePart",

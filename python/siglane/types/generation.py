@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Literal
 
 from siglane.types.image import ImagePatches
 from siglane.types.prompt import Prompt
+
+# the least and the greatest value of every number in SamplingParams; they keep float32 logits finite
+SAMPLING_BOUNDS: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {
+        "max_tokens": (1, math.inf),
+        "min_tokens": (0, math.inf),
+        "temperature": (0, 2),
+        "top_k": (-1, math.inf),
+        "top_p": (0, 1),
+        "min_p": (0, 1),
+        "repetition_penalty": (0.01, 100),
+        "frequency_penalty": (-2, 2),
+        "presence_penalty": (-2, 2),
+        "logprobs": (0, math.inf),
+        "n": (1, math.inf),
+        "thinking_budget": (1, math.inf),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How tokens are chosen. The defaults are greedy. Field names and meanings follow the OpenAI and vLLM APIs.
 
+    top_k: 0 and -1 mean no limit.
     logprobs: number of alternatives to report per token (0: only the chosen one), None for no log-probabilities.
     seed: makes a sampled request reproducible whatever runs beside it; None draws one.
     thinking_budget: tokens a reasoning model may think before it is made to answer, None for no limit.
@@ -35,6 +57,20 @@ class SamplingParams:
     logprobs: int | None = None
     n: int = 1
     thinking_budget: int | None = None
+
+    def complaint(self) -> tuple[str, str] | None:
+        """The first field whose value no sampler can honour, and what is wrong with it; None when all can be."""
+        for name, (low, high) in SAMPLING_BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+                hint = "; enable_thinking=false turns thinking off" if name == "thinking_budget" else ""
+                return name, f"{name} must be {limits}, got {value}{hint}"
+        return None if all(self.stop) else ("stop", "a stop string must not be empty")
+
+    def choice(self, index: int) -> SamplingParams:
+        """The parameters of answer number `index` of the n: where there is a seed, each has its own."""
+        return replace(self, n=1, seed=None if self.seed is None else self.seed + index)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,22 +123,32 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenDelta:
-    """What one engine step adds to one request.
+class Finished:
+    """How a request ended, known once.
 
-    finish_reason is None while it runs; on "error", `error` says why; matched_stop: the stop token id that ended it.
-    cached_tokens: prompt rows taken from the prefix cache; encoded_images: images whose features were computed.
+    matched_stop: the stop token that ended it; error: why, exactly when reason is "error"; cached_tokens: prompt rows
+    taken from the prefix cache; encoded_images: images whose features were computed for it.
     """
 
-    request_id: str
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprob, ...] = ()
-    finish_reason: FinishReason | None = None
+    reason: FinishReason
     matched_stop: int | None = None
     error: Exception | None = None
     cached_tokens: int = 0
     encoded_images: int = 0
     timings: Timings = field(default_factory=Timings)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDelta:
+    """What one engine step adds to one request: a token, its end, or both.
+
+    token_id: None when the request ends without another token (an error, an abort); logprob: where it was asked for.
+    """
+
+    request_id: str
+    token_id: int | None = None
+    logprob: TokenLogprob | None = None
+    finished: Finished | None = None
 
 
 @dataclass(frozen=True, slots=True)

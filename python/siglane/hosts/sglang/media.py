@@ -14,7 +14,8 @@ from sglang.srt.utils.common import ImageData, VideoData
 from siglane.config.images import ImageFacts
 from siglane.errors import UserError, blaming
 from siglane.families.pipeline import MediaPipeline
-from siglane.media.item import MediaItem, image_item, video_item
+from siglane.media.item import MediaItem
+from siglane.media.messages import image_item, video_item
 from siglane.settings.media import MediaConfig
 from siglane.tiling.rule import ImageBudget
 

@@ -1,0 +1,88 @@
+"""One request's answer, from its tokens to text, counts and an ending; over HTTP and offline alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from siglane.engine.reasoning import AnswerStream, TextDelta
+from siglane.families.processor import Processor
+from siglane.types import Finished, FinishReason, Prompt, TokenDelta, TokenLogprob, Usage
+
+
+class Answer:
+    """What one request has been answered so far. It sees none of the request's images: answers may wait for long.
+
+    token_ids, logprobs: of every token up to the one that completed a stop string; finished: how the engine ended it.
+    """
+
+    def __init__(self, request_id: str, prompt: Prompt, stream: AnswerStream) -> None:
+        self.request_id = request_id
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.finished: Finished | None = None
+        self._prompt_tokens, self._image_tokens = len(prompt.token_ids), prompt.image_tokens
+        self._stream = stream
+        self._deltas: list[TextDelta] = []
+
+    @classmethod
+    def of(cls, request_id: str, prompt: Prompt, stop: Sequence[str], processor: Processor) -> Answer:
+        return cls(request_id, prompt, AnswerStream.of(prompt, stop, processor))
+
+    def take(self, delta: TokenDelta) -> TextDelta:
+        """What `delta` adds to the text: nothing once a stop string was met, of which the engine does not know."""
+        self.finished = delta.finished
+        if self.stop_string is not None:
+            return TextDelta()
+        shown: tuple[int, ...] = ()
+        if delta.token_id is not None:
+            self.token_ids.append(delta.token_id)
+            if self._matched_token is None:  # a token that ends the answer counts, but is no text
+                shown = (delta.token_id,)
+        if delta.logprob is not None:
+            self.logprobs.append(delta.logprob)
+        self._deltas.append(self._stream.push(shown, finished=self.finished is not None))
+        return self._deltas[-1]
+
+    @property
+    def text(self) -> str:
+        return TextDelta.joined(self._deltas).text
+
+    @property
+    def reasoning(self) -> str:
+        return TextDelta.joined(self._deltas).reasoning
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the text. The engine goes on until the request is aborted."""
+        return self._stream.stopped
+
+    @property
+    def matched_stop(self) -> str | int | None:
+        """The stop string or the id of the stop token that ended it."""
+        return self._matched_token if self.stop_string is None else self.stop_string
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """None while the engine works on it; a stop string that was met outlasts what happens after it."""
+        if self.finished is None:
+            return None
+        return self.finished.reason if self.stop_string is None else "stop"
+
+    @property
+    def error(self) -> Exception | None:
+        return self.finished.error if self.finished is not None and self.finish_reason == "error" else None
+
+    @property
+    def usage(self) -> Usage:
+        """Of the tokens so far; what was cached is known at the end."""
+        return Usage(
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=len(self.token_ids),
+            cached_tokens=0 if self.finished is None else self.finished.cached_tokens,
+            image_tokens=self._image_tokens,
+            reasoning_tokens=self._stream.reasoning_tokens,
+        )
+
+    @property
+    def _matched_token(self) -> int | None:
+        return None if self.finished is None else self.finished.matched_stop

@@ -1,0 +1,121 @@
+"""What clients get: OpenAI's chat completions, whole or in chunks, with `siglane`'s report beside them."""
+
+from __future__ import annotations
+
+from typing import Literal, NotRequired
+
+from typing_extensions import TypedDict  # pydantic reads no other on Python 3.11
+
+from siglane.families.report import ImageReport
+
+FinishReason = Literal["stop", "length"]
+
+
+class PromptTokensDetails(TypedDict):
+    cached_tokens: int
+    image_tokens: int
+    text_tokens: int
+
+
+class CompletionTokensDetails(TypedDict):
+    reasoning_tokens: int
+
+
+class UsageReply(TypedDict):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
+
+
+class TopLogprob(TypedDict):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprobReply(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChoiceLogprobs(TypedDict):
+    content: list[TokenLogprobReply]
+    refusal: None
+
+
+class SiglaneReport(TypedDict):
+    """What other servers do not tell. timings: seconds by stage, when the request asked for them."""
+
+    images: list[ImageReport]
+    timings: NotRequired[dict[str, float]]
+
+
+class AssistantMessage(TypedDict):
+    """reasoning_content: of models that reason, null where this answer has none."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+    reasoning_content: NotRequired[str | None]
+
+
+class Choice(TypedDict):
+    index: int
+    message: AssistantMessage
+    logprobs: ChoiceLogprobs | None
+    finish_reason: FinishReason
+    matched_stop: str | int | None
+
+
+class ChatCompletion(TypedDict):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[Choice]
+    usage: UsageReply
+    siglane: SiglaneReport
+
+
+class Delta(TypedDict):
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[str]
+    reasoning_content: NotRequired[str]
+
+
+class ChunkChoice(TypedDict):
+    index: int
+    delta: Delta
+    logprobs: ChoiceLogprobs | None
+    finish_reason: FinishReason | None
+    matched_stop: NotRequired[str | int | None]
+
+
+class ChatCompletionChunk(TypedDict):
+    """One event of a stream. usage: null until the last chunk when it was asked for, else absent."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChunkChoice]
+    usage: NotRequired[UsageReply | None]
+    siglane: NotRequired[SiglaneReport]
+
+
+class ModelCard(TypedDict):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: None
+    max_model_len: int
+
+
+class ModelList(TypedDict):
+    object: Literal["list"]
+    data: list[ModelCard]
