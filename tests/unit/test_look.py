@@ -19,13 +19,14 @@ from PIL import Image
 from siglip2_checkpoint import write_siglip2_checkpoint
 
 from siglane.cli.main import main
+from siglane.config.vision import VisionConfig
 from siglane.image.patchify import patchify
 from siglane.image.tile import render_tiles
 from siglane.look.drawing import FOLD_GAP, PAPER, flow, folded, folds
 from siglane.look.legend import chips, token_lines
 from siglane.look.page import draw
 from siglane.look.tiles import canvas_in_source
-from siglane.look.view import COLUMN, GUTTER, MARGIN, Positions, View, unpatchify
+from siglane.look.view import COLUMN, GUTTER, MARGIN, View, unpatchify
 from siglane.types import (
     AnyRes,
     Box,
@@ -150,11 +151,30 @@ LAYOUTS = {
 }
 
 
+VISION = VisionConfig(
+    hidden_size=8,
+    intermediate_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=1,
+    num_channels=3,
+    patch_size=PATCH,
+    position_grid=Grid(16, 16),
+    hidden_act="gelu_pytorch_tanh",
+    layer_norm_eps=1e-6,
+    patch_layout="channel_first",
+    position_resize="bicubic",
+    rope_theta=10_000.0,
+    depth=1,
+    post_norm=True,
+    use_head=False,
+)
+
+
 def view_of(layout: ImageLayout, **changes: object) -> View:
     """Drawn from the layout itself, without a model."""
     frames = tuple(picture(layout.source, seed) for seed in range(max(1, layout.frames)))
     tiles = tuple(np.clip(np.rint(tile), 0, 255).astype(np.uint8) for tile in render_tiles(frames, layout))
-    found = View("picture.png", "model", frames, layout, tiles, PATCH, Positions(Grid(16, 16), "bicubic", True), True)
+    found = View("picture.png", "model", frames, layout, tiles, VISION, True)
     return replace(found, **changes)  # type: ignore[arg-type]
 
 

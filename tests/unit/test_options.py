@@ -21,17 +21,9 @@ from siglane.errors import ConfigError, UserError
 from siglane.hosts.sglang.settings import HostConfig
 from siglane.media.policy import MediaPolicy
 from siglane.settings.engine import EngineConfig
-from siglane.settings.flags import (
-    OptionGroup,
-    Parser,
-    add_options,
-    known_variables,
-    options_of,
-    read_file,
-    read_options,
-)
+from siglane.settings.flags import OptionGroup, Parser, add_options, known_variables, read_file, read_options
 from siglane.settings.media import MediaConfig
-from siglane.settings.options import Option, read_environment
+from siglane.settings.options import Option, options_of, read_environment
 from siglane.settings.server import ServerConfig
 from siglane.tiling.rule import ImageBudget
 from siglane.types import SamplingParams

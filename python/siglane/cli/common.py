@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -15,6 +17,8 @@ from siglane.settings.media import DecodeOptions
 from siglane.tiling.rule import ImageBudget
 
 if TYPE_CHECKING:
+    import torch
+
     from siglane.families.processor import ImageProcessor
     from siglane.weights.hub import Checkpoint
 
@@ -67,6 +71,26 @@ def check_writable(path: Path) -> None:
     if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
         reason = "it is a folder" if path.is_dir() else "permission denied"
         raise UserError(f"cannot write {path}: {reason}", code="cannot_write")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """UserError when the system refuses what is written to `path` inside."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}", code="cannot_write") from error
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """A safetensors file. UserError when it cannot be written."""
+    from safetensors.torch import save_file
+
+    owned = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}  # slices share their storage
+    try:
+        save_file(owned, path)
+    except Exception as error:  # SafetensorError wraps the system's message
+        raise UserError(f"cannot write {path}: {error}", code="cannot_write") from error
 
 
 def emit_json(document: Any, out: TextIO) -> None:

@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 from siglane.cli.common import COMMON, emit_json
 from siglane.errors import SiglaneError
 from siglane.settings.flags import OptionGroup, known_variables, read_options
 from siglane.settings.options import PREFIX, CommandOptions
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
 
 Status = Literal["ok", "note", "broken"]
 MARKS: dict[Status, str] = {"ok": "ok", "note": "--", "broken": "BROKEN"}
@@ -100,16 +103,15 @@ def _python() -> Iterator[Check]:
 def _packages() -> Iterator[Check]:
     """Every required distribution, against the version siglane asks for."""
     for name, wanted, extra in _requirements():
-        if extra is None:
-            found = _version(name)
-            if found is None:
-                yield Check(name, "broken", f"not installed; pip install '{name}{wanted}'")
-            elif not _satisfies(found, wanted):
-                yield Check(
-                    name, "broken", f"{found} is installed, siglane needs {wanted}; pip install '{name}{wanted}'"
-                )
-            else:
-                yield Check(name, "ok", found)
+        if extra is not None:
+            continue
+        found = _version(name)
+        if found is None:
+            yield Check(name, "broken", f"not installed; pip install '{name}{wanted}'")
+        elif not wanted.contains(found, prereleases=True):
+            yield Check(name, "broken", f"{found} is installed, siglane needs {wanted}; pip install '{name}{wanted}'")
+        else:
+            yield Check(name, "ok", found)
 
 
 def _extras() -> Iterator[Check]:
@@ -122,20 +124,14 @@ def _extras() -> Iterator[Check]:
             yield Check(f"extra {extra}", "ok", "installed")
 
 
-def _requirements() -> Iterator[tuple[str, str, str | None]]:
+def _requirements() -> Iterator[tuple[str, SpecifierSet, str | None]]:
     """(distribution, version specifier, extra) of what siglane declares."""
     from packaging.requirements import Requirement
 
     for text in requires("siglane") or ():
         requirement = Requirement(text)
         extra = str(requirement.marker).partition("extra == ")[2].strip('"') if requirement.marker else None
-        yield requirement.name, str(requirement.specifier), extra
-
-
-def _satisfies(found: str, wanted: str) -> bool:
-    from packaging.specifiers import SpecifierSet
-
-    return SpecifierSet(wanted).contains(found, prereleases=True)
+        yield requirement.name, requirement.specifier, extra
 
 
 def _version(name: str) -> str | None:
@@ -169,11 +165,7 @@ def _gemm(device: str, dtype: object) -> float:
 
     side = GEMM_SIDE[device.partition(":")[0]]
     a = torch.ones(side, side, device=device, dtype=dtype)  # type: ignore[call-overload]
-
-    def synchronize() -> None:
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-
+    synchronize = torch.cuda.synchronize if device.startswith("cuda") else torch.cpu.synchronize
     a @ a
     synchronize()
     rounds, begin = 0, time.perf_counter()
@@ -224,10 +216,8 @@ def _disk() -> Iterator[Check]:
 
 
 def _files() -> Iterator[Check]:
-    try:
-        import resource
-    except ImportError:  # not a Unix
-        return
+    import resource
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     detail = f"{soft} (at most {hard}); each connection of the server needs one, raise it with ulimit -n"
     yield Check("open files", "note" if soft < FEW_FILES else "ok", detail if soft < FEW_FILES else str(soft))

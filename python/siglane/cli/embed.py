@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-from siglane.cli.common import IMAGES, MODEL, ModelOptions, add_model, check_writable, emit_json
+from siglane.cli.common import IMAGES, MODEL, ModelOptions, add_model, check_writable, emit_json, write_tensors
 from siglane.errors import UserError
 from siglane.settings.flags import OptionGroup, read_options
 from siglane.settings.media import DecodeOptions
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     )
     tensors = {"images": tagger.embed_images(arguments.images), "texts": tagger.embed_texts(options.text)}
     if options.output is not None:
-        _write({name: tensor for name, tensor in tensors.items() if len(tensor)}, options.output)
+        write_tensors({name: tensor for name, tensor in tensors.items() if len(tensor)}, options.output)
     if options.json:
         names = [*({"image": image} for image in arguments.images), *({"text": text} for text in options.text)]
         vectors = [*tensors["images"].tolist(), *tensors["texts"].tolist()]
@@ -71,12 +71,3 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
         count, width = len(arguments.images) + len(options.text), tensors["texts"].shape[1]
         out.write(f"{options.output}: {count} vectors of {width}\n")
     return 0
-
-
-def _write(tensors: dict[str, Any], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, path)
-    except Exception as error:  # SafetensorError wraps the system's message
-        raise UserError(f"cannot write {path}: {error}", code="cannot_write") from error

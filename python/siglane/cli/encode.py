@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from siglane.cli.common import BUDGET, IMAGES, MODEL, add_model, check_writable, checkpoint_of, emit_json
-from siglane.errors import UserError
+from siglane.cli.common import BUDGET, IMAGES, MODEL, add_model, check_writable, checkpoint_of, emit_json, write_tensors
 from siglane.settings.engine import EngineConfig
 from siglane.settings.flags import OptionGroup, read_options
 from siglane.settings.media import DecodeOptions
@@ -32,7 +31,6 @@ class EncodeOptions(CommandOptions):
 
 # the engine's options that a tower has a use for
 ENGINE_OPTIONS = ("device", "dtype", "attention_backend", "max_batch_patches", "enable_packing")
-
 
 OPTIONS = (
     OptionGroup(EncodeOptions, "encode"),
@@ -71,19 +69,9 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
         if one.rows is not None:
             tensors[f"projected.{number}"] = one.rows
             rows[-1]["projected"] = list(one.rows.shape)
-    _write(tensors, options.output)
+    write_tensors(tensors, options.output)
     if options.json:
         emit_json(rows, out)
     else:
         out.write(f"{options.output}: {len(tensors)} tensors of {len(rows)} images\n")
     return 0
-
-
-def _write(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    owned = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}  # slices share their storage
-    try:
-        save_file(owned, path)
-    except Exception as error:  # SafetensorError wraps the system's message
-        raise UserError(f"cannot write {path}: {error}", code="cannot_write") from error

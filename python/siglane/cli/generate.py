@@ -91,8 +91,7 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
         out.write(text)
         out.flush()
 
-    fields = {field.name: getattr(engine, field.name) for field in dataclasses.fields(engine)}
-    llm = LLM(checkpoint, decode=decode, budget=read_options(ImageBudget, arguments), **fields)
+    llm = LLM(checkpoint, decode=decode, budget=read_options(ImageBudget, arguments), **dataclasses.asdict(engine))
     videos = [{"video": source, "num_frames": options.num_frames} for source in options.video]
     prompt = {"prompt": options.prompt, "images": options.image, "videos": videos}
     if options.thinking and llm.processor.config.thinking is None:

@@ -16,6 +16,7 @@ from siglane.cli.common import (
     checkpoint_of,
     emit_json,
     load_image_processor,
+    writing,
 )
 from siglane.cli.tokens import describe
 from siglane.errors import UserError
@@ -57,7 +58,7 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     from siglane.families.processor import Processor
     from siglane.look.drawing import counted
     from siglane.look.page import draw
-    from siglane.look.view import Positions, View, unpatchify
+    from siglane.look.view import View, unpatchify
     from siglane.media.item import MediaItem
     from siglane.types import DecodedVideo
 
@@ -76,14 +77,11 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
         frames=medium.frames if isinstance(medium, DecodedVideo) else (medium.rgb,),
         layout=layout,
         tiles=tuple(tiles),
-        patch_size=vision.patch_size,
-        positions=Positions(vision.position_grid, vision.position_resize, rotary=vision.rope_theta is not None),
+        vision=vision,
         speaks=isinstance(processor, Processor),
     )
-    try:
+    with writing(options.output):
         draw(view).save(options.output, format="PNG")
-    except OSError as error:
-        raise UserError(f"cannot write {options.output}: {error.strerror}", code="cannot_write") from error
     if options.json:
         emit_json(describe(arguments.image, report_image(item)) | {"view": str(options.output)}, out)
     else:

@@ -17,6 +17,7 @@ import select
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import TextIO
 
 from siglane.cli.common import COMMON, CommonOptions
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="siglane", description="SigLIP vision for language models.")
-    parser.add_argument("--version", action="version", version=f"siglane {_version()}")
+    parser.add_argument("--version", action="version", version=f"siglane {version('siglane')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     asked = next((word for word in words if not word.startswith("-")), None)
     for name, summary in COMMANDS.items():
@@ -117,12 +118,6 @@ def _report(error: Exception, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     return error.exit_code if isinstance(error, SiglaneError) else 1
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("siglane")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
+from siglane.cli.common import writing
 from siglane.errors import SiglaneError, UserError
 
 
@@ -24,10 +24,8 @@ class RowFile:
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self._key = path, key
-        try:
+        with writing(path):
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}", code="cannot_write") from error
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.known, self._end = self._read()
@@ -42,9 +40,7 @@ class RowFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def append(self, row: Mapping[str, Any]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import glob
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any, TextIO
 from siglane.cli.common import IMAGES, MODEL, CommonOptions, ModelOptions, add_model, emit_json
 from siglane.cli.rows import RowFile
 from siglane.errors import UserError
+from siglane.media.source import URL
 from siglane.settings.flags import OptionGroup, read_options, stated_in
 from siglane.settings.media import DecodeOptions
 from siglane.settings.options import CommandOptions, options_of
@@ -22,7 +22,6 @@ from siglane.settings.tagging import TEMPLATES, TagSettings, read_settings
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 FROM_SETTINGS = "-"
-URL = re.compile(r"data:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 # MODEL and --threshold stand for the settings that have no flag of their own name
 SETTINGS = ("batch_size", "attention", "dtype", "quantization", "device", "max_tags", "max_num_patches")
 

@@ -104,10 +104,7 @@ def _table(names: Sequence[str], layouts: Sequence[ImageLayout]) -> list[str]:
         size = f"{layout.source.width}x{layout.source.height}"
         lines.append(f"{layout.image_tokens:>8} {len(layout.tiles):>6} {layout.patches:>8} {size:>11}  {name}")
     if len(layouts) > 1:
-        tokens, tiles, patches = (sum(values) for values in zip(*map(_counts, layouts), strict=True))
+        tokens, patches = sum(layout.image_tokens for layout in layouts), sum(layout.patches for layout in layouts)
+        tiles = sum(len(layout.tiles) for layout in layouts)
         lines.append(f"{tokens:>8} {tiles:>6} {patches:>8} {'':>11}  {len(layouts)} images")
     return lines
-
-
-def _counts(layout: ImageLayout) -> tuple[int, int, int]:
-    return layout.image_tokens, len(layout.tiles), layout.patches

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
-from siglane.cli.common import MODEL, ModelOptions, add_model, check_writable, checkpoint_of, emit_json
-from siglane.errors import UserError
+from siglane.cli.common import MODEL, ModelOptions, add_model, check_writable, checkpoint_of, emit_json, writing
 from siglane.settings.flags import OptionGroup, read_options
 from siglane.settings.options import CommandOptions
 
@@ -77,20 +76,14 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
         save=options.save_golden,
     )
     if options.report is not None:
-        _write(pages.html(report), options.report)
+        with writing(options.report):
+            options.report.write_text(pages.html(report), encoding="utf-8")
     if options.json:
         emit_json(report.to_dict(), out)
     else:
         out.writelines(line + "\n" for line in _table(report))
         out.write(f"{'ok' if report.ok else 'NOT OK'}: {pages.verdict(report)}\n")
     return 0 if report.ok else 1
-
-
-def _write(page: str, path: Path) -> None:
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}", code="cannot_write") from error
 
 
 def _table(report: Report) -> list[str]:

@@ -76,10 +76,19 @@ def chosen_pictures(pictures: Sequence[Any], rule: VideoRule, frames: int | None
 
 
 def _chosen(total: int, rule: VideoRule, frames: int, config: DecodeConfig) -> tuple[int, ...]:
-    if total > config.max_file_frames:
-        message = f"the video has more than {config.max_file_frames} frames"
-        raise ImageError(message, code="video_too_long")
+    _check_length(total, config)
     return rule.indices(total, frames)
+
+
+def _check_length(frames: int, config: DecodeConfig) -> None:
+    if frames > config.max_file_frames:
+        raise ImageError(f"the video has more than {config.max_file_frames} frames", code="video_too_long")
+
+
+def _check_time(begun: float, config: DecodeConfig) -> None:
+    if time.monotonic() - begun > config.video_seconds:
+        message = f"decoding the video took more than {config.video_seconds:g} seconds"
+        raise ImageError(message, code="video_timeout")
 
 
 def _check_clip(size: Size, frames: int, config: DecodeConfig) -> None:
@@ -107,7 +116,7 @@ class _Film:
         stamps = sorted({stamp for stamp in shown if stamp is not None})
         self._stamped = len(stamps) == len(shown)
         self._shown = stamps if self._stamped else list(range(len(shown)))
-        self._deadline = time.monotonic() + config.video_seconds
+        self._begun = time.monotonic()
         self._next = 0  # packet to be decoded next
         self._decoded: deque[tuple[int, VideoFrame]] = deque()
         self._count = 0
@@ -166,9 +175,7 @@ class _Film:
         return 0
 
     def _decode_next(self) -> None:
-        if time.monotonic() > self._deadline:
-            message = f"decoding the video took more than {self._config.video_seconds:g} seconds"
-            raise ImageError(message, code="video_timeout")
+        _check_time(self._begun, self._config)
         packet = self._packets[self._next] if self._next < len(self._packets) else None  # None: what is left inside
         self._next += 1
         for frame in self._codec.decode(packet):
@@ -205,9 +212,7 @@ def _film(data: bytes, config: DecodeConfig) -> Iterator[_Film]:
         for packet in container.demux(stream):
             if packet.size > 0:  # the last one is empty and says that the file ends
                 packets.append(packet)
-            if len(packets) > config.max_file_frames:
-                message = f"the video has more than {config.max_file_frames} frames"
-                raise ImageError(message, code="video_too_long")
+            _check_length(len(packets), config)
         yield _Film(stream, packets, config)
 
 
@@ -234,12 +239,9 @@ def _animation(data: bytes, config: DecodeConfig) -> Any:
 def _decode_animation(animation: Any, rule: VideoRule, frames: int, config: DecodeConfig) -> DecodedVideo:
     chosen = _chosen(animation.n_frames, rule, frames, config)
     _check_clip(Size(*animation.size), len(chosen), config)
-    deadline = time.monotonic() + config.video_seconds
-    decoded = []
+    begun, decoded = time.monotonic(), []
     for number in range(chosen[-1] + 1):  # a frame is drawn over the one before
-        if time.monotonic() > deadline:
-            message = f"decoding the video took more than {config.video_seconds:g} seconds"
-            raise ImageError(message, code="video_timeout")
+        _check_time(begun, config)
         animation.seek(number)
         if number in chosen:
             decoded.append(from_pil(animation, config))

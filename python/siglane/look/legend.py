@@ -52,16 +52,16 @@ RESIZES: dict[PositionResize, str] = {
 
 def facts_panel(view: View) -> Image.Image:
     """How positions and tokens come about, in a few lines."""
-    positions, grids = view.positions, list(dict.fromkeys(view.layout.grids))
+    vision, grids = view.vision, list(dict.fromkeys(view.layout.grids))
     shapes = ", ".join(f"{grid.h} x {grid.w}" for grid in grids[:4]) + (", ..." if len(grids) > 4 else "")
-    learned = f"{positions.learned.h} x {positions.learned.w} learned positions"
-    resized = grids != [positions.learned]
-    how = f"resized to {shapes} ({RESIZES[positions.resize]})" if resized else "one for each patch"
-    rotary = ["and rotary positions by row and column in every block"] if positions.rotary else []
+    learned = f"{vision.position_grid.h} x {vision.position_grid.w} learned positions"
+    resized = grids != [vision.position_grid]
+    how = f"resized to {shapes} ({RESIZES[vision.position_resize]})" if resized else "one for each patch"
+    rotary = ["and rotary positions by row and column in every block"] if vision.rope_theta is not None else []
     panels = [
-        _fact("patches", [f"{view.patch_size} x {view.patch_size} pixels; {shapes} of them (rows x columns)"]),
+        _fact("patches", [f"{vision.patch_size} x {vision.patch_size} pixels; {shapes} of them (rows x columns)"]),
         _fact("positions", [f"{learned}, {how}", *rotary]),
-        *([_position_sketch(positions.learned, grids[-1])] if resized else []),
+        *([_position_sketch(vision.position_grid, grids[-1])] if resized else []),
         _fact("tokens" if view.speaks else "rows", token_lines(view.layout)),
     ]
     return stacked(panels, COLUMN, 0)

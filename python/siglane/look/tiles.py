@@ -41,7 +41,7 @@ def source_panel(view: View) -> Image.Image:
     size = (max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale)))
     picture = Image.fromarray(view.frames[0]).resize(size, Image.Resampling.LANCZOS)
     canvas.paste(picture, (round(left * scale), round(top * scale)))
-    boxes = {number: _placed(tile, view.patch_size, canvas.size) for number, tile in shown}
+    boxes = {number: _placed(tile, view.vision.patch_size, canvas.size) for number, tile in shown}
     for number, tile in shown:
         canvas = with_grid(canvas, boxes[number], tile.grid)
     pen = ImageDraw.Draw(canvas)
@@ -87,7 +87,7 @@ def tile_panel(view: View) -> Image.Image:
     widest = max(columns for _, columns, _ in groups)
     shape = max((tile.grid for tile in view.layout.tiles), key=lambda grid: grid.w / grid.h)
     side = min(LARGEST_TILE if len(view.tiles) > 1 else COLUMN, (COLUMN - (widest - 1) * TILE_GAP) // widest)
-    scale = side / (shape.w * view.patch_size)
+    scale = side / (shape.w * view.vision.patch_size)
     blocks = [_block(view, tiles, columns, canvas, scale) for tiles, columns, canvas in groups]
     places, height = flow([block.size for block in blocks], COLUMN, GROUP_GAP)
     panel = Image.new("RGB", (COLUMN, height), PAPER)

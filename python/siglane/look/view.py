@@ -9,22 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from siglane.config.vision import PositionResize
+from siglane.config.vision import VisionConfig
 from siglane.types import Grid, ImageLayout
 
 Pixels = npt.NDArray[np.uint8]
 
 MARGIN, GUTTER, COLUMN, GROUP_GAP = 56, 64, 760, 40  # of the page, in pixels
-
-
-@dataclass(frozen=True, slots=True)
-class Positions:
-    """learned: the grid of the tower's position table; resize: how it is brought to other grids; rotary: whether
-    every block turns queries and keys by row and column too."""
-
-    learned: Grid
-    resize: PositionResize
-    rotary: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +27,7 @@ class View:
     frames: tuple[Pixels, ...]
     layout: ImageLayout
     tiles: tuple[Pixels, ...]
-    patch_size: int
-    positions: Positions
+    vision: VisionConfig
     speaks: bool
 
 
@@ -49,8 +38,9 @@ def unpatchify(pixels: npt.NDArray[Any], grids: Sequence[Grid], patch_size: int,
     start = 0
     for h, w in grids:
         rows = pixels[start : start + h * w]
-        shaped = rows.reshape(h, w, 3, p, p).transpose(0, 3, 1, 4, 2) if channel_first else None
-        if shaped is None:
+        if channel_first:
+            shaped = rows.reshape(h, w, 3, p, p).transpose(0, 3, 1, 4, 2)
+        else:
             shaped = rows.reshape(h, w, p, p, 3).transpose(0, 2, 1, 3, 4)
         tiles.append(np.clip(np.rint(shaped.reshape(h * p, w * p, 3)), 0, 255).astype(np.uint8))
         start += h * w

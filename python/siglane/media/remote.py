@@ -184,9 +184,7 @@ def _read_body(chunks: Iterable[bytes], declared: str, max_bytes: int) -> bytes:
     return bytes(body)
 
 
-@cache
-def _ssl_context() -> SSLContext:
-    return httpcore2.default_ssl_context()
+_ssl_context = cache(httpcore2.default_ssl_context)
 
 
 class _Deadline:

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 from siglane.errors import ImageError
 from siglane.media.policy import MediaPolicy
 
-_URL = re.compile(r"data:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+URL = re.compile(r"data:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 
 
@@ -48,7 +48,7 @@ def local_path(source: object) -> str | Path | None:
     """The file that a local caller's source names, by its path or a `file:` URL; None for any other source."""
     if not isinstance(source, str):
         return source if isinstance(source, Path) else None
-    if not _URL.match(source):
+    if not URL.match(source):
         return source
     return unquote(urlsplit(source).path) if source.lower().startswith("file:") else None
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from siglane.config.language import LanguageConfig
 from siglane.errors import ConfigError
+from siglane.settings.options import at_least
 from siglane.types import BackendChoice
 
 if TYPE_CHECKING:  # flags are read and wrong ones reported before torch's second of import
@@ -53,9 +54,8 @@ class EngineConfig:
     threads: int = field(default=0, metadata={"help": "CPU threads of the engine; 0 leaves torch's choice"})
 
     def __post_init__(self) -> None:
-        for name in ("page_size", "max_running"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least("page_size", self.page_size, 1)
+        at_least("max_running", self.max_running, 1)
         for name in ("kv_tokens", "max_batch_tokens", "max_batch_patches", "feature_cache_bytes", "threads"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")

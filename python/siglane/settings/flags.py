@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from siglane.errors import UserError
-from siglane.settings.options import PREFIX, UNITS, Option, build, options_of
+from siglane.settings.options import UNITS, Option, options_of, resolve
 from siglane.settings.toml import read_table
-
-__all__ = ["PREFIX", "Parser", "add_options", "known_variables", "options_of", "read_options"]
 
 Config = TypeVar("Config")
 
@@ -64,18 +62,17 @@ def read_options(config: type[Config], arguments: argparse.Namespace) -> Config:
 
     UserError names a required flag that is absent, or a variable whose value cannot be used.
     """
-    flags, variables = {}, {}
-    for option in options_of(config):
-        if hasattr(arguments, option.name):
-            found = getattr(arguments, option.name)
-            flags[option.name] = tuple(found) if option.many else found
-        elif (found := option.from_environment()) is not dataclasses.MISSING:
-            variables[option] = found
-        elif option.name in stated_in(arguments):
-            flags[option.name] = stated_in(arguments)[option.name]
-        elif option.default is dataclasses.MISSING:
-            raise UserError(f"{option.flags[0]} is missing; give it, or set {option.variable}", code="bad_option")
-    return build(config, flags, variables)
+    given = vars(arguments)
+    flags = {
+        option.name: tuple(given[option.name]) if option.many else given[option.name]
+        for option in options_of(config)
+        if option.name in given
+    }
+    return resolve(config, flags, stated_in(arguments), _missing_flag)
+
+
+def _missing_flag(option: Option) -> UserError:
+    return UserError(f"{option.flags[0]} is missing; give it, or set {option.variable}", code="bad_option")
 
 
 def stated_in(arguments: argparse.Namespace) -> dict[str, Any]:

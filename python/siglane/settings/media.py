@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from siglane.config.preprocess import LOCAL_DECODE, MAX_IMAGE_PIXELS, DecodeConfig
-from siglane.errors import ConfigError
+from siglane.settings.options import above_zero, at_least
 
 MIB = 1 << 20
 
@@ -82,15 +82,3 @@ class MediaConfig(DecodeOptions):
             max_video_pixels=self.max_video_pixels,
             video_seconds=self.video_seconds,
         )
-
-
-def at_least(name: str, value: float, least: int) -> None:
-    """ConfigError when a setting is less."""
-    if not value >= least:
-        raise ConfigError(f"{name} must be at least {least}, got {value}")
-
-
-def above_zero(name: str, value: float) -> None:
-    """ConfigError when a setting is not."""
-    if not value > 0:
-        raise ConfigError(f"{name} must be above 0, got {value}")

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-from siglane.errors import UserError
+from siglane.errors import ConfigError, UserError
 
 Config = TypeVar("Config")
 
@@ -90,31 +90,55 @@ def options_of(config: type[Any], help: Mapping[str, str] | None = None) -> list
 
 
 def read_environment(config: type[Config], **given: Any) -> Config:
-    """Builds `config` from `given`, then the environment, then its defaults.
+    """Builds `config` from `given`, then the environment, then its defaults. UserError as `resolve`."""
+    return resolve(config, given)
 
-    UserError names a variable that is missing or whose value cannot be used.
+
+def _missing_variable(option: Option) -> UserError:
+    return UserError(f"environment variable {option.variable} is missing", code="bad_environment")
+
+
+def resolve(
+    config: type[Config],
+    given: Mapping[str, Any],
+    stated: Mapping[str, Any] | None = None,
+    missing: Callable[[Option], UserError] = _missing_variable,
+) -> Config:
+    """Builds `config` from `given`, then the environment, then what a file has `stated`, then its defaults.
+
+    UserError names the variable whose value cannot be used; `missing` makes that of a required option without a value.
     """
-    variables = {}
+    values, variables = dict(given), {}
     for option in options_of(config):
-        if option.name in given:
+        name = option.name
+        if name in given:
             continue
         if (found := option.from_environment()) is not dataclasses.MISSING:
-            variables[option] = found
+            values[name], variables[name] = found, option.variable
+        elif stated and name in stated:
+            values[name] = stated[name]
         elif option.default is dataclasses.MISSING:
-            raise UserError(f"environment variable {option.variable} is missing", code="bad_environment")
-    return build(config, given, variables)
-
-
-def build(config: type[Config], given: Mapping[str, Any], variables: Mapping[Option, Any]) -> Config:
-    """`config` of the values `given` and those that the environment's `variables` hold, which an error names."""
+            raise missing(option)
     try:
-        return config(**given, **{option.name: value for option, value in variables.items()})
+        return config(**values)
     except UserError as error:
         words = re.findall(r"\w+", error.message)
-        guilty = [option.variable for option in variables if option.name in words]
+        guilty = [variable for name, variable in variables.items() if name in words]
         if not guilty:
             raise
         raise UserError(f"{error.message} (from {', '.join(guilty)})", code=error.code, param=guilty[0]) from error
+
+
+def at_least(name: str, value: float, least: int) -> None:
+    """ConfigError when a setting is less."""
+    if not value >= least:
+        raise ConfigError(f"{name} must be at least {least}, got {value}")
+
+
+def above_zero(name: str, value: float) -> None:
+    """ConfigError when a setting is not."""
+    if not value > 0:
+        raise ConfigError(f"{name} must be above 0, got {value}")
 
 
 def _option(field: dataclasses.Field[Any], hint: Any, help: str, prefix: str) -> Option:

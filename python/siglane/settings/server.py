@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from siglane.errors import ConfigError
-from siglane.settings.media import MIB, MediaConfig, above_zero, at_least
+from siglane.settings.media import MIB, MediaConfig
+from siglane.settings.options import above_zero, at_least
 from siglane.types import SAMPLING_BOUNDS
 
 

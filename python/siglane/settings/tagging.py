@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Any, Literal
 
 from siglane.errors import ConfigError
 from siglane.settings.engine import DTYPE_HELP, Dtype
-from siglane.settings.options import Option, build, options_of
+from siglane.settings.options import at_least, options_of, resolve
 from siglane.settings.toml import read_table
 
 logger = logging.getLogger(__name__)
@@ -50,8 +49,7 @@ class TagSettings:
             value = getattr(self, option.name)
             if option.choices and value not in option.choices:
                 raise ConfigError(f"{option.name} {value!r} is not known; use {', '.join(option.choices)}")
-        if self.max_num_patches < 1:
-            raise ConfigError(f"max_num_patches must be at least 1, got {self.max_num_patches}")
+        at_least("max_num_patches", self.max_num_patches, 1)
         check_limits(self.confidence_threshold, self.max_tags, threshold_name="confidence_threshold")
 
 
@@ -59,8 +57,7 @@ def check_limits(threshold: float, max_tags: int, *, threshold_name: str = "thre
     """ConfigError for a threshold that is no probability or a number of tags below 1; warns of an unusual threshold."""
     if not 0 <= threshold <= 1:
         raise ConfigError(f"{threshold_name} must be between 0 and 1, got {threshold}")
-    if max_tags < 1:
-        raise ConfigError(f"max_tags must be at least 1, got {max_tags}")
+    at_least("max_tags", max_tags, 1)
     if threshold >= UNUSUAL_THRESHOLD:
         logger.warning(
             "%s %s leaves out almost everything: sigmoid scores are low, a clear match may have 0.1; usual is %s",
@@ -75,14 +72,8 @@ def read_settings(
 
     UserError names the file's key, the variable or the flag at fault.
     """
-    given = dict(flags or {})
-    variables: dict[Option, Any] = {}
-    for option in options_of(TagSettings):
-        if option.name not in given and (found := option.from_environment()) is not dataclasses.MISSING:
-            variables[option] = found
-    overridden = {*given, *(option.name for option in variables)}
     stated = (_read_file(file) if file is not None else {}) | dict(table or {})
-    return build(TagSettings, {key: stated[key] for key in stated.keys() - overridden} | given, variables)
+    return resolve(TagSettings, flags or {}, stated)
 
 
 def _read_file(file: Path) -> dict[str, Any]:

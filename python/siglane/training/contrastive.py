@@ -138,13 +138,9 @@ def precision_of(device: torch.device, choice: str) -> torch.dtype:
     if device.type == "cuda":
         has = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        has = device.type == "cpu" and torch.backends.mkldnn.is_available() and _cpu_multiplies_bfloat16()
+        has = device.type == "cpu" and torch.backends.mkldnn.is_available()
+        has = has and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if has else torch.float32
-
-
-def _cpu_multiplies_bfloat16() -> bool:
-    has: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return has
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from siglane.media.source import naming, open_file
 from siglane.nn.device import resolve_device
 from siglane.settings.tagging import TEMPLATES
 from siglane.training.pairs import PICTURES
-from siglane.types import DecodedImage, ImagePatches
+from siglane.types import DecodedImage
 from siglane.weights.demo import open_model
 
 BATCH = 128
@@ -32,21 +33,12 @@ RIDGE = 1e-3
 @torch.no_grad()
 def embed_pictures(two_tower: LoadedTwoTower, pictures: Iterable[DecodedImage]) -> torch.Tensor:
     """Unit embeddings f32 `[pictures, D]`; only BATCH pictures are held at a time."""
-    found: list[torch.Tensor] = []
-    waiting: list[ImagePatches] = []
-
-    def flush() -> None:
-        if waiting:
-            found.append(two_tower.model.embed_images(waiting).float().cpu())
-            waiting.clear()
-
-    for picture in pictures:
-        (layout,) = two_tower.images.layouts([picture.size])
-        waiting.append(two_tower.images.patches(picture, layout))
-        if len(waiting) == BATCH:
-            flush()
-    flush()
-    return torch.cat(found) if found else torch.zeros(0, two_tower.model.config.text.projection_size)
+    processor = two_tower.images
+    patches = (processor.patches(picture, *processor.layouts([picture.size])) for picture in pictures)
+    found = [torch.zeros(0, two_tower.model.config.text.projection_size)]
+    while batch := list(islice(patches, BATCH)):
+        found.append(two_tower.model.embed_images(batch).float().cpu())
+    return torch.cat(found)
 
 
 @torch.no_grad()
@@ -95,12 +87,9 @@ def class_files(folder: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
     folders = sorted(path for path in folder.glob("*") if path.is_dir()) if folder.is_dir() else []
     if len(folders) < 2:
         raise UserError(f"{folder} needs a folder of pictures for each of two classes or more", code="bad_images")
-    found = [(file, n) for n, one in enumerate(folders) for file in sorted(one.iterdir()) if _is_picture(file)]
+    files = [(file, number) for number, one in enumerate(folders) for file in sorted(one.iterdir())]
+    found = [(file, number) for file, number in files if file.suffix.lower() in PICTURES]
     return tuple(path.name.replace("_", " ") for path in folders), found
-
-
-def _is_picture(file: Path) -> bool:
-    return file.suffix.lower() in PICTURES
 
 
 def _decoded(file: Path) -> DecodedImage:

@@ -145,7 +145,7 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def fresh_dual(folder: Path, device: torch.device) -> LoadedTwoTower:
+def fresh_two_tower(folder: Path, device: torch.device) -> LoadedTwoTower:
     """The model that `folder` describes, in float32, its parameters not yet filled."""
     config, texts = read_two_tower(Checkpoint(folder))
     with torch.device("meta"):

@@ -102,22 +102,17 @@ def open_pairs(path: Path) -> tuple[StoredPairs, tuple[BadRow, ...]]:
     it is used. UserError when there is nothing to read, or no usable pair.
     """
     if path.is_dir():
-        rows = _shard_rows(path)
+        rows = list(_shard_rows(path))
     elif path.is_file():
-        rows = _line_rows(path)
+        rows = list(_line_rows(path))
     else:
         raise UserError(f"there is no file or folder {path}; give JSON Lines or a folder of tars", code="bad_pairs")
-    pairs: list[StoredPair] = []
-    bad: list[BadRow] = []
-    for row in rows:
-        if isinstance(row, BadRow):
-            bad.append(row)
-        else:
-            pairs.append(row)
+    pairs = tuple(row for row in rows if isinstance(row, StoredPair))
+    bad = tuple(row for row in rows if isinstance(row, BadRow))
     if not pairs:
         first = f"; the first row left out is {bad[0]}" if bad else ""
         raise UserError(f"{path} holds no usable pair of image and caption{first}", code="bad_pairs")
-    return StoredPairs(tuple(pairs)), tuple(bad)
+    return StoredPairs(pairs), bad
 
 
 def _line_rows(file: Path) -> Iterator[StoredPair | BadRow]:

@@ -32,7 +32,7 @@ from siglane.errors import UserError
 from siglane.families.two_tower import load_two_tower
 from siglane.settings.training import TrainConfig
 from siglane.training.contrastive import Trainer, mixed_precision
-from siglane.training.files import copy_files, fresh_dual, start_weights, write_files, write_weights
+from siglane.training.files import copy_files, fresh_two_tower, start_weights, write_files, write_weights
 from siglane.training.pairs import BadRow, Batch, Pairs, batch_indices, loaded_ahead
 from siglane.training.sigmoid import INITIAL_LOG_SCALE, Group
 from siglane.weights.hub import Checkpoint
@@ -89,7 +89,7 @@ def open_run(
         message = f"{checkpoint} exists; add --resume to continue it, or choose another folder"
         raise UserError(message, code="run_exists")
     if checkpoint.exists():
-        trainer = Trainer(fresh_dual(folder, device), config, pairs.size, group)
+        trainer = Trainer(fresh_two_tower(folder, device), config, pairs.size, group)
         trainer.load(checkpoint)
         return trainer
     if Share.of(group).rank == 0:
@@ -106,7 +106,7 @@ def open_run(
         if config.fresh_text:
             start_weights(two_tower.model, two_tower.model.text, *scalars)
     else:
-        two_tower = fresh_dual(folder, device)
+        two_tower = fresh_two_tower(folder, device)
         start_weights(two_tower.model, two_tower.model, *scalars)
     return Trainer(two_tower, config, pairs.size, group)
 
