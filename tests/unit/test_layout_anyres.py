@@ -115,7 +115,7 @@ def test_a_very_flat_picture_may_have_no_row_of_the_map() -> None:
     layout = layout_of(Size(4000, 40), SMALL)
     assert layout.arrangement == (1, 6)
     assert layout.image_tokens == TheirCount(SMALL).of(Size(4000, 40), SMALL) == 4
-    rows = assemble(torch.rand(7 * 4, 3), [Grid(2, 2)] * 7, layout, torch.ones(3))
+    rows = assemble(torch.rand(7 * 4, 3), layout, torch.ones(3))
     assert rows.shape == (4, 3)
 
 
@@ -214,7 +214,7 @@ def test_every_row_has_its_place(size: Size, small: bool, images: int) -> None:
     rule = SMALL if small else RULE
     layout = rule.image(size, GEOMETRY, ImageContext(0, images))
     rows = torch.rand(layout.patches, 2)
-    assembled = assemble(rows, layout.grids, layout, torch.full((2,), 7.0))
+    assembled = assemble(rows, layout, torch.full((2,), 7.0))
     assert len(assembled) == layout.image_tokens
     assert torch.equal(assembled[: layout.grids[0].area], rows[: layout.grids[0].area])
     ends = int((assembled == 7.0).all(-1).sum())

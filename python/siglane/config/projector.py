@@ -27,12 +27,12 @@ class ProjectorConfig:
     layers: see `projector/mlp.py`; widths in the order of the forward pass.
     """
 
+    merge: Merge
+    factor: int
+    column_major: bool
     layers: tuple[Layer, ...]
     input_size: int
     output_size: int
-    merge: Merge = "none"
-    factor: int = 1
-    column_major: bool = False
     vocabulary: VocabularyConfig | None = None
 
 
@@ -139,15 +139,18 @@ def llava_projector(
         ActivationLayer(activation),
         LinearLayer(f"{prefix}2", output_size, output_size, bias=bias),
     )
-    return ProjectorConfig(layers=layers, input_size=input_size, output_size=output_size)
+    return ProjectorConfig(
+        merge="none", factor=1, column_major=False, layers=layers, input_size=input_size, output_size=output_size
+    )
 
 
 def pixel_shuffle_projector(factor: int, *, input_size: int, output_size: int, name: str = "proj") -> ProjectorConfig:
     """nanoVLM's: pixel shuffle by `factor`, then one linear layer without bias."""
     layers = (LinearLayer(name, input_size * factor * factor, output_size, bias=False),)
     return ProjectorConfig(
-        merge="pixel_shuffle", factor=factor, layers=layers, input_size=input_size, output_size=output_size
-    )
+        merge="pixel_shuffle", factor=factor, column_major=False, layers=layers,
+        input_size=input_size, output_size=output_size,
+    )  # fmt: skip
 
 
 def vocabulary_projector(
@@ -160,7 +163,7 @@ def vocabulary_projector(
         raise ConfigError(f"a visual vocabulary of {rows} rows has none left beside its {indicators} indicators")
     merged = input_size * factor * factor
     return ProjectorConfig(
-        merge="blocks", factor=factor,
+        merge="blocks", factor=factor, column_major=False,
         layers=(LinearLayer(f"{head}.0", merged, words, bias=False), NormLayer(f"{head}.1", words, NORM_EPS)),
         input_size=input_size, output_size=output_size, vocabulary=VocabularyConfig(table, words, indicators),
     )  # fmt: skip
