@@ -214,7 +214,7 @@ def test_sources_of_a_local_caller(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     path.write_bytes(video(6))
     write_nvila_checkpoint(tmp_path / "model")
-    pipeline = MediaPipeline(load_processor(open_checkpoint(tmp_path / "model")).config, decode=CONFIG)
+    pipeline = MediaPipeline(load_processor(open_checkpoint(tmp_path / "model")).facts, decode=CONFIG)
 
     def load(source: object, frames: int) -> bytes:
         item = MediaItem(source, "videos[0]", video=True, frames=frames)
