@@ -59,7 +59,7 @@ def export(model: DemoModel, tokenizer: Tokenizer, folder: Path) -> None:
     save_tokenizer(tokenizer, folder / "llm")
     write_tensors(folder / "llm", language_tensors(model.language))
     write_json(folder / "vision_tower" / "config.json", vision)
-    write_json(folder / "vision_tower" / "preprocessor_config.json", _preprocessor_config())
+    write_json(folder / "vision_tower" / "preprocessor_config.json", preprocessor_config(TILE, 3))
     write_tensors(folder / "vision_tower", vision_tensors(model.tower))
     write_json(folder / "mm_projector" / "config.json", projector)
     projector_weights = checkpoint_tensors(model.projector, projector_plan(model.projector.config))
@@ -125,13 +125,13 @@ def _language_config(config: LanguageConfig, end: int, pad: int) -> dict[str, An
     }
 
 
-def _preprocessor_config() -> dict[str, Any]:
+def preprocessor_config(side: int, resample: int) -> dict[str, Any]:
     return {
         "image_processor_type": "SiglipImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"height": TILE, "width": TILE},
-        "resample": 3,
+        "size": {"height": side, "width": side},
+        "resample": resample,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from recipes.demo.data import Batch, BatchImages
-from recipes.demo.export import language_tensors, vision_tensors, write_json, write_tensors
+from recipes.demo.export import language_tensors, preprocessor_config, vision_tensors, write_json, write_tensors
 from recipes.demo.model import LANGUAGE as TILED_LANGUAGE
 from recipes.demo.model import VISION as TILED_VISION
 from recipes.demo.model import answer_logits, to_patches
@@ -199,17 +199,4 @@ def _config(vision: VisionConfig, language: LanguageConfig, end: int, pad: int) 
 
 def _preprocessor_config(vision: VisionConfig) -> dict[str, Any]:
     side = vision.position_grid.h * vision.patch_size
-    return {
-        "image_processor_type": "SiglipImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"height": side, "width": side},
-        "min_pixels": (PATCH * STRIDE) ** 2,
-        "max_pixels": BUDGETS[-1],
-        "resample": 2,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-    }
+    return preprocessor_config(side, 2) | {"min_pixels": (PATCH * STRIDE) ** 2, "max_pixels": BUDGETS[-1]}

@@ -6,10 +6,10 @@ import argparse
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from siglane.errors import UserError
 from siglane.settings.flags import OptionGroup, read_options
@@ -36,14 +36,22 @@ class ModelOptions:
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a hub id"})
 
 
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """What a command takes without a flag. nargs: as argparse has it; type: text -> value."""
+
+    name: str
+    metavar: str
+    help: str
+    nargs: Literal["*", "+"] | None = None
+    type: Callable[[str], object] = str
+
+
+MODEL_ARGUMENT = Argument("model", "MODEL", "a checkpoint folder, a hub id, or `demo`")
 COMMON = (OptionGroup(CommonOptions, "common"),)
 MODEL = OptionGroup(ModelOptions, "model")
 IMAGES = OptionGroup(DecodeOptions, "images")
 BUDGET = OptionGroup(ImageBudget, "budget")
-
-
-def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint folder, a hub id, or `demo`")
 
 
 def checkpoint_of(arguments: argparse.Namespace) -> Checkpoint:

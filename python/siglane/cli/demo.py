@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TextIO
 
+from siglane.cli.common import Argument
 from siglane.errors import SiglaneError
 from siglane.settings.flags import OptionGroup, read_options
 from siglane.settings.options import PREFIX, CommandOptions
@@ -45,11 +46,8 @@ class Example:
     answer: str
 
 
+ARGUMENTS: tuple[Argument, ...] = ()
 OPTIONS = (OptionGroup(DemoOptions, "demo"),)
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Options are all it takes."""
 
 
 def run(arguments: argparse.Namespace, out: TextIO) -> int:

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
-from siglane.cli.common import COMMON, emit_json
+from siglane.cli.common import COMMON, Argument, emit_json
 from siglane.errors import SiglaneError
 from siglane.settings.flags import OptionGroup, known_variables, read_options
 from siglane.settings.options import PREFIX, CommandOptions
@@ -52,11 +52,8 @@ class Check:
     detail: str
 
 
+ARGUMENTS: tuple[Argument, ...] = ()
 OPTIONS = (OptionGroup(DoctorOptions, "doctor"),)
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Options are all it takes."""
 
 
 def run(arguments: argparse.Namespace, out: TextIO) -> int:

@@ -7,7 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from siglane.cli.common import IMAGES, MODEL, ModelOptions, add_model, check_writable, emit_json, write_tensors
+from siglane.cli.common import (
+    IMAGES,
+    MODEL,
+    MODEL_ARGUMENT,
+    Argument,
+    ModelOptions,
+    check_writable,
+    emit_json,
+    write_tensors,
+)
 from siglane.errors import UserError
 from siglane.settings.flags import OptionGroup, read_options
 from siglane.settings.media import DecodeOptions
@@ -32,17 +41,13 @@ class EmbedOptions(CommandOptions):
             raise UserError("nowhere to put the vectors; give --output or --json", code="bad_option")
 
 
+ARGUMENTS = (MODEL_ARGUMENT, Argument("images", "IMAGE", "pictures: paths or URLs", nargs="*"))
 OPTIONS = (
     OptionGroup(EmbedOptions, "embed"),
     OptionGroup(TagSettings, "model of both towers", only=SETTINGS),
     MODEL,
     IMAGES,
 )
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
-    parser.add_argument("images", metavar="IMAGE", nargs="*", help="pictures: paths or URLs")
 
 
 def run(arguments: argparse.Namespace, out: TextIO) -> int:

@@ -8,7 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from siglane.cli.common import BUDGET, IMAGES, MODEL, add_model, check_writable, checkpoint_of, emit_json, write_tensors
+from siglane.cli.common import (
+    BUDGET,
+    IMAGES,
+    MODEL,
+    MODEL_ARGUMENT,
+    Argument,
+    check_writable,
+    checkpoint_of,
+    emit_json,
+    write_tensors,
+)
 from siglane.settings.engine import EngineConfig
 from siglane.settings.flags import OptionGroup, read_options
 from siglane.settings.media import DecodeOptions
@@ -32,6 +42,7 @@ class EncodeOptions(CommandOptions):
 # the engine's options that a tower has a use for
 ENGINE_OPTIONS = ("device", "dtype", "attention_backend", "max_batch_patches", "enable_packing")
 
+ARGUMENTS = (MODEL_ARGUMENT, Argument("images", "IMAGE", "pictures: paths or URLs", nargs="+"))
 OPTIONS = (
     OptionGroup(EncodeOptions, "encode"),
     MODEL,
@@ -39,11 +50,6 @@ OPTIONS = (
     BUDGET,
     OptionGroup(EngineConfig, "engine", only=ENGINE_OPTIONS),
 )
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="pictures: paths or URLs")
 
 
 def run(arguments: argparse.Namespace, out: TextIO) -> int:

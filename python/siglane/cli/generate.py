@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
-from siglane.cli.common import BUDGET, IMAGES, MODEL, add_model, checkpoint_of, emit_json
+from siglane.cli.common import BUDGET, IMAGES, MODEL, MODEL_ARGUMENT, checkpoint_of, emit_json
 from siglane.errors import UserError
 from siglane.settings.engine import EngineConfig
 from siglane.settings.flags import OptionGroup, read_options
@@ -58,6 +58,7 @@ class GenerateOptions(CommandOptions):
     json: bool = field(default=False, metadata={"help": "print one JSON object"})
 
 
+ARGUMENTS = (MODEL_ARGUMENT,)
 OPTIONS = (
     OptionGroup(GenerateOptions, "generate"),
     OptionGroup(SamplingParams, "sampling", help=SAMPLING_HELP),
@@ -66,10 +67,6 @@ OPTIONS = (
     BUDGET,
     OptionGroup(EngineConfig, "engine"),
 )
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
 
 
 def run(arguments: argparse.Namespace, out: TextIO) -> int:

@@ -11,7 +11,8 @@ from siglane.cli.common import (
     BUDGET,
     IMAGES,
     MODEL,
-    add_model,
+    MODEL_ARGUMENT,
+    Argument,
     check_writable,
     checkpoint_of,
     emit_json,
@@ -38,12 +39,8 @@ class LookOptions(CommandOptions):
     json: bool = field(default=False, metadata={"help": "print the numbers as one JSON object"})
 
 
+ARGUMENTS = (MODEL_ARGUMENT, Argument("image", "IMAGE", "a picture, or a video with --video: path or URL"))
 OPTIONS = (OptionGroup(LookOptions, "look"), MODEL, IMAGES, BUDGET)
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
-    parser.add_argument("image", metavar="IMAGE", help="a picture, or a video with --video: path or URL")
 
 
 def run(arguments: argparse.Namespace, out: TextIO) -> int:

@@ -1,9 +1,8 @@
 """`siglane COMMAND ...`: finds the command, turns every error into one line and an exit code.
 
 Exit codes: 0 done, 1 something failed, 2 the caller's mistake, 130 interrupted. Results go to stdout, everything else
-to stderr. Each command is a module with `OPTIONS`, `configure(parser)` for its other arguments, and
-`run(arguments, out) -> exit code`; only the one asked for is imported, so that `siglane --help` does not
-wait for torch.
+to stderr. Each command is a module with `ARGUMENTS`, `OPTIONS` and `run(arguments, out) -> exit code`; only the one
+asked for is imported, so that `siglane --help` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -73,7 +72,14 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name == asked:
             module = importlib.import_module(f"siglane.cli.{name}")
-            module.configure(command)
+            for argument in module.ARGUMENTS:
+                command.add_argument(
+                    argument.name,
+                    metavar=argument.metavar,
+                    help=argument.help,
+                    nargs=argument.nargs,
+                    type=argument.type,
+                )
             add_options(command, [*module.OPTIONS, *COMMON])
     return parser.parse_args(words)
 

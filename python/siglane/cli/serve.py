@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import TextIO
 
-from siglane.cli.common import MODEL, ModelOptions, add_model
+from siglane.cli.common import MODEL, MODEL_ARGUMENT, ModelOptions
 from siglane.errors import UserError
 from siglane.settings.engine import EngineConfig
 from siglane.settings.flags import OptionGroup, read_options
@@ -16,6 +16,7 @@ from siglane.settings.server import ServerConfig
 from siglane.tiling.rule import ImageBudget
 
 MEDIA = {option.name for option in options_of(MediaConfig)}
+ARGUMENTS = (MODEL_ARGUMENT,)
 OPTIONS = (
     MODEL,
     OptionGroup(ServerConfig, "server", only={option.name for option in options_of(ServerConfig)} - MEDIA),
@@ -23,10 +24,6 @@ OPTIONS = (
     OptionGroup(ImageBudget, "budget of every image; clients may ask for less"),
     OptionGroup(EngineConfig, "engine"),
 )
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
 
 
 def run(arguments: argparse.Namespace, out: TextIO) -> int:

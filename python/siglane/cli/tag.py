@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from siglane.cli.common import IMAGES, MODEL, CommonOptions, ModelOptions, add_model, emit_json
+from siglane.cli.common import IMAGES, MODEL, MODEL_ARGUMENT, Argument, CommonOptions, ModelOptions, emit_json
 from siglane.cli.rows import RowFile
 from siglane.errors import UserError
 from siglane.media.source import URL
@@ -46,12 +46,8 @@ class TagOptions(CommandOptions):
     cache: Path | None = field(default=None, metadata={"help": "folder of label matrices; ~/.cache/siglane/labels"})
 
 
+ARGUMENTS = (MODEL_ARGUMENT, Argument("images", "IMAGE", "pictures, folders of pictures, patterns or URLs", nargs="+"))
 OPTIONS = (OptionGroup(TagOptions, "tag"), OptionGroup(TagSettings, "tagger", only=SETTINGS), MODEL, IMAGES)
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="pictures, folders of pictures, patterns or URLs")
 
 
 def run(arguments: argparse.Namespace, out: TextIO) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
-from siglane.cli.common import BUDGET, IMAGES, MODEL, add_model, checkpoint_of, emit_json
+from siglane.cli.common import BUDGET, IMAGES, MODEL, MODEL_ARGUMENT, Argument, checkpoint_of, emit_json
 from siglane.errors import UserError
 from siglane.settings.flags import OptionGroup, read_options
 from siglane.settings.media import DecodeOptions
@@ -36,12 +36,11 @@ class TokensOptions(CommandOptions):
     )
 
 
+ARGUMENTS = (
+    MODEL_ARGUMENT,
+    Argument("images", "IMAGE", "pictures: paths or URLs; only their headers are read", nargs="*"),
+)
 OPTIONS = (OptionGroup(TokensOptions, "tokens"), MODEL, IMAGES, BUDGET)
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
-    parser.add_argument("images", metavar="IMAGE", nargs="*", help="picture files; only their headers are read")
 
 
 def run(arguments: argparse.Namespace, out: TextIO) -> int:

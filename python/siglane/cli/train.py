@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
-from siglane.cli.common import emit_json
+from siglane.cli.common import Argument, emit_json
 from siglane.errors import UserError
 from siglane.settings.flags import OptionGroup, read_options
 from siglane.settings.options import CommandOptions
@@ -44,13 +44,8 @@ class RunOptions(CommandOptions):
             raise UserError("give either --model or --from-scratch", code="bad_option")
 
 
+ARGUMENTS = (Argument("pairs", "PAIRS", "JSON Lines of image and caption, or a folder of WebDataset tars", type=Path),)
 OPTIONS = (OptionGroup(RunOptions, "run"), OptionGroup(TrainConfig, "training"))
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "pairs", metavar="PAIRS", type=Path, help="JSON Lines of image and caption, or a folder of WebDataset tars"
-    )
 
 
 def run(arguments: argparse.Namespace, out: TextIO) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
-from siglane.cli.common import MODEL, ModelOptions, add_model, check_writable, checkpoint_of, emit_json, writing
+from siglane.cli.common import MODEL, MODEL_ARGUMENT, ModelOptions, check_writable, checkpoint_of, emit_json, writing
 from siglane.settings.flags import OptionGroup, read_options
 from siglane.settings.options import CommandOptions
 
@@ -45,11 +45,8 @@ class VerifyOptions(CommandOptions):
     report: Path | None = field(default=None, metadata={"help": "write an HTML page with plots and pictures"})
 
 
+ARGUMENTS = (MODEL_ARGUMENT,)
 OPTIONS = (OptionGroup(VerifyOptions, "verify"), MODEL)
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
 
 
 def run(arguments: argparse.Namespace, out: TextIO) -> int:
