@@ -42,12 +42,11 @@ class EngineSpec:
 
 
 class EngineFacts(NamedTuple):
-    """What the parent learns once all is loaded. context_length: as in `Engine`, None where no model chats;
-    calibration: of the towers, on the host, None without them; not_shared_because: of `LoadedTwoTower`."""
+    """What the parent learns once all is loaded."""
 
-    context_length: int | None
-    calibration: Calibration | None = None
-    not_shared_because: str | None = None
+    context_length: int | None  # tokens of prompt and answer together, None where no model chats
+    calibration: Calibration | None = None  # of the towers, on the host, None without them
+    not_shared_because: str | None = None  # of `LoadedTwoTower`
 
 
 def run_child(pipe: Connection, spec: EngineSpec) -> None:

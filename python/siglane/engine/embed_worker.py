@@ -61,7 +61,7 @@ class EmbedWorker:
         queue[number] = _Waiting(item, time.monotonic())
 
     def forget(self, number: int) -> None:
-        """An item that nobody waits for any more takes no room in a forward."""
+        """Drops an item whose client has left, if it still waits."""
         for queue in (self._images, self._texts):
             queue.pop(number, None)
 

@@ -41,7 +41,7 @@ class Generation:
 class Row:
     """One prompt on its way: first nothing is known, then its tokens, then its answers or an error.
 
-    It holds none of the caller's pictures: rows behind a slow one may wait here for long.
+    It holds none of the caller's images: rows behind a slow one may wait here for long.
     """
 
     number: int

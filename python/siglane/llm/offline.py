@@ -184,7 +184,7 @@ class LLM:
         return Ready(prompt, images, tuple(map(report_image, media)))
 
     def _start_prepared(self, preparing: dict[Future[Ready], Row], running: dict[str, tuple[Row, Answer]]) -> None:
-        """Hands prompts to the engine as it gets room, so that only a few wait with their pictures in memory."""
+        """Hands prompts to the engine as it gets room, so that only a few wait with their images in memory."""
         for future in [future for future in preparing if future.done()]:
             if len(running) >= self._engine.config.max_running:
                 return
