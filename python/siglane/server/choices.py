@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from siglane.engine.answer import Answer
 from siglane.engine.process import EngineProcess
@@ -82,9 +82,12 @@ class Choices:
         """Seconds in the engine by stage, of the slowest choice, once all have ended."""
         every = [answer.finished.timings for answer in self.answers if answer.finished]
         slowest = max(every, key=lambda one: one.queue + one.encode + one.prefill + one.decode)
-        stages = asdict(slowest)
-        stages["generate"] = stages.pop("decode")
-        return stages
+        return {
+            "queue": slowest.queue,
+            "encode": slowest.encode,
+            "prefill": slowest.prefill,
+            "generate": slowest.decode,
+        }
 
     def on_delta(self, delta: TokenDelta) -> None:
         """Called on the engine's reader thread."""
