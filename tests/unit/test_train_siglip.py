@@ -366,7 +366,7 @@ def test_transformers_and_siglane_load_the_same_model(kind: str, tmp_path: Path)
     inputs = AutoImageProcessor.from_pretrained(folder, backend="pil")(images, return_tensors="pt")
     with torch.no_grad():
         expected = theirs(input_ids=ids, **inputs).logits_per_image
-        found = ours.model.logits(ours.model.embed_images(patches), ours.model.embed_texts(ids))
+        found = ours.model.calibration.logits(ours.model.embed_images(patches), ours.model.embed_texts(ids))
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
 
 
