@@ -191,6 +191,7 @@ def test_max_completion_tokens_wins_and_null_takes_the_room(server: RunningServe
     assert usage["total_tokens"] == processor.context_length
 
 
+@pytest.mark.slow
 def test_a_context_is_no_longer_than_the_engine_has_room_for(nvila_folder: Path, processor: Processor) -> None:
     engine = EngineProcess(EngineSpec(str(nvila_folder), EngineConfig(device="cpu", threads=1, kv_tokens=150)))
     with contextlib.closing(engine), running(processor, engine) as server, server.openai() as client:

@@ -388,6 +388,7 @@ def test_whoever_leaves_is_forgotten(fixed: RunningServer) -> None:
     assert vectors(fixed.post_to("/v1/embeddings", input="somebody who stays")).shape == (1, 32)
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_comes_back(tmp_path: Path) -> None:
     write_two_tower_checkpoint(tmp_path, "siglip2")
     with embedding_server(tmp_path) as server:

@@ -178,6 +178,7 @@ def test_a_silent_stream_says_that_it_lives(
         assert events[-1].choices[0].finish_reason == "length"
 
 
+@pytest.mark.slow
 def test_draining_lets_requests_finish_and_refuses_new_ones(processor: Processor, engine: EngineProcess) -> None:
     """What SIGTERM begins, without the signal."""
     with running(processor, engine, drain_timeout=20.0) as server:

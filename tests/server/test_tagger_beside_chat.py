@@ -163,6 +163,7 @@ def test_embeddings_are_those_of_the_checkpoint_alone(beside: RunningServer, fol
     assert np.abs(embedded(beside) - expected(folders.two_tower)).max() < 1e-5
 
 
+@pytest.mark.slow
 def test_embeddings_of_a_tower_that_differs_are_its_own(folders: Folders) -> None:
     with both(folders, folders.drifted) as server:
         vectors = embedded(server)
@@ -222,6 +223,7 @@ def test_whoever_leaves_is_forgotten(folders: Folders) -> None:
         engine.embed([ids])[0].result(30)
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_fails_what_it_embeds_and_comes_back(folders: Folders) -> None:
     with both(folders, folders.two_tower) as server:
         vectors = embedded(server)

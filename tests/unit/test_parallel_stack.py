@@ -163,6 +163,7 @@ def alone(checkpoints: Path) -> dict[str, Told]:
 @pytest.mark.parametrize("size", RANKS)
 @pytest.mark.parametrize("wish", WISHES)
 @pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.slow
 class TestRanks:
     def test_every_one_has_the_rows_of_a_single_one(
         self, told: Any, alone: dict[str, Told], name: str, wish: str, size: int

@@ -327,6 +327,7 @@ def rank(number: int, ranks: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_train_the_model_of_one(tmp_path: Path) -> None:
     write_config(tmp_path)
     lines = write_lines(tmp_path)
