@@ -43,6 +43,7 @@ FLOORS = {
     "cli": 8,
 }
 FRONT_DOOR = PACKAGE / "__init__.py"  # re-exports everything, so nobody inside goes through it
+LONGEST_FILE, LONGEST_FUNCTION = 350, 45
 LOADERS = ("import_module", "__import__")
 SGLANG_HOST = PurePosixPath("hosts/sglang")
 
@@ -201,6 +202,19 @@ def test_no_files_import_each_other() -> None:
     sources = {relative(path): path.read_text(encoding="utf-8") for path in files()}
     ring = cycle({path: imported_files(path, source, known) for path, source in sources.items()})
     assert not ring, " -> ".join(map(str, ring))
+
+
+def test_files_and_functions_fit_in_the_eye() -> None:
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    long = []
+    for path in files():
+        source = path.read_text(encoding="utf-8")
+        lines = len(source.splitlines())
+        long += [f"{relative(path)}: {lines} lines"] if lines > LONGEST_FILE else []
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, kinds) and node.end_lineno and node.end_lineno - node.lineno >= LONGEST_FUNCTION:
+                long.append(f"{relative(path)}: {node.name} has more than {LONGEST_FUNCTION} lines")
+    assert not long, "\n".join(long)
 
 
 def test_a_ring_of_files_is_found() -> None:

@@ -58,11 +58,8 @@ def verify(
     a language model is asked and how many greedy tokens of its answer are compared (8). save: a file for the
     reference's values. UserError and its kinds when something given cannot be used.
     """
-    if not 0 <= threshold < 1:
-        raise UserError(f"threshold must be at least 0 and below 1, got {threshold}", code="bad_option")
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is not known; use {', '.join(DTYPES)}", code="bad_option")
-    checkpoint, place_of, precision = open_model(model, revision), resolve_device(device), DTYPES[dtype]
+    precision = _precision(threshold, dtype)
+    checkpoint, place_of = open_model(model, revision), resolve_device(device)
     # a configuration that siglane refuses is refused before the reference has run
     sees = (tower_family(checkpoint) or vlm_family(checkpoint)).images(checkpoint) is not None
     if Path(reference).suffix == ".safetensors":
@@ -84,6 +81,15 @@ def verify(
         pictures=expected.pictures,
         comparisons=_compared(SiglaneRunner(checkpoint, place_of, precision), expected, threshold),
     )
+
+
+def _precision(threshold: float, dtype: str) -> torch.dtype:
+    """The dtype called `dtype`. UserError when it, or the threshold, cannot be."""
+    if not 0 <= threshold < 1:
+        raise UserError(f"threshold must be at least 0 and below 1, got {threshold}", code="bad_option")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not known; use {', '.join(DTYPES)}", code="bad_option")
+    return DTYPES[dtype]
 
 
 def _pictures(images: Sequence[ImageSource] | None, random: int | None, *, sees: bool) -> tuple[Picture, ...]:
