@@ -164,7 +164,21 @@ def _config(vision: VisionConfig, language: LanguageConfig, end: int, pad: int) 
         "pad_token_id": pad,
         "torch_dtype": "float32",
     }  # fmt: skip
-    tower = {
+    return {
+        "architectures": ["Ovis2_5"],
+        "model_type": "ovis2_5",
+        "conversation_formatter_class": "Qwen3ConversationFormatter",
+        "hidden_size": language.hidden_size,
+        "vocab_size": language.vocab_size,
+        "visual_vocab_size": WORDS + INDICATORS,
+        "llm_config": text,
+        "vit_config": _tower_config(vision),
+        "torch_dtype": "float32",
+    }
+
+
+def _tower_config(vision: VisionConfig) -> dict[str, Any]:
+    return {
         "model_type": "siglip2_navit",
         "hidden_size": vision.hidden_size,
         "intermediate_size": vision.intermediate_size,
@@ -183,17 +197,6 @@ def _config(vision: VisionConfig, language: LanguageConfig, end: int, pad: int) 
         "temporal_patch_size": 1,
         "preserve_original_pe": True,
         "use_rope": True,
-    }
-    return {
-        "architectures": ["Ovis2_5"],
-        "model_type": "ovis2_5",
-        "conversation_formatter_class": "Qwen3ConversationFormatter",
-        "hidden_size": language.hidden_size,
-        "vocab_size": language.vocab_size,
-        "visual_vocab_size": WORDS + INDICATORS,
-        "llm_config": text,
-        "vit_config": tower,
-        "torch_dtype": "float32",
     }
 
 
