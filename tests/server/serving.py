@@ -26,7 +26,7 @@ from siglane.server.app import create_app
 from siglane.server.http import Server, uvicorn_config
 from siglane.server.launch import listen
 from siglane.server.metrics import Metrics
-from siglane.server.served import ChatModel, Served
+from siglane.server.served import ChatModel, Deployment, Served
 from siglane.settings.server import ServerConfig
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
 
@@ -75,7 +75,7 @@ def running(
     processor: Processor, engine: EngineProcess, *, budget: ImageBudget = CHECKPOINT_LIMITS, **options: Any
 ) -> Iterator[RunningServer]:
     config, metrics = config_of(**options), Metrics()
-    chat = ChatModel(MODEL, "folder/of-tiny", processor, engine, config, metrics, budget)
+    chat = ChatModel(Deployment(MODEL, "folder/of-tiny", engine, config, metrics, budget), processor)
     with listening(Served(config, engine, metrics, chat)) as server:
         yield server
 
