@@ -160,7 +160,7 @@ def encode(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
 
 
 # a request that runs for some time, so that something else can happen beside it
-GOOD_TOKENS = 120
+GOOD_TOKENS = 60
 GOOD = chat(
     image_part(picture(90, 50, seed=1)),
     "Describe the picture.",
