@@ -177,7 +177,8 @@ class Scheduler:
             self._preempt(youngest)
             if youngest is sequence:
                 return False
-        sequence.block_table += self.allocator.take(needed)
+        last = sequence.block_table[-1] if sequence.block_table else None
+        sequence.block_table += self.allocator.take(needed, last)
         return True
 
     def _make_room(self, pages: int) -> bool:

@@ -57,10 +57,12 @@ class Int8Weight(Sealed):
         if torch.is_grad_enabled() and x.requires_grad:
             raise ValueError("an 8-bit layer has no gradient; use torch.no_grad(), or train the model in float32")
         rows = x.reshape(-1, self.inputs).float()
-        if rows.shape[0] <= ROWS:
+        if len(rows) == 1:
+            y = self._multiply_one(rows)
+        elif len(rows) <= ROWS:
             y = self._multiply(rows)
         else:
-            y = torch.empty(rows.shape[0], self.outputs)
+            y = torch.empty(len(rows), self.outputs)
             for part, into in zip(rows.split(ROWS), y.split(ROWS), strict=True):
                 into.copy_(self._multiply(part))
         return y.to(x.dtype).reshape(*x.shape[:-1], self.outputs)
@@ -69,9 +71,15 @@ class Int8Weight(Sealed):
         """float32 `[M, K]` -> `[M, N]`."""
         raise NotImplementedError
 
-    def _product(self, codes: torch.Tensor, zero: int = 0) -> torch.Tensor:
-        """`((codes - zero) W^T)` with W's scales, float32: codes u8 `[M, K]` -> `[M, N]`."""
-        return integer_product(codes, self.packed, self.scale, self.zero_points, zero)
+    def _multiply_one(self, x: torch.Tensor) -> torch.Tensor:
+        """The same for a single row, where each call counts more than what it computes."""
+        return self._multiply(x)
+
+    def _product(
+        self, codes: torch.Tensor, zero: int = 0, scale: float = 1.0, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`(codes - zero) * scale` times the weights, plus `bias`, float32: codes u8 `[M, K]` -> `[M, N]`."""
+        return integer_product(codes, self.packed, self.scale, self.zero_points, zero, scale, bias)
 
     def _scaled(self, product: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return product.mul_(scale) if self.bias is None else torch.addcmul(self.bias, product, scale)
@@ -101,6 +109,11 @@ class CentredInt8Linear(Int8Weight):
         codes = _whole(x, LEVELS / peak, MIDDLE).to(torch.uint8)
         return self._scaled(self._product(codes, MIDDLE), peak / LEVELS)
 
+    def _multiply_one(self, x: torch.Tensor) -> torch.Tensor:
+        peak = _peak(x)
+        codes = _whole(x, LEVELS / peak, MIDDLE).to(torch.uint8)
+        return self._product(codes, MIDDLE, peak / LEVELS, self.bias)
+
 
 class WideInt8Linear(Int8Weight):
     """Rows of 16 bits, as two products, of their high and their low bytes: few rows cost as much as one, because the
@@ -112,9 +125,22 @@ class WideInt8Linear(Int8Weight):
         high, low = self._product(torch.cat((codes >> 8, codes)).to(torch.uint8), MIDDLE).chunk(2)
         return self._scaled(low.add_(high, alpha=256), peak / WIDE_LEVELS)
 
+    def _multiply_one(self, x: torch.Tensor) -> torch.Tensor:
+        peak = _peak(x)
+        codes = _whole(x, WIDE_LEVELS / peak, MIDDLE * 256 + MIDDLE)
+        high, low = self._product(torch.cat((codes >> 8, codes)).to(torch.uint8), MIDDLE, peak / WIDE_LEVELS).chunk(2)
+        y = low.add_(high, alpha=256)
+        return y if self.bias is None else y.add_(self.bias)
 
-def _whole(x: torch.Tensor, steps: torch.Tensor, zero: int) -> torch.Tensor:
+
+def _peak(row: torch.Tensor) -> float:
+    return max(float(row.abs().max()), LEAST)
+
+
+def _whole(x: torch.Tensor, steps: torch.Tensor | float, zero: int) -> torch.Tensor:
     """`x * steps + zero`, rounded, between 0 and 2^16: i32 whose low bytes are the code."""
+    if isinstance(steps, float):
+        return torch.add(_offset(zero), x, alpha=steps).view(torch.int32)
     return torch.addcmul(_offset(zero), x, steps).view(torch.int32)
 
 
@@ -137,11 +163,18 @@ def row_codes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 
 def integer_product(
-    codes: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zero_points: torch.Tensor, zero: int = 0
+    codes: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    zero_points: torch.Tensor,
+    zero: int = 0,
+    rows_scale: float = 1.0,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`((codes - zero) W^T) * scale`, float32. oneDNN has fast kernels for unsigned rows and signed weights only."""
-    product: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
-        codes, 1.0, zero, packed, scale, zero_points, None, 1.0, 0, torch.float32, "none", [], ""
+    """`(codes - zero) W^T`, times the outputs' `scale` and `rows_scale`, plus `bias`, float32. oneDNN has fast kernels
+    for unsigned rows and signed weights only."""
+    product: torch.Tensor = torch.ops.onednn.qlinear_pointwise.default(
+        codes, rows_scale, zero, packed, scale, zero_points, bias, 1.0, 0, torch.float32, "none", [], ""
     )
     return product
 
