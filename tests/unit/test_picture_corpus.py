@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
 
 import av
 import numpy as np
@@ -26,11 +28,12 @@ from picture_files import (
     segment,
     vp8x,
 )
-from PIL import ImageFile, PngImagePlugin
+from PIL import Image, ImageFile, PngImagePlugin
 
+import siglane
 from siglane.config.preprocess import FORMATS, OPTIONAL_FORMATS, DecodeConfig
 from siglane.errors import ImageError
-from siglane.image.decode import decode, read_size
+from siglane.image.decode import decode, from_pil, pil_size, read_size
 from siglane.types import Size
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -180,3 +183,21 @@ def test_a_run_length_bomb_is_refused_on_its_header() -> None:
         with pytest.raises(ImageError) as caught:
             read(data, CONFIG)
         assert caught.value.code == "image_too_large"
+
+
+@pytest.mark.parametrize(
+    "name", ["bmp 32 bits, header 124, compression 3, alpha all 0", "bmp 32 bits, header 124, compression 3, alpha"]
+)
+def test_a_bitmap_that_the_caller_opened_shows_the_same(name: str) -> None:
+    case = next(case for case in CASES if case.name == name)
+    opened = Image.open(BytesIO(case.data))
+    assert pil_size(opened, CONFIG) == read_size(case.data, CONFIG)
+    assert differ(from_pil(opened, CONFIG).rgb, case.rgb) == 0
+
+
+def test_pictures_are_opened_in_one_room() -> None:
+    """Everything else asks `image/decode.py`; the references of `verify` read with Pillow on purpose."""
+    package = Path(siglane.__file__).parent
+    opening = {path.relative_to(package) for path in package.rglob("*.py") if "Image.open(" in path.read_text()}
+    assert {path.parts[0] for path in opening} == {"image", "verify"}
+    assert {path.as_posix() for path in opening if path.parts[0] == "verify"} == {"verify/references/pixels.py"}

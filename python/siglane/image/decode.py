@@ -197,6 +197,8 @@ def _to_rgb(image: Image.Image, config: DecodeConfig) -> Image.Image:
         image = _to_8_bit(image)
     if image.mode == "La":  # grey of a TIFF, already multiplied by alpha
         image = image.convert("LA")
+    if image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
+        return image.convert("RGB")  # opened by the caller; its alpha is not used, see image/bmp.py
     if config.alpha == "white" and image.has_transparency_data:
         rgba = image.convert("RGBA")
         canvas = Image.new("RGB", rgba.size, "white")
