@@ -201,9 +201,11 @@ def _to_rgb(image: Image.Image, config: DecodeConfig) -> Image.Image:
         return image.convert("RGB")  # opened by the caller; its alpha is not used, see image/bmp.py
     if config.alpha == "white" and image.has_transparency_data:
         rgba = image.convert("RGBA")
-        canvas = Image.new("RGB", rgba.size, "white")
-        canvas.paste(rgba, mask=rgba.getchannel("A"))
-        return canvas
+        alpha = rgba.getchannel("A")
+        if alpha.getextrema() != (255, 255):
+            canvas = Image.new("RGB", rgba.size, "white")
+            canvas.paste(rgba, mask=alpha)
+            return canvas
     return image.convert("RGB")
 
 
