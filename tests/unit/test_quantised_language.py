@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from siglane.cli.demo import load_example
 from siglane.config.language import LanguageConfig
 from siglane.errors import ConfigError, UserError
 from siglane.llm import LLM
@@ -158,6 +159,13 @@ def test_an_answer_of_eight_bits(nvila_folder: Path) -> None:
     (exact,) = plain.generate("Why is the sky blue?", replace(params, max_tokens=1))
     first = alone.logprobs[0]
     assert abs(first.logprob - exact.logprobs[0].logprob) < 0.05
+
+
+def test_the_shipped_model_answers_the_shipped_question() -> None:
+    example = load_example()
+    prompt = {"prompt": example.question, "images": [example.picture]}
+    (answer,) = LLM("demo", device="cpu", quantization="8bit", kv_tokens=2048).generate(prompt)
+    assert answer.text == example.answer
 
 
 def test_what_cannot_be_said(nvila_folder: Path) -> None:
