@@ -138,6 +138,14 @@ def test_each_row_has_its_own_codes(layer: type[Int8Weight], bound: float, with_
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_norm_before_a_layer_is_a_scale(rows: int) -> None:
+    x, weight, bias = drawn(rows, 96) * 3, drawn(64, 96, seed=1), drawn(64, seed=2)
+    normed = CentredInt8Linear(weight, bias)(F.rms_norm(x, (96,), eps=0.3))
+    assert torch.allclose(CentredInt8Linear(weight, bias, eps=0.3)(x), normed, atol=1e-3)
+
+
+@torch.no_grad()
 def test_sixteen_bits_leave_the_weights_error_alone() -> None:
     x, weight = drawn(5, 512), drawn(32, 512, seed=1)
     x[2, 17] = 300.0  # an outlier, as behind a product of two rows

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -10,7 +12,7 @@ from siglane.lm.rotation import random_basis, rotate_block, rotated_head
 from siglane.nn.cpu.int8 import CentredInt8Linear, WideInt8Linear
 from siglane.nn.embedding import VocabParallelEmbedding
 from siglane.nn.parallel import TensorParallel
-from siglane.nn.quantise import Bits, kernel, quantise, quantised
+from siglane.nn.quantise import Bits, MakeLinear, kernel, quantise, quantised
 
 
 def quantise_language(model: QwenModel, kind: Bits) -> None:
@@ -37,12 +39,20 @@ def quantise_language(model: QwenModel, kind: Bits) -> None:
 
 
 def _quantise_block(block: DecoderBlock) -> None:
+    """The norms, which have no gain any more, become scales of the layers behind them."""
     attention, mlp = block.attention, block.mlp
     assert isinstance(attention, DecoderAttention)
     assert isinstance(mlp, DecoderMLP)
-    centred = ((attention, "qkv"), (attention, "o_proj"), (mlp, "gate_up"))
-    for parent, name, make in (*((*one, CentredInt8Linear) for one in centred), (mlp, "down_proj", WideInt8Linear)):
+    layers: tuple[tuple[nn.Module, str, MakeLinear], ...] = (
+        (attention, "qkv", partial(CentredInt8Linear, eps=block.input_norm.eps)),
+        (attention, "o_proj", CentredInt8Linear),
+        (mlp, "gate_up", partial(CentredInt8Linear, eps=block.post_attention_norm.eps)),
+        (mlp, "down_proj", WideInt8Linear),
+    )
+    for parent, name, make in layers:
         setattr(parent, name, quantised(getattr(parent, name), make))
+    for name in ("input_norm", "post_attention_norm"):
+        setattr(block, name, nn.Identity())
 
 
 class QuantisedHead(nn.Module):

@@ -9,6 +9,7 @@ layers differ in.
 from __future__ import annotations
 
 import functools
+import math
 import platform
 
 import torch
@@ -102,17 +103,31 @@ class Int8Linear(Int8Weight):
 
 
 class CentredInt8Linear(Int8Weight):
-    """Rows of 8 bits around zero: for rows without outliers, whose values lie alike on both sides."""
+    """Rows of 8 bits around zero: for rows without outliers, whose values lie alike on both sides.
+
+    eps: of an RMSNorm without gain that stands before the layer. It is a scale of the row and changes no code.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, eps: float | None = None) -> None:
+        super().__init__(weight, bias)
+        self.eps = eps
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         peak = x.abs().amax(-1, keepdim=True).clamp_min_(LEAST)
         codes = _whole(x, LEVELS / peak, MIDDLE).to(torch.uint8)
-        return self._scaled(self._product(codes, MIDDLE), peak / LEVELS)
+        scale = peak / LEVELS
+        if self.eps is not None:
+            scale *= (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return self._scaled(self._product(codes, MIDDLE), scale)
 
     def _multiply_one(self, x: torch.Tensor) -> torch.Tensor:
         peak = _peak(x)
         codes = _whole(x, LEVELS / peak, MIDDLE).to(torch.uint8)
-        return self._product(codes, MIDDLE, peak / LEVELS, self.bias)
+        scale = peak / LEVELS
+        if self.eps is not None:
+            row = x[0]
+            scale /= math.sqrt(float(torch.dot(row, row)) / self.inputs + self.eps)
+        return self._product(codes, MIDDLE, scale, self.bias)
 
 
 class WideInt8Linear(Int8Weight):
