@@ -236,7 +236,7 @@ class Engine:
         ends = chosen.token_id in self.eos_token_ids and not params.ignore_eos
         if ends or chosen.token_id in params.stop_token_ids:
             return self._end(sequence, "stop", chosen)
-        if len(sequence.output_ids) >= request.max_tokens or len(sequence.token_ids) >= self.context_length:
+        if len(sequence.token_ids) - sequence.prompt_length >= request.max_tokens or len(sequence.token_ids) >= self.context_length:
             return self._end(sequence, "length", chosen)
         return TokenDelta(request.request_id, chosen.token_id, chosen.logprob)
 
