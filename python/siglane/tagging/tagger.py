@@ -131,7 +131,7 @@ class Tagger:
         self._batch_size = batch_size or BATCH_SIZES[on.type]
         self._texts = TEXTS_PER_FORWARD[on.type]
         folder = default_folder() if cache is None else Path(cache).expanduser()
-        self._cache = LabelCache(folder, state_of(checkpoint, str(chosen), quantization))
+        self._cache = LabelCache(folder, state_of(checkpoint, str(chosen), quantization, repr(self.text_rule)))
         self.summary = f"{on}, {chosen}, {self._batch_size} pictures a batch; texts: {self.text_rule}"
         logger.info("tagging on %s", self.summary)
 
@@ -279,12 +279,11 @@ def _readable(batch: _Batch) -> _Batch:
     return batch
 
 
-def _patches_of(checkpoint: Checkpoint, patches: int) -> int | None:
+def _patches_of(checkpoint: Checkpoint, patches: int | None) -> int | None:
     """The setting, for a model that has a use for it; the images of others have one size."""
-    if isinstance(image_facts(checkpoint).preprocess.rule, NaFlex):
+    if patches is None or isinstance(image_facts(checkpoint).preprocess.rule, NaFlex):
         return patches
-    if patches != TagSettings().max_num_patches:
-        logger.warning("max_num_patches %d does not apply to this model; its pictures have one size", patches)
+    logger.warning("max_num_patches %d does not apply to this model; its pictures have one size", patches)
     return None
 
 

@@ -26,7 +26,11 @@ class TextTokens:
 
         Sources: transformers `SiglipTokenizer.canonicalize_text`, and `Siglip2Tokenizer`'s Lowercase normalizer.
         """
-        text = text.lower() if self.rule.lowercase == "text" else "".join(map(str.lower, text))
+        match self.rule.lowercase:
+            case "text":
+                text = text.lower()
+            case "characters":
+                text = "".join(map(str.lower, text))
         if not self.rule.delete_punctuation:
             return text
         return " ".join(text.replace(_SPACE_PIECE, " ").translate(_WITHOUT_PUNCTUATION).split())
