@@ -40,9 +40,8 @@ class TagSettings:
         default=CONFIDENCE_THRESHOLD, metadata={"help": "tags below it are left out; sigmoid scores are low"}
     )
     max_tags: int = field(default=MAX_TAGS, metadata={"help": "tags of one picture"})
-    max_num_patches: int | None = field(
-        default=None, metadata={"help": "patches of a picture, for NaFlex models; without it what the checkpoint says"}
-    )
+    # without it what the checkpoint says
+    max_num_patches: int | None = field(default=None, metadata={"help": "patches of a picture, for NaFlex models"})
 
     def __post_init__(self) -> None:
         if self.batch_size < 0:
