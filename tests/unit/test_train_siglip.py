@@ -23,12 +23,13 @@ from recipes.demo.siglip import LABELS, PaintedPairs
 from siglane.cli.main import main
 from siglane.config.preprocess import LOCAL_DECODE
 from siglane.errors import ConfigError, UserError
+from siglane.families.registry import image_facts
 from siglane.families.two_tower import TwoTowerModel, load_two_tower, two_tower_plan
 from siglane.image.decode import from_pil
 from siglane.settings.training import TrainConfig
 from siglane.training import evaluate
 from siglane.training.contrastive import Trainer, precision_of
-from siglane.training.files import caption_tokenizer
+from siglane.training.files import caption_tokenizer, copy_files, write_files, write_json
 from siglane.training.pairs import batch_indices, load_batch, open_pairs
 from siglane.training.run import MODEL, Skipped, open_run, train, world
 from siglane.weights.export import checkpoint_tensors
@@ -390,6 +391,22 @@ def test_a_checkpoint_of_transformers_is_written_back_as_it_was(kind: str, tmp_p
     assert tensors.keys() == stored.keys() == stored_tensors(trainer.model).keys()
     for name, value in stored.items():
         assert torch.equal(tensors[name], value), name
+
+
+def test_pictures_of_a_start_are_described_where_transformers_5_describes_them(tmp_path: Path) -> None:
+    """A copy, and a folder written around a configuration, keep the section and write no file beside it."""
+    config = write_config(tmp_path / "start")
+    side = json.loads(config.read_text())["vision_config"]["image_size"]
+    pictures = {"size": {"height": side, "width": side}, "resample": 0, "image_mean": [0.1, 0.2, 0.3]}
+    write_json(tmp_path / "start/processor_config.json", {"image_processor": pictures})
+    copy_files(Checkpoint(tmp_path / "start"), tmp_path / "copy")
+    write_files(config, ["a red circle"], tmp_path / "written")
+    for folder in ("copy", "written"):
+        assert not (tmp_path / folder / "preprocessor_config.json").exists()
+        found = image_facts(Checkpoint(tmp_path / folder)).preprocess
+        assert found.mean == (0.1, 0.2, 0.3)
+        rule: Any = found.rule
+        assert rule.resample == "nearest"
 
 
 def test_a_tokenizer_of_captions_spells_anything() -> None:
