@@ -11,8 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from siglane.cli.common import IMAGES, MODEL, MODEL_ARGUMENT, Argument, CommonOptions, ModelOptions, emit_json
+from siglane.cli.common import (
+    IMAGES,
+    MODEL,
+    MODEL_ARGUMENT,
+    Argument,
+    CommonOptions,
+    ModelOptions,
+    emit_json,
+    emit_line,
+)
 from siglane.cli.rows import RowFile
+from siglane.config.preprocess import PICTURE_SUFFIXES
 from siglane.errors import UserError
 from siglane.media.source import URL
 from siglane.settings.flags import OptionGroup, read_options, stated_in
@@ -20,7 +30,6 @@ from siglane.settings.media import DecodeOptions
 from siglane.settings.options import CommandOptions, options_of
 from siglane.settings.tagging import TEMPLATES, TagSettings, read_settings
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 FROM_SETTINGS = "-"
 # MODEL and --threshold stand for the settings that have no flag of their own name
 SETTINGS = ("batch_size", "attention", "dtype", "quantization", "device", "max_tags", "max_num_patches")
@@ -80,27 +89,34 @@ def _flags(arguments: argparse.Namespace, options: TagOptions) -> dict[str, Any]
 def expand(given: str) -> list[str]:
     """The pictures that one argument names, in order: itself, those below a folder, or what a pattern matches.
 
-    UserError for a folder or a pattern without pictures. A missing file stays: it is an error of its own row.
+    UserError for a folder or a pattern without pictures. A missing file stays: it is an error of its own row, and so is
+    an empty folder that is called like a picture.
     """
     if URL.match(given):
         return [given]
     if os.path.isdir(given):
         found = sorted(_pictures_below(given))
+        if not found and given.lower().endswith(PICTURE_SUFFIXES):
+            return [given]
     elif os.path.exists(given) or not glob.has_magic(given):
         return [given]
     else:
         found = sorted(name for name in glob.glob(given, recursive=True) if os.path.isfile(name))
     if not found:
-        raise UserError(f"{given!r} holds no pictures; siglane looks for {', '.join(SUFFIXES)}", code="no_pictures")
+        suffixes = ", ".join(PICTURE_SUFFIXES)
+        raise UserError(f"{given!r} holds no pictures; siglane looks for {suffixes}", code="no_pictures")
     return found
 
 
 def _pictures_below(folder: str) -> Iterator[str]:
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=_say_unread):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (
-            os.path.join(parent, name) for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-        )
+        shown = [name for name in names if not name.startswith(".")]
+        yield from (os.path.join(parent, name) for name in shown if name.lower().endswith(PICTURE_SUFFIXES))
+
+
+def _say_unread(error: OSError) -> None:
+    print(f"siglane: pictures below {error.filename} are left out: {error.strerror}", file=sys.stderr)
 
 
 def _rows(
@@ -144,17 +160,17 @@ def _emit(rows: Iterator[dict[str, Any]], file: RowFile | None, options: TagOpti
         if file is not None:
             file.append(row)
         elif not options.json:
-            out.write(_line(row))
+            emit_line(_line(row), out)
             out.flush()
         if options.json:
             kept.append(row)
     if options.json:
         emit_json(kept, out)
     elif file is not None:
-        out.write(f"{file.path}: {count - failed} pictures tagged, {failed} unreadable\n")
+        emit_line(f"{file.path}: {count - failed} pictures tagged, {failed} unreadable", out)
     return 1 if count and failed == count else 0
 
 
 def _line(row: dict[str, Any]) -> str:
     tags = ", ".join(f"{tag['label']} {tag['confidence']:.3f}" for tag in row["tags"])
-    return f"{row['image']}: {'error: ' + row['error'] if 'error' in row else tags or 'no tags'}\n"
+    return f"{row['image']}: {'error: ' + row['error'] if 'error' in row else tags or 'no tags'}"
