@@ -15,6 +15,7 @@ from siglane.cli.common import (
     ModelOptions,
     check_writable,
     emit_json,
+    emit_line,
     write_tensors,
 )
 from siglane.errors import UserError
@@ -74,5 +75,5 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
         emit_json([name | {"embedding": vector} for name, vector in zip(names, vectors, strict=True)], out)
     else:
         count, width = len(arguments.images) + len(options.text), tensors["texts"].shape[1]
-        out.write(f"{options.output}: {count} vectors of {width}\n")
+        emit_line(f"{options.output}: {count} vectors of {width}", out)
     return 0

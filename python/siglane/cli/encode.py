@@ -17,6 +17,7 @@ from siglane.cli.common import (
     check_writable,
     checkpoint_of,
     emit_json,
+    emit_line,
     write_tensors,
 )
 from siglane.settings.engine import EngineConfig
@@ -79,5 +80,5 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     if options.json:
         emit_json(rows, out)
     else:
-        out.write(f"{options.output}: {len(tensors)} tensors of {len(rows)} images\n")
+        emit_line(f"{options.output}: {len(tensors)} tensors of {len(rows)} images", out)
     return 0
