@@ -28,7 +28,7 @@ serve: $(READY)  ## keep that server running; prints a curl line to try
 	@$(BIN)/siglane demo --stay
 
 test: $(READY)  ## everything but the long tests
-	@$(BIN)/python -m pytest -q -n 2 -m "not slow and not vllm"
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not vllm"
 
 test-slow: $(READY)  ## the tests that take longer than ten seconds each
 	@$(BIN)/python -m pytest -q -m slow
@@ -73,7 +73,7 @@ endef
 
 define run_end
 @$(END)/bin/python tests/versions.py
-@$(END)/bin/python -m pytest -q -n 2 -m "not slow and not vllm" tests/parity \
+@$(END)/bin/python -m pytest -q -n 2 --dist worksteal -m "not slow and not vllm" tests/parity \
 	$$(grep -lE '^ *(import|from) ($(subst $(space),|,$(ENDS)))\b' tests/unit/test_*.py)
 endef
 

@@ -3,7 +3,9 @@ option comes from the environment of whoever runs the tests."""
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,3 +24,14 @@ def nvila_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nvila") / "tiny"
     write_nvila_checkpoint(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _loggers() -> Iterator[None]:
+    """A test that serves in this process sets up logging; the next one finds it as before."""
+    loggers = [logging.getLogger(name) for name in ("siglane", "uvicorn")]
+    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)

@@ -26,7 +26,7 @@ from siglane.server.app import create_app
 from siglane.server.http import Server, uvicorn_config
 from siglane.server.launch import listen
 from siglane.server.metrics import Metrics
-from siglane.server.served import ChatModel, Served
+from siglane.server.served import ChatModel, Deployment, Served
 from siglane.settings.server import ServerConfig
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
 
@@ -75,7 +75,7 @@ def running(
     processor: Processor, engine: EngineProcess, *, budget: ImageBudget = CHECKPOINT_LIMITS, **options: Any
 ) -> Iterator[RunningServer]:
     config, metrics = config_of(**options), Metrics()
-    chat = ChatModel(MODEL, "folder/of-tiny", processor, engine, config, metrics, budget)
+    chat = ChatModel(Deployment(MODEL, "folder/of-tiny", engine, config, metrics, budget), processor)
     with listening(Served(config, engine, metrics, chat)) as server:
         yield server
 
@@ -160,7 +160,7 @@ def encode(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
 
 
 # a request that runs for some time, so that something else can happen beside it
-GOOD_TOKENS = 120
+GOOD_TOKENS = 60
 GOOD = chat(
     image_part(picture(90, 50, seed=1)),
     "Describe the picture.",

@@ -30,6 +30,8 @@ from siglane.engine.process import EngineProcess
 from siglane.errors import EngineError, UserError
 from siglane.families.two_tower import load_two_tower, read_two_tower
 from siglane.server.launch import serve, serving
+from siglane.server.metrics import Metrics
+from siglane.server.served import Deployment, EmbedModel, Served
 from siglane.server.text_cache import TextCache, Vector
 from siglane.settings.engine import EngineConfig
 from siglane.settings.server import ServerConfig
@@ -50,6 +52,16 @@ def embedding_server(folder: Path, **options: Any) -> Iterator[RunningServer]:
         served.engine.wait_ready()
         with listening(served) as server:
             yield server
+
+
+@contextmanager
+def front(behind: RunningServer, **options: Any) -> Iterator[RunningServer]:
+    """Another server of the model that `behind` serves, before the same engine."""
+    config, metrics, first = config_of(**options), Metrics(), behind.served.embed
+    facts, tokens = read_two_tower(open_checkpoint(first.root))[:2]
+    deployed = Deployment(MODEL, first.root, behind.served.engine, config, metrics)
+    with listening(Served(config, deployed.engine, metrics, embed=EmbedModel(deployed, facts, tokens))) as server:
+        yield server
 
 
 @contextmanager
@@ -429,18 +441,16 @@ class TestTextCache:
         assert cache.get("a") is None
         assert cache.bytes == 0
 
-    def test_a_server_keeps_no_more(self, tmp_path: Path) -> None:
-        write_two_tower_checkpoint(tmp_path, "siglip2")
-        with embedding_server(tmp_path, text_cache_bytes=5000) as server:
+    def test_a_server_keeps_no_more(self, fixed: RunningServer) -> None:
+        with front(fixed, text_cache_bytes=5000) as server:
             first = vectors(server.post_to("/v1/embeddings", input=[f"text {number}" for number in range(40)]))
             assert 0 < server.served.embed.texts.bytes <= 5000
             again = vectors(server.post_to("/v1/embeddings", input=[f"text {number}" for number in range(40)]))
             assert np.abs(first - again).max() < 1e-6
 
 
-def test_key_limits_probes_and_metrics(tmp_path: Path) -> None:
-    write_two_tower_checkpoint(tmp_path, "siglip2")
-    with embedding_server(tmp_path, api_key="secret", max_body_bytes=4096) as server:
+def test_key_limits_probes_and_metrics(fixed: RunningServer) -> None:
+    with front(fixed, api_key="secret", max_body_bytes=4096) as server:
         assert_error(server.post_to("/v1/embeddings", input="a"), 401, "invalid_api_key")
         assert_error(server.post_to("/v1/classify", images=["a"], labels=["b"]), 401, "invalid_api_key")
         client = server.openai(api_key="secret")
@@ -466,9 +476,8 @@ def test_a_chat_server_does_not_embed(server: RunningServer) -> None:
         assert "chats" in response.json()["error"]["message"]
 
 
-def test_ending_while_a_client_waits(tmp_path: Path) -> None:
-    write_two_tower_checkpoint(tmp_path, "siglip2")
-    with embedding_server(tmp_path) as server, stopped(server):
+def test_ending_while_a_client_waits(fixed: RunningServer) -> None:
+    with front(fixed) as server, stopped(server):
         engine = server.served.engine
         answers: list[httpx2.Response] = []
         thread = threading.Thread(target=lambda: answers.append(server.post_to("/v1/embeddings", input="a")))

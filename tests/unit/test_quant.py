@@ -241,7 +241,7 @@ def test_a_quarter_of_the_memory() -> None:
     left = resident_bytes() - before
     assert holder.layer.linear.nbytes < 0.26 * 4 * side * side
     assert whole > 3.9 * side * side
-    assert left < 0.45 * whole  # the quarter, and what the allocator keeps for its next product
+    assert left < 0.55 * whole  # the quarter, and what the allocator keeps; with the float32 matrix it would be 1.25
 
 
 def test_what_is_quantised_stays_as_it_is() -> None:

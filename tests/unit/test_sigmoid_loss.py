@@ -120,7 +120,7 @@ def ask_rank(rank: int, ranks: int, store: str, answers: Any) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("ranks", SHARES)
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_give_the_plain_loss_and_gradients(ranks: int, tmp_path) -> None:
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()

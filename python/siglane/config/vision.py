@@ -19,6 +19,22 @@ ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
 }
 
+# what the configuration classes of transformers and of Ovis take for an absent key
+SIGLIP_SIZES = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "patch_size": 16,
+}
+NAVIT_SIZES = SIGLIP_SIZES | {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+}
+
 NAVIT_ROPE_THETA = 10000.0  # a constant of Ovis' modeling_siglip2_navit.py
 
 PatchLayout = Literal["channel_first", "channel_last"]
@@ -86,25 +102,19 @@ class VisionConfig:
         pooling head where there is one.
         """
         reader = ConfigReader(raw, name)
-        layers = reader.size("num_hidden_layers", 12)
-        patch_size = reader.size("patch_size", 16)
-        side = reader.size("image_size", 224) // patch_size
+        sizes = {key: reader.size(key, default) for key, default in SIGLIP_SIZES.items()}
+        side = reader.size("image_size", 224) // sizes["patch_size"]
         if side == 0:
-            raise ConfigError(f"{name}: image_size is smaller than patch_size {patch_size}")
+            raise ConfigError(f"{name}: image_size is smaller than patch_size {sizes['patch_size']}")
         return cls(
-            hidden_size=reader.size("hidden_size", 768),
-            intermediate_size=reader.size("intermediate_size", 3072),
-            num_hidden_layers=layers,
-            num_attention_heads=reader.size("num_attention_heads", 12),
-            num_channels=reader.size("num_channels", 3),
-            patch_size=patch_size,
+            **sizes,
             position_grid=Grid(side, side),
             hidden_act=reader.choice("hidden_act", ACTIVATIONS, "gelu_pytorch_tanh"),
             layer_norm_eps=reader.value("layer_norm_eps", float, 1e-6),
             patch_layout="channel_first",
             position_resize="never",
             rope_theta=None,
-            depth=resolve_layer(feature_layer, layers, name),
+            depth=resolve_layer(feature_layer, sizes["num_hidden_layers"], name),
             post_norm=post_norm,
             use_head=head and reader.value("vision_use_head", bool, True),
         )
@@ -126,22 +136,16 @@ class VisionConfig:
                 f"{name}: fullatt_block_indexes {raw['fullatt_block_indexes']!r} (windows for the other blocks) is not "
                 "supported; siglane knows towers whose blocks all attend to the whole image"
             )
-        layers = reader.size("num_hidden_layers", 24)
-        patch_size = reader.size("patch_size", 16)
+        sizes = {key: reader.size(key, default) for key, default in NAVIT_SIZES.items()}
         return cls(
-            hidden_size=reader.size("hidden_size", 1024),
-            intermediate_size=reader.size("intermediate_size", 4096),
-            num_hidden_layers=layers,
-            num_attention_heads=reader.size("num_attention_heads", 16),
-            num_channels=reader.size("num_channels", 3),
-            patch_size=patch_size,
-            position_grid=_navit_positions(reader, patch_size),
+            **sizes,
+            position_grid=_navit_positions(reader, sizes["patch_size"]),
             hidden_act=reader.choice("hidden_act", ACTIVATIONS, "gelu_pytorch_tanh"),
             layer_norm_eps=reader.value("layer_norm_eps", float, 1e-6),
             patch_layout="channel_first",
             position_resize="bicubic",
             rope_theta=NAVIT_ROPE_THETA if reader.value("use_rope", bool, True) else None,
-            depth=layers,
+            depth=sizes["num_hidden_layers"],
             post_norm=False,
             use_head=False,
         )

@@ -25,7 +25,7 @@ from siglane.config.reader import ConfigReader, RawConfig
 from siglane.config.vision import VisionConfig
 from siglane.errors import ConfigError, UserError
 from siglane.families.family import CHATML, PromptRules, VlmFamily
-from siglane.nn.plan import Ignore, Rule, WeightPlan
+from siglane.nn.plan import Ignore, Rule, WeightPlan, parts
 from siglane.projector.build import projector_plan
 from siglane.tiling.nanovlm import WholeTiles
 from siglane.tiling.rule import LayoutRule
@@ -70,13 +70,10 @@ TOWER_BLOCK = WeightPlan((
 ))  # fmt: skip
 LANGUAGE_BLOCK = WeightPlan((
     Rule("norm1.weight", "input_norm.weight"),
-    Rule("attn.q_proj.weight", "attention.qkv.weight", "q"),
-    Rule("attn.k_proj.weight", "attention.qkv.weight", "k"),
-    Rule("attn.v_proj.weight", "attention.qkv.weight", "v"),
+    *parts("attn.*_proj.weight", "attention.qkv.weight", "q k v"),
     Rule("attn.out_proj.weight", "attention.o_proj.weight"),
     Rule("norm2.weight", "post_attention_norm.weight"),
-    Rule("mlp.gate_proj.weight", "mlp.gate_up.weight", "gate"),
-    Rule("mlp.up_proj.weight", "mlp.gate_up.weight", "up"),
+    *parts("mlp.*_proj.weight", "mlp.gate_up.weight", "gate up"),
     Rule("mlp.down_proj.weight", "mlp.down_proj.weight"),
 ))  # fmt: skip
 

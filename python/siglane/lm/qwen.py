@@ -12,7 +12,7 @@ from siglane.nn.embedding import VocabParallelEmbedding
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear, attention_parallel
 from siglane.nn.norm import RMSNorm
 from siglane.nn.parallel import TensorParallel
-from siglane.nn.plan import Entry, Ignore, Rule, WeightPlan
+from siglane.nn.plan import Entry, Ignore, Rule, WeightPlan, parts
 from siglane.nn.rope import Rotary, rotary_tables, rotate
 
 
@@ -124,15 +124,12 @@ def qwen_plan(config: LanguageConfig, decoder: str = "model.") -> WeightPlan:
     output head."""
     block = WeightPlan((
         Rule("input_layernorm.{leaf}", "input_norm.{leaf}"),
-        Rule("self_attn.q_proj.{leaf}", "attention.qkv.{leaf}", "q"),
-        Rule("self_attn.k_proj.{leaf}", "attention.qkv.{leaf}", "k"),
-        Rule("self_attn.v_proj.{leaf}", "attention.qkv.{leaf}", "v"),
+        *parts("self_attn.*_proj.{leaf}", "attention.qkv.{leaf}", "q k v"),
         Rule("self_attn.q_norm.{leaf}", "attention.q_norm.{leaf}"),
         Rule("self_attn.k_norm.{leaf}", "attention.k_norm.{leaf}"),
         Rule("self_attn.o_proj.{leaf}", "attention.o_proj.{leaf}"),
         Rule("post_attention_layernorm.{leaf}", "post_attention_norm.{leaf}"),
-        Rule("mlp.gate_proj.{leaf}", "mlp.gate_up.{leaf}", "gate"),
-        Rule("mlp.up_proj.{leaf}", "mlp.gate_up.{leaf}", "up"),
+        *parts("mlp.*_proj.{leaf}", "mlp.gate_up.{leaf}", "gate up"),
         Rule("mlp.down_proj.{leaf}", "mlp.down_proj.{leaf}"),
     ))  # fmt: skip
     head: Entry = Rule("lm_head.weight", "lm_head.weight")

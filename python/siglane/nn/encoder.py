@@ -10,7 +10,7 @@ from torch import nn
 from siglane.nn.attention import Segments, packed_attention
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear, attention_parallel
 from siglane.nn.parallel import TensorParallel
-from siglane.nn.plan import Rule, WeightPlan
+from siglane.nn.plan import Rule, WeightPlan, parts
 from siglane.nn.rope import Rotary, rotate
 from siglane.types import Activation, AttentionBackend
 
@@ -87,9 +87,7 @@ class EncoderBlock(nn.Module):
 # transformers' `SiglipEncoderLayer`, the same in both towers
 BLOCK_PLAN = WeightPlan((
     Rule("layer_norm1.{leaf}", "norm1.{leaf}"),
-    Rule("self_attn.q_proj.{leaf}", "attention.qkv.{leaf}", "q"),
-    Rule("self_attn.k_proj.{leaf}", "attention.qkv.{leaf}", "k"),
-    Rule("self_attn.v_proj.{leaf}", "attention.qkv.{leaf}", "v"),
+    *parts("self_attn.*_proj.{leaf}", "attention.qkv.{leaf}", "q k v"),
     Rule("self_attn.out_proj.{leaf}", "attention.out_proj.{leaf}"),
     Rule("layer_norm2.{leaf}", "norm2.{leaf}"),
     Rule("mlp.fc1.{leaf}", "mlp.fc1.{leaf}"),

@@ -96,6 +96,12 @@ class WeightPlan:
         return WeightPlan(self.entries + other.entries)
 
 
+def parts(pattern: str, target: str, names: str) -> tuple[Rule, ...]:
+    """A rule for each part of a fused parameter whose parts the checkpoint stores apart: `*` of `pattern` is the part's
+    name, one of the words of `names`."""
+    return tuple(Rule(pattern.replace("*", name), target, name) for name in names.split())
+
+
 def _moved(entry: Entry, source: str, target: str) -> Entry:
     match entry:
         case Rule(pattern, parameter):

@@ -112,7 +112,7 @@ def serving(config: ServerConfig, spec: EngineSpec, image_limits: ImageBudget = 
     from siglane.families.processor import load_processor
     from siglane.families.two_tower import has_both_towers, read_two_tower
     from siglane.server.metrics import Metrics
-    from siglane.server.served import ChatModel, EmbedModel, Served
+    from siglane.server.served import ChatModel, Deployment, EmbedModel, Served
     from siglane.weights.hub import open_checkpoint
 
     # what the engine's process opens is downloaded here, and facts that cannot be used are found
@@ -128,10 +128,11 @@ def serving(config: ServerConfig, spec: EngineSpec, image_limits: ImageBudget = 
     try:
         chat = embed = None
         if not alone:
-            chat = ChatModel(name, spec.model, load_processor(checkpoint), engine, config, metrics, image_limits)
+            deployed = Deployment(name, spec.model, engine, config, metrics, image_limits)
+            chat = ChatModel(deployed, load_processor(checkpoint))
         if tagger is not None and two_tower is not None:
             its_name, its_limits = (name, image_limits) if alone else (folder_of(tagger), CHECKPOINT_LIMITS)
-            embed = EmbedModel(its_name, tagger, *two_tower, engine, config, metrics, its_limits)
+            embed = EmbedModel(Deployment(its_name, tagger, engine, config, metrics, its_limits), *two_tower)
         with contextlib.closing(Served(config, engine, metrics, chat, embed)) as served:
             yield served
     finally:

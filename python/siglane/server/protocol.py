@@ -196,10 +196,7 @@ class ChatCompletionRequest(RequestModel):
     def _check_logit_bias(cls, value: Any) -> Any:
         if value is None:
             return None
-        if not isinstance(value, dict) or len(value) > MAX_LOGIT_BIAS:
-            message = f"logit_bias must be an object of at most {MAX_LOGIT_BIAS} token ids"
-            raise UserError(message, code="invalid_value")
-        for key, bias in value.items():
+        for key, bias in _object("logit_bias", value, MAX_LOGIT_BIAS, "token ids").items():
             if not re.fullmatch(r"[0-9]{1,9}", key) or isinstance(bias, bool) or not isinstance(bias, int | float):
                 raise UserError("logit_bias must map token ids to numbers", code="invalid_value")
             if not -100 <= bias <= 100:
@@ -211,12 +208,10 @@ class ChatCompletionRequest(RequestModel):
     def _check_template_kwargs(cls, value: Any) -> Any:
         if value is None:
             return None
-        if not isinstance(value, dict) or len(value) > MAX_TEMPLATE_KWARGS:
-            message = f"chat_template_kwargs must be an object of at most {MAX_TEMPLATE_KWARGS} values"
-            raise UserError(message, code="invalid_value")
-        if not all(name.isidentifier() for name in value):
+        given = _object("chat_template_kwargs", value, MAX_TEMPLATE_KWARGS, "values")
+        if not all(name.isidentifier() for name in given):
             raise UserError("the names in chat_template_kwargs must be identifiers", code="invalid_value")
-        if not all(item is None or isinstance(item, TemplateValue) for item in value.values()):
+        if not all(item is None or isinstance(item, TemplateValue) for item in given.values()):
             raise UserError("the values in chat_template_kwargs must be plain", code="invalid_value")
         return value
 
@@ -253,6 +248,13 @@ class ChatCompletionRequest(RequestModel):
         if self.thinking_token_budget is not None:
             named["thinking_budget"] = self.thinking_token_budget
         return named
+
+
+def _object(name: str, value: Any, most: int, of: str) -> dict[str, Any]:
+    """UserError unless `value` is a JSON object with at most `most` entries."""
+    if not isinstance(value, dict) or len(value) > most:
+        raise UserError(f"{name} must be an object of at most {most} {of}", code="invalid_value")
+    return value
 
 
 def ignored_fields(model: BaseModel) -> list[str]:

@@ -8,8 +8,9 @@ import hashlib
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+from siglane.config.images import ImageFacts
 from siglane.config.two_tower import TwoTowerConfig
 from siglane.engine.answer import Answer
 from siglane.engine.embed_worker import Embedding, Item
@@ -33,33 +34,57 @@ from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
 from siglane.types import Request, SamplingParams
 
 
-class ChatModel:
-    """A vision-language model behind an engine. Lives on one event loop.
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """Where one model of a server runs and what its clients may know of it."""
 
-    name: of it in answers; root: its folder or hub id; image_limits: the ceiling of its clients'; config,
-    metrics: the server's.
-    """
+    name: str  # in answers
+    root: str  # its folder or hub id
+    engine: EngineProcess
+    config: ServerConfig
+    metrics: Metrics
+    image_limits: ImageBudget = CHECKPOINT_LIMITS  # the ceiling of its clients'
 
-    def __init__(
-        self,
-        name: str,
-        root: str,
-        processor: Processor,
-        engine: EngineProcess,
-        config: ServerConfig,
-        metrics: Metrics,
-        image_limits: ImageBudget = CHECKPOINT_LIMITS,
-    ) -> None:
-        self.name, self.root, self.processor, self.config, self.metrics = name, root, processor, config, metrics
-        self.sampling_defaults = defaults_of(config, processor)
-        self.fingerprint = "fp_" + hashlib.sha256(f"{root}\0{processor.config}".encode()).hexdigest()[:12]
-        self.media = MediaLoader(config, processor.config.images, image_limits)
+
+class ServedModel:
+    """What a model has whatever it is asked for. Lives on one event loop."""
+
+    def __init__(self, deployed: Deployment, images: ImageFacts | None) -> None:
+        self.name, self.root, self.config, self.metrics = (
+            deployed.name,
+            deployed.root,
+            deployed.config,
+            deployed.metrics,
+        )
+        self.media = MediaLoader(self.config, images, deployed.image_limits)
+        self._engine = deployed.engine
+        self._ended = False
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that one input has room for."""
+        raise NotImplementedError
+
+    def fail_all(self) -> None:
+        """Ends every running request with an error and takes no other."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self.media.close()
+
+
+class ChatModel(ServedModel):
+    """A vision-language model behind an engine."""
+
+    def __init__(self, deployed: Deployment, processor: Processor) -> None:
+        super().__init__(deployed, processor.config.images)
+        self.processor = processor
+        self.sampling_defaults = defaults_of(self.config, processor)
+        self.fingerprint = "fp_" + hashlib.sha256(f"{self.root}\0{processor.config}".encode()).hexdigest()[:12]
         self.token_texts = TokenTexts(processor.tokenizer)
         self.longest_token = max(map(len, processor.tokenizer.get_vocab()))
-        self._engine = engine
         self._commands = ThreadPoolExecutor(1, thread_name_prefix="engine-commands")
         self._asked: set[Choices] = set()
-        self._ended = False
 
     @property
     def context_length(self) -> int:
@@ -93,13 +118,12 @@ class ChatModel:
         choices.close()
 
     def fail_all(self) -> None:
-        """Ends every running request with an error and takes no other."""
         self._ended = True
         for choices in self._asked:
             choices.fail(shutting_down())
 
     def close(self) -> None:
-        self.media.close()
+        super().close()
         self._commands.shutdown(wait=False)
 
 
@@ -113,31 +137,17 @@ def defaults_of(config: ServerConfig, processor: Processor) -> SamplingParams:
     return defaults
 
 
-class EmbedModel:
-    """Both towers of a SigLIP behind an engine. Lives on one event loop.
+class EmbedModel(ServedModel):
+    """Both towers of a SigLIP behind an engine."""
 
-    name: of it in answers; root: its folder or hub id; image_limits: the ceiling of its clients'; config,
-    metrics: the server's.
-    """
+    def __init__(self, deployed: Deployment, facts: TwoTowerConfig, tokens: TextTokens) -> None:
+        super().__init__(deployed, facts.images)
+        self.tokens, self.width, self._length = tokens, facts.text.projection_size, facts.text.length
+        self.texts = TextCache(self.config.text_cache_bytes)
 
-    def __init__(
-        self,
-        name: str,
-        root: str,
-        facts: TwoTowerConfig,
-        tokens: TextTokens,
-        engine: EngineProcess,
-        config: ServerConfig,
-        metrics: Metrics,
-        image_limits: ImageBudget = CHECKPOINT_LIMITS,
-    ) -> None:
-        self.name, self.root, self.tokens, self.metrics = name, root, tokens, metrics
-        self.width = facts.text.projection_size
-        self.context_length = facts.text.length
-        self.media = MediaLoader(config, facts.images, image_limits)
-        self.texts = TextCache(config.text_cache_bytes)
-        self._engine = engine
-        self._ended = False
+    @property
+    def context_length(self) -> int:
+        return self._length
 
     @property
     def prepared_as(self) -> str:
@@ -161,12 +171,8 @@ class EmbedModel:
         return await asyncio.gather(*futures, return_exceptions=True)
 
     def fail_all(self) -> None:
-        """Ends every running request with an error and takes no other."""
         self._ended = True
         self._engine.fail_embeddings(shutting_down())
-
-    def close(self) -> None:
-        self.media.close()
 
 
 class Served:
@@ -184,7 +190,7 @@ class Served:
         embed: EmbedModel | None = None,
     ) -> None:
         self.config, self.engine, self.metrics, self.chat, self.embed = config, engine, metrics, chat, embed
-        self.models = tuple(model for model in (chat, embed) if model is not None)
+        self.models: tuple[ServedModel, ...] = tuple(model for model in (chat, embed) if model is not None)
         self.name = self.models[0].name
         self.inflight_bytes = InflightBytes(config.max_inflight_bytes, metrics.inflight_bytes)
         self.draining = False
@@ -192,7 +198,7 @@ class Served:
         if chat is not None:
             metrics.watch_engine(engine.stats)
 
-    def check_name(self, name: str | None, model: ChatModel | EmbedModel) -> None:
+    def check_name(self, name: str | None, model: ServedModel) -> None:
         """UserError (404) for a name that a client gives a model that has others."""
         if name is not None and name not in self._names(model):
             message = f"the model {name[:80]!r} is not served here; this is {model.name!r}"
@@ -226,12 +232,12 @@ class Served:
         for model in self.models:
             model.close()
 
-    def _names(self, model: ChatModel | EmbedModel) -> set[str]:
+    def _names(self, model: ServedModel) -> set[str]:
         """The first model has the server's aliases too, and whoever stands beside it has all of its names."""
         first = self.models[0]
         return {model.name, model.root, first.name, first.root, *self.config.model_aliases}
 
-    def _card(self, model: ChatModel | EmbedModel) -> ModelCard:
+    def _card(self, model: ServedModel) -> ModelCard:
         return {
             "id": model.name,
             "object": "model",

@@ -77,36 +77,36 @@ def open_checkpoint(
 
 def _download(repository: str, revision: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
-    except GatedRepoError as error:
-        raise _not_found(
-            f"{repository} is gated; accept its terms on the hub, then log in with `hf auth login`"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise _not_found(f"{repository} has no revision {revision!r}; leave it out for the newest") from error
-    except RepositoryNotFoundError as error:
-        raise _not_found(
-            f"there is no folder and no hub repository {repository!r}; check the name, or log in if it is private"
-        ) from error
-    except HFValidationError as error:
-        raise _not_found(f"{repository!r} is neither a folder nor a hub id: {error}") from error
-    except LocalEntryNotFoundError as error:
-        raise _not_found(
-            f"{repository!r} is not a folder, not in the local cache, and the hub cannot be reached; "
-            "connect once to download it, or give a folder"
-        ) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise _not_found(f"downloading {repository} failed: {error}; try again, or give a folder") from error
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise _not_found(_why(error, repository, revision)) from error
+
+
+def _why(error: Exception, repository: str, revision: str | None) -> str:
+    """Why there is no copy of a repository, and what to do."""
+    from huggingface_hub import errors
+
+    match error:
+        case errors.GatedRepoError():
+            return f"{repository} is gated; accept its terms on the hub, then log in with `hf auth login`"
+        case errors.RevisionNotFoundError():
+            return f"{repository} has no revision {revision!r}; leave it out for the newest"
+        case errors.RepositoryNotFoundError():
+            return (
+                f"there is no folder and no hub repository {repository!r}; check the name, or log in if it is private"
+            )
+        case errors.HFValidationError():
+            return f"{repository!r} is neither a folder nor a hub id: {error}"
+        case errors.LocalEntryNotFoundError():
+            return (
+                f"{repository!r} is not a folder, not in the local cache, and the hub cannot be reached; "
+                "connect once to download it, or give a folder"
+            )
+        case _:
+            return f"downloading {repository} failed: {error}; try again, or give a folder"
 
 
 def _not_found(message: str) -> UserError:
