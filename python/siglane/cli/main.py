@@ -1,8 +1,8 @@
 """`siglane COMMAND ...`: finds the command, turns every error into one line and an exit code.
 
-Exit codes: 0 done, 1 something failed, 2 the caller's mistake, 130 interrupted. Results go to stdout, everything else
-to stderr. Each command is a module with `ARGUMENTS`, `OPTIONS` and `run(arguments, out) -> exit code`; only the one
-asked for is imported, so that `siglane --help` does not wait for torch.
+Exit codes: 0 done, 1 something failed, 2 the caller's mistake, 3 a batch that was stopped and can be continued, 130
+interrupted. Results go to stdout, everything else to stderr. Each command is a module with `ARGUMENTS`, `OPTIONS` and
+`run(arguments, out) -> exit code`; only the one asked for is imported, so that `siglane --help` needs no torch.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from siglane.settings.flags import OptionGroup, Parser, add_options, read_file, 
 COMMANDS = {
     "generate": "ask a model one question about pictures",
     "serve": "serve a model over the OpenAI API",
+    "batch": "answer many requests, or one question about many pictures, from a file to a file",
     "encode": "write the vision features of pictures to a file",
     "embed": "write the vectors of pictures and texts",
     "tag": "say which of many labels fit pictures",

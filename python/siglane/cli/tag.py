@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import glob
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from siglane.batch.pictures import expand
+from siglane.batch.rows import RowFile
 from siglane.cli.common import (
     IMAGES,
     MODEL,
@@ -21,10 +21,6 @@ from siglane.cli.common import (
     emit_json,
     emit_line,
 )
-from siglane.cli.rows import RowFile
-from siglane.config.preprocess import PICTURE_SUFFIXES
-from siglane.errors import UserError
-from siglane.media.source import URL
 from siglane.settings.flags import OptionGroup, read_options, stated_in
 from siglane.settings.media import DecodeOptions
 from siglane.settings.options import CommandOptions, options_of
@@ -84,39 +80,6 @@ def _flags(arguments: argparse.Namespace, options: TagOptions) -> dict[str, Any]
     if flags["model"] == FROM_SETTINGS:
         del flags["model"]
     return flags if options.threshold is None else flags | {"confidence_threshold": options.threshold}
-
-
-def expand(given: str) -> list[str]:
-    """The pictures that one argument names, in order: itself, those below a folder, or what a pattern matches.
-
-    UserError for a folder or a pattern without pictures. A missing file stays: it is an error of its own row, and so is
-    an empty folder that is called like a picture.
-    """
-    if URL.match(given):
-        return [given]
-    if os.path.isdir(given):
-        found = sorted(_pictures_below(given))
-        if not found and given.lower().endswith(PICTURE_SUFFIXES):
-            return [given]
-    elif os.path.exists(given) or not glob.has_magic(given):
-        return [given]
-    else:
-        found = sorted(name for name in glob.glob(given, recursive=True) if os.path.isfile(name))
-    if not found:
-        suffixes = ", ".join(PICTURE_SUFFIXES)
-        raise UserError(f"{given!r} holds no pictures; siglane looks for {suffixes}", code="no_pictures")
-    return found
-
-
-def _pictures_below(folder: str) -> Iterator[str]:
-    for parent, folders, names in os.walk(folder, onerror=_say_unread):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        shown = [name for name in names if not name.startswith(".")]
-        yield from (os.path.join(parent, name) for name in shown if name.lower().endswith(PICTURE_SUFFIXES))
-
-
-def _say_unread(error: OSError) -> None:
-    print(f"siglane: pictures below {error.filename} are left out: {error.strerror}", file=sys.stderr)
 
 
 def _rows(
