@@ -450,7 +450,7 @@ def test_a_disk_that_fills_up(source: Path, whole: tuple[bytes, bytes], tmp_path
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join((*sys.path, str(Path(__file__).parent)))},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), *sys.path))},
     )
     assert "CannotWrite: cannot write" in done.stderr
     answers, _ = files_of(tmp_path / "out.jsonl")

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 from two_tower_checkpoint import write_two_tower_checkpoint
 
 from siglane.cli.common import emit_line
@@ -117,15 +118,21 @@ def test_a_picture_that_cannot_be_read_costs_its_own_row(
     (tmp_path / "locked.png").symlink_to("/proc/self/mem")  # may be opened, cannot be read
     bad = [str(tmp_path / name) for name in ("x.jpg", "empty.png", "locked.png", "gone.png", "y" * 300 + ".png")]
     images = [path for pair in zip(paths(folder), bad, strict=False) for path in pair]
-    for words in (["tag", model, *images, *labels], ["tokens", model, *images]):
+    encode = ["encode", model, *images, "-o", str(tmp_path / "out")]
+    for words in (["tag", model, *images, *labels], ["tokens", model, *images], ["embed", model, *images], encode):
         assert main([*words, "--json"]) == 0
         rows = json.loads(capsys.readouterr().out)
         assert [row["image"] for row in rows] == images
         assert [row["image"] for row in rows if "error" in row] == bad
+        if words[0] in ("embed", "encode"):
+            continue
         assert main(words) == 0
         assert sum("error" in line for line in capsys.readouterr().out.splitlines()) == len(bad)
-    assert main(["tokens", model, *bad]) == 2
-    assert capsys.readouterr().out == ""
+    assert sorted(load_file(tmp_path / "out")) == [str(number) for number in range(0, 10, 2)]
+    for words in (["tokens", model, *bad], ["embed", model, *bad, "--json"], ["encode", model, *bad, "-o", encode[-1]]):
+        capsys.readouterr()
+        assert main(words) == 2
+        assert capsys.readouterr().out == ""
 
 
 def run(words: list[str], shell: str = "", **environment: str) -> subprocess.CompletedProcess[bytes]:

@@ -20,7 +20,7 @@ import orjson
 
 from siglane.batch.keys import DiskSet
 from siglane.errors import UserError
-from siglane.media.source import naming, open_file
+from siglane.media.source import naming, read_file
 
 CHAT, EMBEDDINGS, CLASSIFY = "/v1/chat/completions", "/v1/embeddings", "/v1/classify"
 URLS = (CHAT, EMBEDDINGS, CLASSIFY)
@@ -48,8 +48,8 @@ class Row:
         """The body with its picture. Raises ImageError when that cannot be read."""
         if self.picture is None:
             return self.body
-        with naming(self.picture), open_file(self.picture) as file:
-            data = base64.b64encode(file.read()).decode()
+        with naming(self.picture):
+            data = base64.b64encode(read_file(self.picture)).decode()
         image = {"type": "image_url", "image_url": {"url": f"data:image/any;base64,{data}"}}
         (message,) = self.body["messages"]
         return {**self.body, "messages": [{**message, "content": [image, *message["content"]]}]}

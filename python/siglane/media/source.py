@@ -67,8 +67,18 @@ def read_local(source: str | Path, policy: MediaPolicy) -> bytes:
     path = local_path(source)
     if path is None:
         return fetch(str(source), policy)
+    return read_file(path)
+
+
+def read_file(path: str | Path, start: int = 0, size: int = -1) -> bytes:
+    """`size` bytes of a local file from `start`, -1 for all. Raises ImageError as `open_file`, and for a disk that
+    fails while it is read."""
     with open_file(path) as file:
-        return file.read()
+        try:
+            file.seek(start)
+            return file.read(size)
+        except OSError as error:
+            raise ImageError(f"cannot be read: {error.strerror}", code="image_not_found") from None
 
 
 def open_file(path: str | Path) -> BinaryIO:

@@ -19,7 +19,7 @@ from siglane.config.preprocess import LOCAL_DECODE, PICTURE_SUFFIXES
 from siglane.errors import UserError
 from siglane.families.two_tower import LoadedTwoTower, load_two_tower
 from siglane.image.decode import decode
-from siglane.media.source import naming, open_file
+from siglane.media.source import naming, read_file
 from siglane.nn.device import resolve_device
 from siglane.settings.tagging import TEMPLATES
 from siglane.types import DecodedImage
@@ -92,8 +92,8 @@ def class_files(folder: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
 
 
 def _decoded(file: Path) -> DecodedImage:
-    with naming(file), open_file(file) as stream:
-        return decode(stream.read(), LOCAL_DECODE)
+    with naming(file):
+        return decode(read_file(file), LOCAL_DECODE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

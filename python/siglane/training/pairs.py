@@ -28,7 +28,7 @@ from siglane.config.preprocess import LOCAL_DECODE
 from siglane.errors import ImageError, UserError
 from siglane.families.processor import ImageProcessor
 from siglane.image.decode import decode
-from siglane.media.source import open_file
+from siglane.media.source import read_file
 from siglane.training.report import BadRow
 from siglane.training.shards import read_samples
 from siglane.training.texts import is_unicode, read_lines
@@ -76,12 +76,7 @@ class StoredPair:
     start: int | None = None
 
     def picture(self) -> DecodedImage:
-        try:
-            with open_file(self.file) as file:
-                file.seek(self.start or 0)
-                data = file.read(-1 if self.start is None else self.size)
-        except OSError as error:  # a disk that fails while it is read
-            raise ImageError(f"cannot be read: {error.strerror}", code="image_not_found") from None
+        data = read_file(self.file) if self.start is None else read_file(self.file, self.start, self.size)
         return decode(data, LOCAL_DECODE)
 
 
