@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import SEEK_CUR, BytesIO
+from io import BytesIO
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 from siglane.config.preprocess import DecodeConfig
 from siglane.errors import ImageError
+from siglane.image import bmp, gif, jpeg, png, webp
+from siglane.image.header import UPRIGHT, Header, orientation_of
 from siglane.types import DecodedImage, Size
 
 # EXIF orientation -> what makes the picture upright
-_TURNS: dict[Any, Image.Transpose] = {
+_TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -29,7 +32,9 @@ _TURNS: dict[Any, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SIDEWAYS = {_TURNS[orientation] for orientation in (5, 6, 7, 8)}
+
+# each finds in a file what makes its picture; TIFF and AVIF are Pillow's alone
+_READERS = {"JPEG": jpeg, "PNG": png, "WEBP": webp, "GIF": gif, "BMP": bmp}
 
 # (offset, bytes) that give a format away; only used to say why a file was refused
 _SIGNATURES = (
@@ -56,7 +61,7 @@ _SIGNATURES = (
     (40, b" EMF", "EMF"),
 )
 _SIGNATURE_BYTES = 64
-_MAX_PNG_CHUNKS = 10_000  # a file of empty chunks must not keep a core busy
+_MIN_IS_WHITE = 0  # of a grey TIFF; Pillow turns 8 bits round, 16 not
 
 
 def read_size(file: bytes | BinaryIO, config: DecodeConfig) -> Size:
@@ -65,7 +70,7 @@ def read_size(file: bytes | BinaryIO, config: DecodeConfig) -> Size:
     Raises ImageError: image_format_not_allowed, image_decode_failed, image_too_large, image_aspect_ratio.
     """
     with _as_image_error():
-        return _open(BytesIO(file) if isinstance(file, bytes) else file, config)[1]
+        return _read_header(BytesIO(file) if isinstance(file, bytes) else file, config)[1].upright
 
 
 def pil_size(image: Image.Image, config: DecodeConfig) -> Size:
@@ -73,8 +78,7 @@ def pil_size(image: Image.Image, config: DecodeConfig) -> Size:
     with _as_image_error():
         _check_size(Size(*image.size), config)
         image.load()  # it may hold the EXIF data behind its pixels
-        width, height = image.size
-        return Size(height, width) if _turn(image) in _SIDEWAYS else Size(width, height)
+        return _pil_header(image).upright
 
 
 def decode(data: bytes, config: DecodeConfig) -> DecodedImage:
@@ -83,19 +87,25 @@ def decode(data: bytes, config: DecodeConfig) -> DecodedImage:
     Raises ImageError: image_format_not_allowed, image_decode_failed, image_too_large, image_aspect_ratio.
     """
     with _as_image_error():
-        image, size, turn = _open(BytesIO(data), config)
-        decoded = _to_decoded(image, turn, config)
-        if decoded.size != size:
+        file = BytesIO(data)
+        name, header = _read_header(file, config)
+        file.seek(0)
+        image = _READERS[name].open_image(file) if name in _READERS else _open(file, config)
+        decoded = _to_decoded(image, header.orientation, config)
+        if decoded.size != header.upright:
             raise _undecodable()
         return decoded
 
 
-def from_pil(image: Image.Image, config: DecodeConfig) -> DecodedImage:
-    """The same contract for a picture that Pillow already opened: its current frame; any format, any mode."""
+def from_pil(image: Image.Image, config: DecodeConfig, orientation: int | None = None) -> DecodedImage:
+    """The same contract for a picture that Pillow already opened: its current frame; any format, any mode.
+
+    What of it is transparent is Pillow's word. orientation: of EXIF data that Pillow was not shown.
+    """
     with _as_image_error():
         _check_size(Size(*image.size), config)
         image.load()
-        return _to_decoded(image, _turn(image), config)
+        return _to_decoded(image, orientation or _pil_header(image).orientation, config)
 
 
 @contextmanager
@@ -116,25 +126,44 @@ def _undecodable() -> ImageError:
     return ImageError("the image cannot be decoded: its data are damaged or incomplete", code="image_decode_failed")
 
 
-def _open(file: BinaryIO, config: DecodeConfig) -> tuple[Image.Image, Size, Image.Transpose | None]:
-    """The picture, not yet decoded; its upright size, checked; what makes it upright."""
+def _read_header(file: BinaryIO, config: DecodeConfig) -> tuple[str | None, Header]:
+    """The format, None for one that Pillow alone reads, and what the file says of the picture; its size is checked."""
+    name = _format_of(file.read(_SIGNATURE_BYTES))
+    file.seek(0)
+    if name in _READERS and name in config.formats:
+        header = _READERS[name].read_header(file)
+    else:
+        name, header = None, _pil_header(_open(file, config))
+    _check_size(header.upright, config)
+    return name, header
+
+
+def _open(file: BinaryIO, config: DecodeConfig) -> Image.Image:
+    """By Pillow alone. An orientation that is stated in XMP counts nowhere else, and Pillow turns pixels by it without
+    saying so in the size."""
     try:
         image = Image.open(file, formats=config.formats)
     except UnidentifiedImageError:
         raise _unidentified(file, config) from None
-    if image.format == "PNG" and "exif" not in image.info:
-        _find_png_exif(file, image.info)
-    turn = _turn(image)
-    width, height = image.size
-    size = Size(height, width) if turn in _SIDEWAYS else Size(width, height)
-    _check_size(size, config)
-    return image, size, turn
+    image.info.pop("xmp", None)
+    return image
+
+
+def _pil_header(image: Image.Image) -> Header:
+    exif = image.info.get("exif")
+    # Pillow turns the pixels of a TIFF itself, while decoding
+    orientation = orientation_of(exif) if isinstance(exif, bytes) and image.format != "TIFF" else UPRIGHT
+    return Header(Size(*image.size), orientation)
+
+
+def _format_of(head: bytes) -> str | None:
+    return next((name for at, magic, name in _SIGNATURES if head.startswith(magic, at)), None)
 
 
 def _unidentified(file: BinaryIO, config: DecodeConfig) -> ImageError:
     file.seek(0)
     head = file.read(_SIGNATURE_BYTES)
-    name = next((name for at, magic, name in _SIGNATURES if head.startswith(magic, at)), None)
+    name = _format_of(head)
     if name is None and head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
         name = "SVG or HTML"
     allowed = ", ".join(config.formats)
@@ -157,49 +186,26 @@ def _check_size(size: Size, config: DecodeConfig) -> None:
         raise ImageError(message, code="image_aspect_ratio")
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What makes the picture upright; None when it is, or when its EXIF data are broken."""
-    if image.format == "TIFF":  # Pillow turns these itself, while decoding
-        return None
-    try:
-        # the base class's method: PngImageFile's decodes the whole picture to look for EXIF data behind it
-        return _TURNS.get(Image.Image.getexif(image).get(ExifTags.Base.Orientation))
-    except MemoryError:
-        raise
-    except Exception:
-        return None
-
-
-def _find_png_exif(file: BinaryIO, info: dict[str | tuple[int, int], Any]) -> None:
-    """Fills info["exif"] from an eXIf chunk behind the pixels (ImageMagick puts it there), without decoding them."""
-    position = file.tell()
-    file.seek(8)
-    for _ in range(_MAX_PNG_CHUNKS):
-        head = file.read(8)
-        if len(head) < 8:
-            break
-        length = int.from_bytes(head[:4], "big")
-        if head[4:] == b"eXIf":
-            info["exif"] = b"Exif\0\0" + file.read(length)
-            break
-        file.seek(length + 4, SEEK_CUR)
-    file.seek(position)
-
-
-def _to_decoded(image: Image.Image, turn: Image.Transpose | None, config: DecodeConfig) -> DecodedImage:
+def _to_decoded(image: Image.Image, orientation: int, config: DecodeConfig) -> DecodedImage:
     image.load()
-    rgb = _to_rgb(image, config)
+    rgb, turn = _to_rgb(image, config), _TURNS.get(orientation)
     return DecodedImage.from_rgb(np.asarray(rgb if turn is None else rgb.transpose(turn)))
 
 
 def _to_rgb(image: Image.Image, config: DecodeConfig) -> Image.Image:
     if config.depth16 == "scale" and image.mode.startswith(("I", "F")):
         image = _to_8_bit(image)
+    if image.mode == "La":  # grey of a TIFF, already multiplied by alpha
+        image = image.convert("LA")
+    if image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
+        return image.convert("RGB")  # opened by the caller; its alpha is not used, see image/bmp.py
     if config.alpha == "white" and image.has_transparency_data:
         rgba = image.convert("RGBA")
-        canvas = Image.new("RGB", rgba.size, "white")
-        canvas.paste(rgba, mask=rgba.getchannel("A"))
-        return canvas
+        alpha = rgba.getchannel("A")
+        if alpha.getextrema() != (255, 255):
+            canvas = Image.new("RGB", rgba.size, "white")
+            canvas.paste(rgba, mask=alpha)
+            return canvas
     return image.convert("RGB")
 
 
@@ -208,6 +214,8 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if not image.mode.startswith("I;16"):
         return Image.fromarray(_stretch(values))
+    if isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == _MIN_IS_WHITE:
+        values = 65535 - values
     grey = (values >> 8).astype(np.uint8)
     transparent = image.info.get("transparency")
     if transparent is None:

@@ -11,17 +11,21 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BytesIO
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from siglane.config.preprocess import DecodeConfig
 from siglane.config.video import VideoRule
 from siglane.errors import ImageError, UserError
+from siglane.image import gif, webp
 from siglane.image.decode import from_pil, read_size
+from siglane.image.header import Header
 from siglane.types import DecodedImage, DecodedVideo, Size, VideoSize
 
 if TYPE_CHECKING:
@@ -31,7 +35,6 @@ if TYPE_CHECKING:
 
 # FFmpeg has hundreds of decoders, most of them for formats nobody sends
 CODECS = ("h264", "hevc", "av1", "vp8", "vp9", "mpeg4", "mpeg2video", "mjpeg")
-ANIMATIONS = ("GIF", "WEBP")
 ACCEPTED = "MP4, MOV, WebM, Matroska, AVI, GIF, WebP"
 
 
@@ -43,7 +46,7 @@ def read_video_size(data: bytes, rule: VideoRule, frames: int, config: DecodeCon
     """
     with _as_video_error():
         if (animation := _animation(data, config)) is not None:
-            return VideoSize(read_size(data, config), len(_chosen(animation.n_frames, rule, frames, config)))
+            return VideoSize(animation.header.upright, len(_chosen(animation.count, rule, frames, config)))
         with _film(data, config) as film:
             times = film.times(rule, frames)
             return VideoSize(film.size(len(times)), len(times))
@@ -153,15 +156,14 @@ class _Film:
         frame = self.frame(shown)
         if (frame.width, frame.height) != self._stored:
             raise ImageError("the video changes its size, which is not supported", code="video_decode_failed")
-        rgb = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
-        return np.ascontiguousarray(np.rot90(rgb, _quarter_turns(frame)))
+        return _upright(frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False), _display_matrix(frame))
 
     def size(self, frames: int) -> Size:
         """Of the file's first frame, upright; checked, for so many frames in memory. To be asked before any frame."""
         first = self.frame(self._shown[0])
         self._stored = width, height = Size(first.width, first.height)
         _check_clip(self._stored, frames, self._config)
-        return Size(height, width) if _quarter_turns(first) % 2 else self._stored
+        return Size(height, width) if _is_sideways(_display_matrix(first)) else self._stored
 
     def _start(self, shown: int) -> int:
         """The packet to begin with: the last key frame before the wanted one, in decoding order and on the screen."""
@@ -198,9 +200,7 @@ def _film(data: bytes, config: DecodeConfig) -> Iterator[_Film]:
     options = {"protocol_whitelist": "none"}
     file = BytesIO(data)
     with av.open(file, "r", format=container_format, options=options, metadata_errors="ignore") as container:
-        if not container.streams.video:
-            raise ImageError("the file holds no video", code="video_decode_failed")
-        stream = container.streams.video[0]
+        stream = _shown_stream(container.streams.video)
         codec = stream.codec_context
         if codec is None or codec.name.removeprefix("lib").replace("dav1d", "av1") not in CODECS:
             name = "an unknown codec" if codec is None else codec.name
@@ -216,6 +216,22 @@ def _film(data: bytes, config: DecodeConfig) -> Iterator[_Film]:
         yield _Film(stream, packets, config)
 
 
+def _shown_stream(streams: Sequence[VideoStream]) -> VideoStream:
+    """The one that a player shows: no cover picture, rather one marked as default, rather a larger one, the first."""
+    from av.stream import Disposition
+
+    shown = [stream for stream in streams if not stream.disposition & Disposition.attached_pic]
+    if not shown:
+        what = "a cover picture, but no video" if streams else "no video"
+        raise ImageError(f"the file holds {what}", code="video_decode_failed")
+    return max(shown, key=lambda one: (bool(one.disposition & Disposition.default), _pixels(one)))
+
+
+def _pixels(stream: VideoStream) -> int:
+    codec = stream.codec_context  # None where FFmpeg has no decoder
+    return 0 if codec is None else codec.width * codec.height
+
+
 def _container_format(data: bytes) -> str:
     """FFmpeg's name of the container, by its first bytes."""
     if data[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip") and data[8:12] not in (b"avif", b"heic"):
@@ -227,30 +243,57 @@ def _container_format(data: bytes) -> str:
     raise ImageError(f"not a video that is accepted; accepted formats: {ACCEPTED}", code="video_format_not_allowed")
 
 
-def _animation(data: bytes, config: DecodeConfig) -> Any:
-    """The file opened by Pillow when it is a GIF or WebP that may be read; None for any other."""
-    if data.startswith(b"GIF8") or (data.startswith(b"RIFF") and data[8:12] == b"WEBP"):
-        formats = tuple(name for name in ANIMATIONS if name in config.formats)
+@dataclass(frozen=True, slots=True)
+class _Animation:
+    """pictures: the frames as they are shown, each valid until the next is asked for."""
+
+    header: Header
+    count: int
+    pictures: Iterator[Image.Image]
+
+
+def _animation(data: bytes, config: DecodeConfig) -> _Animation | None:
+    """The file's frames when it is a GIF or WebP that may be read; None for any other."""
+    if data.startswith(b"GIF8"):
         read_size(data, config)  # refuses what is too large or not allowed
-        return Image.open(BytesIO(data), formats=formats)
+        header, most = gif.read_header(BytesIO(data)), config.max_file_frames + 1
+        count = sum(1 for _ in islice(gif.read_frames(BytesIO(data)), most))
+        return _Animation(header, count, gif.draw(gif.read_frames(BytesIO(data)), header.stored))
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        read_size(data, config)
+        image: Any = webp.open_image(BytesIO(data))
+        return _Animation(webp.read_header(BytesIO(data)), image.n_frames, ImageSequence.Iterator(image))
     return None
 
 
-def _decode_animation(animation: Any, rule: VideoRule, frames: int, config: DecodeConfig) -> DecodedVideo:
-    chosen = _chosen(animation.n_frames, rule, frames, config)
-    _check_clip(Size(*animation.size), len(chosen), config)
+def _decode_animation(animation: _Animation, rule: VideoRule, frames: int, config: DecodeConfig) -> DecodedVideo:
+    chosen = _chosen(animation.count, rule, frames, config)
+    _check_clip(animation.header.stored, len(chosen), config)
     begun, decoded = time.monotonic(), []
-    for number in range(chosen[-1] + 1):  # a frame is drawn over the one before
+    for number, picture in enumerate(islice(animation.pictures, chosen[-1] + 1)):  # each is drawn over the one before
         _check_time(begun, config)
-        animation.seek(number)
         if number in chosen:
-            decoded.append(from_pil(animation, config))
+            decoded.append(from_pil(picture, config, animation.header.orientation))
     return DecodedVideo.of(decoded)
 
 
-def _quarter_turns(frame: VideoFrame) -> int:
-    """Counter-clockwise, that make the frame upright. Cameras write no other angles."""
-    return round(frame.rotation / 90) % 4
+def _display_matrix(frame: VideoFrame) -> tuple[int, ...]:
+    """a, b, c, d, where a pixel (x, y) is shown at (a x + c y, b x + d y); libavutil/display.h."""
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    return (1, 0, 0, 1) if matrix is None else tuple(np.frombuffer(bytes(matrix), np.int32)[[0, 1, 3, 4]].tolist())
+
+
+def _is_sideways(matrix: tuple[int, ...]) -> bool:
+    return abs(matrix[1]) > abs(matrix[0])
+
+
+def _upright(rgb: npt.NDArray[np.uint8], matrix: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+    """Turned by quarters and mirrored as the matrix says. Cameras write no other angles."""
+    a, b, c, d = matrix
+    sideways = _is_sideways(matrix)
+    to_right, to_bottom = (c, b) if sideways else (a, d)
+    turned = rgb.swapaxes(0, 1) if sideways else rgb
+    return np.ascontiguousarray(turned[:: -1 if to_bottom < 0 else 1, :: -1 if to_right < 0 else 1])
 
 
 @contextmanager
