@@ -26,16 +26,17 @@ from ovis2_5_checkpoint import write_ovis2_5_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from siglip2_checkpoint import write_siglip2_checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 from siglane.errors import ConfigError, UserError, WeightError
+from siglane.families.family import CHATML
 from siglane.families.model import model_tensors
 from siglane.families.processor import load_processor
 from siglane.families.registry import vlm_family
 from siglane.hosts.sglang import view as views_module
 from siglane.hosts.sglang.config import ARCHITECTURE, SiglaneConfig
 from siglane.hosts.sglang.settings import HostConfig, host_config
-from siglane.hosts.sglang.view import IN_USE, placeholder_id, view_of, write_view
+from siglane.hosts.sglang.view import IN_USE, TOKENIZER_KEYS, placeholder_id, view_of, write_view
 from siglane.lm.qwen import qwen_plan
 from siglane.nn.plan import Destination
 from siglane.weights.hub import Checkpoint
@@ -320,6 +321,41 @@ def test_a_tokenizer_by_the_classes_that_released_models_name(
         ids = ours.encode(text, add_special_tokens=False)
         assert theirs.encode(text, add_special_tokens=False) == ids
         assert theirs.decode(ids) == ours.decode(ids)
+
+
+LEFT_BY_A_PROCESSOR = {
+    "processor_class": "LlavaOnevisionProcessor", "image_processor_type": "LlavaOnevisionImageProcessor",
+    "feature_extractor_type": "SiglipFeatureExtractor", "chat_template": "{{ 'wrong' }}",
+    "auto_map": {"AutoProcessor": "other.Other", "AutoTokenizer": ["other.Other", None]}, "name_or_path": "elsewhere",
+    "extra_special_tokens": {"some_token": "<|im_end|>"}, "quantization_config": {"quant_method": "awq"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tokenizer", ["Qwen2TokenizerFast", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("name", ["llava_onevision", "ovis2_5", "nvila folders", "nanovlm current"])
+def test_nothing_of_a_checkpoints_files_steers_the_host(tmp_path: Path, views: Path, name: str, tokenizer: str) -> None:
+    """What a saved tokenizer or processor brings along: names of classes, code, templates, quantisation."""
+    CASES[name].write(tmp_path / "model")
+    checkpoint = Checkpoint(tmp_path / "model")
+    folder = vlm_family(checkpoint).tokenizer_folder(checkpoint).root
+    expected = load_processor(checkpoint)
+    (folder / "chat_template.jinja").write_text(expected.tokenizer.chat_template or CHATML)
+    change_json(folder / "tokenizer_config.json", tokenizer_class=tokenizer, **LEFT_BY_A_PROCESSOR)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/tool_use.jinja").write_text("{{ 'wrong' }}")
+    (folder / "processor_config.json").write_text('{"processor_class": "Qwen2VLProcessor", "auto_map": {}}')
+    view = write_view(checkpoint, views)
+    assert {file.name for file in view.iterdir() if file.suffix != ".safetensors"} == {
+        "chat_template.jinja", "config.json", "generation_config.json", IN_USE, "tokenizer.json",
+        "tokenizer_config.json",
+    }  # fmt: skip
+    kept = json.loads((view / "tokenizer_config.json").read_text())
+    assert {*kept} <= {*TOKENIZER_KEYS}
+    assert not {*kept} & {*LEFT_BY_A_PROCESSOR}
+    read = AutoProcessor.from_pretrained(view)  # as SGLang does
+    assert isinstance(read, PreTrainedTokenizerFast)
+    for text in SOME_TEXTS:
+        assert read.encode(text, add_special_tokens=False) == expected.tokenizer.encode(text, add_special_tokens=False)
 
 
 def test_a_view_states_the_dtype_of_the_weights(tmp_path: Path, views: Path) -> None:

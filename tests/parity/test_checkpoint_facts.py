@@ -10,7 +10,10 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from causal_lm_checkpoint import write_causal_lm_checkpoint
 from checkpoints import Layout, build_tokenizer, write_nvila_checkpoint
+from llava_onevision_checkpoint import write_llava_onevision_checkpoint
+from ovis2_5_checkpoint import write_ovis2_5_checkpoint
 
 from siglane.config.images import ImageFacts
 from siglane.errors import ConfigError, UserError
@@ -87,6 +90,28 @@ class TestNvilaFacts:
         (tmp_path / "llm/generation_config.json").write_text('{"eos_token_id": 320}')
         processor = load_processor(open_checkpoint(tmp_path))
         assert processor.eos_token_ids == (320, processor.tokenizer.convert_tokens_to_ids("<|im_end|>"))
+
+    def test_an_end_that_only_the_language_models_configuration_states(self, tmp_path: Path) -> None:
+        write_nvila_checkpoint(tmp_path / "folders")
+        write_nvila_checkpoint(tmp_path / "hf", layout="hf")
+        write_llava_onevision_checkpoint(tmp_path / "llava")
+        write_ovis2_5_checkpoint(tmp_path / "ovis")
+        write_causal_lm_checkpoint(tmp_path / "causal")
+        places = {
+            "folders/llm": None,
+            "hf": "text_config",
+            "llava": "text_config",
+            "ovis": "llm_config",
+            "causal": None,
+        }
+        for place, section in places.items():
+            folder = tmp_path / place
+            (folder / "generation_config.json").unlink(missing_ok=True)
+            raw = json.loads((folder / "config.json").read_text())
+            (raw if section is None else raw[section])["eos_token_id"] = [77, 78]
+            (folder / "config.json").write_text(json.dumps(raw))
+            processor = load_processor(open_checkpoint(tmp_path / place.partition("/")[0]))
+            assert processor.eos_token_ids[:2] == (77, 78), place
 
     def test_transformers_5_nests_the_preprocessor(self, tmp_path: Path) -> None:
         write_nvila_checkpoint(tmp_path, layout="hf")

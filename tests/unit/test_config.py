@@ -13,7 +13,7 @@ import pytest
 from transformers import Qwen2Config, Qwen3Config, SiglipVisionConfig
 
 from siglane.config.language import LanguageConfig
-from siglane.config.preprocess import ImageProcessorConfig, PreprocessConfig
+from siglane.config.preprocess import LLAVA_ONEVISION, ImageProcessorConfig, PreprocessConfig
 from siglane.config.reader import LARGEST_SIZE, ConfigReader, read_json
 from siglane.config.vision import VisionConfig, resolve_layer
 from siglane.errors import ConfigError
@@ -205,6 +205,8 @@ class TestLanguage:
             ({"rope_theta": 1e6, "rope_scaling": {"type": "default"}}, 1e6),
             ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5),
             ({"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1e6}, 5e5),
+            ({"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": {"rope_theta": 2e5}}, 2e5),
+            ({"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": {}}, 5e5),
             ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 1e6}, 1e6),
         ],
     )
@@ -234,6 +236,12 @@ class TestLanguage:
             ({"rope_theta": 10**400}, "text_config: rope_theta must be finite"),
             ({"rope_scaling": {"type": "linear", "factor": 2}}, "text_config.rope_scaling: rope_type 'linear' is not"),
             ({"rope_parameters": {"rope_type": "yarn"}}, "text_config.rope_parameters: rope_type 'yarn' is not"),
+            (
+                {"rope_parameters": {"full_attention": {"rope_theta": 5e5}}},
+                "positions by kind of layer (full_attention)",
+            ),
+            ({"rope_parameters": [5e5]}, "text_config.rope_parameters must be an object"),
+            ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is not supported"),
             ({"vocab_size": True}, "text_config: vocab_size must be int, got True"),
             ({"tie_word_embeddings": 1}, "text_config: tie_word_embeddings must be bool, got 1"),
         ],
@@ -258,6 +266,24 @@ class TestPreprocess:
         assert config.std == (1.0, 0.5, 2.0)
         assert ImageProcessorConfig.from_hf({"size": 384}).size == Size(384, 384)
         assert ImageProcessorConfig.from_hf({"size": None}).size == Size(224, 224)
+        assert ImageProcessorConfig.from_hf({"size": [384, 448]}).size == Size(width=448, height=384)
+        assert ImageProcessorConfig.from_hf({"size": {"shortest_edge": 384}}, LLAVA_ONEVISION).size == Size(384, 384)
+
+    def test_a_crop_that_cuts_nothing(self) -> None:
+        raw = {"size": {"height": 384, "width": 384}, "do_center_crop": True, "crop_size": 384}
+        assert ImageProcessorConfig.from_hf(raw).size == Size(384, 384)
+
+    @pytest.mark.parametrize("name", ["SiglipImageProcessor", "SiglipImageProcessorFast", "SiglipImageProcessorPil"])
+    def test_variants_of_a_class_have_its_defaults(self, name: str) -> None:
+        assert ImageProcessorConfig.from_hf({"image_processor_type": name}) == ImageProcessorConfig.from_hf({})
+
+    def test_another_class_may_state_everything(self) -> None:
+        raw = {
+            "image_processor_type": "CLIPImageProcessor", "size": {"height": 32, "width": 32}, "resample": 2,
+            "image_mean": [0.1] * 3, "image_std": [0.2] * 3, "do_center_crop": False,
+        }  # fmt: skip
+        found = ImageProcessorConfig.from_hf(raw)
+        assert (found.size, found.resample, found.mean) == (Size(32, 32), "bilinear", (0.1, 0.1, 0.1))
 
     @pytest.mark.parametrize(
         ("raw", "complaint"),
@@ -266,7 +292,11 @@ class TestPreprocess:
             ({"size": -3}, "size must be between 1 and"),
             ({"size": True}, "size must be int, got True"),
             ({"size": "384"}, "size must be int, got '384'"),
-            ({"size": {"shortest_edge": 384}}, "preprocessor_config.json.size: key 'width' is missing"),
+            ({"size": {"shortest_edge": 384}}, "preprocessor_config.json.size: shortest_edge keeps a picture's aspect"),
+            ({"size": {"height": 384}}, "preprocessor_config.json.size: key 'width' is missing"),
+            ({"size": [384]}, "size must be int, got [384]"),
+            ({"do_center_crop": True, "crop_size": 200}, "do_center_crop true is not supported"),
+            ({"image_processor_type": "CLIPImageProcessor"}, "does not state resample, image_mean, image_std, do_cent"),
             ({"size": {"width": 10**9, "height": 1}}, "width must be between 1 and"),
             ({"resample": 6}, "resample 6 is not one of Pillow's filters"),
             ({"resample": -1}, "resample -1 is not one of Pillow's filters"),

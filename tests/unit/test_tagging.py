@@ -403,7 +403,7 @@ class TestSettings:
     def test_defaults(self, tmp_path: Path) -> None:
         expected = TagSettings(
             enabled=True, model=None, batch_size=0, attention="auto", dtype="auto", quantization="none", device="auto",
-            confidence_threshold=0.01, max_tags=50, max_num_patches=256,
+            confidence_threshold=0.01, max_tags=50, max_num_patches=None,
         )  # fmt: skip
         assert read_settings() == expected
         assert read_settings(self.toml(tmp_path, "[plugins.other]\nx = 1\n")) == expected
@@ -468,6 +468,10 @@ class TestSettings:
         wide = Tagger.from_settings(TagSettings(model=str(naflex), max_num_patches=100), cache=tmp_path / "cache")
         same = Tagger(naflex, max_num_patches=100, cache=tmp_path / "cache")
         assert torch.equal(wide.embed_images([picture(0)]), same.embed_images([picture(0)]))
+        unset = Tagger.from_settings(TagSettings(model=str(naflex)), cache=tmp_path / "cache")
+        own = Tagger(naflex, cache=tmp_path / "cache")
+        assert torch.equal(unset.embed_images([picture(0)]), own.embed_images([picture(0)]))
+        assert not torch.equal(unset.embed_images([picture(0)]), wide.embed_images([picture(0)]))
 
     @pytest.mark.parametrize(
         ("settings", "complaint"),

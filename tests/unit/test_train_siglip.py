@@ -23,14 +23,16 @@ from recipes.demo.siglip import LABELS, PaintedPairs
 from siglane.cli.main import main
 from siglane.config.preprocess import LOCAL_DECODE
 from siglane.errors import ConfigError, UserError
+from siglane.families.registry import image_facts
 from siglane.families.two_tower import TwoTowerModel, load_two_tower, two_tower_plan
 from siglane.image.decode import from_pil
 from siglane.settings.training import TrainConfig
 from siglane.training import evaluate
 from siglane.training.contrastive import Trainer, precision_of
-from siglane.training.files import caption_tokenizer
+from siglane.training.files import caption_tokenizer, copy_files, write_files, write_json
 from siglane.training.pairs import batch_indices, load_batch, open_pairs
-from siglane.training.run import MODEL, Skipped, open_run, train, world
+from siglane.training.report import Skipped
+from siglane.training.run import MODEL, open_run, train, world
 from siglane.weights.export import checkpoint_tensors
 from siglane.weights.hub import Checkpoint
 
@@ -349,7 +351,7 @@ def test_two_ranks_train_the_model_of_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["siglip", "siglip2"])
 def test_transformers_and_siglane_load_the_same_model(kind: str, tmp_path: Path) -> None:
-    from transformers import AutoImageProcessor, PreTrainedTokenizerFast, Siglip2Model, SiglipModel
+    from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast, Siglip2Model, SiglipModel
 
     trainer = run(write_lines(tmp_path), write_config(tmp_path, kind), tmp_path / "out")
     folder = tmp_path / "out" / MODEL
@@ -357,10 +359,11 @@ def test_transformers_and_siglane_load_the_same_model(kind: str, tmp_path: Path)
     ours = load_two_tower(Checkpoint(folder), device="cpu", dtype=torch.float32)
     assert all(torch.equal(value, weights(trainer)[name]) for name, value in ours.model.state_dict().items())
     texts = ["a red picture", "A Blue picture", "nothing of the kind: déjà vu, " + "word " * 20]
-    # not AutoTokenizer: from 5.20 on it takes Gemma's class for every SigLIP2, whatever its files say
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    ids = tokenizer(texts, padding="max_length", max_length=12, truncation=True, return_tensors="pt").input_ids
-    assert torch.equal(ids, ours.texts.ids(texts))
+    # since 5.20 AutoTokenizer takes SigLIP2's class for every SigLIP2, whatever its files say
+    for reader in (AutoTokenizer, PreTrainedTokenizerFast):
+        tokenizer = reader.from_pretrained(folder)
+        ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        assert torch.equal(ids, ours.texts.ids(texts))
     images = [picture(number)[0] for number in range(3)]
     decoded = [from_pil(image, LOCAL_DECODE) for image in images]
     patches = [ours.images.patches(one, ours.images.layouts([one.size])[0]) for one in decoded]
@@ -391,13 +394,29 @@ def test_a_checkpoint_of_transformers_is_written_back_as_it_was(kind: str, tmp_p
         assert torch.equal(tensors[name], value), name
 
 
+def test_pictures_of_a_start_are_described_where_transformers_5_describes_them(tmp_path: Path) -> None:
+    """A copy, and a folder written around a configuration, keep the section and write no file beside it."""
+    config = write_config(tmp_path / "start")
+    side = json.loads(config.read_text())["vision_config"]["image_size"]
+    pictures = {"size": {"height": side, "width": side}, "resample": 0, "image_mean": [0.1, 0.2, 0.3]}
+    write_json(tmp_path / "start/processor_config.json", {"image_processor": pictures})
+    copy_files(Checkpoint(tmp_path / "start"), tmp_path / "copy")
+    write_files(config, ["a red circle"], tmp_path / "written")
+    for folder in ("copy", "written"):
+        assert not (tmp_path / folder / "preprocessor_config.json").exists()
+        found = image_facts(Checkpoint(tmp_path / folder)).preprocess
+        assert found.mean == (0.1, 0.2, 0.3)
+        rule: Any = found.rule
+        assert rule.resample == "nearest"
+
+
 def test_a_tokenizer_of_captions_spells_anything() -> None:
     tokenizer = caption_tokenizer(["a red circle", "a blue square"] * 20, 300)
-    ids = tokenizer.encode("Circle red", add_special_tokens=False).ids
-    assert len(ids) == 2
-    assert tokenizer.encode("red circle").ids == [ids[1], ids[0], 1]
+    ids = tokenizer.encode("A Red CIRCLE", add_special_tokens=False).ids
+    assert len(ids) == 3, "a word is one token"
+    assert tokenizer.encode("a circle red").ids == [ids[0], ids[2], ids[1], 1]
     assert tokenizer.decode(tokenizer.encode("日本 ☂").ids, skip_special_tokens=True).strip() == "日本 ☂"
-    with pytest.raises(ConfigError, match="259"):
+    with pytest.raises(ConfigError, match="261"):
         caption_tokenizer(["a"], 100)
 
 
@@ -407,7 +426,8 @@ def test_the_command(tmp_path: Path, capsys, monkeypatch) -> None:
     out = tmp_path / "out"
     assert main([*words, "--out", str(out), "--epochs", "2", "--json"]) == 0
     printed = capsys.readouterr()
-    assert json.loads(printed.out) == {"model": str(out / "model"), "step": 6, "steps": 6, "skipped": 1}
+    found = json.loads(printed.out)
+    assert found.items() >= {"model": str(out / "model"), "step": 6, "steps": 6, "skipped": 1, "used": 12}.items()
     assert f"skipped {lines}:13: the picture pictures/none.png is missing" in printed.err
     assert Image.open(out / "loss.png").size == (960, 540)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from siglane.config.reader import ConfigReader, RawConfig
 from siglane.errors import ConfigError
 from siglane.types import RopeScaling
 
 NormDtype = Literal["float32", "input"]
+
+ROPE_SECTIONS = ("rope_scaling", "rope_parameters")  # of transformers 4 and 5
+DEFAULT_ROPE_THETA = 10000.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,28 +124,52 @@ def _check_silu(reader: ConfigReader) -> None:
         raise ConfigError(f"{reader.name}: hidden_act {reader.raw['hidden_act']!r} is not known; siglane knows silu")
 
 
-def _rope_sections(reader: ConfigReader) -> list[ConfigReader]:
-    """`rope_parameters` (transformers 5) and `rope_scaling` (before), as far as they are there."""
-    return [reader.section(key) for key in ("rope_parameters", "rope_scaling") if reader.has(key)]
+def rope_places(raw: RawConfig) -> list[tuple[str, dict[str, Any]]]:
+    """Where a configuration states rotary positions, by key, the winner first and whole: `rope_scaling` unless it is
+    empty, else `rope_parameters`; `rope_theta` counts where the winner has none (transformers
+    `convert_rope_params_to_dict`). Values that are no objects are left to the reader."""
+    sections = [(key, dict(raw[key])) for key in ROPE_SECTIONS if isinstance(raw.get(key), Mapping) and raw[key]]
+    alone = [] if raw.get("rope_theta") is None else [("rope_theta", {"rope_theta": raw["rope_theta"]})]
+    if not sections:
+        return alone
+    (key, winner), *others = sections
+    theta = alone[0][1] if alone else {"rope_theta": DEFAULT_ROPE_THETA}
+    return [(key, theta | winner), *others, *alone]
+
+
+def _rope(reader: ConfigReader) -> ConfigReader:
+    """The rotary facts that count. ConfigError for what siglane does not know."""
+    for key in ROPE_SECTIONS:
+        if reader.has(key):
+            reader.section(key)
+    for key, found in rope_places(reader.raw):
+        section = ConfigReader(found, reader.name if key == "rope_theta" else f"{reader.name}.{key}")
+        if layers := [name for name, value in found.items() if isinstance(value, Mapping)]:
+            raise ConfigError(f"{section.name}: positions by kind of layer ({', '.join(layers)}) are not supported")
+        if section.value("partial_rotary_factor", float, 1.0) != 1:
+            raise ConfigError(f"{section.name}: partial_rotary_factor is not supported; siglane turns whole heads")
+        return section
+    return ConfigReader({}, reader.name)
 
 
 def _rope_theta(reader: ConfigReader) -> float:
-    stated = [section for section in _rope_sections(reader) if section.has("rope_theta")]
-    return stated[0].value("rope_theta", float) if stated else reader.value("rope_theta", float, 10000.0)
+    return _rope(reader).value("rope_theta", float, DEFAULT_ROPE_THETA)
 
 
 def _rope_scaling(reader: ConfigReader, *, llama3: bool = False) -> RopeScaling | None:
     """llama3: the model's family knows Llama 3's; any other kind but "default" is refused."""
-    for section in _rope_sections(reader):
-        kind = section.value("rope_type", str, section.value("type", str, "default"))
-        if kind == "llama3" and llama3:
-            return RopeScaling(
-                factor=section.value("factor", float),
-                low_turns=section.value("low_freq_factor", float),
-                high_turns=section.value("high_freq_factor", float),
-                original_length=section.size("original_max_position_embeddings"),
-            )
-        if kind != "default":
-            known = "'default' and 'llama3'" if llama3 else "'default'"
-            raise ConfigError(f"{section.name}: rope_type {kind!r} is not supported; siglane knows {known}")
+    section = _rope(reader)
+    kind = section.value("rope_type", str, section.value("type", str, "default"))
+    if kind == "llama3" and llama3:
+        return RopeScaling(
+            factor=section.value("factor", float),
+            low_turns=section.value("low_freq_factor", float),
+            high_turns=section.value("high_freq_factor", float),
+            original_length=section.size(
+                "original_max_position_embeddings", reader.size("max_position_embeddings", 2048)
+            ),
+        )
+    if kind != "default":
+        known = "'default' and 'llama3'" if llama3 else "'default'"
+        raise ConfigError(f"{section.name}: rope_type {kind!r} is not supported; siglane knows {known}")
     return None

@@ -17,6 +17,7 @@ DepthRule = Literal["scale", "clip"]
 MAX_IMAGE_PIXELS = 33_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 OPTIONAL_FORMATS = ("TIFF", "AVIF")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")  # by which FORMATS are found in folders and tars
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,49 @@ RESAMPLES: tuple[Resample, ...] = ("nearest", "lanczos", "bilinear", "bicubic", 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessorClass:
+    """What an image processor of transformers takes for keys that its file lacks.
+
+    name: without the suffixes `Fast` and `Pil` of its variants; resample: Pillow's number; size: pixels along a side,
+    not asked where every picture has its own (own_sizes); cuts_squares: pictures are square before they are resized, so
+    that a shortest edge is a side.
+    """
+
+    name: str
+    resample: int
+    size: int = 224
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    cuts_squares: bool = False
+    own_sizes: bool = False
+
+    def check_class(self, reader: ConfigReader) -> None:
+        """ConfigError for the file of another class that leaves one of the keys to that class' own defaults."""
+        stated = reader.value("image_processor_type", str, self.name)
+        if stated.removesuffix("Fast").removesuffix("Pil") == self.name:
+            return
+        keys = ("resample", "image_mean", "image_std", "do_center_crop", *(() if self.own_sizes else ("size",)))
+        if missing := [key for key in keys if not reader.has(key)]:
+            raise ConfigError(
+                f"{reader.name}: image_processor_type {stated!r} has defaults that siglane does not know, and the file "
+                f"does not state {', '.join(missing)}; state it, or name {self.name}"
+            )
+
+
+SIGLIP = ProcessorClass(name="SiglipImageProcessor", resample=3)
+SIGLIP2 = ProcessorClass(name="Siglip2ImageProcessor", resample=2, own_sizes=True)
+OVIS = ProcessorClass(name="SiglipImageProcessor", resample=2, own_sizes=True)  # of the class only this is used
+LLAVA_ONEVISION = ProcessorClass(
+    name="LlavaOnevisionImageProcessor",
+    resample=3,
+    size=384,
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+    cuts_squares=True,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ImageProcessorConfig:
     """What a transformers `SiglipImageProcessor` file states. size: pixels of its resize; mean, std: per channel, on
     the 0..1 scale; rescale: factor from 0..255 to 0..1."""
@@ -67,28 +111,27 @@ class ImageProcessorConfig:
 
     @classmethod
     def from_hf(
-        cls,
-        raw: RawConfig,
-        *,
-        mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
-        std: tuple[float, float, float] = (0.5, 0.5, 0.5),
-        resample: int = 3,
-        size: int = 224,
-        name: str = "preprocessor_config.json",
+        cls, raw: RawConfig, defaults: ProcessorClass = SIGLIP, *, name: str = "preprocessor_config.json"
     ) -> ImageProcessorConfig:
-        """Absent keys take the defaults given, which are `SiglipImageProcessor`'s (bicubic, 0.5, 1/255, 224)."""
+        """Absent keys take `defaults`, those of the family's class. A file that names another class has the defaults of
+        that one, which nobody here knows: it must state every key."""
         reader = ConfigReader(raw, name)
+        defaults.check_class(reader)
         for key in ("do_resize", "do_rescale", "do_normalize"):
             if not reader.value(key, bool, True):
                 raise ConfigError(f"{name}: {key} false is not supported; the tower would see other pixels")
-        filter_number = reader.value("resample", int, resample)
+        filter_number = reader.value("resample", int, defaults.resample)
         if not 0 <= filter_number < len(RESAMPLES):
             raise ConfigError(f"{name}: resample {filter_number} is not one of Pillow's filters 0..5")
+        size = Size(defaults.size, defaults.size) if defaults.own_sizes else _size(reader, "size", defaults)
+        cropped = reader.value("do_center_crop", bool, False)
+        if cropped and not (reader.has("crop_size") and _size(reader, "crop_size", defaults) == size):
+            raise ConfigError(f"{name}: do_center_crop true is not supported; pictures are seen to their edges")
         return cls(
-            size=_size(reader, size),
+            size=size,
             resample=RESAMPLES[filter_number],
-            mean=_three(reader, "image_mean", mean),
-            std=_three(reader, "image_std", std),
+            mean=_three(reader, "image_mean", defaults.mean),
+            std=_three(reader, "image_std", defaults.std),
             rescale=reader.value("rescale_factor", float, 1 / 255),
         )
 
@@ -114,11 +157,24 @@ class PreprocessConfig:
         return cls(rule=rule, mean=processor.mean, std=processor.std, rescale=processor.rescale)
 
 
-def _size(reader: ConfigReader, default: int) -> Size:
-    if isinstance(reader.raw.get("size"), Mapping):
-        section = reader.section("size")
+def _size(reader: ConfigReader, key: str, defaults: ProcessorClass) -> Size:
+    """A side, `[height, width]` or an object."""
+    found = reader.raw.get(key)
+    if isinstance(found, list) and len(found) == 2:
+        height, width = (ConfigReader({key: side}, reader.name).size(key) for side in found)
+        return Size(width, height)
+    if not isinstance(found, Mapping):
+        side = reader.size(key, defaults.size)
+        return Size(side, side)
+    section = reader.section(key)
+    if not section.has("shortest_edge"):
         return Size(section.size("width"), section.size("height"))
-    side = reader.size("size", default)
+    side = section.size("shortest_edge")
+    if not defaults.cuts_squares:
+        raise ConfigError(
+            f"{section.name}: shortest_edge keeps a picture's aspect, which this tower cannot take; state height and "
+            f"width {side} to squash pictures"
+        )
     return Size(side, side)
 
 

@@ -60,20 +60,21 @@ class TextRule:
     """How a text becomes `length` ids. A text padded or cased otherwise has another embedding.
 
     lowercase: first of all, the text as a whole as Python does, or character by character as `tokenizers` does (only
-    the whole text knows that a Greek sigma ends a word); delete_punctuation: then every character of Python's
-    `string.punctuation` goes and white space collapses (SigLIP; SigLIP2 keeps texts as they are); end_id: stands behind
-    the text; pad_id: fills it up on the right. A longer text is cut, its end_id kept.
+    the whole text knows that a Greek sigma ends a word), or not at all (`do_lower_case` false); delete_punctuation:
+    then every character of Python's `string.punctuation` goes and white space collapses (SigLIP; SigLIP2 keeps texts as
+    they are); end_id: stands behind the text; pad_id: fills it up on the right. A longer text is cut, its end_id kept.
     """
 
     length: int
-    lowercase: Literal["text", "characters"]
+    lowercase: Literal["text", "characters", "never"]
     delete_punctuation: bool
     end_id: int
     pad_id: int
 
     def __str__(self) -> str:
         punctuation = "deleted" if self.delete_punctuation else "kept"
-        return f"lower case, punctuation {punctuation}, {self.length} positions padded with id {self.pad_id}"
+        case = "case kept" if self.lowercase == "never" else "lower case"
+        return f"{case}, punctuation {punctuation}, {self.length} positions padded with id {self.pad_id}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,8 +44,9 @@ class EngineProcess:
     item to embed ends likewise.
     """
 
-    def __init__(self, spec: EngineSpec) -> None:
-        self.spec = spec
+    def __init__(self, spec: EngineSpec, restarts_allowed: int | None = None) -> None:
+        """restarts_allowed: within RESTART_WINDOW_SECONDS, one more and the engine is given up; None: a few."""
+        self.spec, self._restarts_allowed = spec, restarts_allowed
         self.state: State = "starting"
         self.failure: SiglaneError | None = None
         self._context = multiprocessing.get_context("spawn")
@@ -246,7 +247,7 @@ class EngineProcess:
         with self._lock:
             if self.state not in ("closed", "dead"):
                 recent = [start for start in self._starts if time.monotonic() - start < RESTART_WINDOW_SECONDS]
-                if len(recent) > RESTARTS_ALLOWED:
+                if len(recent) > (RESTARTS_ALLOWED if self._restarts_allowed is None else self._restarts_allowed):
                     self._give_up(EngineError("the engine process died too often; see its log", code="engine_dead"))
                 else:
                     self._set_state("restarting")

@@ -142,6 +142,10 @@ class VlmFamily(Family):
         """Where the language model's own files lie."""
         return checkpoint
 
+    def has_processor(self, checkpoint: Checkpoint) -> bool:
+        """Whether its reference takes the chat template from a processor; else from the tokenizer."""
+        return False
+
     def tokenizer_folder(self, checkpoint: Checkpoint) -> Checkpoint:
         return self.language_folder(checkpoint)
 

@@ -9,13 +9,13 @@ from siglane.config.reader import ConfigReader
 from siglane.config.vision import VisionConfig
 from siglane.config.vlm import Thinking
 from siglane.errors import ConfigError
+from siglane.families.stated import GENERATION, end_ids
 from siglane.types import SamplingParams
 from siglane.weights.hub import Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-GENERATION = "generation_config.json"
 # fields of `SamplingParams`, under the names that transformers gives them, and the types of their values
 SAMPLING: Mapping[str, tuple[str, type[int] | type[float]]] = {
     "temperature": ("temperature", float),
@@ -25,7 +25,6 @@ SAMPLING: Mapping[str, tuple[str, type[int] | type[float]]] = {
     "repetition_penalty": ("repetition_penalty", float),
     "max_new_tokens": ("max_tokens", int),
 }
-PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 TOWER_TYPE = "siglip_vision_model"
 THINK_START, THINK_END = "<think>", "</think>"
 
@@ -43,31 +42,18 @@ def llava_tower(reader: ConfigReader, feature_layer: int) -> VisionConfig:
     return VisionConfig.from_hf(reader.raw, feature_layer=feature_layer, post_norm=False, head=False, name=reader.name)
 
 
-def image_processor(
-    folder: Checkpoint, section: str = "image_processor", file: str = PREPROCESSOR
-) -> ConfigReader | None:
-    """A section of processor_config.json (transformers 5), else `file` (before), as transformers chooses."""
-    if folder.optional(PROCESSOR).get(section) is not None:
-        return folder.reader(PROCESSOR).section(section)
-    return folder.reader(file) if folder.has(file) else None
-
-
 def end_of_answer(
     folder: Checkpoint, tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str | None]
 ) -> tuple[int, ...]:
-    """The ids that end an answer: those generation_config.json states, or else config.json, as transformers reads them,
-    then those of `tokens` the tokenizer has.
+    """The ids that end an answer: those the files state (`end_ids`), then those of `tokens` the tokenizer has.
 
     ConfigError when there is none.
     """
-    stated: Any = folder.optional(GENERATION).get("eos_token_id")
-    if stated is None:
-        stated = folder.optional("config.json").get("eos_token_id")
-    found = list(stated) if isinstance(stated, list) else [] if stated is None else [stated]
+    stated = end_ids(folder)
     vocabulary = tokenizer.get_vocab()
-    found += [vocabulary[token] for token in tokens if token in vocabulary]
-    if not found or not all(type(token) is int and token >= 0 for token in found):
-        raise ConfigError(f"{folder.root}: no usable end-of-answer token in {GENERATION} or the tokenizer")
+    found = [*(stated[0].value if stated else ()), *(vocabulary[token] for token in tokens if token in vocabulary)]
+    if not found:
+        raise ConfigError(f"{folder.root}: no end-of-answer token in {GENERATION}, config.json or the tokenizer")
     return tuple(dict.fromkeys(found))
 
 

@@ -5,20 +5,22 @@ Sources: transformers 5.19 `models/llava_onevision` and its conversion script; f
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from siglane.config.images import ImageFacts
 from siglane.config.language import LanguageConfig
-from siglane.config.preprocess import ImageProcessorConfig, PreprocessConfig
+from siglane.config.preprocess import LLAVA_ONEVISION, ImageProcessorConfig, PreprocessConfig
 from siglane.config.projector import llava_projector
 from siglane.config.reader import ConfigReader, RawConfig
 from siglane.config.video import VideoRule
 from siglane.config.vision import ACTIVATIONS
 from siglane.errors import ConfigError
 from siglane.families.family import PromptRules, VlmFamily
-from siglane.families.files import PREPROCESSOR, image_processor, llava_tower
+from siglane.families.files import llava_tower
+from siglane.families.stated import PREPROCESSOR, image_processor, media_tokens, video_processor, video_processors
 from siglane.lm.qwen import qwen_plan
 from siglane.nn.plan import Rule, WeightPlan
 from siglane.projector.build import projector_plan
@@ -29,11 +31,12 @@ from siglane.weights.hub import Checkpoint
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+logger = logging.getLogger(__name__)
+
 MODEL_TYPE = "llava_onevision"
 VIDEO_TOKEN = "<video>"
 
-# `LlavaOnevisionImageProcessor`'s values for keys that its file lacks
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+# `LlavaOnevisionImageProcessor`'s where its file states none
 PINPOINTS: tuple[Pinpoint, ...] = tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7))
 
 # the paper's 32 frames, and as many as fit Qwen2's 32768 positions with room for an answer
@@ -69,6 +72,7 @@ class LlavaOnevision(VlmFamily):
             )
         tower = root.section("vision_config")
         vision = llava_tower(tower, root.value("vision_feature_layer", int, -1))
+        preprocess, video = _preprocess(checkpoint, root, tower.size("image_size", 224))
         return ImageFacts(
             vision=vision,
             projector=llava_projector(
@@ -77,9 +81,9 @@ class LlavaOnevision(VlmFamily):
                 activation=root.choice("projector_hidden_act", ACTIVATIONS, "gelu"),
                 bias=root.value("multimodal_projector_bias", bool, True),
             ),
-            preprocess=_preprocess(checkpoint, root, tower.size("image_size", 224)),
+            preprocess=preprocess,
             newline=True,
-            video=VideoRule(VIDEO_TOKEN, frames=FRAMES, most_frames=MOST_FRAMES, spread="floored"),
+            video=video,
         )
 
     def language(self, checkpoint: Checkpoint) -> LanguageConfig:
@@ -93,10 +97,16 @@ class LlavaOnevision(VlmFamily):
         self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast, language: LanguageConfig
     ) -> int:
         root = checkpoint.reader()
-        return root.value("image_token_index", int, root.value("image_token_id", int, 151646))
+        return root.value("image_token_id", int, root.value("image_token_index", int, 151646))
+
+    def image_token(self, checkpoint: Checkpoint) -> str:
+        return _media_token(checkpoint, "image_token", super().image_token(checkpoint))
 
     def prompt_rules(self, checkpoint: Checkpoint) -> PromptRules:
         return PromptRules(default_template=CHAT_TEMPLATE, strip_messages=False)
+
+    def has_processor(self, checkpoint: Checkpoint) -> bool:
+        return True
 
     def vision_plan(self, images: ImageFacts) -> WeightPlan:
         """A tensor's name may start with `model.`, as transformers has it in memory."""
@@ -110,18 +120,28 @@ class LlavaOnevision(VlmFamily):
         return super().language_plan(language) + qwen_plan(language, decoder="model.language_model.")
 
 
-def _preprocess(checkpoint: Checkpoint, root: ConfigReader, side: int) -> PreprocessConfig:
+def _media_token(checkpoint: Checkpoint, name: str, default: str) -> str:
+    return next((str(found.value) for found in media_tokens(checkpoint, name)), default)
+
+
+def _preprocess(checkpoint: Checkpoint, root: ConfigReader, side: int) -> tuple[PreprocessConfig, VideoRule | None]:
     """side: pixels of the pictures that the tower takes."""
     file = image_processor(checkpoint)
     if file is None:
         raise ConfigError(f"{checkpoint.root} has no {PREPROCESSOR}, which says how pictures are normalised")
-    video_file = image_processor(checkpoint, "video_processor", f"video_{PREPROCESSOR}") or file
+    video_file = video_processor(checkpoint) or file
     pictures, frames = _processor(file), _processor(video_file)
     if pictures.size != (side, side):
         width, height = pictures.size
         raise ConfigError(f"{file.name}: {width}x{height} pixels do not fit the tower, which takes {side}x{side}")
-    if replace(frames, resample=pictures.resample) != pictures:
+    alike = replace(frames, resample=pictures.resample) == pictures
+    if not alike and video_processors(checkpoint):
         raise ConfigError(f"{video_file.name}: size and normalisation of frames differ from those of pictures")
+    if not alike:
+        logger.warning(
+            "%s: %s gives videos another size or normalisation than %s gives pictures; videos are refused",
+            checkpoint.root, video_file.name, file.name,
+        )  # fmt: skip
     pinpoints = _pinpoints(root)
     if _pinpoints(file) != pinpoints:
         raise ConfigError(f"image_grid_pinpoints of config.json and {file.name} differ")
@@ -133,13 +153,20 @@ def _preprocess(checkpoint: Checkpoint, root: ConfigReader, side: int) -> Prepro
         pinpoints=pinpoints,
         max_maps=_max_maps(root),
     )
-    return PreprocessConfig.of(rule, pictures)
+    return PreprocessConfig.of(rule, pictures), _video(checkpoint, video_file) if alike else None
 
 
 def _processor(file: ConfigReader) -> ImageProcessorConfig:
-    if file.value("do_center_crop", bool, False):
-        raise ConfigError(f"{file.name}: do_center_crop true is not supported; tiles are whole")
-    return ImageProcessorConfig.from_hf(file.raw, mean=CLIP_MEAN, std=CLIP_STD, size=384, name=file.name)
+    return ImageProcessorConfig.from_hf(file.raw, LLAVA_ONEVISION, name=file.name)
+
+
+def _video(checkpoint: Checkpoint, file: ConfigReader) -> VideoRule:
+    """ConfigError for frames that are chosen by time."""
+    if file.value("do_sample_frames", bool, False) and file.value("fps", float, 0.0) > 0:
+        raise ConfigError(f"{file.name}: fps {file.raw['fps']} is not supported; siglane knows num_frames")
+    frames = file.size("num_frames", FRAMES)
+    token = _media_token(checkpoint, "video_token", VIDEO_TOKEN)
+    return VideoRule(token, frames=frames, most_frames=max(frames, MOST_FRAMES), spread="floored")
 
 
 def _pinpoints(reader: ConfigReader) -> tuple[Pinpoint, ...]:

@@ -17,6 +17,7 @@ from siglane.errors import ConfigError
 from siglane.families.processor import ImageProcessor, load_processor
 from siglane.families.registry import is_vision_only, tower_family, vlm_family
 from siglane.families.stack import VisionEncoderModel, VisionStack
+from siglane.families.stated import log_contradictions
 from siglane.lm.build import build_language_model
 from siglane.nn.parallel import TensorParallel
 from siglane.nn.plan import WeightPlan
@@ -99,6 +100,7 @@ def load_vision(
     The language model's tensors are not read. head: load a plain tower's MAP head too, for `embeddings`.
     """
     if plain := tower_family(checkpoint):
+        log_contradictions([checkpoint])
         facts = plain.images(checkpoint, head=head)
         plan, tensors = plain.plan(facts), stored_tensors([Source(checkpoint)])
         new_tower = partial(VisionEncoderModel, facts.vision, facts.preprocess, tp, attention_backend)

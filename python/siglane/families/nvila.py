@@ -20,7 +20,8 @@ from siglane.config.video import VideoRule
 from siglane.config.vision import VisionConfig
 from siglane.errors import ConfigError
 from siglane.families.family import CHATML, END_OF_TURN, PromptRules, VlmFamily
-from siglane.families.files import PREPROCESSOR, image_processor, llava_tower
+from siglane.families.files import llava_tower
+from siglane.families.stated import PREPROCESSOR, image_processor
 from siglane.nn.plan import WeightPlan
 from siglane.projector.build import projector_plan
 from siglane.tiling.vila import MOST_TILES, Tiling, VilaTiling
@@ -135,6 +136,10 @@ class Nvila(VlmFamily):
 
     def language_folder(self, checkpoint: Checkpoint) -> Checkpoint:
         return _folder(checkpoint, LANGUAGE)
+
+    def has_processor(self, checkpoint: Checkpoint) -> bool:
+        """The layouts of one folder come with a processor, whose chat template transformers reads as any other's."""
+        return layout_of(checkpoint) != "folders"
 
     def prompt_rules(self, checkpoint: Checkpoint) -> PromptRules:
         """VILA strips each message once its images are written out; the "hf" processors leave messages alone."""

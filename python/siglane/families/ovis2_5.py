@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from siglane.config.images import ImageFacts
 from siglane.config.language import LanguageConfig
-from siglane.config.preprocess import ImageProcessorConfig, PreprocessConfig
+from siglane.config.preprocess import OVIS, ImageProcessorConfig, PreprocessConfig
 from siglane.config.projector import vocabulary_projector
 from siglane.config.reader import ConfigReader, RawConfig
 from siglane.config.video import VideoRule
@@ -17,7 +17,8 @@ from siglane.config.vision import VisionConfig
 from siglane.config.vlm import Thinking
 from siglane.errors import ConfigError
 from siglane.families.family import CHATML, PromptRules, VlmFamily
-from siglane.families.files import PREPROCESSOR, THINK_END, thinking_of
+from siglane.families.files import THINK_END, thinking_of
+from siglane.families.stated import PREPROCESSOR, image_processor
 from siglane.nn.plan import WeightPlan
 from siglane.projector.build import projector_plan
 from siglane.tiling.navit import NativeResolution
@@ -33,7 +34,6 @@ VIDEO_TOKEN = "<video>"
 
 # arguments of the reference's `chat`; no file of a released checkpoint states them
 MIN_PIXELS, MAX_PIXELS = 448**2, 1792**2
-BILINEAR = 2
 
 INDICATORS = 4  # last rows of the visual vocabulary: start and end of an image, start and end of a video
 
@@ -72,10 +72,8 @@ class Ovis2_5(VlmFamily):
             input_size=vision.hidden_size,
             output_size=self.language(checkpoint).hidden_size,
         )
-        bounds = ConfigReader(checkpoint.optional(PREPROCESSOR), PREPROCESSOR)
-        # every picture has its own size, the file's is not used
-        stated = {key: value for key, value in bounds.raw.items() if key != "size"}
-        processor = ImageProcessorConfig.from_hf(stated, resample=BILINEAR, name=PREPROCESSOR)
+        bounds = image_processor(checkpoint) or ConfigReader({}, PREPROCESSOR)
+        processor = ImageProcessorConfig.from_hf(bounds.raw, OVIS, name=bounds.name)
         rule = NativeResolution(
             factor=vision.patch_size * stride,
             min_pixels=bounds.size("min_pixels", MIN_PIXELS),

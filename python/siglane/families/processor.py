@@ -14,6 +14,7 @@ from siglane.errors import ConfigError
 from siglane.families.family import PromptRules
 from siglane.families.prompt.builder import PromptBuilder
 from siglane.families.registry import vlm_family
+from siglane.families.stated import chat_templates, log_contradictions, tokenizer_classes
 from siglane.image.patchify import to_patches
 from siglane.tiling.rule import ImageBudget, no_images
 from siglane.types import DecodedImage, DecodedVideo, ImageLayout, ImagePatches, Medium, Message, Prompt
@@ -103,16 +104,22 @@ def load_processor(checkpoint: Checkpoint, config: VlmConfig | None = None) -> P
     config: facts to use instead of the checkpoint's (VILA1.5 in column order: `Nvila.images(column_major=True)`).
     """
     family = vlm_family(checkpoint)
-    tokenizer = load_tokenizer(family.tokenizer_folder(checkpoint), family.added_tokens(checkpoint))
+    processor, folder = family.has_processor(checkpoint), family.tokenizer_folder(checkpoint)
+    tokenizer = load_tokenizer(folder, family.added_tokens(checkpoint), processor=processor)
+    parts = [source.folder for source in (*family.vision_sources(checkpoint), *family.language_sources(checkpoint))]
+    log_contradictions([checkpoint, folder, *parts], processor=processor)
     return Processor(config or family.config(checkpoint, tokenizer), tokenizer, family.prompt_rules(checkpoint))
 
 
-def load_tokenizer(folder: Checkpoint, added_tokens: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+def load_tokenizer(
+    folder: Checkpoint, added_tokens: Sequence[str] = (), *, processor: bool = False
+) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a folder, from local files only, never running the checkpoint's code.
 
     Qwen's is loaded by Qwen's own class, as `AutoTokenizer` does in every reference: normalisation and splitting are
     then that class's, whatever tokenizer.json says. Any other tokenizer.json is taken as it is.
-    added_tokens: those it lacks become special tokens behind its own, in order.
+    added_tokens: those it lacks become special tokens behind its own, in order; processor: whose chat template wins
+    (`stated.chat_templates`).
     """
     loader: Any = PreTrainedTokenizerFast
     if _is_qwen(folder):
@@ -129,16 +136,22 @@ def load_tokenizer(folder: Checkpoint, added_tokens: Sequence[str] = ()) -> PreT
         raise ConfigError(f"{folder.root}: the tokenizer cannot be loaded: {' '.join(str(error).split())}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigError(f"{folder.root}: siglane needs a fast tokenizer (tokenizer.json)")
-    if folder.has("chat_template.json"):  # a processor's template; it is the newer one where a tokenizer has its own
-        tokenizer.chat_template = folder.json("chat_template.json").get("chat_template")
+    tokenizer.chat_template = _chat_template(folder, processor=processor)
     known = tokenizer.get_vocab()
     missing = [text for text in added_tokens if text not in known]
     tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in missing])
     return tokenizer
 
 
+def _chat_template(folder: Checkpoint, *, processor: bool) -> str | dict[str, str] | None:
+    """The default one of the first place that has one; all by name where there is none."""
+    found = [one.value for one in chat_templates(folder, processor=processor)]
+    defaults = [templates["default"] for templates in found if "default" in templates]
+    return defaults[0] if defaults else {name: text for one in found for name, text in one.items()} or None
+
+
 def _is_qwen(folder: Checkpoint) -> bool:
-    if folder.optional("config.json").get("model_type") in ("qwen2", "qwen3"):
-        return True
-    stated = folder.optional("tokenizer_config.json").get("tokenizer_class")
-    return stated in ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+    """As `AutoTokenizer` chooses: for Qwen2 whatever class is stated, for Qwen3 where none is."""
+    stated = [found.value for found in tokenizer_classes(folder)][:1]
+    kind = folder.optional("config.json").get("model_type")
+    return kind == "qwen2" or stated == ["Qwen2Tokenizer"] or (kind == "qwen3" and not stated)

@@ -13,7 +13,7 @@ from siglane.config.reader import ConfigReader, RawConfig
 from siglane.config.vision import VisionConfig
 from siglane.errors import ConfigError
 from siglane.families.family import TowerFamily
-from siglane.families.files import PREPROCESSOR
+from siglane.families.stated import PREPROCESSOR, image_processor
 from siglane.nn.plan import Elsewhere, Ignore, WeightPlan
 from siglane.tiling.squash import Squash
 from siglane.vision.tower import tower_plan
@@ -47,14 +47,12 @@ class Siglip(TowerFamily):
     ) -> tuple[VisionConfig, PreprocessConfig]:
         """The tower with its positions, and how pictures come to it. reader: the tower's configuration."""
         side = reader.size("image_size", 224)
-        raw = {"size": {"height": side, "width": side}}
-        processor = ImageProcessorConfig.from_hf(
-            checkpoint.json(PREPROCESSOR) if checkpoint.has(PREPROCESSOR) else raw, name=PREPROCESSOR
-        )
+        file = image_processor(checkpoint) or ConfigReader({"size": {"height": side, "width": side}}, PREPROCESSOR)
+        processor = ImageProcessorConfig.from_hf(file.raw, name=file.name)
         tile, grid = processor.size, vision.position_grid
         if (tile.height // vision.patch_size, tile.width // vision.patch_size) != grid:
             raise ConfigError(
-                f"{PREPROCESSOR}: {tile.width}x{tile.height} pixels do not hold the tower's {grid.h}x{grid.w} patches"
+                f"{file.name}: {tile.width}x{tile.height} pixels do not hold the tower's {grid.h}x{grid.w} patches"
             )
         return vision, PreprocessConfig.of(Squash(tile=tile, resample=processor.resample), processor)
 

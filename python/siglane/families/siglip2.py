@@ -8,17 +8,15 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from siglane.config.preprocess import ImageProcessorConfig, PreprocessConfig
+from siglane.config.preprocess import SIGLIP2, ImageProcessorConfig, PreprocessConfig
 from siglane.config.reader import ConfigReader
 from siglane.config.vision import VisionConfig
 from siglane.errors import ConfigError
-from siglane.families.files import PREPROCESSOR
 from siglane.families.siglip import Siglip
+from siglane.families.stated import PREPROCESSOR, image_processor
 from siglane.tiling.naflex import NaFlex
 from siglane.types import Grid
 from siglane.weights.hub import Checkpoint
-
-BILINEAR = 2  # Siglip2ImageProcessor's default filter
 
 
 class Siglip2(Siglip):
@@ -32,12 +30,13 @@ class Siglip2(Siglip):
         side = math.isqrt(patches)
         if side * side != patches:
             raise ConfigError(f"{reader.name}: num_patches {patches} is not a square; the positions' grid is one")
-        processor = ConfigReader(checkpoint.optional(PREPROCESSOR), PREPROCESSOR)
+        processor = image_processor(checkpoint) or ConfigReader({}, PREPROCESSOR)
         if processor.size("patch_size", 16) != vision.patch_size:
             raise ConfigError(
-                f"{PREPROCESSOR}: patch_size {processor.size('patch_size', 16)} is not the tower's {vision.patch_size}"
+                f"{processor.name}: patch_size {processor.size('patch_size', 16)} is not the tower's "
+                f"{vision.patch_size}"
             )
-        pixels = ImageProcessorConfig.from_hf(processor.raw, resample=BILINEAR, name=PREPROCESSOR)
+        pixels = ImageProcessorConfig.from_hf(processor.raw, SIGLIP2, name=processor.name)
         rule = NaFlex(
             patch_size=vision.patch_size,
             max_num_patches=processor.size("max_num_patches", 256),

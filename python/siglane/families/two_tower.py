@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from siglane.config.two_tower import TextRule, TextTowerConfig, TwoTowerConfig
+from siglane.config.two_tower import TextTowerConfig, TwoTowerConfig
 from siglane.config.vision import VisionConfig
-from siglane.errors import ConfigError, OtherWeights, UserError
+from siglane.errors import ConfigError, OtherWeights
 from siglane.families.model import stored_dtype
 from siglane.families.processor import ImageProcessor
 from siglane.families.registry import tower_family
 from siglane.families.stack import VisionEncoderModel
+from siglane.families.stated import log_contradictions
+from siglane.families.text_rule import read_tokens
 from siglane.nn.parallel import TensorParallel
 from siglane.nn.plan import Rule, WeightPlan
 from siglane.text.tokens import TextTokens
@@ -27,7 +29,6 @@ from siglane.weights.hub import Checkpoint, Source
 from siglane.weights.load import allocate, fill, rehearse, stored_tensors
 
 BOTH_TOWERS = ("siglip", "siglip2")
-TOKENIZER_CONFIG = "tokenizer_config.json"
 TEXTS_PER_FORWARD = {"cpu": 32, "cuda": 512}
 
 
@@ -95,52 +96,6 @@ def read_two_tower(checkpoint: Checkpoint) -> tuple[TwoTowerConfig, TextTokens]:
     return TwoTowerConfig(images=family.images(checkpoint, head=True), text=text, texts=texts.rule), texts
 
 
-def read_tokens(checkpoint: Checkpoint, text: TextTowerConfig) -> TextTokens:
-    """SigLIP's SentencePiece with its own rules, or SigLIP2's Gemma tokenizer, as the checkpoint's files say.
-
-    ConfigError when there is no tokenizer, or one with ids outside the tower's table.
-    """
-    stated = checkpoint.optional(TOKENIZER_CONFIG)
-    first = checkpoint.has("spiece.model") or str(stated.get("tokenizer_class", "")).startswith("SiglipTokenizer")
-    encode, size = _tokenizer_json(checkpoint) if checkpoint.has("tokenizer.json") else _sentencepiece(checkpoint)
-    if size > text.vocab_size:
-        raise ConfigError(f"{checkpoint.root}: the tokenizer has {size} ids, the text tower {text.vocab_size}")
-    if first:  # formats.md 1.6: padded with </s>
-        return TextTokens(
-            TextRule(length=text.length, lowercase="text", delete_punctuation=True, end_id=1, pad_id=1), encode
-        )
-    return TextTokens(
-        TextRule(length=text.length, lowercase="characters", delete_punctuation=False, end_id=1, pad_id=0), encode
-    )
-
-
-def _tokenizer_json(checkpoint: Checkpoint) -> tuple[Callable[[str], list[int]], int]:
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(checkpoint.path("tokenizer.json")))
-    except Exception as error:  # tokenizers raises a bare Exception
-        raise ConfigError(f"{checkpoint.root}: tokenizer.json cannot be loaded: {error}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.get_vocab_size()
-
-
-def _sentencepiece(checkpoint: Checkpoint) -> tuple[Callable[[str], list[int]], int]:
-    if not checkpoint.has("spiece.model"):
-        raise ConfigError(f"{checkpoint.root} has neither tokenizer.json nor spiece.model")
-    try:
-        from sentencepiece import SentencePieceProcessor
-    except ImportError as error:
-        message = "this checkpoint's tokenizer is SentencePiece's; pip install 'siglane[tagging]'"
-        raise UserError(message, code="missing_extra") from error
-    try:
-        processor = SentencePieceProcessor(model_file=str(checkpoint.path("spiece.model")))
-    except (RuntimeError, OSError) as error:
-        raise ConfigError(f"{checkpoint.root}: spiece.model cannot be loaded: {error}") from error
-    return lambda text: list(processor.encode(text)), processor.get_piece_size()
-
-
 def load_two_tower(
     checkpoint: Checkpoint,
     *,
@@ -156,6 +111,7 @@ def load_two_tower(
     tower: a chat model's, on the same device and in the same dtype. Where the checkpoint holds the same numbers its
     layers are used and only what it leaves out, such as the head, is loaded.
     """
+    log_contradictions([checkpoint])
     config, texts = read_two_tower(checkpoint)
     tensors = stored_tensors([Source(checkpoint)])
     plan = two_tower_plan(config)

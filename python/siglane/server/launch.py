@@ -103,10 +103,16 @@ def serve(
 
 
 @contextlib.contextmanager
-def serving(config: ServerConfig, spec: EngineSpec, image_limits: ImageBudget = CHECKPOINT_LIMITS) -> Iterator[Served]:
+def serving(
+    config: ServerConfig,
+    spec: EngineSpec,
+    image_limits: ImageBudget = CHECKPOINT_LIMITS,
+    restarts_allowed: int | None = None,
+) -> Iterator[Served]:
     """The models of `spec` behind an engine that loads them while the server starts; closed at the end.
 
-    image_limits: of the model itself; a tagger beside it reads images as its checkpoint says.
+    image_limits: of the model itself; a tagger beside it reads images as its checkpoint says. restarts_allowed: of the
+    engine in a few minutes, None for a server's few.
     """
     from siglane.engine.process import EngineProcess
     from siglane.families.processor import load_processor
@@ -123,7 +129,8 @@ def serving(config: ServerConfig, spec: EngineSpec, image_limits: ImageBudget = 
     tagger = spec.model if alone else spec.tagger
     two_tower = None if tagger is None else read_two_tower(checkpoint if alone else open_model(tagger))
 
-    name, metrics, engine = config.served_model_name or folder_of(spec.model), Metrics(), EngineProcess(spec)
+    name, metrics = config.served_model_name or folder_of(spec.model), Metrics()
+    engine = EngineProcess(spec, restarts_allowed)
     engine.start(wait=False)
     try:
         chat = embed = None

@@ -39,7 +39,8 @@ class TagSettings:
         default=CONFIDENCE_THRESHOLD, metadata={"help": "tags below it are left out; sigmoid scores are low"}
     )
     max_tags: int = field(default=MAX_TAGS, metadata={"help": "tags of one picture"})
-    max_num_patches: int = field(default=256, metadata={"help": "patches of a picture, for NaFlex models"})
+    # without it what the checkpoint says
+    max_num_patches: int | None = field(default=None, metadata={"help": "patches of a picture, for NaFlex models"})
 
     def __post_init__(self) -> None:
         if self.batch_size < 0:
@@ -48,7 +49,8 @@ class TagSettings:
             value = getattr(self, option.name)
             if option.choices and value not in option.choices:
                 raise ConfigError(f"{option.name} {value!r} is not known; use {', '.join(option.choices)}")
-        at_least("max_num_patches", self.max_num_patches, 1)
+        if self.max_num_patches is not None:
+            at_least("max_num_patches", self.max_num_patches, 1)
         check_limits(self.confidence_threshold, self.max_tags, threshold_name="confidence_threshold")
 
 

@@ -26,7 +26,10 @@ FORMAT = "siglane.labels.1"
 IN_MEMORY = 4  # of 10,000 labels and width 1152 one has 46 MB
 ON_DISK_BYTES = 1 << 30
 FILE = re.compile(r"[0-9a-f]{64}\.safetensors")  # nothing else in the folder is ever removed
-TEXT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "spiece.model", "*.safetensors")
+TEXT_FILES = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model",
+    "*.safetensors",
+)  # fmt: skip
 
 
 def default_folder() -> Path:
@@ -35,7 +38,7 @@ def default_folder() -> Path:
 
 def state_of(checkpoint: Checkpoint, *numerics: str) -> bytes:
     """What a label matrix depends on besides templates and labels: the files of text tower and tokenizer (path, size,
-    time of change), and `numerics`, such as the dtype. 32 bytes."""
+    time of change), and `numerics`, such as the dtype and the rule that texts are prepared by. 32 bytes."""
     files = sorted({file.resolve() for pattern in TEXT_FILES for file in checkpoint.root.glob(pattern)})
     stats = [(str(file), stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()]]
     return digest_of(FORMAT.encode(), json.dumps([stats, numerics]).encode())

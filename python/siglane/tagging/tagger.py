@@ -130,7 +130,7 @@ class Tagger:
         self._batch_size = batch_size or BATCH_SIZES[on.type]
         self._texts = TEXTS_PER_FORWARD[on.type]
         folder = default_folder() if cache is None else Path(cache).expanduser()
-        self._cache = LabelCache(folder, state_of(checkpoint, str(chosen), quantization))
+        self._cache = LabelCache(folder, state_of(checkpoint, str(chosen), quantization, repr(self.text_rule)))
         self.summary = f"{on}, {chosen}, {self._batch_size} pictures a batch; texts: {self.text_rule}"
         logger.info("tagging on %s", self.summary)
 
@@ -205,6 +205,12 @@ class Tagger:
         rows = [batch.embeddings.cpu() for batch in map(_readable, self._batches(images))]
         return torch.cat([torch.zeros(0, self._model.config.text.projection_size), *rows])
 
+    def stream_embeddings(self, images: Iterable[TaggedSource]) -> Iterator[torch.Tensor | UserError]:
+        """For each image its unit vector, f32 `[D]`, or why it cannot be read; as they come, a bounded number ahead."""
+        for batch in self._batches(images):
+            vectors = iter(batch.embeddings.cpu())
+            yield from (next(vectors) if error is None else error for error in batch.errors)
+
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """f32 `[texts, D]`, unit length: of the texts themselves, without a template. Equal texts are read once."""
         if not texts:
@@ -278,12 +284,11 @@ def _readable(batch: _Batch) -> _Batch:
     return batch
 
 
-def _patches_of(checkpoint: Checkpoint, patches: int) -> int | None:
+def _patches_of(checkpoint: Checkpoint, patches: int | None) -> int | None:
     """The setting, for a model that has a use for it; the images of others have one size."""
-    if isinstance(image_facts(checkpoint).preprocess.rule, NaFlex):
+    if patches is None or isinstance(image_facts(checkpoint).preprocess.rule, NaFlex):
         return patches
-    if patches != TagSettings().max_num_patches:
-        logger.warning("max_num_patches %d does not apply to this model; its pictures have one size", patches)
+    logger.warning("max_num_patches %d does not apply to this model; its pictures have one size", patches)
     return None
 
 

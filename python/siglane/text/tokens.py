@@ -26,7 +26,11 @@ class TextTokens:
 
         Sources: transformers `SiglipTokenizer.canonicalize_text`, and `Siglip2Tokenizer`'s Lowercase normalizer.
         """
-        text = text.lower() if self.rule.lowercase == "text" else "".join(map(str.lower, text))
+        match self.rule.lowercase:
+            case "text":
+                text = text.lower()
+            case "characters":
+                text = "".join(map(str.lower, text))
         if not self.rule.delete_punctuation:
             return text
         return " ".join(text.replace(_SPACE_PIECE, " ").translate(_WITHOUT_PUNCTUATION).split())
@@ -41,6 +45,14 @@ class TextTokens:
 
     def count(self, text: str) -> int:
         return len(self.encode(self.prepared(text)))
+
+    def lost(self, text: str) -> int:
+        """How many of its tokens a text loses to the model's length."""
+        prepared = self.prepared(text)
+        # a token of ASCII is at least one byte; one more may stand in front, the end behind
+        if prepared.isascii() and len(prepared) + 2 <= self.rule.length:
+            return 0
+        return max(0, len(self.encode(prepared)) - (self.rule.length - 1))
 
     def _row(self, text: str) -> list[int]:
         ids = [*self.encode(self.prepared(text))[: self.rule.length - 1], self.rule.end_id]

@@ -15,35 +15,43 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 
 from siglane.config.reader import ConfigReader, RawConfig, read_json
 from siglane.errors import ConfigError
 from siglane.families.processor import ImageProcessor
-from siglane.families.two_tower import (
-    BOTH_TOWERS,
+from siglane.families.stated import (
+    CONFIG,
+    DESCRIBED,
+    PREPROCESSOR,
+    TOKENIZER,
     TOKENIZER_CONFIG,
-    LoadedTwoTower,
-    TwoTowerModel,
-    read_two_tower,
-    two_tower_plan,
+    TOKENIZER_FILES,
+    image_processor,
 )
+from siglane.families.two_tower import BOTH_TOWERS, LoadedTwoTower, TwoTowerModel, read_two_tower, two_tower_plan
 from siglane.training.initialise import initialise
 from siglane.weights.export import checkpoint_tensors
 from siglane.weights.hub import Checkpoint
 from siglane.weights.load import SINGLE, allocate
 
-CONFIG, PREPROCESSOR, TOKENIZER = "config.json", "preprocessor_config.json", "tokenizer.json"
-TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, "spiece.model", "special_tokens_map.json", "added_tokens.json")
 TOKEN_DEVIATION = 0.3  # of fresh token tables: texts must be told apart before anything can be learned from them
-PAD, END, UNKNOWN = "<pad>", "<eos>", "<unk>"  # SigLIP2's, ids 0, 1 and 3 there; here <unk> is 2
+SPECIAL = {
+    "pad_token": "<pad>",
+    "eos_token": "<eos>",
+    "bos_token": "<bos>",
+    "unk_token": "<unk>",
+    "mask_token": "<mask>",
+}
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+SPACE = "▁"  # SentencePiece's
 
 
 def copy_files(source: Checkpoint, folder: Path) -> None:
     """What describes the model of `source`, without its weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (CONFIG, PREPROCESSOR, *TOKENIZER_FILES):
+    for name in (*DESCRIBED, *TOKENIZER_FILES):
         if source.has(name):
             shutil.copyfile(source.path(name), folder / name)
 
@@ -59,7 +67,7 @@ def write_files(config: Path, captions: Iterable[str], folder: Path) -> None:
     reader.choice("model_type", dict.fromkeys(BOTH_TOWERS))
     copy_files(Checkpoint(config.parent), folder)
     write_json(folder / CONFIG, raw)
-    if not (folder / PREPROCESSOR).exists():
+    if image_processor(Checkpoint(folder)) is None:
         write_json(folder / PREPROCESSOR, _preprocessor(reader))
     if not any((folder / name).exists() for name in (TOKENIZER, "spiece.model")):
         text = reader.section("text_config")
@@ -82,36 +90,52 @@ def _preprocessor(config: ConfigReader) -> RawConfig:
 
 
 def caption_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE in lower case with SigLIP2's special tokens, of at most `vocab_size` ids: any text has some.
+    """SigLIP2's kind of tokenizer, of at most `vocab_size` ids: lower case, BPE within words, bytes for the rest, so
+    that any text has ids.
 
-    ConfigError when there is no room for the 256 bytes.
+    Everything in it follows from vocabulary and merges as in transformers' `Siglip2Tokenizer`, which since 5.20 reads
+    only those of a SigLIP2's tokenizer.json. ConfigError when there is no room for the 256 bytes.
     """
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = [PAD, END, UNKNOWN]
-    if vocab_size < len(alphabet) + len(special):
-        raise ConfigError(f"vocab_size {vocab_size} is too small; a tokenizer made here has at least 259 ids")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    # one space in front, so that a word is the same token wherever it stands
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    held = [*SPECIAL.values(), *BYTES]
+    if vocab_size < len(held):
+        raise ConfigError(f"vocab_size {vocab_size} is too small; a tokenizer made here has at least {len(held)} ids")
+    trained = Tokenizer(models.BPE())
+    lower = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(" ", SPACE)])
+    trained.normalizer = lower
+    trained.pre_tokenizer = pre_tokenizers.Split(SPACE, "merged_with_next")
+    room = vocab_size - len(held)
+    trainer = trainers.BpeTrainer(vocab_size=room, limit_alphabet=room, show_progress=False)
+    if room:
+        trained.train_from_iterator(captions, trainer)
+    found = json.loads(trained.to_str())["model"]
+    pieces = [*held, *sorted(set(found["vocab"]) - set(held), key=found["vocab"].__getitem__)]
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={piece: number for number, piece in enumerate(pieces)},
+            merges=[(left, right) for left, right in found["merges"]],
+            unk_token=SPECIAL["unk_token"],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
     )
-    tokenizer.train_from_iterator(captions, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, 1)])
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in SPECIAL.values()])
+    tokenizer.normalizer = lower
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    end = SPECIAL["eos_token"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, pieces.index(end))]
+    )
     return tokenizer
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, length: int) -> None:
-    """As siglane and `PreTrainedTokenizerFast` read it; length: of every text, padding included."""
+    """As siglane and transformers' `AutoTokenizer` read it; length: of every text, padding included."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / TOKENIZER))
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": PAD,
-        "eos_token": END,
-        "unk_token": UNKNOWN,
+        "tokenizer_class": "Siglip2Tokenizer",
+        **SPECIAL,
         "padding_side": "right",
         "model_max_length": length,
         "model_input_names": ["input_ids"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -77,6 +78,16 @@ class VideoSize:
         first.save(file, "GIF", save_all=True, append_images=others, duration=100, loop=0)
         return f"data:image/gif;base64,{base64.b64encode(file.getvalue()).decode()}"
 
+
+LEFT_BY_A_PROCESSOR = {
+    "processor_class": "LlavaOnevisionProcessor",
+    "image_processor_type": "LlavaOnevisionImageProcessor",
+    "feature_extractor_type": "SiglipFeatureExtractor",
+    "auto_map": {
+        "AutoProcessor": "processing_other.OtherProcessor",
+        "AutoTokenizer": ["tokenization_other.Other", None],
+    },
+}
 
 Case = tuple[str | Picture | Drawn | VideoSize, ...]
 
@@ -165,6 +176,8 @@ def write_checkpoint(name: str, folder: Path, seed: int | None = None) -> None:
     folder.mkdir(parents=True)
     family.write(folder, family.seeds[0] if seed is None else seed)
     enlarge(folder, family.larger)
+    for file in folder.rglob("tokenizer_config.json"):  # as in public folders, whose processors SGLang would look for
+        file.write_text(json.dumps(json.loads(file.read_text()) | LEFT_BY_A_PROCESSOR))
 
 
 def enlarge(folder: Path, larger: Mapping[str, float]) -> None:

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,12 @@ from siglane.weights.hub import FILE_PATTERNS, REPOSITORY_ID, Checkpoint, open_c
 BUILT_IN = {"nvila": ("NVILAForConditionalGeneration", "NVILALiteForConditionalGeneration")}
 DESCRIPTIONS = ("*.json", "*/*.json", "*.jinja")
 IN_USE = ".in_use"
+# of the tokenizer's own file: what turns texts into ids and back, nothing that a host acts upon
+TOKENIZER_KEYS = (
+    "tokenizer_class", "added_tokens_decoder", "bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
+    "cls_token", "mask_token", "model_max_length", "add_prefix_space", "add_bos_token", "add_eos_token",
+    "clean_up_tokenization_spaces", "errors", "split_special_tokens",
+)  # fmt: skip
 
 
 def view_of(model: str, revision: str | None = None) -> Path | None:
@@ -173,9 +180,16 @@ def _fill(folder: Path, checkpoint: Checkpoint, processor: Processor, files: lis
     _write(folder / "generation_config.json", {"eos_token_id": ends, "do_sample": False})
     processor.tokenizer.chat_template = processor.chat_template()
     processor.tokenizer.save_pretrained(str(folder))
+    _keep_only(folder / "tokenizer_config.json", TOKENIZER_KEYS)
     (folder / IN_USE).touch()
     for number, file in enumerate(files):
         os.symlink(file, folder / f"part-{number:05d}.safetensors")
+
+
+def _keep_only(path: Path, keys: Collection[str]) -> None:
+    """What a tokenizer was loaded with is saved with it: names of a processor, of code, of templates, of anything."""
+    stated = json.loads(path.read_text(encoding="utf-8"))
+    _write(path, {key: value for key, value in stated.items() if key in keys})
 
 
 def placeholder_id(config: VlmConfig) -> int:

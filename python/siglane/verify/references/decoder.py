@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from siglane.errors import ConfigError
-from siglane.verify.references.files import Raw, Tensors, read_json, ready
+from siglane.verify.references.files import Raw, Tensors, chat_template, ready
 from siglane.verify.references.tapping import rows_of, tapping
 from siglane.verify.stages import LOGIT_ROWS, TOKENS, Trace
 
@@ -105,14 +105,21 @@ def load_tokenizer(folder: Path, *added: str) -> Any:
 
 
 def rendered(
-    folder: Path, tokenizer: Any, images: Sequence[str], prompt: str, default: str, *, placeholder: str | None = None
+    folder: Path,
+    tokenizer: Any,
+    images: Sequence[str],
+    prompt: str,
+    default: str,
+    *,
+    by_processor: bool = False,
+    placeholder: str | None = None,
 ) -> str:
     """One user message, pictures first, through the checkpoint's chat template, or `default` when it has none.
 
-    images: what stands for each picture where the template takes a text. A template that takes parts writes its own
-    placeholder, which becomes the picture's text where the model tiles pictures.
+    images: what stands for each picture where the template takes a text; by_processor: as of `chat_template`. A
+    template that takes parts writes its own placeholder, which becomes the picture's text where a model tiles pictures.
     """
-    template = read_json(folder / "chat_template.json").get("chat_template") or tokenizer.chat_template or default
+    template = chat_template(folder, by_processor=by_processor) or default
     content = "".join(images) + prompt
     text = _applied(tokenizer, template, content)
     if content in text:

@@ -32,6 +32,36 @@ def read_json(path: Path) -> Raw:
     return found
 
 
+def processor_json(folder: Path) -> Raw:
+    """processor_config.json's picture part, which transformers 5 prefers, else preprocessor_config.json; {} without."""
+    nested = read_json(folder / "processor_config.json").get("image_processor")
+    return nested if isinstance(nested, dict) else read_json(folder / "preprocessor_config.json")
+
+
+def chat_template(folder: Path, *, by_processor: bool) -> str | None:
+    """The checkpoint's, in the order in which transformers' processors or tokenizers look for it."""
+    jinja, tokenizer = folder / "chat_template.jinja", read_json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(tokenizer, list):
+        tokenizer = {one["name"]: one["template"] for one in tokenizer}
+    of_tokenizer = [
+        jinja.read_text(encoding="utf-8") if jinja.is_file() else None,
+        tokenizer.get("default") if isinstance(tokenizer, dict) else tokenizer,
+    ]
+    of_processor = [
+        read_json(folder / name).get("chat_template") for name in ("processor_config.json", "chat_template.json")
+    ]
+    found = [*of_processor, *of_tokenizer] if by_processor else [*of_tokenizer, *of_processor]
+    return next((one.get("default") if isinstance(one, dict) else one for one in found if one), None)
+
+
+def media_token(folder: Path, name: str, default: str) -> str:
+    """The text of `image_token` or `video_token`: the tokenizer's, else the processor's."""
+    tokenizer = read_json(folder / "tokenizer_config.json")
+    extra = tokenizer.get("extra_special_tokens")
+    places = [extra if isinstance(extra, dict) else {}, tokenizer, read_json(folder / "processor_config.json")]
+    return str(next((place[name] for place in places if isinstance(place.get(name), str)), default))
+
+
 @dataclass(frozen=True, slots=True)
 class Tensors:
     """Tensors by name, each read when it is asked for. Reading one holds no other in memory."""

@@ -13,8 +13,8 @@ from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGener
 from transformers.image_processing_utils import select_best_resolution
 
 from siglane.verify.references.decoder import PLACE, Decoder, filled, load_tokenizer, rendered
-from siglane.verify.references.files import Tensors, read_json, ready
-from siglane.verify.references.pixels import Processing, patches_of, processor_json, squares_of
+from siglane.verify.references.files import Tensors, media_token, processor_json, read_json, ready
+from siglane.verify.references.pixels import Processing, patches_of, squares_of
 from siglane.verify.references.reference import ReferenceFamily, Seen, VisionLanguageReference
 from siglane.verify.references.tapping import tapping
 from siglane.verify.references.tower import stages_of, up_to
@@ -39,7 +39,8 @@ class LlavaOnevision(VisionLanguageReference):
         self.language = Decoder(self.model, self.model.model.language_model.layers)
         self.processing = Processing.of(processor, 384, Image.Resampling.BICUBIC, mean=CLIP_MEAN, std=CLIP_STD)
         self.pinpoints: list[list[int]] = processor.get("image_grid_pinpoints", self.config.image_grid_pinpoints)
-        self.folder, self.tokenizer = folder, load_tokenizer(folder, IMAGE)
+        self.folder, self.image = folder, media_token(folder, "image_token", IMAGE)
+        self.tokenizer = load_tokenizer(folder, self.image)
 
     def run(self, pictures: Sequence[Image.Image], prompt: str, steps: int) -> Trace:
         """transformers' class cuts, encodes and splices by itself, a second time."""
@@ -59,10 +60,11 @@ class LlavaOnevision(VisionLanguageReference):
         return Seen(taps, [[rows] for rows in images])
 
     def text(self, prompt: str, seen: Seen) -> str:
-        return rendered(self.folder, self.tokenizer, [IMAGE] * len(seen.images), prompt, TEMPLATE)
+        images = [self.image] * len(seen.images)
+        return rendered(self.folder, self.tokenizer, images, prompt, TEMPLATE, by_processor=True)
 
     def ids(self, text: str, seen: Seen) -> list[int]:
-        return filled(self.tokenizer(text).input_ids, self.tokenizer.convert_tokens_to_ids(IMAGE), seen.blocks)
+        return filled(self.tokenizer(text).input_ids, self.tokenizer.convert_tokens_to_ids(self.image), seen.blocks)
 
     def _inputs(self, pictures: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
         pixels = self.prepared(pictures).to(self.device, self.dtype)

@@ -16,8 +16,8 @@ from torch import nn
 
 from siglane.errors import ConfigError
 from siglane.verify.references.decoder import CHATML, Decoder, filled, load_tokenizer, rendered
-from siglane.verify.references.files import Raw, Tensors, read_json, ready
-from siglane.verify.references.pixels import processor_json, siglip_processing, squares_of
+from siglane.verify.references.files import Raw, Tensors, processor_json, read_json, ready
+from siglane.verify.references.pixels import siglip_processing, squares_of
 from siglane.verify.references.reference import ReferenceFamily, Seen, VisionLanguageReference
 from siglane.verify.references.tower import SiglipTower
 
@@ -68,7 +68,7 @@ class Nvila(VisionLanguageReference):
         ready(self.projector, weights.under("layers.") if weights.readers else weights, device, dtype)
         self.processing = siglip_processing(processor_json(vision), self.tower.side)
         self.side = self.flags.scales[0] if self.flags.scales else self.processing.width
-        self.tokenizer, self.text_folder = load_tokenizer(text, IMAGE), text
+        self.tokenizer, self.text_folder, self.by_processor = load_tokenizer(text, IMAGE), text, not in_folders
 
     def see(self, pictures: Sequence[Image.Image]) -> Seen:
         alone = len(pictures) == 1
@@ -87,7 +87,15 @@ class Nvila(VisionLanguageReference):
     def text(self, prompt: str, seen: Seen) -> str:
         lite = self.flags.aspect == "dynamic" and len(seen.images) == 1
         images = [(IMAGE + "\n" if lite else IMAGE) * len(image) for image in seen.images]
-        return rendered(self.text_folder, self.tokenizer, images, prompt, TEMPLATE, placeholder=IMAGE)
+        return rendered(
+            self.text_folder,
+            self.tokenizer,
+            images,
+            prompt,
+            TEMPLATE,
+            by_processor=self.by_processor,
+            placeholder=IMAGE,
+        )
 
     def ids(self, text: str, seen: Seen) -> list[int]:
         """Behind every block of image rows VILA puts the embedding of a line feed."""

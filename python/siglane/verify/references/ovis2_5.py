@@ -21,8 +21,8 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_
 from transformers.models.siglip.modeling_siglip import SiglipAttention
 
 from siglane.verify.references.decoder import CHATML, PLACE, Decoder, load_tokenizer, rendered
-from siglane.verify.references.files import Raw, Tensors, read_json, ready
-from siglane.verify.references.pixels import Processing, processor_json
+from siglane.verify.references.files import Raw, Tensors, processor_json, read_json, ready
+from siglane.verify.references.pixels import Processing
 from siglane.verify.references.reference import ReferenceFamily, Seen, VisionLanguageReference
 from siglane.verify.references.tapping import tapping
 from siglane.verify.stages import Trace

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from siglane.errors import ConfigError, ImageError
-from siglane.verify.references.files import Raw, read_json
+from siglane.verify.references.files import Raw
 
 
 def open_picture(data: bytes, name: str) -> Image.Image:
@@ -26,7 +25,7 @@ def open_picture(data: bytes, name: str) -> Image.Image:
 
 @dataclass(frozen=True, slots=True)
 class Processing:
-    """What a preprocessor_config.json says. height, width: pixels of its resize; mean, std: `[3]`."""
+    """What an image processor's file says. height, width: pixels of its resize; mean, std: `[3]`."""
 
     height: int
     width: int
@@ -45,13 +44,14 @@ class Processing:
         std: Sequence[float] = (0.5, 0.5, 0.5),
     ) -> Processing:
         """Absent keys take the values given: they are the defaults of the family's processor class."""
+        raw = {key: value for key, value in raw.items() if value is not None}
         size = raw.get("size", side)
         if isinstance(size, dict):
             height, width = size.get("height", size.get("shortest_edge")), size.get("width", size.get("shortest_edge"))
         else:
-            height = width = size
+            height, width = size if isinstance(size, list) and len(size) == 2 else (size, size)
         if not isinstance(height, int) or not isinstance(width, int):
-            raise ConfigError(f"preprocessor_config.json: the reference does not understand size {size!r}")
+            raise ConfigError(f"the reference does not understand an image processor's size {size!r}")
         return cls(
             height,
             width,
@@ -81,12 +81,6 @@ class Processing:
 def siglip_processing(raw: Raw, side: int) -> Processing:
     """The defaults of transformers' `SiglipImageProcessor`."""
     return Processing.of(raw, side, Image.Resampling.BICUBIC)
-
-
-def processor_json(folder: Path) -> Raw:
-    """processor_config.json's picture part, which transformers 5 prefers, else preprocessor_config.json; {} without."""
-    nested = read_json(folder / "processor_config.json").get("image_processor")
-    return nested if isinstance(nested, dict) else read_json(folder / "preprocessor_config.json")
 
 
 def squares_of(picture: Image.Image, side: int) -> list[Image.Image]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from siglane.verify.references.files import Tensors, read_json
-from siglane.verify.references.pixels import processor_json, siglip_processing
+from siglane.verify.references.files import Tensors, processor_json, read_json
+from siglane.verify.references.pixels import siglip_processing
 from siglane.verify.references.reference import ReferenceFamily
 from siglane.verify.references.tower import SiglipTower
 from siglane.verify.stages import Trace

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
-from siglane.verify.references.files import Tensors, read_json, ready
-from siglane.verify.references.pixels import Processing, processor_json
+from siglane.verify.references.files import Tensors, processor_json, read_json, ready
+from siglane.verify.references.pixels import Processing
 from siglane.verify.references.reference import ReferenceFamily
 from siglane.verify.references.tapping import tapping
 from siglane.verify.references.tower import stages_of
