@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import logging
 import re
 import resource
@@ -82,11 +83,11 @@ def serve(
     """Serves until a signal, and returns the exit code: 0 after SIGTERM or Ctrl-C.
 
     listener: from `preflight`, when the caller has checked already; image_limits: the ceiling of the clients'. Raises
-    UserError for a port, a model or limits that cannot be used, EngineError when the engine cannot be started.
+    UserError for a port, a model or limits that cannot be used, EngineError when the engine is given up.
     """
     listener = listener or preflight(config, spec.model)
     with contextlib.closing(listener):
-        logs.configure(config.log_format, config.log_level)
+        logs.begin(config.log_format, config.log_level)
         _raise_file_limit()
 
         from siglane.server.app import create_app  # loads torch, after everything that can fail at once
@@ -123,7 +124,8 @@ def serving(config: ServerConfig, spec: EngineSpec, image_limits: ImageBudget = 
     tagger = spec.model if alone else spec.tagger
     two_tower = None if tagger is None else read_two_tower(checkpoint if alone else open_model(tagger))
 
-    name, metrics, engine = config.served_model_name or folder_of(spec.model), Metrics(), EngineProcess(spec)
+    name, metrics = config.served_model_name or folder_of(spec.model), Metrics()
+    engine = EngineProcess(spec, functools.partial(logs.configure, config.log_format, config.log_level))
     engine.start(wait=False)
     try:
         chat = embed = None
