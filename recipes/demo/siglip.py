@@ -26,7 +26,8 @@ from siglane.settings.training import TrainConfig
 from siglane.training.curve import CURVE, draw_curve
 from siglane.training.evaluate import embed_classes, embed_pictures, linear_probe, probe_accuracy, zero_shot_accuracy
 from siglane.training.files import write_json
-from siglane.training.run import LOG, MODEL, Skipped, open_run, train
+from siglane.training.report import Skipped
+from siglane.training.run import LOG, MODEL, open_run, train
 from siglane.types import DecodedImage
 from siglane.weights.hub import Checkpoint
 

@@ -110,7 +110,7 @@ def test_a_tagger_that_hangs_in_its_tower_is_replaced(tmp_path: Path, monkeypatc
     write_two_tower_checkpoint(tmp_path / "model", "siglip2")
     flag = tmp_path / "flag"
     prepared = functools.partial(EngineProcess, prepare=functools.partial(hang_in_the_tower, flag))
-    monkeypatch.setattr("siglane.engine.process.EngineProcess", lambda spec, _: prepared(spec))
+    monkeypatch.setattr("siglane.engine.process.EngineProcess", lambda spec, *_, **__: prepared(spec))
     config = EngineConfig(device="cpu", threads=1, engine_timeout=HUNG_AFTER)
     with serving(config_of(), EngineSpec(str(tmp_path / "model"), config)) as served, listening(served) as server:
         served.engine.wait_ready()

@@ -15,7 +15,8 @@ from siglane import Tagger
 from siglane.cli.main import main
 from siglane.families.two_tower import load_two_tower
 from siglane.settings.training import TrainConfig
-from siglane.training.run import MODEL, Skipped, open_run, train
+from siglane.training.report import Skipped
+from siglane.training.run import MODEL, open_run, train
 from siglane.weights.demo import demo_folder, open_model
 
 LABELS = demo_folder() / "labels.txt"

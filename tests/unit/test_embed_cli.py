@@ -66,6 +66,7 @@ def test_eight_bits(model: str, pictures: list[str], capsys: pytest.CaptureFixtu
     ("words", "complaint"),
     [
         (["embed", "MODEL", "--json"], "nothing to embed"),
+        (["embed", "MODEL", "--text", "a", "-o", "a.jsonl"], "JSON Lines hold pictures alone"),
         (["embed", "MODEL", "--text", "a"], "nowhere to put the vectors"),
         (["embed", "MODEL", "--text", "a", "-o", "/nowhere/a.safetensors"], "there is no folder /nowhere"),
         (["embed", "MODEL", "gone.png", "--json"], "gone.png"),
@@ -77,3 +78,39 @@ def test_mistakes(model: str, words: list[str], complaint: str, capsys: pytest.C
     said = capsys.readouterr()
     assert said.out == ""
     assert complaint in said.err
+
+
+def test_rows_are_written_and_continued(
+    model: str, pictures: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.jsonl"
+    (tmp_path / "broken.png").write_bytes(b"")
+    images = [pictures[0], str(tmp_path / "broken.png"), *pictures[1:], pictures[0]]
+    words = ["embed", model, *images, "--device", "cpu", "-o", str(out)]
+    assert main(words) == 0
+    assert capsys.readouterr().out == f"{out}: 3 pictures embedded, 1 unreadable, 0 were there\n"
+    rows = [json.loads(row) for row in out.read_text().splitlines()]
+    assert [row["image"] for row in rows] == images[:4]
+    assert "not an image" in rows.pop(1)["error"]
+    expected = Tagger(model, device="cpu").embed_images(pictures)
+    assert np.allclose([row["embedding"] for row in rows], expected, atol=1e-6)
+    whole = out.read_bytes()
+    out.write_bytes(whole[: whole.rindex(b'{"image"') + 30])
+    assert main(words) == 0
+    assert capsys.readouterr().out == f"{out}: 1 pictures embedded, 0 unreadable, 3 were there\n"
+    assert [json.loads(row)["image"] for row in out.read_text().splitlines()] == images[:4]
+    words[1] = "/nowhere"
+    assert main(words) == 0  # no model is loaded
+
+
+def test_a_picture_that_cannot_be_read_costs_its_own_vector(
+    model: str, pictures: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["embed", model, "gone.png", *pictures, "--device", "cpu", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert "gone.png: cannot be read" in rows[0]["error"]
+    assert [len(row["embedding"]) for row in rows[1:]] == [32] * 3
+    assert (
+        main(["embed", model, "gone.png", *pictures, "--device", "cpu", "-o", str(tmp_path / "none.safetensors")]) == 2
+    )
+    assert "gone.png" in capsys.readouterr().err

@@ -32,6 +32,7 @@ FLOORS = {
     "weights": 4,
     "media": 4,
     "families": 5,
+    "batch": 6,
     "engine": 6,
     "tagging": 6,
     "training": 6,

@@ -410,7 +410,7 @@ class TestHanging:
     @pytest.fixture(scope="class")
     def watched(self, spec: EngineSpec, flag: Path) -> Iterator[EngineProcess]:
         config = replace(spec.config, engine_timeout=HUNG_AFTER)
-        engine = EngineProcess(replace(spec, config=config), functools.partial(misbehave, flag, 1e9))
+        engine = EngineProcess(replace(spec, config=config), prepare=functools.partial(misbehave, flag, 1e9))
         engine.start()
         yield engine
         engine.close()
@@ -499,7 +499,7 @@ def test_a_slow_engine_is_no_hung_one(spec: EngineSpec, answer: Said, tmp_path: 
     """Each layer takes a good part of the limit, a forward more than the whole."""
     (tmp_path / "it").touch()
     config = replace(spec.config, engine_timeout=HUNG_AFTER)
-    engine = EngineProcess(replace(spec, config=config), functools.partial(misbehave, tmp_path / "it", 1.2))
+    engine = EngineProcess(replace(spec, config=config), prepare=functools.partial(misbehave, tmp_path / "it", 1.2))
     engine.start()
     try:
         pid, begin = engine.pid, time.monotonic()

@@ -19,8 +19,8 @@ from PIL import Image
 from two_tower_checkpoint import write_two_tower_checkpoint
 
 from siglane import Tagger
+from siglane.batch.rows import RowFile
 from siglane.cli.main import main
-from siglane.cli.rows import RowFile
 from siglane.cli.tag import expand
 from siglane.errors import SiglaneError, UserError
 
@@ -254,7 +254,7 @@ class TestOutput:
         program = (
             "import json, sys\n"
             "from pathlib import Path\n"
-            "from siglane.cli.rows import RowFile\n"
+            "from siglane.batch.rows import RowFile\n"
             "with RowFile(Path(sys.argv[1]), 'image') as file:\n"
             "    for row in json.loads(sys.argv[2]):\n"
             "        file.append(row)\n"
@@ -266,7 +266,7 @@ class TestOutput:
             text=True,
             check=False,
         )
-        assert f"SiglaneError: cannot write {out}: File too large; its rows so far are whole" in done.stderr
+        assert f"CannotWrite: cannot write {out}: File too large; its rows so far are whole" in done.stderr
         written = len(rows_of(out))
         assert rows_of(out) == rows[:written]
         assert 900 < out.stat().st_size <= 1000

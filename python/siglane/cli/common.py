@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,7 @@ class Argument:
     type: Callable[[str], object] = str
 
 
+UNPRINTED = ("Cc", "Cs", "Zl", "Zp")  # control characters, half surrogate pairs, line and paragraph separators
 MODEL_ARGUMENT = Argument("model", "MODEL", "a checkpoint folder, a hub id, or `demo`")
 COMMON = (OptionGroup(CommonOptions, "common"),)
 MODEL = OptionGroup(ModelOptions, "model")
@@ -104,3 +106,15 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 def emit_json(document: Any, out: TextIO) -> None:
     """Exactly one JSON document. ASCII, so that any file name survives any terminal."""
     out.write(json.dumps(document, allow_nan=False) + "\n")
+
+
+def emit_line(text: str, out: TextIO) -> None:
+    """One line for people, whatever file names it holds: what would break the line or move the cursor is escaped, and
+    so is a byte that is not UTF-8, as in JSON (`\\udce9` is the byte E9)."""
+    out.write("".join(map(_printed, text)) + "\n")
+
+
+def _printed(character: str) -> str:
+    if unicodedata.category(character) not in UNPRINTED:
+        return character
+    return character.encode("unicode_escape").decode()

@@ -17,8 +17,10 @@ from siglane.cli.common import (
     check_writable,
     checkpoint_of,
     emit_json,
+    emit_line,
     write_tensors,
 )
+from siglane.errors import UserError
 from siglane.settings.engine import EngineConfig
 from siglane.settings.flags import OptionGroup, read_options
 from siglane.settings.media import DecodeOptions
@@ -68,16 +70,24 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     tensors: dict[str, torch.Tensor] = {}
     rows: list[dict[str, Any]] = []
     quiet = not sys.stderr.isatty() or len(arguments.images) == 1
-    encoded = tqdm(encoder.run(arguments.images), total=len(arguments.images), unit="image", disable=quiet)
+    encoded = tqdm(encoder.stream(arguments.images), total=len(arguments.images), unit="image", disable=quiet)
+    failures: list[UserError] = []
     for number, (image, one) in enumerate(zip(arguments.images, encoded, strict=True)):
+        if isinstance(one, UserError):
+            failures.append(one)
+            rows.append({"image": image, "error": one.message})
+            print(f"siglane: number {number} is left out: {one.message}", file=sys.stderr)
+            continue
         tensors[str(number)] = one.projector_input
         rows.append({"image": image, "features": list(one.projector_input.shape)})
         if one.rows is not None:
             tensors[f"projected.{number}"] = one.rows
             rows[-1]["projected"] = list(one.rows.shape)
+    if not tensors:
+        raise failures[0]
     write_tensors(tensors, options.output)
     if options.json:
         emit_json(rows, out)
     else:
-        out.write(f"{options.output}: {len(tensors)} tensors of {len(rows)} images\n")
+        emit_line(f"{options.output}: {len(tensors)} tensors of {len(rows) - len(failures)} images", out)
     return 0

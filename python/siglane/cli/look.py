@@ -16,6 +16,7 @@ from siglane.cli.common import (
     check_writable,
     checkpoint_of,
     emit_json,
+    emit_line,
     load_image_processor,
     writing,
 )
@@ -83,5 +84,5 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
         emit_json(describe(arguments.image, report_image(item)) | {"view": str(options.output)}, out)
     else:
         tokens = counted(layout.image_tokens, "image token" if view.speaks else "row")
-        out.write(f"{options.output}: {counted(len(layout.tiles), 'tile')}, {tokens}\n")
+        emit_line(f"{options.output}: {counted(len(layout.tiles), 'tile')}, {tokens}", out)
     return 0

@@ -1,8 +1,8 @@
 """`siglane COMMAND ...`: finds the command, turns every error into one line and an exit code.
 
-Exit codes: 0 done, 1 something failed, 2 the caller's mistake, 130 interrupted. Results go to stdout, everything else
-to stderr. Each command is a module with `ARGUMENTS`, `OPTIONS` and `run(arguments, out) -> exit code`; only the one
-asked for is imported, so that `siglane --help` does not wait for torch.
+Exit codes: 0 done, 1 something failed, 2 the caller's mistake, 3 a batch that was stopped and can be continued, 130
+interrupted. Results go to stdout, everything else to stderr. Each command is a module with `ARGUMENTS`, `OPTIONS` and
+`run(arguments, out) -> exit code`; only the one asked for is imported, so that `siglane --help` needs no torch.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import io
 import logging
 import os
 import select
@@ -19,13 +20,14 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TextIO
 
-from siglane.cli.common import COMMON, CommonOptions
-from siglane.errors import SiglaneError
+from siglane.cli.common import COMMON, CommonOptions, emit_line
+from siglane.errors import SiglaneError, UserError
 from siglane.settings.flags import OptionGroup, Parser, add_options, read_file, read_options
 
 COMMANDS = {
     "generate": "ask a model one question about pictures",
     "serve": "serve a model over the OpenAI API",
+    "batch": "answer many requests, or one question about many pictures, from a file to a file",
     "encode": "write the vision features of pictures to a file",
     "embed": "write the vectors of pictures and texts",
     "tag": "say which of many labels fit pictures",
@@ -42,8 +44,11 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    out = sys.stdout
     debug = "--debug" in words
+    try:
+        out = _standard_output()
+    except SiglaneError as error:
+        return _report(error, debug)
     try:
         parsed = _parse(words)
         common = read_options(CommonOptions, parsed)
@@ -61,6 +66,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError) and _reader_is_gone(out):
             return 1
         return _report(error, debug)
+
+
+def _standard_output() -> TextIO:
+    """stdout, which prints any file name whatever its encoding. UserError when it is closed."""
+    if sys.stderr is None:  # `2>&-`; print would take stdout in its place
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        raise UserError("stdout is closed; send it to a file, or to /dev/null", code="cannot_write")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    return sys.stdout
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
@@ -120,7 +137,7 @@ def _report(error: Exception, debug: bool) -> int:
     if not isinstance(error, SiglaneError):
         message = f"{type(error).__name__}: {message}".removesuffix(": ")
         message += "" if debug else " (this is a bug or a broken machine; --debug shows where)"
-    print("siglane: error:", " ".join(message.split()), file=sys.stderr)
+    emit_line(f"siglane: error: {' '.join(message.split())}", sys.stderr)
     if debug:
         traceback.print_exception(error)
     return error.exit_code if isinstance(error, SiglaneError) else 1

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import glob
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from siglane.cli.common import IMAGES, MODEL, MODEL_ARGUMENT, Argument, CommonOptions, ModelOptions, emit_json
-from siglane.cli.rows import RowFile
-from siglane.errors import UserError
-from siglane.media.source import URL
+from siglane.batch.pictures import expand
+from siglane.batch.rows import RowFile
+from siglane.cli.common import (
+    IMAGES,
+    MODEL,
+    MODEL_ARGUMENT,
+    Argument,
+    CommonOptions,
+    ModelOptions,
+    emit_json,
+    emit_line,
+)
 from siglane.settings.flags import OptionGroup, read_options, stated_in
 from siglane.settings.media import DecodeOptions
 from siglane.settings.options import CommandOptions, options_of
 from siglane.settings.tagging import TEMPLATES, TagSettings, read_settings
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 FROM_SETTINGS = "-"
 # MODEL and --threshold stand for the settings that have no flag of their own name
 SETTINGS = ("batch_size", "attention", "dtype", "quantization", "device", "max_tags", "max_num_patches")
@@ -77,32 +82,6 @@ def _flags(arguments: argparse.Namespace, options: TagOptions) -> dict[str, Any]
     return flags if options.threshold is None else flags | {"confidence_threshold": options.threshold}
 
 
-def expand(given: str) -> list[str]:
-    """The pictures that one argument names, in order: itself, those below a folder, or what a pattern matches.
-
-    UserError for a folder or a pattern without pictures. A missing file stays: it is an error of its own row.
-    """
-    if URL.match(given):
-        return [given]
-    if os.path.isdir(given):
-        found = sorted(_pictures_below(given))
-    elif os.path.exists(given) or not glob.has_magic(given):
-        return [given]
-    else:
-        found = sorted(name for name in glob.glob(given, recursive=True) if os.path.isfile(name))
-    if not found:
-        raise UserError(f"{given!r} holds no pictures; siglane looks for {', '.join(SUFFIXES)}", code="no_pictures")
-    return found
-
-
-def _pictures_below(folder: str) -> Iterator[str]:
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (
-            os.path.join(parent, name) for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-        )
-
-
 def _rows(
     pictures: Sequence[str], arguments: argparse.Namespace, options: TagOptions, settings: TagSettings
 ) -> Iterator[dict[str, Any]]:
@@ -144,17 +123,17 @@ def _emit(rows: Iterator[dict[str, Any]], file: RowFile | None, options: TagOpti
         if file is not None:
             file.append(row)
         elif not options.json:
-            out.write(_line(row))
+            emit_line(_line(row), out)
             out.flush()
         if options.json:
             kept.append(row)
     if options.json:
         emit_json(kept, out)
     elif file is not None:
-        out.write(f"{file.path}: {count - failed} pictures tagged, {failed} unreadable\n")
+        emit_line(f"{file.path}: {count - failed} pictures tagged, {failed} unreadable", out)
     return 1 if count and failed == count else 0
 
 
 def _line(row: dict[str, Any]) -> str:
     tags = ", ".join(f"{tag['label']} {tag['confidence']:.3f}" for tag in row["tags"])
-    return f"{row['image']}: {'error: ' + row['error'] if 'error' in row else tags or 'no tags'}\n"
+    return f"{row['image']}: {'error: ' + row['error'] if 'error' in row else tags or 'no tags'}"

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-from siglane.cli.common import BUDGET, IMAGES, MODEL, MODEL_ARGUMENT, Argument, checkpoint_of, emit_json
-from siglane.errors import UserError
+from siglane.cli.common import BUDGET, IMAGES, MODEL, MODEL_ARGUMENT, Argument, checkpoint_of, emit_json, emit_line
+from siglane.errors import ImageError, UserError
 from siglane.settings.flags import OptionGroup, read_options
 from siglane.settings.media import DecodeOptions
 from siglane.settings.options import CommandOptions
 from siglane.tiling.rule import ImageBudget
 
 if TYPE_CHECKING:
+    from siglane.families.pipeline import MediaPipeline
     from siglane.families.report import ImageReport
-    from siglane.types import ImageLayout, Medium
+    from siglane.media.item import MediaItem
+    from siglane.types import Medium
 
 SIZE = re.compile(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})(?:x([1-9][0-9]{0,3}))?")
 
@@ -59,15 +61,36 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     items = [MediaItem(path, "IMAGE") for path in arguments.images]
     items += [MediaItem(None, "--sizes", size=_medium(text)) for text in options.sizes]
     pipeline.admit(items)
-    for group in [items] if options.together else [[item] for item in items]:
-        pipeline.lay_out(group)
-    layouts, reports = [item.layout for item in items], list(map(report_image, items))
-    names = [*arguments.images, *options.sizes]
+    if options.together:
+        pipeline.lay_out(items)
+    failures = [None if options.together else _failure(pipeline, item) for item in items]
+    if all(failures) and failures[0] is not None:
+        raise failures[0]
+    rows = [Row(*row) for row in zip([*arguments.images, *options.sizes], items, failures, strict=True)]
     if options.json:
-        emit_json([describe(*pair) for pair in zip(names, reports, strict=True)], out)
+        emit_json([_described(row) for row in rows], out)
     else:
-        out.writelines(line + "\n" for line in [*applied(reports[0]), *_table(names, layouts)])
+        first = next(row.item for row in rows if row.failure is None)
+        for line in [*applied(report_image(first)), *_table(rows)]:
+            emit_line(line, out)
     return 0
+
+
+class Row(NamedTuple):
+    """failure: why the picture cannot be counted, None where `item` is laid out."""
+
+    name: str
+    item: MediaItem
+    failure: ImageError | None
+
+
+def _failure(pipeline: MediaPipeline, item: MediaItem) -> ImageError | None:
+    """Lays out one picture, alone in its request."""
+    try:
+        pipeline.lay_out([item])
+    except ImageError as error:
+        return error
+    return None
 
 
 def _medium(text: str) -> Medium:
@@ -78,6 +101,14 @@ def _medium(text: str) -> Medium:
         raise UserError(f"--sizes {text!r} is not a size; write width x height as 640x480", code="bad_option")
     size = Size(int(found[1]), int(found[2]))
     return VideoSize(size, int(found[3])) if found[3] else size
+
+
+def _described(row: Row) -> dict[str, Any]:
+    from siglane.families.pipeline import report_image
+
+    if row.failure is not None:
+        return {"image": row.name, "error": row.failure.message}
+    return describe(row.name, report_image(row.item))
 
 
 def describe(name: str, report: ImageReport) -> dict[str, Any]:
@@ -97,13 +128,17 @@ def applied(report: ImageReport) -> list[str]:
     return [f"detail {detail['requested']}, applied as {detail['applied']}; limits: {', '.join(named) or 'none'}"]
 
 
-def _table(names: Sequence[str], layouts: Sequence[ImageLayout]) -> list[str]:
-    lines = [f"{'tokens':>8} {'tiles':>6} {'patches':>8} {'size':>11}  image"]
-    for name, layout in zip(names, layouts, strict=True):
+def _table(rows: Sequence[Row]) -> Iterator[str]:
+    yield f"{'tokens':>8} {'tiles':>6} {'patches':>8} {'size':>11}  image"
+    layouts = []
+    for name, item, failure in rows:
+        if failure is not None:
+            yield f"{'error':>8} {'':>6} {'':>8} {'':>11}  {name}: {failure.message}"
+            continue
+        layouts.append(layout := item.layout)
         size = f"{layout.source.width}x{layout.source.height}"
-        lines.append(f"{layout.image_tokens:>8} {len(layout.tiles):>6} {layout.patches:>8} {size:>11}  {name}")
+        yield f"{layout.image_tokens:>8} {len(layout.tiles):>6} {layout.patches:>8} {size:>11}  {name}"
     if len(layouts) > 1:
         tokens, patches = sum(layout.image_tokens for layout in layouts), sum(layout.patches for layout in layouts)
         tiles = sum(len(layout.tiles) for layout in layouts)
-        lines.append(f"{tokens:>8} {tiles:>6} {patches:>8} {'':>11}  {len(layouts)} images")
-    return lines
+        yield f"{tokens:>8} {tiles:>6} {patches:>8} {'':>11}  {len(layouts)} images"

@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
-from siglane.cli.common import Argument, emit_json
+from siglane.cli.common import Argument, emit_json, emit_line
 from siglane.errors import UserError
 from siglane.settings.flags import OptionGroup, read_options
 from siglane.settings.options import CommandOptions
 from siglane.settings.training import TrainConfig
 
 if TYPE_CHECKING:
+    from siglane.training.contrastive import Trainer
+    from siglane.training.report import CaptionLosses, Skipped
     from siglane.weights.hub import Checkpoint
 
 
@@ -53,9 +55,9 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     source = _source(options)
 
     from siglane.nn.device import DTYPES, resolve_device
-    from siglane.training.curve import CURVE, draw_curve
     from siglane.training.pairs import open_pairs
-    from siglane.training.run import LOG, MODEL, Share, Skipped, join_ranks, leave_ranks, open_run, train
+    from siglane.training.report import CaptionLosses, Skipped, caption_losses, say_losses
+    from siglane.training.run import Share, join_ranks, leave_ranks, open_run, train
 
     config = read_options(TrainConfig, arguments)
     if config.fresh_text and options.from_scratch:
@@ -65,21 +67,38 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     skipped = Skipped(options.strict)
     skipped.add(bad)
     trainer = open_run(source, pairs, options.out, config, device, resume=options.resume)
+    first, losses = Share.of(trainer.group).rank == 0, CaptionLosses()
+    if first:
+        losses = caption_losses(((pair.name, pair.caption) for pair in pairs.pairs), trainer.two_tower.texts)
+        say_losses(losses, trainer.two_tower.texts)
     minutes = math.inf if options.minutes is None else options.minutes
     train(trainer, pairs, options.out, skipped=skipped, store=DTYPES[options.store], minutes=minutes)
-    first = Share.of(trainer.group).rank == 0
     leave_ranks()
-    if not first:
-        return 0
-    model = options.out / MODEL
+    return _report(trainer, pairs.size + len(bad), skipped, losses, options, out) if first else 0
+
+
+def _report(
+    trainer: Trainer, rows: int, skipped: Skipped, losses: CaptionLosses, options: RunOptions, out: TextIO
+) -> int:
+    """The curve, and what became of every row. rows: of the source, those that were skipped included."""
+    from siglane.training.curve import CURVE, draw_curve
+    from siglane.training.pairs import drawn_pairs
+    from siglane.training.run import LOG, MODEL
+
+    model, config, size = options.out / MODEL, trainer.config, trainer.pairs.size
     if not draw_curve(options.out / LOG, options.out / CURVE):
         print(f"no {CURVE}: drawing needs matplotlib (pip install matplotlib)", file=sys.stderr)
+    assert size is not None
+    drawn = drawn_pairs(size, config.batch_size, config.seed, trainer.step * config.accumulate)
+    used = rows - len(skipped.names)
+    print(f"{used} pairs can be used, steps so far drew {drawn} of {size}; {skipped}", file=sys.stderr)
     if options.json:
         counts = {"step": trainer.step, "steps": trainer.steps, "skipped": len(skipped.names)}
-        emit_json({"model": str(model)} | counts, out)
+        pairs = {"used": used, "drawn": drawn, "reasons": skipped.as_json(), "cut_captions": len(losses.cut)}
+        emit_json({"model": str(model)} | counts | pairs, out)
     else:
         rest = "" if trainer.done else "; --resume continues"
-        out.write(f"{model}: step {trainer.step} of {trainer.steps}, {len(skipped.names)} pairs skipped{rest}\n")
+        emit_line(f"{model}: step {trainer.step} of {trainer.steps}, {len(skipped.names)} pairs skipped{rest}", out)
     return 0
 
 

@@ -48,7 +48,7 @@ class EngineSpec:
     tagger: str | None = None
 
 
-def run_child(end: Any, spec: EngineSpec, prepare: Callable[[], None]) -> None:
+def run_child(end: Any, spec: EngineSpec, prepare: Callable[[], None] | None = None) -> None:
     """The engine's process: reads requests while there are any, computes, writes what it has.
 
     end: a socket to the parent; prepare: called first of all, for its log.
@@ -56,7 +56,8 @@ def run_child(end: Any, spec: EngineSpec, prepare: Callable[[], None]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides when to end
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
-    prepare()
+    if prepare is not None:
+        prepare()
     channel = Channel(end)
     try:
         threading.Thread(target=_beat, args=(channel, spec.config), name="heartbeat", daemon=True).start()

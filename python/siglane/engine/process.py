@@ -42,10 +42,6 @@ CLOSE_SECONDS = 2.0  # for the last step, which nobody waits for any more
 END_SECONDS = 5.0
 
 
-def _nothing() -> None:
-    """What a child that logs nowhere prepares."""
-
-
 class EngineProcess:
     """A supervised engine. `submit` and `abort` may be called from any thread and wait while the channel is full;
     callbacks run on the one thread that empties it, so they must neither block nor call back.
@@ -58,8 +54,11 @@ class EngineProcess:
     reaches the child by pickle, before any client does.
     """
 
-    def __init__(self, spec: EngineSpec, prepare: Callable[[], None] = _nothing) -> None:
-        self.spec, self._prepare = spec, prepare
+    def __init__(
+        self, spec: EngineSpec, restarts_allowed: int | None = None, *, prepare: Callable[[], None] | None = None
+    ) -> None:
+        """restarts_allowed: within RESTART_WINDOW_SECONDS, one more and the engine is given up; None: a few."""
+        self.spec, self._restarts_allowed, self._prepare = spec, restarts_allowed, prepare
         self.state: State = "starting"
         self.failure: SiglaneError | None = None
         self._context = _context()
@@ -273,7 +272,7 @@ class EngineProcess:
             if self.state not in ("closed", "dead"):
                 recent = [start for start in self._starts if time.monotonic() - start < RESTART_WINDOW_SECONDS]
                 how = "after a time without a sign of life" if self._silent else _how_it_ended(self._process)
-                if len(recent) > RESTARTS_ALLOWED:
+                if len(recent) > (RESTARTS_ALLOWED if self._restarts_allowed is None else self._restarts_allowed):
                     message = f"the engine process died {len(recent)} times in {RESTART_WINDOW_SECONDS:g} seconds"
                     self._give_up(EngineError(f"{message}, the last time {how}; see the log", code="engine_dead"))
                 else:

@@ -93,17 +93,35 @@ class VisionEncoder:
         return [encoded.rows for encoded in self.run(images) if encoded.rows is not None]
 
     def run(self, images: Iterable[EncoderSource], *, project: bool = True) -> Iterator[Encoded]:
-        """Encodes and, where there is a projector, projects each image, in order and as the images come."""
+        """Encodes and, where there is a projector, projects each image, in order and as the images come. UserError for
+        the first image that cannot be used."""
+        for encoded in self.stream(images, project=project):
+            if isinstance(encoded, UserError):
+                raise encoded
+            yield encoded
+
+    def stream(self, images: Iterable[EncoderSource], *, project: bool = True) -> Iterator[Encoded | UserError]:
+        """`run` that goes on behind an image that cannot be used: its error stands in its place."""
         group: list[ImagePatches] = []
-        for patches in ahead(self._prepare, images):
-            if group and sum(image.layout.patches for image in (*group, patches)) > self._max_batch_patches:
+        for prepared in ahead(self._prepare, images):
+            if isinstance(prepared, UserError):
                 yield from self._encode(group, project)
                 group = []
-            group.append(patches)
+                yield prepared
+                continue
+            if group and sum(image.layout.patches for image in (*group, prepared)) > self._max_batch_patches:
+                yield from self._encode(group, project)
+                group = []
+            group.append(prepared)
         yield from self._encode(group, project)
 
-    def _prepare(self, numbered: tuple[int, EncoderSource]) -> ImagePatches:
-        number, given = numbered
+    def _prepare(self, numbered: tuple[int, EncoderSource]) -> ImagePatches | UserError:
+        try:
+            return self._patches(*numbered)
+        except UserError as error:
+            return error
+
+    def _patches(self, number: int, given: EncoderSource) -> ImagePatches:
         video = isinstance(given, Mapping) and "video" in given
         item = video_item(given, f"images[{number}]") if video else image_item(given, f"images[{number}]")
         self._media.prepare([item])

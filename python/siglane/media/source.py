@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from siglane.errors import ImageError
 from siglane.media.policy import MediaPolicy
@@ -52,7 +52,15 @@ def local_path(source: object) -> str | Path | None:
         return source if isinstance(source, Path) else None
     if not URL.match(source):
         return source
-    return unquote(urlsplit(source).path) if source.lower().startswith("file:") else None
+    return _path_of(source) if source.lower().startswith("file:") else None
+
+
+def _path_of(url: str) -> str:
+    """Of a `file:` URL. Names are bytes: what is not UTF-8 comes back as the system gives it, in half surrogates."""
+    try:
+        return os.fsdecode(unquote_to_bytes(os.fsencode(urlsplit(url).path)))
+    except ValueError:  # no file is called so
+        return url
 
 
 def read_local(source: str | Path, policy: MediaPolicy) -> bytes:
@@ -61,8 +69,18 @@ def read_local(source: str | Path, policy: MediaPolicy) -> bytes:
     path = local_path(source)
     if path is None:
         return fetch(str(source), policy, LOCAL_TENANT)
+    return read_file(path)
+
+
+def read_file(path: str | Path, start: int = 0, size: int = -1) -> bytes:
+    """`size` bytes of a local file from `start`, -1 for all. Raises ImageError as `open_file`, and for a disk that
+    fails while it is read."""
     with open_file(path) as file:
-        return file.read()
+        try:
+            file.seek(start)
+            return file.read(size)
+        except OSError as error:
+            raise ImageError(f"cannot be read: {error.strerror}", code="image_not_found") from None
 
 
 def open_file(path: str | Path) -> BinaryIO:
@@ -115,7 +133,7 @@ def _read_below(root: Path | None, url: str, max_bytes: int) -> bytes:
         if parts.netloc not in ("", "localhost"):
             raise ValueError("a file on another host")
         base = root.resolve(strict=True)
-        path = Path(unquote(parts.path))
+        path = Path(_path_of(url))
         if not path.is_absolute():
             raise ValueError("a relative path")
         descriptor = _open_below(base, path.resolve(strict=True).relative_to(base).parts)

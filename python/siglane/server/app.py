@@ -17,6 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from siglane.batch.requests import CHAT, CLASSIFY, EMBEDDINGS
 from siglane.errors import EngineError, UserError
 from siglane.server.chat import complete, prepare
 from siglane.server.context import context_of
@@ -37,8 +38,6 @@ from siglane.server.stream import ChatStream
 
 logger = logging.getLogger(__name__)
 
-CHAT = "/v1/chat/completions"
-EMBEDDINGS, CLASSIFY = "/v1/embeddings", "/v1/classify"
 IGNORED_FIELDS = "x-siglane-ignored-fields"
 FAILURES: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 

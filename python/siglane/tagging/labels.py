@@ -88,10 +88,9 @@ def _cut(labels: Sequence[str], templates: Sequence[str], tokens: TextTokens) ->
     for label in labels:
         for template in templates:
             (text,) = texts_of(template, [label])
-            if len(tokens.prepared(text).encode()) + 2 <= tokens.rule.length:
-                continue  # a token is at least one byte; one more may stand in front, the end behind
-            if (count := tokens.count(text)) > (kept := tokens.kept(text)):
-                yield f"{shown(label)} ({kept} of {count} tokens are kept)"
+            if lost := tokens.lost(text):
+                kept = tokens.kept(text)
+                yield f"{shown(label)} ({kept} of {kept + lost} tokens are kept)"
                 break
 
 

@@ -206,6 +206,12 @@ class Tagger:
         rows = [batch.embeddings.cpu() for batch in map(_readable, self._batches(images))]
         return torch.cat([torch.zeros(0, self._model.config.text.projection_size), *rows])
 
+    def stream_embeddings(self, images: Iterable[TaggedSource]) -> Iterator[torch.Tensor | UserError]:
+        """For each image its unit vector, f32 `[D]`, or why it cannot be read; as they come, a bounded number ahead."""
+        for batch in self._batches(images):
+            vectors = iter(batch.embeddings.cpu())
+            yield from (next(vectors) if error is None else error for error in batch.errors)
+
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """f32 `[texts, D]`, unit length: of the texts themselves, without a template. Equal texts are read once."""
         if not texts:

@@ -46,6 +46,14 @@ class TextTokens:
     def count(self, text: str) -> int:
         return len(self.encode(self.prepared(text)))
 
+    def lost(self, text: str) -> int:
+        """How many of its tokens a text loses to the model's length."""
+        prepared = self.prepared(text)
+        # a token of ASCII is at least one byte; one more may stand in front, the end behind
+        if prepared.isascii() and len(prepared) + 2 <= self.rule.length:
+            return 0
+        return max(0, len(self.encode(prepared)) - (self.rule.length - 1))
+
     def _row(self, text: str) -> list[int]:
         ids = [*self.encode(self.prepared(text))[: self.rule.length - 1], self.rule.end_id]
         return ids + [self.rule.pad_id] * (self.rule.length - len(ids))

@@ -18,7 +18,7 @@ from siglane.errors import UserError
 from siglane.families.two_tower import LoadedTwoTower, TwoTowerModel
 from siglane.nn.device import DTYPES
 from siglane.settings.training import TrainConfig
-from siglane.training.pairs import Batch, batches_in
+from siglane.training.pairs import Batch, Pairs, batches_in, fingerprint, where_data_differ
 from siglane.training.sigmoid import Group, chunked_sigmoid_loss
 
 
@@ -39,12 +39,12 @@ class Trainer:
     """Model, optimiser and step count: everything a checkpoint holds."""
 
     def __init__(
-        self, two_tower: LoadedTwoTower, config: TrainConfig, pairs: int | None, group: Group | None = None
+        self, two_tower: LoadedTwoTower, config: TrainConfig, pairs: Pairs, group: Group | None = None
     ) -> None:
-        """two_tower: in float32 on its device; pairs: how many there are, None for no end."""
-        self.two_tower, self.config, self.group, self.step = two_tower, config, group, 0
-        self.steps = steps_of(config, pairs)
-        self.facts = config.facts() | {"steps": self.steps, "pairs": pairs}
+        """two_tower: in float32 on its device."""
+        self.two_tower, self.config, self.pairs, self.group, self.step = two_tower, config, pairs, group, 0
+        self.steps = steps_of(config, pairs.size)
+        self.facts = config.facts() | {"steps": self.steps, "pairs": pairs.size, "data": fingerprint(pairs)}
         model = two_tower.model.train().requires_grad_(True)
         model.vision.requires_grad_(not config.lock_image)
         self.device = model.logit_scale.device
@@ -120,12 +120,17 @@ class Trainer:
         os.replace(path.with_suffix(".part"), path)  # an interruption leaves the old checkpoint or the new one
 
     def load(self, path: Path) -> None:
-        """UserError names the first setting in which this run is another than the one that wrote the checkpoint."""
+        """UserError names the first setting in which this run is another than the one that wrote the checkpoint, or the
+        pairs that are others."""
         state = torch.load(path, map_location=self.device, weights_only=True)
         for name, theirs in state["facts"].items():
-            if self.facts[name] != theirs:
-                message = f"{path} was made with {name} {theirs}, not {self.facts[name]}; resume with what it had"
-                raise UserError(message, code="bad_option", param=name)
+            if self.facts[name] == theirs:
+                continue
+            message = f"{path} was made with {name} {theirs}, not {self.facts[name]}; resume with what it had"
+            if name == "data":
+                where = where_data_differ(self.pairs, theirs)
+                message = f"{path} was made with other data: they differ in {where}; resume with what it had"
+            raise UserError(message, code="bad_option", param=name)
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.step = state["step"]

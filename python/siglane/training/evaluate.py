@@ -15,14 +15,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from siglane.config.preprocess import LOCAL_DECODE
+from siglane.config.preprocess import LOCAL_DECODE, PICTURE_SUFFIXES
 from siglane.errors import UserError
 from siglane.families.two_tower import LoadedTwoTower, load_two_tower
 from siglane.image.decode import decode
-from siglane.media.source import naming, open_file
+from siglane.media.source import naming, read_file
 from siglane.nn.device import resolve_device
 from siglane.settings.tagging import TEMPLATES
-from siglane.training.pairs import PICTURES
 from siglane.types import DecodedImage
 from siglane.weights.demo import open_model
 
@@ -88,13 +87,13 @@ def class_files(folder: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
     if len(folders) < 2:
         raise UserError(f"{folder} needs a folder of pictures for each of two classes or more", code="bad_images")
     files = [(file, number) for number, one in enumerate(folders) for file in sorted(one.iterdir())]
-    found = [(file, number) for file, number in files if file.suffix.lower() in PICTURES]
+    found = [(file, number) for file, number in files if file.suffix.lower() in PICTURE_SUFFIXES]
     return tuple(path.name.replace("_", " ") for path in folders), found
 
 
 def _decoded(file: Path) -> DecodedImage:
-    with naming(file), open_file(file) as stream:
-        return decode(stream.read(), LOCAL_DECODE)
+    with naming(file):
+        return decode(read_file(file), LOCAL_DECODE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

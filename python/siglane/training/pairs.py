@@ -1,6 +1,6 @@
 """Image-text pairs: JSON Lines or a WebDataset folder, indexed once, and batches that are pure functions of a seed.
 
-JSON Lines (paths are relative to the file)         WebDataset (`name.jpg` and `name.txt` are one pair)
+JSON Lines (paths are relative to the file)         WebDataset (`training/shards.py` says which files are one pair)
     {"image": "cats/1.jpg", "caption": "a cat"}          shards/00000.tar: 000.jpg 000.txt 001.png 001.txt ...
 
 Batch number i is the same whoever asks, so a run resumes by counting.
@@ -9,11 +9,14 @@ Batch number i is the same whoever asks, so a run resumes by counting.
 from __future__ import annotations
 
 import json
-import tarfile
+import os
+import re
+import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol
 
@@ -25,11 +28,16 @@ from siglane.config.preprocess import LOCAL_DECODE
 from siglane.errors import ImageError, UserError
 from siglane.families.processor import ImageProcessor
 from siglane.image.decode import decode
-from siglane.media.source import open_file
+from siglane.media.source import read_file
+from siglane.training.report import BadRow
+from siglane.training.shards import read_samples
+from siglane.training.texts import is_unicode, read_lines
 from siglane.types import DecodedImage, ImagePatches
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
-CAPTION = ".txt"
+SHARD = ".tar"
+COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
+UNREADABLE = "the picture cannot be read"
+BLOCK = 256
 
 Indices = npt.NDArray[np.int64]
 
@@ -58,18 +66,18 @@ class Pairs(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StoredPair:
-    """A picture that is a file, or `size` bytes of one from `start`."""
+    """A picture that is a file, or a part of one. size: its bytes when it was listed; start: where they begin in the
+    file, None where they are all of it."""
 
     name: str
     caption: str
     file: Path
-    start: int = 0
-    size: int = -1
+    size: int
+    start: int | None = None
 
     def picture(self) -> DecodedImage:
-        with open_file(self.file) as file:
-            file.seek(self.start)
-            return decode(file.read(self.size), LOCAL_DECODE)
+        data = read_file(self.file) if self.start is None else read_file(self.file, self.start, self.size)
+        return decode(data, LOCAL_DECODE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,27 +92,16 @@ class StoredPairs:
         return self.pairs[index]
 
 
-@dataclass(frozen=True, slots=True)
-class BadRow:
-    """A pair that cannot be used. name: file and line, or shard and key."""
-
-    name: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.reason}"
-
-
 def open_pairs(path: Path) -> tuple[StoredPairs, tuple[BadRow, ...]]:
-    """The pairs of a JSON Lines file or of a folder of tars, and the rows that were left out.
+    """The pairs of a JSON Lines file, a tar or a folder of tars, and the rows that were left out.
 
     Captions and the places of pictures are held in memory, pictures are not; whether one can be decoded is seen when
     it is used. UserError when there is nothing to read, or no usable pair.
     """
     if path.is_dir():
-        rows = list(_shard_rows(path))
+        rows = list(_folder_rows(path))
     elif path.is_file():
-        rows = list(_line_rows(path))
+        rows = list(_shard_rows(path) if path.suffix.lower() == SHARD else _line_rows(path))
     else:
         raise UserError(f"there is no file or folder {path}; give JSON Lines or a folder of tars", code="bad_pairs")
     pairs = tuple(row for row in rows if isinstance(row, StoredPair))
@@ -116,71 +113,87 @@ def open_pairs(path: Path) -> tuple[StoredPairs, tuple[BadRow, ...]]:
 
 
 def _line_rows(file: Path) -> Iterator[StoredPair | BadRow]:
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
+    try:
+        for number, line in enumerate(read_lines(file), 1):
             name = f"{file}:{number}"
-            if line.strip():
-                try:
-                    yield _stored_pair(name, line, file.parent)
-                except ValueError as error:
-                    yield BadRow(name, str(error))
+            if isinstance(line, ValueError):
+                yield BadRow(name, str(line))
+            elif line.strip():
+                yield _stored_pair(name, line, file.parent)
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}", code="bad_pairs") from error
 
 
-def _stored_pair(name: str, line: str, folder: Path) -> StoredPair:
-    """ValueError says what is wrong with the line."""
+def _stored_pair(name: str, line: str, folder: Path) -> StoredPair | BadRow:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
-        raise ValueError("not JSON") from None
+        return BadRow(name, "not JSON")
     if not isinstance(row, dict):
-        raise ValueError('not an object {"image": path, "caption": text}')
+        return BadRow(name, 'not an object {"image": path, "caption": text}', "not an object")
     image, caption = row.get("image"), row.get("caption")
     if not isinstance(image, str) or not image:
-        raise ValueError("no image")
+        return BadRow(name, "no image")
     if not isinstance(caption, str) or not caption.strip():
-        raise ValueError("no caption")
-    if not (folder / image).is_file():
-        raise ValueError(f"the picture {image} is missing")
-    return StoredPair(name, caption, folder / image)
+        return BadRow(name, "no caption")
+    if not is_unicode(caption):
+        return BadRow(name, "the caption is not Unicode text")
+    try:
+        found = (folder / image).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return BadRow(name, f"the picture {image} is missing", "the picture is missing")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not a usable path"
+        return BadRow(name, f"the picture {image} cannot be read: {reason}", UNREADABLE)
+    if not stat.S_ISREG(found.st_mode):
+        return BadRow(name, f"the picture {image} is not a file", "the picture is not a file")
+    return StoredPair(name, caption, folder / image, found.st_size)
 
 
-def _shard_rows(folder: Path) -> Iterator[StoredPair | BadRow]:
-    files = sorted(folder.glob("*.tar"))
+def _folder_rows(folder: Path) -> Iterator[StoredPair | BadRow]:
+    names = sorted(folder.iterdir())
+    files = [file for file in names if file.suffix.lower() == SHARD]
     if not files:
         raise UserError(f"{folder} holds no *.tar; compressed shards are not supported", code="bad_pairs")
+    for file in names:
+        if COMPRESSED.search(file.name):
+            yield BadRow(str(file), "a compressed shard; unpack it to a .tar", "a compressed shard")
     for file in files:
-        try:
-            with tarfile.open(file, "r:") as tar:
-                rows = _sample_rows(tar, file)
-        except (tarfile.TarError, OSError) as error:
-            rows = [BadRow(str(file), f"not a readable tar: {error}")]
-        yield from rows
+        yield from _shard_rows(file)
 
 
-def _sample_rows(tar: tarfile.TarFile, file: Path) -> list[StoredPair | BadRow]:
-    """A sample's key ends at the first dot of its files' names (WebDataset)."""
-    pictures: dict[str, list[tarfile.TarInfo]] = {}
-    captions: dict[str, str] = {}
-    for entry in tar:
-        folder, slash, name = entry.name.rpartition("/")
-        stem, dot, extension = name.partition(".")
-        key, extension = folder + slash + stem, (dot + extension).lower()
-        if not entry.isreg() or not stem:
-            continue
-        if extension in PICTURES:
-            pictures.setdefault(key, []).append(entry)
-        elif extension == CAPTION and (text := tar.extractfile(entry)) is not None:
-            captions[key] = text.read().decode("utf-8", errors="replace").strip()
-    rows: list[StoredPair | BadRow] = []
-    for key in dict.fromkeys((*pictures, *captions)):
-        name, found, caption = f"{file}:{key}", pictures.get(key, ()), captions.get(key)
-        if len(found) != 1:
-            rows.append(BadRow(name, "more than one picture" if found else "no picture"))
-        elif not caption:
-            rows.append(BadRow(name, "no caption"))
+def _shard_rows(file: Path) -> Iterator[StoredPair | BadRow]:
+    for found in read_samples(file):
+        if isinstance(found, BadRow):
+            yield found
         else:
-            rows.append(StoredPair(name, caption, file, found[0].offset_data, found[0].size))
-    return rows
+            yield StoredPair(f"{file}:{found.key}", found.caption, file, found.size, found.start)
+
+
+def fingerprint(pairs: Pairs) -> str:
+    """What a resumed run's data must have in common with the first run's: 16 digits for every BLOCK pairs, of their
+    captions and of their pictures' names, places and sizes. Empty for pairs that are no files."""
+    if not isinstance(pairs, StoredPairs):
+        return ""
+    blocks = []
+    for start in range(0, pairs.size, BLOCK):
+        digest = blake2b(digest_size=8)
+        for pair in pairs.pairs[start : start + BLOCK]:
+            facts = (pair.caption, os.fsencode(pair.file.name).hex(), pair.start, pair.size)
+            digest.update(json.dumps(facts).encode() + b"\n")
+        blocks.append(digest.hexdigest())
+    return "".join(blocks)
+
+
+def where_data_differ(pairs: Pairs, before: str) -> str | None:
+    """The pairs that are not what they were when `before` was their fingerprint; None when all are."""
+    now, digits = fingerprint(pairs), 16
+    for place in range(0, max(len(now), len(before)), digits):
+        if now[place : place + digits] != before[place : place + digits]:
+            first = place // digits * BLOCK
+            last = min(first + BLOCK, pairs.size or first + BLOCK) - 1
+            return f"{pairs[first].name} to {pairs[last].name}"
+    return None
 
 
 def batches_in(size: int, batch_size: int) -> int:
@@ -204,6 +217,17 @@ def _shuffled(size: int, seed: int, epoch: int) -> Indices:
     return np.random.default_rng([seed, epoch]).permutation(size)
 
 
+def drawn_pairs(size: int, batch_size: int, seed: int, batches: int) -> int:
+    """How many of `size` pairs the first batches hold: an epoch leaves out what does not fill its last batch."""
+    in_epoch = batches_in(size, batch_size)
+    drawn = np.zeros(size, dtype=bool)
+    for epoch in range(-(-batches // in_epoch)):
+        drawn[_shuffled(size, seed, epoch)[: min(batches - epoch * in_epoch, in_epoch) * batch_size]] = True
+        if drawn.all():
+            break
+    return int(drawn.sum())
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """Pairs as the towers take them. numbers: of those that can be used; images: one for each, or unit embeddings
@@ -223,7 +247,7 @@ def load_batch(processor: ImageProcessor, numbers: Sequence[int], pairs: Sequenc
         try:
             picture = pair.picture()
         except ImageError as error:
-            bad.append(BadRow(pair.name, error.message))
+            bad.append(BadRow(pair.name, error.message, UNREADABLE))
             continue
         (layout,) = processor.layouts([picture.size])
         found.append((number, processor.patches(picture, layout), pair.caption))

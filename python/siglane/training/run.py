@@ -12,12 +12,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,7 +32,8 @@ from siglane.families.two_tower import load_two_tower
 from siglane.settings.training import TrainConfig
 from siglane.training.contrastive import Trainer, mixed_precision
 from siglane.training.files import copy_files, fresh_two_tower, start_weights, write_files, write_weights
-from siglane.training.pairs import BadRow, Batch, Pairs, batch_indices, loaded_ahead
+from siglane.training.pairs import Batch, Pairs, batch_indices, loaded_ahead
+from siglane.training.report import Skipped
 from siglane.training.sigmoid import INITIAL_LOG_SCALE, Group
 from siglane.weights.hub import Checkpoint
 
@@ -51,22 +51,6 @@ class Share:
     @classmethod
     def of(cls, group: Group | None) -> Share:
         return cls() if group is None else cls(dist.get_rank(group), dist.get_world_size(group))
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """Pairs that were left out, each named once. strict: the first one is a UserError instead."""
-
-    strict: bool = False
-    names: set[str] = field(default_factory=set)
-
-    def add(self, rows: Sequence[BadRow]) -> None:
-        for row in rows:
-            if self.strict:
-                raise UserError(f"{row} (without --strict it would be skipped)", code="bad_pairs")
-            if row.name not in self.names:
-                self.names.add(row.name)
-                tqdm.write(f"skipped {row}", file=sys.stderr)
 
 
 def open_run(
@@ -89,7 +73,7 @@ def open_run(
         message = f"{checkpoint} exists; add --resume to continue it, or choose another folder"
         raise UserError(message, code="run_exists")
     if checkpoint.exists():
-        trainer = Trainer(fresh_two_tower(folder, device), config, pairs.size, group)
+        trainer = Trainer(fresh_two_tower(folder, device), config, pairs, group)
         trainer.load(checkpoint)
         return trainer
     if Share.of(group).rank == 0:
@@ -108,7 +92,7 @@ def open_run(
     else:
         two_tower = fresh_two_tower(folder, device)
         start_weights(two_tower.model, two_tower.model, *scalars)
-    return Trainer(two_tower, config, pairs.size, group)
+    return Trainer(two_tower, config, pairs, group)
 
 
 def world() -> Group | None:
@@ -176,6 +160,7 @@ def train(
             if stop:
                 break
         pool.shutdown(wait=False, cancel_futures=True)
+    _share_skipped(skipped, trainer.group)
 
 
 def save(trainer: Trainer, out: Path, store: torch.dtype) -> None:
@@ -207,6 +192,16 @@ def _agreed(group: Group | None, flag: bool, device: torch.device) -> bool:
     flags = torch.tensor(int(flag), device=device)
     dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
     return bool(flags)
+
+
+def _share_skipped(skipped: Skipped, group: Group | None) -> None:
+    """Adds what the other ranks left out and have named."""
+    if group is None:
+        return
+    every: list[dict[str, list[str]]] = [{}] * dist.get_world_size(group)
+    dist.all_gather_object(every, skipped.kinds, group=group)
+    for kinds in every:
+        skipped.merge(kinds)
 
 
 def _batches(trainer: Trainer, pairs: Pairs, out: Path, pool: Executor, skipped: Skipped) -> Iterator[Batch]:

@@ -9,26 +9,40 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
-from siglane.cli.common import writing
 from siglane.errors import SiglaneError, UserError
 
 
-class RowFile:
-    """One JSON object per line, told apart by `key`. A half-written last line is cut off when the file is opened.
+class CannotWrite(SiglaneError):
+    """The disk refuses a row. What stands before it is whole."""
 
-    Whenever the run stops, by a signal or a full disk, the file holds whole rows only. known: the keys of the rows
-    that are there. UserError when the file is not such a file, or another run is writing it.
+
+class Keys(Protocol):
+    """A set of texts, in memory or elsewhere."""
+
+    def add(self, key: str, /) -> object: ...
+    def __contains__(self, key: object, /) -> bool: ...
+
+
+class RowFile:
+    """One JSON object per line, told apart by `key`: a text or a number. A half-written last line is cut off when the
+    file is opened.
+
+    Whenever the run stops, by a signal or a full disk, the file holds whole rows only. known: gets the keys of the
+    rows that are there. UserError when the file is not such a file, or another run is writing it.
     """
 
-    def __init__(self, path: Path, key: str) -> None:
-        self.path, self._key = path, key
-        with writing(path):
+    def __init__(self, path: Path, key: str, known: Keys | None = None) -> None:
+        self.path, self._key, self.known = path, key, set[str]() if known is None else known
+        self.rows = 0
+        try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}", code="cannot_write") from error
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.known, self._end = self._read()
+            self._end = self._read()
             self._cut()
         except BlockingIOError as error:
             self.close()
@@ -44,7 +58,7 @@ class RowFile:
         self.close()
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """SiglaneError when it cannot be written; the rows before it stay valid."""
+        """CannotWrite when the disk refuses it; the rows before it stay valid."""
         line = (json.dumps(row, allow_nan=False) + "\n").encode()
         try:
             written = os.write(self._descriptor, line)
@@ -53,11 +67,20 @@ class RowFile:
         except OSError as error:
             self._cut()
             reason = error.strerror or errno.errorcode.get(error.errno or 0, "unknown error")
-            raise SiglaneError(
+            raise CannotWrite(
                 f"cannot write {self.path}: {reason}; its rows so far are whole, the same command continues it"
             ) from error
         self._end += len(line)
-        self.known.add(row[self._key])
+        self.rows += 1
+        self.known.add(str(row[self._key]))
+
+    def sync(self) -> None:
+        """Returns when the rows so far are on the disk. CannotWrite when it reports a failure."""
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a device or a pipe has no disk
+                raise CannotWrite(f"cannot write {self.path}: {error.strerror}; the same command continues") from error
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -66,12 +89,11 @@ class RowFile:
         with contextlib.suppress(OSError):  # a device or a pipe has no length
             os.ftruncate(self._descriptor, self._end)
 
-    def _read(self) -> tuple[set[str], int]:
-        """The keys of all rows, and where the last whole row ends."""
-        known: set[str] = set()
+    def _read(self) -> int:
+        """Notes the keys of all rows; where the last whole row ends."""
         end, bad = 0, 0
         if not self.path.is_file():
-            return known, end
+            return end
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if bad:
@@ -83,9 +105,10 @@ class RowFile:
                 if found is None:
                     bad = number
                     continue
-                known.add(found)
+                self.known.add(found)
+                self.rows += 1
                 end += len(line)
-        return known, end
+        return end
 
     def _key_of(self, line: bytes) -> str | None:
         if not line.endswith(b"\n"):
@@ -95,4 +118,4 @@ class RowFile:
         except ValueError:
             return None
         found = row.get(self._key) if isinstance(row, dict) else None
-        return found if isinstance(found, str) else None
+        return str(found) if isinstance(found, str | int) else None

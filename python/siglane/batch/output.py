@@ -1,0 +1,161 @@
+"""The two files of a batch, OpenAI's output and its errors, and the job that they belong to.
+
+    answers.jsonl            {"id", "custom_id", "response": {"status_code": 200, "request_id", "body"}, "error": null}
+    answers.errors.jsonl     {"id", "custom_id", "response" or null, "error": {"code", "message"}, "line"}
+    answers.manifest.json    what the job is: another one is refused
+
+Both files hold whole lines only, at any time. What they hold is done; all else is asked again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from siglane.batch.keys import DiskSet
+from siglane.batch.requests import BadRow, Row
+from siglane.batch.rows import CannotWrite, RowFile
+from siglane.errors import UserError
+
+SYNC_SECONDS = 2.0
+
+
+class Answer(NamedTuple):
+    """What a server answers. status: as in HTTP; body: OpenAI's, of an error where the status is 400 or more; ignored:
+    fields of the request that had no effect."""
+
+    status: int
+    body: Mapping[str, Any]
+    ignored: tuple[str, ...] = ()
+
+
+class Output:
+    """Where answers are written, each once. UserError when the files belong to another job, or cannot be had.
+
+    failures: how many rows of this run failed, by code.
+    """
+
+    def __init__(self, path: Path, job: Mapping[str, Any]) -> None:
+        self.path, self.errors_path = path, path.with_name(f"{path.stem}.errors{path.suffix}")
+        self.failures: Counter[str] = Counter()
+        self._synced = time.monotonic()
+        with ExitStack() as stack:
+            # the answers' file first: who has it has the others
+            self._answers = stack.enter_context(RowFile(path, "custom_id", self._keys(stack)))
+            check_job(path, job, self._answers.rows)
+            self._errors = stack.enter_context(RowFile(self.errors_path, "line", self._keys(stack)))
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with suppress(CannotWrite):  # said before, or nothing was lost
+            self.sync()
+        self._stack.close()
+
+    @property
+    def found(self) -> int:
+        """Rows that are written."""
+        return self._answers.rows + self._errors.rows
+
+    def has(self, row: Row | BadRow) -> bool:
+        """Whether an earlier run has written the row."""
+        answered = isinstance(row, Row) and row.custom_id in self._answers.known
+        return answered or str(row.number) in self._errors.known
+
+    def write(self, row: Row | BadRow, answer: Answer | None) -> None:
+        """answer: None for a row that was not asked. CannotWrite when the disk refuses it."""
+        name = _name_of(row)
+        line: dict[str, Any] = {"id": f"batch_req_{name}", "custom_id": row.custom_id, "response": None, "error": None}
+        if answer is not None:
+            body = _settled(answer.body, name)
+            line["response"] = {"status_code": answer.status, "request_id": f"req_{name}", "body": body}
+        if answer is not None and answer.status < 400:
+            self._answers.append(line)
+        else:
+            line["error"] = _error_of(row, answer)
+            self._errors.append(line | {"line": row.number})
+            self.failures[line["error"]["code"]] += 1
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        """Returns when all rows so far are on the disk."""
+        self._answers.sync()
+        self._errors.sync()
+        self._synced = time.monotonic()
+
+    def _keys(self, stack: ExitStack) -> DiskSet:
+        keys = DiskSet()
+        stack.callback(keys.close)
+        return keys
+
+
+def _name_of(row: Row | BadRow) -> str:
+    """The same whenever the row is asked."""
+    return blake2b(f"{row.number} {row.custom_id}".encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
+
+
+def _settled(body: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An answer without what depends on when and beside whom it was computed, so that a batch that was stopped ends
+    with the bytes of one that was not: no time, an id of the row's own, no count of cached tokens."""
+    settled = dict(body)
+    if "id" in settled:
+        settled["id"] = f"chatcmpl-{name}"
+    if "created" in settled:
+        settled["created"] = 0
+    usage = settled.get("usage")
+    if isinstance(usage, Mapping) and isinstance(details := usage.get("prompt_tokens_details"), Mapping):
+        details = {key: value for key, value in details.items() if key != "cached_tokens"}
+        settled["usage"] = {**usage, "prompt_tokens_details": details}
+    return settled
+
+
+def _error_of(row: Row | BadRow, answer: Answer | None) -> dict[str, str]:
+    if isinstance(row, BadRow):
+        return {"code": row.code, "message": row.message}
+    assert answer is not None
+    error = answer.body["error"]
+    return {"code": error["code"], "message": error["message"]}
+
+
+def check_job(path: Path, job: Mapping[str, Any], rows: int) -> None:
+    """Notes in a file beside the output what the job is. UserError when the output is another's, names what differs."""
+    manifest = path.with_name(f"{path.stem}.manifest.json")
+    stated = json.loads(json.dumps(job, default=str))
+    try:
+        before = json.loads(manifest.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if rows:
+            message = f"{path} has rows and no {manifest.name} beside it; name another file"
+            raise UserError(message, code="another_job") from None
+        _write_whole(manifest, json.dumps(stated, indent=1) + "\n")
+        return
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {manifest}: {error}; name another output", code="another_job") from error
+    for name in dict.fromkeys((*before, *stated)):
+        if before.get(name) != stated.get(name):
+            then, now = (json.dumps(one.get(name)) for one in (before, stated))
+            message = f"{path} belongs to another job: {name} was {then}, is {now}; name another file, or remove it"
+            raise UserError(message, code="another_job", param=name)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """An interruption leaves no file, or the whole one."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise CannotWrite(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,198 @@
+"""The rows of a batch: OpenAI's batch JSON Lines, or pictures that are all asked the same.
+
+{"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [...]}}
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import orjson
+
+from siglane.batch.keys import DiskSet
+from siglane.errors import UserError
+from siglane.media.source import naming, read_file
+
+CHAT, EMBEDDINGS, CLASSIFY = "/v1/chat/completions", "/v1/embeddings", "/v1/classify"
+URLS = (CHAT, EMBEDDINGS, CLASSIFY)
+UTF8_MARK, OTHER_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
+MAX_ID_CHARACTERS = 512  # OpenAI's own limit is 64
+MEDIA = ("url", "image_url", "video_url", "image", "images")  # fields of a body that name pictures
+SKIPPED_AT_ONCE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A request that can be asked. number: of its line or picture, from 1; size: bytes that it holds in memory; key:
+    equal for rows that are best asked next to each other, "" for none; picture: a file to be put in front of the
+    body's text."""
+
+    number: int
+    custom_id: str
+    url: str
+    body: Mapping[str, Any]
+    size: int
+    key: str
+    picture: str | None = None
+
+    def read(self) -> Mapping[str, Any]:
+        """The body with its picture. Raises ImageError when that cannot be read."""
+        if self.picture is None:
+            return self.body
+        with naming(self.picture):
+            data = base64.b64encode(read_file(self.picture)).decode()
+        image = {"type": "image_url", "image_url": {"url": f"data:image/any;base64,{data}"}}
+        (message,) = self.body["messages"]
+        return {**self.body, "messages": [{**message, "content": [image, *message["content"]]}]}
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be asked. custom_id: where it has one that is its own or another row's."""
+
+    number: int
+    code: str
+    message: str
+    custom_id: str | None = None
+
+
+@dataclass(slots=True)
+class Source:
+    """The rows of one input. digest: of all that the answers are made from, count: of the rows (a blank line is none);
+    what the input is called in messages: name."""
+
+    name: str
+    digest: str
+    count: int
+    rows: Iterator[Row | BadRow] = field(repr=False)
+
+
+def open_requests(path: Path, max_line: int) -> Source:
+    """A file of OpenAI requests. max_line: bytes of one line, longer ones are bad rows and never held in memory.
+
+    Raises UserError for a file that cannot be read or is not UTF-8 at all.
+    """
+    try:
+        file = path.open("rb")
+        digest, count = _measure(file)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}", code="bad_input") from error
+    file.seek(0)
+    if file.peek(2)[:2] in OTHER_MARKS:
+        file.close()
+        raise UserError(f"{path} is UTF-16; save it as UTF-8", code="bad_input")
+    return Source(str(path), digest, count, _read_requests(file, max_line))
+
+
+def ask_pictures(pictures: Iterable[str], prompt: str, fields: Mapping[str, Any]) -> Source:
+    """The same question about each picture; its custom_id is the path. fields: of every request's body."""
+    paths = list(pictures)
+    message = {"role": "user", "content": [{"type": "text", "text": prompt}]}
+    body = {**fields, "messages": [message]}
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(json.dumps([path, _size(path)]).encode())
+    rows = (Row(number, path, CHAT, body, 0, path, path) for number, path in enumerate(paths, 1))
+    return Source(f"{len(paths)} pictures", digest.hexdigest(), len(paths), rows)
+
+
+def _size(path: str) -> int | None:
+    try:
+        return os.stat(path).st_size
+    except (OSError, ValueError):
+        return None
+
+
+def _measure(file: BinaryIO) -> tuple[str, int]:
+    """sha256 of the whole file, and its lines that are not blank."""
+    digest, count, blank = hashlib.sha256(), 0, True
+    while block := file.read(SKIPPED_AT_ONCE):
+        digest.update(block)
+        first, *rest = block.split(b"\n")
+        blank = blank and not first.strip()
+        for line in rest:
+            count += not blank
+            blank = not line.strip()
+    return digest.hexdigest(), count + (not blank)
+
+
+def _read_requests(file: io.BufferedReader, max_line: int) -> Iterator[Row | BadRow]:
+    with file, closing(DiskSet()) as seen:
+        for number, line in _lines(file, max_line):
+            if line is None:
+                yield BadRow(number, "line_too_long", f"the line has more than {max_line} bytes")
+                continue
+            if number == 1:
+                line = line.removeprefix(UTF8_MARK)
+            if line.strip():
+                row = _row_of(number, line)
+                if row.custom_id is not None and not seen.add(row.custom_id):
+                    row = BadRow(number, "duplicate_custom_id", "an earlier line has this custom_id", row.custom_id)
+                yield row
+
+
+def _lines(file: BinaryIO, max_line: int) -> Iterator[tuple[int, bytes | None]]:
+    """Numbered lines; None for one that is too long."""
+    number = 0
+    while line := file.readline(max_line + 1):
+        number += 1
+        if len(line) <= max_line or line.endswith(b"\n"):
+            yield number, line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = file.readline(SKIPPED_AT_ONCE)
+        yield number, None
+
+
+def _row_of(number: int, line: bytes) -> Row | BadRow:
+    try:
+        row = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        return BadRow(number, "invalid_json", f"not JSON: {error.msg} at column {error.colno}")
+    if not isinstance(row, dict):
+        return BadRow(number, "invalid_json", "not a JSON object")
+    custom_id = row.get("custom_id")
+    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MAX_ID_CHARACTERS:
+        message = f"custom_id must be a text of 1 to {MAX_ID_CHARACTERS} characters"
+        return BadRow(number, "missing_custom_id" if custom_id is None else "invalid_custom_id", message)
+    method, url, body = row.get("method", "POST"), row.get("url"), row.get("body")
+    if method != "POST":
+        return BadRow(number, "invalid_method", "method must be POST", custom_id)
+    if url not in URLS:
+        return BadRow(number, "invalid_url", f"url must be one of {', '.join(URLS)}", custom_id)
+    if not isinstance(body, dict):
+        return BadRow(number, "invalid_body", "body must be a JSON object", custom_id)
+    return Row(number, custom_id, url, body, len(line), _key(body))
+
+
+def _key(body: Mapping[str, Any]) -> str:
+    """By its pictures; without any, by all messages but the last."""
+    found = list(_pictures(body))
+    messages = body.get("messages")
+    if not found and isinstance(messages, list) and len(messages) > 1:
+        found = [orjson.dumps(messages[:-1]).decode()]
+    if not found:
+        return ""
+    return hashlib.sha256(orjson.dumps(found)).hexdigest()
+
+
+def _pictures(value: Any, name: str = "") -> Iterator[str]:
+    """Every text of the body under one of the names in MEDIA."""
+    if isinstance(value, str):
+        if name in MEDIA:
+            yield value
+    elif isinstance(value, dict):
+        for inner, one in value.items():
+            yield from _pictures(one, inner)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _pictures(one, name)

@@ -1,0 +1,90 @@
+"""What a batch shows while it runs, and says at its end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Self, TextIO
+
+from tqdm import tqdm
+
+from siglane.cli.common import emit_json, emit_line
+
+if TYPE_CHECKING:
+    from siglane.batch.output import Answer, Output
+    from siglane.batch.requests import BadRow, Row, Source
+
+STOPPED = 3  # exit code: not done, and the same command continues
+
+
+class Report:
+    """Counts what is written, shows it while the batch runs, says it at the end. stopped: why it ended early."""
+
+    def __init__(self, output: Output, source: Source, found: int) -> None:
+        self._output, self._found, self._total = output, found, source.count
+        self.stopped: str | None = None
+        self._answered = self._images = 0
+        self._tokens: Counter[str] = Counter()
+        self._ignored: Counter[str] = Counter()
+        self._began = time.monotonic()
+        self._bar = tqdm(total=self._total, initial=found, unit="row", dynamic_ncols=True, disable=None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def note(self, row: Row | BadRow, answer: Answer | None) -> None:
+        """Called for every row that is written."""
+        self._bar.update()
+        if answer is None or answer.status >= 400:
+            return
+        self._answered += 1
+        self._ignored.update(answer.ignored)
+        self._images += len(answer.body.get("siglane", {}).get("images", ()))
+        usage = answer.body.get("usage", {})
+        self._tokens.update({name: usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens")})
+        seconds = time.monotonic() - self._began
+        rate = f"{self._images / seconds:.1f} images/s, {self._tokens['completion_tokens'] / seconds:.0f} tokens/s"
+        self._bar.set_postfix_str(rate, refresh=False)
+
+    def close(self, out: TextIO, *, as_json: bool) -> int:
+        """The summary; the exit code."""
+        self._bar.close()
+        found = {
+            "output": str(self._output.path),
+            "errors": str(self._output.errors_path),
+            "finished": self.stopped is None,
+            "answered": self._answered,
+            "failed": dict(self._output.failures),
+            "found": self._found,
+            "images": self._images,
+            **self._tokens,
+            "seconds": round(time.monotonic() - self._began, 3),
+            "ignored_fields": dict(self._ignored),
+        }
+        if as_json:
+            emit_json(found, out)
+        else:
+            for line in self._lines():
+                emit_line(line, out)
+        if self.stopped is not None:
+            emit_line(f"siglane: {self.stopped}", sys.stderr)
+        return 0 if self.stopped is None else STOPPED
+
+    def _lines(self) -> Iterator[str]:
+        seconds = time.monotonic() - self._began
+        failed = self._output.failures.total()
+        yield (
+            f"{self._output.path}: {self._answered} answered, {failed} failed, {self._found} found there; "
+            f"{self._images} images, {self._tokens['prompt_tokens']} + {self._tokens['completion_tokens']} tokens "
+            f"in {seconds:.1f} s"
+        )
+        if failed:
+            kinds = ", ".join(f"{count} {code}" for code, count in self._output.failures.most_common())
+            yield f"{self._output.errors_path}: {kinds}"
+        if self._ignored:
+            yield "fields without effect: " + ", ".join(f"{name} ({count})" for name, count in self._ignored.items())

@@ -1,0 +1,93 @@
+"""The API for a batch in this process: bodies in and out, with the checks, limits and errors that clients get."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from siglane.batch.output import Answer
+from siglane.batch.requests import CHAT, CLASSIFY, EMBEDDINGS
+from siglane.batch.run import EngineDied
+from siglane.errors import UserError
+from siglane.server.chat import complete
+from siglane.server.context import ByteLease, RequestContext
+from siglane.server.embedding import classify, embed
+from siglane.server.embedding_protocol import ClassificationRequest, EmbeddingRequest
+from siglane.server.errors import as_api_error, error_body, from_validation
+from siglane.server.protocol import ChatCompletionRequest, ignored_fields
+from siglane.server.served import Served
+
+logger = logging.getLogger(__name__)
+
+LOST = ("engine_restarting", "engine_starting")  # a request's end when its engine dies, or has died before it came
+DOWN = "engine_down"
+FULL = "server_overloaded"
+PATIENCE = 0.05  # seconds between tries while others hold all the memory
+PREPARED = 8  # rows beside the running ones, so that the engine never waits for the next
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+class LocalServer:
+    """The routes of `served`, as a batch asks them. Lives on one event loop."""
+
+    def __init__(self, served: Served, slots: int) -> None:
+        """slots: requests that the engine computes at one time."""
+        self._served = served
+        self._working = 0
+        self.slots = slots + PREPARED
+
+    async def ask(self, url: str, body: Mapping[str, Any]) -> Answer:
+        """Waits while the engine is starting, and while others hold all the memory that requests may have. Raises
+        EngineDied, and SiglaneError when the engine is down for good."""
+        while True:
+            if self._served.engine.state != "ready":
+                await asyncio.to_thread(self._served.engine.wait_ready)
+            context = RequestContext(secrets.token_hex(16), ByteLease(self._served.inflight_bytes))
+            self._working += 1
+            try:
+                return await self._answer(url, body, context)
+            except Exception as error:
+                reason = as_api_error(error)
+                if reason is not error:
+                    logger.error("a request failed", exc_info=error, extra={"request_id": context.request_id})
+                if reason.status == 503 and reason.code in LOST:
+                    raise EngineDied from error
+                if reason.status == 503 and reason.code == DOWN:
+                    raise
+                if reason.status != 503 or reason.code != FULL or self._working == 1:
+                    return Answer(reason.status, dict(error_body(reason)))
+            finally:
+                self._working -= 1
+                context.lease.close()
+            await asyncio.sleep(PATIENCE)
+
+    async def _answer(self, url: str, given: Mapping[str, Any], context: RequestContext) -> Answer:
+        served, chat, towers = self._served, self._served.chat, self._served.embed
+        if given.get("stream"):
+            raise UserError("a batch streams nothing; leave stream out", code="unsupported_field", param="stream")
+        if url == CHAT and chat is not None:
+            asked = _read(ChatCompletionRequest, given)
+            served.check_name(asked.model, chat)
+            return Answer(200, dict(await complete(asked, context, chat)), tuple(ignored_fields(asked)))
+        if url == EMBEDDINGS and towers is not None:
+            texts = _read(EmbeddingRequest, given)
+            served.check_name(texts.model, towers)
+            return Answer(200, dict(await embed(texts, context, towers)), tuple(ignored_fields(texts)))
+        if url == CLASSIFY and towers is not None:
+            labels = _read(ClassificationRequest, given)
+            served.check_name(labels.model, towers)
+            return Answer(200, dict(await classify(labels, context, towers)), tuple(ignored_fields(labels)))
+        raise UserError(f"{served.name!r} does not answer {url}", code="not_found", status=404)
+
+
+def _read(kind: type[Body], given: Mapping[str, Any]) -> Body:
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise from_validation([{**one, "loc": ("body", *one["loc"])} for one in error.errors()]) from None

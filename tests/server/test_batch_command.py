@@ -1,0 +1,305 @@
+"""`siglane batch` with a real engine: answers are those of the HTTP server, and no kill changes them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import MODEL, RunningServer, chat, config_of, data_url, image_part, image_url, picture
+
+from siglane.batch.output import Answer, Output
+from siglane.batch.requests import open_requests
+from siglane.batch.run import Plan, run_batch
+from siglane.cli.main import main
+from siglane.engine.child import EngineSpec
+from siglane.engine.engine import EngineStats
+from siglane.engine.process import EngineProcess
+from siglane.families.processor import Processor
+from siglane.server.local import LocalServer
+from siglane.server.metrics import Metrics
+from siglane.server.served import ChatModel, Deployment, Served
+from siglane.settings.engine import EngineConfig
+
+CHAT = "/v1/chat/completions"
+PICTURES = [picture(40 + number, 30, seed=number) for number in range(3)]
+
+
+@pytest.fixture
+def local(processor: Processor, engine: EngineProcess) -> Iterator[Served]:
+    config, metrics = config_of(model_aliases=("other",)), Metrics()
+    served = Served(config, engine, metrics, ChatModel(Deployment(MODEL, "x", engine, config, metrics), processor))
+    yield served
+    served.close()
+
+
+def ask(served: Served, *bodies: dict[str, Any], url: str = CHAT) -> list[Answer]:
+    async def go() -> list[Answer]:
+        server = LocalServer(served, 8)
+        return await asyncio.gather(*(server.ask(url, body) for body in bodies))
+
+    return asyncio.run(go())
+
+
+def test_answers_are_the_servers(server: RunningServer, local: Served) -> None:
+    bodies = [chat(image_part(one), f"What is {number}?") for number, one in enumerate(PICTURES)]
+    for body, found in zip(bodies, ask(local, *bodies), strict=True):
+        expected = server.post(body).json()
+        assert found.status == 200
+        assert found.body["choices"] == expected["choices"]
+        assert found.body["usage"]["total_tokens"] == expected["usage"]["total_tokens"]
+        assert json.loads(json.dumps(found.body["siglane"])) == expected["siglane"]
+    assert local.inflight_bytes.used == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (chat("x", stream=True), 400, "unsupported_field"),
+        (chat("x", model="gpt-4o"), 404, "model_not_found"),
+        (chat("x", temperature="warm"), 400, "invalid_value"),
+        (chat("x", tools=[{"type": "function"}]), 400, "unsupported_field"),
+        ({"model": MODEL}, 400, "missing_field"),
+        (chat(image_url("file:///etc/passwd"), "x"), 400, "local_media_forbidden"),
+        (chat(image_url("http://127.0.0.1:1/a.png"), "x"), 400, "image_url_forbidden"),
+        (chat(image_url("/etc/passwd"), "x"), 400, "unsupported_url_scheme"),
+        (chat(image_url(data_url(b"no picture")), "x"), 400, "image_decode_failed"),
+        (chat("x " * 100_000), 400, "context_length_exceeded"),
+    ],
+)
+def test_what_the_server_refuses_is_refused(
+    body: dict[str, Any], status: int, code: str, server: RunningServer, local: Served
+) -> None:
+    bad, good = ask(local, body, chat("hello"))
+    assert (bad.status, bad.body["error"]["code"]) == (status, code)
+    if not body.get("stream"):
+        assert bad.body == server.post(body).json()
+    assert good.status == 200
+
+
+def test_other_urls_and_ignored_fields(local: Served) -> None:
+    (found,) = ask(local, {"input": "x"}, url="/v1/embeddings")
+    assert (found.status, found.body["error"]["code"]) == (404, "not_found")
+    (found,) = ask(local, chat("x", model="other", user="me"))
+    assert (found.status, found.ignored) == (200, ("user",))
+
+
+def test_a_full_server_is_waited_for(local: Served) -> None:
+    """Together the requests would hold more than the limit; each alone fits."""
+    bodies = [chat(image_part(picture(200, 200, seed=number)), "x") for number in range(6)]
+    local.inflight_bytes.limit = 3_000_000
+    assert [one.status for one in ask(local, *bodies)] == [200] * 6
+    local.inflight_bytes.limit = 1000
+    (refused,) = ask(local, bodies[0])
+    assert (refused.status, refused.body["error"]["code"]) == (503, "server_overloaded")
+
+
+@pytest.mark.slow
+def test_each_picture_is_encoded_once(nvila_folder: Path, processor: Processor, tmp_path: Path) -> None:
+    """Eight pictures, asked about by five rows each that are spread over the file; the cache holds one or two."""
+    config = EngineConfig(device="cpu", threads=1, kv_tokens=16384, max_running=4, prefix_cache=False)
+    engine = EngineProcess(EngineSpec(str(nvila_folder), replace(config, feature_cache_bytes=5_000)))
+    engine.start()
+    encoded = {}
+    try:
+        for window in (1, 64):
+            lines = []
+            for number in range(40):
+                body = chat(image_part(picture(30, 30, seed=100 * window + number % 8)), f"{number}?", max_tokens=1)
+                lines.append(json.dumps({"custom_id": str(number), "url": CHAT, "body": body}))
+            (tmp_path / "in.jsonl").write_text("\n".join(lines))
+            before = stats_of(engine).encoded_images
+            served = Served(
+                settings := config_of(), engine, metrics := Metrics(),
+                ChatModel(Deployment(MODEL, "x", engine, settings, metrics), processor),
+            )  # fmt: skip
+            with Output(tmp_path / f"{window}.jsonl", {}) as output:
+                rows, plan = open_requests(tmp_path / "in.jsonl", 1 << 20).rows, Plan(window=window)
+                asyncio.run(run_batch(rows, LocalServer(served, 4), output, plan, stop=asyncio.Event()))
+                assert output.found == 40
+                assert not output.failures
+            served.close()
+            encoded[window] = stats_of(engine).encoded_images - before
+    finally:
+        engine.close()
+    assert encoded[1] > 20, encoded
+    assert encoded[64] == 8
+
+
+def stats_of(engine: EngineProcess) -> EngineStats:
+    time.sleep(1.0)  # the figures are half a second old at most
+    stats = engine.stats()
+    assert stats is not None
+    return stats
+
+
+# --- the command
+
+
+def write_requests(path: Path, count: int, *, pictures: int = 3) -> Path:
+    """Every tenth row is bad."""
+    rows = []
+    for number in range(count):
+        body = chat(image_part(PICTURES[number % pictures]), f"Question {number}?", max_tokens=4 + number % 5)
+        row = {"custom_id": f"row {number}", "method": "POST", "url": CHAT, "body": body}
+        rows.append(json.dumps(row) if number % 10 != 7 else '{"custom_id"')
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def words(model: Path, source: Path | str, out: Path, *more: str) -> list[str]:
+    engine = ["--device", "cpu", "--threads", "1", "--kv-tokens", "16384", "--served-model-name", MODEL]
+    return ["batch", str(model), "-i", str(source), "-o", str(out), *engine, *more]
+
+
+def files_of(out: Path) -> tuple[bytes, bytes]:
+    return out.read_bytes(), out.with_name(f"{out.stem}.errors.jsonl").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_requests(tmp_path_factory.mktemp("batch") / "in.jsonl", 40)
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path, nvila_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run that nothing stopped, and `summary.json` beside it."""
+    folder = tmp_path_factory.mktemp("whole")
+    command = [sys.executable, "-m", "siglane.cli.main", *words(nvila_folder, source, folder / "out.jsonl", "--json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (folder / "summary.json").write_text(done.stdout)
+    return folder / "out.jsonl"
+
+
+def test_the_command(whole: Path, source: Path, server: RunningServer) -> None:
+    answers = [json.loads(row) for row in whole.read_text().splitlines()]
+    assert [row["custom_id"] for row in answers] == [f"row {number}" for number in range(40) if number % 10 != 7]
+    asked = {row["custom_id"]: row["body"] for row in map(json.loads, source.read_text().splitlines()[:7])}
+    for row in answers[:5]:
+        expected = server.post(asked[row["custom_id"]]).json()
+        assert row["response"]["body"]["choices"] == expected["choices"]
+    found = json.loads((whole.parent / "summary.json").read_text())
+    assert found["finished"]
+    assert (found["answered"], found["failed"], found["images"]) == (36, {"invalid_json": 4}, 36)
+    assert found["prompt_tokens"] == sum(row["response"]["body"]["usage"]["prompt_tokens"] for row in answers)
+
+
+def test_a_finished_job_loads_no_model_and_another_is_refused(
+    whole: Path, source: Path, nvila_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, began = files_of(whole), time.monotonic()
+    assert main(words(nvila_folder, source, whole)) == 0
+    assert "0 answered, 0 failed, 40 found there" in capsys.readouterr().out
+    assert time.monotonic() - began < 5
+    for more, said in (
+        (("--seed", "3"), "seed was 0, is 3"),
+        (("--shard", "1/2"), 'shard was null, is "1/2"'),
+        (("--detail", "low"), 'detail was "auto", is "low"'),
+        (("--default-temperature", "1"), "default_temperature was null, is 1.0"),
+    ):
+        assert main(words(nvila_folder, source, whole, *more)) == 2
+        assert said in capsys.readouterr().err
+    assert files_of(whole) == before
+
+
+def test_mistakes_are_one_line(nvila_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.jsonl"
+    for command, said in (
+        (words(nvila_folder, tmp_path / "none.jsonl", out), "no such file"),
+        (words(nvila_folder, tmp_path, out), "needs a --prompt"),
+        (words(nvila_folder, tmp_path, out, "-p", "what?"), "holds no pictures"),
+        (words(nvila_folder, tmp_path, out, "-p", "what?", "--body", "{"), "--body is not JSON"),
+        (words(nvila_folder, tmp_path, out, "--shard", "3/2"), "is not I/N"),
+        (words(nvila_folder, tmp_path, out, "--limit", "0"), "--limit must be at least 1"),
+        (words(Path("/nowhere"), tmp_path, out), "there is no folder '/nowhere'"),
+    ):
+        assert main(command) == 2
+        assert said in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_pictures_shards_and_limits(nvila_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One engine for all: the shards' rows are what one run without shards would hold."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(5):
+        (folder / f"{number}.png").write_bytes(PICTURES[number % 3])
+    (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(PICTURES[0])
+    (folder / "broken.png").write_bytes(b"")
+    more = ["-p", "What is it?", "--body", '{"max_tokens": 3, "temperature": 0}']
+    assert main(words(nvila_folder, folder, tmp_path / "out.jsonl", *more, "--limit", "6")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "5 answered, 1 failed, 0 found there; 5 images" in lines[0]
+    assert lines[1].endswith(": 1 image_decode_failed")
+    found = [json.loads(row) for one in files_of(tmp_path / "out.jsonl") for row in one.splitlines()]
+    assert len(found) == 6
+    assert {row["custom_id"] for row in found} == set(sorted(map(str, folder.iterdir()))[:6])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["the command", "its engine"])
+def test_killed_at_random_points_it_ends_the_same(
+    victim: str, whole: Path, source: Path, nvila_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "siglane.cli.main", *words(nvila_folder, source, out, "--max-running", "2")]
+    rng = random.Random(victim)
+    for _ in range(4):
+        with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            wanted = (len(files_of(out)[0].splitlines()) if out.exists() else 0) + rng.randint(1, 8)
+            deadline = time.monotonic() + 60
+            while process.poll() is None and time.monotonic() < deadline:
+                if out.exists() and out.read_bytes().count(b"\n") >= wanted:
+                    break
+                time.sleep(0.002)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            if process.poll() is None:
+                if victim == "the command":
+                    process.kill()
+                else:
+                    for child in children.read_text().split():
+                        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                            os.kill(int(child), signal.SIGKILL)
+            process.communicate(timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert files_of(out) == files_of(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_it_whole(
+    number: signal.Signals, whole: Path, source: Path, nvila_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "siglane.cli.main", *words(nvila_folder, source, out, "--max-running", "2")]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        while not out.exists() or out.read_bytes().count(b"\n") < 3:
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(number)
+        said, errors = process.communicate(timeout=60)
+    assert process.returncode == 3, errors
+    assert "the same command continues it" in errors
+    assert said.startswith(f"{out}: ")
+    assert out.read_bytes().endswith(b"\n")
+    assert files_of(whole)[0].startswith(files_of(out)[0])
+    assert subprocess.run(command, capture_output=True, check=False, timeout=120).returncode == 0
+    assert files_of(out) == files_of(whole)
