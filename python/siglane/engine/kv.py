@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import torch
 
 from siglane.config.language import LanguageConfig
+from siglane.errors import UserError
 
 FREE = re.compile(rb"\x00+")
 
@@ -14,7 +16,8 @@ FREE = re.compile(rb"\x00+")
 class PagedKV:
     """keys and values: `[layers, pages, page_size, kv_heads, head_dim]`. Which token lies where is told per step.
 
-    slots: keys and values of each layer, `[pages * page_size, kv_heads, head_dim]`.
+    slots: keys and values of each layer, `[pages * page_size, kv_heads, head_dim]`. UserError when this device has not
+    so much memory.
     """
 
     def __init__(
@@ -28,8 +31,13 @@ class PagedKV:
         device: torch.device,
     ) -> None:
         shape = (language.num_hidden_layers, pages, page_size, kv_heads, language.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        try:
+            self.keys = torch.zeros(shape, dtype=dtype, device=device)
+            self.values = torch.zeros(shape, dtype=dtype, device=device)
+        except RuntimeError as error:  # what torch's allocators raise, with lines about themselves
+            size = 2 * math.prod(shape) * dtype.itemsize
+            message = f"a KV cache of {pages * page_size} tokens takes {size / 1e9:.1f} GB, more than {device} gives; "
+            raise UserError(message + "lower kv_tokens", code="kv_cache_too_large", param="kv_tokens") from error
         self.slots = tuple((k.flatten(0, 1), v.flatten(0, 1)) for k, v in zip(self.keys, self.values, strict=True))
         self.page_size = page_size
 

@@ -25,6 +25,7 @@ from siglane.families.processor import Processor, load_processor
 from siglane.families.report import ImageReport
 from siglane.llm.generation import Generation, OnText, Row, blamed
 from siglane.llm.prompts import PromptLike, one_message
+from siglane.llm.stepper import Stepper
 from siglane.media.messages import ChatMessage, Conversation, read_messages
 from siglane.media.policy import LOCAL_MEDIA, MediaPolicy
 from siglane.settings.engine import EngineConfig
@@ -63,6 +64,7 @@ class LLM:
         self.sampling_defaults = sampling_defaults(self.processor.config, SamplingParams())
         self._media = MediaPipeline(self.processor.config.images, budget, media, decode)
         self._engine = build_engine(checkpoint, self.processor, config)
+        self._stepper = Stepper(self._engine)
         self._one_caller = threading.Lock()
         self._request_ids = (f"offline-{number}" for number in count())
 
@@ -162,7 +164,7 @@ class LLM:
                 if preparing and not self._engine.has_work:
                     wait(preparing, return_when=FIRST_COMPLETED)
                 self._start_prepared(preparing, running)
-                for delta in self._engine.step() if self._engine.has_work else ():
+                for delta in self._stepper.step() if self._engine.has_work else ():
                     self._take(delta, running)
                 while rows and rows[0].done:
                     yield rows.popleft().generation()

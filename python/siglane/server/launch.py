@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import logging
 import re
 import resource
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,16 +83,18 @@ def serve(
     """Serves until a signal, and returns the exit code: 0 after SIGTERM or Ctrl-C.
 
     listener: from `preflight`, when the caller has checked already; image_limits: the ceiling of the clients'. Raises
-    UserError for a port, a model or limits that cannot be used, EngineError when the engine cannot be started.
+    UserError for a port, a model or limits that cannot be used, EngineError when the engine is given up.
     """
     listener = listener or preflight(config, spec.model)
     with contextlib.closing(listener):
-        logs.configure(config.log_format, config.log_level)
+        logs.begin(config.log_format, config.log_level)
         _raise_file_limit()
 
         from siglane.server.app import create_app  # loads torch, after everything that can fail at once
 
-        with serving(config, dataclasses.replace(spec, tagger=config.tagger), image_limits) as served:
+        spec = dataclasses.replace(spec, tagger=config.tagger)
+        log = functools.partial(logs.configure, config.log_format, config.log_level)
+        with serving(config, spec, image_limits, prepare=log) as served:
             server = Server(uvicorn_config(create_app(served), config), served)
             server.stop_when_engine_fails()
             host, port = listener.getsockname()[:2]
@@ -108,11 +111,12 @@ def serving(
     spec: EngineSpec,
     image_limits: ImageBudget = CHECKPOINT_LIMITS,
     restarts_allowed: int | None = None,
+    prepare: Callable[[], None] | None = None,
 ) -> Iterator[Served]:
     """The models of `spec` behind an engine that loads them while the server starts; closed at the end.
 
     image_limits: of the model itself; a tagger beside it reads images as its checkpoint says. restarts_allowed: of the
-    engine in a few minutes, None for a server's few.
+    engine in a few minutes, None for a server's few; prepare: what the engine's process calls first.
     """
     from siglane.engine.process import EngineProcess
     from siglane.families.processor import load_processor
@@ -130,7 +134,7 @@ def serving(
     two_tower = None if tagger is None else read_two_tower(checkpoint if alone else open_model(tagger))
 
     name, metrics = config.served_model_name or folder_of(spec.model), Metrics()
-    engine = EngineProcess(spec, restarts_allowed)
+    engine = EngineProcess(spec, restarts_allowed, prepare=prepare)
     engine.start(wait=False)
     try:
         chat = embed = None
