@@ -66,7 +66,7 @@ class Engine:
         thinking: Thinking | None = None,
     ) -> None:
         language = model.language
-        parameter = language.norm.weight
+        parameter = language.embed_tokens.weight
         device, dtype = parameter.device, parameter.dtype
         pages = config.resolve_pages(language.config, language.kv_heads, dtype, device)
         kv = PagedKV(
@@ -239,7 +239,10 @@ class Engine:
         ends = chosen.token_id in self.eos_token_ids and not params.ignore_eos
         if ends or chosen.token_id in params.stop_token_ids:
             return self._end(sequence, "stop", chosen)
-        if len(sequence.output_ids) >= request.max_tokens or len(sequence.token_ids) >= self.context_length:
+        if (
+            len(sequence.token_ids) - sequence.prompt_length >= request.max_tokens
+            or len(sequence.token_ids) >= self.context_length
+        ):
             return self._end(sequence, "length", chosen)
         return TokenDelta(request.request_id, chosen.token_id, chosen.logprob)
 

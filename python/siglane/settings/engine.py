@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # flags are read and wrong ones reported before torch's secon
     import torch
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+QUANTIZATION_HELP = "bits that the weights of linear layers are kept in"
+Quantization = Literal["none", "8bit", "4bit"]
 DTYPE_HELP = "dtype of the weights and what is computed with them; auto: float32, on CUDA bfloat16"
 KV_BYTES_ON_CPU = 1 << 30
 KV_SHARE_OF_FREE_GPU = 0.8
@@ -25,6 +27,7 @@ class EngineConfig:
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N"})
     dtype: Dtype = field(default="auto", metadata={"help": DTYPE_HELP})
     vision_dtype: Dtype = field(default="auto", metadata={"help": "dtype of the vision tower; auto: as dtype"})
+    quantization: Quantization = field(default="none", metadata={"help": QUANTIZATION_HELP})
     attention_backend: BackendChoice = field(
         default="auto",
         metadata={"help": "packed vision attention: auto, sdpa, onednn, torch_varlen, flash_attn, flashinfer"},
@@ -71,6 +74,9 @@ class EngineConfig:
         for name in ("dtype", "vision_dtype"):
             if getattr(self, name) not in get_args(Dtype):
                 raise ConfigError(f"{name} {getattr(self, name)!r} is not known; use {', '.join(get_args(Dtype))}")
+        if self.quantization not in get_args(Quantization):
+            known = ", ".join(get_args(Quantization))
+            raise ConfigError(f"quantization {self.quantization!r} is not known; use {known}")
         if self.paged_backend not in ("auto", "torch", "flashinfer"):
             raise ConfigError(f"paged_backend {self.paged_backend!r} is not known; use auto, torch or flashinfer")
 

@@ -23,16 +23,15 @@ from siglane.media.item import ImageSource
 from siglane.media.messages import image_item
 from siglane.media.policy import LOCAL_MEDIA, MediaPolicy
 from siglane.nn.attention import choose_backend
-from siglane.nn.cpu.int8 import quantise
 from siglane.nn.cpu.optimise import optimise
 from siglane.nn.device import resolve_device, resolve_dtype
-from siglane.settings.engine import Dtype
+from siglane.nn.quantise import quantise
+from siglane.settings.engine import Dtype, Quantization
 from siglane.settings.tagging import (
     CONFIDENCE_THRESHOLD,
     MAX_TAGS,
     TEMPLATES,
     Attention,
-    Quantization,
     TagSettings,
     check_limits,
 )
