@@ -110,9 +110,8 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     except ImportError as error:
         message = f"a batch needs more packages ({error}); pip install 'siglane[server]'"
         raise UserError(message, code="missing_extra") from error
-    from siglane.weights.hub import open_checkpoint
 
-    checkpoint = open_checkpoint(spec.model, spec.revision)
+    checkpoint = spec.open()
     source = _open_source(options, config)
     limits = read_options(ImageBudget, arguments)
     with Output(options.output, _job(options, config, spec, limits, source, checkpoint)) as output:
@@ -161,8 +160,8 @@ def _deployment(arguments: argparse.Namespace) -> tuple[ServerConfig, EngineSpec
     if model in FOLDERS:
         config = dataclasses.replace(config, served_model_name=config.served_model_name or model)
         model = str(demo_folder() / FOLDERS[model])
-    revision = read_options(ModelOptions, arguments).revision
-    return config, EngineSpec(model, read_options(EngineConfig, arguments), revision, config.tagger)
+    named = dataclasses.asdict(read_options(ModelOptions, arguments))
+    return config, EngineSpec(model, read_options(EngineConfig, arguments), tagger=config.tagger, **named)
 
 
 def _open_source(options: BatchOptions, config: ServerConfig) -> Source:
@@ -197,13 +196,15 @@ def _job(
 ) -> dict[str, Any]:
     """What the answers are made from, by the names that a user knows."""
     files = hashlib.sha256()
-    for path in sorted((*checkpoint.root.glob("*.json"), *checkpoint.root.glob("**/*.safetensors"))):
-        files.update(f"{path.relative_to(checkpoint.root)} {path.stat().st_size}\n".encode())
+    for root in filter(None, (checkpoint.root, checkpoint.adapter)):
+        for path in sorted((*root.glob("*.json"), *root.glob("**/*.safetensors"))):
+            files.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
     media = {option.name: getattr(config, option.name) for option in options_of(MediaConfig)}
     return {
         "input": source.digest,
         "model": spec.model,
         "revision": spec.revision,
+        "adapter": spec.adapter,
         "model_files": files.hexdigest(),
         **{name: getattr(options, name) for name in JOB},
         **{name: getattr(config, name) for name in ANSWERS},

@@ -49,4 +49,5 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
 
     from siglane.engine.child import EngineSpec
 
-    return serve(config, EngineSpec(model, engine, read_options(ModelOptions, arguments).revision), listener, budget)
+    spec = EngineSpec(model, engine, **dataclasses.asdict(read_options(ModelOptions, arguments)))
+    return serve(config, spec, listener, budget)

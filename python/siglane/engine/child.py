@@ -26,6 +26,7 @@ from siglane.families.two_tower import Calibration, LoadedTwoTower, has_both_tow
 from siglane.settings.engine import EngineConfig
 from siglane.types import Finished, Request, TokenDelta
 from siglane.weights.demo import open_model
+from siglane.weights.hub import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +40,24 @@ class EngineSpec:
     """What a child needs to load its models.
 
     model: a checkpoint folder or hub id of a vision-language model, or of a SigLIP with both towers, which embeds;
-    revision: its; tagger: a SigLIP that embeds beside a vision-language model, None for none.
+    revision: its; tagger: a SigLIP that embeds beside a vision-language model, None for none; adapter, verify_weights:
+    as of `open_model`.
     """
 
     model: str
     config: EngineConfig
     revision: str | None = None
     tagger: str | None = None
+    adapter: str | None = None
+    verify_weights: bool | None = None
+
+    def open(self) -> Checkpoint:
+        """The files of `model`. UserError as `open_model`."""
+        return open_model(self.model, self.revision, adapter=self.adapter, verify_weights=self.verify_weights)
+
+    def open_tagger(self) -> Checkpoint | None:
+        """The files of `tagger`."""
+        return None if self.tagger is None else open_model(self.tagger, verify_weights=self.verify_weights)
 
 
 def run_child(end: Any, spec: EngineSpec, prepare: Callable[[], None] | None = None) -> None:
@@ -85,11 +97,12 @@ def _load_or_tell(channel: Channel, spec: EngineSpec) -> tuple[Engine | None, Lo
 
 def _load(spec: EngineSpec) -> tuple[Engine | None, LoadedTwoTower | None]:
     """What chats and what embeds; at least one of them."""
-    if spec.tagger is not None:
-        return load_with_tagger(spec.model, spec.tagger, spec.config, spec.revision)
-    if has_both_towers(open_model(spec.model, spec.revision)):
-        return None, load_tagger(spec.model, spec.config, spec.revision)
-    return load_engine(spec.model, spec.config, spec.revision), None
+    checkpoint, tagger = spec.open(), spec.open_tagger()
+    if tagger is not None:
+        return load_with_tagger(checkpoint, tagger, spec.config)
+    if has_both_towers(checkpoint):
+        return None, load_tagger(checkpoint, spec.config)
+    return load_engine(checkpoint, spec.config), None
 
 
 def _run(channel: Channel, spec: EngineSpec, engine: Engine | None, two_tower: LoadedTwoTower | None) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from siglane.config.language import LanguageConfig
 from siglane.errors import UserError
+from siglane.nn.device import short_of_memory
 
 FREE = re.compile(rb"\x00+")
 
@@ -31,13 +32,12 @@ class PagedKV:
         device: torch.device,
     ) -> None:
         shape = (language.num_hidden_layers, pages, page_size, kv_heads, language.head_dim)
-        try:
+        tokens, size = pages * page_size, 2 * math.prod(shape) * dtype.itemsize
+        message = f"a KV cache of {tokens} tokens takes {size / 1e9:.1f} GB, more than {device} gives; lower kv_tokens"
+        shortage = UserError(message, code="kv_cache_too_large", param="kv_tokens")
+        with short_of_memory(size, device, shortage):
             self.keys = torch.zeros(shape, dtype=dtype, device=device)
             self.values = torch.zeros(shape, dtype=dtype, device=device)
-        except RuntimeError as error:  # what torch's allocators raise, with lines about themselves
-            size = 2 * math.prod(shape) * dtype.itemsize
-            message = f"a KV cache of {pages * page_size} tokens takes {size / 1e9:.1f} GB, more than {device} gives; "
-            raise UserError(message + "lower kv_tokens", code="kv_cache_too_large", param="kv_tokens") from error
         self.slots = tuple((k.flatten(0, 1), v.flatten(0, 1)) for k, v in zip(self.keys, self.values, strict=True))
         self.page_size = page_size
 

@@ -18,15 +18,15 @@ from siglane.nn.cpu.optimise import optimise
 from siglane.nn.quantise import quantise
 from siglane.settings.engine import EngineConfig
 from siglane.vision.tower import SiglipVisionModel
-from siglane.weights.demo import open_model
+from siglane.weights.demo import opened
 from siglane.weights.hub import Checkpoint
 
 logger = logging.getLogger(__name__)
 
 
-def load_engine(model: str, config: EngineConfig, revision: str | None = None) -> Engine:
+def load_engine(model: str | Checkpoint, config: EngineConfig) -> Engine:
     """The engine of a folder, a hub id or "demo". UserError when it cannot be used here, naming the reason."""
-    checkpoint = open_model(model, revision)
+    checkpoint = opened(model)
     return build_engine(checkpoint, load_processor(checkpoint), config)
 
 
@@ -36,14 +36,14 @@ def build_engine(checkpoint: Checkpoint, processor: Processor, config: EngineCon
 
 
 def load_with_tagger(
-    model: str, tagger: str, config: EngineConfig, revision: str | None = None
+    model: str | Checkpoint, tagger: str | Checkpoint, config: EngineConfig
 ) -> tuple[Engine, LoadedTwoTower]:
     """`load_engine`, and both towers of the SigLIP `tagger`: its image tower is the chat model's own where their
     weights are equal."""
     if config.quantization != "none":
         message = "a model of fewer bits shares no layers with a tagger; leave out one of the two"
         raise UserError(message, code="unsupported_quantization", param="quantization")
-    checkpoint, siglip = open_model(model, revision), open_model(tagger)
+    checkpoint, siglip = opened(model), opened(tagger)
     processor = load_processor(checkpoint)
     loaded = _load(checkpoint, processor, config)
     shared = None if loaded.vision is None else loaded.vision.encoder.tower
@@ -53,11 +53,11 @@ def load_with_tagger(
     return engine, two_tower
 
 
-def load_tagger(model: str, config: EngineConfig, revision: str | None = None) -> LoadedTwoTower:
+def load_tagger(model: str | Checkpoint, config: EngineConfig) -> LoadedTwoTower:
     """Both towers of a SigLIP without a chat model. UserError when it cannot be used here, naming the reason."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    two_tower = _load_towers(open_model(model, revision), config)
+    two_tower = _load_towers(opened(model), config)
     if config.quantization != "none":
         quantise(two_tower.model, config.quantization, placement(config)[0])
     optimise(two_tower.model)

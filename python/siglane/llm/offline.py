@@ -32,7 +32,7 @@ from siglane.settings.engine import EngineConfig
 from siglane.settings.options import options_of
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
 from siglane.types import ImagePatches, Prompt, Request, SamplingParams, TokenDelta
-from siglane.weights.demo import open_model
+from siglane.weights.demo import opened
 from siglane.weights.hub import Checkpoint
 
 Errors = Literal["raise", "return"]
@@ -41,11 +41,12 @@ Errors = Literal["raise", "return"]
 class LLM:
     """A model and its engine, in this process.
 
-    model: a checkpoint folder, a hub id, or "demo" for the one that ships with siglane; budget: the limits of images
-    that name none of their own; options: any field of `EngineConfig`, by name. sampling_defaults: what a prompt without
-    `params` gets: the values of the checkpoint's generation_config.json, greedy where it states no temperature.
-    Raises UserError for a model that cannot be loaded or does not know a limit, TypeError for an option that does not
-    exist.
+    model: a checkpoint folder, a hub id, or "demo" for the one that ships with siglane; adapter: folder or hub id of a
+    LoRA adapter; verify_weights: whether weight files are compared with their SHA-256, None: where a folder states it;
+    budget: the limits of images that name none of their own; options: any field of `EngineConfig`, by name.
+    sampling_defaults: what a prompt without `params` gets: the values of the checkpoint's generation_config.json,
+    greedy where it states no temperature. Raises UserError for a model that cannot be loaded or does not know a limit,
+    TypeError for an option that does not exist.
     """
 
     def __init__(
@@ -53,13 +54,15 @@ class LLM:
         model: str | Path | Checkpoint,
         *,
         revision: str | None = None,
+        adapter: str | Path | None = None,
+        verify_weights: bool | None = None,
         media: MediaPolicy = LOCAL_MEDIA,
         decode: DecodeConfig = LOCAL_DECODE,
         budget: ImageBudget = CHECKPOINT_LIMITS,
         **options: Any,
     ) -> None:
         config = _engine_config(options)
-        checkpoint = model if isinstance(model, Checkpoint) else open_model(model, revision)
+        checkpoint = opened(model, revision, adapter=adapter, verify_weights=verify_weights)
         self.processor: Processor = load_processor(checkpoint)
         self.sampling_defaults = sampling_defaults(self.processor.config, SamplingParams())
         self._media = MediaPipeline(self.processor.config.images, budget, media, decode)

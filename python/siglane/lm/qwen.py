@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -15,8 +16,8 @@ from siglane.nn.embedding import VocabParallelEmbedding
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear, attention_parallel
 from siglane.nn.norm import RMSNorm
 from siglane.nn.parallel import TensorParallel
-from siglane.nn.plan import Entry, Ignore, Rule, WeightPlan, parts
-from siglane.nn.rope import Rotary, rotary_tables, rotate
+from siglane.nn.plan import Ignore, Rule, WeightPlan, parts
+from siglane.nn.rope import Rotary, rotary_frequencies, rotary_tables, rotate
 
 
 class OutputHead(Protocol):
@@ -148,13 +149,12 @@ def qwen_plan(config: LanguageConfig, decoder: str = "model.") -> WeightPlan:
         *parts("mlp.*_proj.{leaf}", "mlp.gate_up.{leaf}", "gate up"),
         Rule("mlp.down_proj.{leaf}", "mlp.down_proj.{leaf}"),
     ))  # fmt: skip
-    head: Entry = Rule("lm_head.weight", "lm_head.weight")
-    if config.tie_embeddings:
-        head = Ignore("lm_head.weight", "tie_word_embeddings: the head is the embedding table")
+    tied = config.tie_embeddings
+    frequencies = partial(rotary_frequencies, theta=config.rope_theta, scaling=config.rope_scaling)
     return WeightPlan((
-        Ignore("{rest}.rotary_emb.inv_freq", "computed from rope_theta"),
-        Rule(f"{decoder}embed_tokens.weight", "embed_tokens.weight"),
+        Ignore("{rest}.rotary_emb.inv_freq", "computed from rope_theta", frequencies),
+        Rule(f"{decoder}embed_tokens.weight", "embed_tokens.weight", twin=tied),
         Rule(f"{decoder}norm.weight", "norm.weight"),
         *block.under(f"{decoder}layers.{{i}}.", "blocks.{i}.").entries,
-        head,
+        Rule("lm_head.weight", "embed_tokens.weight" if tied else "lm_head.weight", twin=tied),
     ))  # fmt: skip

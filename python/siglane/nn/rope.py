@@ -16,10 +16,7 @@ def rotary_tables(
     positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None
 ) -> Rotary:
     """For `positions` `[T]`, computed in float32 and cast (transformers Qwen2)."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    frequencies = 1.0 / theta**exponents
-    if scaling is not None:
-        frequencies = _stretched(frequencies, scaling)
+    frequencies = rotary_frequencies(head_dim // 2, theta, scaling, positions.device)
     cos, sin = _tables(positions.float()[:, None] * frequencies)
     return cos.to(dtype), sin.to(dtype)
 
@@ -28,6 +25,16 @@ def _tables(angles: torch.Tensor) -> Rotary:
     """angles `[T, head_dim / 2]`, one for each pair."""
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
+
+
+def rotary_frequencies(
+    count: int, theta: float, scaling: RopeScaling | None = None, device: torch.device | None = None
+) -> torch.Tensor:
+    """Radians per position of `count` = head_dim / 2 pairs, float32: what checkpoints of older versions store as
+    `inv_freq`."""
+    exponents = torch.arange(0, 2 * count, 2, dtype=torch.float32, device=device) / (2 * count)
+    frequencies = 1.0 / theta**exponents
+    return frequencies if scaling is None else _stretched(frequencies, scaling)
 
 
 def _stretched(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:

@@ -19,7 +19,8 @@ from siglane.server import logs
 from siglane.server.http import BACKLOG, Server, uvicorn_config
 from siglane.settings.server import ServerConfig
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
-from siglane.weights.demo import FOLDERS, open_model
+from siglane.weights.demo import FOLDERS
+from siglane.weights.hub import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from siglane.engine.child import EngineSpec
@@ -51,7 +52,7 @@ def check_model_exists(model: str, param: str) -> None:
     if not folder.is_dir() and (folder.is_absolute() or folder.exists() or not REPOSITORY_ID.fullmatch(model)):
         message = f"there is no folder {model!r}; give a model's folder or its hub id (owner/name)"
         raise UserError(message, code="model_not_found", param=param)
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
         message = f"{model} holds no config.json; give the folder of a model"
         raise UserError(message, code="model_not_found", param=param)
 
@@ -123,15 +124,14 @@ def serving(
     from siglane.families.two_tower import has_both_towers, read_two_tower
     from siglane.server.metrics import Metrics
     from siglane.server.served import ChatModel, Deployment, EmbedModel, Served
-    from siglane.weights.hub import open_checkpoint
 
     # what the engine's process opens is downloaded here, and facts that cannot be used are found
-    checkpoint = open_checkpoint(spec.model, spec.revision)
+    checkpoint, siglip = spec.open(), spec.open_tagger()
     alone = has_both_towers(checkpoint)
     if alone and spec.tagger is not None:
         raise UserError(f"{spec.model} is a SigLIP itself; leave --tagger out", code="bad_option", param="tagger")
     tagger = spec.model if alone else spec.tagger
-    two_tower = None if tagger is None else read_two_tower(checkpoint if alone else open_model(tagger))
+    two_tower = read_two_tower(checkpoint) if alone else None if siglip is None else read_two_tower(siglip)
 
     name, metrics = config.served_model_name or folder_of(spec.model), Metrics()
     engine = EngineProcess(spec, restarts_allowed, prepare=prepare)
