@@ -174,7 +174,7 @@ def bomb(width: int, height: int) -> bytes:
 BROKEN: dict[str, tuple[Callable[[], str], str]] = {
     "too many bytes": (lambda: data_url(bytes(40003)), "the file is larger than 40000 bytes"),
     "too many pixels": (lambda: data_url(bomb(1001, 1000)), "1001 x 1000"),
-    "decompression bomb": (lambda: data_url(bomb(60000, 60000)), "the image has too many pixels"),
+    "decompression bomb": (lambda: data_url(bomb(60000, 60000)), "60000 x 60000"),
     "extreme aspect": (lambda: data_url(encoded(Image.new("RGB", (1005, 5)))), "sides up to 200:1 are accepted"),
     "short base64": (lambda: "data:image/png;base64,QUJ", BASE64),
     "foreign base64": (lambda: "data:image/png;base64,_-8=", BASE64),
