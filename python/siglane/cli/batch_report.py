@@ -44,7 +44,7 @@ class Report:
             return
         self._answered += 1
         self._ignored.update(answer.ignored)
-        self._images += len(answer.body.get("siglane", {}).get("images", ()))
+        self._images += row.images
         usage = answer.body.get("usage", {})
         self._tokens.update({name: usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens")})
         seconds = time.monotonic() - self._began
