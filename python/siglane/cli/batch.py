@@ -35,7 +35,7 @@ SHARD = re.compile(r"([1-9]\d*)/([1-9]\d*)")
 # of the server's options those that a batch has a use for
 SERVER = (
     "served_model_name", "model_aliases", "tagger", "sampling_defaults", "default_temperature", "max_inflight_bytes",
-    "text_cache_bytes", "fetch_threads", "decode_threads",
+    "text_cache_bytes", "patch_cache_bytes", "fetch_threads", "decode_threads",
 )  # fmt: skip
 JOB = ("prompt", "body", "order", "shard", "seed")
 
