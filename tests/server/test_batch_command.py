@@ -250,7 +250,7 @@ def test_mistakes_are_one_line(nvila_folder: Path, tmp_path: Path, capsys: pytes
     out = tmp_path / "out.jsonl"
     for command, said in (
         (words(nvila_folder, tmp_path / "none.jsonl", out), "no such file"),
-        (words(nvila_folder, tmp_path, out), "needs a --prompt"),
+        (words(nvila_folder, tmp_path, out), "need a --prompt"),
         (words(nvila_folder, tmp_path, out, "-p", "what?"), "holds no pictures"),
         (words(nvila_folder, tmp_path, out, "-p", "what?", "--body", "{"), "--body is not JSON"),
         (words(nvila_folder, tmp_path, out, "--shard", "3/2"), "is not I/N"),

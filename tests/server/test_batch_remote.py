@@ -17,6 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from serving import MODEL, RunningServer, picture
 from test_batch_command import PICTURES, files_of, write_requests
@@ -393,3 +395,33 @@ def test_another_job_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert main(words(door.url, rows, out)) == 0
         assert main(words(door.url, rows, out, model="large")) == 2
     assert 'model was "tiny", is "large"' in capsys.readouterr().err
+
+
+def test_a_table_is_written_when_all_rows_are_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stopped in the middle there are its lines; the same command goes on, and asks nothing for another `--keep`."""
+    pq.write_table(pa.table({"image": [PICTURES[0]] * 6, "title": [*"abcdef"]}), tmp_path / "in.parquet")
+    out = tmp_path / "out.parquet"
+    more = ("-p", "{title}?", "--keep", "title", "--retries", "0", "--concurrency", "1")
+    asked: list[str] = []
+
+    def reply(path: str, body: bytes, headers: Mapping[str, str]) -> Reply:
+        picture, text = json.loads(body)["messages"][0]["content"]
+        assert picture["image_url"]["url"].startswith("data:image/png;base64,")
+        asked.append(text["text"])
+        return (503, {}, b"") if len(asked) == 4 else said(f"{text['text']}!")
+
+    with standing(reply) as door:
+        assert main(words(door.url, tmp_path / "in.parquet", out, *more)) == 3
+        assert not out.exists()
+        assert len(records(tmp_path / "out.jsonl")) == 3
+        assert main(words(door.url, tmp_path / "in.parquet", out, *more)) == 0
+        assert f"{out}: 6 rows" in capsys.readouterr().out
+        assert sorted(asked) == sorted([*(f"{title}?" for title in "abcdef"), "d?"])
+        table = pq.read_table(out)
+        assert table["answer"].to_pylist() == [f"{title}?!" for title in "abcdef"]
+        assert table["title"].to_pylist() == [*"abcdef"]
+        assert main(words(door.url, tmp_path / "in.parquet", out, "-p", "{title}?")) == 0
+        assert pq.read_table(out).column_names[:2] == ["custom_id", "answer"]
+        assert len(asked) == 7
+        assert main(words(door.url, tmp_path / "in.parquet", out, "-p", "{title}!")) == 2
+        assert 'prompt was "{title}?", is "{title}!"' in capsys.readouterr().err

@@ -10,8 +10,8 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -79,12 +79,16 @@ class BadRow:
 @dataclass(slots=True)
 class Source:
     """The rows of one input. digest: of all that the answers are made from, count: of the rows (a blank line is none);
-    what the input is called in messages: name."""
+    what the input is called in messages: name; read: its rows from the first one on."""
 
     name: str
     digest: str
     count: int
-    rows: Iterator[Row | BadRow] = field(repr=False)
+    read: Callable[[], Iterator[Row | BadRow]] = field(repr=False)
+
+    @property
+    def rows(self) -> Iterator[Row | BadRow]:
+        return self.read()
 
 
 def open_requests(path: Path, max_line: int, urls: Collection[str] | None = URLS) -> Source:
@@ -93,16 +97,30 @@ def open_requests(path: Path, max_line: int, urls: Collection[str] | None = URLS
 
     Raises UserError for a file that cannot be read or is not UTF-8 at all.
     """
-    try:
-        file = path.open("rb")
+    with _open(path) as file:
+        if file.peek(2)[:2] in OTHER_MARKS:
+            raise UserError(f"{path} is UTF-16; save it as UTF-8", code="bad_input")
         digest, count = _measure(file)
+    return Source(str(path), digest, count, lambda: of_one_id(_read_requests(path, max_line, urls)))
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[io.BufferedReader]:
+    """UserError where the system cannot open or read it."""
+    try:
+        with path.open("rb") as file:
+            yield file
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}", code="bad_input") from error
-    file.seek(0)
-    if file.peek(2)[:2] in OTHER_MARKS:
-        file.close()
-        raise UserError(f"{path} is UTF-16; save it as UTF-8", code="bad_input")
-    return Source(str(path), digest, count, _read_requests(file, max_line, urls))
+
+
+def of_one_id(rows: Iterable[Row | BadRow]) -> Iterator[Row | BadRow]:
+    """A row whose custom_id an earlier one has is bad."""
+    with closing(DiskSet()) as seen:
+        for row in rows:
+            if row.custom_id is not None and not seen.add(row.custom_id):
+                row = BadRow(row.number, "duplicate_custom_id", "an earlier row has this custom_id", row.custom_id)
+            yield row
 
 
 def ask_pictures(pictures: Iterable[str], prompt: str, fields: Mapping[str, Any]) -> Source:
@@ -113,8 +131,11 @@ def ask_pictures(pictures: Iterable[str], prompt: str, fields: Mapping[str, Any]
     digest = hashlib.sha256()
     for path in paths:
         digest.update(json.dumps([path, _size(path)]).encode())
-    rows = (Row(number, path, CHAT, body, 0, path, 1, (path,)) for number, path in enumerate(paths, 1))
-    return Source(f"{len(paths)} pictures", digest.hexdigest(), len(paths), rows)
+
+    def read() -> Iterator[Row | BadRow]:
+        return (Row(number, path, CHAT, body, 0, path, 1, (path,)) for number, path in enumerate(paths, 1))
+
+    return Source(f"{len(paths)} pictures", digest.hexdigest(), len(paths), read)
 
 
 def _size(path: str) -> int | None:
@@ -137,8 +158,8 @@ def _measure(file: BinaryIO) -> tuple[str, int]:
     return digest.hexdigest(), count + (not blank)
 
 
-def _read_requests(file: io.BufferedReader, max_line: int, urls: Collection[str] | None) -> Iterator[Row | BadRow]:
-    with file, closing(DiskSet()) as seen:
+def _read_requests(path: Path, max_line: int, urls: Collection[str] | None) -> Iterator[Row | BadRow]:
+    with _open(path) as file:
         for number, line in _lines(file, max_line):
             if line is None:
                 yield BadRow(number, "line_too_long", f"the line has more than {max_line} bytes")
@@ -146,10 +167,7 @@ def _read_requests(file: io.BufferedReader, max_line: int, urls: Collection[str]
             if number == 1:
                 line = line.removeprefix(UTF8_MARK)
             if line.strip():
-                row = _row_of(number, line, urls)
-                if row.custom_id is not None and not seen.add(row.custom_id):
-                    row = BadRow(number, "duplicate_custom_id", "an earlier line has this custom_id", row.custom_id)
-                yield row
+                yield _row_of(number, line, urls)
 
 
 def _lines(file: BinaryIO, max_line: int) -> Iterator[tuple[int, bytes | None]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import glob
 import re
 import signal
 from collections.abc import Iterator
@@ -15,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
 from siglane.batch.rows import CannotWrite
+from siglane.cli.batch_input import InputOptions, open_input
 from siglane.cli.batch_report import Report
-from siglane.cli.batch_servers import RemoteOptions, answerer_of
+from siglane.cli.batch_servers import Answerer, RemoteOptions, answerer_of
 from siglane.cli.common import MODEL, MODEL_ARGUMENT
 from siglane.errors import EngineError, UserError
 from siglane.settings.engine import EngineConfig
@@ -28,6 +28,7 @@ from siglane.tiling.rule import ImageBudget
 
 if TYPE_CHECKING:
     from siglane.batch.output import Output
+    from siglane.batch.parquet import Tables
     from siglane.batch.requests import BadRow, Row, Source
     from siglane.batch.run import Server
 
@@ -37,22 +38,20 @@ SERVER = (
     "served_model_name", "model_aliases", "tagger", "sampling_defaults", "default_temperature", "max_inflight_bytes",
     "text_cache_bytes", "patch_cache_bytes", "fetch_threads", "decode_threads",
 )  # fmt: skip
-JOB = ("prompt", "body", "order", "shard", "seed")
+JOB = ("order", "shard", "seed")
+QUESTION = ("prompt", "body", "image_column", "id_column")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchOptions(CommandOptions):
     COMMAND = "batch"
 
-    input: str = field(
-        metadata={"help": "OpenAI batch requests (.jsonl), or a folder or pattern of pictures", "short": "-i"}
-    )
     output: Path = field(
-        metadata={"help": "answers, as OpenAI gives them; errors and a manifest stand beside it", "short": "-o"}
-    )
-    prompt: str | None = field(default=None, metadata={"help": "what every picture is asked", "short": "-p"})
-    body: str = field(
-        default="{}", metadata={"help": "further fields of every picture's request: '{\"max_tokens\": 64}'"}
+        metadata={
+            "help": "answers, as OpenAI gives them (.jsonl), with errors and a manifest beside it; or a table "
+            "(.parquet), which is made of these when they are complete",
+            "short": "-o",
+        }
     )
     order: Literal["input", "done"] = field(default="input", metadata={"help": "of the answers in the output"})
     limit: int | None = field(default=None, metadata={"help": "only the first so many rows of the input"})
@@ -76,6 +75,19 @@ class BatchOptions(CommandOptions):
         if self.max_errors is not None and self.max_errors < 0:
             raise UserError(f"--max-errors must not be negative, got {self.max_errors}", code="bad_option")
 
+    @property
+    def as_table(self) -> bool:
+        return self.output.suffix.lower() == ".parquet"
+
+    @property
+    def lines(self) -> Path:
+        """Where the answers stand as JSON Lines."""
+        if not self.as_table:
+            return self.output
+        from siglane.batch.parquet_output import journal_of
+
+        return journal_of(self.output)
+
     def holds(self, number: int) -> bool:
         """Whether row `number`, from 1, is one of this shard's."""
         if self.shard is None:
@@ -93,15 +105,16 @@ LOCAL = (
     OptionGroup(EngineConfig, "engine"),
 )
 OPTIONS = (
+    OptionGroup(InputOptions, "input"),
+    OptionGroup(ServerConfig, "requests", only=("max_body_bytes",)),
     OptionGroup(BatchOptions, "batch"),
-    OptionGroup(ServerConfig, "input", only=("max_body_bytes",)),
     OptionGroup(RemoteOptions, "another server"),
     *LOCAL,
 )
 
 
 def run(arguments: argparse.Namespace, out: TextIO) -> int:
-    options, remote = read_options(BatchOptions, arguments), read_options(RemoteOptions, arguments).base_url is not None
+    options, asked = read_options(BatchOptions, arguments), read_options(InputOptions, arguments)
     try:
         from siglane.batch.output import Output
 
@@ -109,25 +122,46 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     except ImportError as error:
         message = f"a batch needs more packages ({error}); pip install 'siglane[server]'"
         raise UserError(message, code="missing_extra") from error
-    source = _open_source(options, read_options(ServerConfig, arguments).max_body_bytes, remote)
+    remote = read_options(RemoteOptions, arguments).base_url is not None
+    max_line = read_options(ServerConfig, arguments).max_body_bytes
+    source, tables = open_input(asked, max_line, remote=remote, as_table=options.as_table)
     job = {"input": source.digest, **answerer.made_from, **{name: getattr(options, name) for name in JOB}}
-    with Output(options.output, job) as output:
+    job |= {name: getattr(asked, name) for name in QUESTION}
+    with Output(options.lines, job) as output:
         report = Report(output, source, output.found)
         rows = (row for row in islice(source.rows, options.limit) if options.holds(row.number) and not output.has(row))
         first = next(rows, None)
-        if first is None:  # nothing is left: no model is loaded
-            return report.close(out, as_json=options.json)
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # while the model loads
-        try:
-            with answerer.serving() as server, report:
-                asyncio.run(_answer(chain([first], rows), server, output, options, report))
-        except KeyboardInterrupt:
-            report.stopped = "stopped by a signal; the same command continues"
-        except CannotWrite as error:
-            report.stopped = str(error)
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        if first is not None:  # else no model is loaded
+            _run(answerer, chain([first], rows), output, options, report)
+        if options.as_table and report.stopped is None:
+            _write_table(options, output, source, tables, report)
         return report.close(out, as_json=options.json)
+
+
+def _run(
+    answerer: Answerer, rows: Iterator[Row | BadRow], output: Output, options: BatchOptions, report: Report
+) -> None:
+    """Answers the rows; notes what stopped it."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # while the model loads
+    try:
+        with answerer.serving() as server, report:
+            asyncio.run(_answer(rows, server, output, options, report))
+    except KeyboardInterrupt:
+        report.stopped = "stopped by a signal; the same command continues"
+    except CannotWrite as error:
+        report.stopped = str(error)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _write_table(options: BatchOptions, output: Output, source: Source, tables: Tables | None, report: Report) -> None:
+    from siglane.batch.parquet_output import Journal, write_table
+
+    journal = Journal(output.path, output.errors_path)
+    try:
+        report.table_rows = write_table(options.output, journal, source, tables, options.holds, options.limit)
+    except CannotWrite as error:
+        report.stopped = str(error)
 
 
 async def _answer(
@@ -150,28 +184,3 @@ async def _answer(
         report.stopped = str(error)
     except EngineError as error:  # it is down for good
         report.stopped = f"{error}; the same command continues"
-
-
-def _open_source(options: BatchOptions, max_line: int, remote: bool) -> Source:
-    """remote: another server answers, which may have other urls."""
-    import orjson
-
-    from siglane.batch.pictures import expand
-    from siglane.batch.requests import URLS, ask_pictures, open_requests
-
-    if options.prompt is None:
-        if not Path(options.input).is_file():
-            reason = "a folder or pattern of pictures needs a --prompt" if expandable(options.input) else "no such file"
-            raise UserError(f"cannot read {options.input}: {reason}", code="bad_input")
-        return open_requests(Path(options.input), max_line, None if remote else URLS)
-    try:
-        fields = orjson.loads(options.body)
-    except ValueError as error:
-        raise UserError(f"--body is not JSON: {error}", code="bad_option") from error
-    if not isinstance(fields, dict) or "messages" in fields:
-        raise UserError("--body must be a JSON object without messages", code="bad_option")
-    return ask_pictures(expand(options.input), options.prompt, fields)
-
-
-def expandable(name: str) -> bool:
-    return Path(name).is_dir() or glob.has_magic(name)
