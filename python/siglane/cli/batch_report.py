@@ -34,6 +34,7 @@ class Report:
         self._bar = tqdm(total=self._total, initial=found, unit="row", dynamic_ncols=True, disable=None)
 
     def __enter__(self) -> Self:
+        self._began = time.monotonic()  # rows are asked from now on; until now the model was loaded
         return self
 
     def __exit__(self, *error: object) -> None:
