@@ -239,6 +239,7 @@ def test_a_finished_job_loads_no_model_and_another_is_refused(
         (("--seed", "3"), "seed was 0, is 3"),
         (("--shard", "1/2"), 'shard was null, is "1/2"'),
         (("--detail", "low"), 'detail was "auto", is "low"'),
+        (("--quantization", "8bit"), 'quantization was "none", is "8bit"'),
         (("--default-temperature", "1"), "default_temperature was null, is 1.0"),
     ):
         assert main(words(nvila_folder, source, whole, *more)) == 2

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from siglane.batch.run import Server
 
 RESTARTS = 50  # of the engine in a few minutes: every row may kill it twice
-NUMERICS = ("dtype", "vision_dtype", "attention_backend", "paged_backend")
+NUMERICS = ("dtype", "vision_dtype", "quantization", "attention_backend", "paged_backend")
 ANSWERS = ("sampling_defaults", "default_temperature", "tagger")
 
 
@@ -108,18 +108,17 @@ def _own_models(arguments: argparse.Namespace) -> Answerer:
     from siglane.server.launch import serving
     from siglane.server.local import LocalServer
     from siglane.weights.demo import FOLDERS, demo_folder
-    from siglane.weights.hub import open_checkpoint
 
     config, model = read_options(ServerConfig, arguments), arguments.model
     if model in FOLDERS:
         config = dataclasses.replace(config, served_model_name=config.served_model_name or model)
         model = str(demo_folder() / FOLDERS[model])
-    revision, limits = read_options(ModelOptions, arguments).revision, read_options(ImageBudget, arguments)
-    spec = EngineSpec(model, read_options(EngineConfig, arguments), revision, config.tagger)
-    root = open_checkpoint(model, revision).root
-    files = hashlib.sha256()
-    for path in sorted((*root.glob("*.json"), *root.glob("**/*.safetensors"))):
-        files.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
+    limits, named = read_options(ImageBudget, arguments), dataclasses.asdict(read_options(ModelOptions, arguments))
+    spec = EngineSpec(model, read_options(EngineConfig, arguments), tagger=config.tagger, **named)
+    checkpoint, files = spec.open(), hashlib.sha256()
+    for root in filter(None, (checkpoint.root, checkpoint.adapter)):
+        for path in sorted((*root.glob("*.json"), *root.glob("**/*.safetensors"))):
+            files.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
 
     @contextmanager
     def server() -> Iterator[AbstractAsyncContextManager[Server]]:
@@ -129,7 +128,8 @@ def _own_models(arguments: argparse.Namespace) -> Answerer:
 
     made_from = {
         "model": model,
-        "revision": revision,
+        "revision": spec.revision,
+        "adapter": spec.adapter,
         "model_files": files.hexdigest(),
         **{name: getattr(config, name) for name in ANSWERS},
         **{option.name: getattr(config, option.name) for option in options_of(MediaConfig)},
