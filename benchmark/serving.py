@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -122,20 +121,20 @@ class TransformersLoop:
 
 
 class Server:
-    """`siglane serve` in a process of its own, spoken to over HTTP."""
+    """`siglane serve` in a process of its own, spoken to over HTTP. options: further flags."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *options: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "siglane.cli.main", "serve", str(folder), "--port", str(port)]
+        command = [sys.executable, "-m", "siglane.cli.main", "serve", str(folder), "--port", str(port), *options]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ)
         while True:
             try:
                 urllib.request.urlopen(f"{self.url}/ready", timeout=5).read()
                 return
-            except (urllib.error.URLError, ConnectionError):
+            except OSError:  # nobody listens yet, or nobody has time to answer
                 if self.process.poll() is not None:
                     raise SystemExit("the server did not start") from None
                 time.sleep(0.1)

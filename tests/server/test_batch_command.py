@@ -25,6 +25,7 @@ from siglane.cli.main import main
 from siglane.engine.child import EngineSpec
 from siglane.engine.engine import EngineStats
 from siglane.engine.process import EngineProcess
+from siglane.families.pipeline import MediaPipeline
 from siglane.families.processor import Processor
 from siglane.server.local import LocalServer
 from siglane.server.metrics import Metrics
@@ -136,6 +137,38 @@ def test_each_picture_is_encoded_once(nvila_folder: Path, processor: Processor, 
     assert encoded[64] == 8
 
 
+@pytest.mark.slow
+def test_ten_pictures_of_200_rows_are_decoded_and_encoded_once(
+    nvila_folder: Path, processor: Processor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EngineConfig(device="cpu", threads=1, kv_tokens=16384, max_running=8, prefix_cache=False)
+    engine = EngineProcess(EngineSpec(str(nvila_folder), replace(config, feature_cache_bytes=5_000)))
+    engine.start()
+    decoded: list[object] = []
+    decode = MediaPipeline.decode
+    monkeypatch.setattr(MediaPipeline, "decode", lambda self, item: (decoded.append(item), decode(self, item))[1])
+    lines = []
+    for number in range(200):
+        body = chat(image_part(picture(30, 30, seed=number % 10)), f"{number}?", max_tokens=1)
+        lines.append(json.dumps({"custom_id": str(number), "url": CHAT, "body": body}))
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    try:
+        served = Served(
+            settings := config_of(), engine, metrics := Metrics(),
+            ChatModel(Deployment(MODEL, "x", engine, settings, metrics), processor),
+        )  # fmt: skip
+        with Output(tmp_path / "out.jsonl", {}) as output:
+            rows = open_requests(tmp_path / "in.jsonl", 1 << 20).rows
+            asyncio.run(run_batch(rows, LocalServer(served, 8), output, Plan(), stop=asyncio.Event()))
+            assert output.found == 200
+            assert not output.failures
+        served.close()
+        assert len(decoded) == 10
+        assert stats_of(engine).encoded_images == 10
+    finally:
+        engine.close()
+
+
 def stats_of(engine: EngineProcess) -> EngineStats:
     time.sleep(1.0)  # the figures are half a second old at most
     stats = engine.stats()
@@ -206,6 +239,7 @@ def test_a_finished_job_loads_no_model_and_another_is_refused(
         (("--seed", "3"), "seed was 0, is 3"),
         (("--shard", "1/2"), 'shard was null, is "1/2"'),
         (("--detail", "low"), 'detail was "auto", is "low"'),
+        (("--quantization", "8bit"), 'quantization was "none", is "8bit"'),
         (("--default-temperature", "1"), "default_temperature was null, is 1.0"),
     ):
         assert main(words(nvila_folder, source, whole, *more)) == 2
@@ -217,7 +251,7 @@ def test_mistakes_are_one_line(nvila_folder: Path, tmp_path: Path, capsys: pytes
     out = tmp_path / "out.jsonl"
     for command, said in (
         (words(nvila_folder, tmp_path / "none.jsonl", out), "no such file"),
-        (words(nvila_folder, tmp_path, out), "needs a --prompt"),
+        (words(nvila_folder, tmp_path, out), "need a --prompt"),
         (words(nvila_folder, tmp_path, out, "-p", "what?"), "holds no pictures"),
         (words(nvila_folder, tmp_path, out, "-p", "what?", "--body", "{"), "--body is not JSON"),
         (words(nvila_folder, tmp_path, out, "--shard", "3/2"), "is not I/N"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import itertools
+import json
 import os
 import signal
 import threading
@@ -23,6 +25,9 @@ from safetensors.torch import load_file, save_file
 from serving import MODEL, RunningServer, assert_error, config_of, data_url, eventually, image_part, listening, picture
 from two_tower_checkpoint import Kind, write_two_tower_checkpoint
 
+from siglane.batch.output import Output
+from siglane.batch.requests import open_requests
+from siglane.batch.run import Plan, run_batch
 from siglane.engine import embed_worker
 from siglane.engine.child import EngineSpec
 from siglane.engine.embed_worker import EmbedWorker
@@ -32,6 +37,7 @@ from siglane.errors import EngineError, UserError
 from siglane.families.two_tower import load_two_tower, read_two_tower
 from siglane.server import embedding
 from siglane.server.launch import serve, serving
+from siglane.server.local import LocalServer
 from siglane.server.metrics import Metrics
 from siglane.server.served import Deployment, EmbedModel, Served
 from siglane.server.text_cache import TextCache, Vector
@@ -647,3 +653,36 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
     engine = EngineProcess(EngineSpec(str(tmp_path), CPU))
     with pytest.raises(EngineError, match="starting"):
         engine.embed([np.zeros(64, np.int64)])[0].result(10)
+
+
+def test_a_batch_gets_the_same_vectors_and_tags(fixed: RunningServer, tmp_path: Path) -> None:
+    image = data_url(picture(30, 20))
+    bodies = [
+        ("/v1/embeddings", {"input": [TEXTS[0], {"image": image}]}),
+        ("/v1/embeddings", {"input": TEXTS[1], "encoding_format": "base64"}),
+        ("/v1/classify", {"images": [image], "labels": ["cat", "dog"], "threshold": 0}),
+        ("/v1/embeddings", {"input": TEXTS, "dimensions": 3}),
+        ("/v1/chat/completions", {"messages": []}),
+    ]
+    lines = [json.dumps({"custom_id": str(n), "url": url, "body": body}) for n, (url, body) in enumerate(bodies)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    config, metrics, first = config_of(), Metrics(), fixed.served.embed
+    deployed = Deployment(MODEL, first.root, fixed.served.engine, config, metrics)
+    model = EmbedModel(deployed, *read_two_tower(open_checkpoint(first.root))[:2])
+    served = Served(config, deployed.engine, metrics, embed=model)
+    with Output(tmp_path / "out.jsonl", {}) as output:
+        rows = open_requests(tmp_path / "in.jsonl", 1 << 20).rows
+        asyncio.run(run_batch(rows, LocalServer(served, 4), output, Plan(), stop=asyncio.Event()))
+    served.close()
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["custom_id"] for row in found] == ["0", "1", "2"]
+    for row, (url, body) in zip(found, bodies, strict=False):
+        expected = fixed.post_to(url, **body).json()
+        assert row["response"]["body"]["usage"] == expected["usage"]
+        for one, other in zip(row["response"]["body"]["data"], expected["data"], strict=True):
+            assert one.keys() == other.keys()
+            if isinstance(other.get("embedding"), list):
+                np.testing.assert_allclose(one["embedding"], other["embedding"], atol=1e-5)
+            else:
+                assert type(one.get("embedding")) is type(other.get("embedding"))
+    assert output.failures == {"invalid_value": 1, "not_found": 1}

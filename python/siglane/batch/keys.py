@@ -1,4 +1,4 @@
-"""A set of texts on the disk, so that memory stays flat however many rows a file has."""
+"""Texts on the disk, so that memory stays flat however many rows a file has."""
 
 from __future__ import annotations
 
@@ -6,24 +6,35 @@ import sqlite3
 from hashlib import blake2b
 
 
-class DiskSet:
-    """Texts by their digest (16 bytes, in a file without a name). Not for several threads."""
+class DiskMap:
+    """text -> whole number, by the text's digest (16 bytes, in a file without a name). Not for several threads."""
 
     def __init__(self) -> None:
         self._database = sqlite3.connect("", isolation_level=None)  # temporary: it goes with the connection
         self._database.execute("PRAGMA journal_mode = OFF")
-        self._database.execute("CREATE TABLE keys (digest BLOB PRIMARY KEY) WITHOUT ROWID")
+        self._database.execute("CREATE TABLE keys (digest BLOB PRIMARY KEY, value INTEGER) WITHOUT ROWID")
 
-    def add(self, key: str) -> bool:
-        """Whether it was new."""
-        return self._database.execute("INSERT OR IGNORE INTO keys VALUES (?)", (_digest(key),)).rowcount > 0
+    def put(self, key: str, value: int) -> bool:
+        """Whether the key is new; else its value stays."""
+        return self._database.execute("INSERT OR IGNORE INTO keys VALUES (?, ?)", (_digest(key), value)).rowcount > 0
 
-    def __contains__(self, key: object) -> bool:
-        found = self._database.execute("SELECT 1 FROM keys WHERE digest = ?", (_digest(str(key)),))
-        return found.fetchone() is not None
+    def get(self, key: str) -> int | None:
+        found = self._database.execute("SELECT value FROM keys WHERE digest = ?", (_digest(key),)).fetchone()
+        return None if found is None else int(found[0])
 
     def close(self) -> None:
         self._database.close()
+
+
+class DiskSet(DiskMap):
+    """A set of texts."""
+
+    def add(self, key: str) -> bool:
+        """Whether it was new."""
+        return self.put(key, 0)
+
+    def __contains__(self, key: object) -> bool:
+        return self.get(str(key)) is not None
 
 
 def _digest(key: str) -> bytes:

@@ -109,7 +109,8 @@ def _settled(body: Mapping[str, Any], name: str) -> dict[str, Any]:
     with the bytes of one that was not: no time, an id of the row's own, no count of cached tokens."""
     settled = dict(body)
     if "id" in settled:
-        settled["id"] = f"chatcmpl-{name}"
+        kind, dash, _ = str(settled["id"]).partition("-")
+        settled["id"] = f"{kind if dash else 'chatcmpl'}-{name}"
     if "created" in settled:
         settled["created"] = 0
     usage = settled.get("usage")

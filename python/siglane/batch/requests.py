@@ -10,8 +10,8 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +20,8 @@ import orjson
 
 from siglane.batch.keys import DiskSet
 from siglane.errors import UserError
-from siglane.media.source import naming, read_file
+from siglane.image.decode import format_of
+from siglane.media.source import URL, naming, read_file
 
 CHAT, EMBEDDINGS, CLASSIFY = "/v1/chat/completions", "/v1/embeddings", "/v1/classify"
 URLS = (CHAT, EMBEDDINGS, CLASSIFY)
@@ -33,8 +34,8 @@ SKIPPED_AT_ONCE = 1 << 20
 @dataclass(frozen=True, slots=True)
 class Row:
     """A request that can be asked. number: of its line or picture, from 1; size: bytes that it holds in memory; key:
-    equal for rows that are best asked next to each other, "" for none; picture: a file to be put in front of the
-    body's text."""
+    equal for rows that are best asked next to each other, "" for none; images: how many media it names; pictures: to
+    be put in front of the body's text, each a file's path, its bytes, or a URL."""
 
     number: int
     custom_id: str
@@ -42,17 +43,26 @@ class Row:
     body: Mapping[str, Any]
     size: int
     key: str
-    picture: str | None = None
+    images: int = 0
+    pictures: tuple[str | bytes, ...] = ()
 
     def read(self) -> Mapping[str, Any]:
-        """The body with its picture. Raises ImageError when that cannot be read."""
-        if self.picture is None:
+        """The body with its pictures. Raises ImageError when one cannot be read."""
+        if not self.pictures:
             return self.body
-        with naming(self.picture):
-            data = base64.b64encode(read_file(self.picture)).decode()
-        image = {"type": "image_url", "image_url": {"url": f"data:image/any;base64,{data}"}}
+        images = [{"type": "image_url", "image_url": {"url": _url_of(picture)}} for picture in self.pictures]
         (message,) = self.body["messages"]
-        return {**self.body, "messages": [{**message, "content": [image, *message["content"]]}]}
+        return {**self.body, "messages": [{**message, "content": [*images, *message["content"]]}]}
+
+
+def _url_of(picture: str | bytes) -> str:
+    if isinstance(picture, str):
+        if URL.match(picture):
+            return picture
+        with naming(picture):
+            picture = read_file(picture)
+    kind = (format_of(picture) or "any").lower()
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,34 +73,54 @@ class BadRow:
     code: str
     message: str
     custom_id: str | None = None
+    images: int = 0
 
 
 @dataclass(slots=True)
 class Source:
     """The rows of one input. digest: of all that the answers are made from, count: of the rows (a blank line is none);
-    what the input is called in messages: name."""
+    what the input is called in messages: name; read: its rows from the first one on."""
 
     name: str
     digest: str
     count: int
-    rows: Iterator[Row | BadRow] = field(repr=False)
+    read: Callable[[], Iterator[Row | BadRow]] = field(repr=False)
+
+    @property
+    def rows(self) -> Iterator[Row | BadRow]:
+        return self.read()
 
 
-def open_requests(path: Path, max_line: int) -> Source:
-    """A file of OpenAI requests. max_line: bytes of one line, longer ones are bad rows and never held in memory.
+def open_requests(path: Path, max_line: int, urls: Collection[str] | None = URLS) -> Source:
+    """A file of OpenAI requests. max_line: bytes of one line, longer ones are bad rows and never held in memory; urls:
+    that can be asked, None for all below /v1/.
 
     Raises UserError for a file that cannot be read or is not UTF-8 at all.
     """
-    try:
-        file = path.open("rb")
+    with _open(path) as file:
+        if file.peek(2)[:2] in OTHER_MARKS:
+            raise UserError(f"{path} is UTF-16; save it as UTF-8", code="bad_input")
         digest, count = _measure(file)
+    return Source(str(path), digest, count, lambda: of_one_id(_read_requests(path, max_line, urls)))
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[io.BufferedReader]:
+    """UserError where the system cannot open or read it."""
+    try:
+        with path.open("rb") as file:
+            yield file
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}", code="bad_input") from error
-    file.seek(0)
-    if file.peek(2)[:2] in OTHER_MARKS:
-        file.close()
-        raise UserError(f"{path} is UTF-16; save it as UTF-8", code="bad_input")
-    return Source(str(path), digest, count, _read_requests(file, max_line))
+
+
+def of_one_id(rows: Iterable[Row | BadRow]) -> Iterator[Row | BadRow]:
+    """A row whose custom_id an earlier one has is bad."""
+    with closing(DiskSet()) as seen:
+        for row in rows:
+            if row.custom_id is not None and not seen.add(row.custom_id):
+                row = BadRow(row.number, "duplicate_custom_id", "an earlier row has this custom_id", row.custom_id)
+            yield row
 
 
 def ask_pictures(pictures: Iterable[str], prompt: str, fields: Mapping[str, Any]) -> Source:
@@ -101,8 +131,11 @@ def ask_pictures(pictures: Iterable[str], prompt: str, fields: Mapping[str, Any]
     digest = hashlib.sha256()
     for path in paths:
         digest.update(json.dumps([path, _size(path)]).encode())
-    rows = (Row(number, path, CHAT, body, 0, path, path) for number, path in enumerate(paths, 1))
-    return Source(f"{len(paths)} pictures", digest.hexdigest(), len(paths), rows)
+
+    def read() -> Iterator[Row | BadRow]:
+        return (Row(number, path, CHAT, body, 0, path, 1, (path,)) for number, path in enumerate(paths, 1))
+
+    return Source(f"{len(paths)} pictures", digest.hexdigest(), len(paths), read)
 
 
 def _size(path: str) -> int | None:
@@ -125,8 +158,8 @@ def _measure(file: BinaryIO) -> tuple[str, int]:
     return digest.hexdigest(), count + (not blank)
 
 
-def _read_requests(file: io.BufferedReader, max_line: int) -> Iterator[Row | BadRow]:
-    with file, closing(DiskSet()) as seen:
+def _read_requests(path: Path, max_line: int, urls: Collection[str] | None) -> Iterator[Row | BadRow]:
+    with _open(path) as file:
         for number, line in _lines(file, max_line):
             if line is None:
                 yield BadRow(number, "line_too_long", f"the line has more than {max_line} bytes")
@@ -134,10 +167,7 @@ def _read_requests(file: io.BufferedReader, max_line: int) -> Iterator[Row | Bad
             if number == 1:
                 line = line.removeprefix(UTF8_MARK)
             if line.strip():
-                row = _row_of(number, line)
-                if row.custom_id is not None and not seen.add(row.custom_id):
-                    row = BadRow(number, "duplicate_custom_id", "an earlier line has this custom_id", row.custom_id)
-                yield row
+                yield _row_of(number, line, urls)
 
 
 def _lines(file: BinaryIO, max_line: int) -> Iterator[tuple[int, bytes | None]]:
@@ -153,7 +183,7 @@ def _lines(file: BinaryIO, max_line: int) -> Iterator[tuple[int, bytes | None]]:
         yield number, None
 
 
-def _row_of(number: int, line: bytes) -> Row | BadRow:
+def _row_of(number: int, line: bytes, urls: Collection[str] | None) -> Row | BadRow:
     try:
         row = orjson.loads(line)
     except orjson.JSONDecodeError as error:
@@ -167,16 +197,18 @@ def _row_of(number: int, line: bytes) -> Row | BadRow:
     method, url, body = row.get("method", "POST"), row.get("url"), row.get("body")
     if method != "POST":
         return BadRow(number, "invalid_method", "method must be POST", custom_id)
-    if url not in URLS:
-        return BadRow(number, "invalid_url", f"url must be one of {', '.join(URLS)}", custom_id)
+    if not isinstance(url, str) or (url not in urls if urls is not None else not url.startswith("/v1/")):
+        known = "begin with /v1/" if urls is None else f"be one of {', '.join(urls)}"
+        return BadRow(number, "invalid_url", f"url must {known}", custom_id)
     if not isinstance(body, dict):
         return BadRow(number, "invalid_body", "body must be a JSON object", custom_id)
-    return Row(number, custom_id, url, body, len(line), _key(body))
+    pictures = list(_pictures(body))
+    return Row(number, custom_id, url, body, len(line), _key(body, pictures), len(pictures))
 
 
-def _key(body: Mapping[str, Any]) -> str:
+def _key(body: Mapping[str, Any], pictures: list[str]) -> str:
     """By its pictures; without any, by all messages but the last."""
-    found = list(_pictures(body))
+    found = pictures
     messages = body.get("messages")
     if not found and isinstance(messages, list) and len(messages) > 1:
         found = [orjson.dumps(messages[:-1]).decode()]

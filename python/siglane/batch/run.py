@@ -168,7 +168,7 @@ async def run_batch(
 
 async def _ask(server: Server, row: Row, seed: int) -> Answer:
     try:
-        body = await asyncio.to_thread(row.read) if row.picture is not None else row.body
+        body = await asyncio.to_thread(row.read) if row.pictures else row.body
     except UserError as error:
         return failed(error.status, error.code, error.message)
     return await server.ask(row.url, _with_seed(body, row, seed))

@@ -4,61 +4,54 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import dataclasses
-import glob
-import hashlib
-import json
 import re
 import signal
 from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 from siglane.batch.rows import CannotWrite
+from siglane.cli.batch_input import InputOptions, open_input
 from siglane.cli.batch_report import Report
-from siglane.cli.common import MODEL, MODEL_ARGUMENT, ModelOptions
+from siglane.cli.batch_servers import Answerer, RemoteOptions, answerer_of
+from siglane.cli.common import MODEL, MODEL_ARGUMENT
 from siglane.errors import EngineError, UserError
 from siglane.settings.engine import EngineConfig
 from siglane.settings.flags import OptionGroup, read_options
 from siglane.settings.media import MediaConfig
-from siglane.settings.options import CommandOptions, options_of
+from siglane.settings.options import CommandOptions
 from siglane.settings.server import ServerConfig
 from siglane.tiling.rule import ImageBudget
 
 if TYPE_CHECKING:
     from siglane.batch.output import Output
+    from siglane.batch.parquet import Tables
     from siglane.batch.requests import BadRow, Row, Source
-    from siglane.engine.child import EngineSpec
-    from siglane.server.served import Served
-    from siglane.weights.hub import Checkpoint
+    from siglane.batch.run import Server
 
-RESTARTS = 50  # of the engine in a few minutes: every row may kill it twice
 SHARD = re.compile(r"([1-9]\d*)/([1-9]\d*)")
 # of the server's options those that a batch has a use for
 SERVER = (
-    "served_model_name", "model_aliases", "tagger", "sampling_defaults", "default_temperature", "max_body_bytes",
-    "max_inflight_bytes", "text_cache_bytes", "fetch_threads", "decode_threads",
+    "served_model_name", "model_aliases", "tagger", "sampling_defaults", "default_temperature", "max_inflight_bytes",
+    "text_cache_bytes", "patch_cache_bytes", "fetch_threads", "decode_threads",
 )  # fmt: skip
-NUMERICS = ("dtype", "vision_dtype", "attention_backend", "paged_backend")
-JOB = ("prompt", "body", "order", "shard", "seed")
-ANSWERS = ("sampling_defaults", "default_temperature", "tagger")
+JOB = ("order", "shard", "seed")
+QUESTION = ("prompt", "body", "image_column", "id_column")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchOptions(CommandOptions):
     COMMAND = "batch"
 
-    input: str = field(
-        metadata={"help": "OpenAI batch requests (.jsonl), or a folder or pattern of pictures", "short": "-i"}
-    )
     output: Path = field(
-        metadata={"help": "answers, as OpenAI gives them; errors and a manifest stand beside it", "short": "-o"}
-    )
-    prompt: str | None = field(default=None, metadata={"help": "what every picture is asked", "short": "-p"})
-    body: str = field(
-        default="{}", metadata={"help": "further fields of every picture's request: '{\"max_tokens\": 64}'"}
+        metadata={
+            "help": "answers, as OpenAI gives them (.jsonl), with errors and a manifest beside it; or a table "
+            "(.parquet), which is made of these when they are complete",
+            "short": "-o",
+        }
     )
     order: Literal["input", "done"] = field(default="input", metadata={"help": "of the answers in the output"})
     limit: int | None = field(default=None, metadata={"help": "only the first so many rows of the input"})
@@ -82,6 +75,19 @@ class BatchOptions(CommandOptions):
         if self.max_errors is not None and self.max_errors < 0:
             raise UserError(f"--max-errors must not be negative, got {self.max_errors}", code="bad_option")
 
+    @property
+    def as_table(self) -> bool:
+        return self.output.suffix.lower() == ".parquet"
+
+    @property
+    def lines(self) -> Path:
+        """Where the answers stand as JSON Lines."""
+        if not self.as_table:
+            return self.output
+        from siglane.batch.parquet_output import journal_of
+
+        return journal_of(self.output)
+
     def holds(self, number: int) -> bool:
         """Whether row `number`, from 1, is one of this shard's."""
         if self.shard is None:
@@ -91,124 +97,90 @@ class BatchOptions(CommandOptions):
 
 
 ARGUMENTS = (MODEL_ARGUMENT,)
-OPTIONS = (
-    OptionGroup(BatchOptions, "batch"),
+LOCAL = (
     MODEL,
     OptionGroup(ServerConfig, "answers", only=SERVER),
     OptionGroup(MediaConfig, "images and videos of requests"),
     OptionGroup(ImageBudget, "budget of every image; requests may ask for less"),
     OptionGroup(EngineConfig, "engine"),
 )
+OPTIONS = (
+    OptionGroup(InputOptions, "input"),
+    OptionGroup(ServerConfig, "requests", only=("max_body_bytes",)),
+    OptionGroup(BatchOptions, "batch"),
+    OptionGroup(RemoteOptions, "another server"),
+    *LOCAL,
+)
 
 
 def run(arguments: argparse.Namespace, out: TextIO) -> int:
-    options = read_options(BatchOptions, arguments)
-    config, spec = _deployment(arguments)
+    options, asked = read_options(BatchOptions, arguments), read_options(InputOptions, arguments)
     try:
         from siglane.batch.output import Output
-        from siglane.server.launch import serving
+
+        answerer = answerer_of(arguments, LOCAL)
     except ImportError as error:
         message = f"a batch needs more packages ({error}); pip install 'siglane[server]'"
         raise UserError(message, code="missing_extra") from error
-
-    checkpoint = spec.open()
-    source = _open_source(options, config)
-    limits = read_options(ImageBudget, arguments)
-    with Output(options.output, _job(options, config, spec, limits, source, checkpoint)) as output:
+    remote = read_options(RemoteOptions, arguments).base_url is not None
+    max_line = read_options(ServerConfig, arguments).max_body_bytes
+    source, tables = open_input(asked, max_line, remote=remote, as_table=options.as_table)
+    job = {"input": source.digest, **answerer.made_from, **{name: getattr(options, name) for name in JOB}}
+    job |= {name: getattr(asked, name) for name in QUESTION}
+    with Output(options.lines, job) as output:
         report = Report(output, source, output.found)
         rows = (row for row in islice(source.rows, options.limit) if options.holds(row.number) and not output.has(row))
         first = next(rows, None)
-        if first is None:  # nothing is left: no model is loaded
-            return report.close(out, as_json=options.json)
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # while the model loads
-        try:
-            with serving(config, spec, limits, RESTARTS) as served, report:
-                served.engine.wait_ready()
-                asyncio.run(_answer(chain([first], rows), served, spec.config.max_running, output, options, report))
-        except KeyboardInterrupt:
-            report.stopped = "stopped by a signal; the same command continues"
-        except CannotWrite as error:
-            report.stopped = str(error)
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        if first is not None:  # else no model is loaded
+            _run(answerer, chain([first], rows), output, options, report)
+        if options.as_table and report.stopped is None:
+            _write_table(options, output, source, tables, report)
         return report.close(out, as_json=options.json)
 
 
+def _run(
+    answerer: Answerer, rows: Iterator[Row | BadRow], output: Output, options: BatchOptions, report: Report
+) -> None:
+    """Answers the rows; notes what stopped it."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # while the model loads
+    try:
+        with answerer.serving() as server, report:
+            asyncio.run(_answer(rows, server, output, options, report))
+    except KeyboardInterrupt:
+        report.stopped = "stopped by a signal; the same command continues"
+    except CannotWrite as error:
+        report.stopped = str(error)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _write_table(options: BatchOptions, output: Output, source: Source, tables: Tables | None, report: Report) -> None:
+    from siglane.batch.parquet_output import Journal, write_table
+
+    journal = Journal(output.path, output.errors_path)
+    try:
+        report.table_rows = write_table(options.output, journal, source, tables, options.holds, options.limit)
+    except CannotWrite as error:
+        report.stopped = str(error)
+
+
 async def _answer(
-    rows: Iterator[Row | BadRow], served: Served, slots: int, output: Output, options: BatchOptions, report: Report
+    rows: Iterator[Row | BadRow],
+    connection: AbstractAsyncContextManager[Server],
+    output: Output,
+    options: BatchOptions,
+    report: Report,
 ) -> None:
     from siglane.batch.run import Plan, Stopped, run_batch
-    from siglane.server.local import LocalServer
 
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     plan = Plan(order=options.order, window=options.window, seed=options.seed, max_errors=options.max_errors)
     try:
-        await run_batch(rows, LocalServer(served, slots), output, plan, stop=stop, written=report.note)
+        async with connection as server:
+            await run_batch(rows, server, output, plan, stop=stop, written=report.note)
     except Stopped as error:
         report.stopped = str(error)
     except EngineError as error:  # it is down for good
         report.stopped = f"{error}; the same command continues"
-
-
-def _deployment(arguments: argparse.Namespace) -> tuple[ServerConfig, EngineSpec]:
-    from siglane.engine.child import EngineSpec
-    from siglane.weights.demo import FOLDERS, demo_folder
-
-    config, model = read_options(ServerConfig, arguments), arguments.model
-    if model in FOLDERS:
-        config = dataclasses.replace(config, served_model_name=config.served_model_name or model)
-        model = str(demo_folder() / FOLDERS[model])
-    named = dataclasses.asdict(read_options(ModelOptions, arguments))
-    return config, EngineSpec(model, read_options(EngineConfig, arguments), tagger=config.tagger, **named)
-
-
-def _open_source(options: BatchOptions, config: ServerConfig) -> Source:
-    from siglane.batch.pictures import expand
-    from siglane.batch.requests import ask_pictures, open_requests
-
-    if options.prompt is None:
-        if not Path(options.input).is_file():
-            reason = "a folder or pattern of pictures needs a --prompt" if expandable(options.input) else "no such file"
-            raise UserError(f"cannot read {options.input}: {reason}", code="bad_input")
-        return open_requests(Path(options.input), config.max_body_bytes)
-    try:
-        fields = json.loads(options.body)
-    except ValueError as error:
-        raise UserError(f"--body is not JSON: {error}", code="bad_option") from error
-    if not isinstance(fields, dict) or "messages" in fields:
-        raise UserError("--body must be a JSON object without messages", code="bad_option")
-    return ask_pictures(expand(options.input), options.prompt, fields)
-
-
-def expandable(name: str) -> bool:
-    return Path(name).is_dir() or glob.has_magic(name)
-
-
-def _job(
-    options: BatchOptions,
-    config: ServerConfig,
-    spec: EngineSpec,
-    limits: ImageBudget,
-    source: Source,
-    checkpoint: Checkpoint,
-) -> dict[str, Any]:
-    """What the answers are made from, by the names that a user knows."""
-    files = hashlib.sha256()
-    for root in filter(None, (checkpoint.root, checkpoint.adapter)):
-        for path in sorted((*root.glob("*.json"), *root.glob("**/*.safetensors"))):
-            files.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
-    media = {option.name: getattr(config, option.name) for option in options_of(MediaConfig)}
-    return {
-        "input": source.digest,
-        "model": spec.model,
-        "revision": spec.revision,
-        "adapter": spec.adapter,
-        "model_files": files.hexdigest(),
-        **{name: getattr(options, name) for name in JOB},
-        **{name: getattr(config, name) for name in ANSWERS},
-        **media,
-        **dataclasses.asdict(limits),
-        **{name: getattr(spec.config, name) for name in NUMERICS},
-    }

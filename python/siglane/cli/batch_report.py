@@ -20,11 +20,13 @@ STOPPED = 3  # exit code: not done, and the same command continues
 
 
 class Report:
-    """Counts what is written, shows it while the batch runs, says it at the end. stopped: why it ended early."""
+    """Counts what is written, shows it while the batch runs, says it at the end. stopped: why it ended early;
+    table_rows: of the table that the answers were made into."""
 
     def __init__(self, output: Output, source: Source, found: int) -> None:
         self._output, self._found, self._total = output, found, source.count
         self.stopped: str | None = None
+        self.table_rows: int | None = None
         self._answered = self._images = 0
         self._tokens: Counter[str] = Counter()
         self._ignored: Counter[str] = Counter()
@@ -32,6 +34,7 @@ class Report:
         self._bar = tqdm(total=self._total, initial=found, unit="row", dynamic_ncols=True, disable=None)
 
     def __enter__(self) -> Self:
+        self._began = time.monotonic()  # rows are asked from now on; until now the model was loaded
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -44,7 +47,7 @@ class Report:
             return
         self._answered += 1
         self._ignored.update(answer.ignored)
-        self._images += len(answer.body.get("siglane", {}).get("images", ()))
+        self._images += row.images
         usage = answer.body.get("usage", {})
         self._tokens.update({name: usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens")})
         seconds = time.monotonic() - self._began
@@ -63,6 +66,7 @@ class Report:
             "found": self._found,
             "images": self._images,
             **self._tokens,
+            "table_rows": self.table_rows,
             "seconds": round(time.monotonic() - self._began, 3),
             "ignored_fields": dict(self._ignored),
         }
@@ -86,5 +90,7 @@ class Report:
         if failed:
             kinds = ", ".join(f"{count} {code}" for code, count in self._output.failures.most_common())
             yield f"{self._output.errors_path}: {kinds}"
+        if self.table_rows is not None:
+            yield f"{self._output.path.with_suffix('.parquet')}: {self.table_rows} rows"
         if self._ignored:
             yield "fields without effect: " + ", ".join(f"{name} ({count})" for name, count in self._ignored.items())

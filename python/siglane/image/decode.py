@@ -36,7 +36,7 @@ _TURNS = {
 # each finds in a file what makes its picture; TIFF and AVIF are Pillow's alone
 _READERS = {"JPEG": jpeg, "PNG": png, "WEBP": webp, "GIF": gif, "BMP": bmp}
 
-# (offset, bytes) that give a format away; only used to say why a file was refused
+# (offset, bytes) that give a format away; Pillow alone decides what is decoded
 _SIGNATURES = (
     (0, b"\xff\xd8\xff", "JPEG"),
     (0, b"\x89PNG", "PNG"),
@@ -128,7 +128,7 @@ def _undecodable() -> ImageError:
 
 def _read_header(file: BinaryIO, config: DecodeConfig) -> tuple[str | None, Header]:
     """The format, None for one that Pillow alone reads, and what the file says of the picture; its size is checked."""
-    name = _format_of(file.read(_SIGNATURE_BYTES))
+    name = format_of(file.read(_SIGNATURE_BYTES))
     file.seek(0)
     if name in _READERS and name in config.formats:
         header = _READERS[name].read_header(file)
@@ -156,14 +156,15 @@ def _pil_header(image: Image.Image) -> Header:
     return Header(Size(*image.size), orientation)
 
 
-def _format_of(head: bytes) -> str | None:
+def format_of(head: bytes) -> str | None:
+    """What a file is, by its first 64 bytes: JPEG, PNG and so on; None for what is not known."""
     return next((name for at, magic, name in _SIGNATURES if head.startswith(magic, at)), None)
 
 
 def _unidentified(file: BinaryIO, config: DecodeConfig) -> ImageError:
     file.seek(0)
     head = file.read(_SIGNATURE_BYTES)
-    name = _format_of(head)
+    name = format_of(head)
     if name is None and head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
         name = "SVG or HTML"
     allowed = ", ".join(config.formats)

@@ -49,7 +49,7 @@ async def prepare(body: ChatCompletionRequest, context: RequestContext, model: C
     prompt = await model.prompt(messages, layouts, body.chat_template_kwargs)
     max_tokens = resolve_max_tokens(body, sampling, prompt, model)
     watch.note("prepare")
-    await model.media.preprocess(media, context.lease)
+    await model.media.preprocess(media, salt, context.lease)
     watch.add("decode", sum(item.decoding for item in media))
     watch.add("prepare", sum(item.cutting for item in media))
     images = prompt.in_order([item.patches for item in media])

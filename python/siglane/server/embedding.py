@@ -133,7 +133,7 @@ async def _embed(
     await model.media.fetch(images, "", context.lease)
     watch.note("fetch")
     await model.media.lay_out(images)
-    await model.media.preprocess(images, context.lease)
+    await model.media.preprocess(images, "", context.lease)
     watch.add("decode", sum(image.decoding for image in images))
     watch.add("prepare", sum(image.cutting for image in images))
     first, *others = _pieces(texts)

@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import orjson
 from pydantic import BaseModel, ValidationError
 
 from siglane.batch.output import Answer
@@ -78,7 +79,8 @@ class LocalServer:
         if url == EMBEDDINGS and towers is not None:
             texts = _read(EmbeddingRequest, given)
             served.check_name(texts.model, towers)
-            return Answer(200, dict(await embed(texts, context, towers)), tuple(ignored_fields(texts)))
+            found = orjson.loads(orjson.dumps(await embed(texts, context, towers)))  # vectors are written out already
+            return Answer(200, found, tuple(ignored_fields(texts)))
         if url == CLASSIFY and towers is not None:
             labels = _read(ClassificationRequest, given)
             served.check_name(labels.model, towers)

@@ -6,9 +6,12 @@ What each stage does to them, and what refuses them, is `families/pipeline.py`'s
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import ParamSpec, TypeVar
 
 from siglane.config.images import ImageFacts
@@ -19,6 +22,7 @@ from siglane.media.source import fetch
 from siglane.server.context import ByteLease
 from siglane.settings.server import ServerConfig
 from siglane.tiling.rule import ImageBudget
+from siglane.types import ImagePatches
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -28,8 +32,30 @@ FETCHES_PER_REQUEST = 4  # so that one request with slow URLs does not hold ever
 Flight = tuple[str, MediaPolicy, str]  # URL, what it may be, tenant
 
 
+class PatchCache:
+    """Patches by what they were made from; at most `capacity` bytes, oldest use out first."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.bytes = 0
+        self._patches: OrderedDict[Hashable, ImagePatches] = OrderedDict()
+
+    def get(self, key: Hashable) -> ImagePatches | None:
+        if key in self._patches:
+            self._patches.move_to_end(key)
+        return self._patches.get(key)
+
+    def put(self, key: Hashable, patches: ImagePatches) -> None:
+        if key not in self._patches:
+            self._patches[key] = patches
+            self.bytes += patches.pixels.nbytes
+        while self.bytes > self.capacity:
+            self.bytes -= self._patches.popitem(last=False)[1].pixels.nbytes
+
+
 class MediaLoader:
-    """Runs the stages of `MediaPipeline` in two bounded pools: one for waiting, one for computing.
+    """Runs the stages of `MediaPipeline` in two bounded pools: one for waiting, one for computing. What equal files
+    become is kept, within `patch_cache_bytes` and for the same tenant.
 
     image_limits: the server's. UserError when the model does not know one of them.
     """
@@ -40,6 +66,8 @@ class MediaLoader:
         self._fetchers = ThreadPoolExecutor(config.fetch_threads, thread_name_prefix="fetch")
         self._workers = ThreadPoolExecutor(cores, thread_name_prefix="decode")
         self._flights: dict[Flight, asyncio.Future[bytes]] = {}
+        self._decodings: dict[Hashable, asyncio.Future[ImagePatches]] = {}
+        self._patches = PatchCache(config.patch_cache_bytes)
 
     def admit(self, items: Sequence[MediaItem]) -> None:
         """UserError for too many items, or limits that cannot be had."""
@@ -54,9 +82,9 @@ class MediaLoader:
         """What the model will see of each item, from the files' headers."""
         await self.run(self._pipeline.lay_out, items)
 
-    async def preprocess(self, items: Sequence[MediaItem], lease: ByteLease) -> None:
+    async def preprocess(self, items: Sequence[MediaItem], tenant: str, lease: ByteLease) -> None:
         """Patches of all items. EngineError (503) when all requests together hold too much already."""
-        await _all(self._preprocess(item, lease) for item in items)
+        await _all(self._preprocess(item, tenant, lease) for item in items)
         lease.take(sum(item.patches.pixels.nbytes for item in items))
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -92,14 +120,47 @@ class MediaLoader:
         if not flight.cancelled():
             flight.exception()  # seen, even when nobody waits any more
 
-    async def _preprocess(self, item: MediaItem, lease: ByteLease) -> None:
+    async def _preprocess(self, item: MediaItem, tenant: str, lease: ByteLease) -> None:
         # a still picture's pixels are few beside its patches; the frames of a video wait in memory for each other
         held = item.layout.source.width * item.layout.source.height * 3 * item.layout.frames
         lease.take(held)
         try:
-            await self.run(self._pipeline.preprocess, item)
+            if self._patches.capacity and isinstance(item.file, bytes):
+                file = await self.run(_digest, item.file)
+                await self._preprocess_once((tenant, file, item.video, item.frames, item.layout), item)
+            else:
+                await self.run(self._pipeline.preprocess, item)
         finally:
             lease.give(held)
+
+    async def _preprocess_once(self, key: Hashable, item: MediaItem) -> None:
+        """Items of one key share one decoding, at the same time or later. A file that fails is tried by each of them,
+        so that each is blamed in its own place."""
+        patches = self._patches.get(key)
+        if patches is None and (decoding := self._decodings.get(key)) is not None:
+            with suppress(Exception):
+                patches = await asyncio.shield(decoding)
+        if patches is not None:
+            item.patches, item.file = patches, None
+        elif key in self._decodings:
+            await self.run(self._pipeline.preprocess, item)
+        else:
+            decoding = self._decodings[key] = asyncio.ensure_future(self.run(self._cut, item))
+            decoding.add_done_callback(lambda done: self._keep(key, done))
+            await asyncio.shield(decoding)
+
+    def _cut(self, item: MediaItem) -> ImagePatches:
+        self._pipeline.preprocess(item)
+        return item.patches
+
+    def _keep(self, key: Hashable, decoding: asyncio.Future[ImagePatches]) -> None:
+        del self._decodings[key]
+        if not decoding.cancelled() and decoding.exception() is None:
+            self._patches.put(key, decoding.result())
+
+
+def _digest(file: bytes) -> bytes:
+    return hashlib.blake2b(file, digest_size=32).digest()
 
 
 async def _all(jobs: Iterable[Awaitable[None]]) -> None:
