@@ -83,6 +83,7 @@ class Request:
     max_tokens: int  # resolved, at least 1 and within the context
     cache_salt: str = ""  # separates tenants in the caches
     images: tuple[ImagePatches, ...] = ()  # the prompt's, in its order (`Prompt.in_order`)
+    batch: bool = False  # it yields to requests that somebody waits for
 
     def __post_init__(self) -> None:
         self.prompt.check_images(self.images)
