@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import dataclasses
 import glob
-import hashlib
 import json
 import re
 import signal
@@ -23,7 +22,7 @@ from siglane.errors import EngineError, UserError
 from siglane.settings.engine import EngineConfig
 from siglane.settings.flags import OptionGroup, read_options
 from siglane.settings.media import MediaConfig
-from siglane.settings.options import CommandOptions, options_of
+from siglane.settings.options import CommandOptions
 from siglane.settings.server import ServerConfig
 from siglane.tiling.rule import ImageBudget
 
@@ -41,9 +40,7 @@ SERVER = (
     "served_model_name", "model_aliases", "tagger", "sampling_defaults", "default_temperature", "max_body_bytes",
     "max_inflight_bytes", "text_cache_bytes", "fetch_threads", "decode_threads",
 )  # fmt: skip
-NUMERICS = ("dtype", "vision_dtype", "attention_backend", "paged_backend")
 JOB = ("prompt", "body", "order", "shard", "seed")
-ANSWERS = ("sampling_defaults", "default_temperature", "tagger")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,18 +193,7 @@ def _job(
     checkpoint: Checkpoint,
 ) -> dict[str, Any]:
     """What the answers are made from, by the names that a user knows."""
-    files = hashlib.sha256()
-    for path in sorted((*checkpoint.root.glob("*.json"), *checkpoint.root.glob("**/*.safetensors"))):
-        files.update(f"{path.relative_to(checkpoint.root)} {path.stat().st_size}\n".encode())
-    media = {option.name: getattr(config, option.name) for option in options_of(MediaConfig)}
-    return {
-        "input": source.digest,
-        "model": spec.model,
-        "revision": spec.revision,
-        "model_files": files.hexdigest(),
-        **{name: getattr(options, name) for name in JOB},
-        **{name: getattr(config, name) for name in ANSWERS},
-        **media,
-        **dataclasses.asdict(limits),
-        **{name: getattr(spec.config, name) for name in NUMERICS},
-    }
+    from siglane.server.job import job_of
+
+    asked = {name: getattr(options, name) for name in JOB}
+    return {"input": source.digest, **asked, **job_of(config, spec, limits, checkpoint)}

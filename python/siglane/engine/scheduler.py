@@ -18,8 +18,8 @@ from siglane.engine.features import FeatureCache, FeatureKey
 from siglane.engine.kv import PageAllocator
 from siglane.engine.prefix_cache import NextPage, PrefixCache
 
-# while others are about, a batch has 1/BATCH_SHARE of a step's tokens and patches, and leaves as much of the places: who
-# comes next waits for a short step and finds room
+# while others are about, a batch has 1/BATCH_SHARE of a step's tokens and patches, and leaves as much of the places:
+# who comes next waits for a short step and finds room
 BATCH_SHARE = 4
 COMPANY_STEPS = 16  # since somebody else was there; clients that answer take some time to ask again
 PATIENCE_STEPS = 64  # that a batch is passed over before its oldest request becomes one like any other

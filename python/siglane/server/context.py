@@ -29,11 +29,24 @@ class InflightBytes:
         self._gauge.set(self.used)
 
 
+class InflightShare:
+    """A part of them that some requests may hold together, so that there is room for the others."""
+
+    def __init__(self, whole: InflightBytes, limit: int) -> None:
+        self.whole, self.limit, self.used = whole, limit, 0
+
+    def change(self, count: int) -> None:
+        if count > 0 and self.used + count > self.limit:
+            raise overloaded("the batches hold too many images at the moment; try again")
+        self.whole.change(count)
+        self.used += count
+
+
 @dataclass(slots=True)
 class ByteLease:
     """What one request holds of them."""
 
-    inflight: InflightBytes
+    inflight: InflightBytes | InflightShare
     held: int = 0
 
     def take(self, count: int) -> None:
@@ -53,7 +66,8 @@ class ByteLease:
 class RequestContext:
     """status: of the response, once it has begun; finished: its last byte was handed over.
 
-    cancelled: the client left before; failed: the error that ended the answer, for log and metrics.
+    cancelled: the client left before; failed: the error that ended the answer, for log and metrics; batch: nobody waits
+    for the answer, so that it yields to others; owner: whose key the request came with (`owner_of`).
     """
 
     request_id: str
@@ -63,6 +77,8 @@ class RequestContext:
     finished: bool = False
     cancelled: bool = False
     failed: str | None = None
+    batch: bool = False
+    owner: str = ""
 
     @property
     def seconds(self) -> float:
