@@ -19,6 +19,7 @@ import numpy as np
 from machine import description
 
 from siglane import LLM, SamplingParams
+from siglane.settings.engine import Quantization
 
 sys.path.append(str(Path(__file__).parents[1]))  # recipes/ is no part of the installed package
 
@@ -50,9 +51,11 @@ def printed_words(seed: int) -> list[tuple[Scene, Question]]:
     ]
 
 
-def measure(model: str, asked: Sequence[tuple[Scene, Question]]) -> list[str]:
+def measure(model: str, asked: Sequence[tuple[Scene, Question]], quantization: Quantization) -> list[str]:
     prompts = [{"prompt": question.text, "images": [draw(scene)]} for scene, question in asked]
-    return [answer.text for answer in LLM(model).generate(prompts, SamplingParams(max_tokens=48))]
+    return [
+        answer.text for answer in LLM(model, quantization=quantization).generate(prompts, SamplingParams(max_tokens=48))
+    ]
 
 
 def report(asked: Sequence[tuple[Scene, Question]], answers: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -73,11 +76,12 @@ def main() -> int:
     parser.add_argument("model", nargs="?", default="demo", help="folder or hub id (default: the shipped model)")
     parser.add_argument("--count", type=int, default=600)
     parser.add_argument("--seed", type=int, default=1000, help="training uses 1 and 2")
+    parser.add_argument("--quantization", default="none", choices=["none", "8bit", "4bit"])
     parser.add_argument("--mistakes", action="store_true", help="print every wrong answer")
     options = parser.parse_args()
     asked = fresh_questions(options.count, options.seed) + printed_words(options.seed)
     begin = time.perf_counter()
-    answers = measure(options.model, asked)
+    answers = measure(options.model, asked, options.quantization)
     seconds = time.perf_counter() - begin
     rows = report(asked, answers)
     for name, row in rows.items():
@@ -89,6 +93,7 @@ def main() -> int:
     passed = all(rows[name]["share"] >= bar for name, bar in BARS.items())
     RESULT.parent.mkdir(exist_ok=True)
     command = f"benchmark/demo_accuracy.py {options.model} --count {options.count} --seed {options.seed}"
+    command += f" --quantization {options.quantization}"
     result = {"command": command, "seconds": round(seconds, 1), "machine": description(), "bars": BARS, "shares": rows}
     RESULT.write_text(json.dumps(result | {"passed": passed}, indent=2) + "\n", encoding="utf-8")
     return 0 if passed else 1

@@ -25,8 +25,9 @@ from machine import description, onednn_rate
 from vision import FIXED, PATCH, RESULTS, Shape, ratio, siglane
 
 from siglane.families.two_tower import load_two_tower
-from siglane.nn.cpu.int8 import Int8Linear, quantise
+from siglane.nn.cpu.int8 import Int8Linear
 from siglane.nn.cpu.optimise import optimise
+from siglane.nn.quantise import quantise
 from siglane.training.evaluate import embed_classes, embed_pictures
 from siglane.types import PackedPatches
 from siglane.weights.demo import open_model

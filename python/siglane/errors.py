@@ -14,10 +14,11 @@ class SiglaneError(Exception):
     exit_code = 1
 
     def __reduce__(self) -> tuple[Any, ...]:  # class and keyword-only fields survive a process boundary
-        return _rebuild, (type(self), self.args, self.__dict__)
+        return rebuild, (type(self), self.args, self.__dict__)
 
 
-def _rebuild(kind: type[SiglaneError], args: tuple[Any, ...], fields: dict[str, Any]) -> SiglaneError:
+def rebuild(kind: type[SiglaneError], args: tuple[Any, ...], fields: dict[str, Any]) -> SiglaneError:
+    """The error whose `args` and `__dict__` these are."""
     error = kind.__new__(kind, *args)
     error.__dict__.update(fields)
     return error

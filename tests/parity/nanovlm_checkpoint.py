@@ -149,7 +149,9 @@ def _tower_state(tower: SiglipVisionModel) -> State:
 
 def _language_state(language: Any, names: Names) -> State:
     theirs = language.state_dict()
-    state = {"norm.weight": theirs["model.norm.weight"], "rotary_embd.inv_freq": torch.ones(6)}
+    head_dim = language.config.hidden_size // language.config.num_attention_heads
+    frequencies = 100000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)
+    state = {"norm.weight": theirs["model.norm.weight"], "rotary_embd.inv_freq": frequencies}
     if names != "embedding":
         state["head.weight"] = theirs["lm_head.weight"]
     if names != "head":

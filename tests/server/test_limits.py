@@ -290,6 +290,17 @@ def test_a_url_is_fetched_once_for_a_burst(processor: Processor, engine: EngineP
         other_tenant = {**body, "cache_salt": "other"}
         assert server.post(other_tenant).status_code == 200
         assert site.hits == 2
+        tenants = ["one", "two", "three"] * 2  # at the same time
+        threads = [
+            threading.Thread(target=lambda tenant=tenant: answers.append(server.post({**body, "cache_salt": tenant})))
+            for tenant in tenants
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert {answer.status_code for answer in answers} == {200}
+        assert site.hits == 5
 
 
 def test_slow_and_failing_sites_cost_only_their_request(processor: Processor, engine: EngineProcess) -> None:

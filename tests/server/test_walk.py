@@ -7,12 +7,11 @@ makes of that, or in a list, tuple or dictionary of these. Files of `types/` sta
 
 from __future__ import annotations
 
-import multiprocessing
-import pickle
+import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -24,8 +23,11 @@ from serving import chat, data_url, image_part, picture, running
 import siglane
 from siglane.engine.batch import Sequence, StepBatch
 from siglane.engine.child import EngineSpec, _serve
+from siglane.engine.engine import Engine
 from siglane.engine.load import load_engine
 from siglane.engine.process import EngineProcess
+from siglane.engine.pulse import Pulse
+from siglane.engine.wire import Channel, frame
 from siglane.families.processor import Processor
 from siglane.media.item import MediaItem
 from siglane.server.protocol import ChatCompletionRequest
@@ -117,20 +119,25 @@ def request_of(walk: Walk, processor: Processor, engine: EngineProcess) -> Reque
     return walk.request
 
 
+def serve_until_hung_up(channel: Channel, engine: Engine) -> None:
+    with suppress(EOFError):
+        _serve(channel, engine, None, Pulse())
+
+
 def compute(walk: Walk, request: Request, spec: EngineSpec) -> None:
     """From the pipe to the tower: what the engine's process does, on a thread of this one."""
     engine = load_engine(spec.model, spec.config)
-    here, there = multiprocessing.Pipe()
-    here.send_bytes(pickle.dumps(("add", (request,))))
+    here, there = map(Channel, socket.socketpair())
+    threading.Thread(target=here.send, args=(frame("add", (request,)),)).start()
     with watched(walk):
-        thread = threading.Thread(target=_serve, args=(there, engine, None))
+        thread = threading.Thread(target=serve_until_hung_up, args=(there, engine))
         thread.start()
     deltas: list[TokenDelta] = []
     while not any(delta.finished for delta in deltas):
-        assert here.poll(60), "the engine's thread does not answer"
-        kind, value = pickle.loads(here.recv_bytes())
+        assert here.wait(60), "the engine's thread does not answer"
+        kind, value = here.receive()
         deltas += value if kind == "deltas" else []
-    here.send_bytes(pickle.dumps(("close", None)))
+    here.hang_up()
     thread.join()
     finished = deltas[-1].finished
     assert finished is not None

@@ -68,7 +68,7 @@ class Asked(NamedTuple):
     def request(
         self, name: str, sampling: SamplingParams, max_tokens: int, salt: str = "", batch: bool = False
     ) -> Request:
-        return Request(name, self.prompt, sampling, max_tokens, salt, self.images, batch)
+        return Request(name, self.prompt, sampling, max_tokens, salt, self.images, batch=batch)
 
     def cache_ids(self) -> tuple[int, ...]:
         return self.request("", SamplingParams(), 1).cache_ids()

@@ -37,7 +37,7 @@ from siglane.families.registry import image_facts
 from siglane.media import remote
 from siglane.media.item import MediaItem
 from siglane.media.policy import MediaPolicy
-from siglane.media.source import fetch
+from siglane.media.source import fetch, read_local
 from siglane.types import DecodedImage, DecodedVideo
 from siglane.weights.hub import open_checkpoint
 
@@ -52,9 +52,9 @@ def picture(colour: str = "red") -> bytes:
     return buffer.getvalue()
 
 
-def refusal(url: str, policy: MediaPolicy = POLICY) -> ImageError:
+def refusal(url: str, policy: MediaPolicy = POLICY, tenant: str | None = None) -> ImageError:
     with pytest.raises(ImageError) as caught:
-        fetch(url, policy)
+        fetch(url, policy, tenant)
     message = str(caught.value)
     assert SECRET not in message
     assert not any(leak in message for leak in ("0x", "Traceback", "/etc", "/home", "/tmp", "?"))
@@ -499,16 +499,36 @@ def test_proxies_of_the_environment_are_not_used(lab: Lab, monkeypatch: pytest.M
 
 def test_a_burst_for_one_url_is_one_download(lab: Lab) -> None:
     with ThreadPoolExecutor(16) as pool:
-        bodies = list(pool.map(lambda _: fetch(lab.url("wait"), POLICY), range(16)))
+        bodies = list(pool.map(lambda _: fetch(lab.url("wait"), POLICY, "tenant"), range(16)))
     assert set(bodies) == {picture()}
     assert len(lab.requests) == 1
-    assert fetch(lab.url("wait"), POLICY) == picture()  # nothing is kept
+    assert fetch(lab.url("wait"), POLICY, "tenant") == picture()  # nothing is kept
     assert len(lab.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("tenants", "downloads"),
+    [(["a"] * 4 + ["b"] * 4, 2), (["", "a", "", "a"], 2), ([None, None, None, "a"], 4)],
+    ids=["two", "one without a name", "not known"],
+)
+def test_no_tenant_waits_for_the_download_of_another(lab: Lab, tenants: list[str | None], downloads: int) -> None:
+    """The time an answer takes would tell one what the other looks at."""
+    with ThreadPoolExecutor(len(tenants)) as pool:
+        bodies = list(pool.map(lambda tenant: fetch(lab.url("wait"), POLICY, tenant), tenants))
+    assert set(bodies) == {picture()}
+    assert len(lab.requests) == downloads
+
+
+def test_a_local_program_shares_its_downloads(lab: Lab) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        bodies = list(pool.map(lambda _: read_local(lab.url("wait"), POLICY), range(8)))
+    assert set(bodies) == {picture()}
+    assert len(lab.requests) == 1
 
 
 def test_a_burst_shares_failures_too(lab: Lab) -> None:
     def attempt(_: int) -> str:
-        return refusal(lab.url("slow-body"), MediaPolicy(timeout=0.3)).code
+        return refusal(lab.url("slow-body"), MediaPolicy(timeout=0.3), "tenant").code
 
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(attempt, range(8))) == {"image_fetch_timeout"}

@@ -27,12 +27,26 @@ def test_a_page_has_one_owner_and_free_plus_taken_is_total(moves: list[tuple[boo
         assert allocator.free + len(taken) == allocator.total == TOTAL
 
 
-def test_the_page_that_has_been_free_longest_is_handed_out_first() -> None:
-    allocator = PageAllocator(4)
-    assert allocator.take(3) == [0, 1, 2]
-    allocator.give([1])
-    allocator.give([0])
-    assert allocator.take(3) == [3, 1, 0]
+def test_pages_lie_one_after_another() -> None:
+    """A sequence grows behind its own pages; a new one leaves room to whoever lies before it."""
+    allocator = PageAllocator(16)
+    first = allocator.take(2)
+    second = allocator.take(2)
+    third = allocator.take(1)
+    assert (first, second, third) == ([0, 1], [9, 10], [5])
+    assert allocator.take(3, after=1) == [2, 3, 4]
+    assert allocator.take(1, after=4) == [13]  # the third one is in the way: half of the longest stretch
+    allocator.give(second)
+    assert allocator.take(3, after=5) == [6, 7, 8]
+
+
+def test_what_does_not_fit_in_one_stretch_is_divided() -> None:
+    allocator = PageAllocator(8)
+    pages = allocator.take(8)
+    assert pages == [0, 1, 2, 3, 4, 5, 6, 7]
+    allocator.give([1, 3, 4, 7])
+    assert allocator.take(4) == [3, 4, 1, 7]
+    assert allocator.free == 0
 
 
 def test_more_than_is_free_is_refused_and_nothing_is_taken() -> None:

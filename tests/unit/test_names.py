@@ -143,6 +143,7 @@ def run(words: list[str], shell: str = "", **environment: str) -> subprocess.Com
     return subprocess.run(command, capture_output=True, check=False, timeout=120, env=variables | environment)
 
 
+@pytest.mark.slow  # a process each
 @pytest.mark.parametrize(
     "environment",
     [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
@@ -159,6 +160,7 @@ def test_any_encoding_of_stdout(environment: dict[str, str], folder: Path, model
     ]
 
 
+@pytest.mark.slow
 def test_stdout_that_is_closed(model: str) -> None:
     answer = run(["tokens", model, "--sizes", "9x9"], ">&-")
     assert answer.returncode == 2

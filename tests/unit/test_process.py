@@ -6,6 +6,8 @@ Every wait here ends with what it waits for; TIMEOUT is only how long a broken e
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import os
 import signal
 import subprocess
@@ -13,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +35,7 @@ from siglane.weights.hub import open_checkpoint
 TIMEOUT = 60.0
 TEXT = Asked(Prompt(tuple(range(40, 60))))
 LONG = 4000  # tokens: seconds of work, whatever the machine
+HUNG_AFTER = 2.0  # seconds, for an engine that these tests stop
 
 
 class Reader:
@@ -159,7 +163,7 @@ class TestServing:
     ) -> None:
         sizes: list[int] = []
         send = engine._send
-        monkeypatch.setattr(engine, "_send", lambda message: (sizes.append(len(message)), send(message)))
+        monkeypatch.setattr(engine, "_send", lambda message: (sizes.append(sum(map(len, message))), send(message)))
         for count in (1, 8):
             readers = {f"{count}.{number}": Reader() for number in range(count)}
 
@@ -318,6 +322,15 @@ class TestStarting:
         assert (refused.value.code, refused.value.status) == ("engine_down", 503)
         engine.close()
 
+    @pytest.mark.parametrize("kv_tokens", [10**13, 10**17])
+    def test_a_cache_that_no_memory_holds_is_one_sentence(self, spec: EngineSpec, kv_tokens: int) -> None:
+        engine = EngineProcess(replace(spec, config=replace(spec.config, kv_tokens=kv_tokens)))
+        with pytest.raises(UserError, match=r"a KV cache of \d+ tokens takes .* GB, .*lower kv_tokens") as caught:
+            engine.start()
+        assert (caught.value.code, caught.value.exit_code) == ("kv_cache_too_large", 2)
+        assert "\n" not in caught.value.message
+        engine.close()
+
     def test_one_that_dies_too_often_is_given_up(self, spec: EngineSpec, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(process, "RESTARTS_ALLOWED", 1)
         engine, killed = EngineProcess(spec), []
@@ -331,7 +344,30 @@ class TestStarting:
         with pytest.raises(EngineError) as caught:
             engine.wait_ready()
         assert caught.value.code == "engine_dead"
+        assert "died 2 times in 300 seconds, the last time killed by SIGKILL" in caught.value.message
         assert len(killed) == 2
+        assert engine.wait_end() is caught.value
+
+    @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
+    def test_twenty_deaths_leave_nothing_behind(self, spec: EngineSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+        """No descriptor, no thread, no dead process that nobody has collected; each is told in one line."""
+        monkeypatch.setattr(process, "RESTARTS_ALLOWED", 20)
+        engine, killed = EngineProcess(spec), []
+        engine.start(wait=False)
+        until(lambda: engine.pid is not None)
+        held = [(descriptors(), threading.active_count())]
+        while engine.state != "dead":
+            pid = engine.pid
+            if pid is not None and pid not in killed:
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+            time.sleep(0.002)
+        engine.close()
+        assert len(killed) == 21
+        until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in killed))
+        until(lambda: threading.active_count() <= held[0][1])
+        gc.collect()
+        assert descriptors() <= held[0][0]
 
     def test_one_that_cannot_be_started_is_given_up(self, spec: EngineSpec, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(**_: object) -> None:
@@ -342,6 +378,137 @@ class TestStarting:
         with pytest.raises(EngineError, match="no more processes") as caught:
             engine.start()
         assert caught.value.code == "engine_start"
+        engine.close()
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def misbehave(flag: Path, seconds: float) -> None:
+    """In the child, before it loads: while `flag` exists, a layer of the language model takes `seconds`."""
+    from siglane.lm.qwen import DecoderBlock
+
+    forward = DecoderBlock.forward
+
+    def slowly(self: DecoderBlock, *arguments: object) -> object:
+        end = time.monotonic() + seconds
+        while flag.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        return forward(self, *arguments)
+
+    DecoderBlock.forward = slowly  # type: ignore[assignment, method-assign]
+
+
+class TestHanging:
+    """One engine: it is stopped, then it hangs in a layer, then its layers are only slow."""
+
+    @pytest.fixture(scope="class")
+    def flag(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return tmp_path_factory.mktemp("flag") / "it"
+
+    @pytest.fixture(scope="class")
+    def watched(self, spec: EngineSpec, flag: Path) -> Iterator[EngineProcess]:
+        config = replace(spec.config, engine_timeout=HUNG_AFTER)
+        engine = EngineProcess(replace(spec, config=config), prepare=functools.partial(misbehave, flag, 1e9))
+        engine.start()
+        yield engine
+        engine.close()
+
+    def assert_replaced(self, engine: EngineProcess, answer: Said, lost: Reader, pid: int | None) -> None:
+        error = lost.wait().error
+        assert isinstance(error, EngineError)
+        assert (error.code, error.status) == ("engine_restarting", 503)
+        engine.wait_ready()
+        assert engine.pid != pid
+        assert ended(pid)
+        after = ask(engine, request("after"))
+        assert after.wait().reason == "length"
+        assert after.tokens == answer(TEXT, 5)
+
+    def test_a_stopped_one_is_replaced(
+        self, watched: EngineProcess, answer: Said, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        pid = watched.pid
+        assert pid is not None
+        long = ask(watched, request("long", max_tokens=LONG))
+        assert long.began.wait(TIMEOUT)
+        os.kill(pid, signal.SIGSTOP)
+        waiting = ask(watched, request("waiting"))
+        self.assert_replaced(watched, answer, long, pid)
+        assert isinstance(waiting.wait().error, EngineError)
+        assert "the engine process died, after a time without a sign of life; it is started again" in caplog.messages
+
+    def test_one_without_work_is_replaced_too(self, watched: EngineProcess, answer: Said) -> None:
+        """Its next client does not pay for it."""
+        pid = watched.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        until(lambda: watched.state == "restarting")
+        watched.wait_ready()
+        after = ask(watched, request("after"))
+        assert after.wait().reason == "length"
+        assert after.tokens == answer(TEXT, 5)
+
+    def test_one_whose_forward_hangs_is_replaced(
+        self, watched: EngineProcess, answer: Said, flag: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Its process lives, answers to signals and beats; only its layers do not move."""
+        pid = watched.pid
+        flag.touch()
+        lost = ask(watched, request("lost"))
+        until(lambda: watched.state == "restarting")
+        flag.unlink()
+        self.assert_replaced(watched, answer, lost, pid)
+        assert "the engine process died, because it hung; it is started again" in caplog.messages
+
+    def test_an_idle_one_is_left_alone(self, watched: EngineProcess, answer: Said) -> None:
+        pid = watched.pid
+        time.sleep(HUNG_AFTER * 1.5)
+        assert ask(watched, request("late")).wait().reason == "length"
+        assert watched.pid == pid
+
+    def test_one_that_is_stopped_can_be_closed(self, watched: EngineProcess) -> None:
+        """Also with a full connection, and while a thread waits to write into it. The last test of this engine."""
+        pid = watched.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        large = Asked(Prompt(tuple(range(40, 60)) * 100))
+        readers: list[Reader] = []
+
+        def fill() -> None:
+            with contextlib.suppress(EngineError):
+                for number in range(1000):
+                    readers.append(ask(watched, request(f"large {number}", large)))
+
+        sender = threading.Thread(target=fill)
+        sender.start()
+        until(lambda: len(readers) > 5)
+        begin = time.monotonic()
+        watched.close()
+        assert time.monotonic() - begin < 2 * process.CLOSE_SECONDS + 1
+        sender.join(TIMEOUT)
+        assert not sender.is_alive()
+        for reader in readers:
+            assert isinstance(reader.wait().error, EngineError)
+        assert ended(pid)
+
+
+@pytest.mark.slow
+def test_a_slow_engine_is_no_hung_one(spec: EngineSpec, answer: Said, tmp_path: Path) -> None:
+    """Each layer takes a good part of the limit, a forward more than the whole."""
+    (tmp_path / "it").touch()
+    config = replace(spec.config, engine_timeout=HUNG_AFTER)
+    engine = EngineProcess(replace(spec, config=config), prepare=functools.partial(misbehave, tmp_path / "it", 1.2))
+    engine.start()
+    try:
+        pid, begin = engine.pid, time.monotonic()
+        slow = ask(engine, request("slow", max_tokens=2))
+        assert slow.wait().reason == "length"
+        assert slow.tokens == answer(TEXT, 2)
+        assert time.monotonic() - begin > 2 * HUNG_AFTER
+        assert engine.pid == pid
+    finally:
         engine.close()
 
 
@@ -439,3 +606,49 @@ class TestOrphans:
                 parent.communicate(timeout=TIMEOUT / 4)
             finally:
                 os.close(descriptor)  # a child that was not told would now read to the end
+
+
+PARENT_THAT_ASKS = """
+import sys
+from test_process import Reader, request
+from siglane.settings.engine import EngineConfig
+from siglane.engine.child import EngineSpec
+from siglane.engine.process import EngineProcess
+
+if __name__ == "__main__":
+    config = EngineConfig(device="cpu", threads=1, kv_tokens=8192, engine_timeout=1.0)
+    engine = EngineProcess(EngineSpec(sys.argv[1], config))
+    engine.start()
+    long = Reader()
+    engine.submit([request("long", max_tokens=4000)], long)
+    long.began.wait()
+    print(engine.pid, flush=True)
+    sys.stdin.readline()
+    print(long.wait().reason, len(long.tokens), engine.pid, flush=True)
+    engine.close()
+"""
+
+
+@pytest.mark.slow
+def test_a_parent_that_was_stopped_finds_its_engine_as_it_was(spec: EngineSpec, tmp_path: Path) -> None:
+    """For longer than either side waits for the other: the child's connection is full meanwhile, the parent hears
+    nothing. Neither takes that for a hang."""
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT_THAT_ASKS)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, script, spec.model]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as parent:  # type: ignore[call-overload]
+        try:
+            child = int(parent.stdout.readline())
+            for pids in ([parent.pid], [parent.pid, child]):
+                for pid in pids:
+                    os.kill(pid, signal.SIGSTOP)
+                time.sleep(3)
+                for pid in pids:
+                    os.kill(pid, signal.SIGCONT)
+                time.sleep(0.1)
+            out, _ = parent.communicate("\n", timeout=TIMEOUT)
+        finally:
+            parent.kill()
+    assert out.split() == ["length", "4000", str(child)]

@@ -21,9 +21,10 @@ from siglane.config.vision import VisionConfig
 from siglane.errors import ConfigError, UserError
 from siglane.families.model import load_vision
 from siglane.nn.cpu import int8 as quant
-from siglane.nn.cpu.int8 import Int8Linear, quantise, row_codes
+from siglane.nn.cpu.int8 import Int8Linear, row_codes
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from siglane.nn.parallel import TensorParallel
+from siglane.nn.quantise import quantise
 from siglane.types import DecodedImage, Grid, PackedPatches
 from siglane.vision.tower import SiglipVisionModel
 from siglane.weights.hub import open_checkpoint
@@ -291,7 +292,7 @@ import torch
 from siglane.errors import UserError
 from siglane.nn.linear import ColumnParallelLinear
 from siglane.nn.parallel import TensorParallel
-from siglane.nn.cpu.int8 import quantise
+from siglane.nn.quantise import quantise
 layer = ColumnParallelLinear(8, {"": 8}, bias=False, tp=TensorParallel.single())
 try:
     quantise(torch.nn.Sequential(layer), "8bit", "cpu")

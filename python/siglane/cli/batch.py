@@ -107,9 +107,8 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     except ImportError as error:
         message = f"a batch needs more packages ({error}); pip install 'siglane[server]'"
         raise UserError(message, code="missing_extra") from error
-    from siglane.weights.hub import open_checkpoint
 
-    checkpoint = open_checkpoint(spec.model, spec.revision)
+    checkpoint = spec.open()
     source = _open_source(options, config)
     limits = read_options(ImageBudget, arguments)
     with Output(options.output, _job(options, config, spec, limits, source, checkpoint)) as output:
@@ -158,8 +157,8 @@ def _deployment(arguments: argparse.Namespace) -> tuple[ServerConfig, EngineSpec
     if model in FOLDERS:
         config = dataclasses.replace(config, served_model_name=config.served_model_name or model)
         model = str(demo_folder() / FOLDERS[model])
-    revision = read_options(ModelOptions, arguments).revision
-    return config, EngineSpec(model, read_options(EngineConfig, arguments), revision, config.tagger)
+    named = dataclasses.asdict(read_options(ModelOptions, arguments))
+    return config, EngineSpec(model, read_options(EngineConfig, arguments), tagger=config.tagger, **named)
 
 
 def _open_source(options: BatchOptions, config: ServerConfig) -> Source:

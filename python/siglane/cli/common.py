@@ -8,7 +8,7 @@ import json
 import os
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
@@ -35,6 +35,13 @@ class CommonOptions:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOptions:
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a hub id"})
+    adapter: str | None = field(
+        default=None, metadata={"help": "folder or hub id of a LoRA adapter (PEFT) to merge into the weights"}
+    )
+    verify_weights: bool | None = field(
+        default=None,
+        metadata={"help": "compare weight files with their SHA-256; none: where the folder states it, on: every file"},
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +51,7 @@ class Argument:
     name: str
     metavar: str
     help: str
-    nargs: Literal["*", "+"] | None = None
+    nargs: Literal["*", "+", "?"] | None = None
     type: Callable[[str], object] = str
 
 
@@ -60,7 +67,7 @@ def checkpoint_of(arguments: argparse.Namespace) -> Checkpoint:
     """The files of MODEL. Cheap: call it before the slow imports, so that a wrong name is reported at once."""
     from siglane.weights.demo import open_model
 
-    return open_model(arguments.model, read_options(ModelOptions, arguments).revision)
+    return open_model(arguments.model, **asdict(read_options(ModelOptions, arguments)))
 
 
 def load_image_processor(checkpoint: Checkpoint) -> ImageProcessor:

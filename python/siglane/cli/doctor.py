@@ -1,4 +1,4 @@
-"""`siglane doctor`: what this machine has, what is missing and how to get it. Uses no network."""
+"""`siglane doctor`: what this machine has, what is missing and how to get it, or whether a model's files are whole."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
-from siglane.cli.common import COMMON, Argument, emit_json
-from siglane.errors import SiglaneError
+from siglane.cli.common import COMMON, MODEL, Argument, checkpoint_of, emit_json
+from siglane.errors import SiglaneError, UserError
 from siglane.settings.flags import OptionGroup, known_variables, read_options
 from siglane.settings.options import PREFIX, CommandOptions
 
@@ -52,15 +52,16 @@ class Check:
     detail: str
 
 
-ARGUMENTS: tuple[Argument, ...] = ()
-OPTIONS = (OptionGroup(DoctorOptions, "doctor"),)
+ARGUMENTS = (
+    Argument("model", "MODEL", "examine this model's files instead, and write their SHA-256 where there is none", "?"),
+)
+OPTIONS = (OptionGroup(DoctorOptions, "doctor"), MODEL)
 
 
 def run(arguments: argparse.Namespace, out: TextIO) -> int:
     options = read_options(DoctorOptions, arguments)
     checks = []
-    own = (_python, _packages, _extras, _devices, _attention, _memory, _disk, _files, _environment, _demo)
-    for examine in own if options.host is None else (_python, _sglang):
+    for examine in _asked(arguments, options):
         for check in _examined(examine):
             checks.append(check)
             if not options.json:
@@ -71,14 +72,35 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
         emit_json({"ok": not broken, "siglane": version("siglane"), "checks": [asdict(check) for check in checks]}, out)
         out.flush()
     if broken:
-        raise SiglaneError("; ".join(f"{check.name}: {check.detail}" for check in broken))
+        complaint = "; ".join(f"{check.name}: {check.detail}" for check in broken)
+        raise SiglaneError(complaint) if arguments.model is None else UserError(complaint, code="bad_checkpoint")
     return 0
+
+
+def _asked(arguments: argparse.Namespace, options: DoctorOptions) -> tuple[Callable[[], Iterator[Check]], ...]:
+    """What is examined: this machine, an engine, or the files of a model."""
+    if arguments.model is not None:
+        if options.host is not None:
+            raise UserError("MODEL and --host exclude each other", code="bad_option")
+
+        def model() -> Iterator[Check]:
+            from siglane.cli.model_files import examine
+
+            for name, status, detail in examine(checkpoint_of(arguments)):
+                yield Check(name, status, detail)
+
+        return (model,)
+    if options.host is not None:
+        return (_python, _sglang)
+    return (_python, _packages, _extras, _devices, _attention, _memory, _disk, _files, _environment, _demo)
 
 
 def _examined(examine: Callable[[], Iterator[Check]]) -> Iterator[Check]:
     """The findings of one check; what it stumbles over is a finding too."""
     try:
         yield from examine()
+    except UserError as error:
+        yield Check(examine.__name__.strip("_"), "broken", error.message)
     except Exception as error:
         yield Check(examine.__name__.strip("_"), "broken", f"{type(error).__name__}: {error}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -107,7 +107,7 @@ def _tagger(arguments: argparse.Namespace) -> Tagger:
 
     return Tagger.from_settings(
         read_options(TagSettings, arguments),
-        revision=read_options(ModelOptions, arguments).revision,
+        **asdict(read_options(ModelOptions, arguments)),
         decode=read_options(DecodeOptions, arguments).local,
     )
 

@@ -37,13 +37,17 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
         config = dataclasses.replace(config, served_model_name=config.served_model_name or model)
         model = str(demo_folder() / FOLDERS[model])
     try:
+        from siglane.server import logs
         from siglane.server.launch import preflight, serve
     except ImportError as error:
         message = f"the server needs more packages ({error}); pip install 'siglane[server]'"
         raise UserError(message, code="missing_extra") from error
 
+    if config.log_format == "json":  # also for what is found wrong before anything is served
+        logs.begin(config.log_format, config.log_level)
     listener = preflight(config, model)
 
     from siglane.engine.child import EngineSpec
 
-    return serve(config, EngineSpec(model, engine, read_options(ModelOptions, arguments).revision), listener, budget)
+    spec = EngineSpec(model, engine, **dataclasses.asdict(read_options(ModelOptions, arguments)))
+    return serve(config, spec, listener, budget)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -96,7 +96,7 @@ def _rows(
     labels = read_labels(options.labels)
     tagger = Tagger.from_settings(
         settings,
-        revision=read_options(ModelOptions, arguments).revision,
+        **asdict(read_options(ModelOptions, arguments)),
         templates=options.template,
         cache=options.cache,
         decode=read_options(DecodeOptions, arguments).local,

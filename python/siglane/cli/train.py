@@ -28,6 +28,9 @@ class RunOptions(CommandOptions):
     out: Path = field(metadata={"help": "folder for model/, checkpoint.pt, log.jsonl and loss.png"})
     model: str | None = field(default=None, metadata={"help": "folder or hub id of a SigLIP with both towers"})
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a hub id"})
+    adapter: str | None = field(
+        default=None, metadata={"help": "folder or hub id of a LoRA adapter (PEFT) to merge into the model first"}
+    )
     from_scratch: Path | None = field(
         default=None,
         metadata={"help": "config.json of a SigLIP with fresh weights; files beside it are used, or made where absent"},
@@ -44,6 +47,8 @@ class RunOptions(CommandOptions):
     def __post_init__(self) -> None:
         if (self.model is None) == (self.from_scratch is None):
             raise UserError("give either --model or --from-scratch", code="bad_option")
+        if self.adapter is not None and self.model is None:
+            raise UserError("--adapter needs the --model that it belongs to", code="bad_option")
 
 
 ARGUMENTS = (Argument("pairs", "PAIRS", "JSON Lines of image and caption, or a folder of WebDataset tars", type=Path),)
@@ -111,4 +116,4 @@ def _source(options: RunOptions) -> Checkpoint | Path:
     from siglane.weights.demo import open_model
 
     assert options.model is not None
-    return open_model(options.model, options.revision)
+    return open_model(options.model, options.revision, adapter=options.adapter)

@@ -4,7 +4,7 @@ diverges."""
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
         steps=options.steps,
         device=options.device,
         dtype=options.dtype,
-        revision=read_options(ModelOptions, arguments).revision,
+        **asdict(read_options(ModelOptions, arguments)),
         save=options.save_golden,
     )
     if options.report is not None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from siglane.engine.batch import Chunk, StepBatch
+from siglane.engine.batch import Chunk, StepBatch, one_run
 from siglane.engine.kv import PagedKV
 from siglane.errors import ConfigError
 from siglane.lm.attention import LayerAttention
@@ -49,9 +49,18 @@ class Prefill(NamedTuple):
     mask: torch.Tensor | None
 
 
+class Run(NamedTuple):
+    """One token, row `row` of the step, of a sequence whose `length` tokens lie one after another from slot `first` on:
+    it is read where it lies."""
+
+    row: int
+    first: int
+    length: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Decodes:
-    """One token each of B sequences. rows i64 `[B]`; pages i64 `[B, P]`, short sequences repeat their last page;
+    """One token each of B other sequences. rows i64 `[B]`; pages i64 `[B, P]`, short sequences repeat their last page;
     bias `[B, 1, 1, P * page_size]`: 0 for real tokens, -inf after each sequence's end."""
 
     rows: torch.Tensor
@@ -60,13 +69,58 @@ class Decodes:
 
 
 class TorchPagedAttention:
-    """Gathers pages and calls scaled-dot-product attention: one call for all decoding sequences, one per prefill."""
+    """Scaled-dot-product attention over the pages: a call for each prefill and for each decoding sequence whose pages
+    lie one after another; the pages of all others are gathered for one call together."""
 
     def __init__(self, kv: PagedKV, batch: StepBatch) -> None:
         self.kv = kv
         device = kv.keys.device
         self.slots = torch.tensor(batch.slots(kv.page_size), device=device)
-        # a last page is read whole, under a mask: NaN that its previous owner left behind would get through
+        self.prefills: list[Prefill] = []
+        self.runs: list[Run] = []
+        scattered: list[tuple[int, Chunk]] = []
+        row = 0
+        for chunk in batch.chunks:
+            pages = chunk.sequence.block_table[: -(-chunk.stop // kv.page_size)]
+            if chunk.tokens > 1 or chunk.start == 0:
+                self.prefills.append(self._prefill(row, chunk, device))
+            elif one_run(pages):
+                self.runs.append(Run(row, pages[0] * kv.page_size, chunk.stop))
+            else:
+                scattered.append((row, chunk))
+            row += chunk.tokens
+        self._clear_new_pages(batch)
+        self.decodes = self._decodes(scattered, device) if scattered else None
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        keys, values = self.kv.slots[layer]
+        keys.index_copy_(0, self.slots, k)
+        values.index_copy_(0, self.slots, v)
+        if len(self.runs) == len(q) == 1:
+            return _decode_run(q, keys, values, self.runs[0])
+        out = torch.empty_like(q)
+        for prefill in self.prefills:
+            rows = slice(prefill.first, prefill.last)
+            out[rows] = self._attend(layer, prefill, q[rows], k[rows], v[rows])
+        for run in self.runs:
+            out[run.row] = _decode_run(q[run.row], keys, values, run)
+        if self.decodes is not None:
+            out[self.decodes.rows] = _decode(
+                q[self.decodes.rows], self.kv.keys[layer], self.kv.values[layer], self.decodes
+            )
+        return out
+
+    def _attend(self, layer: int, prefill: Prefill, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if prefill.mask is not None:
+            k, v = (x[layer][prefill.pages].flatten(0, 1)[: prefill.length] for x in (self.kv.keys, self.kv.values))
+        qs, ks, vs = (x.transpose(0, 1)[None] for x in (q, k, v))
+        causal = prefill.mask is None
+        attended = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=prefill.mask, is_causal=causal, enable_gqa=True)
+        return attended[0].transpose(0, 1)
+
+    def _clear_new_pages(self, batch: StepBatch) -> None:
+        """A last page may be gathered whole, under a mask: NaN that its previous owner left would get through."""
+        kv = self.kv
         half_new = [
             chunk.sequence.block_table[chunk.stop // kv.page_size]
             for chunk in batch.chunks
@@ -74,38 +128,6 @@ class TorchPagedAttention:
         ]
         if half_new:
             kv.keys[:, half_new], kv.values[:, half_new] = 0, 0
-        self.prefills: list[Prefill] = []
-        decoding: list[tuple[int, Chunk]] = []
-        row = 0
-        for chunk in batch.chunks:
-            if chunk.tokens == 1 and chunk.start > 0:
-                decoding.append((row, chunk))
-            else:
-                self.prefills.append(self._prefill(row, chunk, device))
-            row += chunk.tokens
-        self.decodes = self._decodes(decoding, device) if decoding else None
-
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        keys, values = self.kv.keys[layer], self.kv.values[layer]
-        keys.flatten(0, 1).index_copy_(0, self.slots, k)
-        values.flatten(0, 1).index_copy_(0, self.slots, v)
-        out = torch.empty_like(q)
-        for prefill in self.prefills:
-            rows = slice(prefill.first, prefill.last)
-            if prefill.mask is None:
-                ks, vs = k[rows], v[rows]
-            else:
-                ks = keys[prefill.pages].flatten(0, 1)[: prefill.length]
-                vs = values[prefill.pages].flatten(0, 1)[: prefill.length]
-            qs, ks, vs = (x.transpose(0, 1)[None] for x in (q[rows], ks, vs))
-            causal = prefill.mask is None
-            attended = F.scaled_dot_product_attention(
-                qs, ks, vs, attn_mask=prefill.mask, is_causal=causal, enable_gqa=True
-            )
-            out[rows] = attended[0].transpose(0, 1)
-        if self.decodes is not None:
-            out[self.decodes.rows] = _decode(q[self.decodes.rows], keys, values, self.decodes)
-        return out
 
     def _prefill(self, row: int, chunk: Chunk, device: torch.device) -> Prefill:
         mask = None
@@ -128,6 +150,13 @@ class TorchPagedAttention:
         bias = torch.zeros(beyond.shape, dtype=self.kv.keys.dtype, device=device).masked_fill_(beyond, -torch.inf)
         rows = torch.tensor([row for row, _ in decoding], device=device)
         return Decodes(rows, torch.tensor(pages, device=device), bias[:, None, None])
+
+
+def _decode_run(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, run: Run) -> torch.Tensor:
+    """q `[..., heads, head_dim]` of one token -> the same shape. keys and values as `PagedKV.slots` has them."""
+    ks, vs = (x.narrow(0, run.first, run.length).transpose(0, 1)[None] for x in (keys, values))
+    attended = F.scaled_dot_product_attention(q.view(1, ks.shape[1], -1, q.shape[-1]), ks, vs)
+    return attended.view(q.shape)
 
 
 def _decode(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, decodes: Decodes) -> torch.Tensor:

@@ -96,6 +96,11 @@ class Sequence:
         )
 
 
+def one_run(pages: list[int]) -> bool:
+    """Whether pages lie one after another."""
+    return pages == list(range(pages[0], pages[0] + len(pages)))
+
+
 class Chunk(NamedTuple):
     """Positions `start..stop` of one sequence; `start` is its first not yet computed token."""
 

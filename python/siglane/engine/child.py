@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import multiprocessing
 import os
-import pickle
 import signal
+import sys
 import threading
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from typing import NamedTuple
+from typing import Any, NoReturn
 
 from siglane.engine.embed_worker import EmbedWorker
 from siglane.engine.engine import Engine
 from siglane.engine.load import load_engine, load_tagger, load_with_tagger
+from siglane.engine.pulse import Pulse, Watch, turn_seconds
+from siglane.engine.wire import Channel, EngineFacts, frame
 from siglane.errors import EngineError, SiglaneError
 from siglane.families.two_tower import Calibration, LoadedTwoTower, has_both_towers
 from siglane.settings.engine import EngineConfig
 from siglane.types import Finished, Request, TokenDelta
 from siglane.weights.demo import open_model
+from siglane.weights.hub import Checkpoint
 
 logger = logging.getLogger(__name__)
 
 STATS_SECONDS = 0.5
+HUNG = 75  # exit code of a process whose engine did not move; sysexits.h: a temporary failure
+STACK_DEPTH = 8  # calls of a hung engine that its log line names
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,99 +40,141 @@ class EngineSpec:
     """What a child needs to load its models.
 
     model: a checkpoint folder or hub id of a vision-language model, or of a SigLIP with both towers, which embeds;
-    revision: its; tagger: a SigLIP that embeds beside a vision-language model, None for none.
+    revision: its; tagger: a SigLIP that embeds beside a vision-language model, None for none; adapter, verify_weights:
+    as of `open_model`.
     """
 
     model: str
     config: EngineConfig
     revision: str | None = None
     tagger: str | None = None
+    adapter: str | None = None
+    verify_weights: bool | None = None
+
+    def open(self) -> Checkpoint:
+        """The files of `model`. UserError as `open_model`."""
+        return open_model(self.model, self.revision, adapter=self.adapter, verify_weights=self.verify_weights)
+
+    def open_tagger(self) -> Checkpoint | None:
+        """The files of `tagger`."""
+        return None if self.tagger is None else open_model(self.tagger, verify_weights=self.verify_weights)
 
 
-class EngineFacts(NamedTuple):
-    """What the parent learns once all is loaded."""
+def run_child(end: Any, spec: EngineSpec, prepare: Callable[[], None] | None = None) -> None:
+    """The engine's process: reads requests while there are any, computes, writes what it has.
 
-    context_length: int | None  # tokens of prompt and answer together, None where no model chats
-    calibration: Calibration | None = None  # of the towers, on the host, None without them
-    not_shared_because: str | None = None  # of `LoadedTwoTower`
-
-
-def run_child(pipe: Connection, spec: EngineSpec) -> None:
-    """The engine's process: reads requests while there are any, computes, writes what it has."""
+    end: a socket to the parent; prepare: called first of all, for its log.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides when to end
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+    if prepare is not None:
+        prepare()
+    channel = Channel(end)
     try:
-        engine, two_tower = _load(spec)
+        threading.Thread(target=_beat, args=(channel, spec.config), name="heartbeat", daemon=True).start()
+        loaded = _load_or_tell(channel, spec)
+        if loaded is not None:
+            _run(channel, spec, *loaded)
+    except (EOFError, OSError):
+        logger.info("the parent has hung up; the engine ends")
+    except Exception:
+        logger.critical("the engine's process cannot go on", exc_info=True)
+        sys.exit(1)
+
+
+def _load_or_tell(channel: Channel, spec: EngineSpec) -> tuple[Engine | None, LoadedTwoTower | None] | None:
+    """What was loaded; None when the parent has been told why nothing can be."""
+    try:
+        return _load(spec)
     except SiglaneError as error:
-        _write(pipe, "failed", error)
-        return
+        channel.send(frame("failed", error))
     except Exception as error:
         logger.exception("the engine could not be built")
-        _write(pipe, "failed", EngineError(f"the engine could not be built: {error}", code="engine_start"))
-        return
-    try:
-        if engine is not None:
-            _write(pipe, "stats", engine.stats())
-        _write(pipe, "ready", _facts(engine, two_tower))
-        _serve(pipe, engine, None if two_tower is None else EmbedWorker(two_tower.model, spec.config))
-    except (EOFError, OSError):
-        logger.info("the parent is gone; the engine ends")
+        channel.send(frame("failed", EngineError(f"the engine could not be built: {error}", code="engine_start")))
+    return None
 
 
 def _load(spec: EngineSpec) -> tuple[Engine | None, LoadedTwoTower | None]:
     """What chats and what embeds; at least one of them."""
-    if spec.tagger is not None:
-        return load_with_tagger(spec.model, spec.tagger, spec.config, spec.revision)
-    if has_both_towers(open_model(spec.model, spec.revision)):
-        return None, load_tagger(spec.model, spec.config, spec.revision)
-    return load_engine(spec.model, spec.config, spec.revision), None
+    checkpoint, tagger = spec.open(), spec.open_tagger()
+    if tagger is not None:
+        return load_with_tagger(checkpoint, tagger, spec.config)
+    if has_both_towers(checkpoint):
+        return None, load_tagger(checkpoint, spec.config)
+    return load_engine(checkpoint, spec.config), None
+
+
+def _run(channel: Channel, spec: EngineSpec, engine: Engine | None, two_tower: LoadedTwoTower | None) -> None:
+    models = [*([engine.runner.model] if engine else []), *([two_tower.model] if two_tower else [])]
+    limit = spec.config.resolve_timeout(next(models[0].parameters()).device.type)
+    pulse = Pulse()
+    pulse.follow(models)
+    worker = None if two_tower is None else EmbedWorker(two_tower.model, spec.config)
+    if engine is not None:
+        channel.send(frame("stats", engine.stats()))
+    channel.send(frame("ready", _facts(engine, two_tower)))
+    with Watch(pulse.moves, limit, functools.partial(_end_hung, threading.get_ident(), limit)):
+        _serve(channel, engine, worker, pulse)
 
 
 def _facts(engine: Engine | None, two_tower: LoadedTwoTower | None) -> EngineFacts:
     context_length = None if engine is None else engine.context_length
     if two_tower is None:
         return EngineFacts(context_length)
-    scale, bias = two_tower.model.calibration
-    return EngineFacts(context_length, Calibration(scale.cpu(), bias.cpu()), two_tower.not_shared_because)
+    calibration = Calibration(*(number.detach().cpu() for number in two_tower.model.calibration))
+    return EngineFacts(context_length, calibration, two_tower.not_shared_because)
 
 
-def _serve(pipe: Connection, engine: Engine | None, worker: EmbedWorker | None) -> None:
-    """A step of the engine and a forward of the worker take turns."""
+def _serve(channel: Channel, engine: Engine | None, worker: EmbedWorker | None, pulse: Pulse) -> None:
+    """A step of the engine and a forward of the worker take turns, until the parent hangs up (EOFError, OSError)."""
+
+    def tell(kind: str, value: object) -> None:
+        buffers = frame(kind, value)
+        with pulse.waiting():  # the parent may be stopped, and the connection full
+            channel.send(buffers)
+
     told = 0.0
     while True:
         generating = engine is not None and engine.has_work
         if engine is not None and (not generating or time.monotonic() - told > STATS_SECONDS):
             told = time.monotonic()
-            _write(pipe, "stats", engine.stats())
-        patience = 0 if generating or (worker is not None and worker.has_work) else None
-        while pipe.poll(patience):
-            match pickle.loads(pipe.recv_bytes()):
-                case "close", _:
-                    return
-                case "embed", items if worker is not None:
-                    for number, item in items:
-                        worker.add(number, item)
-                case "forget", number if worker is not None:
-                    worker.forget(number)
-                case kind, value if engine is not None:
-                    answers = [_take(engine, one) for one in value] if kind == "add" else [engine.abort(value)]
-                    if ended := [delta for delta in answers if delta is not None]:
-                        _write(pipe, "deltas", ended)
-            patience = 0
+            tell("stats", engine.stats())
+        with pulse.waiting():
+            patience = 0 if generating or (worker is not None and worker.has_work) else None
+            messages = _messages(channel, patience)
+        if ended := [delta for message in messages for delta in _obey(message, engine, worker)]:
+            tell("deltas", ended)
         deltas = engine.step() if engine is not None and engine.has_work else []
         if deltas:
-            _write(pipe, "deltas", deltas)
+            tell("deltas", deltas)
         if worker is not None and worker.has_work:
-            _write(pipe, "embeddings", worker.step())
+            tell("embeddings", worker.step())
 
 
-def _end_with_parent() -> None:
-    """The pipe tells of the parent's end too, but is not looked at during a step or while the model loads."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+def _messages(channel: Channel, patience: float | None) -> list[tuple[str, Any]]:
+    """All that have come; waits for the first one as `patience` says."""
+    messages = []
+    while channel.wait(patience):
+        messages.append(channel.receive())
+        patience = 0
+    return messages
+
+
+def _obey(message: tuple[str, Any], engine: Engine | None, worker: EmbedWorker | None) -> list[TokenDelta]:
+    """Does what the parent asks; gives the requests that have ended by it."""
+    match message:
+        case "embed", items if worker is not None:
+            for number, item in items:
+                worker.add(number, item)
+        case "forget", number if worker is not None:
+            worker.forget(number)
+        case "add", requests if engine is not None:
+            return [ended for one in requests if (ended := _take(engine, one)) is not None]
+        case "abort", request_id if engine is not None:
+            aborted = engine.abort(request_id)
+            return [] if aborted is None else [aborted]
+    return []
 
 
 def _take(engine: Engine, request: Request) -> TokenDelta | None:
@@ -134,11 +184,30 @@ def _take(engine: Engine, request: Request) -> TokenDelta | None:
     except SiglaneError as error:
         return TokenDelta(request.request_id, finished=Finished("error", error=error))
     except Exception as error:
-        logger.exception("request %s could not be queued", request.request_id)
+        logger.exception("a request could not be queued", extra=request.log_fields)
         reason = EngineError(f"the request could not be queued ({type(error).__name__})")
         return TokenDelta(request.request_id, finished=Finished("error", error=reason))
     return None
 
 
-def _write(pipe: Connection, kind: str, value: object) -> None:
-    pipe.send_bytes(pickle.dumps((kind, value), protocol=5))
+def _beat(channel: Channel, config: EngineConfig) -> None:
+    """Says that this process runs at all: also while it loads, and while a step takes long."""
+    with contextlib.suppress(OSError):
+        while True:
+            channel.send(frame("beat", None))
+            time.sleep(turn_seconds(config.silence_limit))
+
+
+def _end_hung(thread: int, limit: float) -> None:
+    stack = traceback.extract_stack(sys._current_frames()[thread])
+    where = " < ".join(f"{entry.filename}:{entry.lineno} {entry.name}" for entry in reversed(stack[-STACK_DEPTH:]))
+    logger.critical("the engine has not moved for %g seconds and ends; it hangs at %s", limit, where)
+    os._exit(HUNG)
+
+
+def _end_with_parent() -> NoReturn:
+    """The channel tells of the parent's end too, but is not looked at during a step or while the model loads."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -66,7 +66,7 @@ class Engine:
         thinking: Thinking | None = None,
     ) -> None:
         language = model.language
-        parameter = language.norm.weight
+        parameter = language.embed_tokens.weight
         device, dtype = parameter.device, parameter.dtype
         pages = config.resolve_pages(language.config, language.kv_heads, dtype, device)
         kv = PagedKV(
@@ -185,6 +185,7 @@ class Engine:
                 if isinstance(rows, torch.Tensor):
                     sequence.features[image] = rows
                 elif sequence.request.request_id in self._sequences:
+                    logger.error("a request failed: %s", rows, extra=sequence.request.log_fields)
                     failed.append(self._end(sequence, "error", error=rows))
         return failed
 
@@ -194,8 +195,9 @@ class Engine:
             return [_finite(rows) for rows in self.runner.encode(images)]
         except torch.AcceleratorError:  # the device is lost for this process: end it, its supervisor starts another
             raise
-        except Exception:
-            logger.exception("encoding %d images failed; trying each alone", len(images))
+        except Exception as error:
+            message = "encoding %d images failed (%s); trying each alone"
+            logger.warning(message, len(images), type(error).__name__, exc_info=len(images) > 1)
         encoded: list[torch.Tensor | EngineError] = []
         for image in images:
             try:
@@ -213,15 +215,16 @@ class Engine:
             return chunks, self.runner.forward(StepBatch(tuple(chunks))), []
         except torch.AcceleratorError:
             raise
-        except Exception:
-            logger.exception("a step of %d requests failed; trying each alone", len(chunks))
+        except Exception as error:
+            message = "a step of %d requests failed (%s); trying each alone"
+            logger.warning(message, len(chunks), type(error).__name__, exc_info=len(chunks) > 1)
         computed, logits, failed = [], [], []
         for chunk in chunks:
             try:
                 logits.append(self.runner.forward(StepBatch((chunk,))))
                 computed.append(chunk)
             except Exception as error:
-                logger.exception("request %s failed", chunk.sequence.request.request_id)
+                logger.exception("a request failed", extra=chunk.sequence.request.log_fields)
                 reason = EngineError(f"the request could not be computed ({type(error).__name__})")
                 failed.append(self._end(chunk.sequence, "error", error=reason))
         return computed, torch.cat(logits) if logits else torch.empty(0), failed
@@ -236,7 +239,10 @@ class Engine:
         ends = chosen.token_id in self.eos_token_ids and not params.ignore_eos
         if ends or chosen.token_id in params.stop_token_ids:
             return self._end(sequence, "stop", chosen)
-        if len(sequence.output_ids) >= request.max_tokens or len(sequence.token_ids) >= self.context_length:
+        if (
+            len(sequence.token_ids) - sequence.prompt_length >= request.max_tokens
+            or len(sequence.token_ids) >= self.context_length
+        ):
             return self._end(sequence, "length", chosen)
         return TokenDelta(request.request_id, chosen.token_id, chosen.logprob)
 

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections import deque
+import math
+import re
 
 import torch
 
 from siglane.config.language import LanguageConfig
+from siglane.errors import UserError
+from siglane.nn.device import short_of_memory
+
+FREE = re.compile(rb"\x00+")
 
 
 class PagedKV:
-    """keys and values: `[layers, pages, page_size, kv_heads, head_dim]`. Which token lies where is told per step."""
+    """keys and values: `[layers, pages, page_size, kv_heads, head_dim]`. Which token lies where is told per step.
+
+    slots: keys and values of each layer, `[pages * page_size, kv_heads, head_dim]`. UserError when this device has not
+    so much memory.
+    """
 
     def __init__(
         self,
@@ -23,35 +32,61 @@ class PagedKV:
         device: torch.device,
     ) -> None:
         shape = (language.num_hidden_layers, pages, page_size, kv_heads, language.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        tokens, size = pages * page_size, 2 * math.prod(shape) * dtype.itemsize
+        message = f"a KV cache of {tokens} tokens takes {size / 1e9:.1f} GB, more than {device} gives; lower kv_tokens"
+        shortage = UserError(message, code="kv_cache_too_large", param="kv_tokens")
+        with short_of_memory(size, device, shortage):
+            self.keys = torch.zeros(shape, dtype=dtype, device=device)
+            self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.slots = tuple((k.flatten(0, 1), v.flatten(0, 1)) for k, v in zip(self.keys, self.values, strict=True))
         self.page_size = page_size
 
 
 class PageAllocator:
-    """Hands out page numbers, oldest free page first, so that runs are reproducible."""
+    """Hands out page numbers, in an order that repeats; a sequence's pages lie one after another where they can.
+
+    A sequence grows into the pages behind its own; a new one begins in the middle of the longest free stretch, which
+    leaves its half to whoever lies before it.
+    """
 
     def __init__(self, pages: int) -> None:
         self.total = pages
-        self._free = deque(range(pages))
-        self._taken: set[int] = set()
+        self._taken = bytearray(pages)
+        self.free = pages
 
-    @property
-    def free(self) -> int:
-        return len(self._free)
-
-    def take(self, count: int) -> list[int]:
-        """`count` pages. The caller has checked `free`."""
-        if count > len(self._free):
-            raise RuntimeError(f"{count} pages asked for, {len(self._free)} are free")
-        pages = [self._free.popleft() for _ in range(count)]
-        self._taken.update(pages)
+    def take(self, count: int, after: int | None = None) -> list[int]:
+        """`count` pages, those behind page `after` if they are free. The caller has checked `free`."""
+        if count > self.free:
+            raise RuntimeError(f"{count} pages asked for, {self.free} are free")
+        pages: list[int] = []
+        if after is not None:
+            pages = self._mark(after + 1, count)
+        while len(pages) < count:
+            start, stop = max((found.span() for found in FREE.finditer(self._taken)), key=_length)
+            middle = (start + stop) // 2
+            begins = middle if start > 0 and not pages and stop - middle >= count else start
+            pages += self._mark(begins, count - len(pages))
         return pages
 
     def give(self, pages: list[int]) -> None:
         """Returns pages. RuntimeError when one is not taken: freeing twice would hand one page to two requests."""
         for page in pages:
-            if page not in self._taken:
+            if not self._taken[page]:
                 raise RuntimeError(f"page {page} is given back twice")
-            self._taken.remove(page)
-            self._free.append(page)
+            self._taken[page] = 0
+            self.free += 1
+
+    def _mark(self, start: int, count: int) -> list[int]:
+        """Takes up to `count` free pages from `start` on, one after another."""
+        pages = []
+        for page in range(start, min(start + count, self.total)):
+            if self._taken[page]:
+                break
+            self._taken[page] = 1
+            pages.append(page)
+        self.free -= len(pages)
+        return pages
+
+
+def _length(span: tuple[int, int]) -> int:
+    return span[1] - span[0]

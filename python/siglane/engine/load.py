@@ -8,22 +8,25 @@ import time
 import torch
 
 from siglane.engine.engine import Engine
+from siglane.errors import UserError
 from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import Processor, load_processor
 from siglane.families.two_tower import LoadedTwoTower, load_two_tower
+from siglane.lm.quantise import quantise_language
 from siglane.nn.attention import choose_backend
 from siglane.nn.cpu.optimise import optimise
+from siglane.nn.quantise import quantise
 from siglane.settings.engine import EngineConfig
 from siglane.vision.tower import SiglipVisionModel
-from siglane.weights.demo import open_model
+from siglane.weights.demo import opened
 from siglane.weights.hub import Checkpoint
 
 logger = logging.getLogger(__name__)
 
 
-def load_engine(model: str, config: EngineConfig, revision: str | None = None) -> Engine:
+def load_engine(model: str | Checkpoint, config: EngineConfig) -> Engine:
     """The engine of a folder, a hub id or "demo". UserError when it cannot be used here, naming the reason."""
-    checkpoint = open_model(model, revision)
+    checkpoint = opened(model)
     return build_engine(checkpoint, load_processor(checkpoint), config)
 
 
@@ -33,11 +36,14 @@ def build_engine(checkpoint: Checkpoint, processor: Processor, config: EngineCon
 
 
 def load_with_tagger(
-    model: str, tagger: str, config: EngineConfig, revision: str | None = None
+    model: str | Checkpoint, tagger: str | Checkpoint, config: EngineConfig
 ) -> tuple[Engine, LoadedTwoTower]:
     """`load_engine`, and both towers of the SigLIP `tagger`: its image tower is the chat model's own where their
     weights are equal."""
-    checkpoint, siglip = open_model(model, revision), open_model(tagger)
+    if config.quantization != "none":
+        message = "a model of fewer bits shares no layers with a tagger; leave out one of the two"
+        raise UserError(message, code="unsupported_quantization", param="quantization")
+    checkpoint, siglip = opened(model), opened(tagger)
     processor = load_processor(checkpoint)
     loaded = _load(checkpoint, processor, config)
     shared = None if loaded.vision is None else loaded.vision.encoder.tower
@@ -47,11 +53,13 @@ def load_with_tagger(
     return engine, two_tower
 
 
-def load_tagger(model: str, config: EngineConfig, revision: str | None = None) -> LoadedTwoTower:
+def load_tagger(model: str | Checkpoint, config: EngineConfig) -> LoadedTwoTower:
     """Both towers of a SigLIP without a chat model. UserError when it cannot be used here, naming the reason."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    two_tower = _load_towers(open_model(model, revision), config)
+    two_tower = _load_towers(opened(model), config)
+    if config.quantization != "none":
+        quantise(two_tower.model, config.quantization, placement(config)[0])
     optimise(two_tower.model)
     return two_tower
 
@@ -85,6 +93,10 @@ def _load(checkpoint: Checkpoint, processor: Processor, config: EngineConfig) ->
 
 
 def _started(model: VisionLanguageModel, processor: Processor, config: EngineConfig) -> Engine:
+    if config.quantization != "none":
+        quantise_language(model.language, config.quantization)
+        if model.vision is not None:
+            quantise(model.vision, config.quantization, model.vision.encoder.device)
     optimise(model)
     return Engine(model, config, processor.eos_token_ids, processor.config.thinking)
 

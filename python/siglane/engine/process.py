@@ -1,6 +1,8 @@
-"""The engine in a process of its own, watched: when it dies its requests end with an error and it is started again.
+"""The engine in a process of its own, watched: when it dies or hangs its requests end with an error and it is started
+again.
 
-Parent and child talk over one anonymous pipe; nothing listens on a socket. The child never outlives its parent.
+Parent and child talk over one anonymous pair of sockets (`wire.py`); nothing listens. The child never outlives its
+parent.
 """
 
 from __future__ import annotations
@@ -10,17 +12,21 @@ import functools
 import itertools
 import logging
 import multiprocessing
-import pickle
+import signal
+import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
-from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, SpawnContext
 from typing import Literal
 
-from siglane.engine.child import EngineFacts, EngineSpec, run_child
+from siglane.engine.child import HUNG, EngineSpec, run_child
 from siglane.engine.embed_worker import Embedding, Item
 from siglane.engine.engine import EngineStats
+from siglane.engine.pulse import Watch
+from siglane.engine.wire import Channel, EngineFacts, frame
 from siglane.errors import EngineError, SiglaneError
 from siglane.types import Finished, Request, TokenDelta
 
@@ -31,36 +37,43 @@ OnDelta = Callable[[TokenDelta], None]
 
 RESTARTS_ALLOWED = 5
 RESTART_WINDOW_SECONDS = 300.0
-CLOSE_SECONDS = 10.0
+START_SECONDS = 300.0  # of silence while a model loads
+CLOSE_SECONDS = 2.0  # for the last step, which nobody waits for any more
 END_SECONDS = 5.0
 
 
 class EngineProcess:
-    """A supervised engine. `submit` and `abort` may be called from any thread and wait while the pipe is full;
+    """A supervised engine. `submit` and `abort` may be called from any thread and wait while the channel is full;
     callbacks run on the one thread that empties it, so they must neither block nor call back.
 
     Every submitted request gets exactly one delta that is finished: by the engine, with "abort" after `abort`, or with
-    "error" and `EngineError(code="engine_restarting", status=503)` when the process died under it. The future of every
-    item to embed ends likewise.
+    "error" and `EngineError(code="engine_restarting", status=503)` when the process died or hung under it. The future
+    of every item to embed ends likewise.
+
+    prepare: what the child calls first of all, to set up its log. It must be picklable: with `spec` it is all that
+    reaches the child by pickle, before any client does.
     """
 
-    def __init__(self, spec: EngineSpec, restarts_allowed: int | None = None) -> None:
+    def __init__(
+        self, spec: EngineSpec, restarts_allowed: int | None = None, *, prepare: Callable[[], None] | None = None
+    ) -> None:
         """restarts_allowed: within RESTART_WINDOW_SECONDS, one more and the engine is given up; None: a few."""
-        self.spec, self._restarts_allowed = spec, restarts_allowed
+        self.spec, self._restarts_allowed, self._prepare = spec, restarts_allowed, prepare
         self.state: State = "starting"
         self.failure: SiglaneError | None = None
-        self._context = multiprocessing.get_context("spawn")
+        self._context = _context()
         self._lock = threading.Lock()
         self.facts: EngineFacts | None = None  # once all is loaded
         self._pending: dict[str, OnDelta] = {}
         self._embeddings: dict[int, Future[Embedding]] = {}
         self._numbers = itertools.count()
-        self._embed_sender = ThreadPoolExecutor(1, thread_name_prefix="embed-sender")  # the pipe may be full
+        self._embed_sender = ThreadPoolExecutor(1, thread_name_prefix="embed-sender")  # the channel may be full
         self._stats: EngineStats | None = None
         self._starts: list[float] = []
+        self._silent = False  # the last child was killed because it gave no sign of life
         self._changed = threading.Condition()
         self._process: multiprocessing.process.BaseProcess | None = None
-        self._pipe: Connection | None = None
+        self._channel: Channel | None = None
         self._reader = threading.Thread(target=self._supervise, name="engine-supervisor", daemon=True)
 
     def start(self, wait: bool = True) -> None:
@@ -70,15 +83,22 @@ class EngineProcess:
             self.wait_ready()
 
     def wait_ready(self) -> None:
+        """Returns when the model is loaded. Raises what keeps it from loading."""
         with self._changed:
             self._changed.wait_for(lambda: self.state in ("ready", "dead", "closed"))
         if self.state != "ready":
             raise self.failure or EngineError("the engine was closed before it was ready", code="engine_closed")
 
+    def wait_end(self) -> SiglaneError | None:
+        """Returns when the engine will not come back: why, None when it was closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.state in ("dead", "closed"))
+        return self.failure
+
     def submit(self, requests: Sequence[Request], on_delta: OnDelta) -> None:
         """Hands requests over, all or none: in one message, so that the n choices of one prompt take its pixels along
         once. EngineError (503) when the engine is not ready."""
-        message = pickle.dumps(("add", tuple(requests)), protocol=5)
+        message = frame("add", tuple(requests))
         with self._lock:
             for request in requests:
                 if request.request_id in self._pending:
@@ -91,8 +111,8 @@ class EngineProcess:
     def abort(self, request_id: str) -> None:
         """Asks for the end of a request; its final delta says "abort" unless it ended before."""
         with self._lock:
-            if self._pipe is not None and request_id in self._pending:
-                self._send(pickle.dumps(("abort", request_id)))
+            if self._channel is not None and request_id in self._pending:
+                self._send(frame("abort", request_id))
 
     def embed(self, items: Sequence[Item]) -> list[Future[Embedding]]:
         """The embeddings to come of images and texts. Does not wait; an item whose future is cancelled takes no room in
@@ -123,13 +143,11 @@ class EngineProcess:
         while (self._pending or self._embeddings) and self.state == "ready" and time.monotonic() < deadline:
             time.sleep(0.02)
         self._set_state("closed")
-        if self._lock.acquire(timeout=CLOSE_SECONDS):  # a child that does not read makes a sender hold it
-            try:
-                self._ask_to_end()
-            finally:
-                self._lock.release()
+        if self._channel is not None:
+            with contextlib.suppress(OSError):
+                self._channel.hang_up()
             self._join_reader()
-        if self._process is not None:
+        if self._process is not None:  # one that loads does not listen, one that hangs does not either
             self._process.kill()
         self._join_reader()
 
@@ -137,36 +155,29 @@ class EngineProcess:
         if self._reader.is_alive() and self._reader is not threading.current_thread():
             self._reader.join(timeout=CLOSE_SECONDS)
 
-    def _ask_to_end(self) -> None:
-        """Called with the lock held. A child that still loads its model is not listening."""
-        if self._pipe is not None:
-            self._send(pickle.dumps(("close", None)))
-        elif self._process is not None:
-            self._process.kill()
-
     def _check_ready(self) -> EngineFacts:
         """Called with the lock held."""
-        if self.state != "ready" or self._pipe is None or self.facts is None:
+        if self.state != "ready" or self._channel is None or self.facts is None:
             raise self._unready()
         return self.facts
 
-    def _send(self, message: bytes) -> None:
-        """Called with the lock held. A broken pipe is the reader's business: it sees the end and restarts."""
-        assert self._pipe is not None
+    def _send(self, message: list[memoryview]) -> None:
+        """Called with the lock held. A broken connection is the reader's business: it sees the end and restarts."""
+        assert self._channel is not None
         try:
-            self._pipe.send_bytes(message)
+            self._channel.send(message)
         except OSError:
             logger.warning("the engine process is gone; waiting for its restart")
 
     def _send_items(self, futures: dict[int, Future[Embedding]], items: Sequence[Item]) -> None:
         wanted = [(number, item) for (number, one), item in zip(futures.items(), items, strict=True) if not one.done()]
-        message = pickle.dumps(("embed", wanted), protocol=5)
         try:
+            message = frame("embed", wanted)
             with self._lock:
                 if self._check_ready().calibration is None:
                     raise EngineError("no model that embeds is loaded", code="not_loaded")
                 self._send(message)
-        except EngineError as error:
+        except Exception as error:
             for future in futures.values():
                 _end(future, error)
 
@@ -178,10 +189,12 @@ class EngineProcess:
 
     def _forget(self, number: int) -> None:
         with self._lock:
-            if self._pipe is not None:
-                self._send(pickle.dumps(("forget", number)))
+            if self._channel is not None:
+                self._send(frame("forget", number))
 
     def _supervise(self) -> None:
+        # what this thread starts inherits it: a signal to the whole group must not end the children's server first
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         while self.state not in ("closed", "dead"):
             try:
                 self._run_child()
@@ -193,28 +206,35 @@ class EngineProcess:
     def _run_child(self) -> None:
         """One child, from its start to its end."""
         self._starts.append(time.monotonic())
-        parent_end, child_end = self._context.Pipe()
-        process = self._context.Process(
-            target=run_child, args=(child_end, self.spec), name="siglane-engine", daemon=True
-        )
+        self._silent = False
+        parent_end, child_end = socket.socketpair()
+        channel = Channel(parent_end)
+        arguments = (child_end, self.spec, self._prepare)
+        process = self._context.Process(target=run_child, args=arguments, name="siglane-engine", daemon=True)
         try:
             with child_end:
                 process.start()
             self._process = process
             if self.state == "closed":  # `close` may have looked for a child before there was one
                 process.kill()
-            self._read_until_end(parent_end)
+            with Watch(lambda: channel.received, START_SECONDS, self._end_silent) as watch:
+                self._read_until_end(channel, watch)
             process.join(timeout=END_SECONDS)
             process.kill()  # one that hangs at its end would keep its memory
         finally:
             with self._lock:
-                self._pipe = None
-                parent_end.close()
+                self._channel = None
+                channel.close()
 
-    def _read_until_end(self, pipe: Connection) -> None:
+    def _end_silent(self) -> None:
+        self._silent = True
+        assert self._process is not None
+        self._process.kill()
+
+    def _read_until_end(self, channel: Channel, watch: Watch) -> None:
         try:
             while True:
-                kind, value = pickle.loads(pipe.recv_bytes())
+                kind, value = channel.receive()
                 if kind == "deltas":
                     for delta in value:
                         self._deliver(delta)
@@ -225,16 +245,20 @@ class EngineProcess:
                 elif kind == "stats":
                     self._stats = value
                 elif kind == "ready":
-                    with self._lock:
-                        self._note_facts(value)
-                        self._pipe = pipe
-                        self._set_state("ready")
-                        if self.state == "closed":
-                            self._ask_to_end()
+                    watch.stillness.limit = self.spec.config.silence_limit
+                    self._note_ready(channel, value)
                 elif kind == "failed":
                     self._give_up(value)
         except (EOFError, OSError):
             return
+
+    def _note_ready(self, channel: Channel, facts: EngineFacts) -> None:
+        with self._lock:
+            self._note_facts(facts)
+            self._channel = channel
+            self._set_state("ready")
+            if self.state == "closed":
+                channel.hang_up()
 
     def _note_facts(self, facts: EngineFacts) -> None:
         self.facts, reason = facts, facts.not_shared_because
@@ -247,11 +271,13 @@ class EngineProcess:
         with self._lock:
             if self.state not in ("closed", "dead"):
                 recent = [start for start in self._starts if time.monotonic() - start < RESTART_WINDOW_SECONDS]
+                how = "after a time without a sign of life" if self._silent else _how_it_ended(self._process)
                 if len(recent) > (RESTARTS_ALLOWED if self._restarts_allowed is None else self._restarts_allowed):
-                    self._give_up(EngineError("the engine process died too often; see its log", code="engine_dead"))
+                    message = f"the engine process died {len(recent)} times in {RESTART_WINDOW_SECONDS:g} seconds"
+                    self._give_up(EngineError(f"{message}, the last time {how}; see the log", code="engine_dead"))
                 else:
                     self._set_state("restarting")
-                logger.error("the engine process died (%d recent starts); state %s", len(recent), self.state)
+                    logger.error("the engine process died, %s; it is started again", how)
             lost = list(self._pending)
         error = self._unready()
         for request_id in lost:
@@ -286,10 +312,32 @@ class EngineProcess:
             self._changed.notify_all()
 
 
-def _end(future: Future[Embedding], result: Embedding | SiglaneError) -> None:
+def _context() -> ForkServerContext | SpawnContext:
+    """Where children come from: a process that has imported all they need, so that a restart does not wait for imports.
+
+    Elsewhere than on Linux system libraries may break in a process that is forked after they were loaded.
+    """
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["siglane.engine.child", "transformers.models"])  # the latter is loaded on demand
+    return context
+
+
+def _how_it_ended(process: multiprocessing.process.BaseProcess | None) -> str:
+    code = None if process is None else process.exitcode
+    if code == HUNG:
+        return "because it hung"
+    if code is None or code >= 0:
+        return f"with exit code {code}"
+    hint = " (systems that run out of memory do so)" if -code == signal.SIGKILL else ""
+    return f"killed by {signal.Signals(-code).name}{hint}"
+
+
+def _end(future: Future[Embedding], result: Embedding | Exception) -> None:
     """Once: what comes later, or after its client has left, changes nothing."""
     with contextlib.suppress(InvalidStateError):
-        if isinstance(result, SiglaneError):
+        if isinstance(result, Exception):
             future.set_exception(result)
         else:
             future.set_result(result)

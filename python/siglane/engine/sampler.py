@@ -67,7 +67,7 @@ def _choose_isolated(
     try:
         return _choose(logits, sequence, eos_token_ids)
     except Exception as error:
-        logger.exception("choosing a token for request %s failed", sequence.request.request_id)
+        logger.exception("choosing a token failed", extra=sequence.request.log_fields)
         return EngineError(f"the next token could not be chosen ({type(error).__name__})")
 
 

@@ -89,10 +89,11 @@ class Scheduler:
 
     def commit(self, chunks: Iterable[Chunk]) -> None:
         """Marks chunks as computed and offers their full pages for reuse."""
-        for sequence, _, stop in chunks:
+        for sequence, start, stop in chunks:
             sequence.computed = stop
             sequence.drop_used_features()
-            self._share(sequence)
+            if start // self.page_size < stop // self.page_size:
+                self._share(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Takes a sequence out and frees its pages; what others can reuse stays in the prefix cache."""
@@ -229,7 +230,8 @@ class Scheduler:
             self._preempt(victim)
             if victim is sequence:
                 return False
-        sequence.block_table += self.allocator.take(needed)
+        last = sequence.block_table[-1] if sequence.block_table else None
+        sequence.block_table += self.allocator.take(needed, last)
         return True
 
     def _victim_of(self, sequence: Sequence) -> Sequence | None:

@@ -74,10 +74,12 @@ class TowerFamily(Family):
 class VlmFamily(Family):
     """Models that answer. What most families share is written here; a family states its difference.
 
-    language_prefix: what the names of the language model's tensors start with.
+    language_prefix: what the names of the language model's tensors start with; one_table: a tied head has no values of
+    its own in the original's code, so that a file in which it has is refused.
     """
 
     language_prefix: ClassVar[str]
+    one_table: ClassVar[bool] = False
 
     @abstractmethod
     def images(self, checkpoint: Checkpoint) -> ImageFacts | None:

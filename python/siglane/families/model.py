@@ -7,24 +7,28 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import nn
 
+from siglane.config.images import ImageFacts
 from siglane.config.vlm import VlmConfig
-from siglane.errors import ConfigError
+from siglane.errors import ConfigError, WeightError
 from siglane.families.processor import ImageProcessor, load_processor
-from siglane.families.registry import is_vision_only, tower_family, vlm_family
+from siglane.families.registry import is_vision_only, tower_family, unknown, vlm_family
 from siglane.families.stack import VisionEncoderModel, VisionStack
 from siglane.families.stated import log_contradictions
+from siglane.families.weights import ModelWeights, model_sources, model_weights, tower_weights
 from siglane.lm.build import build_language_model
 from siglane.nn.parallel import TensorParallel
 from siglane.nn.plan import WeightPlan
 from siglane.types import BackendChoice, ImagePatches, ImageTokens
 from siglane.vision.tower import Taps
-from siglane.weights.hub import Checkpoint, Source
-from siglane.weights.load import StoredTensor, allocate, fill, rehearse, stored_tensors
+from siglane.weights.hub import ADAPTER_WEIGHTS, Checkpoint, Source
+from siglane.weights.load import QUANTISED, StoredTensor, allocate, fill, rehearse, stored_tensors
+from siglane.weights.merge import adapters_of
 
 logger = logging.getLogger(__name__)
 
@@ -65,25 +69,42 @@ def load_model(
     dtype: of the language model, and of tower and projector unless `vision_dtype` says otherwise. ConfigError or
     WeightError, before anything is allocated, when configuration and tensors do not belong together.
     """
-    model, plan, tensors = _rehearsed_whole(checkpoint, config, tp, attention_backend)
+    model, weights = _rehearsed_whole(checkpoint, config, tp, attention_backend)
     if model.vision is not None:
         allocate(model.vision, torch.device(device), vision_dtype or dtype)
     allocate(model.language, torch.device(device), dtype)
-    return _filled(model, plan, tensors)
+    return _filled(model, weights.plan, weights.tensors)
 
 
 def model_tensors(checkpoint: Checkpoint) -> tuple[StoredTensor, ...]:
     """All tensors of a vision-language checkpoint, known by their files' headers. WeightError as `stored_tensors`."""
-    family = vlm_family(checkpoint)
-    return stored_tensors(dict.fromkeys((*family.vision_sources(checkpoint), *family.language_sources(checkpoint))))
+    return stored_tensors(model_sources(checkpoint))
 
 
-def check_model(checkpoint: Checkpoint, config: VlmConfig) -> None:
-    """Compares the names and shapes of all tensors with the configuration; reads and allocates nothing else.
+def model_files(checkpoint: Checkpoint) -> tuple[Path, ...]:
+    """The files that hold the tensors of any checkpoint, those of its adapters among them. WeightError as
+    `stored_tensors`."""
+    plain = is_vision_only(checkpoint)
+    sources = (Source(checkpoint),) if plain else model_sources(checkpoint)
+    adapters = (adapter.root / ADAPTER_WEIGHTS for adapter in adapters_of(checkpoint, sources))
+    return tuple(dict.fromkeys((*(tensor.file for tensor in stored_tensors(sources)), *adapters)))
+
+
+def check_tower(checkpoint: Checkpoint) -> None:
+    """`check_model` for a plain SigLIP tower."""
+    family = tower_family(checkpoint)
+    if family is None:
+        raise unknown(checkpoint)
+    facts = family.images(checkpoint, head=True)
+    _rehearsed_tower(checkpoint, facts, family.plan(facts))
+
+
+def check_model(checkpoint: Checkpoint, config: VlmConfig) -> ModelWeights:
+    """Compares the names and shapes of all tensors with the configuration; allocates nothing.
 
     ConfigError or WeightError as `load_model`, for a host that fills the language model by itself.
     """
-    _rehearsed_whole(checkpoint, config)
+    return _rehearsed_whole(checkpoint, config)[1]
 
 
 def load_vision(
@@ -102,15 +123,15 @@ def load_vision(
     if plain := tower_family(checkpoint):
         log_contradictions([checkpoint])
         facts = plain.images(checkpoint, head=head)
-        plan, tensors = plain.plan(facts), stored_tensors([Source(checkpoint)])
-        new_tower = partial(VisionEncoderModel, facts.vision, facts.preprocess, tp, attention_backend)
-        tower = _rehearsed(new_tower, plan, tensors, facts.vision.num_hidden_layers)
+        plan = plain.plan(facts)
+        tower, tensors = _rehearsed_tower(checkpoint, facts, plan, tp, attention_backend)
         allocate(tower, torch.device(device), dtype)
         return _filled(tower, plan, tensors), ImageProcessor(facts)
     processor = load_processor(checkpoint)
     family, facts = vlm_family(checkpoint), processor.facts
     unused = family.language_plan(processor.config.language).unused("the language model is not loaded")
-    plan, tensors = family.vision_plan(facts) + unused, stored_tensors(family.vision_sources(checkpoint))
+    plan = family.vision_plan(facts) + unused
+    tensors = tower_weights(checkpoint, family.vision_sources(checkpoint), plan)
     new_stack = partial(VisionStack, facts, tp, attention_backend)
     stack = _rehearsed(new_stack, plan, tensors, facts.vision.num_hidden_layers)
     allocate(stack, torch.device(device), dtype)
@@ -122,7 +143,10 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     plain = is_vision_only(checkpoint)
     sizes: Counter[torch.dtype] = Counter()
     for tensor in stored_tensors([Source(checkpoint)]) if plain else model_tensors(checkpoint):
-        sizes[tensor.dtype] += math.prod(tensor.shape)
+        if tensor.dtype is not None:
+            sizes[tensor.dtype] += math.prod(tensor.shape)
+    if not sizes:
+        raise WeightError(f"{checkpoint.root} holds no tensor of floats; {QUANTISED}")
     return sizes.most_common(1)[0][0]
 
 
@@ -131,12 +155,23 @@ def _rehearsed_whole(
     config: VlmConfig,
     tp: TensorParallel | None = None,
     attention_backend: BackendChoice = "auto",
-) -> tuple[VisionLanguageModel, WeightPlan, tuple[StoredTensor, ...]]:
-    family, tensors = vlm_family(checkpoint), model_tensors(checkpoint)
-    plan = family.plan(config)
+) -> tuple[VisionLanguageModel, ModelWeights]:
+    weights = model_weights(checkpoint, config)
     layers = max(config.language.num_hidden_layers, config.images.vision.num_hidden_layers if config.images else 0)
-    build = partial(VisionLanguageModel, config, tp, attention_backend)
-    return _rehearsed(build, plan, tensors, layers), plan, tensors
+    build = partial(VisionLanguageModel, weights.config, tp, attention_backend)
+    return _rehearsed(build, weights.plan, weights.tensors, layers), weights
+
+
+def _rehearsed_tower(
+    checkpoint: Checkpoint,
+    facts: ImageFacts,
+    plan: WeightPlan,
+    tp: TensorParallel | None = None,
+    attention_backend: BackendChoice = "auto",
+) -> tuple[VisionEncoderModel, tuple[StoredTensor, ...]]:
+    tensors = tower_weights(checkpoint, [Source(checkpoint)], plan)
+    build = partial(VisionEncoderModel, facts.vision, facts.preprocess, tp, attention_backend)
+    return _rehearsed(build, plan, tensors, facts.vision.num_hidden_layers), tensors
 
 
 def _rehearsed(build: Callable[[], M], plan: WeightPlan, tensors: Sequence[StoredTensor], layers: int) -> M:

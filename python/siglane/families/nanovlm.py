@@ -15,6 +15,7 @@ absence means that release's behaviour, not the newest one's:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from siglane.config.images import ImageFacts
@@ -26,6 +27,7 @@ from siglane.config.vision import VisionConfig
 from siglane.errors import ConfigError, UserError
 from siglane.families.family import CHATML, PromptRules, VlmFamily
 from siglane.nn.plan import Ignore, Rule, WeightPlan, parts
+from siglane.nn.rope import rotary_frequencies
 from siglane.projector.build import projector_plan
 from siglane.tiling.nanovlm import WholeTiles
 from siglane.tiling.rule import LayoutRule
@@ -82,6 +84,7 @@ class NanoVlm(VlmFamily):
     name = "nanovlm"
     known_as = ("nanoVLM (vit_hidden_dim and lm_hidden_dim, no architectures)",)
     language_prefix = "decoder."
+    one_table = True
 
     def matches(self, root: RawConfig, checkpoint: Checkpoint) -> bool:
         named = root.get("architectures") or root.get("model_type")
@@ -203,9 +206,9 @@ class NanoVlm(VlmFamily):
         return tower + projector_plan(images.projector).under("MP.", "projector.")
 
     def language_plan(self, language: LanguageConfig) -> WeightPlan:
-        tied = language.tie_embeddings
+        tied, frequencies = language.tie_embeddings, partial(rotary_frequencies, theta=language.rope_theta)
         return WeightPlan((
-            Ignore("rotary_embd.inv_freq", "computed from lm_re_base"),
+            Ignore("rotary_embd.inv_freq", "computed from lm_re_base", frequencies),
             Rule("token_embedding.weight", "embed_tokens.weight", twin=tied),
             Rule("head.weight", "embed_tokens.weight" if tied else "lm_head.weight", twin=tied),
             Rule("norm.weight", "norm.weight"),

@@ -146,8 +146,10 @@ class Nvila(VlmFamily):
         return PromptRules(default_template=CHAT_TEMPLATE, strip_messages=layout_of(checkpoint) != "hf")
 
     def vision_plan(self, images: ImageFacts) -> WeightPlan:
-        tower = tower_plan(images.vision).under(f"{TOWER}.", "encoder.tower.")
-        return tower + projector_plan(images.projector).under(f"{PROJECTOR}.", "projector.")
+        """In VILA's memory, and so in its adapters, the tower's names have its own twice in front."""
+        tower = tower_plan(images.vision)
+        parts = [tower.under(f"{TOWER}.", "encoder.tower."), tower.under(f"{TOWER}.{TOWER}.", "encoder.tower.")]
+        return parts[0] + projector_plan(images.projector).under(f"{PROJECTOR}.", "projector.") + parts[1]
 
     def vision_sources(self, checkpoint: Checkpoint) -> tuple[Source, ...]:
         return _sources(checkpoint, TOWER, PROJECTOR)

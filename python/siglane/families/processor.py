@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,11 +15,15 @@ from siglane.errors import ConfigError
 from siglane.families.family import PromptRules
 from siglane.families.prompt.builder import PromptBuilder
 from siglane.families.registry import vlm_family
-from siglane.families.stated import chat_templates, log_contradictions, tokenizer_classes
+from siglane.families.stated import TOKENIZER, TOKENIZER_CONFIG, chat_templates, log_contradictions, tokenizer_classes
 from siglane.image.patchify import to_patches
 from siglane.tiling.rule import ImageBudget, no_images
 from siglane.types import DecodedImage, DecodedVideo, ImageLayout, ImagePatches, Medium, Message, Prompt
 from siglane.weights.hub import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken")  # without one transformers makes an empty one
 
 
 class ImageProcessor:
@@ -105,10 +110,24 @@ def load_processor(checkpoint: Checkpoint, config: VlmConfig | None = None) -> P
     """
     family = vlm_family(checkpoint)
     processor, folder = family.has_processor(checkpoint), family.tokenizer_folder(checkpoint)
-    tokenizer = load_tokenizer(folder, family.added_tokens(checkpoint), processor=processor)
+    adapter, added = _with_adapter(checkpoint), family.added_tokens(checkpoint)
+    tokenizer = load_tokenizer(adapter or folder, added, processor=processor)
+    if adapter is not None and tokenizer.chat_template is None:  # then the base's is what it was trained with
+        tokenizer.chat_template = load_tokenizer(folder, added, processor=processor).chat_template
     parts = [source.folder for source in (*family.vision_sources(checkpoint), *family.language_sources(checkpoint))]
     log_contradictions([checkpoint, folder, *parts], processor=processor)
     return Processor(config or family.config(checkpoint, tokenizer), tokenizer, family.prompt_rules(checkpoint))
+
+
+def _with_adapter(checkpoint: Checkpoint) -> Checkpoint | None:
+    """The folder of an adapter where a tokenizer was saved with it: it was trained with that one."""
+    if checkpoint.adapter is None:
+        return None
+    folder = Checkpoint(checkpoint.adapter)
+    if not any(folder.has(file) for file in (TOKENIZER, TOKENIZER_CONFIG)):
+        return None
+    logger.info("the tokenizer is the one of the adapter %s", folder.root)
+    return folder
 
 
 def load_tokenizer(
@@ -121,6 +140,9 @@ def load_tokenizer(
     added_tokens: those it lacks become special tokens behind its own, in order; processor: whose chat template wins
     (`stated.chat_templates`).
     """
+    if not any(path.is_file() for pattern in VOCABULARIES for path in folder.root.glob(pattern)):
+        reason = "there is no tokenizer.json; was the model copied completely?"
+        raise ConfigError(f"{folder.root}: the tokenizer cannot be loaded: {reason}")
     loader: Any = PreTrainedTokenizerFast
     if _is_qwen(folder):
         from transformers import Qwen2Tokenizer

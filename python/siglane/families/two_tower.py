@@ -19,6 +19,7 @@ from siglane.families.registry import tower_family
 from siglane.families.stack import VisionEncoderModel
 from siglane.families.stated import log_contradictions
 from siglane.families.text_rule import read_tokens
+from siglane.families.weights import tower_weights
 from siglane.nn.parallel import TensorParallel
 from siglane.nn.plan import Rule, WeightPlan
 from siglane.text.tokens import TextTokens
@@ -26,7 +27,7 @@ from siglane.text.tower import TEXT_TOWER_PLAN, SiglipTextModel
 from siglane.types import BackendChoice, ImagePatches
 from siglane.vision.tower import SiglipVisionModel, tower_plan
 from siglane.weights.hub import Checkpoint, Source
-from siglane.weights.load import allocate, fill, rehearse, stored_tensors
+from siglane.weights.load import allocate, fill, rehearse
 
 BOTH_TOWERS = ("siglip", "siglip2")
 TEXTS_PER_FORWARD = {"cpu": 32, "cuda": 512}
@@ -113,8 +114,8 @@ def load_two_tower(
     """
     log_contradictions([checkpoint])
     config, texts = read_two_tower(checkpoint)
-    tensors = stored_tensors([Source(checkpoint)])
     plan = two_tower_plan(config)
+    tensors = tower_weights(checkpoint, [Source(checkpoint)], plan)
     device, dtype = torch.device(device), dtype or stored_dtype(checkpoint)
 
     def load(tower: SiglipVisionModel | None, not_shared_because: str | None = None) -> LoadedTwoTower:
@@ -136,6 +137,16 @@ def load_two_tower(
         return load(tower)
     except OtherWeights as error:
         return load(None, error.message)
+
+
+def check_two_tower(checkpoint: Checkpoint) -> None:
+    """Compares names and shapes of all tensors with the configuration. ConfigError or WeightError as `load_two_tower`,
+    before which it allocates nothing."""
+    config, _ = read_two_tower(checkpoint)
+    plan = two_tower_plan(config)
+    with torch.device("meta"):
+        model = TwoTowerModel(config)
+    rehearse(model, plan, tower_weights(checkpoint, [Source(checkpoint)], plan))
 
 
 def _same_layers(one: VisionConfig, other: VisionConfig) -> bool:

@@ -24,7 +24,7 @@ from siglane.settings.engine import Dtype, EngineConfig
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
 from siglane.types import BackendChoice, ImagePatches
 from siglane.vision.packed import encode_packed
-from siglane.weights.demo import open_model
+from siglane.weights.demo import opened
 from siglane.weights.hub import Checkpoint
 
 EncoderSource = ImageSource | Mapping[str, Any]
@@ -35,8 +35,8 @@ class VisionEncoder:
 
     Images are packed together up to `max_batch_patches` patches (0: what suits the device; a larger one runs alone), or
     not at all without `enable_packing`, and each is laid out as if alone in its request. Features do not depend on what
-    they are packed with. max_seq_len: an older name of max_batch_patches; budget: the limits of images that name none
-    of their own.
+    they are packed with. adapter, verify_weights: as of `LLM`; max_seq_len: an older name of max_batch_patches; budget:
+    the limits of images that name none of their own.
     """
 
     def __init__(
@@ -44,6 +44,8 @@ class VisionEncoder:
         model: str | Path | Checkpoint,
         *,
         revision: str | None = None,
+        adapter: str | Path | None = None,
+        verify_weights: bool | None = None,
         device: str = "auto",
         dtype: Dtype = "auto",
         attention_backend: BackendChoice = "auto",
@@ -59,7 +61,7 @@ class VisionEncoder:
             device=device, vision_dtype=dtype, attention_backend=attention_backend, max_batch_patches=max_batch_patches
         )
         on, _, vision_dtype = placement(config)
-        checkpoint = model if isinstance(model, Checkpoint) else open_model(model, revision)
+        checkpoint = opened(model, revision, adapter=adapter, verify_weights=verify_weights)
         self._model, processor = load_vision(
             checkpoint, device=on, dtype=vision_dtype, attention_backend=attention_backend
         )

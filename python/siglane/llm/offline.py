@@ -25,13 +25,14 @@ from siglane.families.processor import Processor, load_processor
 from siglane.families.report import ImageReport
 from siglane.llm.generation import Generation, OnText, Row, blamed
 from siglane.llm.prompts import PromptLike, one_message
+from siglane.llm.stepper import Stepper
 from siglane.media.messages import ChatMessage, Conversation, read_messages
 from siglane.media.policy import LOCAL_MEDIA, MediaPolicy
 from siglane.settings.engine import EngineConfig
 from siglane.settings.options import options_of
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
 from siglane.types import ImagePatches, Prompt, Request, SamplingParams, TokenDelta
-from siglane.weights.demo import open_model
+from siglane.weights.demo import opened
 from siglane.weights.hub import Checkpoint
 
 Errors = Literal["raise", "return"]
@@ -40,11 +41,12 @@ Errors = Literal["raise", "return"]
 class LLM:
     """A model and its engine, in this process.
 
-    model: a checkpoint folder, a hub id, or "demo" for the one that ships with siglane; budget: the limits of images
-    that name none of their own; options: any field of `EngineConfig`, by name. sampling_defaults: what a prompt without
-    `params` gets: the values of the checkpoint's generation_config.json, greedy where it states no temperature.
-    Raises UserError for a model that cannot be loaded or does not know a limit, TypeError for an option that does not
-    exist.
+    model: a checkpoint folder, a hub id, or "demo" for the one that ships with siglane; adapter: folder or hub id of a
+    LoRA adapter; verify_weights: whether weight files are compared with their SHA-256, None: where a folder states it;
+    budget: the limits of images that name none of their own; options: any field of `EngineConfig`, by name.
+    sampling_defaults: what a prompt without `params` gets: the values of the checkpoint's generation_config.json,
+    greedy where it states no temperature. Raises UserError for a model that cannot be loaded or does not know a limit,
+    TypeError for an option that does not exist.
     """
 
     def __init__(
@@ -52,17 +54,20 @@ class LLM:
         model: str | Path | Checkpoint,
         *,
         revision: str | None = None,
+        adapter: str | Path | None = None,
+        verify_weights: bool | None = None,
         media: MediaPolicy = LOCAL_MEDIA,
         decode: DecodeConfig = LOCAL_DECODE,
         budget: ImageBudget = CHECKPOINT_LIMITS,
         **options: Any,
     ) -> None:
         config = _engine_config(options)
-        checkpoint = model if isinstance(model, Checkpoint) else open_model(model, revision)
+        checkpoint = opened(model, revision, adapter=adapter, verify_weights=verify_weights)
         self.processor: Processor = load_processor(checkpoint)
         self.sampling_defaults = sampling_defaults(self.processor.config, SamplingParams())
         self._media = MediaPipeline(self.processor.config.images, budget, media, decode)
         self._engine = build_engine(checkpoint, self.processor, config)
+        self._stepper = Stepper(self._engine)
         self._one_caller = threading.Lock()
         self._request_ids = (f"offline-{number}" for number in count())
 
@@ -162,7 +167,7 @@ class LLM:
                 if preparing and not self._engine.has_work:
                     wait(preparing, return_when=FIRST_COMPLETED)
                 self._start_prepared(preparing, running)
-                for delta in self._engine.step() if self._engine.has_work else ():
+                for delta in self._stepper.step() if self._engine.has_work else ():
                     self._take(delta, running)
                 while rows and rows[0].done:
                     yield rows.popleft().generation()

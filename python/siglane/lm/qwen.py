@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Protocol
+
 import torch
 from torch import nn
 
 from siglane.config.language import LanguageConfig
 from siglane.lm.attention import LayerAttention
 from siglane.nn.act import activate
+from siglane.nn.cpu.product import linear
 from siglane.nn.embedding import VocabParallelEmbedding
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear, attention_parallel
 from siglane.nn.norm import RMSNorm
 from siglane.nn.parallel import TensorParallel
-from siglane.nn.plan import Entry, Ignore, Rule, WeightPlan, parts
-from siglane.nn.rope import Rotary, rotary_tables, rotate
+from siglane.nn.plan import Ignore, Rule, WeightPlan, parts
+from siglane.nn.rope import Rotary, rotary_frequencies, rotary_tables, rotate
+
+
+class OutputHead(Protocol):
+    """Hidden states `[T, hidden_size]` -> logits `[T, vocab_size]`."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
 
 
 class DecoderAttention(nn.Module):
@@ -67,9 +77,13 @@ class DecoderBlock(nn.Module):
 
 
 class QwenModel(nn.Module):
-    """The decoder with its embedding table and output head. A step's metadata comes in through `attention`."""
+    """The decoder with its embedding table and output head. A step's metadata comes in through `attention`.
+
+    basis: `[hidden_size, hidden_size]` where the blocks' weights are those of another basis (`rotation.py`).
+    """
 
     norm_type: type[RMSNorm] = RMSNorm
+    basis: torch.Tensor | None
 
     def __init__(self, config: LanguageConfig, tp: TensorParallel | None = None) -> None:
         super().__init__()
@@ -81,7 +95,10 @@ class QwenModel(nn.Module):
         )
         self.norm = self.norm_type(config.hidden_size, config.rms_norm_eps)
         untied = not config.tie_embeddings
-        self.lm_head = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp) if untied else None
+        self.lm_head: OutputHead | None = None
+        if untied:
+            self.lm_head = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
+        self.register_buffer("basis", None, persistent=False)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """`[T]` -> `[T, hidden_size]`. Ids outside the table (placeholders of some families) read row 0."""
@@ -99,11 +116,11 @@ class QwenModel(nn.Module):
         """embeds `[T, hidden_size]`, positions i64 `[T]` -> normalised hidden states `[T, hidden_size]`."""
         config = self.config
         rotary = rotary_tables(positions, config.head_dim, config.rope_theta, embeds.dtype, config.rope_scaling)
-        x = embeds
+        x = embeds if self.basis is None else linear(embeds, self.basis.T)
         for number, block in enumerate(self.blocks):
             x = block(x, rotary, attention)
             if taps is not None:
-                taps[f"lm.block.{number}"] = x
+                taps[f"lm.block.{number}"] = x if self.basis is None else x @ self.basis.T
         hidden: torch.Tensor = self.norm(x)
         return hidden
 
@@ -132,13 +149,12 @@ def qwen_plan(config: LanguageConfig, decoder: str = "model.") -> WeightPlan:
         *parts("mlp.*_proj.{leaf}", "mlp.gate_up.{leaf}", "gate up"),
         Rule("mlp.down_proj.{leaf}", "mlp.down_proj.{leaf}"),
     ))  # fmt: skip
-    head: Entry = Rule("lm_head.weight", "lm_head.weight")
-    if config.tie_embeddings:
-        head = Ignore("lm_head.weight", "tie_word_embeddings: the head is the embedding table")
+    tied = config.tie_embeddings
+    frequencies = partial(rotary_frequencies, theta=config.rope_theta, scaling=config.rope_scaling)
     return WeightPlan((
-        Ignore("{rest}.rotary_emb.inv_freq", "computed from rope_theta"),
-        Rule(f"{decoder}embed_tokens.weight", "embed_tokens.weight"),
+        Ignore("{rest}.rotary_emb.inv_freq", "computed from rope_theta", frequencies),
+        Rule(f"{decoder}embed_tokens.weight", "embed_tokens.weight", twin=tied),
         Rule(f"{decoder}norm.weight", "norm.weight"),
         *block.under(f"{decoder}layers.{{i}}.", "blocks.{i}.").entries,
-        head,
+        Rule("lm_head.weight", "embed_tokens.weight" if tied else "lm_head.weight", twin=tied),
     ))  # fmt: skip

@@ -57,13 +57,17 @@ def is_public(address: str) -> bool:
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or any(ip in network for network in _SPECIAL))
 
 
-_in_flight: dict[tuple[str, MediaPolicy], Future[bytes]] = {}
+_Flight = tuple[str, MediaPolicy, str]  # URL, what it may be, tenant
+_in_flight: dict[_Flight, Future[bytes]] = {}
 _in_flight_lock = Lock()
 
 
-def get(url: str, policy: MediaPolicy) -> bytes:
-    """The body behind `url`. Callers that ask for one URL at the same time share one download."""
-    key = (url, policy)
+def get(url: str, policy: MediaPolicy, tenant: str | None) -> bytes:
+    """The body behind `url`. Callers of one tenant that ask for one URL at the same time share one download. Tenants do
+    not, because the time it takes would tell what others look at; nor does anybody whose tenant is not known (None)."""
+    if tenant is None:
+        return _download(url, policy)
+    key = (url, policy, tenant)
     with _in_flight_lock:
         running = _in_flight.get(key)
         mine = Future[bytes]()

@@ -19,12 +19,14 @@ from siglane.errors import ImageError
 from siglane.media.policy import MediaPolicy
 
 URL = re.compile(r"data:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+LOCAL_TENANT = ""  # of all that one program fetches for itself
 _DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 
 
-def fetch(url: str, policy: MediaPolicy) -> bytes:
+def fetch(url: str, policy: MediaPolicy, tenant: str | None = None) -> bytes:
     """The bytes behind a URL that a client sent. Blocks for at most `policy.timeout`; safe to call from many threads.
 
+    tenant: whose clients share a download, None where that is not known and nothing is shared.
     Raises ImageError: invalid_base64, request_too_large (data:); local_media_forbidden (file:);
     image_url_forbidden, image_fetch_timeout, image_fetch_failed (http, https); image_too_large;
     unsupported_url_scheme. Messages hold neither paths, queries nor credentials.
@@ -36,7 +38,7 @@ def fetch(url: str, policy: MediaPolicy) -> bytes:
         case "http" | "https" if policy.allow_http:
             from siglane.media.remote import get  # the HTTP client is needed only here
 
-            return get(url, policy)
+            return get(url, policy, tenant)
         case "http" | "https":
             raise ImageError("http and https media URLs are switched off here", code="image_url_forbidden")
         case "file":
@@ -66,7 +68,7 @@ def read_local(source: str | Path, policy: MediaPolicy) -> bytes:
     URLs are free of `policy`. Raises ImageError as `fetch` and `open_file`."""
     path = local_path(source)
     if path is None:
-        return fetch(str(source), policy)
+        return fetch(str(source), policy, LOCAL_TENANT)
     return read_file(path)
 
 

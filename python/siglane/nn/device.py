@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import torch
 
-from siglane.errors import ConfigError
+from siglane.errors import ConfigError, UserError
 
+MEMINFO = Path("/proc/meminfo")  # macOS tells no program how much is free
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -31,3 +36,26 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise ConfigError(f"dtype {name!r} is not known; use auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that `device` can still give; None where nobody tells."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if not MEMINFO.exists():
+        return None
+    lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+    return sum(int(lines[name].split()[0]) for name in ("MemAvailable", "SwapFree")) * 1024
+
+
+@contextmanager
+def short_of_memory(needed: int, device: torch.device, shortage: UserError) -> Iterator[None]:
+    """Around an allocation of `needed` bytes: raises `shortage` when they are not there, instead of the allocator's
+    message or of an end by the system."""
+    free = free_memory(device)
+    if free is not None and needed > free:
+        raise shortage
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch's allocators raise lines about themselves
+        raise shortage from error

@@ -18,8 +18,10 @@ class ShardedModule(nn.Module):
 
     `parts(name)` lists the parts parameter `name` is made of ("" when it is one tensor) and `load_part` copies this
     rank's share of one part. ValueError when the shape is not the whole tensor's. `stored_parts` is the reverse, for a
-    module that is whole on this rank.
+    module that is whole on this rank. tp: the ranks over which the parameters are cut.
     """
+
+    tp = TensorParallel.single()
 
     def parts(self, name: str) -> tuple[str, ...]:
         return ("",)

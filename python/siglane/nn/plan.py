@@ -8,8 +8,13 @@ its plan beside its parameters; a family joins those of its parts under its chec
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 PLACEHOLDERS = {"i": r"\d+", "leaf": "weight|bias", "rest": ".+"}
 
@@ -30,10 +35,15 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Ignore:
-    """Tensors named `pattern` are not used, for `reason`."""
+    """Tensors named `pattern` are not used, for `reason`.
+
+    constant: what a tensor of so many elements holds if it is what the model computes by itself; one that holds
+    something else is named in the log.
+    """
 
     pattern: str
     reason: str
+    constant: Callable[[int], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +92,16 @@ class WeightPlan:
                 return rule.pattern.format(**found.groupdict()).replace("[", "").replace("]", "")
         return None
 
+    def beginnings(self) -> tuple[str, ...]:
+        """What whole parts of names stand in front of its patterns: `llm.`, `llm.model.`, ..."""
+        found: dict[str, None] = {}
+        for entry in self.entries:
+            if isinstance(entry, Rule):
+                for text in (re.sub(r"\[.*?\]", "", entry.pattern), re.sub(r"[\[\]]", "", entry.pattern)):
+                    parts = text.partition("{")[0].split(".")[:-1]
+                    found |= {".".join(parts[: count + 1]) + ".": None for count in range(len(parts))}
+        return tuple(found)
+
     def under(self, source: str, target: str) -> WeightPlan:
         """The same plan for tensors called `source` + name and parameters called `target` + name."""
         return WeightPlan(tuple(_moved(entry, source, target) for entry in self.entries))
@@ -106,8 +126,8 @@ def _moved(entry: Entry, source: str, target: str) -> Entry:
     match entry:
         case Rule(pattern, parameter):
             return replace(entry, pattern=source + pattern, target=target + parameter)
-        case Ignore(pattern, reason):
-            return Ignore(source + pattern, reason)
+        case Ignore(pattern):
+            return replace(entry, pattern=source + pattern)
         case Elsewhere(prefix):
             return Elsewhere(source + prefix)
 

@@ -9,20 +9,32 @@ import torch
 
 from siglane.types import Grid, RopeScaling
 
-Rotary = tuple[torch.Tensor, torch.Tensor]  # cos and sin, each `[T, 1, head_dim]`
+Rotary = tuple[torch.Tensor, torch.Tensor]  # cos and sin, each `[T, 1, head_dim]`, the first half of sin negated
 
 
 def rotary_tables(
     positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None
 ) -> Rotary:
-    """cos and sin for `positions` `[T]`: each `[T, 1, head_dim]`, computed in float32 and cast (transformers Qwen2)."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    """For `positions` `[T]`, computed in float32 and cast (transformers Qwen2)."""
+    frequencies = rotary_frequencies(head_dim // 2, theta, scaling, positions.device)
+    cos, sin = _tables(positions.float()[:, None] * frequencies)
+    return cos.to(dtype), sin.to(dtype)
+
+
+def _tables(angles: torch.Tensor) -> Rotary:
+    """angles `[T, head_dim / 2]`, one for each pair."""
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
+
+
+def rotary_frequencies(
+    count: int, theta: float, scaling: RopeScaling | None = None, device: torch.device | None = None
+) -> torch.Tensor:
+    """Radians per position of `count` = head_dim / 2 pairs, float32: what checkpoints of older versions store as
+    `inv_freq`."""
+    exponents = torch.arange(0, 2 * count, 2, dtype=torch.float32, device=device) / (2 * count)
     frequencies = 1.0 / theta**exponents
-    if scaling is not None:
-        frequencies = _stretched(frequencies, scaling)
-    angles = positions.float()[:, None] * frequencies
-    angles = torch.cat((angles, angles), dim=-1)[:, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return frequencies if scaling is None else _stretched(frequencies, scaling)
 
 
 def _stretched(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
@@ -34,7 +46,7 @@ def _stretched(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
 
 
 def rotary_tables_2d(grids: Sequence[Grid], head_dim: int, theta: float, device: torch.device) -> Rotary:
-    """cos and sin `[N, 1, head_dim]`, float32, for patches of `grids` in raster order.
+    """For patches of `grids` in raster order, float32.
 
     The first half of the angles turns with the row, the second with the column, each over head_dim / 4 frequencies;
     the vector is then repeated, so that pairs are (i, i + head_dim / 2) (AIDC-AI/Ovis modeling_siglip2_navit.py).
@@ -47,13 +59,9 @@ def rotary_tables_2d(grids: Sequence[Grid], head_dim: int, theta: float, device:
         across = torch.arange(grid.w, dtype=torch.float32)[None, :, None] * frequencies
         halves = (down.expand(-1, grid.w, -1), across.expand(grid.h, -1, -1))
         tables[grid] = torch.cat(halves, dim=-1).flatten(0, 1)
-    angles = torch.cat([tables[grid] for grid in grids]).to(device)
-    angles = torch.cat((angles, angles), dim=-1)[:, None]
-    return angles.cos(), angles.sin()
+    return _tables(torch.cat([tables[grid] for grid in grids]).to(device))
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x: `[T, heads, head_dim]`; pairs are (i, i + head_dim / 2)."""
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos + turned * sin
+    """x: `[T, heads, head_dim]`; pairs are (i, i + head_dim / 2), cos and sin as in `Rotary`."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin

@@ -23,7 +23,6 @@ from siglane.server.job import job_of
 from siglane.server.local import LocalServer
 from siglane.server.served import Served
 from siglane.server.store import Batch, Status, Store
-from siglane.weights.hub import open_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -271,8 +270,9 @@ class BatchRunner:
 
     def _output(self, batch: Batch, digest: str) -> Output:
         spec = self._served.engine.spec
-        checkpoint = open_checkpoint(spec.model, spec.revision)
-        job = job_of(self._config, spec, self._served.models[0].image_limits, checkpoint)
+        job = job_of(
+            self._config, spec, self._served.models[0].image_limits, replace(spec, verify_weights=False).open()
+        )
         try:
             return Output(self._store.output_path(batch.id), {"input": digest, **job})
         except UserError as error:

@@ -55,7 +55,16 @@ async def prepare(body: ChatCompletionRequest, context: RequestContext, model: C
     images = prompt.in_order([item.patches for item in media])
     request_id = f"chatcmpl-{secrets.token_hex(12)}"
     requests = tuple(
-        Request(f"{request_id}-{index}", prompt, sampling.choice(index), max_tokens, salt, images, context.batch)
+        Request(
+            f"{request_id}-{index}",
+            prompt,
+            sampling.choice(index),
+            max_tokens,
+            salt,
+            images,
+            context.request_id,
+            context.batch,
+        )
         for index in range(sampling.n)
     )
     return Prepared(request_id, prompt, requests, list(map(report_image, media)), watch.seconds)

@@ -98,16 +98,18 @@ class Server(uvicorn.Server):
         return bool(self.server_state.tasks)
 
     def stop_when_engine_fails(self) -> None:
-        """A model that cannot be loaded ends the server with the reason, instead of a server that is never ready."""
+        """A model that cannot be loaded, or an engine that dies again and again, ends the server with the reason: a
+        supervisor acts on that, and not on a server that is never ready."""
 
         def watch() -> None:
-            try:
-                self._served.engine.wait_ready()
+            engine = self._served.engine
+            with contextlib.suppress(SiglaneError):
+                engine.wait_ready()
                 logger.info("ready")
-            except SiglaneError as error:
-                if self._deadline is None:
-                    self.failure = error
-                    self.should_exit = True
+            failure = engine.wait_end()
+            if failure is not None and self._deadline is None:
+                self.failure = failure
+                self.should_exit = True
 
         threading.Thread(target=watch, name="engine-watch", daemon=True).start()
 

@@ -13,18 +13,20 @@ from siglane.settings.server import ServerConfig
 from siglane.tiling.rule import ImageBudget
 from siglane.weights.hub import Checkpoint
 
-NUMERICS = ("dtype", "vision_dtype", "attention_backend", "paged_backend")
+NUMERICS = ("dtype", "vision_dtype", "quantization", "attention_backend", "paged_backend")
 ANSWERS = ("sampling_defaults", "default_temperature", "tagger")
 
 
 def job_of(config: ServerConfig, spec: EngineSpec, limits: ImageBudget, checkpoint: Checkpoint) -> dict[str, Any]:
     """By the names that a user knows."""
     files = hashlib.sha256()
-    for path in sorted((*checkpoint.root.glob("*.json"), *checkpoint.root.glob("**/*.safetensors"))):
-        files.update(f"{path.relative_to(checkpoint.root)} {path.stat().st_size}\n".encode())
+    for root in filter(None, (checkpoint.root, checkpoint.adapter)):
+        for path in sorted((*root.glob("*.json"), *root.glob("**/*.safetensors"))):
+            files.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
     return {
         "model": spec.model,
         "revision": spec.revision,
+        "adapter": spec.adapter,
         "model_files": files.hexdigest(),
         **{name: getattr(config, name) for name in ANSWERS},
         **{option.name: getattr(config, option.name) for option in options_of(MediaConfig)},

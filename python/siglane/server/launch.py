@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import logging
 import os
 import re
 import resource
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,8 @@ from siglane.server import logs
 from siglane.server.http import BACKLOG, Server, uvicorn_config
 from siglane.settings.server import ServerConfig
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
-from siglane.weights.demo import FOLDERS, open_model
+from siglane.weights.demo import FOLDERS
+from siglane.weights.hub import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from siglane.engine.child import EngineSpec
@@ -63,7 +65,7 @@ def check_model_exists(model: str, param: str) -> None:
     if not folder.is_dir() and (folder.is_absolute() or folder.exists() or not REPOSITORY_ID.fullmatch(model)):
         message = f"there is no folder {model!r}; give a model's folder or its hub id (owner/name)"
         raise UserError(message, code="model_not_found", param=param)
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
         message = f"{model} holds no config.json; give the folder of a model"
         raise UserError(message, code="model_not_found", param=param)
 
@@ -95,16 +97,18 @@ def serve(
     """Serves until a signal, and returns the exit code: 0 after SIGTERM or Ctrl-C.
 
     listener: from `preflight`, when the caller has checked already; image_limits: the ceiling of the clients'. Raises
-    UserError for a port, a model or limits that cannot be used, EngineError when the engine cannot be started.
+    UserError for a port, a model or limits that cannot be used, EngineError when the engine is given up.
     """
     listener = listener or preflight(config, spec.model)
     with contextlib.closing(listener):
-        logs.configure(config.log_format, config.log_level)
+        logs.begin(config.log_format, config.log_level)
         _raise_file_limit()
 
         from siglane.server.app import create_app  # loads torch, after everything that can fail at once
 
-        with serving(config, dataclasses.replace(spec, tagger=config.tagger), image_limits) as served:
+        spec = dataclasses.replace(spec, tagger=config.tagger)
+        log = functools.partial(logs.configure, config.log_format, config.log_level)
+        with serving(config, spec, image_limits, prepare=log) as served:
             server = Server(uvicorn_config(create_app(served), config), served)
             server.stop_when_engine_fails()
             host, port = listener.getsockname()[:2]
@@ -121,29 +125,29 @@ def serving(
     spec: EngineSpec,
     image_limits: ImageBudget = CHECKPOINT_LIMITS,
     restarts_allowed: int | None = None,
+    prepare: Callable[[], None] | None = None,
 ) -> Iterator[Served]:
     """The models of `spec` behind an engine that loads them while the server starts; closed at the end.
 
     image_limits: of the model itself; a tagger beside it reads images as its checkpoint says. restarts_allowed: of the
-    engine in a few minutes, None for a server's few.
+    engine in a few minutes, None for a server's few; prepare: what the engine's process calls first.
     """
     from siglane.engine.process import EngineProcess
     from siglane.families.processor import load_processor
     from siglane.families.two_tower import has_both_towers, read_two_tower
     from siglane.server.metrics import Metrics
     from siglane.server.served import ChatModel, Deployment, EmbedModel, Served
-    from siglane.weights.hub import open_checkpoint
 
     # what the engine's process opens is downloaded here, and facts that cannot be used are found
-    checkpoint = open_checkpoint(spec.model, spec.revision)
+    checkpoint, siglip = spec.open(), spec.open_tagger()
     alone = has_both_towers(checkpoint)
     if alone and spec.tagger is not None:
         raise UserError(f"{spec.model} is a SigLIP itself; leave --tagger out", code="bad_option", param="tagger")
     tagger = spec.model if alone else spec.tagger
-    two_tower = None if tagger is None else read_two_tower(checkpoint if alone else open_model(tagger))
+    two_tower = read_two_tower(checkpoint) if alone else None if siglip is None else read_two_tower(siglip)
 
     name, metrics = config.served_model_name or folder_of(spec.model), Metrics()
-    engine = EngineProcess(spec, restarts_allowed)
+    engine = EngineProcess(spec, restarts_allowed, prepare=prepare)
     engine.start(wait=False)
     try:
         chat = embed = None

@@ -82,7 +82,7 @@ class MediaLoader:
         key = (url, policy, tenant)
         flight = self._flights.get(key)
         if flight is None:
-            flight = asyncio.get_running_loop().run_in_executor(self._fetchers, fetch, url, policy)
+            flight = asyncio.get_running_loop().run_in_executor(self._fetchers, fetch, url, policy, tenant)
             self._flights[key] = flight
             flight.add_done_callback(lambda done: self._land(key, done))
         return await asyncio.shield(flight)  # others may wait for it when this client leaves

@@ -14,9 +14,12 @@ if TYPE_CHECKING:  # flags are read and wrong ones reported before torch's secon
     import torch
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+QUANTIZATION_HELP = "bits that the weights of linear layers are kept in"
+Quantization = Literal["none", "8bit", "4bit"]
 DTYPE_HELP = "dtype of the weights and what is computed with them; auto: float32, on CUDA bfloat16"
 KV_BYTES_ON_CPU = 1 << 30
 KV_SHARE_OF_FREE_GPU = 0.8
+ENGINE_TIMEOUT = {"cpu": 60.0, "cuda": 300.0}  # a first step on CUDA may compile kernels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +27,7 @@ class EngineConfig:
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N"})
     dtype: Dtype = field(default="auto", metadata={"help": DTYPE_HELP})
     vision_dtype: Dtype = field(default="auto", metadata={"help": "dtype of the vision tower; auto: as dtype"})
+    quantization: Quantization = field(default="none", metadata={"help": QUANTIZATION_HELP})
     attention_backend: BackendChoice = field(
         default="auto",
         metadata={"help": "packed vision attention: auto, sdpa, onednn, torch_varlen, flash_attn, flashinfer"},
@@ -52,6 +56,13 @@ class EngineConfig:
     )
     prefix_cache: bool = field(default=True, metadata={"help": "reuse the KV pages of prompts that begin alike"})
     threads: int = field(default=0, metadata={"help": "CPU threads of the engine; 0 leaves torch's choice"})
+    engine_timeout: float = field(
+        default=0.0,
+        metadata={
+            "help": "seconds without progress (each layer is some) after which an engine counts as hung and a server "
+            "starts it again, LLM and generate end with an error; 0: 60 on CPU, 300 on CUDA; inf: never"
+        },
+    )
 
     def __post_init__(self) -> None:
         at_least("page_size", self.page_size, 1)
@@ -59,9 +70,13 @@ class EngineConfig:
         for name in ("kv_tokens", "max_batch_tokens", "max_batch_patches", "feature_cache_bytes", "threads"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        at_least("engine_timeout", self.engine_timeout, 0)
         for name in ("dtype", "vision_dtype"):
             if getattr(self, name) not in get_args(Dtype):
                 raise ConfigError(f"{name} {getattr(self, name)!r} is not known; use {', '.join(get_args(Dtype))}")
+        if self.quantization not in get_args(Quantization):
+            known = ", ".join(get_args(Quantization))
+            raise ConfigError(f"quantization {self.quantization!r} is not known; use {known}")
         if self.paged_backend not in ("auto", "torch", "flashinfer"):
             raise ConfigError(f"paged_backend {self.paged_backend!r} is not known; use auto, torch or flashinfer")
 
@@ -77,6 +92,15 @@ class EngineConfig:
 
         language = resolve_dtype(self.dtype, device)
         return language, language if self.vision_dtype == "auto" else resolve_dtype(self.vision_dtype, device)
+
+    def resolve_timeout(self, device_type: str) -> float:
+        """Seconds without progress after which an engine on this kind of device counts as hung."""
+        return self.engine_timeout or ENGINE_TIMEOUT[device_type]
+
+    @property
+    def silence_limit(self) -> float:
+        """Seconds without a sign of life after which an engine's process does: it gives signs while it computes."""
+        return self.engine_timeout or ENGINE_TIMEOUT["cpu"]
 
     @property
     def stated_pages(self) -> int | None:

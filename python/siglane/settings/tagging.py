@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from siglane.errors import ConfigError
-from siglane.settings.engine import DTYPE_HELP, Dtype
+from siglane.settings.engine import DTYPE_HELP, QUANTIZATION_HELP, Dtype, Quantization
 from siglane.settings.options import at_least, options_of, resolve
 from siglane.settings.toml import read_table
 
 logger = logging.getLogger(__name__)
 
 Attention = Literal["auto", "sdpa", "flash_attention_2", "eager"]
-Quantization = Literal["none", "8bit", "4bit"]
 
 SECTION = ("plugins", "siglip")
 TEMPLATES = ("This is a photo of {label}.",)  # what SigLIP's zero-shot scores are made with (formats.md 1.6)
@@ -34,7 +33,7 @@ class TagSettings:
     batch_size: int = field(default=0, metadata={"help": "pictures of one forward; 0: 8 on CPU, 32 on CUDA"})
     attention: Attention = field(default="auto", metadata={"help": "attention of both towers; auto: what is fastest"})
     dtype: Dtype = field(default="auto", metadata={"help": DTYPE_HELP})
-    quantization: Quantization = field(default="none", metadata={"help": "bits that both towers' weights are kept in"})
+    quantization: Quantization = field(default="none", metadata={"help": QUANTIZATION_HELP})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N"})
     confidence_threshold: float = field(
         default=CONFIDENCE_THRESHOLD, metadata={"help": "tags below it are left out; sigmoid scores are low"}

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from siglane.types import digest_of
-from siglane.weights.hub import Checkpoint
+from siglane.weights.hub import ADAPTER_CONFIG, Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ ON_DISK_BYTES = 1 << 30
 FILE = re.compile(r"[0-9a-f]{64}\.safetensors")  # nothing else in the folder is ever removed
 TEXT_FILES = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model",
-    "*.safetensors",
+    "*.safetensors", ADAPTER_CONFIG,
 )  # fmt: skip
 
 
@@ -37,9 +37,10 @@ def default_folder() -> Path:
 
 
 def state_of(checkpoint: Checkpoint, *numerics: str) -> bytes:
-    """What a label matrix depends on besides templates and labels: the files of text tower and tokenizer (path, size,
-    time of change), and `numerics`, such as the dtype and the rule that texts are prepared by. 32 bytes."""
-    files = sorted({file.resolve() for pattern in TEXT_FILES for file in checkpoint.root.glob(pattern)})
+    """What a label matrix depends on besides templates and labels: the files of text tower, adapter and tokenizer
+    (path, size, time of change), and `numerics`, such as dtype and text rule. 32 bytes."""
+    roots = [root for root in (checkpoint.root, checkpoint.adapter) if root is not None]
+    files = sorted({file.resolve() for root in roots for pattern in TEXT_FILES for file in root.glob(pattern)})
     stats = [(str(file), stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()]]
     return digest_of(FORMAT.encode(), json.dumps([stats, numerics]).encode())
 

@@ -23,16 +23,15 @@ from siglane.media.item import ImageSource
 from siglane.media.messages import image_item
 from siglane.media.policy import LOCAL_MEDIA, MediaPolicy
 from siglane.nn.attention import choose_backend
-from siglane.nn.cpu.int8 import quantise
 from siglane.nn.cpu.optimise import optimise
 from siglane.nn.device import resolve_device, resolve_dtype
-from siglane.settings.engine import Dtype
+from siglane.nn.quantise import quantise
+from siglane.settings.engine import Dtype, Quantization
 from siglane.settings.tagging import (
     CONFIDENCE_THRESHOLD,
     MAX_TAGS,
     TEMPLATES,
     Attention,
-    Quantization,
     TagSettings,
     check_limits,
 )
@@ -42,7 +41,7 @@ from siglane.tagging.scoring import label_vectors, likeliest, sigmoid_scores
 from siglane.tiling.naflex import NaFlex
 from siglane.tiling.rule import ImageBudget
 from siglane.types import BackendChoice, ImagePatches
-from siglane.weights.demo import open_model
+from siglane.weights.demo import open_model, opened
 from siglane.weights.hub import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -90,10 +89,10 @@ class _Batch(NamedTuple):
 class Tagger:
     """A SigLIP or SigLIP2 with both towers.
 
-    model: a folder or a hub id; batch_size: images of one packed forward, 0 for what suits the device;
-    max_num_patches: of a NaFlex model's images that name none of their own, None for what the checkpoint says;
-    templates: texts with `{label}`, a label's embedding is the mean of theirs; cache: folder of label matrices, None
-    for `~/.cache/siglane/labels`. Raises UserError for a model or a setting that cannot be used here.
+    model: a folder or a hub id; adapter, verify_weights: as of `LLM`; batch_size: images of one packed forward, 0 for
+    what suits the device; max_num_patches: of a NaFlex model's images that name none of their own, None for what the
+    checkpoint says; templates: texts with `{label}`, a label's embedding is the mean of theirs; cache: folder of label
+    matrices, None for `~/.cache/siglane/labels`. Raises UserError for a model or a setting that cannot be used here.
 
     Images are what `LLM` takes, or `{"image": source, "max_num_patches": 512}` with a budget of their own.
     """
@@ -103,6 +102,8 @@ class Tagger:
         model: str | Path | Checkpoint,
         *,
         revision: str | None = None,
+        adapter: str | Path | None = None,
+        verify_weights: bool | None = None,
         device: str = "auto",
         dtype: Dtype = "auto",
         quantization: Quantization = "none",
@@ -120,7 +121,7 @@ class Tagger:
         on = resolve_device(device)
         chosen = resolve_dtype(dtype, on)
         backend = _backend(attention, on, chosen)
-        checkpoint = model if isinstance(model, Checkpoint) else open_model(model, revision)
+        checkpoint = opened(model, revision, adapter=adapter, verify_weights=verify_weights)
         loaded = load_two_tower(checkpoint, device=on, dtype=chosen, attention_backend=backend)
         self._model = loaded.model
         if quantization != "none":
@@ -142,7 +143,8 @@ class Tagger:
             raise UserError("tagging is switched off; set enabled to true", code="tagging_disabled", param="enabled")
         if settings.model is None:
             raise UserError("no model is given; name one, or set model", code="bad_settings", param="model")
-        checkpoint = open_model(settings.model, options.pop("revision", None))
+        named = {name: options.pop(name, None) for name in ("revision", "adapter", "verify_weights")}
+        checkpoint = open_model(settings.model, **named)
         return cls(
             checkpoint,
             device=settings.device,

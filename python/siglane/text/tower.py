@@ -53,7 +53,7 @@ class SiglipTextModel(nn.Module):
 
 # transformers' `SiglipTextModel` and `Siglip2TextModel`
 TEXT_TOWER_PLAN = WeightPlan((
-    Ignore("{rest}.position_ids", "a constant buffer of older versions"),
+    Ignore("{rest}.position_ids", "a constant buffer of older versions", torch.arange),
     Rule("embeddings.token_embedding.weight", "token_embedding.weight"),
     Rule("embeddings.position_embedding.weight", "position_embedding.weight"),
     *BLOCK_PLAN.under("encoder.layers.{i}.", "blocks.{i}.").entries,

@@ -33,8 +33,9 @@ from siglane.families.stated import (
 from siglane.families.two_tower import BOTH_TOWERS, LoadedTwoTower, TwoTowerModel, read_two_tower, two_tower_plan
 from siglane.training.initialise import initialise
 from siglane.weights.export import checkpoint_tensors
+from siglane.weights.files import SINGLE
 from siglane.weights.hub import Checkpoint
-from siglane.weights.load import SINGLE, allocate
+from siglane.weights.load import allocate
 
 TOKEN_DEVIATION = 0.3  # of fresh token tables: texts must be told apart before anything can be learned from them
 SPECIAL = {

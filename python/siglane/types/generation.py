@@ -83,10 +83,16 @@ class Request:
     max_tokens: int  # resolved, at least 1 and within the context
     cache_salt: str = ""  # separates tenants in the caches
     images: tuple[ImagePatches, ...] = ()  # the prompt's, in its order (`Prompt.in_order`)
+    trace_id: str = ""  # what logs call it where that is not its request_id: several may be one client's
     batch: bool = False  # it yields to requests that somebody waits for
 
     def __post_init__(self) -> None:
         self.prompt.check_images(self.images)
+
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """`extra` of a log record about it."""
+        return {"request_id": self.trace_id or self.request_id}
 
     def cache_ids(self) -> tuple[int, ...]:
         """The prompt's token ids, every placeholder replaced by a negative number that holds its image's full digest.

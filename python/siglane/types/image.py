@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -91,16 +91,6 @@ class ImagePatches:
         if self.pixels.ndim != 2 or self.pixels.shape[0] != self.layout.patches or not self.pixels.is_contiguous():
             raise ValueError(f"pixels must be [{self.layout.patches}, patch_dim], got {tuple(self.pixels.shape)}")
         _check_digest(self.digest)
-
-    def __reduce__(self) -> tuple[object, ...]:
-        """Crosses process boundaries as plain bytes; torch's own pickling would share memory by file descriptor."""
-        return (_patches_of, (self.pixels.numpy(), self.layout, self.digest))
-
-
-def _patches_of(pixels: npt.NDArray[Any], layout: ImageLayout, digest: bytes) -> ImagePatches:
-    import torch
-
-    return ImagePatches(torch.from_numpy(pixels), layout, digest)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -48,6 +48,8 @@ def verify(
     device: str = "cpu",
     dtype: str = "float32",
     revision: str | None = None,
+    adapter: str | Path | None = None,
+    verify_weights: bool | None = None,
     save: Path | None = None,
 ) -> Report:
     """Runs `model` and its reference on the same pictures, each alone and all in one request, and compares them.
@@ -55,13 +57,11 @@ def verify(
     images: paths, URLs, bytes or Pillow images; without them `random` drawn ones (3), none for a language model alone.
     reference: "transformers" (its modules with `model`'s own tensors), the folder of another checkpoint of the family
     for the same modules, or a file of golden values, which brings its own pictures and questions. prompt, steps: what
-    a language model is asked and how many greedy tokens of its answer are compared (8). save: a file for the
-    reference's values. UserError and its kinds when something given cannot be used.
+    a language model is asked and how many greedy tokens are compared (8). adapter, verify_weights: as of `LLM`; save: a
+    file for the reference's values. UserError and its kinds when something given cannot be used.
     """
-    precision = _precision(threshold, dtype)
-    checkpoint, place_of = open_model(model, revision), resolve_device(device)
-    # a configuration that siglane refuses is refused before the reference has run
-    sees = (tower_family(checkpoint) or vlm_family(checkpoint)).images(checkpoint) is not None
+    checkpoint = open_model(model, revision, adapter=adapter, verify_weights=verify_weights)
+    precision, place_of, sees = _precision(threshold, dtype), resolve_device(device), _sees(checkpoint)
     if Path(reference).suffix == ".safetensors":
         given = (images, random, prompt, steps, save)
         expected = _stored(checkpoint, Path(reference), free=all(one is None for one in given))
@@ -81,6 +81,12 @@ def verify(
         pictures=expected.pictures,
         comparisons=_compared(SiglaneRunner(checkpoint, place_of, precision), expected, threshold),
     )
+
+
+def _sees(checkpoint: Checkpoint) -> bool:
+    """Whether the model reads pictures. A configuration that siglane refuses is refused here, before the reference has
+    run."""
+    return (tower_family(checkpoint) or vlm_family(checkpoint)).images(checkpoint) is not None
 
 
 def _precision(threshold: float, dtype: str) -> torch.dtype:
@@ -156,10 +162,10 @@ def _computed(
     dtype: torch.dtype,
 ) -> Golden:
     """What the reference gives for each picture alone, and for all in one request when there are several."""
-    folder = checkpoint.root if reference == TRANSFORMERS else open_model(reference).root
-    family = _family(checkpoint, folder)
+    other = checkpoint if reference == TRANSFORMERS else open_model(reference)
+    family = _family(checkpoint, other.root)
     opened = [open_picture(picture.data, picture.name) for picture in pictures]
-    loaded = _loaded(family, folder, device, dtype)
+    loaded = _loaded(family, other, device, dtype)
     # the reference's convolution in float32, whatever torch's default is
     with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
         traces = {case: loaded.run(shown, prompt, steps) for case, shown in _requests(opened).items()}
@@ -172,14 +178,14 @@ def _computed(
     )
 
 
-def _loaded(family: ReferenceFamily, folder: Path, device: torch.device, dtype: torch.dtype) -> Reference:
+def _loaded(family: ReferenceFamily, other: Checkpoint, device: torch.device, dtype: torch.dtype) -> Reference:
     try:
         with _quiet_transformers():
-            return family.load(folder, device, dtype)
+            return family.load(other.root, device, dtype, other.adapter)
     except SiglaneError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # it reads the JSON without looking
-        raise ConfigError(f"{folder}: the reference does not understand its configuration: {error!r}") from error
+        raise ConfigError(f"{other.root}: the reference does not understand its configuration: {error!r}") from error
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def tower_plan(config: VisionConfig) -> WeightPlan:
     if not config.use_head:
         head = WeightPlan((Ignore("head.{rest}", "the pooling head is not used"),))
     return WeightPlan((
-        Ignore("{rest}.position_ids", "a constant buffer of older versions"),
+        Ignore("{rest}.position_ids", "a constant buffer of older versions", torch.arange),
         *(Ignore(f"encoder.layers.{i}.{{rest}}", "the features are taken before this block") for i in unused_blocks),
         Rule("embeddings.patch_embedding.{leaf}", "patch_embedding.{leaf}"),
         Rule("embeddings.position_embedding.weight", "position_embedding.weight"),

@@ -11,13 +11,17 @@ from siglane.weights.load import owner_of
 
 
 def checkpoint_tensors(module: nn.Module, plan: WeightPlan) -> dict[str, torch.Tensor]:
-    """Every parameter of `module`, which is whole on this rank, under the names and in the shapes of a checkpoint.
+    """Every parameter of `module` under the names and in the shapes of a checkpoint.
 
-    ValueError when no tensor of the plan fills a parameter.
+    ValueError when a parameter is a shard of one that is cut over ranks, or no tensor of the plan fills it.
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in module.named_parameters():
         owner, leaf = owner_of(module, name)
+        if isinstance(owner, ShardedModule) and owner.tp.size > 1:
+            raise ValueError(
+                f"{name} is a shard: rank {owner.tp.rank} of {owner.tp.size}; export a model that is whole"
+            )
         stored = owner.stored_parts(leaf) if isinstance(owner, ShardedModule) else {"": parameter.detach()}
         joined = "+".join(stored)
         if len(stored) > 1 and plan.source(Destination(name, joined)) is not None:

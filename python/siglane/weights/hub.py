@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,30 @@ from siglane.errors import ConfigError, UserError
 FILE_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*merges.txt", "*vocab.txt")
 TOKENIZER_PATTERNS = ("*token*.json", "vocab.json", "*.jinja", "*.model", "*merges.txt", "*vocab.txt")
 REPOSITORY_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A folder of model files. Names are relative to it; nothing outside it is read."""
+    """A folder of model files. Names are relative to it; nothing outside it is read.
+
+    adapter: the folder of an adapter that is merged into the weights, where it is another one; verify: whether weight
+    files are compared with their checksums when they are loaded, None: with those that lie in the folder.
+    """
 
     root: Path
+    adapter: Path | None = None
+    verify: bool | None = None
 
     def path(self, name: str) -> Path:
         return self.root / name
 
     def has(self, name: str) -> bool:
-        """Whether there is a file or a folder called `name`."""
-        return self.path(name).exists()
+        """Whether there is a file or a folder called `name`. ConfigError when the system does not tell."""
+        try:
+            return self.path(name).exists()
+        except OSError as error:
+            raise ConfigError(f"cannot read {self.path(name)}: {error.strerror}; see its permissions") from error
 
     def json(self, name: str) -> dict[str, Any]:
         """The JSON object in file `name`. ConfigError when it is missing, not JSON or not an object."""
@@ -57,22 +67,77 @@ class Source:
 
 
 def open_checkpoint(
-    model: str | Path, revision: str | None = None, *, patterns: Sequence[str] = FILE_PATTERNS
+    model: str | Path,
+    revision: str | None = None,
+    *,
+    patterns: Sequence[str] = FILE_PATTERNS,
+    adapter: str | Path | None = None,
+    verify: bool | None = None,
 ) -> Checkpoint:
     """The files of `model`: a folder, or a Hugging Face repository id at `revision` (a branch, tag or commit).
 
     A repository is downloaded into the hub's cache, or found there; only the files that match `patterns` are fetched,
-    by default configurations, tokenizers and safetensors. UserError `model_not_found` says what to do when there is
-    nothing to open.
+    by default configurations, tokenizers and safetensors. adapter: a folder or id of one to be merged into the weights;
+    a `model` that is itself an adapter without weights is merged into the base that it names. UserError
+    `model_not_found` says what to do when there is nothing to open.
     """
+    found = Checkpoint(_folder(model, revision, patterns), verify=verify)
+    if adapter is not None:
+        if not (folder := _folder(adapter, None, patterns)).joinpath(ADAPTER_CONFIG).is_file():
+            message = f"{adapter} holds no {ADAPTER_CONFIG}; give the folder that PEFT's save_pretrained wrote"
+            raise UserError(message, code="bad_adapter", param="adapter")
+        return replace(found, adapter=folder)
+    described = "*.json" in patterns and ("*.safetensors" in patterns or not found.has("config.json"))
+    if described and is_adapter_alone(found):
+        return replace(found, root=_base(found, patterns), adapter=found.root)
+    return found
+
+
+def is_adapter_alone(folder: Checkpoint) -> bool:
+    """Whether an adapter lies in `folder` without the weights that it changes."""
+    if not folder.has(ADAPTER_CONFIG):
+        return False
+    weights = (
+        *folder.root.glob("*.safetensors"),
+        *folder.root.glob("*/*.safetensors"),
+        *folder.root.glob("pytorch_model*.bin"),
+    )
+    return all(file.name.startswith("adapter_model.") for file in weights)
+
+
+def _base(adapter: Checkpoint, patterns: Sequence[str]) -> Path:
+    """The folder of the model that an adapter names as its base; a relative path may also start from the adapter's."""
+    reader = adapter.reader(ADAPTER_CONFIG)
+    if not reader.has("base_model_name_or_path"):
+        raise _not_found(f"{adapter.root} is an adapter and names no base; give the base, and this folder as --adapter")
+    named = reader.value("base_model_name_or_path", str)
+    revision = reader.value("revision", str) if reader.has("revision") else None
+    try:
+        beside = adapter.root / named
+        base = Checkpoint(beside if beside.is_dir() else _folder(named, revision, patterns))
+    except UserError as error:
+        raise _not_found(
+            f"{adapter.root} is an adapter of {named!r}, which cannot be had: {error.message}; give the base as the "
+            "model, and this folder as --adapter"
+        ) from error
+    if is_adapter_alone(base):
+        raise _not_found(f"{adapter.root} is an adapter of {named!r}, which is an adapter itself; merge that one first")
+    return base.root
+
+
+def _folder(model: str | Path, revision: str | None, patterns: Sequence[str]) -> Path:
+    """Where the files of `model` lie, downloaded where it is a hub id."""
     folder = Path(model).expanduser()
-    if str(model) and folder.is_dir():
-        return Checkpoint(folder)
-    if str(model) and folder.exists():
-        raise _not_found(f"{folder} is a file; give the folder that holds config.json")
+    try:
+        if str(model) and folder.is_dir():
+            return folder
+        if str(model) and folder.exists():
+            raise _not_found(f"{folder} is a file; give the folder that holds config.json")
+    except OSError as error:
+        raise _not_found(f"{folder} cannot be read: {error.strerror}; see its permissions") from error
     if isinstance(model, Path) or not REPOSITORY_ID.fullmatch(model):
         raise _not_found(f"there is no folder {str(model)!r}; give a model's folder or its hub id (owner/name)")
-    return Checkpoint(_download(model, revision, patterns))
+    return _download(model, revision, patterns)
 
 
 def _download(repository: str, revision: str | None, patterns: Sequence[str]) -> Path:

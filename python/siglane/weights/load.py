@@ -7,7 +7,9 @@ to its weights fails here, in milliseconds. Then the parameters are allocated an
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+import contextlib
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -15,107 +17,73 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from siglane.config.reader import read_json
-from siglane.errors import OtherWeights, WeightError
+from siglane.errors import ConfigError, OtherWeights, WeightError
+from siglane.nn.device import short_of_memory
 from siglane.nn.linear import ShardedModule, copy_checked
 from siglane.nn.plan import Destination, Elsewhere, Ignore, WeightPlan
-from siglane.weights.hub import Checkpoint, Source
+from siglane.weights.files import open_weights, weight_files
+from siglane.weights.hub import Source
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLES = ("*.bin", "*.pt", "*.pth")
-LFS_POINTER = b"version https://git-lfs"
+logger = logging.getLogger(__name__)
+
 LISTED = 5  # names in a message about missing tensors
 
 # the storage types a parameter can be cast from; anything else needs scales, i.e. is quantised
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+QUANTISED = f"siglane reads {', '.join(DTYPES)}, quantised checkpoints are not supported"
+
+Edit = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor of a file, known by its header: `key` inside the file, `name` with its source's prefix."""
+    """One tensor of a file, known by its header: `key` inside the file, `name` with its source's prefix.
+
+    stored_as: the storage type, in safetensors' words; edits: what an adapter makes of its values, one after another.
+    """
 
     name: str
     file: Path
     key: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    stored_as: str
+    edits: tuple[Edit, ...] = ()
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """None for a storage type that no parameter is cast from: quantised weights, integer buffers."""
+        return DTYPES.get(self.stored_as)
+
+    def read(self, handle: Any = None) -> torch.Tensor:
+        """The values, edited. handle: of its file, where that is open."""
+        with contextlib.ExitStack() as stack:
+            opened = stack.enter_context(open_weights(self.file)) if handle is None else handle
+            return self.edited(opened.get_tensor(self.key))
+
+    def edited(self, values: torch.Tensor) -> torch.Tensor:
+        for edit in self.edits:
+            values = edit(values)
+        return values
 
 
 def stored_tensors(sources: Iterable[Source]) -> tuple[StoredTensor, ...]:
     """The tensors of all files of `sources`, in file order. Reads headers only.
 
-    WeightError names a file that is missing, cut short, empty, a Git LFS pointer, quantised or a pickle.
+    WeightError names a file that is missing, cut short, empty, a Git LFS pointer or a pickle.
     """
     return tuple(
-        tensor for source in sources for file in _files(source.folder) for tensor in _header(file, source.prefix)
+        tensor for source in sources for file in weight_files(source.folder) for tensor in headers(file, source.prefix)
     )
 
 
-def _files(folder: Checkpoint) -> list[Path]:
-    if folder.has(SINGLE):
-        return [folder.path(SINGLE)]
-    if folder.has(INDEX):
-        return _indexed_files(folder)
-    if found := sorted(folder.root.glob("*.safetensors")):
-        return found
-    if pickles := sorted(path.name for pattern in PICKLES for path in folder.root.glob(pattern)):
-        raise WeightError(
-            f"{folder.root} holds only pickled weights ({pickles[0]}), which can run code when opened; convert them "
-            "with `safetensors.torch.save_file(torch.load(file, weights_only=True), 'model.safetensors')`"
-        )
-    raise WeightError(f"{folder.root} holds no *.safetensors file; was the model downloaded completely?")
-
-
-def _indexed_files(folder: Checkpoint) -> list[Path]:
-    """The files of a sharded checkpoint. Every one is there and holds exactly the tensors the index gives it."""
-    index = folder.path(INDEX)
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise WeightError(f"{index}: weight_map must map tensor names to file names")
-    files = []
-    for name in sorted(set(weight_map.values())):
-        if Path(name).name != name or not folder.has(name):
-            raise WeightError(f"{index} lists {name}, which is not in the folder; download the model again")
-        listed = {key for key, file in weight_map.items() if file == name}
-        held = {tensor.key for tensor in _header(folder.path(name), "")}
-        if listed != held:
-            example = min(listed ^ held)
-            place = "the index, not in the file" if example in listed else "the file, not in the index"
-            raise WeightError(f"{index} and {name} disagree: tensor {example} is in {place}; download the model again")
-        files.append(folder.path(name))
-    return files
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        with file.open("rb") as stream:
-            start = stream.read(len(LFS_POINTER))
-        if start == LFS_POINTER:
-            reason = "it is a Git LFS pointer, not the weights; run `git lfs pull` or download it again"
-        elif not start:
-            reason = "it is empty; download it again"
-        else:
-            reason = f"{error}; it holds {file.stat().st_size} bytes; download it again"
-        raise WeightError(f"{file} is not a usable safetensors file: {reason}") from error
-
-
-def _header(file: Path, prefix: str) -> list[StoredTensor]:
-    with _open(file) as handle:
-        tensors = []
+def headers(file: Path, prefix: str = "") -> Iterator[StoredTensor]:
+    """The tensors of one file. WeightError as `open_weights`."""
+    with open_weights(file) as handle:
         for key in handle.keys():  # noqa: SIM118 (a safetensors handle is not a dict)
             piece = handle.get_slice(key)
-            if piece.get_dtype() not in DTYPES:
-                raise WeightError(
-                    f"{file}: tensor {key} is stored as {piece.get_dtype()}; siglane reads {', '.join(DTYPES)}, "
-                    "quantised checkpoints are not supported"
-                )
-            tensors.append(StoredTensor(prefix + key, file, key, tuple(piece.get_shape()), DTYPES[piece.get_dtype()]))
-    return tensors
+            yield StoredTensor(prefix + key, file, key, tuple(piece.get_shape()), piece.get_dtype())
 
 
 class StrictLoad:
@@ -164,20 +132,25 @@ class StrictLoad:
         """Loads or ignores one tensor; returns its other owner's name for it when the plan places it elsewhere.
 
         tensor: whole, any floating dtype; it is cast. WeightError names tensor and `file` when the plan does not know
-        the name, the model has no such parameter, the parameter is already filled or the shapes differ; OtherWeights
-        when the parameter is held, or tied, and has other values.
+        the name, the model has no such parameter, the parameter is already filled, the shapes differ or the values are
+        quantised; OtherWeights when the parameter is held, or tied, and has other values.
         """
         place = f"{file}: tensor {name}" if file else f"tensor {name}"
         match self.plan.find(name):
             case None:
                 raise WeightError(f"{place} is not known to this model; the configuration may be another model's")
-            case Ignore(_, reason):
-                self.ignored.append((name, reason))
+            case Ignore() as entry:
+                self.ignored.append((name, entry.reason))
+                _check_constant(entry, tensor, place)
             case Elsewhere(prefix):
                 return name.removeprefix(prefix)
             case Destination(twin=True) as destination if destination in self._filled_by:
-                self._compare(destination, tensor, place, f"{self._filled_by[destination]}, to which it is tied")
+                first = f"{self._filled_by[destination]}, to which it is tied"
+                self._compare(destination, tensor, place, first)
+                self.ignored.append((name, f"equal to {first}"))
             case Destination(parameter, part):
+                if tensor.dtype not in DTYPES.values():
+                    raise WeightError(f"{place} is stored as {tensor.dtype}; {QUANTISED}")
                 parts = [Destination(parameter, one) for one in part.split("+")]
                 for destination in parts:
                     self._claim(destination, name, place)
@@ -239,26 +212,46 @@ def owner_of(module: nn.Module, parameter: str) -> tuple[nn.Module, str]:
     return module.get_submodule(path), leaf
 
 
+def _check_constant(entry: Ignore, tensor: torch.Tensor, place: str) -> None:
+    """Names in the log a buffer that does not hold what the model computes in its place."""
+    if entry.constant is None or tensor.is_meta:
+        return
+    expected, stored = entry.constant(tensor.numel()), tensor.detach().cpu().flatten()
+    limits = torch.finfo(stored.dtype) if stored.is_floating_point() else None
+    rtol, atol = (4 * limits.eps, limits.tiny) if limits else (0.0, 0.0)
+    if not torch.allclose(stored.double(), expected.double(), rtol, atol):
+        logger.warning("%s is not used (%s) and holds other values", place, entry.reason)
+
+
 def rehearse(module: nn.Module, plan: WeightPlan, tensors: Iterable[StoredTensor]) -> None:
     """Compares names and shapes of a `module` built on the meta device with the headers. WeightError as StrictLoad."""
     with StrictLoad(plan, module) as load:
         for tensor in tensors:
+            entry = plan.find(tensor.name)
+            if tensor.dtype is None and (entry is None or isinstance(entry, Destination)):
+                unknown = "" if entry else "and not known to this model; "
+                raise WeightError(
+                    f"{tensor.file}: tensor {tensor.key} is stored as {tensor.stored_as}; {unknown}{QUANTISED}"
+                )
             load.take(tensor.name, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), tensor.file)
 
 
 def allocate(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Gives the parameters of `module` that are on the meta device memory, not yet filled and without gradients.
 
-    Buffers move to `device` and keep their dtype.
+    Buffers move to `device` and keep their dtype. ConfigError when there is not so much memory.
     """
-    for owner in module.modules():
-        for name, parameter in owner.named_parameters(recurse=False):
-            if not parameter.is_meta:
-                continue
-            empty = torch.empty(parameter.shape, dtype=dtype, device=device)
-            setattr(owner, name, nn.Parameter(empty, requires_grad=False))
-        for name, buffer in owner.named_buffers(recurse=False):
-            setattr(owner, name, buffer.to(device))
+    size = sum(parameter.numel() for parameter in module.parameters() if parameter.is_meta) * dtype.itemsize
+    message = f"the weights take {size / 1e9:.1f} GB as {dtype}, more than {device} gives; use a smaller dtype or model"
+    with short_of_memory(size, device, ConfigError(message)):
+        for owner in module.modules():
+            for name, parameter in owner.named_parameters(recurse=False):
+                if not parameter.is_meta:
+                    continue
+                empty = torch.empty(parameter.shape, dtype=dtype, device=device)
+                setattr(owner, name, nn.Parameter(empty, requires_grad=False))
+            for name, buffer in owner.named_buffers(recurse=False):
+                setattr(owner, name, buffer.to(device))
 
 
 def fill(
@@ -270,10 +263,11 @@ def fill(
     """
     with StrictLoad(plan, module, held) as load:
         for file, group in groupby(tensors, key=lambda tensor: tensor.file):
-            with _open(file) as handle:
+            with open_weights(file) as handle:
                 for tensor in group:
-                    if isinstance(plan.find(tensor.name), Destination):
-                        load.take(tensor.name, handle.get_tensor(tensor.key), file)
+                    entry = plan.find(tensor.name)
+                    if isinstance(entry, Destination) or (isinstance(entry, Ignore) and entry.constant):
+                        load.take(tensor.name, tensor.read(handle), file)
                     else:  # its values do not matter
                         load.take(tensor.name, torch.empty(tensor.shape, device="meta"), file)
     return tuple(load.ignored)

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from sglang_cases import rewrite, serve, write_checkpoint
+from safetensors.torch import load_file, save_file
+from sglang_cases import (
+    FAMILIES,
+    Picture,
+    ask_sglang,
+    ask_siglane,
+    compare,
+    rewrite,
+    serve,
+    served,
+    write_checkpoint,
+)
 from sglang_host import HostError, sglang_engine
 
 from siglane.errors import WeightError
@@ -64,6 +75,35 @@ def test_a_checkpoint_broken_behind_its_view_stops_the_start(what: str, tmp_path
     with pytest.raises(HostError) as stopped, sglang_engine(served.view, env=served.env):
         pass
     assert message in str(stopped.value)
+
+
+def test_an_adapter_beside_the_weights_is_merged(tmp_path: Path) -> None:
+    """Into tower and language model alike; without it the answers are others."""
+    write_checkpoint("vila", tmp_path / "vila")
+    cases = [(Picture(90, 60, 1), "\n", "Describe the picture."), ("What is in the image?",)]
+    plain = ask_siglane(tmp_path / "vila", cases)
+    write_adapter(tmp_path / "vila", ("llm.model.layers.{}.self_attn.q_proj", "vision_tower.encoder.layers.{}.mlp.fc1"))
+    one = served(tmp_path / "vila", tmp_path / "views", FAMILIES["vila"].env)
+    expected = ask_siglane(one.folder, cases)
+    assert [answer.output_token_ids for answer in expected] != [answer.output_token_ids for answer in plain]
+    with sglang_engine(one.folder, env=one.env) as engine:
+        compare(ask_sglang(engine, [one.request(case) for case in cases]), expected, ["picture", "text"])
+        success, message, _ = engine.call("update_weights_from_disk", model_path=str(one.view))
+        assert success, message
+        compare(ask_sglang(engine, [one.request(case) for case in cases]), expected, ["picture", "text"])
+
+
+def write_adapter(folder: Path, modules: tuple[str, ...]) -> None:
+    """A LoRA of two layers of each of `modules`, as PEFT writes it."""
+    shapes = {tensor.name.replace("vision_model.", ""): tensor.shape for tensor in model_tensors(Checkpoint(folder))}
+    generator, state = torch.Generator().manual_seed(0), {}
+    for module in (name.format(layer) for name in modules for layer in range(2)):
+        rows, columns = shapes[f"{module}.weight"]
+        state[f"base_model.model.{module}.lora_A.weight"] = torch.randn(2, columns, generator=generator)
+        state[f"base_model.model.{module}.lora_B.weight"] = torch.randn(rows, 2, generator=generator) * 0.3
+    save_file(state, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "fc1"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 def test_a_tensor_that_sglang_leaves_out_is_missed(tmp_path: Path) -> None:

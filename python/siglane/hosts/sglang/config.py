@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
 from siglane.config.language import LanguageConfig
+from siglane.weights.hub import Checkpoint
 
 ARCHITECTURE = "SiglaneForConditionalGeneration"
 
@@ -14,8 +16,9 @@ ARCHITECTURE = "SiglaneForConditionalGeneration"
 class SiglaneConfig(PretrainedConfig):
     """config.json of a view (`view.py`).
 
-    checkpoint: folder of the model's own files, where siglane reads everything else; text_config: the language model's;
-    vision_config: SGLang asks only whether there is one; image_token_id: stands at the places of images.
+    checkpoint: folder of the model's own files, where siglane reads everything else; adapter: of one that is merged
+    into them, "" for none that lies elsewhere; text_config: the language model's; vision_config: SGLang asks only
+    whether there is one; image_token_id: stands at the places of images.
     """
 
     model_type = "siglane"
@@ -23,17 +26,22 @@ class SiglaneConfig(PretrainedConfig):
     def __init__(
         self,
         checkpoint: str = "",
+        adapter: str = "",
         text_config: dict[str, Any] | None = None,
         vision_config: dict[str, Any] | None = None,
         image_token_id: int = 0,
         **others: Any,
     ) -> None:
-        self.checkpoint = checkpoint
+        self.checkpoint, self.adapter = checkpoint, adapter
         facts = dict(text_config or {"model_type": "qwen2"})
         self.text_config = AutoConfig.for_model(facts.pop("model_type"), **facts)
         self.vision_config = vision_config
         self.image_token_id = image_token_id
         super().__init__(**others)
+
+    def files(self) -> Checkpoint:
+        """The model's own files."""
+        return Checkpoint(Path(self.checkpoint), Path(self.adapter) if self.adapter else None)
 
     def get_text_config(self, decoder: Any = None, encoder: Any = None) -> PretrainedConfig:
         return self.text_config

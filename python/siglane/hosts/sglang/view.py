@@ -81,12 +81,12 @@ def write_view(checkpoint: Checkpoint, views: Path) -> Path:
     if folder.is_dir():
         return folder
     processor = load_processor(checkpoint)
-    check_model(checkpoint, processor.config)
+    config = check_model(checkpoint, processor.config).config
     try:
         views.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=views, ignore_cleanup_errors=True) as fresh:
             os.chmod(fresh, 0o755)
-            _fill(Path(fresh), checkpoint, processor, files)
+            _fill(Path(fresh), checkpoint, processor, config, files)
             os.rename(fresh, folder)
     except OSError as error:
         if not folder.is_dir():  # else another process was faster
@@ -152,16 +152,17 @@ def _no_place(reason: str) -> UserError:
 
 
 def _state(checkpoint: Checkpoint, files: list[Path]) -> str:
-    """Changes with any file that a view is made of; nanoVLM's tokenizer may lie elsewhere."""
-    roots = (checkpoint.root, registry.vlm_family(checkpoint).tokenizer_folder(checkpoint).root)
+    """Changes with any file that a view is made of; an adapter and nanoVLM's tokenizer may lie elsewhere."""
+    roots = [checkpoint.root, registry.vlm_family(checkpoint).tokenizer_folder(checkpoint).root]
+    roots += [] if checkpoint.adapter is None else [checkpoint.adapter]
     patterns = [place + pattern for place in ("", "*/") for pattern in FILE_PATTERNS]
     described = {file for root in roots for pattern in patterns for file in root.glob(pattern) if file.is_file()}
     facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted({*described, *files})]
     return hashlib.sha256(repr((__version__, facts)).encode()).hexdigest()[:16]
 
 
-def _fill(folder: Path, checkpoint: Checkpoint, processor: Processor, files: list[Path]) -> None:
-    config, vision = processor.config, processor.facts.vision
+def _fill(folder: Path, checkpoint: Checkpoint, processor: Processor, config: VlmConfig, files: list[Path]) -> None:
+    vision = processor.facts.vision
     ends = list(config.eos_token_ids)
     dtype = str(stored_dtype(checkpoint)).removeprefix("torch.")
     root: dict[str, Any] = {
@@ -169,6 +170,7 @@ def _fill(folder: Path, checkpoint: Checkpoint, processor: Processor, files: lis
         "model_type": SiglaneConfig.model_type,
         "family": config.family,
         "checkpoint": str(checkpoint.root.resolve()),
+        "adapter": "" if checkpoint.adapter is None else str(checkpoint.adapter.resolve()),
         "dtype": dtype,
         "image_token_id": placeholder_id(config),
         "eos_token_id": ends,

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 
 import torch
 
 from siglane.config.vlm import VlmConfig
-from siglane.errors import WeightError
+from siglane.errors import OtherWeights, WeightError
 from siglane.families.family import VlmFamily
 from siglane.families.model import model_tensors
+from siglane.families.weights import ModelWeights
 from siglane.lm.qwen import qwen_plan
-from siglane.nn.plan import Destination, Ignore
+from siglane.nn.plan import Destination, Ignore, WeightPlan
 from siglane.weights.hub import Checkpoint
-from siglane.weights.load import StrictLoad
+from siglane.weights.load import StoredTensor, StrictLoad
+from siglane.weights.names import without_wrappers
+
+logger = logging.getLogger(__name__)
 
 
 def full_names(checkpoint: Checkpoint) -> dict[str, str]:
@@ -30,6 +35,31 @@ def full_names(checkpoint: Checkpoint) -> dict[str, str]:
     return names
 
 
+def known_tensors(
+    weights: Iterable[tuple[str, torch.Tensor]], checkpoint: Checkpoint, loaded: ModelWeights, *, whole: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What SGLang reads from the files, under siglane's names and with adapters merged; where `whole`, also what stands
+    in none of the files that it reads, and without a tied head that equals its table.
+
+    An update is merged with the same adapters: SGLang loads the old weights again by one where another has failed.
+    """
+    if loaded.adapters and not whole:
+        roots = ", ".join(str(adapter.root) for adapter in loaded.adapters)
+        logger.warning("%s: the adapter %s is merged into the new weights too", checkpoint.root, roots)
+    names = full_names(checkpoint)
+    read: dict[str, list[StoredTensor]] = {key: [] for key in names}
+    for tensor in loaded.tensors:
+        if tensor.key in names:  # else it is an adapter's own
+            read[tensor.key].append(tensor)
+    for key, values in weights:
+        yield from ((tensor.name, tensor.edited(values)) for tensor in read.get(key, ()))
+        if key not in read or not (whole or read[key]):
+            yield without_wrappers(names.get(key, key)), values
+    if whole:
+        others = (tensor for tensor in loaded.tensors if tensor not in read.get(tensor.key, ()))
+        yield from ((tensor.name, tensor.read()) for tensor in others)
+
+
 def language_tensors(
     weights: Iterable[tuple[str, torch.Tensor]],
     names: dict[str, str],
@@ -43,33 +73,43 @@ def language_tensors(
 
     whole: `weights` are all of the checkpoint's, not some that an update brings. WeightError for a tensor of neither,
     and for one that is left out: SGLang's language model would keep what its memory held. Tied weights that are stored
-    twice are yielded once.
+    twice are yielded once; OtherWeights when they differ.
     """
     waiting = dict(names) if whole else {}
     plan, hf_plan = family.language_plan(config.language), qwen_plan(config.language)
-    seen: set[str] = set()
+    seen: dict[str, torch.Tensor | None] = {}  # kept where another may have to be its equal
     for key, tensor in weights:
         name = names.get(key, key)
         waiting.pop(key, None)
         if vision.plan.find(name) is not None:
             vision.take(name, tensor)
             continue
-        match plan.find(name):
-            case None:
-                raise WeightError(f"tensor {name} is not known to this model; the configuration may be another model's")
-            case Destination() as destination:
-                hf_name = hf_plan.source(destination)
-                if hf_name is None:
-                    raise WeightError(
-                        f"tensor {name} fills {destination.parameter}, which SGLang's model does not have"
-                    )
-                if hf_name not in seen:
-                    seen.add(hf_name)
-                    yield hf_name, tensor
-            case Ignore():
-                continue
+        hf_name, twin = _language_name(name, plan, hf_plan)
+        if hf_name is None:
+            continue
+        first = seen.get(hf_name)
+        if first is not None and not torch.equal(first, tensor.to(first)):
+            raise OtherWeights(f"tensor {name} differs from the one that it is tied to; start again untied")
+        if hf_name not in seen:
+            seen[hf_name] = tensor if twin else None
+            yield hf_name, tensor
     if waiting:
         raise WeightError(
             f"SGLang read {len(names) - len(waiting)} of {len(names)} tensors, not {next(iter(waiting.values()))}; the "
             "checkpoint's files are not those that its view links to"
         )
+
+
+def _language_name(name: str, plan: WeightPlan, hf_plan: WeightPlan) -> tuple[str | None, bool]:
+    """What transformers calls a tensor of the language model, None for one that is not used; and whether another may
+    hold the same values. WeightError for an unknown one."""
+    match plan.find(name):
+        case Destination() as destination:
+            hf_name = hf_plan.source(destination)
+            if hf_name is None:
+                raise WeightError(f"tensor {name} fills {destination.parameter}, which SGLang's model does not have")
+            return hf_name, destination.twin
+        case Ignore():
+            return None, False
+        case _:
+            raise WeightError(f"tensor {name} is not known to this model; the configuration may be another model's")

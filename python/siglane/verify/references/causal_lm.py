@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from siglane.verify.references.adapter import tensors_of
 from siglane.verify.references.decoder import Decoder, load_tokenizer, rendered
-from siglane.verify.references.files import Tensors, read_json
+from siglane.verify.references.files import read_json
 from siglane.verify.references.reference import ReferenceFamily
 from siglane.verify.stages import Trace
 
@@ -17,9 +18,9 @@ ARCHITECTURES = {"Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM"}
 
 
 class CausalLm:
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, adapter: Path | None = None) -> None:
         self.folder, self.tokenizer = folder, load_tokenizer(folder)
-        self.decoder = Decoder.load(read_json(folder / "config.json"), Tensors.of(folder), device, dtype)
+        self.decoder = Decoder.load(read_json(folder / "config.json"), tensors_of(folder, adapter), device, dtype)
 
     def run(self, pictures: Sequence[Image.Image], prompt: str, steps: int) -> Trace:
         text = rendered(self.folder, self.tokenizer, [], prompt, default="")

@@ -20,6 +20,7 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{{ '<|im_start|>assistant\n' }}"  # a template's own last line feed is dropped
 )
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PLACE = -1  # a token id that no table has: a row of a picture stands there
 
 
@@ -32,8 +33,14 @@ class Decoder:
 
     @classmethod
     def load(cls, raw: Raw, tensors: Tensors, device: torch.device, dtype: torch.dtype) -> Decoder:
-        """raw: the language model's JSON with its `model_type`; tensors: `model.`... and `lm_head.weight`."""
+        """raw: the language model's JSON with its `model_type`; tensors: `model.`... and `lm_head.weight`, of which a
+        tied model may lack either the table or the head; where it has both, each is used."""
         facts = {key: value for key, value in raw.items() if key not in ("model_type", "dtype", "torch_dtype")}
+        if facts.get("tie_word_embeddings"):
+            if TABLE in tensors and HEAD in tensors:
+                facts["tie_word_embeddings"] = False
+            elif HEAD in tensors:
+                tensors = Tensors({**tensors.readers, TABLE: tensors.reader(HEAD)})
         from_config: Any = AutoModelForCausalLM.from_config
         model = from_config(AutoConfig.for_model(raw["model_type"], **facts))
         ready(model, tensors, device, dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,14 @@ from torch import nn
 from siglane.errors import ConfigError, WeightError
 
 Raw = dict[str, Any]
+Reader = Callable[[], torch.Tensor]
+
+WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
+# what stands first in the names of the models that have references
+PARTS = {
+    "model", "lm_head", "llm", "language_model", "decoder", "vision_tower", "vision_model", "text_model",
+    "vision_encoder", "visual_tokenizer", "vte", "multi_modal_projector", "mm_projector", "MP", "embeddings",
+}  # fmt: skip
 
 
 def read_json(path: Path) -> Raw:
@@ -70,14 +79,20 @@ class Tensors:
 
     @classmethod
     def of(cls, folder: Path) -> Tensors:
-        """All safetensors files of `folder`. WeightError when there are none, or one cannot be opened."""
+        """All safetensors files of `folder`, an adapter's left out. WeightError when there are none, or one cannot be
+        opened."""
         readers: dict[str, Callable[[], torch.Tensor]] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            with _opened(file) as handle:
-                readers.update({name: partial(_read, file, name) for name in handle.keys()})  # noqa: SIM118 (no dict)
+        for file in sorted(set(folder.glob("*.safetensors")) - set(folder.glob("adapter_model.safetensors"))):
+            readers |= cls.in_file(file).readers
         if not readers:
             raise WeightError(f"{folder} holds no *.safetensors file for the reference to load")
-        return cls(readers)
+        return cls(_unwrapped(readers))
+
+    @classmethod
+    def in_file(cls, file: Path) -> Tensors:
+        """Those of one file. WeightError when it cannot be opened."""
+        with _opened(file) as handle:
+            return cls({name: partial(_read, file, name) for name in handle.keys()})  # noqa: SIM118 (no dict)
 
     def under(self, *prefixes: str) -> Tensors:
         """Those under the first of `prefixes` that any name begins with, called without it. WeightError when none."""
@@ -102,6 +117,18 @@ class Tensors:
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.reader(name)()
+
+
+def _unwrapped(readers: Mapping[str, Reader]) -> dict[str, Reader]:
+    """Without what torch.compile, FSDP and DataParallel put into names, and without the name of the attribute in which
+    a trainer keeps its model."""
+    plain = {WRAPPERS.sub("", name): read for name, read in readers.items()}
+    first = next(iter(plain)).partition(".")[0]
+    if all(name.startswith(first + ".") for name in plain):
+        inside = {name.partition(".")[2].partition(".")[0] for name in plain}
+        if inside & PARTS and first not in PARTS - {"model"}:
+            return {name.partition(".")[2]: read for name, read in plain.items()}
+    return plain
 
 
 def _read(file: Path, name: str) -> torch.Tensor:

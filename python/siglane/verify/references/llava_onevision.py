@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 from transformers.image_processing_utils import select_best_resolution
 
+from siglane.verify.references.adapter import tensors_of
 from siglane.verify.references.decoder import PLACE, Decoder, filled, load_tokenizer, rendered
 from siglane.verify.references.files import Tensors, media_token, processor_json, read_json, ready
 from siglane.verify.references.pixels import Processing, patches_of, squares_of
@@ -29,13 +30,16 @@ TEMPLATE = (
 
 
 class LlavaOnevision(VisionLanguageReference):
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, adapter: Path | None = None) -> None:
         raw, processor = read_json(folder / "config.json"), processor_json(folder)
         config: Any = LlavaOnevisionConfig
         self.config: Any = config.from_dict(raw)
         self.device, self.dtype = device, dtype
+        tensors = tensors_of(folder, adapter)
+        if any(name.endswith("lm_head.weight") for name in tensors.readers):  # then it is used, tied or not
+            self.config.tie_word_embeddings = self.config.text_config.tie_word_embeddings = False
         self.model: Any = LlavaOnevisionForConditionalGeneration(self.config)
-        ready(self.model, _named(self.model, Tensors.of(folder)), device, dtype)
+        ready(self.model, _named(self.model, tensors), device, dtype)
         self.language = Decoder(self.model, self.model.model.language_model.layers)
         self.processing = Processing.of(processor, 384, Image.Resampling.BICUBIC, mean=CLIP_MEAN, std=CLIP_STD)
         self.pinpoints: list[list[int]] = processor.get("image_grid_pinpoints", self.config.image_grid_pinpoints)
@@ -100,11 +104,14 @@ def _named(model: Any, tensors: Tensors) -> Tensors:
     for name, _ in model.named_parameters():
         part, _, rest = name.removeprefix("model.").partition(".")
         bare = rest.removeprefix("vision_model.")
+        heads = ["language_model.lm_head.weight", "lm_head.weight"]
         candidates = {
-            "vision_tower": (f"vision_tower.vision_model.{bare}", f"vision_tower.{bare}"),
-            "language_model": (f"language_model.model.{rest}", f"language_model.{rest}"),
-            "lm_head": ("language_model.lm_head.weight", "lm_head.weight"),
-        }.get(part, (name.removeprefix("model."),))
+            "vision_tower": [f"vision_tower.vision_model.{bare}", f"vision_tower.{bare}"],
+            "language_model": [f"language_model.model.{rest}", f"language_model.{rest}"],
+            "lm_head": heads,
+        }.get(part, [name.removeprefix("model.")])
+        if name.endswith("embed_tokens.weight"):
+            candidates += heads  # a tied model may store the head alone
         held = [f"{prefix}{one}" for one in candidates for prefix in ("", "model.") if f"{prefix}{one}" in tensors]
         found[name] = held[0] if held else candidates[0]
     return tensors.renamed(found)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from siglane.verify.references.adapter import tensors_of
 from siglane.verify.references.decoder import CHATML, PLACE, Decoder, load_tokenizer
 from siglane.verify.references.files import Raw, Tensors, read_json, ready
 from siglane.verify.references.reference import ReferenceFamily, Seen, VisionLanguageReference
@@ -30,8 +31,8 @@ SIGLIP = {
 
 
 class NanoVlm(VisionLanguageReference):
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-        self.raw, tensors = read_json(folder / "config.json"), Tensors.of(folder)
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, adapter: Path | None = None) -> None:
+        self.raw, tensors = read_json(folder / "config.json"), tensors_of(folder, adapter)
         self.device, self.dtype = device, dtype
         self.tower = SiglipTower(_tower_json(self.raw), _tower_tensors(self.raw, tensors), device, dtype)
         self.language = Decoder.load(_llama_json(self.raw), _llama_tensors(self.raw, tensors), device, dtype)

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from siglane.errors import ConfigError
+from siglane.verify.references.adapter import tensors_of
 from siglane.verify.references.decoder import CHATML, Decoder, filled, load_tokenizer, rendered
 from siglane.verify.references.files import Raw, Tensors, processor_json, read_json, ready
 from siglane.verify.references.pixels import siglip_processing, squares_of
@@ -52,13 +53,13 @@ class Flags:
 
 
 class Nvila(VisionLanguageReference):
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, adapter: Path | None = None) -> None:
         root = read_json(folder / "config.json")
         in_folders = all((folder / part).is_dir() for part in PARTS)
         text, vision = folder / (PARTS[0] if in_folders else ""), folder / (PARTS[1] if in_folders else "")
         language_json = read_json(text / "config.json") if in_folders else root["text_config"]
         vision_json = read_json(vision / "config.json") if in_folders else root["vision_config"]
-        tensors = {part: _part(folder, part, in_folders) for part in PARTS}
+        tensors = {part: _part(folder, part, in_folders, adapter) for part in PARTS}
         self.flags = _flags(folder, root, vision_json)
         self.tower = SiglipTower(vision_json, tensors["vision_tower"], device, dtype)
         self.language = Decoder.load(language_json, tensors["llm"], device, dtype)
@@ -211,12 +212,12 @@ def build_projector(kind: str, channels: int, width: int) -> nn.Module:
     return nn.Sequential(*modules)
 
 
-def _part(folder: Path, part: str, in_folders: bool) -> Tensors:
+def _part(folder: Path, part: str, in_folders: bool, adapter: Path | None) -> Tensors:
     """One part's tensors; none for an identity, which has no weights."""
     if in_folders:
-        own = folder / part
-        return Tensors.of(own) if part != "mm_projector" or list(own.glob("*.safetensors")) else Tensors({})
-    tensors = Tensors.of(folder)
+        empty = part == "mm_projector" and not list((folder / part).glob("*.safetensors"))
+        return Tensors({}) if empty else tensors_of(folder, adapter, part)
+    tensors = tensors_of(folder, adapter)
     held = any(name.startswith(f"{part}.") for name in tensors.readers)
     return tensors.under(f"{part}.") if held or part != "mm_projector" else Tensors({})
 

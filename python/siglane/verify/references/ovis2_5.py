@@ -20,8 +20,9 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 from transformers.models.siglip.modeling_siglip import SiglipAttention
 
+from siglane.verify.references.adapter import tensors_of
 from siglane.verify.references.decoder import CHATML, PLACE, Decoder, load_tokenizer, rendered
-from siglane.verify.references.files import Raw, Tensors, processor_json, read_json, ready
+from siglane.verify.references.files import Raw, processor_json, read_json, ready
 from siglane.verify.references.pixels import Processing
 from siglane.verify.references.reference import ReferenceFamily, Seen, VisionLanguageReference
 from siglane.verify.references.tapping import tapping
@@ -74,8 +75,8 @@ class Frame:
 
 
 class Ovis2_5(VisionLanguageReference):
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-        root, tensors = read_json(folder / "config.json"), Tensors.of(folder)
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, adapter: Path | None = None) -> None:
+        root, tensors = read_json(folder / "config.json"), tensors_of(folder, adapter)
         self.raw: Raw = root["vit_config"]
         self.patch_size: int = self.raw.get("patch_size", 16)
         self.stride: int = self.raw.get("hidden_stride", 2)  # patches along a side of a merged block

@@ -69,9 +69,10 @@ class VisionLanguageReference(ABC):
 @dataclass(frozen=True, slots=True)
 class ReferenceFamily:
     """name: as siglane calls the family; speaks: whether it has a language model; matches: whether a folder's files
-    are one of its checkpoints; load: raises ConfigError or WeightError."""
+    are one of its checkpoints; load: its last argument is an adapter's folder, where it lies elsewhere than the
+    weights; raises ConfigError or WeightError."""
 
     name: str
     speaks: bool
     matches: Callable[[Path], bool]
-    load: Callable[[Path, torch.device, torch.dtype], Reference]
+    load: Callable[[Path, torch.device, torch.dtype, Path | None], Reference]

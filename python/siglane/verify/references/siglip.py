@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from siglane.verify.references.files import Tensors, processor_json, read_json
+from siglane.verify.references.adapter import tensors_of
+from siglane.verify.references.files import processor_json, read_json
 from siglane.verify.references.pixels import siglip_processing
 from siglane.verify.references.reference import ReferenceFamily
 from siglane.verify.references.tower import SiglipTower
@@ -16,10 +17,10 @@ from siglane.verify.stages import Trace
 
 
 class Siglip:
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, adapter: Path | None = None) -> None:
         root = read_json(folder / "config.json")
         raw = root["vision_config"] if root["model_type"] == "siglip" else root
-        self.tower = SiglipTower(raw, Tensors.of(folder), device, dtype, head=True)
+        self.tower = SiglipTower(raw, tensors_of(folder, adapter), device, dtype, head=True)
         self.processing = siglip_processing(processor_json(folder), self.tower.side)
 
     def run(self, pictures: Sequence[Image.Image], prompt: str, steps: int) -> Trace:

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
-from siglane.verify.references.files import Tensors, processor_json, read_json, ready
+from siglane.verify.references.adapter import tensors_of
+from siglane.verify.references.files import processor_json, read_json, ready
 from siglane.verify.references.pixels import Processing
 from siglane.verify.references.reference import ReferenceFamily
 from siglane.verify.references.tapping import tapping
@@ -22,13 +23,13 @@ MODEL_TYPES = ("siglip2", "siglip2_vision_model")
 
 
 class Siglip2:
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, adapter: Path | None = None) -> None:
         root, processor = read_json(folder / "config.json"), processor_json(folder)
         raw = root["vision_config"] if root["model_type"] == "siglip2" else root
         self.config: Any = Siglip2VisionConfig.from_dict(raw)
         self.device, self.dtype = device, dtype
         self.model: Any = Siglip2VisionModel(self.config)
-        ready(self.model, Tensors.of(folder).under("vision_model.", ""), device, dtype)
+        ready(self.model, tensors_of(folder, adapter).under("vision_model.", ""), device, dtype)
         resize_one_column_exactly(self.model.embeddings)
         self.most = processor.get("max_num_patches", 256)
         # the size is computed for each picture; the processor's defaults are those of Siglip2ImageProcessor

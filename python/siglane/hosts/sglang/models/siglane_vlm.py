@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +21,7 @@ from siglane.families.registry import vlm_family
 from siglane.hosts.sglang import bridge
 from siglane.hosts.sglang.config import ARCHITECTURE, SiglaneConfig
 from siglane.hosts.sglang.settings import host_config
-from siglane.hosts.sglang.weights import full_names, language_tensors
-from siglane.weights.hub import Checkpoint
+from siglane.hosts.sglang.weights import known_tensors, language_tensors
 from siglane.weights.load import StrictLoad
 
 logger = logging.getLogger(__name__)
@@ -36,11 +34,11 @@ class SiglaneForConditionalGeneration(nn.Module):
 
     def __init__(self, config: SiglaneConfig, quant_config: Any = None, prefix: str = "") -> None:
         super().__init__()
-        self.checkpoint = Checkpoint(Path(config.checkpoint))
+        self.checkpoint = config.files()
         self.family = vlm_family(self.checkpoint)
         processor = load_processor(self.checkpoint)
-        self.facts, self.images = processor.config, processor.facts
-        check_model(self.checkpoint, self.facts)
+        self.weights = check_model(self.checkpoint, processor.config)
+        self.facts, self.images = self.weights.config, processor.facts
         self.config = config
         self.vision = ParallelStack(self.images, bridge.tensor_parallel(), host_config().encoder_parallel)
         self.language_model = LANGUAGE_MODELS[config.text_config.model_type](
@@ -85,9 +83,9 @@ class SiglaneForConditionalGeneration(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """The first pass must fill every parameter of tower and projector; later ones, updates, may bring some."""
         load = StrictLoad(self.family.vision_plan(self.images), self.vision.stack)
-        tensors = language_tensors(
-            weights, full_names(self.checkpoint), load, self.family, self.facts, whole=not self._loaded
-        )
+        named = known_tensors(weights, self.checkpoint, self.weights, whole=not self._loaded)
+        names = {tensor.name: tensor.name for tensor in self.weights.tensors}
+        tensors = language_tensors(named, names, load, self.family, self.facts, whole=not self._loaded)
         if self._loaded:
             bridge.forget_rows()
             self.language_model.load_weights(tensors)

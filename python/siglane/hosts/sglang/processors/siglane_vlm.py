@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import MultimodalProcessorOutput
@@ -20,7 +19,6 @@ from siglane.hosts.sglang.view import placeholder_id
 from siglane.media.item import MediaItem
 from siglane.settings.options import read_environment
 from siglane.tiling.rule import ImageBudget
-from siglane.weights.hub import Checkpoint
 
 
 class SiglaneProcessor(BaseMultimodalProcessor):
@@ -31,7 +29,7 @@ class SiglaneProcessor(BaseMultimodalProcessor):
 
     def __init__(self, hf_config: Any, server_args: Any, processor: Any, transport_mode: Any, **others: Any) -> None:
         super().__init__(hf_config, server_args, processor, transport_mode, **others)
-        self.prompts = load_processor(Checkpoint(Path(hf_config.checkpoint)))
+        self.prompts = load_processor(hf_config.files())
         self.media = HostMedia(host_config(), self.prompts.facts, read_environment(ImageBudget))
 
     async def process_mm_data_async(

@@ -1,0 +1,189 @@
+"""Linear layers with fewer bits in the place of those that a checkpoint filled.
+
+On CPUs they are real integer products (`cpu/int8.py`), on CUDA weight-only kernels of a library.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from siglane.errors import ConfigError, UserError
+from siglane.nn.act import activate
+from siglane.nn.cpu.chunks import chunk_mlp
+from siglane.nn.cpu.int8 import LEAST, ROWS, Int8Linear, has_integer_products
+from siglane.nn.encoder import EncoderBlock, EncoderMLP
+from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from siglane.types import Activation
+
+Bits = Literal["8bit", "4bit"]
+MakeLinear = Callable[[torch.Tensor, torch.Tensor | None], nn.Module]  # weight [N, K], bias [N] -> x W^T + b
+
+
+def quantise(model: nn.Module, kind: Bits, device: torch.device | str) -> nn.Module:
+    """`model` itself, the linear layers of its blocks and projector replaced; weights are loaded before, on `device`.
+
+    Embeddings, norms and the pooling heads stay as they are: a head is about one block's work and has no successor that
+    could even out its errors. UserError when there is no kernel for it here, ConfigError when there is nothing to
+    replace, because the model has no such layers or they were replaced before.
+    """
+    device = torch.device(device)
+    make = kernel(kind, device)
+    layers = [
+        (parent, name, layer)
+        for parent in model.modules()
+        for name, layer in parent.named_children()
+        if isinstance(layer, ColumnParallelLinear | RowParallelLinear | QKVParallelLinear)
+    ]
+    if not layers:
+        raise ConfigError(f"there is nothing to quantise to {kind}: the model has no float linear layers in its blocks")
+    if device.type == "cpu":
+        _balance(model)
+    for parent, name, layer in layers:
+        setattr(parent, name, quantised(layer, make))
+    if device.type == "cpu":
+        _chunk(model)
+    return model
+
+
+@torch.no_grad()
+def _balance(model: nn.Module) -> None:
+    """Channels that a norm makes larger than others are divided there and multiplied in the weights behind it, which
+    changes no result but leaves the others more of a row's codes (SmoothQuant, arXiv:2211.10438 section 4, with the
+    norm's own gain in the place of recorded activations)."""
+    for block in model.modules():
+        if not isinstance(block, EncoderBlock):
+            continue
+        for norm, layer in ((block.norm1, block.attention.qkv), (block.norm2, block.mlp.fc1)):
+            size = torch.hypot(norm.weight, norm.bias).float().clamp_min(LEAST)
+            ratio = (size / layer.weight.abs().amax(0).float().clamp_min(LEAST)).sqrt()
+            divisor = (ratio / ratio.median()).clamp_min(1).to(norm.weight.dtype)
+            norm.weight.div_(divisor)
+            norm.bias.div_(divisor)
+            layer.weight.mul_(divisor)
+
+
+def _chunk(model: nn.Module) -> None:
+    """The wide values inside an MLP stay in the cache instead of going through memory."""
+    for module in model.modules():
+        if isinstance(module, EncoderMLP) and isinstance(module.fc2, QuantisedRow) and module.fc2.tp.size == 1:
+            chunk_mlp(module, ROWS)
+
+
+class QuantisedColumn(nn.Module):
+    """`ColumnParallelLinear` of quantised weights."""
+
+    def __init__(self, layer: ColumnParallelLinear, make: MakeLinear) -> None:
+        super().__init__()
+        self.tp, self.gather_output = layer.tp, layer.gather_output
+        self.linear = make(layer.weight, layer.bias)
+
+    def forward(self, x: torch.Tensor, activation: Activation | None = None) -> torch.Tensor:
+        y: torch.Tensor = self.linear(x)
+        if activation is not None:
+            y = activate(y, activation)
+        return self.tp.all_gather(y) if self.gather_output else y
+
+
+class QuantisedRow(nn.Module):
+    """`RowParallelLinear` of quantised weights. Every rank has the scales of its own columns."""
+
+    def __init__(self, layer: RowParallelLinear, make: MakeLinear) -> None:
+        super().__init__()
+        self.tp = layer.tp
+        alone = layer.tp.size == 1
+        self.linear = make(layer.weight, layer.bias if alone else None)
+        self.bias = None if alone else layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.linear(x)
+        if self.tp.size > 1:
+            y = self.tp.all_reduce(y)
+        return y if self.bias is None else y + self.bias
+
+
+class QuantisedQKV(nn.Module):
+    """`QKVParallelLinear` of quantised weights."""
+
+    def __init__(self, layer: QKVParallelLinear, make: MakeLinear) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = layer.heads, layer.kv_heads, layer.head_dim
+        self.linear = make(layer.weight, layer.bias)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        qkv = self.linear(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=-2)
+        return q, k, v
+
+
+def quantised(layer: nn.Module, make: MakeLinear) -> nn.Module:
+    """What computes as the float `layer` does, its products by `make`."""
+    if isinstance(layer, ColumnParallelLinear):
+        return QuantisedColumn(layer, make)
+    if isinstance(layer, RowParallelLinear):
+        return QuantisedRow(layer, make)
+    assert isinstance(layer, QKVParallelLinear)
+    return QuantisedQKV(layer, make)
+
+
+def _unsupported(kind: Bits, message: str) -> UserError:
+    return UserError(f"quantization {kind!r}: {message}", code="unsupported_quantization", param="quantization")
+
+
+def kernel(kind: Bits, device: torch.device) -> MakeLinear:
+    """UserError, naming the reason, when there is none here."""
+    if device.type != "cpu":
+        return _on_cuda(kind, device)
+    if kind == "4bit":
+        raise _unsupported(kind, "there are no 4-bit products for CPUs here; use '8bit', or a CUDA device")
+    if not has_integer_products():
+        raise _unsupported(kind, "this processor has no exact 8-bit products (VNNI or AMX); use 'none'")
+    return Int8Linear
+
+
+def _on_cuda(kind: Bits, device: torch.device) -> MakeLinear:
+    if kind == "8bit" and importlib.util.find_spec("torchao") is not None:
+        return functools.partial(_torchao_linear, device)
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        return functools.partial(_bitsandbytes_linear, kind, device)
+    wanted = "torchao or bitsandbytes" if kind == "8bit" else "bitsandbytes"
+    raise _unsupported(kind, f"{device} needs {wanted}; pip install {wanted.split()[-1]}, or use 'none'")
+
+
+def _float_linear(weight: torch.Tensor, bias: torch.Tensor | None, device: torch.device) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.detach().to(device), requires_grad=False)
+    layer.bias = None if bias is None else nn.Parameter(bias.detach().to(device), requires_grad=False)  # type: ignore[assignment]
+    return layer
+
+
+def _torchao_linear(device: torch.device, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+    """int8 weights, one scale for each output; the product in the activations' dtype."""
+    library: Any = importlib.import_module("torchao.quantization")
+    layer = _float_linear(weight, bias, device)
+    library.quantize_(layer, library.Int8WeightOnlyConfig())
+    return layer
+
+
+def _bitsandbytes_linear(
+    kind: Bits, device: torch.device, weight: torch.Tensor, bias: torch.Tensor | None
+) -> nn.Module:
+    """LLM.int8() (arXiv:2208.07339) or NF4 (arXiv:2305.14314). bitsandbytes quantises when a layer is moved."""
+    library: Any = importlib.import_module("bitsandbytes.nn")
+    outputs, inputs = weight.shape
+    if kind == "8bit":
+        layer = library.Linear8bitLt(inputs, outputs, bias=bias is not None, has_fp16_weights=False)
+        layer.weight = library.Int8Params(weight.detach().cpu(), requires_grad=False, has_fp16_weights=False)
+    else:
+        layer = library.Linear4bit(inputs, outputs, bias=bias is not None, compute_dtype=weight.dtype, quant_type="nf4")
+        layer.weight = library.Params4bit(weight.detach().cpu(), requires_grad=False, quant_type="nf4")
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    moved: nn.Module = layer.to(device)
+    return moved

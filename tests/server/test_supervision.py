@@ -1,0 +1,293 @@
+"""Engines that hang, and servers as a supervisor runs them: what they answer, log and exit with.
+
+`PROGRAM` is `siglane serve` whose engine fails, hangs or writes to stderr when a client asks for it: the engine's
+process runs it too, up to the last line.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+from serving import (
+    CHAT,
+    HOST,
+    Told,
+    ask_good,
+    assert_error,
+    chat,
+    config_of,
+    data_url,
+    eventually,
+    image_part,
+    listening,
+    picture,
+    running,
+    stream,
+    told_by,
+)
+from two_tower_checkpoint import write_two_tower_checkpoint
+
+from siglane.engine.child import EngineSpec
+from siglane.engine.process import EngineProcess
+from siglane.families.processor import Processor
+from siglane.server.launch import serving
+from siglane.settings.engine import EngineConfig
+
+LONG = chat("x", max_tokens=4000, ignore_eos=True)
+HUNG_AFTER = 2.0
+
+
+def test_a_stopped_engine_is_noticed_and_replaced(processor: Processor, spec: EngineSpec) -> None:
+    """Its requests get an error, the server says so meanwhile, and whoever comes next gets what came before."""
+    engine = EngineProcess(replace(spec, config=replace(spec.config, engine_timeout=HUNG_AFTER)))
+    engine.start()
+    seen: list[httpx2.Response] = []
+    try:
+        with running(processor, engine) as server, server.http() as client:
+            before, pid = ask_good(server), engine.pid
+            assert pid is not None
+            whole: list[httpx2.Response] = []
+            waiting = threading.Thread(target=lambda: whole.append(server.post(LONG)))
+            waiting.start()
+            eventually(lambda: server.metric("siglane_requests_in_flight") == 1)
+
+            def look() -> None:
+                eventually(lambda: engine.state == "restarting", 20)
+                seen.extend(client.get(path) for path in ("/health", "/ready"))
+
+            looking = threading.Thread(target=look)
+            looking.start()
+            stop = iter([lambda: os.kill(pid, signal.SIGSTOP)])
+            told = stream(server, LONG, lambda: next(stop, lambda: None)())
+            for thread in (waiting, looking):
+                thread.join()
+            assert told.error is not None
+            assert told.error["code"] == "engine_restarting"
+            assert told.finish_reasons == []
+            assert_error(whole[0], 503, "engine_restarting")
+            for response in seen:
+                assert_error(response, 503, "engine_restarting")
+            eventually(lambda: engine.state == "ready", 60)
+            after = ask_good(server)
+            assert (after.text, after.tokens, after.usage) == (before.text, before.tokens, before.usage)
+            assert client.get("/health").status_code == 200
+    finally:
+        engine.close()
+
+
+def hang_in_the_tower(flag: Path) -> None:
+    """In the child, before it loads: while `flag` exists, a block of a vision tower does not end."""
+    from siglane.nn.encoder import EncoderBlock
+
+    forward = EncoderBlock.forward
+
+    def stuck(self: EncoderBlock, *arguments: Any, **options: Any) -> Any:
+        while flag.exists():
+            time.sleep(0.01)
+        return forward(self, *arguments, **options)
+
+    EncoderBlock.forward = stuck  # type: ignore[method-assign]
+
+
+@pytest.mark.slow  # an engine is started twice
+def test_a_tagger_that_hangs_in_its_tower_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_two_tower_checkpoint(tmp_path / "model", "siglip2")
+    flag = tmp_path / "flag"
+    prepared = functools.partial(EngineProcess, prepare=functools.partial(hang_in_the_tower, flag))
+    monkeypatch.setattr("siglane.engine.process.EngineProcess", lambda spec, *_, **__: prepared(spec))
+    config = EngineConfig(device="cpu", threads=1, engine_timeout=HUNG_AFTER)
+    with serving(config_of(), EngineSpec(str(tmp_path / "model"), config)) as served, listening(served) as server:
+        served.engine.wait_ready()
+        body = {"input": [{"image": data_url(picture())}]}
+        before = server.post_to("/v1/embeddings", **body).json()["data"]
+        flag.touch()
+        lost = server.post_to("/v1/embeddings", **body)
+        flag.unlink()
+        assert_error(lost, 503, "engine_restarting")
+        served.engine.wait_ready()
+        after = server.post_to("/v1/embeddings", **body).json()["data"]
+        for one, other in zip(before, after, strict=True):
+            assert np.array_equal(one["embedding"], other["embedding"])
+
+
+PROGRAM = """
+import os, sys
+from siglane.engine.runner import Runner
+
+forward = Runner.forward
+
+def faulty(self, batch):
+    asked = {chunk.sequence.request.max_tokens for chunk in batch.chunks}
+    if 7 in asked:
+        raise RuntimeError("two\\nlines")
+    if 9 in asked:
+        os.write(2, b"raw words of a library\\nand {half a line")
+    return forward(self, batch)
+
+Runner.forward = faulty
+
+if __name__ == "__main__":
+    from siglane.cli.main import main
+
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+class Process:
+    """A server as a supervisor runs it; its log goes to a file."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+        self.process, self.log = process, log
+        self.http = httpx2.Client(base_url=f"http://{HOST}:{port}", timeout=60, trust_env=False)
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """Every line that stderr has; all of them are JSON objects."""
+        found = [json.loads(line) for line in self.log.read_text().splitlines()]
+        assert all({"time", "level", "logger", "message"} <= set(line) for line in found)
+        return found
+
+    def is_ready(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()
+        try:
+            return self.http.get("/ready").status_code == 200
+        except httpx2.HTTPError:
+            return False
+
+    def ask(self, **fields: Any) -> httpx2.Response:
+        headers = {"x-request-id": fields.pop("request_id", "none")}
+        return self.http.post(CHAT, json=chat("x", **fields), headers=headers)
+
+    def engine(self) -> int | None:
+        """The engine's pid: the youngest below the process that children come from."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        pids = [
+            int(pid) for task in children.parent.parent.iterdir() for pid in (task / "children").read_text().split()
+        ]
+        below = [int(pid) for one in pids for pid in Path(f"/proc/{one}/task/{one}/children").read_text().split()]
+        return max(below, default=None)
+
+
+@contextmanager
+def server_of(folder: Path, tmp_path: Path, *flags: str) -> Iterator[Process]:
+    with socket.create_server((HOST, 0)) as probe:
+        port = probe.getsockname()[1]
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, str(tmp_path / "program.py"), "serve", str(folder), "--port", str(port), *flags]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [*command, "--device", "cpu", "--threads", "1", "--kv-tokens", "8192", "--served-model-name", "tiny"],
+            stderr=log,
+            stdout=log,
+        )
+    try:
+        yield Process(process, port, tmp_path / "log")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def failures(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [line for line in lines if "exception" in line]
+
+
+@pytest.mark.slow  # a server is started
+def test_every_line_of_a_server_s_log_is_json(nvila_folder: Path, tmp_path: Path) -> None:
+    """From start to stop, with mistakes of clients, a failing request, a library's words, an engine that dies and one
+    that is stopped when the server is told to end."""
+    begin = time.monotonic()
+    with server_of(nvila_folder, tmp_path, "--log-format", "json", "--drain-timeout", "1") as server:
+        eventually(server.is_ready, 90)
+        start = time.monotonic() - begin
+        for mistake in ({"max_tokens": -1}, {"temperature": 9}, {"stop_token_ids": [10**6]}, {"model": "other"}):
+            assert 400 <= server.ask(**mistake).status_code < 500
+        broken = {"messages": [{"role": "user", "content": [image_part(b"no picture")]}]}
+        assert server.http.post(CHAT, json={**chat("x"), **broken}).status_code == 400
+        assert server.http.post(CHAT, content=b"{", headers={"content-type": "application/json"}).status_code == 400
+        assert failures(server.lines) == []
+
+        assert_error(server.ask(max_tokens=7, request_id="the-failing-one"), 500)
+        (failure,) = failures(server.lines)
+        assert failure["request_id"] == "the-failing-one"
+        assert failure["logger"] == "siglane.engine.engine"
+        assert "two\nlines" in failure["exception"]
+        assert sum(line.get("request_id") == "the-failing-one" for line in server.lines) == 2  # and its access line
+
+        assert server.ask(max_tokens=9).status_code == 200
+        eventually(lambda: "raw words of a library" in [line["message"] for line in server.lines])
+        pid = server.engine()
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        begin = time.monotonic()
+        eventually(lambda: any("killed by SIGKILL" in line["message"] for line in server.lines))
+        eventually(server.is_ready, 30)
+        assert time.monotonic() - begin < start / 2, "a restart waits for imports again"
+        assert server.ask().status_code == 200
+
+        stopped = server.engine()
+        assert stopped not in (None, pid)
+
+        def stop_and_terminate() -> None:
+            os.kill(stopped, signal.SIGSTOP)
+            server.process.send_signal(signal.SIGTERM)
+
+        actions = iter([stop_and_terminate])
+        told: Told
+        with server.http.stream("POST", CHAT, json={**LONG, "stream": True}) as answer:
+            told = told_by(answer.iter_lines(), lambda: next(actions, lambda: None)())
+        assert told.error is not None
+        assert told.error["code"] == "server_shutting_down"
+        assert server.process.wait(timeout=15) == 0
+        assert len(failures(server.lines)) == 1
+        assert not Path(f"/proc/{stopped}").exists() or "Z" in Path(f"/proc/{stopped}/stat").read_text()
+
+
+@pytest.mark.slow  # a server is started
+def test_a_server_whose_engine_dies_again_and_again_ends(nvila_folder: Path, tmp_path: Path) -> None:
+    """With one sentence and an exit code that a supervisor takes for a failure."""
+    killed: set[int] = set()
+    with server_of(nvila_folder, tmp_path, "--log-format", "json") as server:
+        eventually(server.is_ready, 90)
+        deadline = time.monotonic() + 60
+        while server.process.poll() is None:
+            assert time.monotonic() < deadline
+            pid = None
+            try:
+                pid = server.engine()
+            except FileNotFoundError:
+                time.sleep(0.05)
+            if pid is not None and pid not in killed:
+                killed.add(pid)
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+        assert server.process.returncode == 1
+        last = [line["message"] for line in server.lines][-1]
+        assert "the engine process died 6 times in 300 seconds, the last time killed by SIGKILL" in last
+        assert failures(server.lines) == []
+    assert len(killed) == 6
+
+
+def test_what_is_wrong_before_the_start_is_json_too(nvila_folder: Path) -> None:
+    with socket.create_server((HOST, 0)) as taken:
+        flags = ["--log-format", "json", "--port", str(taken.getsockname()[1])]
+        command = [sys.executable, "-m", "siglane.cli.main", "serve", str(nvila_folder), *flags]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    (line,) = map(json.loads, ended.stderr.splitlines())
+    assert "in use" in line["message"]

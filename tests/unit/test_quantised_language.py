@@ -1,0 +1,183 @@
+"""A decoder in a turned basis is the same decoder; with 8-bit layers it stays close to itself, row by row."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from siglane.cli.demo import load_example
+from siglane.config.language import LanguageConfig
+from siglane.errors import ConfigError, UserError
+from siglane.llm import LLM
+from siglane.lm.attention import SegmentAttention
+from siglane.lm.build import build_language_model
+from siglane.lm.quantise import QuantisedHead, quantise_language
+from siglane.lm.qwen import QwenModel
+from siglane.lm.rotation import random_basis, rotate_block, rotated_head
+from siglane.nn.cpu.int8 import CentredInt8Linear, Int8Weight, WideInt8Linear
+from siglane.types import SamplingParams
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 211,
+    "max_position_embeddings": 512,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2 tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "qwen3 biased": {"model_type": "qwen3", "head_dim": 10, "attention_bias": True},
+    "all biased": {"model_type": "qwen2", "all_biased": True},
+}
+EVERY_KIND = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+IDS = torch.randint(0, 211, (40,), generator=torch.Generator().manual_seed(3))
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def language(kind: dict[str, Any]) -> QwenModel:
+    """A decoder of drawn weights."""
+    config = LanguageConfig.from_hf(SIZES | {key: value for key, value in kind.items() if key != "all_biased"})
+    if "all_biased" in kind:  # as a Llama may be
+        config = replace(config, qkv_bias=True, output_bias=True, mlp_bias=True)
+    model = build_language_model(config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.copy_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
+        else:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: QwenModel, taps: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+    attention = SegmentAttention([len(IDS)])
+    return model.logits(model(model.embed(IDS), torch.arange(len(IDS)), attention, taps))
+
+
+@EVERY_KIND
+def test_a_turned_decoder_is_the_same(kind: dict[str, Any]) -> None:
+    plain, turned = language(kind), language(kind)
+    basis, head_basis = random_basis(48), random_basis(turned.config.head_dim)
+    assert torch.allclose(basis.T @ basis, torch.eye(48, dtype=torch.float64), atol=1e-12)
+    for block in turned.blocks:
+        rotate_block(block, basis, head_basis)
+    table = (turned.lm_head or turned.embed_tokens).weight
+    head, turned.basis = rotated_head(turned.norm, table, basis), basis.float()
+    expected, found = {}, {}
+    reference = logits(plain, expected)
+    logits(turned, found)
+    for name, tap in expected.items():
+        assert torch.allclose(found[name], tap, atol=2e-4), name
+    hidden = turned(turned.embed(IDS), torch.arange(len(IDS)), SegmentAttention([len(IDS)]))
+    assert torch.allclose(F.linear(hidden, head), reference, atol=2e-4)
+
+
+@EVERY_KIND
+def test_eight_bits_stay_close(kind: dict[str, Any]) -> None:
+    plain, small = language(kind), language(kind)
+    quantise_language(small, "8bit")
+    expected, found = logits(plain), logits(small)
+    assert F.cosine_similarity(found, expected).min() > 0.998
+    assert isinstance(small.blocks[0].attention.qkv.linear, CentredInt8Linear)
+    assert isinstance(small.blocks[0].mlp.down_proj.linear, WideInt8Linear)
+    assert isinstance(small.lm_head, QuantisedHead)
+    layers = [module for module in small.modules() if isinstance(module, Int8Weight)]
+    assert len(layers) == 3 * 4 + 1
+
+
+@torch.no_grad()
+def test_an_outlier_costs_less_in_another_basis() -> None:
+    basis = random_basis(256).float()
+    x, weight = drawn(50, 256), drawn(64, 256, seed=1)
+    x[:, 17] *= 40
+    expected = F.linear(x, weight)
+    straight = CentredInt8Linear(weight, None)(x)
+    turned = CentredInt8Linear(weight @ basis, None)(x @ basis)
+    assert (turned - expected).norm() < 0.5 * (straight - expected).norm()
+
+
+def test_the_same_weights_give_the_same_model() -> None:
+    first, second = language(KINDS["qwen2"]), language(KINDS["qwen2"])
+    for one in (first, second):
+        quantise_language(one, "8bit")
+    assert torch.equal(logits(first), logits(second))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("layer", "bound"), [(CentredInt8Linear, 0.016), (WideInt8Linear, 0.011)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_each_row_has_its_own_codes(layer: type[Int8Weight], bound: float, with_bias: bool) -> None:
+    x, weight = drawn(600, 96) * torch.logspace(-6, 6, 600)[:, None], drawn(64, 96, seed=1)
+    made = layer(weight, drawn(64, seed=2) * 1e-9 if with_bias else None)
+    found, expected = made(x), F.linear(x, weight)
+    assert ((found - expected).norm(dim=1) / expected.norm(dim=1)).max() < bound
+    alone = torch.cat([made(row) for row in x.split(1)])
+    assert ((alone - found).norm(dim=1) / found.norm(dim=1)).max() < 2e-4  # a value between two codes may take either
+    x[1, 2], x[2, 2], x[3], x[4] = torch.nan, torch.inf, 0, x[4] * 0 - 0.0
+    again = made(x)
+    assert not again[1:3].isfinite().any()
+    assert not torch.cat([made(row) for row in x[1:3].split(1)]).isfinite().any()
+    assert torch.equal(made(x[3:4]), again[3:4])
+    assert torch.equal(again[5:], found[5:])
+    assert torch.equal(again[3:5], (torch.zeros(2, 64) if made.bias is None else made.bias.expand(2, 64)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_norm_before_a_layer_is_a_scale(rows: int) -> None:
+    x, weight, bias = drawn(rows, 96) * 3, drawn(64, 96, seed=1), drawn(64, seed=2)
+    normed = CentredInt8Linear(weight, bias)(F.rms_norm(x, (96,), eps=0.3))
+    assert torch.allclose(CentredInt8Linear(weight, bias, eps=0.3)(x), normed, atol=1e-3)
+
+
+@torch.no_grad()
+def test_sixteen_bits_leave_the_weights_error_alone() -> None:
+    x, weight = drawn(5, 512), drawn(32, 512, seed=1)
+    x[2, 17] = 300.0  # an outlier, as behind a product of two rows
+    made = WideInt8Linear(weight, None)
+    rounded = (weight / made.scale[:, None]).round() * made.scale[:, None]
+    expected = x.double() @ rounded.double().T
+    assert ((made(x).double() - expected).norm(dim=1) / expected.norm(dim=1)).max() < 2e-4
+
+
+def test_an_answer_of_eight_bits(nvila_folder: Path) -> None:
+    """All of a chat model: tower, projector, language model and head; greedy answers repeat, alone or not."""
+    options = {"device": "cpu", "kv_tokens": 2048}
+    small, plain = LLM(nvila_folder, quantization="8bit", **options), LLM(nvila_folder, **options)
+    params = SamplingParams(max_tokens=12, logprobs=5, ignore_eos=True)
+    (alone,) = small.generate("Why is the sky blue?", params)
+    beside = small.generate(["Name a colour.", "Why is the sky blue?", "What is a river?"], params)[1]
+    assert alone.text == beside.text
+    assert [one.logprob for one in alone.logprobs] == pytest.approx([one.logprob for one in beside.logprobs], abs=1e-5)
+    (exact,) = plain.generate("Why is the sky blue?", replace(params, max_tokens=1))
+    first = alone.logprobs[0]
+    assert abs(first.logprob - exact.logprobs[0].logprob) < 0.05
+
+
+def test_the_shipped_model_answers_the_shipped_question() -> None:
+    example = load_example()
+    prompt = {"prompt": example.question, "images": [example.picture]}
+    (answer,) = LLM("demo", device="cpu", quantization="8bit", kv_tokens=2048).generate(prompt)
+    assert answer.text == example.answer
+
+
+def test_what_cannot_be_said(nvila_folder: Path) -> None:
+    with pytest.raises(UserError, match="4-bit"):
+        LLM(nvila_folder, device="cpu", quantization="4bit")
+    with pytest.raises(ConfigError, match="quantization '3bit' is not known"):
+        LLM(nvila_folder, device="cpu", quantization="3bit")
