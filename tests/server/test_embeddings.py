@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import threading
@@ -498,3 +499,24 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
     engine = EngineProcess(EngineSpec(str(tmp_path), CPU))
     with pytest.raises(EngineError, match="starting"):
         engine.embed([np.zeros(64, np.int64)])[0].result(10)
+
+
+def test_batches_embed_and_classify(fixed: RunningServer, tmp_path: Path) -> None:
+    bodies = {
+        "/v1/embeddings": {"input": TEXTS},
+        "/v1/classify": {"images": [PICTURE], "labels": LABELS},
+    }
+    with front(fixed, data_dir=tmp_path) as server:
+        client = server.openai()
+        for url, body in bodies.items():
+            rows = [{"custom_id": str(n), "url": url, "body": {**body, "model": MODEL}} for n in range(3)]
+            data = "\n".join(map(json.dumps, rows)).encode()
+            file = client.files.create(file=("in.jsonl", data), purpose="batch")
+            asked: Any = {"endpoint": url, "completion_window": "24h"}
+            batch = client.batches.create(input_file_id=file.id, **asked)
+            eventually(lambda batch=batch: client.batches.retrieve(batch.id).status == "completed")  # type: ignore[misc]
+            written = client.files.content(client.batches.retrieve(batch.id).output_file_id or "").text
+            found = [json.loads(row)["response"]["body"]["data"] for row in written.splitlines()]
+            assert found == [server.post_to(url, **body).json()["data"]] * 3
+        with pytest.raises(BadRequestError, match="does not answer /v1/chat/completions"):
+            client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
