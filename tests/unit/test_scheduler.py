@@ -327,18 +327,32 @@ class TestBatch:
 
         assert steps(True) == steps(False)
 
-    def test_it_gets_a_quarter_of_what_others_leave_and_nothing_beside_a_prompt(self) -> None:
+    def test_it_gets_nothing_beside_a_prompt_and_short_steps_while_others_are_about(self) -> None:
         rig = Rig(tokens=16, patches=8, running=8, pages=200)
-        rig.add(request("client", text(20, 70_000), max_tokens=9))
-        for number in range(4):
-            parts = prompt(number, image(number), *range(1000 * number, 1000 * number + 20))
-            rig.add(request(f"row {number}", parts, max_tokens=20, batch=True))
+        rig.add(request("client", text(20, 70_000), max_tokens=9), *rows(4, length=40, max_tokens=20))
         rig.run()
         assert rig.steps[:2] == [[("client", 0, 16)], [("client", 16, 20)]]
-        beside = [sum(stop - start for name, start, stop in step if name != "client") for step in rig.steps[2:10]]
-        assert beside == [4] * 8
-        after = [sum(stop - start for _, start, stop in step) for step in rig.steps[10:]]
-        assert after[:16] == [4] * 15 + [16]  # the client may come back; then all of it
+        sums = [sum(stop - start for name, start, stop in step if name != "client") for step in rig.steps[2:]]
+        with_client, alone = sums[:8], sums[8:]
+        assert max(with_client) == 4
+        assert max(alone[:15]) == 4  # the client may come back
+        assert alone[15] == 16
+
+    def test_a_quarter_of_what_is_read_is_its_own_while_others_come_and_go(self) -> None:
+        rig = Rig(tokens=16, patches=8, running=8, pages=200, prefix_cache=False, feature_bytes=0)
+        asked = {"client": [0] * 2, "row": [0] * 2}  # tokens and images read
+        for number in range(400):
+            for kind, batch in (("row", True), ("client", False)):
+                if sum(name.startswith(kind) for name in rig.alive) < (4 if batch else 2):
+                    parts = prompt(number, image(number), *range(9))
+                    rig.add(request(f"{kind} {number}", parts, max_tokens=3 + number % 5, batch=batch))
+            step = rig.step()
+            for chunk in step.chunks:
+                asked[chunk.sequence.request.request_id.split()[0]][0] += chunk.tokens if chunk.reads else 0
+            for wanting in step.images_to_encode.values():
+                asked[wanting[0][0].request.request_id.split()[0]][1] += 1
+        for clients, of_batch in zip(asked["client"], asked["row"], strict=True):
+            assert 0.2 < of_batch / (clients + of_batch) < 0.27
 
     def test_its_places_and_pages_go_first_the_youngest_of_them(self) -> None:
         rig = Rig(tokens=64, running=3, pages=40)

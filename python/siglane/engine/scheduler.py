@@ -3,8 +3,9 @@
 Continuous batching: sequences that decode come first, then prompts that are half read, then waiting requests in order
 of arrival. Two budgets bind together: tokens for the language model and patches for the encoder.
 
-Requests of a batch get what the others leave: nothing in a step that reads another's prompt, a share of any other step
-while somebody is about, and their places and pages go first. One that is passed over for long stops yielding.
+Requests of a batch get what the others leave: nothing in a step that reads another's prompt, otherwise the next token
+of their answers, and new prompts in proportion to what the others read. Their places and pages go first. One that is
+passed over for long stops yielding.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from siglane.engine.features import FeatureCache, FeatureKey
 from siglane.engine.kv import PageAllocator
 from siglane.engine.prefix_cache import NextPage, PrefixCache
 
-# while others are about, a batch has 1/BATCH_SHARE of a step's tokens and patches, and leaves as much of the places:
-# who comes next waits for a short step and finds room
+# while others are about, 1/BATCH_SHARE of what is read is a batch's, and at most so much of a step; it leaves as much
+# of the places. Who comes next waits for a short step and finds room
 BATCH_SHARE = 4
 COMPANY_STEPS = 16  # since somebody else was there; clients that answer take some time to ask again
 PATIENCE_STEPS = 64  # that a batch is passed over before its oldest request becomes one like any other
@@ -61,6 +62,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._steps_without_company = COMPANY_STEPS
         self._steps_passed_over = 0
+        self._credit = 0.0  # of a batch, in full steps that it may read
 
     @property
     def capacity(self) -> int:
@@ -78,12 +80,11 @@ class Scheduler:
             if sequence in self.running:  # growing an older one may have put it back into the queue
                 self._grow(sequence)
         step = Step(tokens_left=self.budget.tokens, patches_left=self.budget.patches)
-        nobody_waits = self._fill(step, yields=False)
+        self._decode(step, yields=False)
+        nobody_waits = self._read(step, yields=False)
+        self._credit = min(1.0, self._credit + self._work_since(step) / (BATCH_SHARE - 1))
         if nobody_waits and not any(chunk.reads for chunk in step.chunks):
-            if self._has_company:
-                step.tokens_left = min(step.tokens_left, max(1, self.budget.tokens // BATCH_SHARE))
-                step.patches_left = min(step.patches_left, max(1, self.budget.patches // BATCH_SHARE))
-            self._fill(step, yields=True)
+            self._add_batch(step)
         self._note_passed_over(step)
         return step
 
@@ -111,12 +112,36 @@ class Scheduler:
     def _decodes_first(self) -> list[Sequence]:
         return sorted(self.running, key=lambda sequence: sequence.remaining > 1)
 
-    def _fill(self, step: Step, yields: bool) -> bool:
-        """Adds the running and then the waiting requests of one kind; False when one of them has no room."""
-        for sequence in self._decodes_first():
-            if sequence.yields == yields:
+    def _decode(self, step: Step, yields: bool) -> None:
+        for sequence in self.running:
+            if sequence.yields == yields and sequence.remaining == 1:
+                self._schedule(sequence, step)
+
+    def _read(self, step: Step, yields: bool) -> bool:
+        """Adds what is half read, then what waits; False when one of those has no room."""
+        for sequence in self.running:
+            if sequence.yields == yields and sequence.remaining > 1:
                 self._schedule(sequence, step)
         return self._admit(step, yields)
+
+    def _add_batch(self, step: Step) -> None:
+        """What a batch gets of a step that reads nobody else's prompt."""
+        if not self._has_company:
+            self._decode(step, yields=True)
+            self._read(step, yields=True)
+            return
+        step.tokens_left = min(step.tokens_left, max(1, self.budget.tokens // BATCH_SHARE))
+        step.patches_left = min(step.patches_left, max(1, self.budget.patches // BATCH_SHARE))
+        self._decode(step, yields=True)
+        if self._credit > 0 or not step.chunks:
+            before = step.tokens_left, step.patches_left
+            self._read(step, yields=True)
+            self._credit -= self._work_since(step, before)
+
+    def _work_since(self, step: Step, before: tuple[int, int] | None = None) -> float:
+        """In full steps. before: tokens and patches that were left then, None for all."""
+        tokens, patches = before or (self.budget.tokens, self.budget.patches)
+        return (tokens - step.tokens_left) / self.budget.tokens + (patches - step.patches_left) / self.budget.patches
 
     def _note_passed_over(self, step: Step) -> None:
         """However busy the others keep the engine, one request of a batch after the other gets its turn."""
