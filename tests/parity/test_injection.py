@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 
 from siglane.errors import ConfigError, UserError
 from siglane.families.processor import Processor, load_processor
-from siglane.families.prompt import probe
+from siglane.families.prompt import renderers
 from siglane.families.prompt.reserved import ReservedStrings
 from siglane.types import Message
 from siglane.weights.hub import open_checkpoint
@@ -144,7 +144,7 @@ class TestTemplates:
             self.load(tmp_path, "{{ ''.__class__.__mro__[1].__subclasses__() }}")
 
     def test_one_that_never_ends_fails_at_load(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(probe, "PROBE_SECONDS", 0.05)
+        monkeypatch.setattr(renderers, "RENDER_SECONDS", 0.05)
         endless = "{% for a in range(300) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"
         with pytest.raises(ConfigError, match=r"did not finish within 0\.05 s"):
             self.load(tmp_path, endless)

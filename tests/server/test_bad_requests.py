@@ -185,6 +185,8 @@ def user(content: Any) -> dict[str, Any]:
     return {"role": "user", "content": content}
 
 
+CALL = {"name": "weather", "arguments": '{"city": "Bern"}'}
+
 BAD_BODIES: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "33 no tokens": (fields(max_tokens=0), "invalid_value", "max_tokens"),
     "33 negative": (fields(max_completion_tokens=-1), "invalid_value", "max_completion_tokens"),
@@ -229,7 +231,7 @@ BAD_BODIES: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "38 messages of no list": ({"messages": "hi"}, "invalid_value", "messages"),
     "38 message of no object": (messages("hi"), "invalid_value", "messages[0]"),
     "38 unknown role": (messages({"role": "robot", "content": "x"}), "invalid_value", "messages[0].role"),
-    "38 tool role": (messages({"role": "tool", "content": "x"}), "invalid_value", "messages[0].role"),
+    "38 tool role": (messages({"role": "tool", "content": "x"}), "unsupported_field", "messages[0].role"),
     "38 no role": (messages({"content": "x"}), "missing_field", "messages[0].role"),
     "38 no content": (messages({"role": "user"}), "missing_field", "messages[0].content"),
     "38 null content": (messages(user(None)), "invalid_value", "messages[0].content"),
@@ -284,9 +286,34 @@ BAD_BODIES: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "beams": (fields(use_beam_search=True), "unsupported_field", "use_beam_search"),
     "echo": (fields(echo=True), "unsupported_field", "echo"),
     "tool calls": (
-        messages({"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}),
+        messages({"role": "assistant", "content": "", "tool_calls": [{"id": "1", "function": CALL}]}),
         "unsupported_field",
         "messages[0].tool_calls",
+    ),
+    "tool calls without a function": (
+        messages({"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}),
+        "missing_field",
+        "messages[0].tool_calls[0].function",
+    ),
+    "tool calls of another type": (
+        messages({"role": "assistant", "tool_calls": [{"type": "custom", "custom": {"name": "f", "input": "x"}}]}),
+        "invalid_value",
+        "messages[0].tool_calls[0].type",
+    ),
+    "function call": (
+        messages({"role": "assistant", "content": None, "function_call": CALL}),
+        "unsupported_field",
+        "messages[0].tool_calls",
+    ),
+    "audio of an earlier answer": (
+        messages({"role": "assistant", "content": None, "audio": {"id": "1"}}),
+        "unsupported_field",
+        "messages[0].audio",
+    ),
+    "refusal of a user": (
+        messages(user([{"type": "refusal", "refusal": "no"}])),
+        "unsupported_content_type",
+        "messages[0]",
     ),
     "stream options": (fields(stream_options={"include_usage": True}), "invalid_value", "stream_options"),
 }

@@ -279,7 +279,7 @@ def test_models_are_listed_by_their_names(processor: Processor, engine: EnginePr
         assert (card.id, card.object) == (MODEL, "model")
         assert card.model_extra is not None
         assert card.model_extra["max_model_len"] == processor.context_length
-        assert card.model_extra["root"] == "folder/of-tiny"
+        assert card.model_extra["root"] == MODEL
         for name in (MODEL, "gpt-4o", "org/name", "folder/of-tiny"):
             assert client.models.retrieve(name).id == MODEL
             assert client.chat.completions.create(**chat("x", model=name)).model == MODEL
@@ -319,17 +319,6 @@ def test_images_come_from_files_below_the_allowed_folder(
         inline = server.post(chat(image_part(data), "x", max_tokens=20))
     assert from_file.status_code == 200, from_file.text
     assert from_file.json()["choices"] == inline.json()["choices"]
-
-
-def test_openapi_describes_the_routes(server: RunningServer) -> None:
-    with server.http() as client:
-        document = client.get("/openapi.json").json()
-        assert client.get("/docs").status_code == client.get("/redoc").status_code == 404
-    chat_route = document["paths"]["/v1/chat/completions"]["post"]
-    schema = chat_route["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
-    assert "messages" in document["components"]["schemas"][schema]["required"]
-    assert set(chat_route["responses"]) == {"200", "4XX", "5XX"}
-    json.dumps(document)
 
 
 def test_every_format_and_mode_that_pillow_reads_is_seen(server: RunningServer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import signal
@@ -30,6 +31,7 @@ from siglane.engine.load import load_tagger
 from siglane.engine.process import EngineProcess
 from siglane.errors import EngineError, UserError
 from siglane.families.two_tower import load_two_tower, read_two_tower
+from siglane.server import embedding
 from siglane.server.launch import serve, serving
 from siglane.server.metrics import Metrics
 from siglane.server.served import Deployment, EmbedModel, Served
@@ -105,7 +107,7 @@ def fixed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """One server for what does not depend on the kind of model."""
     folder = tmp_path_factory.mktemp("two_tower") / "siglip2"
     write_two_tower_checkpoint(folder, "siglip2")
-    with embedding_server(folder, max_images=4, max_image_bytes=200_000) as server:
+    with embedding_server(folder, max_images=4, max_image_bytes=200_000, max_label_texts=2048) as server:
         yield server
 
 
@@ -191,6 +193,47 @@ def test_the_three_shapes_agree(fixed: RunningServer) -> None:
     assert np.array_equal(words, vectors(fixed.post_to("/v1/embeddings", input=TEXTS[0])))
 
 
+def test_a_picture_is_never_taken_for_its_letters(fixed: RunningServer) -> None:
+    """A bare string is what `modality` says; what an object calls a text is one."""
+    urls = [data_url(data) for data in PICTURES]
+    expected = vectors(fixed.post_to("/v1/embeddings", input=[{"image": url} for url in urls]))
+    found = vectors(fixed.post_to("/v1/embeddings", input=urls, modality="image"))
+    assert np.abs(found - expected).max() < 1e-6
+    assert (found @ found.T)[0, 1] < 0.999
+    one = vectors(fixed.post_to("/v1/embeddings", input=urls[0], modality="image"))
+    assert np.abs(one - expected[:1]).max() < 1e-6
+    letters = [vectors(fixed.post_to("/v1/embeddings", input=[urls[2]], modality="text"))]
+    letters.append(vectors(fixed.post_to("/v1/embeddings", input=[{"text": urls[2]}])))
+    assert np.abs(letters[0] - letters[1]).max() < 1e-6
+    assert np.abs(letters[0] - expected[2:]).max() > 0.01
+    ordinary = ["data: a word", "data:image is what it is called", "https://example.org/a.png", "data:,x"]
+    assert vectors(fixed.post_to("/v1/embeddings", input=ordinary)).shape == (4, 32)
+    by_name = fixed.post_to("/v1/classify", input=[PICTURE], labels=LABELS, modality="image")
+    assert by_name.json()["data"] == fixed.post_to("/v1/classify", images=[PICTURE], labels=LABELS).json()["data"]
+
+
+def test_the_product_of_labels_and_templates_is_bounded(fixed: RunningServer) -> None:
+    templates = [f"{number} {{label}}" for number in range(16)]
+    body = {"images": [PICTURE], "labels": [f"label {n}" for n in range(129)], "templates": templates}
+    beyond = fixed.post_to("/v1/classify", **body)
+    assert_error(beyond, 400, "too_many_texts", "labels")
+    assert "129 labels in 16 templates are 2064 texts; at most 2048" in beyond.json()["error"]["message"]
+
+
+def test_texts_in_many_pieces_are_the_same_texts(fixed: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [*(f"text {n % 11}" for n in range(30)), {"image": PICTURE}, *(f"text {n}" for n in range(20))]
+    whole = fixed.post_to("/v1/embeddings", input=inputs)
+    forget_texts(fixed)
+    monkeypatch.setattr(embedding, "PIECE_TEXTS", 7)
+    cut = fixed.post_to("/v1/embeddings", input=inputs)
+    forget_texts(fixed)
+    monkeypatch.setattr(embedding, "PIECE_CHARACTERS", 1)
+    single = fixed.post_to("/v1/embeddings", input=inputs)
+    for other in (cut, single):
+        assert np.abs(vectors(other) - vectors(whole)).max() < 1e-6
+        assert other.json()["usage"] == whole.json()["usage"]
+
+
 def test_usage_and_report(fixed: RunningServer) -> None:
     body = fixed.post_to("/v1/embeddings", input=["two green shapes", {"image": PICTURE}, "a " * 200]).json()
     tokens = fixed.served.embed.tokens
@@ -233,6 +276,19 @@ def test_usage_and_report(fixed: RunningServer) -> None:
         ({"input": [{"image": "http://127.0.0.1:9/a.png"}]}, None, "input[0].image"),
         ({"input": [{"image": {"url": PICTURE, "max_num_patches": 9}}]}, None, "input[0].image"),
         ({"input": [{"image": PICTURE}] * 5}, "too_many_images", "input"),
+        ({"input": PICTURE}, "ambiguous_input", "input[0]"),
+        ({"input": ["a", f" {PICTURE}"]}, "ambiguous_input", "input[1]"),
+        ({"input": ["DATA:image/svg+xml;utf8,<svg/>"]}, "ambiguous_input", "input[0]"),
+        ({"messages": [{"role": "user", "content": PICTURE}]}, "ambiguous_input", "messages[0].content"),
+        ({"input": [{"content": PICTURE}]}, "ambiguous_input", "input[0].content"),
+        ({"input": [PICTURE], "modality": "audio"}, "invalid_value", "modality"),
+        ({"input": ["a cat"], "modality": "image"}, "unsupported_url_scheme", "input[0]"),
+        ({"input": [data_url(b"x")], "modality": "image"}, "image_decode_failed", "input[0]"),
+        ({"input": ["http://127.0.0.1:9/a.png"], "modality": "image"}, "image_url_forbidden", "input[0]"),
+        ({"input": ["file:///etc/passwd"], "modality": "image"}, "local_media_forbidden", "input[0]"),
+        ({"input": [PICTURE] * 5, "modality": "image"}, "too_many_images", "input"),
+        ({"input": [{"text": "a"}], "modality": "image"}, "invalid_value", "input[0].text"),
+        ({"input": [{"image": PICTURE}], "modality": "text"}, "invalid_value", "input[0].image"),
         (
             {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "data:,"}}]}]},
             "unsupported_content_type",
@@ -295,6 +351,13 @@ def test_templates_and_other_names(fixed: RunningServer) -> None:
         ({"images": [PICTURE, data_url(b"x")], "labels": ["a"]}, "image_decode_failed", "images[1]"),
         ({"input": [{"text": "a"}], "labels": ["a"]}, "invalid_value", "input[0].text"),
         ({"images": [PICTURE] * 5, "labels": ["a"]}, "too_many_images", "images"),
+        ({"images": [PICTURE], "labels": ["a", PICTURE]}, "ambiguous_input", "labels[1]"),
+        ({"images": [PICTURE], "labels": ["a"], "modality": "text"}, "invalid_value", "modality"),
+        (
+            {"images": [PICTURE], "labels": [*"abcdefghijklmnopq"], "templates": ["{label}"] * 128},
+            "too_many_texts",
+            "labels",
+        ),
     ],
 )
 def test_bad_classifications(fixed: RunningServer, body: dict[str, Any], code: str, param: str) -> None:
@@ -336,7 +399,7 @@ def test_what_waits_shares_a_forward(folder: Path, monkeypatch: pytest.MonkeyPat
     patches = max(image.layout.patches for image in images)
     worker = EmbedWorker(loaded.model, EngineConfig(device="cpu", max_batch_patches=3 * patches))
     for number, item in enumerate([images[0], *loaded.texts.ids(TEXTS).numpy(), *images[1:], images[0]]):
-        worker.add(number, item)
+        worker.add([(number, item)])
     worker.forget(5)
     found: dict[int, Any] = {}
     while worker.has_work:
@@ -345,11 +408,97 @@ def test_what_waits_shares_a_forward(folder: Path, monkeypatch: pytest.MonkeyPat
     assert sorted(found) == [0, 1, 2, 3, 4, 6, 7]
     assert np.allclose(found[0].vector, found[7].vector, atol=1e-6)
     one_by_one = EmbedWorker(loaded.model, EngineConfig(device="cpu", enable_packing=False))
-    one_by_one.add(0, images[0])
-    one_by_one.add(1, images[1])
+    one_by_one.add([(0, images[0]), (1, images[1])])
     ((number, embedding),) = one_by_one.step()
     assert number == 0
     assert np.allclose(embedding.vector, found[0].vector, atol=1e-6)
+
+
+def forwards(worker: EmbedWorker, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, set[int]]]:
+    """Of one forward after the other: what kind it is of, and which numbers got their embedding."""
+    kinds: list[str] = []
+    forward = embed_worker._forward
+
+    def noting(model: Any, items: list[Any]) -> torch.Tensor:
+        kinds.append("texts" if isinstance(items[0], np.ndarray) else "images")
+        return forward(model, items)
+
+    monkeypatch.setattr(embed_worker, "_forward", noting)
+    while worker.has_work:
+        done = worker.step()
+        yield kinds[-1], {number for number, _ in done}
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("two_tower") / "turns"
+    write_two_tower_checkpoint(folder, "siglip2")
+    return load_tagger(str(folder), CPU)
+
+
+@pytest.mark.parametrize(("clients", "each"), [(1, 256), (16, 256), (16, 1), (31, 40)])
+def test_one_word_waits_for_at_most_two_forwards(
+    towers: Any, clients: int, each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever else has sent how much, and whatever pictures wait: counted in forwards, not in seconds."""
+    ids = towers.texts.ids(TEXTS).numpy()
+    decoded = DecodedImage.from_rgb(np.full((30, 50, 3), 9, np.uint8))
+    image = towers.images.patches(decoded, *towers.images.layouts([decoded.size]))
+    worker = EmbedWorker(towers.model, EngineConfig(device="cpu", max_batch_patches=image.layout.patches))
+    numbers = itertools.count()
+    for _ in range(clients):
+        worker.add([(next(numbers), image), *((next(numbers), ids[0]) for _ in range(each))])
+    told = forwards(worker, monkeypatch)
+    next(told)  # one is computed when the word comes
+    word = next(numbers)
+    worker.add([(word, ids[1])])
+    waited = next(place for place, (_, done) in enumerate(told) if word in done)
+    assert waited <= 2
+    rest = list(told)
+    assert sum(kind == "texts" for kind, _ in rest) <= clients * each / 32 + 1  # and forwards stay full
+
+
+def test_images_and_texts_take_turns(towers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = towers.texts.ids(TEXTS).numpy()
+    decoded = DecodedImage.from_rgb(np.full((30, 50, 3), 9, np.uint8))
+    image = towers.images.patches(decoded, *towers.images.layouts([decoded.size]))
+    worker = EmbedWorker(towers.model, EngineConfig(device="cpu", max_batch_patches=image.layout.patches))
+    worker.add([(number, ids[0]) for number in range(100)])
+    worker.add([(100 + number, image) for number in range(2)])
+    worker.add([(200, image)])
+    told = list(forwards(worker, monkeypatch))
+    assert [kind for kind, _ in told] == ["images", "texts", "images", "texts", "images", "texts", "texts"]
+    assert [done for kind, done in told if kind == "images"] == [{100}, {200}, {101}]  # clients in turn
+
+
+def test_whoever_leaves_gives_their_turn_away(towers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = towers.texts.ids(TEXTS).numpy()
+    worker = EmbedWorker(towers.model, EngineConfig(device="cpu"))
+    for client in range(3):
+        worker.add([(10 * client + number, ids[0]) for number in range(3)])
+    for number in (10, 11, 12, 0, 99):
+        worker.forget(number)
+    (told,) = forwards(worker, monkeypatch)
+    assert told == ("texts", {1, 2, 20, 21, 22})
+
+
+def test_a_word_is_answered_while_somebody_classifies_at_the_limit(fixed: RunningServer) -> None:
+    """The word's answer comes long before theirs, and the server keeps answering."""
+    forget_texts(fixed)
+    labels = [f"label {number}" for number in range(128)]
+    body = {"images": [PICTURE], "labels": labels, "templates": [f"{n} {{label}}" for n in range(16)]}
+    answers: list[httpx2.Response] = []
+    thread = threading.Thread(target=lambda: answers.append(fixed.post_to("/v1/classify", **body)))
+    with fixed.http() as http:
+        thread.start()
+        eventually(lambda: fixed.served.engine._embeddings)
+        for word in ("one", "two", "three"):
+            assert vectors(http.post("/v1/embeddings", json={"input": word})).shape == (1, 32)
+            assert http.get("/health").status_code == 200
+        assert not answers
+        assert len(fixed.served.engine._embeddings) <= embedding.PIECE_TEXTS + 1
+    thread.join(60)
+    assert answers[0].status_code == 200, answers[0].text
 
 
 def test_what_fails_in_company_fails_alone(fixed: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,3 +65,11 @@ def test_an_end_without_a_token_releases_what_was_held_back() -> None:
     error = EngineError("broken")
     assert one.take(delta(None, Finished("error", error=error))) == TextDelta("b")
     assert (one.text, one.finish_reason, one.error) == ("ab", "error", error)
+
+
+def test_no_stop_string_ends_the_first_tokens() -> None:
+    """As in vLLM: min_tokens come first, whatever they say."""
+    one = Answer("r", Prompt((1, 2, 3)), AnswerStream(TOKENIZER, ("b", "ca"), min_tokens=3))
+    said = [one.take(delta(token)).text for token in (A, B, C, A, B)]
+    assert (said, one.stop_string, one.text) == (["a", "b", "c", "a", ""], "b", "abca")
+    assert len(one.token_ids) == 5

@@ -188,3 +188,58 @@ def test_an_answer_of_broken_bytes_is_not_decoded_from_its_start_every_time() ->
     text = "".join(stream.push([broken]) for _ in range(2000)) + stream.push([], finished=True)
     assert text == "\ufffd" * 2000
     assert decoded < 2000 * 200
+
+
+class TestStopsOfSpecialTokens:
+    """A special token has no text, and ends the answer all the same when a stop string names it."""
+
+    END = property(lambda self: tokenizer().convert_tokens_to_ids(SPECIAL))
+
+    @pytest.mark.parametrize("size", [1, 2, 9])
+    def test_alone(self, size: int) -> None:
+        ids = [*ids_of("ab"), self.END, *ids_of("c")]
+        pieces, texts = stream(ids, (SPECIAL,), (size,))
+        assert ("".join(pieces), texts.stopped) == ("ab", SPECIAL)
+
+    @pytest.mark.parametrize(
+        ("stop", "expected"),
+        [
+            (f"b{SPECIAL}", "a"),
+            (f"{SPECIAL}\nUser:", "ab"),
+            (f"b{SPECIAL}\nUser", "a"),
+            (f"{SPECIAL}{SPECIAL}", None),
+            (f"a{SPECIAL}", None),
+            ("b\nUser", "a"),  # what the text shows
+        ],
+    )
+    def test_among_letters(self, stop: str, expected: str | None) -> None:
+        ids = [*ids_of("ab"), self.END, *ids_of("\nUser: x")]
+        for sizes in ((1,), (3,), (len(ids),)):
+            pieces, texts = stream(ids, (stop,), sizes)
+            told = ("ab\nUser: x", None) if expected is None else (expected, stop)
+            assert ("".join(pieces), texts.stopped) == told
+
+    def test_its_letters_are_met_too(self) -> None:
+        pieces, texts = stream(bytes_of(f"ab{SPECIAL}c"), (SPECIAL,))
+        assert ("".join(pieces), texts.stopped) == ("ab", SPECIAL)
+
+    @given(STOPPABLE, st.lists(st.integers(0, 13), max_size=3), SIZES)
+    @settings(deadline=None)
+    def test_a_stop_that_is_not_met_changes_no_text(self, text: str, places: list[int], sizes: tuple[int, ...]) -> None:
+        ids = bytes_of(text)
+        for place in places:
+            ids.insert(min(place, len(ids)), self.END)
+        pieces, _ = stream(ids, (f"{SPECIAL}z", "zz"), sizes)
+        assert "".join(pieces) == text
+
+    def test_white_space_around_it_is_dropped_where_ends_are(self) -> None:
+        texts = TextStream(tokenizer(), (f"{SPECIAL}z",), strip=True)
+        ids = [self.END, *ids_of(" "), *ids_of("a b"), *ids_of("  "), self.END, *ids_of(" ")]
+        assert "".join([*(texts.push([one]) for one in ids), texts.push([], finished=True)]) == "a b"
+
+
+def test_where_no_stop_is_looked_for_nothing_is_held_or_cut() -> None:
+    texts = TextStream(tokenizer(), ("ab",))
+    assert [texts.push([one], search=False) for one in bytes_of("xaba")] == list("xaba")
+    assert [texts.push([one]) for one in bytes_of("bcab")] == ["b", "c", "", ""]  # the first a was given out already
+    assert texts.stopped == "ab"

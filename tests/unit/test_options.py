@@ -406,6 +406,52 @@ class TestFile:
         with pytest.raises(UserError, match=re.escape(complaint)):
             self.read(tmp_path, f"[example]\nname = 'x'\n{line}\n")
 
+    def test_a_value_that_cannot_be_names_its_key(self, tmp_path: Path) -> None:
+        file = tmp_path / "siglane.toml"
+        file.write_text("[serve]\nmax_queue = 0\n", encoding="utf-8")
+        groups = [OptionGroup(ServerConfig, "server")]
+        parser = Parser(prog="siglane serve")
+        add_options(parser, groups)
+        parsed = parser.parse_args([])
+        parsed.command = "serve"
+        read_file(parsed, file, groups)
+        with pytest.raises(UserError) as caught:
+            read_options(ServerConfig, parsed)
+        assert caught.value.message == f"max_queue must be at least 1, got 0 (from the key max_queue of {file})"
+
+    @pytest.mark.parametrize(
+        ("words", "variable", "complaint"),
+        [
+            (["tag", "-", "a.png"], "SIGLANE_TAG_THRESHOLD=3", "threshold must be between 0 and 1, got 3.0"),
+            (["tag", "-", "a.png"], "SIGLANE_TAG_TOP_K=0", "top_k must be at least 1, got 0"),
+            (["verify", "demo"], "SIGLANE_VERIFY_THRESHOLD=3", "threshold must be at least 0 and below 1, got 3.0"),
+            (["serve", "demo"], "SIGLANE_DRAIN_TIMEOUT=-1", "drain_timeout must be at least 0, got -1.0"),
+        ],
+    )
+    def test_a_variable_or_a_key_is_named_by_every_command(
+        self,
+        words: list[str],
+        variable: str,
+        complaint: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        (tmp_path / "labels.txt").write_text("a cat\n", encoding="utf-8")
+        command, (name, _, value) = words[0], variable.partition("=")
+        words = [*words, "--labels", str(tmp_path / "labels.txt")] if command == "tag" else words
+        monkeypatch.setenv(name, value)
+        assert main(words) == 2
+        assert capsys.readouterr().err == f"siglane: error: {complaint} (from {name})\n"
+        monkeypatch.delenv(name)
+        key = name.removeprefix("SIGLANE_").removeprefix(f"{command.upper()}_").lower()
+        file = tmp_path / "siglane.toml"
+        file.write_text(f"[{command}]\n{key} = {value}\n", encoding="utf-8")
+        assert main([*words, "--config", str(file)]) == 2
+        assert capsys.readouterr().err == f"siglane: error: {complaint} (from the key {key} of {file})\n"
+        assert main([*words, f"--{key.replace('_', '-')}={value}"]) == 2
+        assert capsys.readouterr().err == f"siglane: error: {complaint}\n"  # a flag needs no other name
+
     def test_on_the_command_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "siglane.toml").write_text('[tokens]\nsizes = ["640x480"]\njson = true\n', encoding="utf-8")
         assert main(["tokens", "demo", "--config", str(tmp_path / "siglane.toml")]) == 0

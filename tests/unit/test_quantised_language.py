@@ -16,9 +16,9 @@ from siglane.errors import ConfigError, UserError
 from siglane.llm import LLM
 from siglane.lm.attention import SegmentAttention
 from siglane.lm.build import build_language_model
-from siglane.lm.quantise import QuantisedHead, quantise_language
+from siglane.lm.quantise import LanguageQuantiser, QuantisedHead
 from siglane.lm.qwen import QwenModel
-from siglane.lm.rotation import random_basis, rotate_block, rotated_head
+from siglane.lm.rotation import head_turn, random_basis, rotate_block
 from siglane.nn.cpu.int8 import CentredInt8Linear, Int8Weight, WideInt8Linear
 from siglane.types import SamplingParams
 
@@ -63,6 +63,14 @@ def language(kind: dict[str, Any]) -> QwenModel:
     return model.eval()
 
 
+def quantised(model: QwenModel) -> QwenModel:
+    quantiser = LanguageQuantiser(model.config, "8bit")
+    for block in model.blocks:
+        quantiser.quantise_block(block)
+    quantiser.finish(model)
+    return model
+
+
 @torch.no_grad()
 def logits(model: QwenModel, taps: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
     attention = SegmentAttention([len(IDS)])
@@ -77,7 +85,7 @@ def test_a_turned_decoder_is_the_same(kind: dict[str, Any]) -> None:
     for block in turned.blocks:
         rotate_block(block, basis, head_basis)
     table = (turned.lm_head or turned.embed_tokens).weight
-    head, turned.basis = rotated_head(turned.norm, table, basis), basis.float()
+    head, turned.basis = head_turn(turned.norm, basis)(table).float(), basis.float()
     expected, found = {}, {}
     reference = logits(plain, expected)
     logits(turned, found)
@@ -89,8 +97,7 @@ def test_a_turned_decoder_is_the_same(kind: dict[str, Any]) -> None:
 
 @EVERY_KIND
 def test_eight_bits_stay_close(kind: dict[str, Any]) -> None:
-    plain, small = language(kind), language(kind)
-    quantise_language(small, "8bit")
+    plain, small = language(kind), quantised(language(kind))
     expected, found = logits(plain), logits(small)
     assert F.cosine_similarity(found, expected).min() > 0.998
     assert isinstance(small.blocks[0].attention.qkv.linear, CentredInt8Linear)
@@ -112,9 +119,7 @@ def test_an_outlier_costs_less_in_another_basis() -> None:
 
 
 def test_the_same_weights_give_the_same_model() -> None:
-    first, second = language(KINDS["qwen2"]), language(KINDS["qwen2"])
-    for one in (first, second):
-        quantise_language(one, "8bit")
+    first, second = (quantised(language(KINDS["qwen2"])) for _ in range(2))
     assert torch.equal(logits(first), logits(second))
 
 

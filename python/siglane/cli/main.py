@@ -22,7 +22,7 @@ from typing import TextIO
 
 from siglane.cli.common import COMMON, CommonOptions, emit_line
 from siglane.errors import SiglaneError, UserError
-from siglane.settings.flags import OptionGroup, Parser, add_options, read_file, read_options
+from siglane.settings.flags import OptionGroup, Parser, add_options, named, read_file, read_options
 
 COMMANDS = {
     "generate": "ask a model one question about pictures",
@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
+    parsed, groups = argparse.Namespace(), ()
     try:
         out = _standard_output()
     except SiglaneError as error:
@@ -55,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         debug = common.debug
         _configure_logging(debug)
         command = importlib.import_module(f"siglane.cli.{parsed.command}")
-        read_file(parsed, common.config, command.OPTIONS)
+        groups = command.OPTIONS
+        read_file(parsed, common.config, groups)
         with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints must not mix with the result
             code: int = command.run(parsed, out)
         out.flush()
@@ -65,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone(out):
             return 1
-        return _report(error, debug)
+        return _report(named(error, parsed, groups) if isinstance(error, UserError) else error, debug)
 
 
 def _standard_output() -> TextIO:

@@ -21,9 +21,10 @@ from siglane.cli.common import (
     emit_json,
     emit_line,
 )
+from siglane.errors import ConfigError
 from siglane.settings.flags import OptionGroup, read_options, stated_in
 from siglane.settings.media import DecodeOptions
-from siglane.settings.options import CommandOptions, options_of
+from siglane.settings.options import CommandOptions, at_least, options_of
 from siglane.settings.tagging import TEMPLATES, TagSettings, read_settings
 
 FROM_SETTINGS = "-"
@@ -49,6 +50,12 @@ class TagOptions(CommandOptions):
     )
     json: bool = field(default=False, metadata={"help": "print one JSON list"})
     cache: Path | None = field(default=None, metadata={"help": "folder of label matrices; ~/.cache/siglane/labels"})
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise ConfigError(f"threshold must be between 0 and 1, got {self.threshold}")
+        if self.top_k is not None:
+            at_least("top_k", self.top_k, 1)
 
 
 ARGUMENTS = (MODEL_ARGUMENT, Argument("images", "IMAGE", "pictures, folders of pictures, patterns or URLs", nargs="+"))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from siglane.engine.reasoning import AnswerStream, TextDelta
 from siglane.families.processor import Processor
-from siglane.types import Finished, FinishReason, Prompt, TokenDelta, TokenLogprob, Usage
+from siglane.types import Finished, FinishReason, Prompt, SamplingParams, TokenDelta, TokenLogprob, Usage
 
 
 class Answer:
@@ -25,8 +23,8 @@ class Answer:
         self._deltas: list[TextDelta] = []
 
     @classmethod
-    def of(cls, request_id: str, prompt: Prompt, stop: Sequence[str], processor: Processor) -> Answer:
-        return cls(request_id, prompt, AnswerStream.of(prompt, stop, processor))
+    def of(cls, request_id: str, prompt: Prompt, sampling: SamplingParams, processor: Processor) -> Answer:
+        return cls(request_id, prompt, AnswerStream.of(prompt, sampling, processor))
 
     def take(self, delta: TokenDelta) -> TextDelta:
         """What `delta` adds to the text: nothing once a stop string was met, of which the engine does not know."""

@@ -165,8 +165,7 @@ def _obey(message: tuple[str, Any], engine: Engine | None, worker: EmbedWorker |
     """Does what the parent asks; gives the requests that have ended by it."""
     match message:
         case "embed", items if worker is not None:
-            for number, item in items:
-                worker.add(number, item)
+            worker.add(items)
         case "forget", number if worker is not None:
             worker.forget(number)
         case "add", requests if engine is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -37,11 +37,16 @@ class _Waiting(NamedTuple):
     arrived: float
 
 
+# the items of each that waits, by number; who is first has the next turn
+_Turns = deque[OrderedDict[int, _Waiting]]
+
+
 class EmbedWorker:
     """Both towers and the items that wait for them, each under a number of its owner's.
 
-    A forward takes images up to `max_batch_patches` patches (a larger one alone), or texts; which of the two is told by
-    who has waited longest.
+    A forward takes images up to `max_batch_patches` patches (a larger one alone), or texts; while both wait, images and
+    texts take turns. Those whose items wait do so too: a forward takes one item of each after the other until it is
+    full, so that a single text is in the next forward for texts, however many somebody else has sent.
     """
 
     def __init__(self, model: TwoTowerModel, config: EngineConfig) -> None:
@@ -49,21 +54,27 @@ class EmbedWorker:
         self._model = model
         self._most_patches = (config.max_batch_patches or STEP_PATCHES[device]) if config.enable_packing else 0
         self._most_texts = TEXTS_PER_FORWARD[device]
-        self._images: OrderedDict[int, _Waiting] = OrderedDict()
-        self._texts: OrderedDict[int, _Waiting] = OrderedDict()
+        self._images, self._texts = _Turns(), _Turns()
+        self._images_next = True
 
     @property
     def has_work(self) -> bool:
         return bool(self._images or self._texts)
 
-    def add(self, number: int, item: Item) -> None:
-        queue = self._images if isinstance(item, ImagePatches) else self._texts
-        queue[number] = _Waiting(item, time.monotonic())
+    def add(self, items: Sequence[tuple[int, Item]]) -> None:
+        """items: what one client waits for."""
+        arrived = time.monotonic()
+        for kind, turns in ((ImagePatches, self._images), (np.ndarray, self._texts)):
+            if queue := {number: _Waiting(item, arrived) for number, item in items if isinstance(item, kind)}:
+                turns.append(OrderedDict(queue))
 
     def forget(self, number: int) -> None:
         """Drops an item whose client has left, if it still waits."""
-        for queue in (self._images, self._texts):
-            queue.pop(number, None)
+        for turns in (self._images, self._texts):
+            for queue in turns:
+                if queue.pop(number, None) and not queue:
+                    turns.remove(queue)
+                    break
 
     def step(self) -> list[tuple[int, Embedding | EngineError]]:
         """One forward: what each of its items gets. What fails in company is tried again alone, so that nobody pays for
@@ -79,16 +90,20 @@ class EmbedWorker:
 
     def _take(self) -> dict[int, _Waiting]:
         """What shares the next forward."""
-        queues = [queue for queue in (self._images, self._texts) if queue]
-        queue = min(queues, key=lambda queue: next(iter(queue.values())).arrived)
-        room = self._most_texts if queue is self._texts else self._most_patches
+        images = bool(self._images) and (self._images_next or not self._texts)
+        self._images_next = not images
+        turns, room = (self._images, self._most_patches) if images else (self._texts, self._most_texts)
         taken: dict[int, _Waiting] = {}
-        while queue:
-            number, first = next(iter(queue.items()))
+        while turns:
+            number, first = next(iter(turns[0].items()))
             room -= first.item.layout.patches if isinstance(first.item, ImagePatches) else 1
             if taken and room < 0:
                 break
-            taken[number] = queue.pop(number)
+            taken[number] = first
+            queue = turns.popleft()
+            del queue[number]
+            if queue:
+                turns.append(queue)
         return taken
 
 

@@ -12,7 +12,6 @@ from siglane.errors import UserError
 from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import Processor, load_processor
 from siglane.families.two_tower import LoadedTwoTower, load_two_tower
-from siglane.lm.quantise import quantise_language
 from siglane.nn.attention import choose_backend
 from siglane.nn.cpu.optimise import optimise
 from siglane.nn.quantise import quantise
@@ -87,16 +86,13 @@ def _load(checkpoint: Checkpoint, processor: Processor, config: EngineConfig) ->
         dtype=dtype,
         vision_dtype=vision_dtype,
         attention_backend=config.attention_backend,
+        quantization=None if config.quantization == "none" else config.quantization,
     )
     logger.info("loaded %s in %.1f s (%s, %s)", checkpoint.root.name, time.monotonic() - begin, device, dtype)
     return model
 
 
 def _started(model: VisionLanguageModel, processor: Processor, config: EngineConfig) -> Engine:
-    if config.quantization != "none":
-        quantise_language(model.language, config.quantization)
-        if model.vision is not None:
-            quantise(model.vision, config.quantization, model.vision.encoder.device)
     optimise(model)
     return Engine(model, config, processor.eos_token_ids, processor.config.thinking)
 

@@ -115,8 +115,9 @@ class EngineProcess:
                 self._send(frame("abort", request_id))
 
     def embed(self, items: Sequence[Item]) -> list[Future[Embedding]]:
-        """The embeddings to come of images and texts. Does not wait; an item whose future is cancelled takes no room in
-        a forward. An error is EngineError, with status 503 when the engine is not ready or dies under it."""
+        """The embeddings to come of images and texts, which take turns with those of other calls. Does not wait; an
+        item whose future is cancelled takes no room in a forward. An error is EngineError, with status 503 when the
+        engine is not ready or dies under it."""
         futures = {next(self._numbers): Future[Embedding]() for _ in items}
         for number, future in futures.items():
             self._embeddings[number] = future

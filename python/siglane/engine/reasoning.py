@@ -11,7 +11,7 @@ from siglane.config.vlm import Thinking
 from siglane.engine.detokenize import TextStream
 from siglane.engine.thinking import thinking_start
 from siglane.families.processor import Processor
-from siglane.types import Prompt
+from siglane.types import Prompt, SamplingParams
 
 
 class TextDelta(NamedTuple):
@@ -33,7 +33,7 @@ class AnswerStream:
     An answer that begins with `<think>`, or follows a prompt that `opened` it, is reasoning up to the first `</think>`,
     all of it when there is none; what follows, or an answer that begins otherwise, is text. The two tags are in
     neither. White space around both parts is dropped (AIDC-AI/Ovis strips them), so what may be trailing is held back.
-    Stop strings end the text; they are not looked for in the reasoning.
+    Stop strings end the text; they are not looked for in the reasoning, nor in the first `min_tokens` tokens of both.
 
     Without `thinking` everything is text, as it stands. reasoning_tokens: tokens of the reasoning and its tags so far.
     """
@@ -45,6 +45,7 @@ class AnswerStream:
         thinking: Thinking | None = None,
         *,
         opened: bool = False,
+        min_tokens: int = 0,
     ) -> None:
         reasons = thinking is not None
         self._tokenizer, self._thinking = tokenizer, thinking
@@ -52,13 +53,14 @@ class AnswerStream:
         self._reasoning = TextStream(tokenizer, strip=reasons)
         self._part: Literal["unknown", "reasoning", "text"] = "reasoning" if opened else "unknown"
         self.reasoning_tokens = 0
+        self._tokens, self._min_tokens = 0, min_tokens
 
     @classmethod
-    def of(cls, prompt: Prompt, stop: Sequence[str], processor: Processor) -> AnswerStream:
+    def of(cls, prompt: Prompt, sampling: SamplingParams, processor: Processor) -> AnswerStream:
         """The stream of a prompt's answer."""
         thinking, ends = processor.config.thinking, processor.eos_token_ids
         opened = thinking is not None and thinking_start(prompt.token_ids, thinking, ends) == "opened"
-        return cls(processor.tokenizer, stop, thinking, opened=opened)
+        return cls(processor.tokenizer, sampling.stop, thinking, opened=opened, min_tokens=sampling.min_tokens)
 
     @property
     def stopped(self) -> str | None:
@@ -74,8 +76,9 @@ class AnswerStream:
 
     def _take(self, token_id: int) -> TextDelta:
         thinking = self._thinking
+        self._tokens += 1
         if thinking is None:
-            return TextDelta(self._text.push([token_id]))
+            return TextDelta(self._text_of(token_id))
         if self._part == "unknown":
             if token_id == thinking.start:
                 self._part = "reasoning"
@@ -83,11 +86,14 @@ class AnswerStream:
                 self._part = "text"
         tag = token_id in (thinking.start, thinking.end)
         if self._part != "reasoning":
-            return TextDelta("" if tag else self._text.push([token_id]))
+            return TextDelta("" if tag else self._text_of(token_id))
         self.reasoning_tokens += 1
         if token_id == thinking.end:
             self._part = "text"
         return TextDelta("", self._reasoning.push([] if tag else [token_id], finished=token_id == thinking.end))
+
+    def _text_of(self, token_id: int) -> str:
+        return self._text.push([token_id], search=self._tokens > self._min_tokens)
 
     def _is_space(self, token_id: int) -> bool:
         text = self._tokenizer.decode([token_id], skip_special_tokens=True)

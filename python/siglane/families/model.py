@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +17,7 @@ from siglane.config.images import ImageFacts
 from siglane.config.vlm import VlmConfig
 from siglane.errors import ConfigError, WeightError
 from siglane.families.processor import ImageProcessor, load_processor
+from siglane.families.quantise import Quantiser
 from siglane.families.registry import is_vision_only, tower_family, unknown, vlm_family
 from siglane.families.stack import VisionEncoderModel, VisionStack
 from siglane.families.stated import log_contradictions
@@ -24,10 +25,20 @@ from siglane.families.weights import ModelWeights, model_sources, model_weights,
 from siglane.lm.build import build_language_model
 from siglane.nn.parallel import TensorParallel
 from siglane.nn.plan import WeightPlan
+from siglane.nn.quantise import Bits
 from siglane.types import BackendChoice, ImagePatches, ImageTokens
 from siglane.vision.tower import Taps
 from siglane.weights.hub import ADAPTER_WEIGHTS, Checkpoint, Source
-from siglane.weights.load import QUANTISED, StoredTensor, allocate, fill, rehearse, stored_tensors
+from siglane.weights.load import (
+    NO_STAGES,
+    QUANTISED,
+    Stage,
+    StoredTensor,
+    allocate,
+    fill,
+    rehearse,
+    stored_tensors,
+)
 from siglane.weights.merge import adapters_of
 
 logger = logging.getLogger(__name__)
@@ -63,17 +74,28 @@ def load_model(
     vision_dtype: torch.dtype | None = None,
     tp: TensorParallel | None = None,
     attention_backend: BackendChoice = "auto",
+    quantization: Bits | None = None,
 ) -> VisionLanguageModel:
     """The whole model on `device` in eval mode, without gradients.
 
-    dtype: of the language model, and of tower and projector unless `vision_dtype` says otherwise. ConfigError or
-    WeightError, before anything is allocated, when configuration and tensors do not belong together.
+    dtype: of the language model, and of tower and projector unless `vision_dtype` says otherwise. quantization: bits of
+    the linear layers' weights; on CPUs no two blocks are whole in memory at a time. ConfigError or WeightError, before
+    anything is allocated, when configuration and tensors do not belong together; UserError for bits that have no kernel
+    here.
     """
     model, weights = _rehearsed_whole(checkpoint, config, tp, attention_backend)
+    device, vision_dtype = torch.device(device), vision_dtype or dtype
+    quantiser = None
+    if quantization is not None:
+        quantiser = Quantiser(quantization, model.vision, model.language, device, dtype, vision_dtype)
+    later = quantiser.later if quantiser else []
     if model.vision is not None:
-        allocate(model.vision, torch.device(device), vision_dtype or dtype)
-    allocate(model.language, torch.device(device), dtype)
-    return _filled(model, weights.plan, weights.tensors)
+        allocate(model.vision, device, vision_dtype, later)
+    allocate(model.language, device, dtype, later)
+    filled = _filled(model, weights.plan, weights.tensors, quantiser.stages if quantiser else NO_STAGES)
+    if quantiser is not None:
+        quantiser.finish()
+    return filled
 
 
 def model_tensors(checkpoint: Checkpoint) -> tuple[StoredTensor, ...]:
@@ -190,7 +212,7 @@ def _rehearsed(build: Callable[[], M], plan: WeightPlan, tensors: Sequence[Store
     return model
 
 
-def _filled(model: M, plan: WeightPlan, tensors: Sequence[StoredTensor]) -> M:
-    for name, reason in fill(model, plan, tensors):
+def _filled(model: M, plan: WeightPlan, tensors: Sequence[StoredTensor], stages: Mapping[str, Stage] = NO_STAGES) -> M:
+    for name, reason in fill(model, plan, tensors, stages=stages):
         logger.debug("ignored %s: %s", name, reason)
     return model.eval().requires_grad_(False)

@@ -113,8 +113,10 @@ class LLM:
         A content is a string or a list of parts: `{"type": "text", "text": ...}`, `{"type": "image_url", "image_url":
         {"url": ...}}` or `{"type": "image", "image": path, URL, bytes or Pillow image}`, the same with `video_url` and
         `{"type": "video", "video": path, URL, bytes or list of frames}`. The fields of a budget and `num_frames` stand
-        beside the url, the image or the video. An assistant's `reasoning_content` is accepted and left out: models read
-        only their earlier answers. The rest is as in `generate`.
+        beside the url, the image or the video. Earlier answers may be given as OpenAI's clients hold them: without a
+        content beside `tool_calls` or a `refusal`, which is read as the answer's text. Calls and results of tools are
+        written where the chat template has a place for them, else refused. No model reads an answer's
+        `reasoning_content` and `annotations`, or a participant's `name`. The rest is as in `generate`.
         """
         single = isinstance(messages, Sequence) and len(messages) > 0 and isinstance(messages[0], Mapping)
         rows: Iterable[Any] = [messages] if single else messages
@@ -209,7 +211,7 @@ class LLM:
             request_id = next(self._request_ids)
             request = Request(request_id, prompt, params.choice(index), max_tokens, images=ready.images)
             self._engine.add(request)
-            answer = Answer.of(request_id, prompt, params.stop, self.processor)
+            answer = Answer.of(request_id, prompt, params, self.processor)
             running[request_id] = row, answer
             row.answers.append(answer)
 

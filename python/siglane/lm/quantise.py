@@ -7,35 +7,38 @@ from functools import partial
 import torch
 from torch import nn
 
+from siglane.config.language import LanguageConfig
 from siglane.lm.qwen import DecoderAttention, DecoderBlock, DecoderMLP, QwenModel
-from siglane.lm.rotation import random_basis, rotate_block, rotated_head
+from siglane.lm.rotation import head_turn, random_basis, rotate_block
 from siglane.nn.cpu.int8 import CentredInt8Linear, WideInt8Linear
 from siglane.nn.embedding import VocabParallelEmbedding
 from siglane.nn.parallel import TensorParallel
-from siglane.nn.quantise import Bits, MakeLinear, kernel, quantise, quantised
+from siglane.nn.quantise import Bits, MakeLinear, kernel, quantised
 
 
-def quantise_language(model: QwenModel, kind: Bits) -> None:
-    """Replaces the layers of a loaded `model`, on CUDA as a tower's; UserError when there is no kernel here.
+class LanguageQuantiser:
+    """Replaces the layers of a decoder on a CPU, block by block, as each is loaded, and then its head.
 
-    On CPUs: in the turned basis (`rotation.py`) rows have no outliers, so 8 bits around zero suffice; but behind the
-    product of SwiGLU, which no turn of weights can reach, they take 16 (`WideInt8Linear`).
+    In the turned basis (`rotation.py`) rows have no outliers, so 8 bits around zero suffice; but behind the product of
+    SwiGLU, which no turn of weights can reach, they take 16 (`WideInt8Linear`). UserError when there is no kernel here.
     """
-    device = model.embed_tokens.weight.device
-    if device.type != "cpu":
-        quantise(model, kind, device)
-        return
-    kernel(kind, device)
-    size = model.config.hidden_size
-    basis, head_basis = random_basis(size), random_basis(model.config.head_dim)
-    for block in model.blocks:
+
+    def __init__(self, config: LanguageConfig, kind: Bits) -> None:
+        kernel(kind, torch.device("cpu"))
+        self._basis, self._head_basis = random_basis(config.hidden_size), random_basis(config.head_dim)
+
+    def quantise_block(self, block: nn.Module) -> None:
         assert isinstance(block, DecoderBlock)
-        rotate_block(block, basis, head_basis)
+        rotate_block(block, self._basis, self._head_basis)
         _quantise_block(block)
-    table = model.lm_head or model.embed_tokens
-    assert isinstance(table, VocabParallelEmbedding)
-    model.lm_head = QuantisedHead(rotated_head(model.norm, table.weight, basis), table.tp)
-    model.basis = basis.to(model.embed_tokens.weight.dtype)
+
+    def finish(self, model: QwenModel) -> None:
+        """Once all blocks are done."""
+        table = model.lm_head or model.embed_tokens
+        assert isinstance(table, VocabParallelEmbedding)
+        turn = head_turn(model.norm, self._basis)
+        model.lm_head = QuantisedHead(CentredInt8Linear(table.weight, None, turn), table.tp)
+        model.basis = self._basis.to(model.embed_tokens.weight.dtype)
 
 
 def _quantise_block(block: DecoderBlock) -> None:
@@ -58,10 +61,9 @@ def _quantise_block(block: DecoderBlock) -> None:
 class QuantisedHead(nn.Module):
     """The output head: `[T, hidden_size]` -> logits `[T, vocab_size]`, whole on every rank."""
 
-    def __init__(self, weight: torch.Tensor, tp: TensorParallel) -> None:
+    def __init__(self, linear: CentredInt8Linear, tp: TensorParallel) -> None:
         super().__init__()
-        self.tp = tp
-        self.linear = CentredInt8Linear(weight, None)
+        self.linear, self.tp = linear, tp
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.tp.all_gather(self.linear(hidden))

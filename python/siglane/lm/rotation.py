@@ -8,11 +8,14 @@ What enters the stream (embeddings, image rows) is turned by one product.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from siglane.lm.qwen import DecoderAttention, DecoderBlock, DecoderMLP
 from siglane.nn.norm import RMSNorm
 
+ROWS = COLUMNS = 1024  # that are turned at a time, in float64
 SEED = 0  # of the matrices: any will do, every rank has to have the same
 
 
@@ -33,22 +36,24 @@ def rotate_block(block: DecoderBlock, basis: torch.Tensor, head_basis: torch.Ten
     _rotate_reader(block.post_attention_norm, mlp.gate_up.weight, basis)
     _rotate_values(attention, head_basis)
     for writer in (attention.o_proj, mlp.down_proj):
-        writer.weight.copy_(basis.T @ writer.weight.double())
+        for columns in writer.weight.split(COLUMNS, dim=1):
+            columns.copy_(basis.T @ columns.double())
         if writer.bias is not None:
             writer.bias.copy_(writer.bias.double() @ basis)
 
 
 @torch.no_grad()
-def rotated_head(norm: RMSNorm, weight: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """The output head behind `norm`, whose gain moves into it: weight `[vocabulary, hidden_size]` -> the same."""
-    rows = [(part.double() * norm.weight.double()) @ basis for part in weight.split(8192)]
+def head_turn(norm: RMSNorm, basis: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What turns rows `[N, hidden_size]` of the output head behind `norm`, whose gain moves into it."""
+    gain = norm.weight.double()
     norm.weight.fill_(1)
-    return torch.cat([part.to(weight.dtype) for part in rows])
+    return lambda rows: (rows.double() * gain) @ basis
 
 
 def _rotate_reader(norm: RMSNorm, weight: torch.Tensor, basis: torch.Tensor) -> None:
     """`weight` reads the stream behind `norm`."""
-    weight.copy_((weight.double() * norm.weight.double()) @ basis)
+    for rows in weight.split(ROWS):
+        rows.copy_((rows.double() * norm.weight.double()) @ basis)
     norm.weight.fill_(1)
 
 

@@ -1,23 +1,43 @@
 """What a caller writes, read: OpenAI's messages, and the images and videos that they or a prompt name.
 
-A Python caller's dictionaries come as they are, a client's once `server/protocol.py` has checked them.
+A Python caller's dictionaries come as they are, a client's once `server/protocol.py` has checked them. A refusal is
+read as the text of its answer; a tool's calls and results become `Message.tool_calls` and turns of the role `tool`.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
 from siglane.errors import UserError, blaming
 from siglane.media.item import MediaItem
 from siglane.tiling.rule import LIMITS, ImageBudget
-from siglane.types import Detail, ImagePart, Message, Role
+from siglane.types import Detail, ImagePart, Message, Role, ToolCall
 
 ChatMessage = Mapping[str, Any]
 
-ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "function": "tool",
+}
+NEVER_READ = {"reasoning_content", "reasoning", "annotations"}  # of earlier answers, which clients send back whole
+MESSAGE_KEYS = NEVER_READ | {
+    "role",
+    "content",
+    "name",
+    "refusal",
+    "audio",
+    "tool_calls",
+    "tool_call_id",
+    "function_call",
+}
 BUDGET_KEYS = frozenset({"detail", *LIMITS})
-PART_TYPES = "text, image_url, image, video_url or video"
+PART_TYPES = "text, image_url, image, video_url, video or refusal"
 
 
 class Conversation(NamedTuple):
@@ -37,26 +57,73 @@ def read_messages(messages: Sequence[ChatMessage]) -> Conversation:
 
 
 def _turn(message: ChatMessage, where: str, media: list[MediaItem]) -> Message:
-    check_keys(message, {"role", "content", "reasoning_content"}, where)  # the last as it came; models do not read it
-    role, content = message.get("role"), message.get("content")
+    check_keys(message, MESSAGE_KEYS, where)
+    role, content, refusal = message.get("role"), message.get("content"), message.get("refusal")
     if role not in ROLES:
         raise UserError(f"{where}: role {role!r} is not one of {', '.join(ROLES)}", code="invalid_prompt", param=where)
+    if message.get("audio"):
+        text = f"{where}: audio is not read; send what was said as text"
+        raise UserError(text, code="unsupported_field", param=f"{where}.audio")
+    calls = _tool_calls(message, where)
+    if calls and role != "assistant":
+        text = f"{where}: tools are called by the assistant, not by {role!r}"
+        raise UserError(text, code="invalid_prompt", param=f"{where}.tool_calls")
+    if (content is None and ROLES[role] in ("assistant", "tool")) or (content == "" and calls):
+        content = ()  # an assistant that only called tools or refused, a function without a result
     if isinstance(content, str):
-        return Message(ROLES[role], (content,))
-    if not isinstance(content, list | tuple):
+        parts: list[str | ImagePart] = [content]
+    elif isinstance(content, list | tuple):
+        parts = [_part(part, f"{where}.content[{number}]", media) for number, part in enumerate(content)]
+    else:
         raise UserError(f"{where}: content must be a text or a list of parts", code="invalid_prompt", param=where)
-    parts = (_part(part, f"{where}.content[{number}]", media) for number, part in enumerate(content))
-    return Message(ROLES[role], tuple(parts))
+    if refusal:
+        parts.append(_text(refusal, f"{where}.refusal"))
+    called = _text(message.get("tool_call_id"), f"{where}.tool_call_id")
+    name = _text(message.get("name"), f"{where}.name") if ROLES[role] == "tool" else ""
+    return Message(ROLES[role], tuple(parts), calls, called, name)
+
+
+def _tool_calls(message: ChatMessage, where: str) -> tuple[ToolCall, ...]:
+    """Of `tool_calls`, and of `function_call`, their older form."""
+    calls, old = message.get("tool_calls") or (), message.get("function_call")
+    if not isinstance(calls, list | tuple):
+        raise UserError(f"{where}: tool_calls must be a list", code="invalid_prompt", param=f"{where}.tool_calls")
+    named = [(call, f"{where}.tool_calls[{number}]") for number, call in enumerate(calls)]
+    found = [_tool_call(call, place) for call, place in named]
+    return (*found, _function(old, f"{where}.function_call")) if old is not None else tuple(found)
+
+
+def _tool_call(call: Any, where: str) -> ToolCall:
+    check_keys(call, {"id", "type", "function", "index"}, where)
+    return _function(call.get("function"), f"{where}.function", _text(call.get("id"), f"{where}.id"))
+
+
+def _function(given: Any, where: str, call_id: str = "") -> ToolCall:
+    check_keys(given, {"name", "arguments"}, where)
+    name, arguments = given.get("name"), given.get("arguments")
+    if isinstance(arguments, Mapping):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    if not isinstance(name, str):
+        raise UserError(f"{where}: name must be a text", code="invalid_prompt", param=f"{where}.name")
+    return ToolCall(name, _text(arguments, f"{where}.arguments"), call_id)
+
+
+def _text(given: object, where: str) -> str:
+    """None is as good as absent."""
+    if given is not None and not isinstance(given, str):
+        raise UserError(f"{where} must be a text", code="invalid_prompt", param=where)
+    return given or ""
 
 
 def _part(part: Any, where: str, media: list[MediaItem]) -> str | ImagePart:
     kind = part.get("type") if isinstance(part, Mapping) else None
     match kind:
-        case "text":
-            check_keys(part, {"type", "text"}, where)
-            if not isinstance(part.get("text"), str):
-                raise UserError(f"{where}: text must be a text", code="invalid_prompt", param=where)
-            return str(part["text"])
+        case "text" | "input_text" | "output_text" | "refusal":
+            key = "refusal" if kind == "refusal" else "text"
+            check_keys(part, {"type", key, *(("annotations",) if kind == "output_text" else ())}, where)
+            if not isinstance(part.get(key), str):
+                raise UserError(f"{where}: {key} must be a text", code="invalid_prompt", param=where)
+            return str(part[key])
         case "image_url" | "video_url":
             check_keys(part, {"type", kind}, where)
             media.append(url_item(part.get(kind), where, video=kind == "video_url"))

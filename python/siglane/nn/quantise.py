@@ -35,12 +35,7 @@ def quantise(model: nn.Module, kind: Bits, device: torch.device | str) -> nn.Mod
     """
     device = torch.device(device)
     make = kernel(kind, device)
-    layers = [
-        (parent, name, layer)
-        for parent in model.modules()
-        for name, layer in parent.named_children()
-        if isinstance(layer, ColumnParallelLinear | RowParallelLinear | QKVParallelLinear)
-    ]
+    layers = _float_layers(model)
     if not layers:
         raise ConfigError(f"there is nothing to quantise to {kind}: the model has no float linear layers in its blocks")
     if device.type == "cpu":
@@ -52,13 +47,28 @@ def quantise(model: nn.Module, kind: Bits, device: torch.device | str) -> nn.Mod
     return model
 
 
+def has_float_layers(model: nn.Module) -> bool:
+    """Whether `quantise` finds something to replace."""
+    return bool(_float_layers(model))
+
+
+def _float_layers(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Each with its parent and its name there."""
+    return [
+        (parent, name, layer)
+        for parent in model.modules()
+        for name, layer in parent.named_children()
+        if isinstance(layer, ColumnParallelLinear | RowParallelLinear | QKVParallelLinear)
+    ]
+
+
 @torch.no_grad()
 def _balance(model: nn.Module) -> None:
     """Channels that a norm makes larger than others are divided there and multiplied in the weights behind it, which
     changes no result but leaves the others more of a row's codes (SmoothQuant, arXiv:2211.10438 section 4, with the
     norm's own gain in the place of recorded activations)."""
     for block in model.modules():
-        if not isinstance(block, EncoderBlock):
+        if not isinstance(block, EncoderBlock) or not isinstance(block.attention.qkv, QKVParallelLinear):
             continue
         for norm, layer in ((block.norm1, block.attention.qkv), (block.norm2, block.mlp.fc1)):
             size = torch.hypot(norm.weight, norm.bias).float().clamp_min(LEAST)

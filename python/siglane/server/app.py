@@ -15,7 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from siglane.batch.requests import CHAT, CLASSIFY, EMBEDDINGS
 from siglane.errors import EngineError, UserError
@@ -30,12 +30,21 @@ from siglane.server.embedding_protocol import (
     EmbeddingList,
     EmbeddingRequest,
 )
-from siglane.server.errors import ErrorBody, JsonResponse, error_response, from_validation
+from siglane.server.errors import JsonResponse, error_response, from_validation
 from siglane.server.files import FILES, add_files
 from siglane.server.metrics import METHODS
-from siglane.server.middleware import Authenticate, Gate, Intake, Observe, shutting_down
+from siglane.server.middleware import OPEN_PATHS, Authenticate, Gate, Intake, Observe, shutting_down
+from siglane.server.openapi import (
+    OF_A_BODY,
+    STREAM,
+    chat_examples,
+    classification_examples,
+    document,
+    embedding_examples,
+    failures,
+)
 from siglane.server.protocol import ChatCompletionRequest, ignored_fields
-from siglane.server.replies import ChatCompletion, ModelCard, ModelList
+from siglane.server.replies import ChatCompletion, Health, ModelCard, ModelList, Ready
 from siglane.server.served import ChatModel, EmbedModel, Served
 from siglane.server.store import Store
 from siglane.server.stream import ChatStream
@@ -43,7 +52,8 @@ from siglane.server.stream import ChatStream
 logger = logging.getLogger(__name__)
 
 IGNORED_FIELDS = "x-siglane-ignored-fields"
-FAILURES: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+
+Responses = dict[int | str, dict[str, Any]]
 
 
 class _OrjsonRequest(Request):
@@ -64,10 +74,10 @@ class _Route(APIRoute):
 def create_app(served: Served) -> FastAPI:
     """The application around the models of one server. Its routes hold nothing of their own; those that have no model
     say why they are not served."""
-    # no docs pages: they load scripts from elsewhere; no redirects: they would repeat the Host header of the client
     store = None if served.config.data_dir is None else Store(served.config.data_dir)
     runner = None if store is None else BatchRunner(store, served)
     lifespan = None if runner is None else runner.running
+    # no docs pages: they load scripts from elsewhere; no redirects: they would repeat the Host header of the client
     app = FastAPI(title="siglane", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     app.router.route_class = _Route
     _add_middleware(app, served)
@@ -85,11 +95,12 @@ def create_app(served: Served) -> FastAPI:
         reason = f"{served.name!r} chats; embeddings need a SigLIP with both towers beside it (siglane serve --tagger)"
         _add_refusals(app, (EMBEDDINGS, CLASSIFY), reason)
     if store is not None and runner is not None:
-        add_files(app, store, served, FAILURES)
-        add_batches(app, store, runner, served, FAILURES)
+        add_files(app, store, served)
+        add_batches(app, store, runner, served)
     else:
         paths = [path + rest for path in (FILES, BATCHES) for rest in ("", "/{rest:path}")]
         _add_refusals(app, paths, "start the server with --data-dir FOLDER")
+    app.openapi = document(app, served, OPEN_PATHS)  # type: ignore[method-assign]
     return app
 
 
@@ -135,31 +146,32 @@ def _failures() -> dict[type[Exception], Callable[[Request, Any], Response]]:
 
 
 def _add_probes(app: FastAPI, served: Served) -> None:
-    @app.get("/health")
+    @app.get("/health", responses={200: {"model": Health}, **failures(503)}, response_model=None)
     async def health() -> Response:
         """Whether the process works: 503 only when its engine is gone."""
         if served.engine.state in ("starting", "ready"):
             return JsonResponse({"status": "ok", "engine": served.engine.state})
         return error_response(served.refusal() or shutting_down())
 
-    @app.get("/ready")
+    @app.get("/ready", responses={200: {"model": Ready}, **failures(503)}, response_model=None)
     async def ready() -> Response:
         """Whether new requests are taken."""
         refusal = served.refusal()
         return JsonResponse({"status": "ready"}) if refusal is None else error_response(refusal)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
+        """For Prometheus."""
         content = await run_in_threadpool(generate_latest, served.metrics.registry)
         return Response(content, media_type=CONTENT_TYPE_LATEST)
 
 
 def _add_models(app: FastAPI, served: Served) -> None:
-    @app.get("/v1/models", responses=FAILURES)
+    @app.get("/v1/models", responses=failures(401))
     async def list_models() -> ModelList:
         return {"object": "list", "data": served.cards()}
 
-    @app.get("/v1/models/{name:path}", responses=FAILURES)
+    @app.get("/v1/models/{name:path}", responses=failures(401, 404))
     async def get_model(name: str) -> ModelCard:
         return served.card(name)
 
@@ -181,8 +193,10 @@ def _ignored_noter() -> Callable[[BaseModel], dict[str, str]]:
 
 def _add_chat(app: FastAPI, served: Served, model: ChatModel) -> None:
     note_ignored = _ignored_noter()
+    answers: Responses = {200: {"model": ChatCompletion, "content": STREAM}, **failures(*OF_A_BODY)}
+    shown = chat_examples(model.name, sees=model.processor.config.images is not None)
 
-    @app.post(CHAT, responses={200: {"model": ChatCompletion}, **FAILURES}, response_model=None)
+    @app.post(CHAT, responses=answers, response_model=None, openapi_extra=shown)
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Any:
         context = context_of(request.scope)
         headers = note_ignored(body)
@@ -196,13 +210,16 @@ def _add_chat(app: FastAPI, served: Served, model: ChatModel) -> None:
 def _add_embeddings(app: FastAPI, served: Served, model: EmbedModel) -> None:
     note_ignored = _ignored_noter()
 
-    @app.post(EMBEDDINGS, responses={200: {"model": EmbeddingList}, **FAILURES}, response_model=None)
+    vectors: Responses = {200: {"model": EmbeddingList}, **failures(*OF_A_BODY)}
+    tags: Responses = {200: {"model": ClassificationList}, **failures(*OF_A_BODY)}
+
+    @app.post(EMBEDDINGS, responses=vectors, response_model=None, openapi_extra=embedding_examples(model.name))
     async def create_embeddings(body: EmbeddingRequest, request: Request) -> Any:
         headers = note_ignored(body)
         served.check_name(body.model, model)
         return JsonResponse(await embed(body, context_of(request.scope), model), headers=headers)
 
-    @app.post(CLASSIFY, responses={200: {"model": ClassificationList}, **FAILURES}, response_model=None)
+    @app.post(CLASSIFY, responses=tags, response_model=None, openapi_extra=classification_examples(model.name))
     async def create_classification(body: ClassificationRequest, request: Request) -> Any:
         headers = note_ignored(body)
         served.check_name(body.model, model)

@@ -15,11 +15,14 @@ from siglane.server.batch_runner import BatchRunner
 from siglane.server.context import context_of
 from siglane.server.errors import JsonResponse
 from siglane.server.file_replies import BatchList, BatchObject, BatchRequest, batch_reply, page
+from siglane.server.openapi import OF_A_BODY, failures
 from siglane.server.served import Served
 from siglane.server.store import Batch, Store, new_id
 
 BATCHES = "/v1/batches"
 MAX_PAGE = 100
+
+Responses = dict[int | str, dict[str, Any]]
 
 
 def batch_of(body: BatchRequest, owner: str, served: Served) -> Batch:
@@ -50,33 +53,33 @@ def cancelled(batch: Batch) -> Batch:
     return batch.turned("cancelling")
 
 
-def add_batches(
-    app: FastAPI, store: Store, runner: BatchRunner, served: Served, failures: dict[int | str, dict[str, Any]]
-) -> None:
-    answers: dict[int | str, dict[str, Any]] = {200: {"model": BatchObject}, **failures}
+def add_batches(app: FastAPI, store: Store, runner: BatchRunner, served: Served) -> None:
+    created: Responses = {200: {"model": BatchObject}, **failures(*OF_A_BODY, 507)}
+    found: Responses = {200: {"model": BatchObject}, **failures(401, 404)}
+    ended: Responses = {200: {"model": BatchObject}, **failures(401, 404, 409, 507)}
 
     def reply(batch: Batch) -> BatchObject:
         return batch_reply(batch, runner.why_paused(batch.id))
 
-    @app.post(BATCHES, responses=answers, response_model=None)
+    @app.post(BATCHES, responses=created, response_model=None)
     async def create_batch(body: BatchRequest, request: Request) -> Response:
         batch = batch_of(body, context_of(request.scope).owner, served)
         await run_in_threadpool(store.add_batch, batch)
         runner.wake()
         return JsonResponse(reply(batch))
 
-    @app.get(BATCHES, responses={200: {"model": BatchList}, **failures}, response_model=None)
+    @app.get(BATCHES, responses={200: {"model": BatchList}, **failures(400, 401)}, response_model=None)
     async def list_batches(
         request: Request, after: str | None = None, limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 20
     ) -> Response:
-        found, more = await run_in_threadpool(store.batches, context_of(request.scope).owner, after, limit)
-        return JsonResponse(page(list(map(reply, found)), more))
+        page_of, more = await run_in_threadpool(store.batches, context_of(request.scope).owner, after, limit)
+        return JsonResponse(page(list(map(reply, page_of)), more))
 
-    @app.get(BATCHES + "/{batch_id}", responses=answers, response_model=None)
+    @app.get(BATCHES + "/{batch_id}", responses=found, response_model=None)
     async def retrieve_batch(batch_id: str, request: Request) -> Response:
         return JsonResponse(reply(await run_in_threadpool(store.batch, batch_id, context_of(request.scope).owner)))
 
-    @app.post(BATCHES + "/{batch_id}/cancel", responses=answers, response_model=None)
+    @app.post(BATCHES + "/{batch_id}/cancel", responses=ended, response_model=None)
     async def cancel_batch(batch_id: str, request: Request) -> Response:
         owner = context_of(request.scope).owner
         batch = await run_in_threadpool(store.update, batch_id, cancelled, owner)

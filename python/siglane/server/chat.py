@@ -46,7 +46,7 @@ async def prepare(body: ChatCompletionRequest, context: RequestContext, model: C
     await model.media.lay_out(media)
     # of the images only the headers were read so far: what is too long is never decoded
     layouts = [item.layout for item in media]
-    prompt = await model.media.run(model.processor.prompt, messages, layouts, body.chat_template_kwargs)
+    prompt = await model.prompt(messages, layouts, body.chat_template_kwargs)
     max_tokens = resolve_max_tokens(body, sampling, prompt, model)
     watch.note("prepare")
     await model.media.preprocess(media, context.lease)
@@ -72,8 +72,7 @@ async def prepare(body: ChatCompletionRequest, context: RequestContext, model: C
 
 def check_length(messages: Sequence[Message], model: ChatModel) -> None:
     """Refuses text that cannot fit before it is tokenised: no token stands for more than the longest one's letters."""
-    letters = sum(len(part) for message in messages for part in message.parts if isinstance(part, str))
-    least = letters // model.longest_token
+    least = sum(message.characters for message in messages) // model.longest_token
     if least >= model.context_length:
         raise too_long(least, f"at least {least}", model)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 import pybase64
 import torch
 
@@ -22,10 +23,10 @@ from siglane.server.embedding_protocol import (
     ClassificationList,
     ClassificationRequest,
     EmbeddingList,
+    EmbeddingObject,
     EmbeddingRequest,
     EncoderReport,
     EncoderUsage,
-    Input,
     PromptDetails,
     TextInput,
 )
@@ -36,6 +37,9 @@ from siglane.settings.tagging import TEMPLATES
 from siglane.tagging.labels import check_labels, check_templates, texts_of
 from siglane.tagging.scoring import label_vectors, likeliest, sigmoid_scores
 from siglane.text.tokens import TextTokens
+
+PIECE_TEXTS = 256
+PIECE_CHARACTERS = 1 << 17
 
 
 class _ReadText(NamedTuple):
@@ -48,11 +52,11 @@ class _ReadText(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Embedded:
-    """vectors: of all inputs, in their order."""
+    """vectors: of the images, in their order, then of the texts."""
 
-    vectors: list[Vector]
-    images: list[ImageReport]
-    usage: EncoderUsage
+    images: list[Vector]
+    texts: list[Vector]
+    reports: list[ImageReport]
 
 
 async def embed(body: EmbeddingRequest, context: RequestContext, model: EmbedModel) -> EmbeddingList:
@@ -61,66 +65,70 @@ async def embed(body: EmbeddingRequest, context: RequestContext, model: EmbedMod
         message = f"the vectors of {model.name!r} have {model.width} dimensions; leave dimensions out"
         raise UserError(message, code="invalid_value", param="dimensions")
     inputs = list(body.inputs())
-    found = await _embed(inputs, context, model)
-    as_text = body.encoding_format == "base64"
+    images = [one for one in inputs if isinstance(one, MediaItem)]
+    texts = [one for one in inputs if isinstance(one, TextInput)]
+    found = await _embed(images, texts, context, model)
+    of_images, of_texts = iter(found.images), iter(found.texts)
+    vectors = [next(of_texts if isinstance(one, TextInput) else of_images) for one in inputs]
     return {
         "object": "list",
         "model": model.name,
-        "data": [
-            {"object": "embedding", "index": index, "embedding": _encoded(one.vector, as_text)}
-            for index, one in enumerate(found.vectors)
-        ],
-        "usage": found.usage,
-        "siglane": _report(found, inputs, model),
+        "data": await model.media.run(_rows, vectors, body.encoding_format == "base64"),
+        "usage": _usage(found, model),
+        "siglane": _report(found, texts, model),
     }
 
 
 async def classify(body: ClassificationRequest, context: RequestContext, model: EmbedModel) -> ClassificationList:
     """The labels that fit each image, by sigmoid scores."""
-    labels = check_labels(body.labels)
     given = body.templates or ([body.template] if body.template is not None else TEMPLATES)
-    templates = check_templates(given)
-    texts = [text for template in templates for text in texts_of(template, labels)]
-    images = list(body.media())
-    where = [f"labels[{number}]" for _ in templates for number in range(len(labels))]
-    inputs: list[Input] = [*images, *map(TextInput, texts, where)]
-    found = await _embed(inputs, context, model)
-    vectors = torch.from_numpy(np.stack([one.vector for one in found.vectors]))
-    by_template = vectors[len(images) :].unflatten(0, (len(templates), len(labels)))
-    tags = await model.media.run(_tags, vectors[: len(images)], by_template, labels, model, body)
+    count, most = len(body.labels) * len(given), model.config.max_label_texts
+    if count > most:
+        message = f"{len(body.labels)} labels in {len(given)} templates are {count} texts; at most {most} are accepted"
+        raise UserError(message, code="too_many_texts", param="labels")
+    labels, texts = await model.media.run(_label_texts, body.labels, given)
+    found = await _embed(list(body.media()), texts, context, model)
+    tags = await model.media.run(_tags, found, labels, model, body)
     return {
         "object": "list",
         "model": model.name,
         "data": tags,
-        "usage": found.usage,
-        "siglane": _report(found, inputs, model),
+        "usage": _usage(found, model),
+        "siglane": _report(found, texts, model),
     }
+
+
+def _label_texts(labels: Sequence[str], templates: Sequence[str]) -> tuple[Sequence[str], list[TextInput]]:
+    """The labels, and each template with each of them. UserError for labels or templates that cannot be used."""
+    labels, templates = check_labels(labels), check_templates(templates)
+    where = [f"labels[{number}]" for number in range(len(labels))]
+    texts = (zip(texts_of(template, labels), where, strict=True) for template in templates)
+    return labels, [TextInput(text, param) for one in texts for text, param in one]
 
 
 @torch.inference_mode()
 def _tags(
-    images: torch.Tensor,
-    by_template: torch.Tensor,
-    labels: Sequence[str],
-    model: EmbedModel,
-    body: ClassificationRequest,
+    found: _Embedded, labels: Sequence[str], model: EmbedModel, body: ClassificationRequest
 ) -> list[Classification]:
-    """images `[I, D]`, by_template `[templates, labels, D]`."""
-    scores = sigmoid_scores(images, label_vectors(by_template), model.calibration)
+    images, texts = (torch.from_numpy(np.stack([one.vector for one in some])) for some in (found.images, found.texts))
+    scores = sigmoid_scores(images, label_vectors(texts.unflatten(0, (-1, len(labels)))), model.calibration)
     return [
         {
             "object": "classification",
             "index": index,
-            "tags": [{"label": labels[number], "confidence": score} for number, score in found],
+            "tags": [{"label": labels[number], "confidence": score} for number, score in likely],
         }
-        for index, found in enumerate(likeliest(scores, body.max_tags, body.threshold))
+        for index, likely in enumerate(likeliest(scores, body.max_tags, body.threshold))
     ]
 
 
-async def _embed(inputs: Sequence[Input], context: RequestContext, model: EmbedModel) -> _Embedded:
-    """Images are cut into patches and texts that are new into tokens, then the engine embeds them side by side."""
+async def _embed(
+    images: Sequence[MediaItem], texts: Sequence[TextInput], context: RequestContext, model: EmbedModel
+) -> _Embedded:
+    """Images are cut into patches and texts that are new into tokens, then the engine embeds them: the images and the
+    first piece of the texts side by side, then one piece after the other, so that no request holds a thread or the
+    event loop for as long as all of its texts take."""
     watch = Stopwatch()
-    images = [one for one in inputs if isinstance(one, MediaItem)]
     _admit(images, model)
     await model.media.fetch(images, "", context.lease)
     watch.note("fetch")
@@ -128,28 +136,45 @@ async def _embed(inputs: Sequence[Input], context: RequestContext, model: EmbedM
     await model.media.preprocess(images, context.lease)
     watch.add("decode", sum(image.decoding for image in images))
     watch.add("prepare", sum(image.cutting for image in images))
-    texts: dict[str, str] = {}  # where each stands first
-    for one in inputs:
-        if isinstance(one, TextInput):
-            texts.setdefault(one.text, one.param)
-    known = {text: vector for text in texts if (vector := model.texts.get(text)) is not None}
-    new = {text: param for text, param in texts.items() if text not in known}
-    read = await model.media.run(_read, list(new), model.tokens)
+    first, *others = _pieces(texts)
+    of_images, of_texts = await _vectors(images, first, model, watch)
+    for piece in others:
+        of_texts += (await _vectors((), piece, model, watch))[1]
+    model.metrics.observe_stages(watch.seconds)
+    model.metrics.images.inc(len(images))
+    return _Embedded(of_images, of_texts, list(map(report_image, images)))
 
+
+def _pieces(texts: Sequence[TextInput]) -> list[list[TextInput]]:
+    """At least one: so many texts and letters as take a moment to tokenise."""
+    pieces: list[list[TextInput]] = [[]]
+    letters = 0
+    for text in texts:
+        letters += len(text.text)
+        if pieces[-1] and (len(pieces[-1]) >= PIECE_TEXTS or letters > PIECE_CHARACTERS):
+            pieces.append([])
+            letters = len(text.text)
+        pieces[-1].append(text)
+    return pieces
+
+
+async def _vectors(
+    images: Sequence[MediaItem], texts: Sequence[TextInput], model: EmbedModel, watch: Stopwatch
+) -> tuple[list[Vector], list[Vector]]:
+    """Of images and texts that are embedded side by side. What is known is not embedded again."""
+    params: dict[str, str] = {}  # where each text stands first
+    for one in texts:
+        params.setdefault(one.text, one.param)
+    known = {text: vector for text in params if (vector := model.texts.get(text)) is not None}
+    new = {text: param for text, param in params.items() if text not in known}
+    read = await model.media.run(_read, list(new), model.tokens) if new else []
     items: list[Item] = [*(image.patches for image in images), *(text.ids for text in read)]
     done = await _computed(items, [*(image.param for image in images), *new.values()], model, watch)
-
     for text, ids, embedding in zip(new, read, done[len(images) :], strict=True):
         known[text] = Vector(embedding.vector, ids.kept, ids.cut)
         model.texts.put(text, known[text])
-    in_order = iter(done)  # images come first
-    vectors = [
-        known[one.text] if isinstance(one, TextInput) else Vector(next(in_order).vector, one.layout.patches)
-        for one in inputs
-    ]
-    model.metrics.observe_stages(watch.seconds)
-    model.metrics.images.inc(len(images))
-    return _Embedded(vectors, list(map(report_image, images)), _usage(inputs, vectors, model))
+    of_images = [Vector(embedding.vector, image.layout.patches) for image, embedding in zip(images, done, strict=False)]
+    return of_images, [known[one.text] for one in texts]
 
 
 def _admit(images: Sequence[MediaItem], model: EmbedModel) -> None:
@@ -183,23 +208,26 @@ async def _computed(
     return done
 
 
-def _usage(inputs: Sequence[Input], vectors: Sequence[Vector], model: EmbedModel) -> EncoderUsage:
+def _usage(found: _Embedded, model: EmbedModel) -> EncoderUsage:
     """Counts an answer that was given in full."""
-    pairs = list(zip(inputs, vectors, strict=True))
-    patches = sum(vector.tokens for one, vector in pairs if isinstance(one, MediaItem))
-    tokens = sum(vector.tokens for one, vector in pairs if isinstance(one, TextInput))
+    patches, tokens = (sum(vector.tokens for vector in some) for some in (found.images, found.texts))
     model.metrics.count_tokens(prompt=patches + tokens, cached=0, image=patches, completion=0)
     details: PromptDetails = {"image_tokens": patches, "text_tokens": tokens}
     return {"prompt_tokens": patches + tokens, "total_tokens": patches + tokens, "prompt_tokens_details": details}
 
 
-def _report(found: _Embedded, inputs: Sequence[Input], model: EmbedModel) -> EncoderReport:
-    pairs = zip(inputs, found.vectors, strict=True)
-    cut = list(dict.fromkeys(one.param for one, vector in pairs if vector.cut))
-    report: EncoderReport = {"images": found.images, "texts": model.prepared_as}
+def _report(found: _Embedded, texts: Sequence[TextInput], model: EmbedModel) -> EncoderReport:
+    cut = list(dict.fromkeys(one.param for one, vector in zip(texts, found.texts, strict=True) if vector.cut))
+    report: EncoderReport = {"images": found.reports, "texts": model.prepared_as}
     return {**report, "cut": cut} if cut else report
 
 
-def _encoded(vector: npt.NDArray[np.float32], as_text: bool) -> list[float] | str:
-    values = vector.astype("<f4")
+def _rows(vectors: Sequence[Vector], as_text: bool) -> list[EmbeddingObject]:
+    """Written out here, a row at a time: all at once they would hold up the event loop."""
+    written: list[Any] = [orjson.Fragment(orjson.dumps(_encoded(one, as_text))) for one in vectors]
+    return [{"object": "embedding", "index": index, "embedding": one} for index, one in enumerate(written)]
+
+
+def _encoded(vector: Vector, as_text: bool) -> list[float] | str:
+    values = vector.vector.astype("<f4")
     return pybase64.b64encode(values.tobytes()).decode() if as_text else values.tolist()

@@ -7,6 +7,7 @@ field is honoured, refused or reported as ignored, as in a chat.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NotRequired
@@ -18,14 +19,15 @@ from siglane.errors import UserError
 from siglane.families.report import ImageReport
 from siglane.media.item import MediaItem
 from siglane.media.messages import url_item
-from siglane.server.protocol import ChatMessage, Content, ImageUrl, ImageUrlPart, RequestModel, TextPart, plain
-from siglane.server.refused import REFUSED, refuse_fields
+from siglane.server.protocol import AnyMessage, Content, ImageUrl, ImageUrlPart, RequestModel, TextPart, plain
+from siglane.server.refused import refuse_fields
 from siglane.settings.tagging import CONFIDENCE_THRESHOLD, MAX_TAGS
 
 MAX_INPUTS = 2048
 MAX_LABELS = 16384
 MAX_TEMPLATES = 128
 MAX_CHARACTERS = 1 << 16  # of a text; the model reads its first few dozen tokens
+DATA_URL = re.compile(r"\s*data:(image|video|audio)/[^\s,]*,", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,9 @@ class InputItem(RequestModel):
     content: Content | None = None
 
 
+Modality = Literal["text", "image"]
+
+
 def _input_tag(item: Any) -> str:
     return "#text" if isinstance(item, str) else "#item"
 
@@ -74,15 +79,19 @@ Inputs = Annotated[
 
 
 class EmbeddingRequest(RequestModel):
+    """modality: what a bare string of `input` is, the URL of an image or a text; by default a text, but no data URL of
+    an image: whoever sends one as a text is asked which of the two it is."""
+
     model: str | None = None
     input: Inputs | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1)] | None = None
+    messages: Annotated[list[AnyMessage], Field(min_length=1, max_length=1)] | None = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None
+    modality: Modality | None = None
 
     @model_validator(mode="after")
     def _check(self) -> EmbeddingRequest:
-        refuse_fields(self.model_extra or {}, REFUSED)
+        refuse_fields(self.model_extra or {})
         if (self.input is None) == (self.messages is None):
             raise UserError("send either input or messages", code="missing_field", param="input")
         list(self.inputs())  # UserError for an item that is not one text or one image
@@ -91,9 +100,10 @@ class EmbeddingRequest(RequestModel):
     def inputs(self) -> Iterator[Input]:
         """In the order of the answer's vectors."""
         for number, item in enumerate(self.input or ()):
-            yield _read(item, f"input[{number}]")
+            yield _of_kind(_read(item, f"input[{number}]", self.modality), self.modality)
         for message in self.messages or ():
-            yield _of_content(message.content, "messages[0].content")
+            read = _of_content(message.content or "", "messages[0].content", self.modality)
+            yield _of_kind(read, self.modality)
 
 
 class ClassificationRequest(RequestModel):
@@ -107,6 +117,7 @@ class ClassificationRequest(RequestModel):
     templates: Annotated[list[str], Field(min_length=1, max_length=MAX_TEMPLATES)] | None = None
     threshold: Annotated[float, Field(ge=0, le=1)] = CONFIDENCE_THRESHOLD
     max_tags: Annotated[int, Field(ge=1)] = MAX_TAGS
+    modality: Literal["image"] | None = None
 
     @field_validator("images", mode="before")
     @classmethod
@@ -115,7 +126,7 @@ class ClassificationRequest(RequestModel):
 
     @model_validator(mode="after")
     def _check(self) -> ClassificationRequest:
-        refuse_fields(self.model_extra or {}, REFUSED)
+        refuse_fields(self.model_extra or {})
         if (self.images is None) == (self.input is None):
             raise UserError("send either images or input", code="missing_field", param="images")
         if self.template is not None and self.templates is not None:
@@ -123,6 +134,8 @@ class ClassificationRequest(RequestModel):
         for name, texts in (("labels", self.labels), ("templates", self.templates or [self.template or ""])):
             if any(len(text) > MAX_CHARACTERS for text in texts):
                 raise UserError(f"a text has at most {MAX_CHARACTERS} characters", code="invalid_value", param=name)
+        for number, label in enumerate(self.labels):
+            _check_words(label, f"labels[{number}]", "a label is a text")
         list(self.media())
         return self
 
@@ -131,19 +144,19 @@ class ClassificationRequest(RequestModel):
             yield url_item(plain(image), f"images[{number}]")
         for number, item in enumerate(self.input or ()):
             param = f"input[{number}]"
-            read = MediaItem(item, param) if isinstance(item, str) else _read(item, param)
+            read = _read(item, param, "image")
             if isinstance(read, TextInput):
                 raise UserError("only images are classified", code="invalid_value", param=read.param)
             yield read
 
 
-def _read(item: str | InputItem, param: str) -> Input:
+def _read(item: str | InputItem, param: str, modality: Modality | None) -> Input:
     if isinstance(item, str):
-        return _text(item, param)
+        return _bare(item, param, modality)
     if item.content is not None:
         if item.text is not None or item.image is not None:
             raise UserError("content stands alone, without text and image", code="invalid_value", param=param)
-        return _of_content(item.content, f"{param}.content")
+        return _of_content(item.content, f"{param}.content", modality)
     if item.image is None:
         if item.text is None:
             raise UserError("an item needs text, image or content", code="missing_field", param=param)
@@ -151,9 +164,32 @@ def _read(item: str | InputItem, param: str) -> Input:
     return _only([item.text or ""], [url_item(plain(item.image), f"{param}.image")], param)
 
 
-def _of_content(content: str | Sequence[Any], param: str) -> Input:
+def _bare(text: str, param: str, modality: Modality | None) -> Input:
+    """A string that does not say what it is."""
+    if modality == "image":
+        return MediaItem(text, param)
+    if modality is None:
+        _check_words(text, param, 'an image is sent as {"image": URL} or with modality "image", letters with "text"')
+    return _text(text, param)
+
+
+def _check_words(text: str, param: str, hint: str) -> None:
+    """UserError for the data URL of a picture that stands where a text is read: its letters mean nothing."""
+    if DATA_URL.match(text):
+        raise UserError(f"{param} is a data URL; {hint}", code="ambiguous_input", param=param)
+
+
+def _of_kind(read: Input, modality: Modality | None) -> Input:
+    kind = "text" if isinstance(read, TextInput) else "image"
+    if modality not in (None, kind):
+        message = f"the modality is {modality}, and {read.param} is of kind {kind}"
+        raise UserError(message, code="invalid_value", param=read.param)
+    return read
+
+
+def _of_content(content: str | Sequence[Any], param: str, modality: Modality | None) -> Input:
     if isinstance(content, str):
-        return _text(content, param)
+        return _bare(content, param, modality)
     texts = [part.text for part in content if isinstance(part, TextPart)]
     images = [
         url_item(plain(part.image_url), f"{param}[{number}]")

@@ -22,6 +22,7 @@ from siglane.server.file_replies import (
     file_reply,
     page,
 )
+from siglane.server.openapi import failures
 from siglane.server.served import Served
 from siglane.server.store import Store, StoredFile, new_id, refusing_disk, storage_full
 from siglane.server.upload import Upload, receive, too_large
@@ -91,6 +92,11 @@ def _checked(fields: Mapping[str, str], default: float) -> float:
     return float(given)
 
 
+Responses = dict[int | str, dict[str, Any]]
+CONTENT = {
+    "description": "as it was uploaded or written",
+    "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+}
 FORM = {
     "requestBody": {
         "required": True,
@@ -112,14 +118,16 @@ FORM = {
 }
 
 
-def add_files(app: FastAPI, store: Store, served: Served, failures: dict[int | str, dict[str, Any]]) -> None:
+def add_files(app: FastAPI, store: Store, served: Served) -> None:
     uploads = Uploads(store, served)
 
-    @app.post(FILES, responses={200: {"model": FileObject}, **failures}, response_model=None, openapi_extra=FORM)
+    taken: Responses = {200: {"model": FileObject}, **failures(400, 401, 408, 413, 415, 503, 507)}
+
+    @app.post(FILES, responses=taken, response_model=None, openapi_extra=FORM)
     async def create_file(request: Request) -> Response:
         return JsonResponse(file_reply(await uploads.take(request)))
 
-    @app.get(FILES, responses={200: {"model": FileList}, **failures}, response_model=None)
+    @app.get(FILES, responses={200: {"model": FileList}, **failures(400, 401)}, response_model=None)
     async def list_files(
         request: Request,
         purpose: str | None = None,
@@ -131,18 +139,27 @@ def add_files(app: FastAPI, store: Store, served: Served, failures: dict[int | s
         found, more = await run_in_threadpool(store.files, owner, purpose, after, limit, order)
         return JsonResponse(page(list(map(file_reply, found)), more))
 
-    @app.get(FILES + "/{file_id}", responses={200: {"model": FileObject}, **failures}, response_model=None)
+    @app.get(FILES + "/{file_id}", responses={200: {"model": FileObject}, **failures(401, 404)}, response_model=None)
     async def retrieve_file(file_id: str, request: Request) -> Response:
         found = await run_in_threadpool(store.file, file_id, context_of(request.scope).owner)
         return JsonResponse(file_reply(found))
 
-    @app.delete(FILES + "/{file_id}", responses={200: {"model": FileDeleted}, **failures}, response_model=None)
+    @app.delete(
+        FILES + "/{file_id}",
+        responses={200: {"model": FileDeleted}, **failures(401, 404, 409, 507)},
+        response_model=None,
+    )
     async def delete_file(file_id: str, request: Request) -> Response:
         await run_in_threadpool(store.delete_file, file_id, context_of(request.scope).owner)
         deleted: FileDeleted = {"id": file_id, "object": "file", "deleted": True}
         return JsonResponse(deleted)
 
-    @app.get(FILES + "/{file_id}/content", responses=failures, response_class=FileResponse, response_model=None)
+    @app.get(
+        FILES + "/{file_id}/content",
+        responses={200: CONTENT, **failures(401, 404)},
+        response_class=FileResponse,
+        response_model=None,
+    )
     async def retrieve_file_content(file_id: str, request: Request) -> Response:
         """As it was uploaded or written."""
         found = await run_in_threadpool(store.file, file_id, context_of(request.scope).owner)

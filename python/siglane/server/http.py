@@ -9,17 +9,19 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import h11
 import orjson
 import uvicorn
+from h11._connection import DEFAULT_MAX_INCOMPLETE_EVENT_SIZE
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from siglane.errors import SiglaneError, UserError
 from siglane.server.errors import error_body
+from siglane.server.strict import StrictConnection
 from siglane.settings.server import ServerConfig
 
 if TYPE_CHECKING:
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BACKLOG = 4096
-LINGER_SECONDS = 1.0  # for a client to read that what it sends is not HTTP, before its connection is closed
 CLOSING_SECONDS = 3  # for the last bytes of failed answers to leave
 
 
@@ -114,11 +115,23 @@ class Server(uvicorn.Server):
         threading.Thread(target=watch, name="engine-watch", daemon=True).start()
 
 
+class _Transport:
+    """A connection's transport whose `close` is the protocol's to decide."""
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
+        self._transport, self.close = transport, close
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
 class PatientProtocol(H11Protocol):
-    """HTTP/1.1 with deadlines for clients that connect and do not go on, or do not read what they asked for."""
+    """HTTP/1.1 with deadlines for clients that connect and do not go on, or do not read what they asked for, and
+    patience with those that are refused while they send."""
 
     def __init__(self, *args: Any, stall_timeout: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.conn = StrictConnection(DEFAULT_MAX_INCOMPLETE_EVENT_SIZE)
         self._stall_timeout = stall_timeout
         self._idle_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
@@ -126,6 +139,8 @@ class PatientProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._socket = transport
+        self.transport = cast(asyncio.Transport, _Transport(transport, self._close))
         self._watch_idle()
 
     def data_received(self, data: bytes) -> None:
@@ -145,7 +160,7 @@ class PatientProtocol(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stall_timer = self.loop.call_later(self._stall_timeout, self.transport.abort)
+        self._stall_timer = self.loop.call_later(self._stall_timeout, self._socket.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -155,25 +170,41 @@ class PatientProtocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """What is not HTTP gets the body that every other failure has; behind an answer that has begun, nothing."""
-        answering = self.cycle is not None and not self.cycle.response_complete
-        if not (answering and self.cycle.response_started):
-            body = orjson.dumps(error_body(UserError(msg, code="invalid_http")))
-            head = "HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-type: application/json"
-            self.transport.write(f"{head}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
-        if answering:
-            self.transport.close()
-            return
-        self._refused = True  # the rest is read and forgotten: closed over it, the connection would lose the answer too
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
-        self.loop.call_later(LINGER_SECONDS, self.transport.close)
+        if self._answering:
+            if self.cycle.response_started:
+                self._socket.close()
+                return
+            self.cycle.disconnected = True  # whoever waits for the rest of the body waits no longer
+            self.cycle.message_event.set()
+        body = orjson.dumps(error_body(UserError(msg, code="invalid_http")))
+        head = "HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-type: application/json"
+        self._socket.write(f"{head}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
+        self._linger()
+
+    def _close(self) -> None:
+        """Once; a client that has its answer before it has sent everything gets the time to read it."""
+        if self.conn.their_state is h11.SEND_BODY and not self._refused:
+            self._linger()
+        else:
+            self._socket.close()
+
+    def _linger(self) -> None:
+        """The rest is read and forgotten: closed over it, the connection would lose the answer too."""
+        self._refused = True
+        self.flow.resume_reading()
+        if self._socket.can_write_eof():
+            self._socket.write_eof()
+        self._watch_idle()
+
+    @property
+    def _answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete and not self._refused
 
     def _watch_idle(self) -> None:
         """The client has one idle timeout for its next whole header (and for a refused body's end), however it
         dribbles; while a request is being answered it has none here."""
-        answering = self.cycle is not None and not self.cycle.response_complete
-        if answering and self._idle_timer is not None:
+        if self._answering and self._idle_timer is not None:
             self._idle_timer.cancel()
             self._idle_timer = None
-        elif not answering and self._idle_timer is None and self.conn.our_state is not h11.ERROR:
-            self._idle_timer = self.loop.call_later(self.timeout_keep_alive, self.transport.close)
+        elif not self._answering and self._idle_timer is None and self.conn.our_state is not h11.ERROR:
+            self._idle_timer = self.loop.call_later(self.timeout_keep_alive, self._socket.close)

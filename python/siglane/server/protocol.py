@@ -9,32 +9,26 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from siglane.errors import UserError
-from siglane.server.refused import REFUSED, refuse_fields
+from siglane.server.fields import LogitBias, StopStrings, TemplateKwargs
+from siglane.server.refused import has_no_effect, refuse_fields
 from siglane.types import SAMPLING_BOUNDS, Detail, SamplingParams
 
 MAX_MESSAGES = 2048
 MAX_PARTS = 1024
 MAX_CHOICES = 8
-MAX_STOPS = 16
-MAX_STOP_CHARACTERS = 1024
 MAX_STOP_IDS = 256
-MAX_LOGIT_BIAS = 1024
 MAX_TOP_LOGPROBS = 20
 MAX_SALT_CHARACTERS = 256
-MAX_TEMPLATE_KWARGS = 16
 MAX_REPORTED_FIELDS = 20
 MAX_LIMIT = (1 << 32) - 1
 MAX_PINPOINTS = 256
 MAX_PINPOINT_SIDE = 1 << 14
-
-_REFUSED_IN_MESSAGES = ("audio", "function_call", "tool_call_id", "tool_calls")
-
-TemplateValue = str | int | float | bool | None
 
 
 class RequestModel(BaseModel):
@@ -72,8 +66,17 @@ class VideoUrl(ImageUrl):
 
 
 class TextPart(RequestModel):
-    type: Literal["text"]
+    """The last two types are the Responses API's names for it."""
+
+    type: Literal["text", "input_text", "output_text"]
     text: str
+
+
+class RefusalPart(RequestModel):
+    """What an earlier answer refused with: the model reads it as that answer's text."""
+
+    type: Literal["refusal"]
+    refusal: str
 
 
 class ImageUrlPart(RequestModel):
@@ -86,13 +89,17 @@ class VideoUrlPart(RequestModel):
     video_url: VideoUrl
 
 
+PART_TAGS = {"image_url": "#image_url", "video_url": "#video_url", "refusal": "#refusal"}
+PART_TAGS |= dict.fromkeys(("text", "input_text", "output_text"), "#text")
+
+
 def _part_tag(part: Any) -> str:
     kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
-    return f"#{kind}" if kind in ("image_url", "video_url") else "#text"
+    return PART_TAGS.get(str(kind), "#text")
 
 
 def _check_part_type(part: Any) -> Any:
-    if isinstance(part, dict) and part.get("type") not in ("text", "image_url", "video_url"):
+    if isinstance(part, dict) and (not isinstance(kind := part.get("type"), str) or kind not in PART_TAGS):
         message = "a content part must be of type 'text', 'image_url' or 'video_url'; no other content is read"
         raise UserError(message, code="unsupported_content_type")
     return part
@@ -100,33 +107,96 @@ def _check_part_type(part: Any) -> Any:
 
 ContentPart = Annotated[
     Annotated[TextPart, Tag("#text")]
+    | Annotated[RefusalPart, Tag("#refusal")]
     | Annotated[ImageUrlPart, Tag("#image_url")]
     | Annotated[VideoUrlPart, Tag("#video_url")],
     Discriminator(_part_tag),
     BeforeValidator(_check_part_type),
 ]
 Content = Annotated[
-    Annotated[str, Tag("#string")]
-    | Annotated[list[ContentPart], Field(min_length=1, max_length=MAX_PARTS), Tag("#parts")],
+    Annotated[str, Tag("#string")] | Annotated[list[ContentPart], Field(max_length=MAX_PARTS), Tag("#parts")],
     Discriminator(lambda content: "#parts" if isinstance(content, list) else "#string"),
 ]
 
 
 class ChatMessage(RequestModel):
-    """reasoning_content: of an earlier answer; accepted as it was sent, the model reads only answers."""
+    """A turn of the operator or the user."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content
-    reasoning_content: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ChatMessage:
-        refuse_fields(self.model_extra or {}, dict.fromkeys(_REFUSED_IN_MESSAGES, ()))
+        if self.content == []:
+            raise UserError("at least one content part is needed", code="invalid_value", param="content")
         if self.role == "user" and self.content == "":
             raise UserError("the content of a user message must not be empty", code="empty_content")
-        if self.role != "user" and any(isinstance(part, ImageUrlPart | VideoUrlPart) for part in self.content):
-            raise UserError("images and videos are accepted in user messages only", code="unsupported_content_type")
+        _check_parts(self.role, self.content)
         return self
+
+
+class FunctionCall(RequestModel):
+    name: str
+    arguments: str
+
+
+class ToolCall(RequestModel):
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCall
+
+
+class AssistantMessage(RequestModel):
+    """An earlier answer, as clients send it back. reasoning_content: accepted as it was sent, the model reads only
+    answers; function_call: the older form of tool_calls."""
+
+    role: Literal["assistant"]
+    content: Content | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_PARTS)] | None = None
+    function_call: FunctionCall | None = None
+    audio: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> AssistantMessage:
+        _check_parts(self.role, self.content or "")
+        return self
+
+
+class ToolMessage(RequestModel):
+    """What a tool answered; function: the older form of tool."""
+
+    role: Literal["tool", "function"]
+    content: Content | None
+    tool_call_id: str | None = None
+    name: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ToolMessage:
+        _check_parts(self.role, self.content or "")
+        return self
+
+
+def _check_parts(role: str, content: str | Sequence[RequestModel]) -> None:
+    """UserError for parts that other roles have."""
+    if role != "user" and any(isinstance(part, ImageUrlPart | VideoUrlPart) for part in content):
+        raise UserError("images and videos are accepted in user messages only", code="unsupported_content_type")
+    if role != "assistant" and any(isinstance(part, RefusalPart) for part in content):
+        raise UserError("refusals are accepted in assistant messages only", code="unsupported_content_type")
+
+
+def _message_tag(message: Any) -> str:
+    role = message.get("role") if isinstance(message, dict) else getattr(message, "role", None)
+    return {"assistant": "#assistant", "tool": "#tool", "function": "#tool"}.get(str(role), "#message")
+
+
+AnyMessage = Annotated[
+    Annotated[ChatMessage, Tag("#message")]
+    | Annotated[AssistantMessage, Tag("#assistant")]
+    | Annotated[ToolMessage, Tag("#tool")],
+    Discriminator(_message_tag),
+]
 
 
 def _bounds(name: str) -> Any:
@@ -143,7 +213,7 @@ class ChatCompletionRequest(RequestModel):
     """Null means absent."""
 
     model: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[AnyMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -158,13 +228,13 @@ class ChatCompletionRequest(RequestModel):
     repetition_penalty: Annotated[float, _bounds("repetition_penalty")] | None = None
     frequency_penalty: Annotated[float, _bounds("frequency_penalty")] | None = None
     presence_penalty: Annotated[float, _bounds("presence_penalty")] | None = None
-    logit_bias: dict[str, Any] | None = None
+    logit_bias: LogitBias = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    stop: str | list[str] | None = None
+    stop: StopStrings = None
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_IDS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: TemplateKwargs = None
     thinking_budget: Annotated[int, _bounds("thinking_budget")] | None = None
     thinking_token_budget: Annotated[int, _bounds("thinking_budget")] | None = None  # vLLM's name for it
     cache_salt: Annotated[str, Field(max_length=MAX_SALT_CHARACTERS)] | None = None
@@ -178,46 +248,9 @@ class ChatCompletionRequest(RequestModel):
             raise UserError(f"at most {MAX_MESSAGES} items are accepted", code="invalid_value")
         return value
 
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _check_stop(cls, value: Any) -> Any:
-        stops = [value] if isinstance(value, str) else value
-        if stops is None:
-            return None
-        if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(stop, str) for stop in stops):
-            raise UserError(f"stop must be a string or a list of at most {MAX_STOPS} strings", code="invalid_value")
-        if not all(0 < len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
-            message = f"a stop string has between 1 and {MAX_STOP_CHARACTERS} characters"
-            raise UserError(message, code="invalid_value")
-        return stops
-
-    @field_validator("logit_bias", mode="before")
-    @classmethod
-    def _check_logit_bias(cls, value: Any) -> Any:
-        if value is None:
-            return None
-        for key, bias in _object("logit_bias", value, MAX_LOGIT_BIAS, "token ids").items():
-            if not re.fullmatch(r"[0-9]{1,9}", key) or isinstance(bias, bool) or not isinstance(bias, int | float):
-                raise UserError("logit_bias must map token ids to numbers", code="invalid_value")
-            if not -100 <= bias <= 100:
-                raise UserError("a logit bias must be between -100 and 100", code="invalid_value")
-        return value
-
-    @field_validator("chat_template_kwargs", mode="before")
-    @classmethod
-    def _check_template_kwargs(cls, value: Any) -> Any:
-        if value is None:
-            return None
-        given = _object("chat_template_kwargs", value, MAX_TEMPLATE_KWARGS, "values")
-        if not all(name.isidentifier() for name in given):
-            raise UserError("the names in chat_template_kwargs must be identifiers", code="invalid_value")
-        if not all(item is None or isinstance(item, TemplateValue) for item in given.values()):
-            raise UserError("the values in chat_template_kwargs must be plain", code="invalid_value")
-        return value
-
     @model_validator(mode="after")
     def _check(self) -> ChatCompletionRequest:
-        refuse_fields(self.model_extra or {}, REFUSED)
+        refuse_fields(self.model_extra or {})
         if self.stream_options is not None and not self.stream:
             message = "stream_options is only accepted together with stream"
             raise UserError(message, code="invalid_value", param="stream_options")
@@ -250,13 +283,6 @@ class ChatCompletionRequest(RequestModel):
         return named
 
 
-def _object(name: str, value: Any, most: int, of: str) -> dict[str, Any]:
-    """UserError unless `value` is a JSON object with at most `most` entries."""
-    if not isinstance(value, dict) or len(value) > most:
-        raise UserError(f"{name} must be an object of at most {most} {of}", code="invalid_value")
-    return value
-
-
 def ignored_fields(model: BaseModel) -> list[str]:
     """Dotted names of the fields that were sent and have no effect, made safe for a header; at most 20."""
     found: dict[str, None] = {}
@@ -266,7 +292,7 @@ def ignored_fields(model: BaseModel) -> list[str]:
 
 def _collect_ignored(model: BaseModel, prefix: str, found: dict[str, None]) -> None:
     for name, value in (model.model_extra or {}).items():
-        if value is not None and name not in REFUSED and len(found) < MAX_REPORTED_FIELDS:
+        if (has_no_effect(name, value) if not prefix else value is not None) and len(found) < MAX_REPORTED_FIELDS:
             found[prefix + re.sub(r"[^A-Za-z0-9_-]", "?", name[:64])] = None
     for name in type(model).model_fields:
         value = getattr(model, name)

@@ -10,7 +10,8 @@ from siglane.errors import UserError
 # Fields that change the answer in other servers and are not served here, with the values that ask for nothing.
 # None, False and empty values ask for nothing in any of them.
 REFUSED: Mapping[str, tuple[object, ...]] = {
-    "add_generation_prompt": (True,),
+    "add_special_tokens": (),
+    "allowed_token_ids": (),
     "audio": (),
     "bad_words": (),
     "beam_width": (1,),
@@ -28,18 +29,25 @@ REFUSED: Mapping[str, tuple[object, ...]] = {
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
+    "include_stop_str_in_output": (),
     "input_ids": (),
     "json_schema": (),
+    "length_penalty": (1, 1.0),
     "logits_processors": (),
     "lora_path": (),
     "media_io_kwargs": (),
     "mm_processor_kwargs": (),
     "modalities": (["text"],),
+    "moderation": (),
+    "no_stop_trim": (),
     "prediction": (),
     "prompt_embeds": (),
     "prompt_logprobs": (),
     "regex": (),
     "response_format": ({"type": "text"},),
+    "return_hidden_states": (),
+    "return_token_ids": (),
+    "return_tokens_as_token_ids": (),
     "stop_regex": (),
     "structural_tag": (),
     "structured_outputs": (),
@@ -52,7 +60,18 @@ REFUSED: Mapping[str, tuple[object, ...]] = {
 }
 
 
-def refuse_fields(extra: Mapping[str, Any], refused: Mapping[str, tuple[object, ...]]) -> None:
+# What other servers do unless they are told not to: here, always.
+ALWAYS_ON = frozenset({"add_generation_prompt", "include_reasoning", "separate_reasoning", "skip_special_tokens"})
+
+
+def refuse_fields(extra: Mapping[str, Any]) -> None:
+    """UserError for the first field that asks for what is not served."""
     for name, value in extra.items():
-        if name in refused and value and value not in refused[name]:
+        asks = name in REFUSED and value and value not in REFUSED[name]
+        if asks or (name in ALWAYS_ON and value is not None and value is not True):
             raise UserError(f"{name} is not supported by this server", code="unsupported_field", param=name)
+
+
+def has_no_effect(name: str, value: object) -> bool:
+    """Whether a field that `refuse_fields` lets pass is one to tell the client of."""
+    return value is not None and name not in REFUSED and name not in ALWAYS_ON

@@ -119,3 +119,12 @@ class ModelCard(TypedDict):
 class ModelList(TypedDict):
     object: Literal["list"]
     data: list[ModelCard]
+
+
+class Health(TypedDict):
+    status: Literal["ok"]
+    engine: Literal["starting", "ready"]
+
+
+class Ready(TypedDict):
+    status: Literal["ready"]

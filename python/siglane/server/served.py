@@ -6,9 +6,10 @@ import asyncio
 import functools
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 from siglane.config.images import ImageFacts
 from siglane.config.two_tower import TwoTowerConfig
@@ -18,6 +19,7 @@ from siglane.engine.process import EngineProcess
 from siglane.engine.sampling import sampling_defaults
 from siglane.errors import EngineError, UserError
 from siglane.families.processor import Processor
+from siglane.families.prompt.renderers import MOST_PROCESSES
 from siglane.families.two_tower import Calibration
 from siglane.server.choices import Choices
 from siglane.server.context import InflightBytes
@@ -31,7 +33,7 @@ from siglane.server.text_cache import TextCache
 from siglane.settings.server import ServerConfig
 from siglane.text.tokens import TextTokens
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
-from siglane.types import Request, SamplingParams
+from siglane.types import ImageLayout, Message, Prompt, Request, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,7 @@ class ChatModel(ServedModel):
         self.token_texts = TokenTexts(processor.tokenizer)
         self.longest_token = max(map(len, processor.tokenizer.get_vocab()))
         self._commands = ThreadPoolExecutor(1, thread_name_prefix="engine-commands")
+        self._prompts = ThreadPoolExecutor(MOST_PROCESSES, thread_name_prefix="prompt")
         self._asked: set[Choices] = set()
 
     @property
@@ -97,10 +100,18 @@ class ChatModel(ServedModel):
         pages = settings.stated_pages
         return positions if pages is None else min(positions, pages * settings.page_size)
 
+    async def prompt(
+        self, messages: Sequence[Message], layouts: Sequence[ImageLayout], arguments: Mapping[str, Any] | None
+    ) -> Prompt:
+        """`Processor.prompt`, on threads of its own: a chat template may take its time, and pixels do not wait for
+        it."""
+        write = functools.partial(self.processor.prompt, messages, layouts, arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._prompts, write)
+
     async def ask(self, requests: Sequence[Request]) -> Choices:
         """Hands one client's requests (its n choices) to the engine. The caller ends with `release`. EngineError (503)
         when the engine is not ready."""
-        answers = [Answer.of(one.request_id, one.prompt, one.sampling.stop, self.processor) for one in requests]
+        answers = [Answer.of(one.request_id, one.prompt, one.sampling, self.processor) for one in requests]
         choices = Choices(answers, self._engine, self._commands)
         self._asked.add(choices)
         try:
@@ -125,6 +136,7 @@ class ChatModel(ServedModel):
 
     def close(self) -> None:
         super().close()
+        self._prompts.shutdown(wait=False, cancel_futures=True)
         self._commands.shutdown(wait=False)
 
 
@@ -244,7 +256,7 @@ class Served:
             "object": "model",
             "created": self._created,
             "owned_by": "siglane",
-            "root": model.root,
+            "root": model.name,
             "parent": None,
             "max_model_len": model.context_length,
         }

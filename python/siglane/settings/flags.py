@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from siglane.errors import UserError
-from siglane.settings.options import UNITS, Option, options_of, resolve
+from siglane.settings.options import UNITS, Option, key_of, options_of, resolve
 from siglane.settings.toml import read_table
 
 Config = TypeVar("Config")
 
-STATED = "stated_in_file"
+STATED, STATED_FILE = "stated_in_file", "file_that_states"
 METAVARS = {int: "N", float: "X", Path: "PATH"}
 
 
@@ -68,7 +68,19 @@ def read_options(config: type[Config], arguments: argparse.Namespace) -> Config:
         for option in options_of(config)
         if option.name in given
     }
-    return resolve(config, flags, stated_in(arguments), _missing_flag)
+    return resolve(config, flags, stated_in(arguments), _missing_flag, given.get(STATED_FILE))
+
+
+def named(error: UserError, arguments: argparse.Namespace, groups: Iterable[OptionGroup]) -> UserError:
+    """An error about an option's value (`threshold must be ...`), and the variable or key that the value came from."""
+    about = error.message.partition(" ")[0]
+    for option in (option for group in groups for option in group.options if option.name == about):
+        if option.name in vars(arguments) or " (from " in error.message:
+            break
+        stated = option.name in stated_in(arguments)
+        if source := option.set_variable or (key_of(about, vars(arguments).get(STATED_FILE)) if stated else None):
+            return UserError(f"{error.message} (from {source})", code=error.code, param=source)
+    return error
 
 
 def _missing_flag(option: Option) -> UserError:
@@ -85,6 +97,7 @@ def read_file(arguments: argparse.Namespace, file: Path | None, groups: Iterable
     """Keeps in `arguments` what a TOML file states in the table of the command. UserError as `read_table`."""
     options = [option for group in groups for option in group.options]
     setattr(arguments, STATED, {} if file is None else read_table(file, [arguments.command], options))
+    setattr(arguments, STATED_FILE, file)
 
 
 def known_variables(configs: Iterable[type[Any]]) -> set[str]:

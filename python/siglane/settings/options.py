@@ -60,12 +60,15 @@ class Option:
     def variable(self) -> str:
         return self.variables[0]
 
+    @property
+    def set_variable(self) -> str | None:
+        """The one of its variables that is set, and not empty."""
+        return next((variable for variable in self.variables if os.environ.get(variable)), None)
+
     def from_environment(self) -> Any:
-        """The variable's value; MISSING when it is not set or empty. UserError names the variable."""
-        for variable in self.variables:
-            if text := os.environ.get(variable, ""):
-                return self._parsed(text, variable)
-        return dataclasses.MISSING
+        """The variable's value; MISSING when none is set. UserError names the variable."""
+        variable = self.set_variable
+        return dataclasses.MISSING if variable is None else self._parsed(os.environ[variable], variable)
 
     def _parsed(self, text: str, variable: str) -> Any:
         try:
@@ -103,30 +106,37 @@ def resolve(
     given: Mapping[str, Any],
     stated: Mapping[str, Any] | None = None,
     missing: Callable[[Option], UserError] = _missing_variable,
+    file: Path | None = None,
 ) -> Config:
-    """Builds `config` from `given`, then the environment, then what a file has `stated`, then its defaults.
+    """Builds `config` from `given`, then the environment, then what a `file` has `stated`, then its defaults.
 
-    UserError names the variable whose value cannot be used; `missing` makes that of a required option without a value.
+    UserError names the variable or the key whose value cannot be used; `missing` makes that of a required option
+    without a value.
     """
-    values, variables = dict(given), {}
+    values, sources = dict(given), {}
     for option in options_of(config):
         name = option.name
         if name in given:
             continue
         if (found := option.from_environment()) is not dataclasses.MISSING:
-            values[name], variables[name] = found, option.variable
+            values[name], sources[name] = found, str(option.set_variable)
         elif stated and name in stated:
-            values[name] = stated[name]
+            values[name], sources[name] = stated[name], key_of(name, file)
         elif option.default is dataclasses.MISSING:
             raise missing(option)
     try:
         return config(**values)
     except UserError as error:
         words = re.findall(r"\w+", error.message)
-        guilty = [variable for name, variable in variables.items() if name in words]
+        guilty = [source for name, source in sources.items() if name in words]
         if not guilty:
             raise
         raise UserError(f"{error.message} (from {', '.join(guilty)})", code=error.code, param=guilty[0]) from error
+
+
+def key_of(name: str, file: Path | None) -> str:
+    """What messages call a value of a file."""
+    return f"the key {name} of {file}" if file is not None else f"the key {name} of the settings"
 
 
 def at_least(name: str, value: float, least: int) -> None:

@@ -66,6 +66,9 @@ class ServerConfig(MediaConfig):
         default=128 * MIB,  # 16,384 labels, the most of one request, have 85 MB at width 1152
         metadata={"help": "bytes of embedded texts kept, so that labels that come again are not embedded again"},
     )
+    max_label_texts: int = field(
+        default=16384, metadata={"help": "labels x templates of one classification; more are answered 400"}
+    )
     body_timeout: float = field(default=30.0, metadata={"help": "seconds a client has to send its request body"})
     idle_timeout: int = field(
         default=30, metadata={"help": "seconds a connection may stay without a (whole) request header"}
@@ -105,7 +108,14 @@ class ServerConfig(MediaConfig):
         MediaConfig.__post_init__(self)
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be between 0 and 65535, got {self.port}")
-        for name in ("max_queue", "max_body_bytes", "max_inflight_bytes", "idle_timeout", "fetch_threads"):
+        for name in (
+            "max_queue",
+            "max_body_bytes",
+            "max_inflight_bytes",
+            "idle_timeout",
+            "fetch_threads",
+            "max_label_texts",
+        ):
             at_least(name, getattr(self, name), 1)
         for name in ("decode_threads", "sse_keep_alive", "drain_timeout", "text_cache_bytes"):
             at_least(name, getattr(self, name), 0)

@@ -44,7 +44,7 @@ from siglane.types.layout import (
     VideoSize,
 )
 from siglane.types.model import Activation, AttentionBackend, BackendChoice, RopeScaling
-from siglane.types.prompt import ImagePart, ImageSpan, Message, Prompt, Role
+from siglane.types.prompt import ImagePart, ImageSpan, Message, Prompt, Role, ToolCall
 
 __all__ = [
     "DIGEST_BYTES",
@@ -90,6 +90,7 @@ __all__ = [
     "Token",
     "TokenDelta",
     "TokenLogprob",
+    "ToolCall",
     "Usage",
     "VideoSize",
     "digest_of",

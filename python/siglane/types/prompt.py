@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, TypeVar
 from siglane.types.image import ImagePatches
 from siglane.types.layout import ImageLayout
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 
 OfImage = TypeVar("OfImage")
 
@@ -77,8 +77,29 @@ class ImagePart:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that an earlier answer made. arguments: as the model wrote them, usually a JSON object."""
+
+    name: str
+    arguments: str
+    call_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a chat; its parts in the order the user gave them."""
+    """One turn of a chat; its parts in the order the user gave them.
+
+    tool_calls: an assistant's; tool_call_id, name: of the call and the function whose result a tool's turn is.
+    """
 
     role: Role
     parts: tuple[str | ImagePart, ...]
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+    name: str = ""
+
+    @property
+    def characters(self) -> int:
+        """Of all its texts."""
+        texts = [part for part in self.parts if isinstance(part, str)]
+        return sum(map(len, texts)) + sum(len(call.name) + len(call.arguments) for call in self.tool_calls)

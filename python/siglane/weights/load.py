@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from siglane.weights.hub import Source
 
 logger = logging.getLogger(__name__)
 
+READ_BYTES = 64 << 20
 LISTED = 5  # names in a message about missing tensors
 
 # the storage types a parameter can be cast from; anything else needs scales, i.e. is quantised
@@ -86,6 +89,20 @@ def headers(file: Path, prefix: str = "") -> Iterator[StoredTensor]:
             yield StoredTensor(prefix + key, file, key, tuple(piece.get_shape()), piece.get_dtype())
 
 
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A part of a module that is made smaller as soon as it is loaded, so that no two parts are large at a time.
+
+    begin: gives its parameters memory, when its first tensor comes; end: called when the last one is in.
+    """
+
+    begin: Callable[[nn.Module], None]
+    end: Callable[[nn.Module], None]
+
+
+NO_STAGES: Mapping[str, Stage] = MappingProxyType({})
+
+
 class StrictLoad:
     """Fills the parameters of `module` from named tensors by `plan`; leaving the block checks that all are filled.
 
@@ -93,10 +110,16 @@ class StrictLoad:
             host.load_weights(load.route(iterator))
 
     `ignored` lists (name, reason) of what the plan leaves out. held: parameters that have their values; their tensors
-    have to be the same, once cast.
+    have to be the same, once cast. stages: by the paths of parts of `module`.
     """
 
-    def __init__(self, plan: WeightPlan, module: nn.Module, held: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        plan: WeightPlan,
+        module: nn.Module,
+        held: Collection[str] = (),
+        stages: Mapping[str, Stage] = NO_STAGES,
+    ) -> None:
         self.plan, self.module, self.held = plan, module, frozenset(held)
         self.ignored: list[tuple[str, str]] = []
         self._owners = {name: owner_of(module, name) for name, _ in module.named_parameters()}
@@ -106,6 +129,12 @@ class StrictLoad:
             for part in (owner.parts(leaf) if isinstance(owner, ShardedModule) else ("",))
         }
         self._filled_by: dict[Destination, str] = {}
+        self._stages = stages
+        self._paths = {
+            f"{path}.{name}": path for path in stages for name, _ in module.get_submodule(path).named_parameters()
+        }
+        self._begun: set[str] = set()
+        self._left = Counter(self._paths.get(destination.parameter, "") for destination in self._waiting)
 
     def __enter__(self) -> StrictLoad:
         return self
@@ -158,8 +187,24 @@ class StrictLoad:
                     if parameter in self.held:
                         self._compare(destination, piece, place, f"the loaded {parameter}")
                     else:
-                        self._fill(destination, piece, place)
+                        self._fill_staged(destination, piece, place)
         return None
+
+    def _fill_staged(self, destination: Destination, tensor: torch.Tensor, place: str) -> None:
+        path = self._paths.get(destination.parameter)
+        if path is None:
+            self._fill(destination, tensor, place)
+            return
+        part, stage = self.module.get_submodule(path), self._stages[path]
+        if path not in self._begun:
+            self._begun.add(path)
+            stage.begin(part)
+        self._fill(destination, tensor, place)
+        self._left[path] -= 1
+        if not self._left[path]:
+            # nothing of it is filled again, and what it replaces is to leave memory
+            self._owners = {name: owner for name, owner in self._owners.items() if self._paths.get(name) != path}
+            stage.end(part)
 
     def _compare(self, destination: Destination, tensor: torch.Tensor, place: str, first: str) -> None:
         """A second copy of the weights: loaded over the first, it changes nothing."""
@@ -236,17 +281,20 @@ def rehearse(module: nn.Module, plan: WeightPlan, tensors: Iterable[StoredTensor
             load.take(tensor.name, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), tensor.file)
 
 
-def allocate(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Gives the parameters of `module` that are on the meta device memory, not yet filled and without gradients.
+def allocate(module: nn.Module, device: torch.device, dtype: torch.dtype, later: Collection[nn.Module] = ()) -> None:
+    """Gives the parameters of `module` that are on the meta device memory, not yet filled and without gradients; those
+    of the parts in `later` stay there.
 
     Buffers move to `device` and keep their dtype. ConfigError when there is not so much memory.
     """
-    size = sum(parameter.numel() for parameter in module.parameters() if parameter.is_meta) * dtype.itemsize
+    left_out = {id(parameter) for part in later for parameter in part.parameters()}
+    wanted = [one for one in module.parameters() if one.is_meta and id(one) not in left_out]
+    size = sum(parameter.numel() for parameter in wanted) * dtype.itemsize
     message = f"the weights take {size / 1e9:.1f} GB as {dtype}, more than {device} gives; use a smaller dtype or model"
     with short_of_memory(size, device, ConfigError(message)):
         for owner in module.modules():
             for name, parameter in owner.named_parameters(recurse=False):
-                if not parameter.is_meta:
+                if not parameter.is_meta or id(parameter) in left_out:
                     continue
                 empty = torch.empty(parameter.shape, dtype=dtype, device=device)
                 setattr(owner, name, nn.Parameter(empty, requires_grad=False))
@@ -255,19 +303,37 @@ def allocate(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Non
 
 
 def fill(
-    module: nn.Module, plan: WeightPlan, tensors: Iterable[StoredTensor], held: Collection[str] = ()
+    module: nn.Module,
+    plan: WeightPlan,
+    tensors: Iterable[StoredTensor],
+    held: Collection[str] = (),
+    stages: Mapping[str, Stage] = NO_STAGES,
 ) -> tuple[tuple[str, str], ...]:
     """Reads and loads the tensors, one in memory at a time. Returns (name, reason) of the ignored ones.
 
-    held: as of `StrictLoad`.
+    held, stages: as of `StrictLoad`.
     """
-    with StrictLoad(plan, module, held) as load:
-        for file, group in groupby(tensors, key=lambda tensor: tensor.file):
+    with StrictLoad(plan, module, held, stages) as load:
+        for file, batch in _batches(tensors):
             with open_weights(file) as handle:
-                for tensor in group:
+                for tensor in batch:
                     entry = plan.find(tensor.name)
                     if isinstance(entry, Destination) or (isinstance(entry, Ignore) and entry.constant):
                         load.take(tensor.name, tensor.read(handle), file)
                     else:  # its values do not matter
                         load.take(tensor.name, torch.empty(tensor.shape, device="meta"), file)
     return tuple(load.ignored)
+
+
+def _batches(tensors: Iterable[StoredTensor]) -> Iterator[tuple[Path, list[StoredTensor]]]:
+    """Neighbours of one file, of about READ_BYTES: what is read of a file stays in memory until it is closed."""
+    for file, group in groupby(tensors, key=lambda tensor: tensor.file):
+        batch, size = [], 0
+        for tensor in group:
+            batch.append(tensor)
+            size += math.prod(tensor.shape) * (tensor.dtype or torch.int64).itemsize
+            if size >= READ_BYTES:
+                yield file, batch
+                batch, size = [], 0
+        if batch:
+            yield file, batch

@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -22,8 +23,10 @@ from siglane.errors import UserError
 from siglane.families.family import PromptRules
 from siglane.families.prompt.messages import Parts, parts_of, without_trailing_space
 from siglane.families.prompt.probe import roles_with_parts
+from siglane.families.prompt.renderers import renderers
 from siglane.families.prompt.reserved import ReservedStrings, new_mark
 from siglane.families.prompt.template import checkpoint_template, self_contained
+from siglane.families.prompt.tools import ToolFormat, check_tools, tool_format
 from siglane.families.prompt.writer import PlainTokenizer, PromptWriter
 from siglane.tiling.rule import no_video
 from siglane.types import ImageLayout, ImagePart, Message, Prompt, Role
@@ -59,7 +62,8 @@ class PromptBuilder:
 
         layouts: of images and videos, numbered together; arguments: extra variables of the chat template, each a
         string, number, boolean or None. UserError when the messages do not use each image exactly once, mix images and
-        videos where the model reads one kind, or are refused by the template.
+        videos where the model reads one kind, hold tools' calls or results that the template leaves out, or are refused
+        by the template.
         """
         conversation = [parts_of(message, self._rules) for message in messages]
         order = [part.image for parts in conversation for part in parts if isinstance(part, ImagePart)]
@@ -74,8 +78,11 @@ class PromptBuilder:
             message = "this model reads either images or videos in one request; send one kind"
             raise UserError(message, code="mixed_media", param="messages")
         mark = new_mark()
+        tools = None
+        if any(message.tool_calls or message.role == "tool" for message in messages):
+            check_tools(messages, tools := self._tools)
         turns = [
-            {"role": message.role, "content": self._content(message.role, parts, placeholders, mark)}
+            self._turn(message, parts, placeholders, mark, tools)
             for message, parts in zip(messages, conversation, strict=True)
         ]
         fragments = self._reserved.split(self._render(turns, self._variables(arguments, mark)), mark)
@@ -155,9 +162,29 @@ class PromptBuilder:
             raise no_video()
         return self._video.token
 
-    def _content(self, role: Role, parts: Parts, placeholders: Sequence[str], mark: str) -> str | list[dict[str, str]]:
-        """placeholders: of each image and video of the request."""
-        if role not in self._roles_with_parts:
+    @cached_property
+    def _tools(self) -> ToolFormat | None:
+        content = self._content("user", ("?",), (), ""), self._content("assistant", (), (), "")
+        turns = [{"role": role, "content": one} for role, one in zip(("user", "assistant"), content, strict=True)]
+        return tool_format(lambda turns: self._render(turns, {}), *turns)
+
+    def _turn(
+        self, message: Message, parts: Parts, placeholders: Sequence[str], mark: str, tools: ToolFormat | None
+    ) -> dict[str, Any]:
+        """placeholders: of each image and video of the request; tools: where the messages hold any."""
+        broken = partial(self._reserved.broken, mark=mark)
+        turn: dict[str, Any] = {"role": message.role}
+        turn["content"] = self._content(message.role, parts, placeholders, mark, tools)
+        if tools is not None and message.tool_calls:
+            turn["tool_calls"] = [tools.call(call, broken) for call in message.tool_calls]
+        stated = {"tool_call_id": message.tool_call_id, "name": message.name}
+        return turn | {key: broken(value) for key, value in stated.items() if value}
+
+    def _content(
+        self, role: Role, parts: Parts, placeholders: Sequence[str], mark: str, tools: ToolFormat | None = None
+    ) -> str | list[dict[str, str]]:
+        as_parts = role in self._roles_with_parts if tools is None or role != "tool" else tools.content_as_parts
+        if not as_parts:
             return self._rules.joint.join(
                 self._reserved.broken(part, mark) if isinstance(part, str) else placeholders[part.image]
                 for part in parts
@@ -184,15 +211,6 @@ class PromptBuilder:
         }
 
     def _render(self, turns: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
-        """transformers renders in jinja2's immutable sandbox."""
-        try:
-            rendered = self._tokenizer.apply_chat_template(
-                turns, chat_template=self._template, tokenize=False, add_generation_prompt=True, **variables
-            )
-        except Exception as error:  # a template is a program: it may raise anything
-            raise UserError(
-                f"the chat template refused the messages: {error}", code="chat_template_failed", param="messages"
-            ) from error
-        if not isinstance(rendered, str):
-            raise TypeError(f"a chat template renders text, got {type(rendered).__name__}")
-        return rendered
+        """What transformers' `apply_chat_template` gives, in a process that can be ended. UserError as `Renderers`."""
+        prompt = {"messages": turns, "tools": None, "documents": None, "add_generation_prompt": True}
+        return renderers().render(self._template, {**self._tokenizer.special_tokens_map, **variables, **prompt})

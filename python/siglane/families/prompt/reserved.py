@@ -6,6 +6,7 @@ of the rendered prompt are all the template's own. Splitting the prompt at them 
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 from collections.abc import Iterable, Sequence
@@ -48,13 +49,18 @@ class ReservedStrings:
         """
         long = [re.escape(string) for string in self._strings if len(string) > 1]
         short = [f"{re.escape(string)}(?!{mark})" for string in self._strings if len(string) == 1]
-        pieces = [piece.replace(mark, "") for piece in re.split(_either(long + short), rendered)]
+        pieces = [_without(mark, piece) for piece in re.split(_either(long + short), rendered)]
         for place in range(1, len(pieces), 2):
             if pieces[place] in self._strips_left:
                 pieces[place - 1] = pieces[place - 1].rstrip()
             if pieces[place] in self._strips_right:
                 pieces[place + 1] = pieces[place + 1].lstrip()
         return pieces
+
+
+def _without(mark: str, text: str) -> str:
+    """A template may have written the text as JSON, with escapes or without."""
+    return text.replace(mark, "").replace(json.dumps(mark)[1:-1], "")
 
 
 def _either(patterns: Iterable[str]) -> str:

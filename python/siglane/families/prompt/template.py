@@ -16,7 +16,7 @@ from siglane.errors import ConfigError
 from siglane.families.family import PromptRules
 from siglane.types import Role
 
-ROLES = frozenset(get_args(Role))
+ROLES = frozenset(get_args(Role)) - {"tool"}
 
 # Any content -> a list of parts. What a loop sets is forgotten behind it, only attributes of a namespace stay; the name
 # `siglane` cannot clash with a template's own.

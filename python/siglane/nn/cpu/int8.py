@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import platform
+from collections.abc import Callable
 
 import torch
 
@@ -24,7 +25,11 @@ WHOLE = float(2**23)
 MIDDLE = 128  # the code of zero where codes lie on both sides of it
 WIDE_LEVELS = 2**15 - 1 - MIDDLE  # on either side of zero in two bytes, each with its own MIDDLE
 LEAST = 1e-30  # of what is divided by
+WEIGHT_VALUES = 1 << 20  # that are rounded at a time
 ROWS = 256  # of one product: what passes between its steps then stays in the cache
+
+
+Turn = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Int8Weight(Sealed):
@@ -36,17 +41,24 @@ class Int8Weight(Sealed):
 
     sealed, sealed_by, refusal = "an 8-bit layer", "quantise", ValueError
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, turn: Turn | None = None) -> None:
+        """turn: what is done to rows of `weight` first, some at a time, so that no second copy of it exists."""
         super().__init__()
-        wide = weight.detach().float()
-        self.outputs, self.inputs = wide.shape
-        peak = wide.abs().amax(1)
-        self.scale = torch.where(peak > LEAST, peak, 1.0) / LEVELS
-        codes = (wide / self.scale[:, None]).round_()
-        self.packed: torch.Tensor = torch.ops.onednn.qlinear_prepack(codes.to(torch.int8), None)
+        self.outputs, self.inputs = weight.shape
+        self.scale, self.sums = torch.empty(self.outputs), torch.empty(self.outputs)
+        codes = torch.empty(weight.shape, dtype=torch.int8)
+        count = max(1, WEIGHT_VALUES // self.inputs)
+        parts = (x.split(count) for x in (weight.detach(), codes, self.scale, self.sums))
+        for rows, into, scale, sums in zip(*parts, strict=True):
+            wide = (rows if turn is None else turn(rows)).float()
+            peak = wide.abs().amax(1)
+            scale.copy_(torch.where(peak > LEAST, peak, 1.0) / LEVELS)
+            rounded = (wide / scale[:, None]).round_()
+            into.copy_(rounded)
+            sums.copy_(rounded.sum(1) * scale)
+        self.packed: torch.Tensor = torch.ops.onednn.qlinear_prepack(codes, None)
         self.zero_points = torch.zeros(self.outputs, dtype=torch.int64)
         self.bias = None if bias is None else bias.detach().float()
-        self.sums = codes.sum(1) * self.scale
 
     @property
     def nbytes(self) -> int:
@@ -108,8 +120,15 @@ class CentredInt8Linear(Int8Weight):
     eps: of an RMSNorm without gain that stands before the layer. It is a scale of the row and changes no code.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, eps: float | None = None) -> None:
-        super().__init__(weight, bias)
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        turn: Turn | None = None,
+        *,
+        eps: float | None = None,
+    ) -> None:
+        super().__init__(weight, bias, turn)
         self.eps = eps
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:

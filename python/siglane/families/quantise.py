@@ -1,0 +1,69 @@
+"""A chat model of fewer bits: each part is made small, on CPUs as soon as it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+
+from siglane.families.stack import VisionStack
+from siglane.lm.quantise import LanguageQuantiser
+from siglane.lm.qwen import QwenModel
+from siglane.nn.cpu.memory import return_freed
+from siglane.nn.quantise import Bits, has_float_layers, quantise
+from siglane.weights.load import Stage, allocate
+
+
+class Quantiser:
+    """Of one model. `stages` of the load, by paths in it: none on CUDA, where everything is replaced at the end.
+
+    UserError when there is no kernel for `kind` here.
+    """
+
+    def __init__(
+        self,
+        kind: Bits,
+        vision: VisionStack | None,
+        language: QwenModel,
+        device: torch.device,
+        dtype: torch.dtype,
+        vision_dtype: torch.dtype,
+    ) -> None:
+        self._vision, self._language, self._device, self._kind = vision, language, device, kind
+        self.stages: dict[str, Stage] = {}
+        if device.type != "cpu":
+            return
+        self._by_block = LanguageQuantiser(language.config, kind)
+        self._add("language.blocks", language.blocks, dtype, self._by_block.quantise_block)
+        if vision is not None:
+            blocks = vision.encoder.tower.blocks
+            self._add("vision.encoder.tower.blocks", blocks, vision_dtype, self._replace)
+
+    def _add(self, path: str, blocks: nn.ModuleList, dtype: torch.dtype, end: Callable[[nn.Module], None]) -> None:
+        def replace(block: nn.Module) -> None:
+            end(block)
+            return_freed()
+
+        stage = Stage(partial(allocate, device=self._device, dtype=dtype), replace)
+        self.stages |= {f"{path}.{number}": stage for number in range(len(blocks))}
+
+    def _replace(self, part: nn.Module) -> None:
+        quantise(part, self._kind, self._device)
+
+    @property
+    def later(self) -> list[nn.Module]:
+        """The parts of `stages`, which get their memory there."""
+        if not self.stages:
+            return []
+        return [self._language.blocks, *([] if self._vision is None else [self._vision.encoder.tower.blocks])]
+
+    def finish(self) -> None:
+        """What is left once all is loaded: the output head and the projector."""
+        if self.stages:
+            self._by_block.finish(self._language)
+        for part in (self._language, self._vision):
+            if part is not None and has_float_layers(part):
+                self._replace(part)
+        return_freed()

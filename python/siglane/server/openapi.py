@@ -1,0 +1,117 @@
+"""The OpenAPI document: what FastAPI cannot read from the routes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from siglane.server.errors import ErrorBody
+from siglane.server.served import Served
+
+REASONS = {
+    400: "the request cannot be served; the body names the field",
+    401: "the API key is missing or wrong",
+    404: "the model, file or batch that the request names is not here",
+    408: "the body did not arrive in time",
+    409: "a file or batch is not in the state for it",
+    413: "the body is too large, or the files of a key are",
+    415: "the body is no plain JSON",
+    500: "the request failed here; no other one is harmed",
+    507: "the disk is full",
+    503: "the server is starting, full or shutting down; try again",
+}
+OF_A_BODY = (400, 401, 404, 408, 413, 415, 500, 503)
+
+RED = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAABAAAAAQAQMAAAAlPW0iAAAAA1BMVEXIHh4WiPieAAAADElEQVR42mNgIA0AAAAwAAE"
+    "odEl9AAAAAElFTkSuQmCC"
+)
+
+
+def failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": ErrorBody, "description": REASONS[status]} for status in statuses}
+
+
+def examples(**bodies: Mapping[str, Any]) -> dict[str, Any]:
+    """For `openapi_extra` of a route that reads a body."""
+    shown = {name: {"summary": name.replace("_", " "), "value": body} for name, body in bodies.items()}
+    return {"requestBody": {"content": {"application/json": {"examples": shown}}}}
+
+
+def chat_examples(model: str, sees: bool) -> dict[str, Any]:
+    def ask(*content: Any, **fields: Any) -> dict[str, Any]:
+        return {"model": model, "messages": [{"role": "user", "content": list(content)}], "max_tokens": 16, **fields}
+
+    text = {"type": "text", "text": "What do you see?"}
+    bodies = {"a_question": ask(text), "a_stream": ask(text, stream=True, stream_options={"include_usage": True})}
+    if sees:
+        bodies["a_picture"] = ask({"type": "image_url", "image_url": {"url": RED}}, text)
+    earlier = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    earlier += [{"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "What can you do?"}]
+    bodies["a_conversation"] = {"model": model, "messages": earlier, "max_tokens": 16, "temperature": 0}
+    return examples(**bodies)
+
+
+def embedding_examples(model: str) -> dict[str, Any]:
+    texts = {"model": model, "input": ["a red square", "the sea at night"], "encoding_format": "float"}
+    return examples(
+        texts=texts,
+        a_picture_and_a_text={"model": model, "input": [{"image": RED}, "a red square"]},
+        pictures={"model": model, "input": [RED], "modality": "image"},
+    )
+
+
+def classification_examples(model: str) -> dict[str, Any]:
+    labels = {"model": model, "images": [RED], "labels": ["a red square", "the sea"]}
+    return examples(labels=labels, templates=labels | {"templates": ["a photo of {label}", "{label}"]})
+
+
+STREAM = {
+    "text/event-stream": {
+        "schema": {"type": "string", "description": "with stream: `data:` lines of chunks, then `data: [DONE]`"},
+        "example": 'data: {"object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"A"}}]}\n\n'
+        "data: [DONE]\n\n",
+    }
+}
+
+
+def document(app: FastAPI, served: Served, open_paths: frozenset[str]) -> Callable[[], dict[str, Any]]:
+    """Makes the document anew for each that asks: what fits into a context is known once the engine is ready."""
+
+    def make() -> dict[str, Any]:
+        found = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        components = found["components"]
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        found["security"] = [{"key": []}] if served.config.keys else [{"key": []}, {}]
+        for path, methods in found["paths"].items():
+            for operation in methods.values():
+                operation["responses"].pop("422", None)  # FastAPI's own, which is a 400 here
+                if path in open_paths:
+                    operation["security"] = []
+        schemas = components["schemas"]
+        for name in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(name, None)
+        _state_limits(schemas, served)
+        return found
+
+    return make
+
+
+def _state_limits(schemas: Mapping[str, Any], served: Served) -> None:
+    """The names that are served, and what this model can take."""
+    names = {model.name for model in served.models} | set(served.config.model_aliases)
+    for schema in schemas.values():
+        if "model" in schema.get("properties", {}) and "Request" in schema["title"]:
+            schema["properties"]["model"] = {"anyOf": [{"type": "string", "enum": sorted(names)}, {"type": "null"}]}
+    if served.chat is None:
+        return
+    fields, facts = schemas["ChatCompletionRequest"]["properties"], served.chat.processor.config
+    for name in ("max_tokens", "max_completion_tokens", "min_tokens"):
+        fields[name]["anyOf"][0]["maximum"] = served.chat.context_length
+    fields["stop_token_ids"]["anyOf"][0]["items"]["maximum"] = facts.language.vocab_size - 1
+    if facts.thinking is None:
+        for name in ("thinking_budget", "thinking_token_budget"):
+            del fields[name]
