@@ -54,6 +54,9 @@ class BatchRunner:
     async def running(self, app: object) -> AsyncIterator[None]:
         """The application's lifespan."""
         self._loop, self._woken = asyncio.get_running_loop(), asyncio.Event()
+        # an image of a client's finds a free thread
+        threads = min(model.media.decode_threads for model in self._served.models)
+        self._turns = asyncio.Semaphore(max(1, threads // 2))
         ticking = asyncio.create_task(self._tick())
         try:
             yield
@@ -242,7 +245,7 @@ class BatchRunner:
 
     def _server_for(self, batch: Batch) -> _OnItsLoop:
         slots = self._served.engine.spec.config.max_running if batch.endpoint == CHAT else EMBEDDING_SLOTS
-        return _OnItsLoop(LocalServer(self._served, slots, self._inflight), self._loop, lambda: self._ends)
+        return _OnItsLoop(LocalServer(self._served, slots, self._inflight, self._turns), self._loop, lambda: self._ends)
 
     def _write_late(self, batch: Batch, output: Output) -> None:
         message = "the completion window ended before the request was asked"

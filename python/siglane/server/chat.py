@@ -116,7 +116,8 @@ def sampling_of(body: ChatCompletionRequest, model: ChatModel) -> SamplingParams
 
 async def complete(body: ChatCompletionRequest, context: RequestContext, model: ChatModel) -> ChatCompletion:
     """The whole answer at once."""
-    prepared = await prepare(body, context, model)
+    async with context.turn:
+        prepared = await prepare(body, context, model)
     choices = await model.ask(prepared.requests)
     try:
         while not choices.finished:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from prometheus_client import Gauge
@@ -66,8 +67,9 @@ class ByteLease:
 class RequestContext:
     """status: of the response, once it has begun; finished: its last byte was handed over.
 
-    cancelled: the client left before; failed: the error that ended the answer, for log and metrics; batch: nobody waits
-    for the answer, so that it yields to others; owner: whose key the request came with (`owner_of`).
+    cancelled: the client left before; failed: the error that ended the answer, for log and metrics; owner: whose key
+    the request came with (`middleware.owner_of`). batch: nobody waits for the answer, so that it yields to others; turn:
+    to be prepared, where not all may be at a time.
     """
 
     request_id: str
@@ -78,6 +80,7 @@ class RequestContext:
     cancelled: bool = False
     failed: str | None = None
     batch: bool = False
+    turn: AbstractAsyncContextManager[object] = field(default_factory=nullcontext)
     owner: str = ""
 
     @property

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -36,10 +37,17 @@ Body = TypeVar("Body", bound=BaseModel)
 class LocalServer:
     """The routes of `served`, as a batch asks them. Lives on one event loop."""
 
-    def __init__(self, served: Served, slots: int, inflight: InflightShare | None = None) -> None:
-        """slots: requests that the engine computes at one time; inflight: bytes that they may hold, None for as many as
-        the server's clients."""
+    def __init__(
+        self,
+        served: Served,
+        slots: int,
+        inflight: InflightShare | None = None,
+        turns: AbstractAsyncContextManager[object] | None = None,
+    ) -> None:
+        """slots: requests that the engine computes at one time. Beside the server's clients, inflight: bytes that they
+        may hold; turns: of those that are prepared."""
         self._served, self._inflight = served, inflight or served.inflight_bytes
+        self._turns = turns or nullcontext()
         self.slots = slots + PREPARED
 
     async def ask(self, url: str, body: Mapping[str, Any]) -> Answer:
@@ -50,7 +58,7 @@ class LocalServer:
                 await asyncio.sleep(PATIENCE)
             if self._served.engine.state in ("dead", "closed"):
                 self._served.engine.wait_ready()  # raises what has ended it
-            context = RequestContext(secrets.token_hex(16), ByteLease(self._inflight), batch=True)
+            context = RequestContext(secrets.token_hex(16), ByteLease(self._inflight), batch=True, turn=self._turns)
             try:
                 return await self._answer(url, body, context)
             except Exception as error:
