@@ -68,8 +68,8 @@ class RequestContext:
     """status: of the response, once it has begun; finished: its last byte was handed over.
 
     cancelled: the client left before; failed: the error that ended the answer, for log and metrics; owner: whose key
-    the request came with (`middleware.owner_of`). batch: nobody waits for the answer, so that it yields to others; turn:
-    to be prepared, where not all may be at a time.
+    the request came with (`middleware.owner_of`). batch: nobody waits for the answer, so that it yields to others;
+    turn: to be prepared, where not all may be at a time.
     """
 
     request_id: str
