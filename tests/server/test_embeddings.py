@@ -686,3 +686,24 @@ def test_a_batch_gets_the_same_vectors_and_tags(fixed: RunningServer, tmp_path: 
             else:
                 assert type(one.get("embedding")) is type(other.get("embedding"))
     assert output.failures == {"invalid_value": 1, "not_found": 1}
+
+
+def test_batches_embed_and_classify(fixed: RunningServer, tmp_path: Path) -> None:
+    bodies = {
+        "/v1/embeddings": {"input": TEXTS},
+        "/v1/classify": {"images": [PICTURE], "labels": LABELS},
+    }
+    with front(fixed, data_dir=tmp_path) as server:
+        client = server.openai()
+        for url, body in bodies.items():
+            rows = [{"custom_id": str(n), "url": url, "body": {**body, "model": MODEL}} for n in range(3)]
+            data = "\n".join(map(json.dumps, rows)).encode()
+            file = client.files.create(file=("in.jsonl", data), purpose="batch")
+            asked: Any = {"endpoint": url, "completion_window": "24h"}
+            batch = client.batches.create(input_file_id=file.id, **asked)
+            eventually(lambda batch=batch: client.batches.retrieve(batch.id).status == "completed")  # type: ignore[misc]
+            written = client.files.content(client.batches.retrieve(batch.id).output_file_id or "").text
+            found = [json.loads(row)["response"]["body"]["data"] for row in written.splitlines()]
+            assert found == [server.post_to(url, **body).json()["data"]] * 3
+        with pytest.raises(BadRequestError, match="does not answer /v1/chat/completions"):
+            client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")

@@ -32,9 +32,17 @@ def embedding(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServe
             yield one
 
 
-@pytest.fixture(params=["chat", "embedding"])
+@pytest.fixture(scope="module")
+def stored(
+    processor: Processor, engine: EngineProcess, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
+    with running(processor, engine, data_dir=tmp_path_factory.mktemp("data")) as one:
+        yield one
+
+
+@pytest.fixture(params=["server", "embedding", "stored"])
 def either(request: pytest.FixtureRequest) -> RunningServer:
-    found = request.getfixturevalue("server" if request.param == "chat" else "embedding")
+    found = request.getfixturevalue(request.param)
     assert isinstance(found, RunningServer)
     return found
 
@@ -69,9 +77,10 @@ def test_it_is_an_openapi_document(either: RunningServer) -> None:
     schemas = found["components"]["schemas"]
     used = set(references(found))
     assert used == {f"#/components/schemas/{name}" for name in schemas}  # none is missing, none is left over
-    names = [one["operationId"] for one in operations(found).values()]
+    every = [(path, one) for path, methods in found["paths"].items() for one in methods.values()]
+    names = [one["operationId"] for _, one in every]
     assert len({*names}) == len(names)
-    for path, one in operations(found).items():
+    for path, one in every:
         in_path = {parameter["name"] for parameter in one.get("parameters", ()) if parameter["in"] == "path"}
         assert in_path == {name.partition(":")[0] for name in re.findall(r"{(.*?)}", path)}
         for status, response in one["responses"].items():

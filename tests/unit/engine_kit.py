@@ -65,8 +65,10 @@ class Asked(NamedTuple):
     def token_ids(self) -> tuple[int, ...]:
         return self.prompt.token_ids
 
-    def request(self, name: str, sampling: SamplingParams, max_tokens: int, salt: str = "") -> Request:
-        return Request(name, self.prompt, sampling, max_tokens, salt, self.images)
+    def request(
+        self, name: str, sampling: SamplingParams, max_tokens: int, salt: str = "", batch: bool = False
+    ) -> Request:
+        return Request(name, self.prompt, sampling, max_tokens, salt, self.images, batch=batch)
 
     def cache_ids(self) -> tuple[int, ...]:
         return self.request("", SamplingParams(), 1).cache_ids()
@@ -91,8 +93,10 @@ def prompt(*parts: Part) -> Asked:
     return Asked(Prompt(tuple(ids), tuple(spans), layouts, tuple(range(len(images)))), tuple(images))
 
 
-def request(name: str, asked: Asked, max_tokens: int = 4, salt: str = "", **sampling: object) -> Request:
-    return asked.request(name, SamplingParams(**sampling), max_tokens, salt)  # type: ignore[arg-type]
+def request(
+    name: str, asked: Asked, max_tokens: int = 4, salt: str = "", batch: bool = False, **sampling: object
+) -> Request:
+    return asked.request(name, SamplingParams(**sampling), max_tokens, salt, batch)  # type: ignore[arg-type]
 
 
 def continuation(asked: Asked | Request, count: int) -> list[int]:

@@ -50,7 +50,10 @@ SGLANG_HOST = PurePosixPath("hosts/sglang")
 
 VISION_STACK = ("types", "errors", "tiling", "nn", "config", "settings", "image", "vision", "projector")
 ON_DEMAND = ("media/remote.py",)  # imported by the function that fetches a URL
-EXTRAS = ("fastapi", "orjson", "pybase64", "prometheus_client", "av", "sglang", "flashinfer", "pyarrow")
+EXTRAS = (
+    *("fastapi", "orjson", "pybase64", "prometheus_client", "python_multipart", "pyarrow"),
+    *("av", "sglang", "flashinfer"),
+)
 HTTP_CLIENT = "httpx2"  # huggingface_hub has it too, so only the vision stack proper can do without
 
 

@@ -284,6 +284,119 @@ class TestAborts:
         rig.check_idle()
 
 
+def rows(count: int, length: int = 20, max_tokens: int = 30) -> list[Request]:
+    """Requests of a batch, none of which begins like another."""
+    return [request(f"row {number}", text(length, 1000 * number), max_tokens, batch=True) for number in range(count)]
+
+
+def steps_to_first_token(rig: Rig, asked: Request) -> int:
+    rig.add(asked)
+    for count in range(1, 1000):
+        rig.step()
+        if rig.answers[asked.request_id]:
+            return count
+    raise AssertionError("no first token")
+
+
+class TestBatch:
+    @pytest.mark.parametrize("asked", [text(12, 70_000), text(60, 70_000), prompt(1, image(1), 2, image(2), 3)])
+    @pytest.mark.parametrize("options", [{}, {"running": 1}, {"pages": 24}, {"prefix_cache": False}])
+    def test_the_first_token_takes_no_more_steps_than_alone(self, asked: Asked, options: dict[str, int]) -> None:
+        """Places and pages are all a batch's, and more of it waits."""
+        tight = {"tokens": 16, "running": 4, "pages": 48, "page_size": 4, **options}
+        alone = steps_to_first_token(Rig(**tight), request("client", asked))  # type: ignore[arg-type]
+        rig = Rig(**tight)  # type: ignore[arg-type]
+        rig.add(*rows(12))
+        for _ in range(20):
+            rig.step()
+        assert not any(name == "client" for name, *_ in rig.steps[-1])
+        assert steps_to_first_token(rig, request("client", asked)) == alone
+        assert rig.steps[20][0][:2] == ("client", 0)  # in the very next step
+        rig.run()
+        rig.check_idle()
+        assert all(rig.answers[one.request_id] == continuation(one, one.max_tokens) for one in rows(12))
+
+    def test_a_batch_alone_runs_as_anybody(self) -> None:
+        def steps(batch: bool) -> list[list[tuple[str, int, int]]]:
+            rig = Rig(tokens=8, patches=6, pages=20)
+            for number in range(6):
+                asked = prompt(number, image(number % 2), *range(100 * number, 100 * number + 9))
+                rig.add(request(str(number), asked, max_tokens=9, batch=batch))
+            rig.run()
+            return rig.steps
+
+        assert steps(True) == steps(False)
+
+    def test_it_gets_nothing_beside_a_prompt_and_short_steps_while_others_are_about(self) -> None:
+        rig = Rig(tokens=16, patches=8, running=8, pages=200)
+        rig.add(request("client", text(20, 70_000), max_tokens=9), *rows(4, length=40, max_tokens=20))
+        rig.run()
+        assert rig.steps[:2] == [[("client", 0, 16)], [("client", 16, 20)]]
+        sums = [sum(stop - start for name, start, stop in step if name != "client") for step in rig.steps[2:]]
+        with_client, alone = sums[:8], sums[8:]
+        assert max(with_client) == 4
+        assert max(alone[:15]) == 4  # the client may come back
+        assert alone[15] == 16
+
+    def test_a_quarter_of_what_is_read_is_its_own_while_others_come_and_go(self) -> None:
+        rig = Rig(tokens=16, patches=8, running=8, pages=200, prefix_cache=False, feature_bytes=0)
+        asked = {"client": [0] * 2, "row": [0] * 2}  # tokens and images read
+        for number in range(400):
+            for kind, batch in (("row", True), ("client", False)):
+                if sum(name.startswith(kind) for name in rig.alive) < (4 if batch else 2):
+                    parts = prompt(number, image(number), *range(9))
+                    rig.add(request(f"{kind} {number}", parts, max_tokens=3 + number % 5, batch=batch))
+            step = rig.step()
+            for chunk in step.chunks:
+                asked[chunk.sequence.request.request_id.split()[0]][0] += chunk.tokens if chunk.reads else 0
+            for wanting in step.images_to_encode.values():
+                asked[wanting[0][0].request.request_id.split()[0]][1] += 1
+        for clients, of_batch in zip(asked["client"], asked["row"], strict=True):
+            assert 0.2 < of_batch / (clients + of_batch) < 0.27
+
+    def test_its_places_and_pages_go_first_the_youngest_of_them(self) -> None:
+        rig = Rig(tokens=64, running=3, pages=40)
+        rig.add(*rows(3))
+        rig.step()
+        rig.add(request("a", text(8, 70_000)), request("b", text(8, 80_000)))
+        rig.step()
+        assert [one.request.request_id for one in rig.scheduler.running] == ["row 0", "a", "b"]
+        assert [one.request.request_id for one in rig.scheduler.waiting] == ["row 1", "row 2"]
+        rig.run()
+
+    def test_a_growing_client_takes_pages_of_an_older_row(self) -> None:
+        rig = Rig(tokens=64, pages=9, page_size=4, prefix_cache=False)
+        rig.add(*rows(1, length=12, max_tokens=8))
+        rig.step()
+        finished(rig, request("client", text(12, 70_000), max_tokens=20))
+        assert rig.answers["row 0"] == continuation(rows(1, 12)[0], 8)
+
+    def test_nobody_waits_for_a_page_that_a_row_computes(self) -> None:
+        rig = Rig(tokens=8, page_size=4)
+        rig.add(request("row", text(20), batch=True))
+        rig.step()
+        assert steps_to_first_token(rig, request("client", text(20), max_tokens=1)) == 2  # 8 tokens were there
+        rig.run()
+        rig.check_idle()
+
+    @pytest.mark.parametrize("options", [{}, {"running": 1}, {"pages": 6, "page_size": 4}])
+    def test_a_batch_ends_however_busy_the_others_are(self, options: dict[str, int]) -> None:
+        """Every step has prompts to read, more than it can."""
+        rig = Rig(**{"tokens": 8, "running": 3, **options})  # type: ignore[arg-type]
+        rig.add(*rows(3, length=10, max_tokens=3))
+        for number in range(2000):
+            if len(rig.scheduler.waiting) < 6:
+                rig.add(request(f"client {number}", text(10, 50_000 + 20 * number), max_tokens=2))
+            rig.step()
+            if not any(name.startswith("row") for name in rig.alive):
+                break
+        else:
+            raise AssertionError("the batch starved")
+        assert number > 100  # it did not push in
+        rig.run()
+        rig.check_idle()
+
+
 PICTURES = [image(1, rows=1, patches=2), image(2, rows=3, patches=4), Tiled(image(3, rows=6, patches=20), (2, 4))]
 
 
@@ -296,6 +409,7 @@ class Plan:
     salt: str
     arrival: int
     abort: int | None
+    batch: bool
 
 
 PLANS = st.builds(
@@ -305,6 +419,7 @@ PLANS = st.builds(
     salt=st.sampled_from(["", "", "tenant"]),
     arrival=st.integers(0, 12),
     abort=st.none() | st.integers(0, 25),
+    batch=st.booleans(),
 )
 
 
@@ -331,7 +446,7 @@ class TestRandomWorkloads:
         for now in range(26 + len(plans) * work):
             for number, plan in enumerate(plans):
                 if plan.arrival == now:
-                    rig.add(request(str(number), prompts[number], plan.max_tokens, plan.salt))
+                    rig.add(request(str(number), prompts[number], plan.max_tokens, plan.salt, plan.batch))
                 if plan.abort == now and str(number) in rig.alive:
                     rig.abort(str(number))
             if rig.alive:

@@ -66,6 +66,11 @@ class Output:
         """Rows that are written."""
         return self._answers.rows + self._errors.rows
 
+    @property
+    def answered(self) -> int:
+        """Those of them that have an answer."""
+        return self._answers.rows
+
     def has(self, row: Row | BadRow) -> bool:
         """Whether an earlier run has written the row."""
         answered = isinstance(row, Row) and row.custom_id in self._answers.known

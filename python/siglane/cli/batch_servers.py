@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -15,8 +14,7 @@ from siglane.cli.common import ModelOptions
 from siglane.errors import UserError
 from siglane.settings.engine import EngineConfig
 from siglane.settings.flags import OptionGroup, read_options, stated_in
-from siglane.settings.media import MediaConfig
-from siglane.settings.options import CommandOptions, options_of
+from siglane.settings.options import CommandOptions
 from siglane.settings.server import ServerConfig
 from siglane.tiling.rule import ImageBudget
 
@@ -24,8 +22,6 @@ if TYPE_CHECKING:
     from siglane.batch.run import Server
 
 RESTARTS = 50  # of the engine in a few minutes: every row may kill it twice
-NUMERICS = ("dtype", "vision_dtype", "quantization", "attention_backend", "paged_backend")
-ANSWERS = ("sampling_defaults", "default_temperature", "tagger")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +101,7 @@ def _other_server(options: RemoteOptions, model: str) -> Answerer:
 
 def _own_models(arguments: argparse.Namespace) -> Answerer:
     from siglane.engine.child import EngineSpec
+    from siglane.server.job import job_of
     from siglane.server.launch import serving
     from siglane.server.local import LocalServer
     from siglane.weights.demo import FOLDERS, demo_folder
@@ -115,10 +112,6 @@ def _own_models(arguments: argparse.Namespace) -> Answerer:
         model = str(demo_folder() / FOLDERS[model])
     limits, named = read_options(ImageBudget, arguments), dataclasses.asdict(read_options(ModelOptions, arguments))
     spec = EngineSpec(model, read_options(EngineConfig, arguments), tagger=config.tagger, **named)
-    checkpoint, files = spec.open(), hashlib.sha256()
-    for root in filter(None, (checkpoint.root, checkpoint.adapter)):
-        for path in sorted((*root.glob("*.json"), *root.glob("**/*.safetensors"))):
-            files.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
 
     @contextmanager
     def server() -> Iterator[AbstractAsyncContextManager[Server]]:
@@ -126,14 +119,4 @@ def _own_models(arguments: argparse.Namespace) -> Answerer:
             served.engine.wait_ready()
             yield nullcontext(LocalServer(served, spec.config.max_running))
 
-    made_from = {
-        "model": model,
-        "revision": spec.revision,
-        "adapter": spec.adapter,
-        "model_files": files.hexdigest(),
-        **{name: getattr(config, name) for name in ANSWERS},
-        **{option.name: getattr(config, option.name) for option in options_of(MediaConfig)},
-        **dataclasses.asdict(limits),
-        **{name: getattr(spec.config, name) for name in NUMERICS},
-    }
-    return Answerer(made_from, server)
+    return Answerer(job_of(config, spec, limits, spec.open()), server)

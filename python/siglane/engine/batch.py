@@ -20,7 +20,8 @@ class Sequence:
     """One request on its way. `computed` tokens are in the KV cache, in the pages of `block_table`, the first of
     them shared by locked `prefix_nodes`.
 
-    features: rows of the images that the rest of the prompt still needs, by image number.
+    features: rows of the images that the rest of the prompt still needs, by image number; yields: to sequences that do
+    not, as a batch's do until they were passed over for long.
     """
 
     request: Request
@@ -30,6 +31,7 @@ class Sequence:
     spans: tuple[ImageRows, ...]
     generator: torch.Generator
     thinking_budget: ThinkingBudget | None = None
+    yields: bool = False
     computed: int = 0
     block_table: list[int] = field(default_factory=list)
     prefix_nodes: list[Node] = field(default_factory=list)
@@ -46,7 +48,8 @@ class Sequence:
         cls, request: Request, order: int, generator: torch.Generator, thinking_budget: ThinkingBudget | None = None
     ) -> Sequence:
         token_ids, cache_ids = list(request.prompt.token_ids), list(request.cache_ids())
-        return cls(request, order, token_ids, cache_ids, image_rows(request.prompt), generator, thinking_budget)
+        spans = image_rows(request.prompt)
+        return cls(request, order, token_ids, cache_ids, spans, generator, thinking_budget, request.batch)
 
     @property
     def prompt_length(self) -> int:
@@ -108,6 +111,11 @@ class Chunk(NamedTuple):
     @property
     def tokens(self) -> int:
         return self.stop - self.start
+
+    @property
+    def reads(self) -> bool:
+        """Whether it holds a part of the prompt."""
+        return self.start < self.sequence.prompt_length
 
     @property
     def samples(self) -> bool:

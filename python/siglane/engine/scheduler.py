@@ -2,6 +2,10 @@
 
 Continuous batching: sequences that decode come first, then prompts that are half read, then waiting requests in order
 of arrival. Two budgets bind together: tokens for the language model and patches for the encoder.
+
+Requests of a batch get what the others leave: nothing in a step that reads another's prompt, otherwise the next token
+of their answers, and new prompts in proportion to what the others read. Their places and pages go first. One that is
+passed over for long stops yielding.
 """
 
 from __future__ import annotations
@@ -14,6 +18,12 @@ from siglane.engine.batch import Chunk, Sequence
 from siglane.engine.features import FeatureCache, FeatureKey
 from siglane.engine.kv import PageAllocator
 from siglane.engine.prefix_cache import NextPage, PrefixCache
+
+# while others are about, 1/BATCH_SHARE of what is read is a batch's, and at most so much of a step; it leaves as much
+# of the places. Who comes next waits for a short step and finds room
+BATCH_SHARE = 4
+COMPANY_STEPS = 16  # since somebody else was there; clients that answer take some time to ask again
+PATIENCE_STEPS = 64  # that a batch is passed over before its oldest request becomes one like any other
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +60,9 @@ class Scheduler:
         self.page_size = page_size
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self._steps_without_company = COMPANY_STEPS
+        self._steps_passed_over = 0
+        self._credit = 0.0  # of a batch, in full steps that it may read
 
     @property
     def capacity(self) -> int:
@@ -61,13 +74,18 @@ class Scheduler:
 
     def plan(self) -> Step:
         """The next step; its chunks have pages. Empty only when nothing waits or runs."""
+        company = any(not one.yields for one in (*self.running, *self.waiting))
+        self._steps_without_company = 0 if company else self._steps_without_company + 1
         for sequence in self._decodes_first():
             if sequence in self.running:  # growing an older one may have put it back into the queue
                 self._grow(sequence)
         step = Step(tokens_left=self.budget.tokens, patches_left=self.budget.patches)
-        for sequence in self._decodes_first():
-            self._schedule(sequence, step)
-        self._admit(step)
+        self._decode(step, yields=False)
+        nobody_waits = self._read(step, yields=False)
+        self._credit = min(1.0, self._credit + self._work_since(step) / (BATCH_SHARE - 1))
+        if nobody_waits and not any(chunk.reads for chunk in step.chunks):
+            self._add_batch(step)
+        self._note_passed_over(step)
         return step
 
     def commit(self, chunks: Iterable[Chunk]) -> None:
@@ -86,8 +104,55 @@ class Scheduler:
             self.waiting.remove(sequence)
         self._release(sequence)
 
+    @property
+    def _has_company(self) -> bool:
+        """Whether a batch shares the engine with others."""
+        return self._steps_without_company < COMPANY_STEPS
+
     def _decodes_first(self) -> list[Sequence]:
         return sorted(self.running, key=lambda sequence: sequence.remaining > 1)
+
+    def _decode(self, step: Step, yields: bool) -> None:
+        for sequence in self.running:
+            if sequence.yields == yields and sequence.remaining == 1:
+                self._schedule(sequence, step)
+
+    def _read(self, step: Step, yields: bool) -> bool:
+        """Adds what is half read, then what waits; False when one of those has no room."""
+        for sequence in self.running:
+            if sequence.yields == yields and sequence.remaining > 1:
+                self._schedule(sequence, step)
+        return self._admit(step, yields)
+
+    def _add_batch(self, step: Step) -> None:
+        """What a batch gets of a step that reads nobody else's prompt."""
+        if not self._has_company:
+            self._decode(step, yields=True)
+            self._read(step, yields=True)
+            return
+        step.tokens_left = min(step.tokens_left, max(1, self.budget.tokens // BATCH_SHARE))
+        step.patches_left = min(step.patches_left, max(1, self.budget.patches // BATCH_SHARE))
+        self._decode(step, yields=True)
+        if self._credit > 0 or not step.chunks:
+            before = step.tokens_left, step.patches_left
+            self._read(step, yields=True)
+            self._credit -= self._work_since(step, before)
+
+    def _work_since(self, step: Step, before: tuple[int, int] | None = None) -> float:
+        """In full steps. before: tokens and patches that were left then, None for all."""
+        tokens, patches = before or (self.budget.tokens, self.budget.patches)
+        return (tokens - step.tokens_left) / self.budget.tokens + (patches - step.patches_left) / self.budget.patches
+
+    def _note_passed_over(self, step: Step) -> None:
+        """However busy the others keep the engine, one request of a batch after the other gets its turn."""
+        batch = [one for one in (*self.running, *self.waiting) if one.request.batch]
+        if not batch or any(chunk.sequence.request.batch for chunk in step.chunks):
+            self._steps_passed_over = 0
+            return
+        self._steps_passed_over += 1
+        if self._steps_passed_over >= PATIENCE_STEPS:
+            self._steps_passed_over = 0
+            min(batch, key=lambda one: (not one.yields, one.order)).yields = False
 
     def _schedule(self, sequence: Sequence, step: Step) -> bool:
         """Adds as much of a sequence as the budgets allow; False when that is nothing."""
@@ -123,26 +188,37 @@ class Scheduler:
             step.patches_left -= layout.patches
         return stop
 
-    def _admit(self, step: Step) -> None:
-        """Starts waiting requests. One whose next page a running neighbour is about to compute waits for that page."""
-        under_way = self._pages_under_way()
-        for sequence in list(self.waiting):
-            if len(self.running) >= self.budget.running or step.tokens_left == 0:
-                return
+    def _admit(self, step: Step, yields: bool) -> bool:
+        """Starts waiting requests of one kind; False when one has no room. One whose next page a running neighbour is
+        about to compute waits for that page."""
+        under_way = self._pages_under_way(yields)
+        for sequence in [one for one in self.waiting if one.yields == yields]:
+            if step.tokens_left == 0:
+                return False
             following = self._match(sequence)
             if following in under_way:
                 self._release(sequence)
                 continue
-            if not self._grow(sequence, preempt=False):
+            if not (self._find_place(sequence) and self._grow(sequence) and self._schedule(sequence, step)):
                 self._release(sequence)
-                return
-            if not self._schedule(sequence, step):
-                self._release(sequence)
-                return
+                return False
             self.waiting.remove(sequence)
             self.running.append(sequence)
             if following is not None:
                 under_way.add(following)
+        return True
+
+    def _find_place(self, sequence: Sequence) -> bool:
+        """Whether a waiting request may run; one that does not yield takes the place of one that does."""
+        places = self.budget.running
+        if sequence.yields and self._has_company:
+            places -= places // BATCH_SHARE
+        if len(self.running) < places:
+            return True
+        victim = self._victim_of(sequence)
+        if victim is not None:
+            self._preempt(victim)
+        return victim is not None
 
     def _match(self, sequence: Sequence) -> NextPage | None:
         """Takes the cached prefix of a waiting sequence; returns the page it has to compute first."""
@@ -155,32 +231,40 @@ class Scheduler:
         sequence.computed = len(nodes) * self.page_size
         return following if following.key is not None else None
 
-    def _pages_under_way(self) -> set[NextPage]:
-        """The next page of every running sequence that is still reading its prompt."""
+    def _pages_under_way(self, yields: bool) -> set[NextPage]:
+        """The next page of every running sequence that is still reading its prompt. yields: of whoever would wait for
+        it; nobody waits for one that yields to him."""
         if self.prefix_cache is None:
             return set()
-        reading = (sequence for sequence in self.running if sequence.remaining > 1)
+        reading = (one for one in self.running if one.remaining > 1 and (yields or not one.yields))
         return {self.prefix_cache.match(one.cache_ids, one.request.cache_salt)[1] for one in reading}
 
-    def _grow(self, sequence: Sequence, preempt: bool = True) -> bool:
+    def _grow(self, sequence: Sequence) -> bool:
         """Gives a sequence pages for all of its known tokens.
 
-        When none are left, cached prefixes go first, then (for a running sequence) the youngest neighbours are put
-        back into the queue, the sequence itself last. False when it did not get its pages.
+        When none are left, cached prefixes go first, then `_victim_of` one after the other. False when it did not get
+        its pages.
         """
         needed = -(-len(sequence.token_ids) // self.page_size) - len(sequence.block_table)
         if needed <= 0:
             return True
         while not self._make_room(needed):
-            if not preempt:
+            victim = self._victim_of(sequence)
+            if victim is None:
                 return False
-            youngest = max(self.running, key=lambda other: other.order)
-            self._preempt(youngest)
-            if youngest is sequence:
+            self._preempt(victim)
+            if victim is sequence:
                 return False
         last = sequence.block_table[-1] if sequence.block_table else None
         sequence.block_table += self.allocator.take(needed, last)
         return True
+
+    def _victim_of(self, sequence: Sequence) -> Sequence | None:
+        """Who is put back into the queue for it: the youngest that yields, else for a running sequence the youngest, at
+        last itself, and for a waiting one nobody."""
+        running = sequence in self.running
+        candidates = [one for one in self.running if running or (one.yields and not sequence.yields)]
+        return max(candidates, key=lambda one: (one.yields, one.order), default=None)
 
     def _make_room(self, pages: int) -> bool:
         """Evicts cached pages where needed; none when that would not be enough, others may still use them."""

@@ -19,6 +19,8 @@ from starlette.responses import PlainTextResponse, Response
 
 from siglane.batch.requests import CHAT, CLASSIFY, EMBEDDINGS
 from siglane.errors import EngineError, UserError
+from siglane.server.batch_runner import BatchRunner
+from siglane.server.batches import BATCHES, add_batches
 from siglane.server.chat import complete, prepare
 from siglane.server.context import context_of
 from siglane.server.embedding import classify, embed
@@ -29,6 +31,7 @@ from siglane.server.embedding_protocol import (
     EmbeddingRequest,
 )
 from siglane.server.errors import JsonResponse, error_response, from_validation
+from siglane.server.files import FILES, add_files
 from siglane.server.metrics import METHODS
 from siglane.server.middleware import OPEN_PATHS, Authenticate, Gate, Intake, Observe, shutting_down
 from siglane.server.openapi import (
@@ -43,6 +46,7 @@ from siglane.server.openapi import (
 from siglane.server.protocol import ChatCompletionRequest, ignored_fields
 from siglane.server.replies import ChatCompletion, Health, ModelCard, ModelList, Ready
 from siglane.server.served import ChatModel, EmbedModel, Served
+from siglane.server.store import Store
 from siglane.server.stream import ChatStream
 
 logger = logging.getLogger(__name__)
@@ -70,8 +74,11 @@ class _Route(APIRoute):
 def create_app(served: Served) -> FastAPI:
     """The application around the models of one server. Its routes hold nothing of their own; those that have no model
     say why they are not served."""
+    store = None if served.config.data_dir is None else Store(served.config.data_dir)
+    runner = None if store is None else BatchRunner(store, served)
+    lifespan = None if runner is None else runner.running
     # no docs pages: they load scripts from elsewhere; no redirects: they would repeat the Host header of the client
-    app = FastAPI(title="siglane", docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(title="siglane", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     app.router.route_class = _Route
     _add_middleware(app, served)
     for kind, answer in _failures().items():
@@ -87,6 +94,12 @@ def create_app(served: Served) -> FastAPI:
     else:
         reason = f"{served.name!r} chats; embeddings need a SigLIP with both towers beside it (siglane serve --tagger)"
         _add_refusals(app, (EMBEDDINGS, CLASSIFY), reason)
+    if store is not None and runner is not None:
+        add_files(app, store, served)
+        add_batches(app, store, runner, served)
+    else:
+        paths = [path + rest for path in (FILES, BATCHES) for rest in ("", "/{rest:path}")]
+        _add_refusals(app, paths, "start the server with --data-dir FOLDER")
     app.openapi = document(app, served, OPEN_PATHS)  # type: ignore[method-assign]
     return app
 
@@ -94,15 +107,19 @@ def create_app(served: Served) -> FastAPI:
 def _add_middleware(app: FastAPI, served: Served) -> None:
     config = served.config
     gate = Gate(config.max_queue, served.refusal, served.metrics)
-    paths = frozenset((CHAT,) * (served.chat is not None) + (EMBEDDINGS, CLASSIFY) * (served.embed is not None))
+    paths = {CHAT} if served.chat is not None else set()
+    paths |= {EMBEDDINGS, CLASSIFY} if served.embed is not None else set()
+    paths |= {BATCHES} if config.data_dir is not None else set()
     # the last one added is the outermost
-    app.add_middleware(Intake, paths=paths, gate=gate, max_bytes=config.max_body_bytes, timeout=config.body_timeout)
-    app.add_middleware(Authenticate, api_key=config.api_key)
+    app.add_middleware(
+        Intake, paths=frozenset(paths), gate=gate, max_bytes=config.max_body_bytes, timeout=config.body_timeout
+    )
+    app.add_middleware(Authenticate, keys=config.keys)
     if config.cors_origins:  # outside the key: browsers send none when they ask whether they may call
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(config.cors_origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"] if config.data_dir is not None else ["GET", "POST"],
             allow_headers=["authorization", "content-type"],
             expose_headers=["x-request-id", IGNORED_FIELDS],
         )

@@ -55,7 +55,16 @@ async def prepare(body: ChatCompletionRequest, context: RequestContext, model: C
     images = prompt.in_order([item.patches for item in media])
     request_id = f"chatcmpl-{secrets.token_hex(12)}"
     requests = tuple(
-        Request(f"{request_id}-{index}", prompt, sampling.choice(index), max_tokens, salt, images, context.request_id)
+        Request(
+            f"{request_id}-{index}",
+            prompt,
+            sampling.choice(index),
+            max_tokens,
+            salt,
+            images,
+            context.request_id,
+            context.batch,
+        )
         for index in range(sampling.n)
     )
     return Prepared(request_id, prompt, requests, list(map(report_image, media)), watch.seconds)
@@ -107,7 +116,8 @@ def sampling_of(body: ChatCompletionRequest, model: ChatModel) -> SamplingParams
 
 async def complete(body: ChatCompletionRequest, context: RequestContext, model: ChatModel) -> ChatCompletion:
     """The whole answer at once."""
-    prepared = await prepare(body, context, model)
+    async with context.turn:
+        prepared = await prepare(body, context, model)
     choices = await model.ask(prepared.requests)
     try:
         while not choices.finished:
@@ -178,5 +188,5 @@ def note_answer(choices: Choices, prepared: Prepared, context: RequestContext, m
     )
     metrics.images.inc(len(prepared.images))
     metrics.observe_stages({**prepared.seconds, **choices.stages})
-    if choices.first_token is not None:
+    if choices.first_token is not None and not context.batch:  # nobody waits for a batch's
         metrics.first_token.observe(choices.first_token - context.began)

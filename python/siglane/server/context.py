@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from prometheus_client import Gauge
@@ -29,11 +30,24 @@ class InflightBytes:
         self._gauge.set(self.used)
 
 
+class InflightShare:
+    """A part of them that some requests may hold together, so that there is room for the others."""
+
+    def __init__(self, whole: InflightBytes, limit: int) -> None:
+        self.whole, self.limit, self.used = whole, limit, 0
+
+    def change(self, count: int) -> None:
+        if count > 0 and self.used + count > self.limit:
+            raise overloaded("the batches hold too many images at the moment; try again")
+        self.whole.change(count)
+        self.used += count
+
+
 @dataclass(slots=True)
 class ByteLease:
     """What one request holds of them."""
 
-    inflight: InflightBytes
+    inflight: InflightBytes | InflightShare
     held: int = 0
 
     def take(self, count: int) -> None:
@@ -53,7 +67,9 @@ class ByteLease:
 class RequestContext:
     """status: of the response, once it has begun; finished: its last byte was handed over.
 
-    cancelled: the client left before; failed: the error that ended the answer, for log and metrics.
+    cancelled: the client left before; failed: the error that ended the answer, for log and metrics; owner: whose key
+    the request came with (`middleware.owner_of`). batch: nobody waits for the answer, so that it yields to others;
+    turn: to be prepared, where not all may be at a time.
     """
 
     request_id: str
@@ -63,6 +79,9 @@ class RequestContext:
     finished: bool = False
     cancelled: bool = False
     failed: str | None = None
+    batch: bool = False
+    turn: AbstractAsyncContextManager[object] = field(default_factory=nullcontext)
+    owner: str = ""
 
     @property
     def seconds(self) -> float:

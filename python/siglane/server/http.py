@@ -38,7 +38,7 @@ def uvicorn_config(app: Any, config: ServerConfig) -> uvicorn.Config:
         app,
         http=functools.partial(PatientProtocol, stall_timeout=config.stall_timeout),  # type: ignore[arg-type]
         ws="none",
-        lifespan="off",
+        lifespan="off" if config.data_dir is None else "on",  # of what runs beside the requests
         log_config=None,
         log_level="warning",
         access_log=False,  # it would write queries and client-chosen paths; middleware.Observe has its own line

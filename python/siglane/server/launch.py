@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import functools
 import logging
+import os
 import re
 import resource
 import socket
@@ -43,7 +44,19 @@ def preflight(config: ServerConfig, model: str) -> socket.socket:
     root = config.allowed_local_media_path
     if root is not None and not Path(root).is_dir():
         raise UserError(f"allowed_local_media_path {root!r} is not a folder", code="bad_option")
+    if config.data_dir is not None:
+        check_folder(config.data_dir)
     return listen(config.host, config.port)
+
+
+def check_folder(data_dir: Path) -> None:
+    """UserError for one that cannot be made, or written."""
+    try:
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"data_dir {data_dir} cannot be made: {error.strerror}", code="bad_option") from error
+    if not os.access(data_dir, os.W_OK | os.X_OK):
+        raise UserError(f"data_dir {data_dir} cannot be written", code="bad_option")
 
 
 def check_model_exists(model: str, param: str) -> None:

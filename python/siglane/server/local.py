@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any, TypeVar
 
 import orjson
@@ -16,7 +17,7 @@ from siglane.batch.requests import CHAT, CLASSIFY, EMBEDDINGS
 from siglane.batch.run import EngineDied
 from siglane.errors import UserError
 from siglane.server.chat import complete
-from siglane.server.context import ByteLease, RequestContext
+from siglane.server.context import ByteLease, InflightShare, RequestContext
 from siglane.server.embedding import classify, embed
 from siglane.server.embedding_protocol import ClassificationRequest, EmbeddingRequest
 from siglane.server.errors import as_api_error, error_body, from_validation
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 LOST = ("engine_restarting", "engine_starting")  # a request's end when its engine dies, or has died before it came
 DOWN = "engine_down"
 FULL = "server_overloaded"
-PATIENCE = 0.05  # seconds between tries while others hold all the memory
+PATIENCE = 0.05  # seconds between tries while the engine starts, or others hold all the memory
 PREPARED = 8  # rows beside the running ones, so that the engine never waits for the next
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -37,20 +38,28 @@ Body = TypeVar("Body", bound=BaseModel)
 class LocalServer:
     """The routes of `served`, as a batch asks them. Lives on one event loop."""
 
-    def __init__(self, served: Served, slots: int) -> None:
-        """slots: requests that the engine computes at one time."""
-        self._served = served
-        self._working = 0
+    def __init__(
+        self,
+        served: Served,
+        slots: int,
+        inflight: InflightShare | None = None,
+        turns: AbstractAsyncContextManager[object] | None = None,
+    ) -> None:
+        """slots: requests that the engine computes at one time. Beside the server's clients, inflight: bytes that they
+        may hold; turns: of those that are prepared."""
+        self._served, self._inflight = served, inflight or served.inflight_bytes
+        self._turns = turns or nullcontext()
         self.slots = slots + PREPARED
 
     async def ask(self, url: str, body: Mapping[str, Any]) -> Answer:
         """Waits while the engine is starting, and while others hold all the memory that requests may have. Raises
         EngineDied, and SiglaneError when the engine is down for good."""
         while True:
-            if self._served.engine.state != "ready":
-                await asyncio.to_thread(self._served.engine.wait_ready)
-            context = RequestContext(secrets.token_hex(16), ByteLease(self._served.inflight_bytes))
-            self._working += 1
+            while self._served.engine.state in ("starting", "restarting"):
+                await asyncio.sleep(PATIENCE)
+            if self._served.engine.state in ("dead", "closed"):
+                self._served.engine.wait_ready()  # raises what has ended it
+            context = RequestContext(secrets.token_hex(16), ByteLease(self._inflight), batch=True, turn=self._turns)
             try:
                 return await self._answer(url, body, context)
             except Exception as error:
@@ -61,10 +70,10 @@ class LocalServer:
                     raise EngineDied from error
                 if reason.status == 503 and reason.code == DOWN:
                     raise
-                if reason.status != 503 or reason.code != FULL or self._working == 1:
+                alone = self._served.inflight_bytes.used == context.lease.held
+                if reason.status != 503 or reason.code != FULL or alone:
                     return Answer(reason.status, dict(error_body(reason)))
             finally:
-                self._working -= 1
                 context.lease.close()
             await asyncio.sleep(PATIENCE)
 

@@ -62,9 +62,9 @@ class MediaLoader:
 
     def __init__(self, config: ServerConfig, facts: ImageFacts | None, image_limits: ImageBudget) -> None:
         self._pipeline = MediaPipeline.for_clients(config, facts, image_limits)
-        cores = config.decode_threads or min(8, os.cpu_count() or 1)
+        self.decode_threads = config.decode_threads or min(8, os.cpu_count() or 1)
         self._fetchers = ThreadPoolExecutor(config.fetch_threads, thread_name_prefix="fetch")
-        self._workers = ThreadPoolExecutor(cores, thread_name_prefix="decode")
+        self._workers = ThreadPoolExecutor(self.decode_threads, thread_name_prefix="decode")
         self._flights: dict[Flight, asyncio.Future[bytes]] = {}
         self._decodings: dict[Hashable, asyncio.Future[ImagePatches]] = {}
         self._patches = PatchCache(config.patch_cache_bytes)

@@ -14,11 +14,13 @@ from siglane.server.served import Served
 REASONS = {
     400: "the request cannot be served; the body names the field",
     401: "the API key is missing or wrong",
-    404: "no such model here",
+    404: "the model, file or batch that the request names is not here",
     408: "the body did not arrive in time",
-    413: "the body is too large",
+    409: "a file or batch is not in the state for it",
+    413: "the body is too large, or the files of a key are",
     415: "the body is no plain JSON",
     500: "the request failed here; no other one is harmed",
+    507: "the disk is full",
     503: "the server is starting, full or shutting down; try again",
 }
 OF_A_BODY = (400, 401, 404, 408, 413, 415, 500, 503)
@@ -83,7 +85,7 @@ def document(app: FastAPI, served: Served, open_paths: frozenset[str]) -> Callab
         found = get_openapi(title=app.title, version=app.version, routes=app.routes)
         components = found["components"]
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        found["security"] = [{"key": []}] if served.config.api_key else [{"key": []}, {}]
+        found["security"] = [{"key": []}] if served.config.keys else [{"key": []}, {}]
         for path, methods in found["paths"].items():
             for operation in methods.values():
                 operation["responses"].pop("422", None)  # FastAPI's own, which is a 400 here

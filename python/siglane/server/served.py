@@ -58,6 +58,7 @@ class ServedModel:
             deployed.config,
             deployed.metrics,
         )
+        self.image_limits = deployed.image_limits
         self.media = MediaLoader(self.config, images, deployed.image_limits)
         self._engine = deployed.engine
         self._ended = False

@@ -6,6 +6,7 @@ Light on purpose: no torch, no web framework, so that a bad port or a missing mo
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from siglane.errors import ConfigError
@@ -22,6 +23,11 @@ class ServerConfig(MediaConfig):
         default=None,
         repr=False,
         metadata={"help": "key that clients must send as a bearer token, except to /health, /ready and /metrics"},
+    )
+    api_keys: tuple[str, ...] = field(
+        default=(),
+        repr=False,
+        metadata={"help": "further keys, for clients that must not see each other's files and batches"},
     )
     served_model_name: str | None = field(
         default=None, metadata={"help": "name of the model in the API; default: MODEL as given (a folder: its name)"}
@@ -81,6 +87,21 @@ class ServerConfig(MediaConfig):
         default=30.0, metadata={"help": "seconds that running requests get to finish after SIGTERM"}
     )
 
+    data_dir: Path | None = field(
+        default=None, metadata={"help": "folder of /v1/files and /v1/batches; none: they are not served"}
+    )
+    max_file_bytes: int = field(default=512 * MIB, metadata={"help": "largest uploaded file"})
+    max_stored_bytes: int = field(
+        default=16384 * MIB, metadata={"help": "files of one API key, uploaded and written; more uploads are refused"}
+    )
+    max_batch_rows: int = field(default=50_000, metadata={"help": "requests in one batch"})
+    max_queued_rows: int = field(
+        default=200_000, metadata={"help": "requests that all batches of one API key have before them"}
+    )
+    file_expiry: float = field(
+        default=30 * 86400.0, metadata={"help": "seconds after which files are deleted; 0: never"}
+    )
+
     fetch_threads: int = field(default=16, metadata={"help": "images fetched at one time"})
     decode_threads: int = field(default=0, metadata={"help": "images decoded at one time; 0: one per core, at most 8"})
 
@@ -102,10 +123,19 @@ class ServerConfig(MediaConfig):
             at_least(name, getattr(self, name), 1)
         for name in ("decode_threads", "sse_keep_alive", "drain_timeout", "text_cache_bytes", "patch_cache_bytes"):
             at_least(name, getattr(self, name), 0)
+        for name in ("max_file_bytes", "max_stored_bytes", "max_batch_rows", "max_queued_rows"):
+            at_least(name, getattr(self, name), 1)
+        at_least("file_expiry", self.file_expiry, 0)
         for name in ("body_timeout", "stall_timeout"):
             above_zero(name, getattr(self, name))
         low, high = SAMPLING_BOUNDS["temperature"]
         if self.default_temperature is not None and not low <= self.default_temperature <= high:
             raise ConfigError(f"default_temperature must be between {low} and {high}, got {self.default_temperature}")
-        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
-            raise ConfigError("api_key must be printable ASCII and not empty")
+        for name, keys in (("api_key", () if self.api_key is None else (self.api_key,)), ("api_keys", self.api_keys)):
+            if not all(key.isascii() and key.isprintable() and key for key in keys):
+                raise ConfigError(f"{name} must be printable ASCII and not empty")
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Every key that opens the server; none where it is open to all."""
+        return self.api_keys if self.api_key is None else (self.api_key, *self.api_keys)

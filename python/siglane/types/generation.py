@@ -84,6 +84,7 @@ class Request:
     cache_salt: str = ""  # separates tenants in the caches
     images: tuple[ImagePatches, ...] = ()  # the prompt's, in its order (`Prompt.in_order`)
     trace_id: str = ""  # what logs call it where that is not its request_id: several may be one client's
+    batch: bool = False  # it yields to requests that somebody waits for
 
     def __post_init__(self) -> None:
         self.prompt.check_images(self.images)
