@@ -118,12 +118,14 @@ FORM = {
 }
 
 
+TAKEN: Responses = {200: {"model": FileObject}, **failures(400, 401, 408, 413, 415, 503, 507)}
+DELETED: Responses = {200: {"model": FileDeleted}, **failures(401, 404, 409, 507)}
+
+
 def add_files(app: FastAPI, store: Store, served: Served) -> None:
     uploads = Uploads(store, served)
 
-    taken: Responses = {200: {"model": FileObject}, **failures(400, 401, 408, 413, 415, 503, 507)}
-
-    @app.post(FILES, responses=taken, response_model=None, openapi_extra=FORM)
+    @app.post(FILES, responses=TAKEN, response_model=None, openapi_extra=FORM)
     async def create_file(request: Request) -> Response:
         return JsonResponse(file_reply(await uploads.take(request)))
 
@@ -144,11 +146,7 @@ def add_files(app: FastAPI, store: Store, served: Served) -> None:
         found = await run_in_threadpool(store.file, file_id, context_of(request.scope).owner)
         return JsonResponse(file_reply(found))
 
-    @app.delete(
-        FILES + "/{file_id}",
-        responses={200: {"model": FileDeleted}, **failures(401, 404, 409, 507)},
-        response_model=None,
-    )
+    @app.delete(FILES + "/{file_id}", responses=DELETED, response_model=None)
     async def delete_file(file_id: str, request: Request) -> Response:
         await run_in_threadpool(store.delete_file, file_id, context_of(request.scope).owner)
         deleted: FileDeleted = {"id": file_id, "object": "file", "deleted": True}
