@@ -422,6 +422,7 @@ class TestOnceForEachState:
         assert written(views) == sorted([theirs.name, f"{first.name}.half-made", second.name])
         assert weights.is_file()
 
+    @pytest.mark.slow
     def test_a_view_in_use_stays_until_its_process_ends(self, model: Path, views: Path) -> None:
         program = (
             "import sys; from siglane.hosts.sglang.view import view_of\n"

@@ -53,6 +53,7 @@ LONG = chat("x", max_tokens=4000, ignore_eos=True)
 HUNG_AFTER = 2.0
 
 
+@pytest.mark.slow
 def test_a_stopped_engine_is_noticed_and_replaced(processor: Processor, spec: EngineSpec) -> None:
     """Its requests get an error, the server says so meanwhile, and whoever comes next gets what came before."""
     engine = EngineProcess(replace(spec, config=replace(spec.config, engine_timeout=HUNG_AFTER)))

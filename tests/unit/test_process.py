@@ -400,6 +400,7 @@ def misbehave(flag: Path, seconds: float) -> None:
     DecoderBlock.forward = slowly  # type: ignore[assignment, method-assign]
 
 
+@pytest.mark.slow
 class TestHanging:
     """One engine: it is stopped, then it hangs in a layer, then its layers are only slow."""
 
@@ -588,6 +589,7 @@ class TestOrphans:
         script.write_text(PARENT)
         return subprocess.Popen([sys.executable, script, model, phase], stdout=subprocess.PIPE, text=True)
 
+    @pytest.mark.slow
     def test_an_engine_without_work_ends_with_its_parent(self, spec: EngineSpec, tmp_path: Path) -> None:
         with self.start_parent(spec.model, "ready", tmp_path) as parent:
             assert parent.stdout is not None

@@ -34,11 +34,11 @@ class Decoder:
     @classmethod
     def load(cls, raw: Raw, tensors: Tensors, device: torch.device, dtype: torch.dtype) -> Decoder:
         """raw: the language model's JSON with its `model_type`; tensors: `model.`... and `lm_head.weight`, of which a
-        tied model may lack either the table or the head; where it has both, each is used."""
+        tied model may lack either the table or the head; where they differ, each is used."""
         facts = {key: value for key, value in raw.items() if key not in ("model_type", "dtype", "torch_dtype")}
         if facts.get("tie_word_embeddings"):
             if TABLE in tensors and HEAD in tensors:
-                facts["tie_word_embeddings"] = False
+                facts["tie_word_embeddings"] = torch.equal(tensors[TABLE], tensors[HEAD])
             elif HEAD in tensors:
                 tensors = Tensors({**tensors.readers, TABLE: tensors.reader(HEAD)})
         from_config: Any = AutoModelForCausalLM.from_config

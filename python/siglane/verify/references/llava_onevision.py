@@ -36,7 +36,8 @@ class LlavaOnevision(VisionLanguageReference):
         self.config: Any = config.from_dict(raw)
         self.device, self.dtype = device, dtype
         tensors = tensors_of(folder, adapter)
-        if any(name.endswith("lm_head.weight") for name in tensors.readers):  # then it is used, tied or not
+        stored = [tensors[name] for name in tensors.readers if name.endswith(("lm_head.weight", "embed_tokens.weight"))]
+        if len(stored) == 2 and not torch.equal(*stored):  # then each is used, tied or not
             self.config.tie_word_embeddings = self.config.text_config.tie_word_embeddings = False
         self.model: Any = LlavaOnevisionForConditionalGeneration(self.config)
         ready(self.model, _named(self.model, tensors), device, dtype)
