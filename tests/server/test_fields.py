@@ -28,7 +28,18 @@ from openai.types.chat.completion_create_params import (
     CompletionCreateParamsStreaming,
 )
 from pydantic import ValidationError
-from serving import RunningServer, ask_good, assert_error, assert_unharmed, chat, image_part, picture, running, stream
+from serving import (
+    RunningServer,
+    ask_good,
+    assert_error,
+    assert_unharmed,
+    chat,
+    eventually,
+    image_part,
+    picture,
+    running,
+    stream,
+)
 
 from siglane.engine.process import EngineProcess
 from siglane.errors import UserError
@@ -337,6 +348,8 @@ def test_a_clients_mistake_leaves_no_traceback(server: RunningServer, caplog: py
                 ).status_code
                 == 400
             )
+    # a line is written when its answer has been sent
+    eventually(lambda: sum("POST" in one.getMessage() for one in caplog.records) >= 2 * len(bodies) + 1)
     ours = [record for record in caplog.records if record.name.startswith(("siglane", "uvicorn", "asyncio"))]
     assert len([one for one in ours if "POST" in one.getMessage()]) == 2 * len(bodies) + 1
     assert [one for one in ours if one.exc_info] == []

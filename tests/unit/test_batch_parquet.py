@@ -362,7 +362,7 @@ print(count, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
 
 
 def test_memory_is_flat_in_one_large_row_group(tmp_path: Path) -> None:
-    """400 MB of pictures in a single row group; what is held at one time is a few megabytes."""
+    """200 MB of pictures in a single row group; what is held at one time is a few megabytes."""
     import random
 
     rng = random.Random(0)
