@@ -26,6 +26,13 @@ class Header:
         return Size(height, width) if self.orientation in _SIDEWAYS else self.stored
 
 
+def header_of(size: Size | None, exif: bytes) -> Header:
+    """exif: b"" without any. ValueError without a size."""
+    if size is None:
+        raise ValueError("the file states no size")
+    return Header(size, orientation_of(exif))
+
+
 def orientation_of(exif: bytes) -> int:
     """The orientation that EXIF data state, 1 where they state none that exists (EXIF 3.0, 4.6.5.1.6).
 

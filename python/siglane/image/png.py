@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from siglane.image.header import UPRIGHT, Header, orientation_of
+from siglane.image.header import Header, header_of
 from siglane.types import Size
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -31,9 +31,7 @@ def read_header(file: BinaryIO) -> Header:
             size = Size(*struct.unpack(">II", file.read(8)))
         elif kind == b"eXIf" and not exif:
             exif = file.read(min(length, _MOST_EXIF))
-    if size is None:
-        raise ValueError("no IHDR chunk")
-    return Header(size, orientation_of(exif) if exif else UPRIGHT)
+    return header_of(size, exif)
 
 
 def open_image(file: BinaryIO) -> Image.Image:

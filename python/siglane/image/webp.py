@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from siglane.image.header import UPRIGHT, Header, orientation_of
+from siglane.image.header import Header, header_of
 from siglane.types import Size
 
 _HEAD_BYTES = 12
@@ -32,9 +32,7 @@ def read_header(file: BinaryIO) -> Header:
             size = _size(kind, file.read(min(length, 10)))
         elif kind == b"EXIF" and not exif:
             exif = file.read(min(length, _MOST_EXIF))
-    if size is None:
-        raise ValueError("no picture")
-    return Header(size, orientation_of(exif) if exif else UPRIGHT)
+    return header_of(size, exif)
 
 
 def open_image(file: BinaryIO) -> Image.Image:
