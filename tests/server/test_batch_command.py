@@ -109,7 +109,7 @@ def test_a_full_server_is_waited_for(local: Served) -> None:
 def test_each_picture_is_encoded_once(nvila_folder: Path, processor: Processor, tmp_path: Path) -> None:
     """Eight pictures, asked about by five rows each that are spread over the file; the cache holds a few.
 
-    Rows are asked next to each other, but reach the engine as they get ready, so that a picture may come back once more.
+    Rows are asked next to each other, but reach the engine as they get ready, so a picture may come back once more.
     """
     config = EngineConfig(device="cpu", threads=1, kv_tokens=16384, max_running=4, prefix_cache=False)
     engine = EngineProcess(EngineSpec(str(nvila_folder), replace(config, feature_cache_bytes=5_000)))
