@@ -272,7 +272,7 @@ def test_private_addresses_are_never_connected_to(server: RunningServer) -> None
 
 def test_a_url_is_fetched_once_for_a_burst(processor: Processor, engine: EngineProcess) -> None:
     """Requests that want one picture at the same time share one fetch, tenants do not share theirs."""
-    picture_site = web(http_ok(picture(seed=5)), seconds=0.3)
+    picture_site = web(http_ok(picture(seed=5)), seconds=1.5)
     with running(processor, engine, allow_private_addresses=True) as server, picture_site as site:
         answers: list[httpx2.Response] = []
         body = chat(image_url(site.url), image_url(site.url), "x")
