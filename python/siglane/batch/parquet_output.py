@@ -20,7 +20,6 @@ from siglane.batch.requests import Source
 from siglane.batch.rows import CannotWrite
 from siglane.errors import UserError
 
-TEXTS = ("answer", "finish_reason", "error_code", "error_message", "response")
 COUNTS = ("prompt_tokens", "completion_tokens")
 COLUMNS = ("custom_id", "answer", "finish_reason", *COUNTS, "error_code", "error_message", "response")
 ROWS_AT_ONCE = 1024

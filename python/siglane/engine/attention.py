@@ -84,7 +84,7 @@ class TorchPagedAttention:
             pages = chunk.sequence.block_table[: -(-chunk.stop // kv.page_size)]
             if chunk.tokens > 1 or chunk.start == 0:
                 self.prefills.append(self._prefill(row, chunk, device))
-            elif one_run(pages):
+            elif device.type == "cpu" and one_run(pages):  # elsewhere a call costs more than the copy
                 self.runs.append(Run(row, pages[0] * kv.page_size, chunk.stop))
             else:
                 scattered.append((row, chunk))

@@ -61,11 +61,15 @@ class PageAllocator:
         pages: list[int] = []
         if after is not None:
             pages = self._mark(after + 1, count)
-        while len(pages) < count:
-            start, stop = max((found.span() for found in FREE.finditer(self._taken)), key=_length)
-            middle = (start + stop) // 2
-            begins = middle if start > 0 and not pages and stop - middle >= count else start
-            pages += self._mark(begins, count - len(pages))
+        if len(pages) == count:
+            return pages
+        stretches = sorted((found.span() for found in FREE.finditer(self._taken)), key=_length, reverse=True)
+        start, stop = stretches[0]
+        middle = (start + stop) // 2
+        if start > 0 and not pages and stop - middle >= count:
+            return self._mark(middle, count)
+        for start, _ in stretches:
+            pages += self._mark(start, count - len(pages))
         return pages
 
     def give(self, pages: list[int]) -> None:
