@@ -20,12 +20,15 @@ from torch import nn
 from siglane.config.vision import VisionConfig
 from siglane.errors import ConfigError, UserError
 from siglane.families.model import load_vision
+from siglane.nn.act import activate
+from siglane.nn.attention import Segments
 from siglane.nn.cpu import int8 as quant
 from siglane.nn.cpu.int8 import Int8Linear, row_codes
+from siglane.nn.cpu.int8_block import CodedNorm
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from siglane.nn.parallel import TensorParallel
 from siglane.nn.quantise import quantise
-from siglane.types import DecodedImage, Grid, PackedPatches
+from siglane.types import Activation, DecodedImage, Grid, PackedPatches
 from siglane.vision.tower import SiglipVisionModel
 from siglane.weights.hub import open_checkpoint
 
@@ -313,3 +316,86 @@ def test_weight_only_by_a_library(kind: quant.Bits) -> None:
     layer = quant._bitsandbytes_linear(kind, torch.device("cpu"), weight, bias)
     expected = F.linear(x, weight, bias)
     assert (layer(x) - expected).norm() / expected.norm() < {"8bit": 0.02, "4bit": 0.15}[kind]
+
+
+def rows_of_all_sizes() -> torch.Tensor:
+    """What a LayerNorm sees: usual rows, tokens with one huge value, rows of a constant, of two values, of nothing."""
+    x = drawn(200, 256)
+    x[3:40:5, 7] = 50.0
+    x[60, 9], x[61, 10] = 1e4, -1e-4
+    x[70], x[71] = 2.5, 0.0
+    x[72] = torch.tensor([1.0, -1.0]).repeat(128)
+    return x
+
+
+def coded_norm(size: int) -> CodedNorm:
+    norm = nn.LayerNorm(size, 1e-6)
+    nn.init.normal_(norm.weight, 1.0, 0.2)
+    nn.init.zeros_(norm.bias)
+    norm.__class__ = CodedNorm
+    return norm
+
+
+@torch.no_grad()
+def test_codes_of_a_norm_are_its_rows() -> None:
+    torch.manual_seed(0)
+    x, norm = rows_of_all_sizes(), coded_norm(256)
+    rows, expected = norm(x), F.layer_norm(x, (256,), norm.weight, norm.bias, 1e-6)
+    seen = torch.zeros(len(x))
+    for codes, step, place in rows.parts(32):
+        assert ((codes.float() - 128) * step - expected[place]).abs().max() <= 0.502 * step
+        assert ((codes.float() - 128).abs().amax(1) >= 80).all()  # each row has most of the codes
+        seen[place] = 1
+    others, values = rows.others
+    assert torch.equal(values, expected[others])
+    assert not seen[others].any()
+    seen[others] = 1
+    assert seen.all()
+    assert {3, 60, 70, 71}.issubset(others.tolist())
+    assert len(rows.groups) > 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", [None, "gelu_tanh", "gelu_erf", "quick_gelu"])
+def test_a_product_may_apply_its_activation(activation: Activation | None) -> None:
+    codes, weight, bias = torch.randint(0, 256, (40, 64), dtype=torch.uint8), drawn(48, 64), drawn(48, seed=1)
+    layer = Int8Linear(weight, bias)
+    exact = layer.product(codes, 128, 0.01)
+    assert torch.allclose(exact, F.linear((codes.float() - 128) * 0.01, weight, bias), atol=0.3)
+    wanted = exact if activation is None else activate(exact, activation)
+    assert torch.allclose(layer.product(codes, 128, 0.01, activation), wanted, atol=1e-3)
+
+
+@torch.no_grad()
+def test_rows_of_a_block_do_not_know_their_neighbours() -> None:
+    """To the last bit, beside rows that take other steps."""
+    torch.manual_seed(0)
+    ours = quantise(tower(), "8bit", "cpu")
+    block, x = ours.blocks[0], drawn(300, 64)
+    x[100:200:7, 3] = 40.0
+    together = block(x, Segments.of([64, 200, 36], x.device), "sdpa")
+    for start, length in ((0, 64), (64, 200), (264, 36)):
+        some = x[start : start + length]
+        assert torch.equal(block(some, Segments.of([length], x.device), "sdpa"), together[start : start + length])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tamed", [True, False])
+def test_a_stream_with_outlier_channels(tamed: bool) -> None:
+    """A few channels of the stream are fifty times as large as the others, in all rows or, as trained towers have it,
+    with norms that make them small again."""
+    models = [tower(), tower()]
+    for block in (block for model in models for block in model.blocks):
+        for layer in (block.attention.out_proj, block.mlp.fc2):
+            layer.weight[:3] *= 50
+        if tamed:
+            for norm in (block.norm1, block.norm2):
+                norm.weight[:3] /= 50
+    batch = packed(Grid(16, 16), Grid(3, 21))
+    exact, ours = (model(batch) for model in (models[0], quantise(models[1], "8bit", "cpu")))
+    assert F.cosine_similarity(ours, exact).mean() > (0.999 if tamed else 0.99)
+
+
+def test_a_norm_with_codes_has_no_gradient() -> None:
+    with pytest.raises(ValueError, match="has no gradient"):
+        coded_norm(8)(drawn(2, 8).requires_grad_())

@@ -16,9 +16,9 @@ from torch import nn
 
 from siglane.errors import ConfigError, UserError
 from siglane.nn.act import activate
-from siglane.nn.cpu.chunks import chunk_mlp
-from siglane.nn.cpu.int8 import LEAST, ROWS, Int8Linear, has_integer_products
-from siglane.nn.encoder import EncoderBlock, EncoderMLP
+from siglane.nn.cpu.int8 import LEAST, Int8Linear, has_integer_products
+from siglane.nn.cpu.int8_block import CodedMLP, CodedNorm, CodedRows, attention_dtype, coded_product, consume_centred
+from siglane.nn.encoder import EncoderBlock
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from siglane.types import Activation
 
@@ -43,7 +43,7 @@ def quantise(model: nn.Module, kind: Bits, device: torch.device | str) -> nn.Mod
     for parent, name, layer in layers:
         setattr(parent, name, quantised(layer, make))
     if device.type == "cpu":
-        _chunk(model)
+        _code(model)
     return model
 
 
@@ -64,26 +64,37 @@ def _float_layers(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
 
 @torch.no_grad()
 def _balance(model: nn.Module) -> None:
-    """Channels that a norm makes larger than others are divided there and multiplied in the weights behind it, which
-    changes no result but leaves the others more of a row's codes (SmoothQuant, arXiv:2211.10438 section 4, with the
-    norm's own gain in the place of recorded activations)."""
+    """Moves what a norm does to single channels into the weights behind it, which changes no result: its shift becomes
+    a part of their bias, and channels that it makes larger than others are divided there and multiplied in the weights,
+    which leaves the others more of a row's codes (SmoothQuant, arXiv:2211.10438 section 4, with the norm's own gain in
+    the place of recorded activations)."""
     for block in model.modules():
         if not isinstance(block, EncoderBlock) or not isinstance(block.attention.qkv, QKVParallelLinear):
             continue
         for norm, layer in ((block.norm1, block.attention.qkv), (block.norm2, block.mlp.fc1)):
-            size = torch.hypot(norm.weight, norm.bias).float().clamp_min(LEAST)
-            ratio = (size / layer.weight.abs().amax(0).float().clamp_min(LEAST)).sqrt()
+            weight = layer.weight.float()
+            assert layer.bias is not None
+            bias = torch.addmv(layer.bias.float(), weight, norm.bias.float())
+            layer.bias = nn.Parameter(bias, requires_grad=False)
+            norm.bias.zero_()
+            ratio = (norm.weight.float().abs().clamp_min(LEAST) / weight.abs().amax(0).clamp_min(LEAST)).sqrt()
             divisor = (ratio / ratio.median()).clamp_min(1).to(norm.weight.dtype)
             norm.weight.div_(divisor)
-            norm.bias.div_(divisor)
             layer.weight.mul_(divisor)
 
 
-def _chunk(model: nn.Module) -> None:
-    """The wide values inside an MLP stay in the cache instead of going through memory."""
-    for module in model.modules():
-        if isinstance(module, EncoderMLP) and isinstance(module.fc2, QuantisedRow) and module.fc2.tp.size == 1:
-            chunk_mlp(module, ROWS)
+def _code(model: nn.Module) -> None:
+    """Norms of whole blocks write the codes of the layers behind them."""
+    for block in model.modules():
+        if not isinstance(block, EncoderBlock):
+            continue
+        out_proj, fc2 = block.attention.out_proj, block.mlp.fc2
+        if not (isinstance(out_proj, QuantisedRow) and isinstance(fc2, QuantisedRow)):
+            continue
+        if out_proj.tp.size == fc2.tp.size == 1:
+            block.norm1.__class__ = block.norm2.__class__ = CodedNorm
+            block.mlp.__class__ = CodedMLP
+            out_proj.dtype = block.norm1.weight.dtype
 
 
 class QuantisedColumn(nn.Module):
@@ -110,9 +121,14 @@ class QuantisedRow(nn.Module):
         alone = layer.tp.size == 1
         self.linear = make(layer.weight, layer.bias if alone else None)
         self.bias = None if alone else layer.bias
+        self.dtype: torch.dtype | None = None  # of results, where rows may be written to and have another one
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.linear(x)
+        if self.dtype is None:
+            y: torch.Tensor = self.linear(x)
+        else:
+            assert isinstance(self.linear, Int8Linear)
+            y = consume_centred(self.linear, x).to(self.dtype)
         if self.tp.size > 1:
             y = self.tp.all_reduce(y)
         return y if self.bias is None else y + self.bias
@@ -126,8 +142,13 @@ class QuantisedQKV(nn.Module):
         self.heads, self.kv_heads, self.head_dim = layer.heads, layer.kv_heads, layer.head_dim
         self.linear = make(layer.weight, layer.bias)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        qkv = self.linear(x).unflatten(-1, (-1, self.head_dim))
+    def forward(self, x: torch.Tensor | CodedRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if isinstance(x, CodedRows):
+            assert isinstance(self.linear, Int8Linear)
+            y = coded_product(self.linear, x, attention_dtype(x.dtype))
+        else:
+            y = self.linear(x)
+        qkv = y.unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=-2)
         return q, k, v
 

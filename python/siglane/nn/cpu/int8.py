@@ -15,7 +15,10 @@ from collections.abc import Callable
 
 import torch
 
+from siglane.nn.act import activate
+from siglane.nn.cpu.product import FUSED
 from siglane.nn.cpu.sealed import Sealed
+from siglane.types import Activation
 
 LEVELS = 127  # codes on either side of zero
 STEPS = 254  # of a row between its least and its greatest value; one code is left for rounding
@@ -30,6 +33,11 @@ ROWS = 256  # of one product: what passes between its steps then stays in the ca
 
 
 Turn = Callable[[torch.Tensor], torch.Tensor]
+
+
+def refuse_gradient(x: torch.Tensor) -> None:
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError("an 8-bit layer has no gradient; use torch.no_grad(), or train the model in float32")
 
 
 class Int8Weight(Sealed):
@@ -67,8 +75,7 @@ class Int8Weight(Sealed):
         return self.outputs * self.inputs + sum(x.nbytes for x in held if x is not None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise ValueError("an 8-bit layer has no gradient; use torch.no_grad(), or train the model in float32")
+        refuse_gradient(x)
         rows = x.reshape(-1, self.inputs).float()
         if len(rows) == 1:
             y = self._multiply_one(rows)
@@ -109,7 +116,31 @@ class Int8Linear(Int8Weight):
         self.corrections = torch.stack((self.sums, shift))
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
-        codes, scale, zero = row_codes(x)
+        return self._corrected(*row_codes(x))
+
+    def consume(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 `[M, K]`, which is written to -> `[M, N]`."""
+        return self._corrected(*row_codes(x, scratch=x))
+
+    def scaled(self, codes: torch.Tensor, zero: int, scale: torch.Tensor) -> torch.Tensor:
+        """The layer of `(codes - zero) * scale`, the scale of each row being its own: `[M, 1]`."""
+        y = self._product(codes, zero).mul_(scale)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def product(
+        self,
+        codes: torch.Tensor,
+        zero: int,
+        scale: float,
+        activation: Activation | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        """The layer, and `activation`, of `(codes - zero) * scale`, where these are the same for all rows."""
+        return integer_product(
+            codes, self.packed, self.scale, self.zero_points, zero, scale, self.bias, activation, dtype
+        )
+
+    def _corrected(self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         y = self._product(codes).mul_(scale)
         return y.addmm_(torch.cat((zero * -scale, torch.ones_like(zero)), 1), self.corrections)
 
@@ -183,16 +214,16 @@ def _offset(zero: int) -> torch.Tensor:
     return torch.tensor(WHOLE + zero)
 
 
-def row_codes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def row_codes(x: torch.Tensor, scratch: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x float32 `[M, K]` -> codes u8 `[M, K]`, scale and zero point float32 `[M, 1]`: x is about (code - zero) * scale.
-
+    scratch is written to: of x's shape, or x itself.
     Zero has a code of its own, so that what is exactly zero stays so.
     """
     low, high = x.amin(-1, keepdim=True).clamp_max_(0), x.amax(-1, keepdim=True).clamp_min_(0)
     span = (high - low).clamp_min_(LEAST)
     steps = STEPS / span
     zero = (low * -steps).round_()
-    codes = x.mul(steps).add_(zero + (WHOLE + 256)).view(torch.int32).to(torch.uint8)
+    codes = torch.mul(x, steps, out=scratch).add_(zero + (WHOLE + 256)).view(torch.int32).to(torch.uint8)
     return codes, span / STEPS, zero
 
 
@@ -204,13 +235,16 @@ def integer_product(
     zero: int = 0,
     rows_scale: float = 1.0,
     bias: torch.Tensor | None = None,
+    activation: Activation | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """`(codes - zero) W^T`, times the outputs' `scale` and `rows_scale`, plus `bias`, float32. oneDNN has fast kernels
-    for unsigned rows and signed weights only."""
+    """`(codes - zero) W^T`, times the outputs' `scale` and `rows_scale`, plus `bias`, then `activation`. oneDNN has
+    fast kernels for unsigned rows and signed weights only."""
+    name, variant = ("none", "") if activation is None else FUSED.get(activation, ("none", ""))
     product: torch.Tensor = torch.ops.onednn.qlinear_pointwise.default(
-        codes, rows_scale, zero, packed, scale, zero_points, bias, 1.0, 0, torch.float32, "none", [], ""
+        codes, rows_scale, zero, packed, scale, zero_points, bias, 1.0, 0, dtype, name, [], variant
     )
-    return product
+    return product if activation is None or activation in FUSED else activate(product, activation)
 
 
 @functools.cache

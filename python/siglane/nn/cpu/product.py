@@ -9,7 +9,7 @@ from siglane.nn.act import activate
 from siglane.types import Activation
 
 # activations that oneDNN applies to a product's tiles while they are in cache: name and variant
-_FUSED: dict[Activation, tuple[str, str]] = {"gelu_tanh": ("gelu", "tanh"), "gelu_erf": ("gelu", "none")}
+FUSED: dict[Activation, tuple[str, str]] = {"gelu_tanh": ("gelu", "tanh"), "gelu_erf": ("gelu", "none")}
 
 
 def linear(
@@ -22,9 +22,9 @@ def linear(
     trained.
     """
     if uses_onednn(x, weight, bias):
-        name, variant = ("none", "") if activation is None else _FUSED.get(activation, ("none", ""))
+        name, variant = ("none", "") if activation is None else FUSED.get(activation, ("none", ""))
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], variant)
-        return product if activation is None or activation in _FUSED else activate(product, activation)
+        return product if activation is None or activation in FUSED else activate(product, activation)
     product = F.linear(x, _dense(weight) if weight.is_mkldnn else weight, bias)
     return product if activation is None else activate(product, activation)
 
