@@ -66,7 +66,7 @@ class Engine:
         thinking: Thinking | None = None,
     ) -> None:
         language = model.language
-        parameter = language.embed_tokens.weight
+        parameter = language.norm.weight
         device, dtype = parameter.device, parameter.dtype
         pages = config.resolve_pages(language.config, language.kv_heads, dtype, device)
         kv = PagedKV(

@@ -12,7 +12,7 @@ from siglane.config.language import LanguageConfig
 from siglane.lm.attention import LayerAttention
 from siglane.nn.act import activate
 from siglane.nn.cpu.product import linear
-from siglane.nn.embedding import VocabParallelEmbedding
+from siglane.nn.embedding import VocabParallelEmbedding, VocabTable
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear, attention_parallel
 from siglane.nn.norm import RMSNorm
 from siglane.nn.parallel import TensorParallel
@@ -89,7 +89,7 @@ class QwenModel(nn.Module):
         super().__init__()
         tp = tp or TensorParallel.single()
         self.config = config
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
+        self.embed_tokens: VocabTable = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
         self.blocks = nn.ModuleList(
             DecoderBlock(config, layer, tp, self.norm_type) for layer in range(config.num_hidden_layers)
         )

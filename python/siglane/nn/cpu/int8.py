@@ -12,6 +12,7 @@ import functools
 import math
 import platform
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -25,11 +26,30 @@ WHOLE = float(2**23)
 MIDDLE = 128  # the code of zero where codes lie on both sides of it
 WIDE_LEVELS = 2**15 - 1 - MIDDLE  # on either side of zero in two bytes, each with its own MIDDLE
 LEAST = 1e-30  # of what is divided by
-WEIGHT_VALUES = 1 << 20  # that are rounded at a time
+WEIGHT_VALUES = 1 << 18  # that are rounded at a time
 ROWS = 256  # of one product: what passes between its steps then stays in the cache
 
 
 Turn = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Int8Codes(NamedTuple):
+    """A weight `[N, K]`: codes int8 `[N, K]` times scale float32 `[N]`."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+
+
+def int8_codes(weight: torch.Tensor, turn: Turn | None = None) -> Int8Codes:
+    """turn: what is done to rows of `weight` first, some at a time, so that no second copy of it exists."""
+    made = Int8Codes(torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight)))
+    count = max(1, WEIGHT_VALUES // weight.shape[1])
+    for rows, into, scale in zip(*(x.split(count) for x in (weight.detach(), *made)), strict=True):
+        wide = (rows if turn is None else turn(rows)).float()
+        peak = wide.abs().amax(1)
+        scale.copy_(torch.where(peak > LEAST, peak, 1.0) / LEVELS)
+        into.copy_((wide / scale[:, None]).round_())
+    return made
 
 
 class Int8Weight(Sealed):
@@ -41,24 +61,22 @@ class Int8Weight(Sealed):
 
     sealed, sealed_by, refusal = "an 8-bit layer", "quantise", ValueError
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, turn: Turn | None = None) -> None:
-        """turn: what is done to rows of `weight` first, some at a time, so that no second copy of it exists."""
+    def __init__(self, weight: torch.Tensor | Int8Codes, bias: torch.Tensor | None, turn: Turn | None = None) -> None:
+        """turn: what is done to rows of `weight` first."""
         super().__init__()
-        self.outputs, self.inputs = weight.shape
-        self.scale, self.sums = torch.empty(self.outputs), torch.empty(self.outputs)
-        codes = torch.empty(weight.shape, dtype=torch.int8)
-        count = max(1, WEIGHT_VALUES // self.inputs)
-        parts = (x.split(count) for x in (weight.detach(), codes, self.scale, self.sums))
-        for rows, into, scale, sums in zip(*parts, strict=True):
-            wide = (rows if turn is None else turn(rows)).float()
-            peak = wide.abs().amax(1)
-            scale.copy_(torch.where(peak > LEAST, peak, 1.0) / LEVELS)
-            rounded = (wide / scale[:, None]).round_()
-            into.copy_(rounded)
-            sums.copy_(rounded.sum(1) * scale)
+        codes, self.scale = weight if isinstance(weight, Int8Codes) else int8_codes(weight, turn)
+        self.outputs, self.inputs = codes.shape
+        # some at a time, because they are widened first
+        sums = [rows.sum(1, dtype=torch.int32) for rows in codes.split(max(1, WEIGHT_VALUES // self.inputs))]
+        self.sums = torch.cat(sums) * self.scale
         self.packed: torch.Tensor = torch.ops.onednn.qlinear_prepack(codes, None)
         self.zero_points = torch.zeros(self.outputs, dtype=torch.int64)
         self.bias = None if bias is None else bias.detach().float()
+
+    @property
+    def stored(self) -> Int8Codes:
+        """What it was made of; the codes are a copy."""
+        return Int8Codes(self.packed.to_dense().T.contiguous(), self.scale)
 
     @property
     def nbytes(self) -> int:
@@ -102,7 +120,7 @@ class Int8Linear(Int8Weight):
     """Rows of 8 bits with a zero point of their own. That is what outliers need: in a row with one huge value, or
     behind a GELU, almost everything else lies on one side of it."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(self, weight: torch.Tensor | Int8Codes, bias: torch.Tensor | None) -> None:
         super().__init__(weight, bias)
         shift = torch.zeros(self.outputs) if self.bias is None else self.bias
         # what a row's zero point adds to its sums, and the bias: one product with [zero point, 1] adds both
@@ -122,7 +140,7 @@ class CentredInt8Linear(Int8Weight):
 
     def __init__(
         self,
-        weight: torch.Tensor,
+        weight: torch.Tensor | Int8Codes,
         bias: torch.Tensor | None,
         turn: Turn | None = None,
         *,
