@@ -89,6 +89,7 @@ class TorchPagedAttention:
             else:
                 scattered.append((row, chunk))
             row += chunk.tokens
+        self.alone = self.runs[0] if row == len(self.runs) == 1 else None
         self._clear_new_pages(batch)
         self.decodes = self._decodes(scattered, device) if scattered else None
 
@@ -96,14 +97,14 @@ class TorchPagedAttention:
         keys, values = self.kv.slots[layer]
         keys.index_copy_(0, self.slots, k)
         values.index_copy_(0, self.slots, v)
-        if len(self.runs) == len(q) == 1:
-            return _decode_run(q, keys, values, self.runs[0])
+        if self.alone is not None:
+            return _decode_run(q, *self.kv.by_head[layer], self.alone)
         out = torch.empty_like(q)
         for prefill in self.prefills:
             rows = slice(prefill.first, prefill.last)
             out[rows] = self._attend(layer, prefill, q[rows], k[rows], v[rows])
         for run in self.runs:
-            out[run.row] = _decode_run(q[run.row], keys, values, run)
+            out[run.row] = _decode_run(q[run.row], *self.kv.by_head[layer], run)
         if self.decodes is not None:
             out[self.decodes.rows] = _decode(
                 q[self.decodes.rows], self.kv.keys[layer], self.kv.values[layer], self.decodes
@@ -153,8 +154,8 @@ class TorchPagedAttention:
 
 
 def _decode_run(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, run: Run) -> torch.Tensor:
-    """q `[..., heads, head_dim]` of one token -> the same shape. keys and values as `PagedKV.slots` has them."""
-    ks, vs = (x.narrow(0, run.first, run.length).transpose(0, 1)[None] for x in (keys, values))
+    """q `[..., heads, head_dim]` of one token -> the same shape. keys and values as `PagedKV.by_head` has them."""
+    ks, vs = keys.narrow(2, run.first, run.length), values.narrow(2, run.first, run.length)
     attended = F.scaled_dot_product_attention(q.view(1, ks.shape[1], -1, q.shape[-1]), ks, vs)
     return attended.view(q.shape)
 
