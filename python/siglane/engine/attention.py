@@ -163,8 +163,8 @@ class TorchPagedAttention:
 
 def _token_runs(chunk: Chunk, page_size: int) -> tuple[Run, ...]:
     runs, left = [], chunk.stop
-    for first, count in chunk.sequence.runs():
-        length = min(left, count * page_size)
+    for first, pages in chunk.sequence.runs():
+        length = min(left, pages * page_size)
         runs.append(Run(first * page_size, length))
         left -= length
     return tuple(runs)

@@ -17,10 +17,10 @@ from siglane.types import Request, Timings
 
 
 class PageRun(NamedTuple):
-    """Pages `first..first + count` that lie one after another."""
+    """Pages `first..first + pages` that lie one after another."""
 
     first: int
-    count: int
+    pages: int
 
 
 @dataclass(slots=True, eq=False)
@@ -92,10 +92,10 @@ class Sequence:
 
     def runs(self) -> list[PageRun]:
         """The pages of `block_table` as stretches; only those that are new since the last call are looked at."""
-        runs, known = self.page_runs, sum(run.count for run in self.page_runs)
+        runs, known = self.page_runs, sum(run.pages for run in self.page_runs)
         for page in self.block_table[known:]:
-            if runs and page == runs[-1].first + runs[-1].count:
-                runs[-1] = runs[-1]._replace(count=runs[-1].count + 1)
+            if runs and page == runs[-1].first + runs[-1].pages:
+                runs[-1] = runs[-1]._replace(pages=runs[-1].pages + 1)
             else:
                 runs.append(PageRun(page, 1))
         return runs
