@@ -146,6 +146,19 @@ class LayoutRule(Protocol):
         ...
 
 
+def known_limits(rule: LayoutRule) -> list[str]:
+    """The names of `ImageBudget`'s limits that apply to this family."""
+    known = []
+    for name in LIMITS:
+        try:
+            rule.within(ImageBudget(**{name: ((1, 1),) if name == "grid_pinpoints" else 1}))
+        except UserError as error:
+            if error.code == "unsupported_budget":
+                continue
+        known.append(name)
+    return known
+
+
 def whole_tile(pixels: Size, resample: Resample, geometry: PatchGeometry, before: tuple[Step, ...] = ()) -> Tile:
     """The whole image resized to `pixels`, aspect ignored. before: the steps in front of that."""
     return Tile((*before, Resize(pixels, resample)), Box(0, 0, pixels.width, pixels.height), geometry.grid(pixels))
