@@ -121,7 +121,7 @@ def content_tag(content: Any) -> str:
 
 
 def _no_content(content: Any) -> Any:
-    if content in ("", []):
+    if content == "":
         raise UserError("the content of a user message must not be empty", code="empty_content")
     return content
 
@@ -146,7 +146,7 @@ UserContent = Annotated[
     BeforeValidator(_no_content),
 ]
 AnswerContent = Annotated[
-    PlainText | Annotated[list[AnswerPart], Parts, Tag("#parts")],
+    PlainText | Annotated[list[AnswerPart], Field(max_length=MAX_PARTS), Tag("#parts")],
     Discriminator(content_tag),
 ]
 TextContent = Annotated[
