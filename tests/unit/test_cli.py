@@ -240,7 +240,8 @@ WRONG_NAMES = """
 import sys
 from siglane.cli.main import main
 
-codes = [main([command, "/nowhere", "x.png", *rest]) for command, *rest in (["tokens"], ["look"], ["encode", "--out", "x"])]
+commands = ("tokens /nowhere x", "look /nowhere x", "encode /nowhere x --output x", "generate /nowhere --prompt x")
+codes = [main(command.split()) for command in commands]
 sys.exit(f"{codes} {'torch' in sys.modules}")
 """
 
@@ -248,7 +249,7 @@ sys.exit(f"{codes} {'torch' in sys.modules}")
 def test_a_wrong_name_is_reported_before_anything_slow_is_imported() -> None:
     done = subprocess.run([sys.executable, "-c", WRONG_NAMES], capture_output=True, text=True, check=False)
     *errors, last = done.stderr.splitlines()
-    assert last == "[2, 2, 2] False"
+    assert last == "[2, 2, 2, 2] False"
     assert all("there is no folder" in error for error in errors)
 
 
