@@ -325,7 +325,7 @@ BAD_BODIES: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "refusal of a user": (
         messages(user([{"type": "refusal", "refusal": "no"}])),
         "unsupported_content_type",
-        "messages[0]",
+        "messages[0].content[0]",
     ),
     "stream options": (fields(stream_options={"include_usage": True}), "invalid_value", "stream_options"),
 }

@@ -148,7 +148,7 @@ def _state_chat(schemas: Mapping[str, Any], chat: ChatModel) -> None:
     _state_messages(schemas, chat)
 
 
-def _state_messages(schemas: dict[str, Any], chat: ChatModel) -> None:
+def _state_messages(schemas: Mapping[str, Any], chat: ChatModel) -> None:
     """Leaves out the parts that the model has no eyes for, and calls of tools where its template has no place for them.
     An earlier answer's audio is heard by none."""
     images = chat.processor.config.images

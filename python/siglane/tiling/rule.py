@@ -7,7 +7,7 @@ numbers. No rule reads pixels or weights.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 from siglane.errors import UserError
@@ -148,10 +148,10 @@ class LayoutRule(Protocol):
 
 def known_limits(rule: LayoutRule) -> list[str]:
     """The names of `ImageBudget`'s limits that apply to this family."""
-    known = []
-    for name in LIMITS:
+    known, least = [], ImageBudget(max_pixels=1, min_pixels=1, max_num_patches=1, max_tiles=1, grid_pinpoints=((1, 1),))
+    for name, value in least.limits.items():
         try:
-            rule.within(ImageBudget(**{name: ((1, 1),) if name == "grid_pinpoints" else 1}))
+            rule.within(replace(ImageBudget(), **{name: value}))
         except UserError as error:
             if error.code == "unsupported_budget":
                 continue

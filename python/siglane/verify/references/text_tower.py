@@ -59,7 +59,7 @@ class TextTower:
         backend = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
         backend.no_padding()
         backend.no_truncation()
-        end = backend.id_to_token(1)
+        end = backend.id_to_token(1) or ""
         stated = read_json(self.folder / "tokenizer_config.json").get("pad_token")
         stated = stated.get("content") if isinstance(stated, dict) else stated
         pad = backend.token_to_id(stated or PAD_OF_END[end])
