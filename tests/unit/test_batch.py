@@ -9,6 +9,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -345,6 +346,30 @@ def test_slots_and_window_bound_what_is_held(source: Path, tmp_path: Path) -> No
     server = Echo(slots=3)
     run(source, tmp_path / "out.jsonl", server)
     assert server.most == 3
+
+
+def test_the_server_is_asked_in_order_however_long_files_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every third file is gone, the first ones are read last."""
+    paths = [tmp_path / f"{number:02}.png" for number in range(12)]
+    for number, path in enumerate(paths):
+        if number % 3:
+            path.write_bytes(b"data")
+    read = Row.read
+
+    def read_late(row: Row) -> Mapping[str, Any]:
+        time.sleep(0.02 * (4 - row.number % 4))
+        return {"messages": [{"content": row.custom_id}]} if read(row) else {}
+
+    monkeypatch.setattr(Row, "read", read_late)
+    server = Echo(slots=6)
+
+    async def go() -> None:
+        with Output(tmp_path / "out.jsonl", JOB) as output:
+            source = ask_pictures(map(str, paths), "?", {})
+            await run_batch(source.rows, server, output, Plan(), stop=asyncio.Event())
+
+    asyncio.run(go())
+    assert server.asked == [str(path) for path in paths if path.exists()]
 
 
 def test_a_row_that_kills_the_engine_twice_is_left(source: Path, whole: tuple[bytes, bytes], tmp_path: Path) -> None:

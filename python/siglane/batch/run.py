@@ -35,7 +35,7 @@ class EngineDied(Exception):
 
 
 class Server(Protocol):
-    """slots: rows that it works at in one time."""
+    """slots: rows that it works at in one time. It is asked in the order in which rows are best computed."""
 
     @property
     def slots(self) -> int: ...
@@ -71,6 +71,7 @@ class _Run:
     ended: dict[int, tuple[Row | BadRow, Answer | None]] = field(default_factory=dict)  # wait for those before them
     order: deque[int] = field(default_factory=deque)  # numbers of the rows that are not written, as they were read
     deaths: dict[int, int] = field(default_factory=dict)
+    last: asyncio.Event | None = None  # set when the row that was started last has been put to the server
     at_end: bool = False
 
     def read_ahead(self) -> None:
@@ -101,7 +102,8 @@ class _Run:
         return any(row.number in self.deaths for row in self.asked.values())
 
     def _ask(self, row: Row) -> None:
-        self.asked[asyncio.create_task(_ask(self.server, row, self.plan.seed))] = row
+        before, self.last = self.last, asyncio.Event()
+        self.asked[asyncio.create_task(_ask(self.server, row, self.plan.seed, before, self.last))] = row
 
     def take(self, task: asyncio.Task[Answer]) -> None:
         row = self.asked.pop(task)
@@ -166,11 +168,16 @@ async def run_batch(
             await asyncio.gather(*run.asked, stopped, return_exceptions=True)
 
 
-async def _ask(server: Server, row: Row, seed: int) -> Answer:
+async def _ask(server: Server, row: Row, seed: int, before: asyncio.Event | None, put: asyncio.Event) -> Answer:
+    """Files are read side by side, the server is asked in order: after `before` was set, and then `put`."""
     try:
         body = await asyncio.to_thread(row.read) if row.pictures else row.body
     except UserError as error:
         return failed(error.status, error.code, error.message)
+    finally:
+        if before is not None:
+            await before.wait()
+        put.set()  # who waits for it goes on when this task waits itself: when the server has been asked
     return await server.ask(row.url, _with_seed(body, row, seed))
 
 
