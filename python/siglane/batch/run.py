@@ -1,7 +1,7 @@
 """Asks every row of a source, many at a time, and writes what is answered.
 
 The server is whoever answers: siglane's own in this process, or any other. A row under which the engine dies is asked
-again with nothing beside it; the second time it is the row's own fault.
+again with none of the batch beside it; the second time it is the row's own fault, unless others were in the engine too.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from siglane.errors import SiglaneError, UserError
 Order = Literal["input", "done"]
 Written = Callable[[Row | BadRow, Answer | None], None]
 DEATHS = 2  # of the engine under one row, after which the row is left
+DEATHS_IN_COMPANY = 5  # the same where others were there each time, who may have been the cause
 
 
 class Stopped(SiglaneError):
@@ -31,7 +32,11 @@ class Stopped(SiglaneError):
 
 
 class EngineDied(Exception):
-    """The engine was lost while it worked at a row."""
+    """The engine was lost while it worked at a row. alone: and at nothing else; life: which engine it was."""
+
+    def __init__(self, *, alone: bool = True, life: int = 0) -> None:
+        super().__init__()
+        self.alone, self.life = alone, life
 
 
 class Server(Protocol):
@@ -109,12 +114,12 @@ class _Run:
         row = self.asked.pop(task)
         try:
             answer = task.result()
-        except EngineDied:
-            self.deaths[row.number] = self.deaths.get(row.number, 0) + 1
-            if self.deaths[row.number] < DEATHS:
+        except EngineDied as died:
+            count = self.deaths[row.number] = self.deaths.get(row.number, 0) + 1
+            if count < (DEATHS if died.alone else DEATHS_IN_COMPANY):
                 self.suspects.append(row)
                 return
-            answer = failed(500, "engine_died", f"the engine died {DEATHS} times under this row")
+            answer = failed(500, "engine_died", f"the engine died {count} times under this row")
         self.deaths.pop(row.number, None)
         self.end(row, answer)
 

@@ -97,6 +97,11 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._sequences)
 
+    @property
+    def has_clients(self) -> bool:
+        """Whether it works for anybody but a batch."""
+        return self.scheduler.has_clients
+
     def add(self, request: Request) -> None:
         """Queues a request. UserError when it can never run: no room for an answer, sampling that cannot be done."""
         length, sampling = len(request.prompt.token_ids), request.sampling

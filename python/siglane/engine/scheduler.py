@@ -70,13 +70,17 @@ class Scheduler:
         """Tokens one sequence can hold at most."""
         return self.allocator.total * self.page_size
 
+    @property
+    def has_clients(self) -> bool:
+        """Whether somebody is here who does not yield."""
+        return any(not one.yields for one in (*self.running, *self.waiting))
+
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
     def plan(self) -> Step:
         """The next step; its chunks have pages. Empty only when nothing waits or runs."""
-        company = any(not one.yields for one in (*self.running, *self.waiting))
-        self._steps_without_company = 0 if company else self._steps_without_company + 1
+        self._steps_without_company = 0 if self.has_clients else self._steps_without_company + 1
         for sequence in self._decodes_first():
             if sequence in self.running:  # growing an older one may have put it back into the queue
                 self._grow(sequence)

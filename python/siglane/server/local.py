@@ -109,6 +109,7 @@ class LocalServer:
         while True:
             with self._line.join() as place, closing(ByteLease(self._inflight)) as lease:
                 await self._ready()
+                life = self._served.engine.life
                 context = RequestContext(secrets.token_hex(16), lease, batch=True, turn=self._turns, place=place)
                 try:
                     return await self._answer(url, body, context)
@@ -118,7 +119,7 @@ class LocalServer:
                         logger.error("a request failed", exc_info=error, extra={"request_id": context.request_id})
                     code = reason.code if reason.status == 503 else None
                     if code in LOST and (place.passed or url != CHAT):
-                        raise EngineDied from error
+                        raise EngineDied(alone=self._served.engine.lost <= 1, life=life) from error
                     if code == DOWN:
                         raise
                     alone = self._served.inflight_bytes.used == lease.held
