@@ -207,7 +207,7 @@ class Echo:
     asked: texts in the order of their asking; most: rows that were asked at one time."""
 
     def __init__(self, slots: int = 5, dies: Mapping[str, int] | None = None) -> None:
-        self.slots, self.dies = slots, Counter(dies or {})
+        self.slots, self.dies, self.dies_alone = slots, Counter(dies or {}), True
         self.asked: list[str] = []
         self.working: set[str] = set()
         self.most = 0
@@ -225,7 +225,7 @@ class Echo:
                 await asyncio.sleep(0)
             if self.dies[text] > 0:
                 self.dies[text] -= 1
-                raise EngineDied
+                raise EngineDied(alone=self.dies_alone)
         finally:
             self.working.discard(text)
         if text.startswith("bad"):
@@ -384,6 +384,20 @@ def test_a_row_that_kills_the_engine_twice_is_left(source: Path, whole: tuple[by
     assert set(server.alone) >= {"text 4", "text 5", "text 6", "text 20"}
     rest = [row for row in whole[0].splitlines() if json.loads(row)["custom_id"] != "id 5"]
     assert (tmp_path / "out.jsonl").read_bytes().splitlines() == rest
+
+
+def test_a_row_that_dies_beside_others_is_asked_more_often(
+    source: Path, whole: tuple[bytes, bytes], tmp_path: Path
+) -> None:
+    """They may be the cause: requests of clients, which a batch knows nothing of."""
+    first, second = (json.loads(line)["response"]["body"]["choices"][0]["text"] for line in whole[0].splitlines()[:2])
+    server = Echo(dies={first: 4, second: 5})
+    server.dies_alone = False
+    output = run(source, tmp_path / "out.jsonl", server)
+    assert output.failures["engine_died"] == 1
+    answers, errors = files_of(tmp_path / "out.jsonl")
+    assert answers.splitlines() == whole[0].splitlines()[:1] + whole[0].splitlines()[2:]
+    assert b"the engine died 5 times under this row" in errors
 
 
 def test_too_many_errors_stop_it(source: Path, whole: tuple[bytes, bytes], tmp_path: Path) -> None:
