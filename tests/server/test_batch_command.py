@@ -391,8 +391,8 @@ def test_killed_at_random_points_it_ends_the_same(nvila_folder: Path, tmp_path: 
 def test_memory_of_the_command_is_flat_over_thousands_of_rows(
     nvila_folder: Path, tmp_path: Path, forked: Forked
 ) -> None:
-    """One of twenty is bad. Of the command alone: its engine keeps a primitive of oneDNN's for every number of rows that
-    a step has had, and grows until it has seen all of them."""
+    """One of twenty is bad. Of the command alone: its engine keeps a primitive of oneDNN's for every number of tokens
+    that a step has had, and grows until it has seen all of them."""
     source, out, errors = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "out.errors.jsonl"
     with source.open("w") as file:
         for number in range(ROWS):
