@@ -42,11 +42,18 @@ QUESTIONS = ("What is in the picture?", "Which colours do you see?", "What stand
 
 @dataclass(frozen=True)
 class Job:
-    """One request: a PNG, a question, the number of tokens to generate."""
+    """One request: a PNG, a question behind it or in front, the number of tokens to generate."""
 
     png: bytes
     question: str
     tokens: int
+    question_first: bool = False
+
+    def content(self) -> list[dict[str, Any]]:
+        """Of an OpenAI message."""
+        url = f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
+        parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": self.question}]
+        return parts[::-1] if self.question_first else parts
 
 
 @dataclass(frozen=True)
@@ -141,18 +148,9 @@ class Server:
 
     def answer(self, job: Job, *, ignore_eos: bool = True) -> tuple[str, float, dict[str, Any]]:
         """The text, the seconds to its first token, the usage."""
-        url = f"data:image/png;base64,{base64.b64encode(job.png).decode()}"
         body = {
             "model": "benchmark",
-            "messages": [
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "image_url", "image_url": {"url": url}},
-                        {"type": "text", "text": job.question},
-                    ],
-                }
-            ],
+            "messages": [{"role": "user", "content": job.content()}],
             "max_tokens": job.tokens,
             "temperature": 0,
             "min_tokens": job.tokens,

@@ -9,6 +9,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -206,7 +207,7 @@ class Echo:
     asked: texts in the order of their asking; most: rows that were asked at one time."""
 
     def __init__(self, slots: int = 5, dies: Mapping[str, int] | None = None) -> None:
-        self.slots, self.dies = slots, Counter(dies or {})
+        self.slots, self.dies, self.dies_alone = slots, Counter(dies or {}), True
         self.asked: list[str] = []
         self.working: set[str] = set()
         self.most = 0
@@ -224,7 +225,7 @@ class Echo:
                 await asyncio.sleep(0)
             if self.dies[text] > 0:
                 self.dies[text] -= 1
-                raise EngineDied
+                raise EngineDied(alone=self.dies_alone)
         finally:
             self.working.discard(text)
         if text.startswith("bad"):
@@ -347,6 +348,30 @@ def test_slots_and_window_bound_what_is_held(source: Path, tmp_path: Path) -> No
     assert server.most == 3
 
 
+def test_the_server_is_asked_in_order_however_long_files_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every third file is gone, the first ones are read last."""
+    paths = [tmp_path / f"{number:02}.png" for number in range(12)]
+    for number, path in enumerate(paths):
+        if number % 3:
+            path.write_bytes(b"data")
+    read = Row.read
+
+    def read_late(row: Row) -> Mapping[str, Any]:
+        time.sleep(0.02 * (4 - row.number % 4))
+        return {"messages": [{"content": row.custom_id}]} if read(row) else {}
+
+    monkeypatch.setattr(Row, "read", read_late)
+    server = Echo(slots=6)
+
+    async def go() -> None:
+        with Output(tmp_path / "out.jsonl", JOB) as output:
+            source = ask_pictures(map(str, paths), "?", {})
+            await run_batch(source.rows, server, output, Plan(), stop=asyncio.Event())
+
+    asyncio.run(go())
+    assert server.asked == [str(path) for path in paths if path.exists()]
+
+
 def test_a_row_that_kills_the_engine_twice_is_left(source: Path, whole: tuple[bytes, bytes], tmp_path: Path) -> None:
     """Those that ran beside it are asked again alone and get their answers."""
     server = Echo(dies={"text 5": 9, "text 4": 1, "text 6": 1, "text 20": 1})
@@ -359,6 +384,20 @@ def test_a_row_that_kills_the_engine_twice_is_left(source: Path, whole: tuple[by
     assert set(server.alone) >= {"text 4", "text 5", "text 6", "text 20"}
     rest = [row for row in whole[0].splitlines() if json.loads(row)["custom_id"] != "id 5"]
     assert (tmp_path / "out.jsonl").read_bytes().splitlines() == rest
+
+
+def test_a_row_that_dies_beside_others_is_asked_more_often(
+    source: Path, whole: tuple[bytes, bytes], tmp_path: Path
+) -> None:
+    """They may be the cause: requests of clients, which a batch knows nothing of."""
+    first, second = (json.loads(line)["response"]["body"]["choices"][0]["text"] for line in whole[0].splitlines()[:2])
+    server = Echo(dies={first: 4, second: 5})
+    server.dies_alone = False
+    output = run(source, tmp_path / "out.jsonl", server)
+    assert output.failures["engine_died"] == 1
+    answers, errors = files_of(tmp_path / "out.jsonl")
+    assert answers.splitlines() == whole[0].splitlines()[:1] + whole[0].splitlines()[2:]
+    assert b"the engine died 5 times under this row" in errors
 
 
 def test_too_many_errors_stop_it(source: Path, whole: tuple[bytes, bytes], tmp_path: Path) -> None:

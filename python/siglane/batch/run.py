@@ -1,7 +1,7 @@
 """Asks every row of a source, many at a time, and writes what is answered.
 
 The server is whoever answers: siglane's own in this process, or any other. A row under which the engine dies is asked
-again with nothing beside it; the second time it is the row's own fault.
+again with none of the batch beside it; the second time it is the row's own fault, unless others were in the engine too.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from siglane.errors import SiglaneError, UserError
 Order = Literal["input", "done"]
 Written = Callable[[Row | BadRow, Answer | None], None]
 DEATHS = 2  # of the engine under one row, after which the row is left
+DEATHS_IN_COMPANY = 5  # the same where others were there each time, who may have been the cause
 
 
 class Stopped(SiglaneError):
@@ -31,11 +32,15 @@ class Stopped(SiglaneError):
 
 
 class EngineDied(Exception):
-    """The engine was lost while it worked at a row."""
+    """The engine was lost while it worked at a row. alone: and at nothing else; life: which engine it was."""
+
+    def __init__(self, *, alone: bool = True, life: int = 0) -> None:
+        super().__init__()
+        self.alone, self.life = alone, life
 
 
 class Server(Protocol):
-    """slots: rows that it works at in one time."""
+    """slots: rows that it works at in one time. It is asked in the order in which rows are best computed."""
 
     @property
     def slots(self) -> int: ...
@@ -71,6 +76,7 @@ class _Run:
     ended: dict[int, tuple[Row | BadRow, Answer | None]] = field(default_factory=dict)  # wait for those before them
     order: deque[int] = field(default_factory=deque)  # numbers of the rows that are not written, as they were read
     deaths: dict[int, int] = field(default_factory=dict)
+    last: asyncio.Event | None = None  # set when the row that was started last has been put to the server
     at_end: bool = False
 
     def read_ahead(self) -> None:
@@ -101,18 +107,19 @@ class _Run:
         return any(row.number in self.deaths for row in self.asked.values())
 
     def _ask(self, row: Row) -> None:
-        self.asked[asyncio.create_task(_ask(self.server, row, self.plan.seed))] = row
+        before, self.last = self.last, asyncio.Event()
+        self.asked[asyncio.create_task(_ask(self.server, row, self.plan.seed, before, self.last))] = row
 
     def take(self, task: asyncio.Task[Answer]) -> None:
         row = self.asked.pop(task)
         try:
             answer = task.result()
-        except EngineDied:
-            self.deaths[row.number] = self.deaths.get(row.number, 0) + 1
-            if self.deaths[row.number] < DEATHS:
+        except EngineDied as died:
+            count = self.deaths[row.number] = self.deaths.get(row.number, 0) + 1
+            if count < (DEATHS if died.alone else DEATHS_IN_COMPANY):
                 self.suspects.append(row)
                 return
-            answer = failed(500, "engine_died", f"the engine died {DEATHS} times under this row")
+            answer = failed(500, "engine_died", f"the engine died {count} times under this row")
         self.deaths.pop(row.number, None)
         self.end(row, answer)
 
@@ -166,11 +173,16 @@ async def run_batch(
             await asyncio.gather(*run.asked, stopped, return_exceptions=True)
 
 
-async def _ask(server: Server, row: Row, seed: int) -> Answer:
+async def _ask(server: Server, row: Row, seed: int, before: asyncio.Event | None, put: asyncio.Event) -> Answer:
+    """Files are read side by side, the server is asked in order: after `before` was set, and then `put`."""
     try:
         body = await asyncio.to_thread(row.read) if row.pictures else row.body
     except UserError as error:
         return failed(error.status, error.code, error.message)
+    finally:
+        if before is not None:
+            await before.wait()
+        put.set()  # who waits for it goes on when this task waits itself: when the server has been asked
     return await server.ask(row.url, _with_seed(body, row, seed))
 
 

@@ -55,7 +55,11 @@ def open_input(options: InputOptions, max_line: int, *, remote: bool, as_table: 
     if as_table:
         import_pyarrow()
     if options.keep and not as_table:
-        raise UserError("--keep needs a Parquet output; name one that ends with .parquet", code="bad_option")
+        message = (
+            "--keep needs an output that ends with .parquet; OpenAI's JSON Lines have no columns: give them the "
+            "table's ids (--id-column) and join by custom_id"
+        )
+        raise UserError(message, code="bad_option")
     if options.prompt is None:
         if files or not Path(options.input).is_file():
             many = bool(files) or Path(options.input).is_dir() or glob.has_magic(options.input)

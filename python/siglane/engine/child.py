@@ -151,7 +151,9 @@ def _serve(channel: Channel, engine: Engine | None, worker: EmbedWorker | None, 
         if deltas:
             tell("deltas", deltas)
         if worker is not None and worker.has_work:
-            tell("embeddings", worker.step())
+            clients_chat = engine is not None and engine.has_clients
+            if embedded := worker.step(clients_chat):
+                tell("embeddings", embedded)
 
 
 def _messages(channel: Channel, patience: float | None) -> list[tuple[str, Any]]:
@@ -166,8 +168,8 @@ def _messages(channel: Channel, patience: float | None) -> list[tuple[str, Any]]
 def _obey(message: tuple[str, Any], engine: Engine | None, worker: EmbedWorker | None) -> list[TokenDelta]:
     """Does what the parent asks; gives the requests that have ended by it."""
     match message:
-        case "embed", items if worker is not None:
-            worker.add(items)
+        case "embed", (items, batch) if worker is not None:
+            worker.add(items, batch)
         case "forget", number if worker is not None:
             worker.forget(number)
         case "add", requests if engine is not None:

@@ -97,6 +97,11 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._sequences)
 
+    @property
+    def has_clients(self) -> bool:
+        """Whether it works for anybody but a batch."""
+        return self.scheduler.has_clients
+
     def add(self, request: Request) -> None:
         """Queues a request. UserError when it can never run: no room for an answer, sampling that cannot be done."""
         length, sampling = len(request.prompt.token_ids), request.sampling
@@ -172,7 +177,8 @@ class Engine:
         encoded = self._encode_isolated(images)
         seconds = time.monotonic() - begin
         for sequence in {sequence for wanting in images_to_encode.values() for sequence, _ in wanting}:
-            if not sequence.prefilled:  # again after a preemption: a part of its decode time
+            # one that still waits has no part in it; again after a preemption it is a part of its decode time
+            if sequence.started and not sequence.prefilled:
                 sequence.encode_seconds += seconds
         failed: list[TokenDelta] = []
         for (key, wanting), rows in zip(images_to_encode.items(), encoded, strict=True):

@@ -37,7 +37,8 @@ class StepBudget:
 
 @dataclass(slots=True)
 class Step:
-    """A planned step. images_to_encode: first, and for each the sequences that want it with its number there."""
+    """A planned step. images_to_encode: first, and for each the sequences that want it, now or when they run, with its
+    number there."""
 
     chunks: list[Chunk] = field(default_factory=list)
     images_to_encode: dict[FeatureKey, list[tuple[Sequence, int]]] = field(default_factory=dict)
@@ -69,13 +70,17 @@ class Scheduler:
         """Tokens one sequence can hold at most."""
         return self.allocator.total * self.page_size
 
+    @property
+    def has_clients(self) -> bool:
+        """Whether somebody is here who does not yield."""
+        return any(not one.yields for one in (*self.running, *self.waiting))
+
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
     def plan(self) -> Step:
         """The next step; its chunks have pages. Empty only when nothing waits or runs."""
-        company = any(not one.yields for one in (*self.running, *self.waiting))
-        self._steps_without_company = 0 if company else self._steps_without_company + 1
+        self._steps_without_company = 0 if self.has_clients else self._steps_without_company + 1
         for sequence in self._decodes_first():
             if sequence in self.running:  # growing an older one may have put it back into the queue
                 self._grow(sequence)
@@ -86,6 +91,7 @@ class Scheduler:
         if nobody_waits and not any(chunk.reads for chunk in step.chunks):
             self._add_batch(step)
         self._note_passed_over(step)
+        self._keep_images(step)
         return step
 
     def commit(self, chunks: Iterable[Chunk]) -> None:
@@ -154,6 +160,16 @@ class Scheduler:
             self._steps_passed_over = 0
             min(batch, key=lambda one: (not one.yields, one.order)).yields = False
 
+    def _keep_images(self, step: Step) -> None:
+        """Whoever waits and has an image that the step encodes for another keeps it: by his turn the cache may not."""
+        if not step.images_to_encode:
+            return
+        for sequence in self.waiting:
+            for image in range(len(sequence.request.images)):
+                wanting = step.images_to_encode.get(sequence.feature_key(image))
+                if wanting is not None and image not in sequence.features:
+                    wanting.append((sequence, image))
+
     def _schedule(self, sequence: Sequence, step: Step) -> bool:
         """Adds as much of a sequence as the budgets allow; False when that is nothing."""
         stop = min(len(sequence.token_ids), sequence.computed + step.tokens_left)
@@ -197,10 +213,10 @@ class Scheduler:
                 return False
             following = self._match(sequence)
             if following in under_way:
-                self._release(sequence)
+                self._give_pages(sequence)
                 continue
             if not (self._find_place(sequence) and self._grow(sequence) and self._schedule(sequence, step)):
-                self._release(sequence)
+                self._give_pages(sequence)
                 return False
             self.waiting.remove(sequence)
             self.running.append(sequence)
@@ -289,8 +305,12 @@ class Scheduler:
             )
 
     def _release(self, sequence: Sequence) -> None:
+        self._give_pages(sequence)
+        sequence.features = {}
+
+    def _give_pages(self, sequence: Sequence) -> None:
         self.allocator.give(sequence.block_table[len(sequence.prefix_nodes) :])
         if self.prefix_cache is not None:
             self.prefix_cache.unlock(sequence.prefix_nodes)
-        sequence.block_table, sequence.page_runs, sequence.prefix_nodes, sequence.features = [], [], [], {}
+        sequence.block_table, sequence.page_runs, sequence.prefix_nodes = [], [], []
         sequence.computed = 0

@@ -118,7 +118,8 @@ async def complete(body: ChatCompletionRequest, context: RequestContext, model: 
     """The whole answer at once."""
     async with context.turn:
         prepared = await prepare(body, context, model)
-    choices = await model.ask(prepared.requests)
+    async with context.place:
+        choices = await model.ask(prepared.requests)
     try:
         while not choices.finished:
             await choices.next()
