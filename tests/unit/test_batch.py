@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 
 from siglane.batch.keys import DiskSet
 from siglane.batch.output import Answer, Output
+from siglane.batch.pool import EngineDied
 from siglane.batch.requests import CHAT, EMBEDDINGS, BadRow, Row, ask_pictures, open_requests
 from siglane.batch.rows import CannotWrite
-from siglane.batch.run import EngineDied, Plan, Stopped, run_batch, seed_of
+from siglane.batch.run import Plan, Stopped, run_batch, seed_of
 from siglane.batch.window import Window
 from siglane.errors import ImageError, UserError
 

@@ -15,7 +15,7 @@ import httpx2
 import orjson
 
 from siglane.batch.output import Answer
-from siglane.batch.run import failed
+from siglane.batch.pool import failed
 from siglane.errors import EngineError, UserError
 
 logger = logging.getLogger(__name__)

@@ -202,7 +202,7 @@ def _row_of(number: int, line: bytes, urls: Collection[str] | None) -> Row | Bad
         return BadRow(number, "invalid_url", f"url must {known}", custom_id)
     if not isinstance(body, dict):
         return BadRow(number, "invalid_body", "body must be a JSON object", custom_id)
-    pictures = list(_pictures(body))
+    pictures = list(pictures_of(body))
     return Row(number, custom_id, url, body, len(line), _key(body, pictures), len(pictures))
 
 
@@ -217,14 +217,14 @@ def _key(body: Mapping[str, Any], pictures: list[str]) -> str:
     return hashlib.sha256(orjson.dumps(found)).hexdigest()
 
 
-def _pictures(value: Any, name: str = "") -> Iterator[str]:
+def pictures_of(value: Any, name: str = "") -> Iterator[str]:
     """Every text of the body under one of the names in MEDIA."""
     if isinstance(value, str):
         if name in MEDIA:
             yield value
     elif isinstance(value, dict):
         for inner, one in value.items():
-            yield from _pictures(one, inner)
+            yield from pictures_of(one, inner)
     elif isinstance(value, list):
         for one in value:
-            yield from _pictures(one, name)
+            yield from pictures_of(one, name)

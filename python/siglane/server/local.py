@@ -13,8 +13,8 @@ import orjson
 from pydantic import BaseModel, ValidationError
 
 from siglane.batch.output import Answer
+from siglane.batch.pool import EngineDied
 from siglane.batch.requests import CHAT, CLASSIFY, EMBEDDINGS
-from siglane.batch.run import EngineDied
 from siglane.errors import UserError
 from siglane.server.chat import complete
 from siglane.server.context import ByteLease, InflightShare, RequestContext
