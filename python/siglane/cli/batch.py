@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, TextIO
 from siglane.batch.rows import CannotWrite
 from siglane.cli.batch_input import InputOptions, open_input
 from siglane.cli.batch_report import Report
-from siglane.cli.batch_servers import Answerer, RemoteOptions, answerer_of
+from siglane.cli.batch_servers import RAY, REMOTE, Answerer, RemoteOptions, answerer_of
 from siglane.cli.common import MODEL, MODEL_ARGUMENT
 from siglane.errors import EngineError, UserError
 from siglane.settings.engine import EngineConfig
@@ -29,8 +29,8 @@ from siglane.tiling.rule import ImageBudget
 if TYPE_CHECKING:
     from siglane.batch.output import Output
     from siglane.batch.parquet import Tables
+    from siglane.batch.pool import Server
     from siglane.batch.requests import BadRow, Row, Source
-    from siglane.batch.run import Server
 
 SHARD = re.compile(r"([1-9]\d*)/([1-9]\d*)")
 # of the server's options those that a batch has a use for
@@ -108,7 +108,8 @@ OPTIONS = (
     OptionGroup(InputOptions, "input"),
     OptionGroup(ServerConfig, "requests", only=("max_body_bytes",)),
     OptionGroup(BatchOptions, "batch"),
-    OptionGroup(RemoteOptions, "another server"),
+    REMOTE,
+    RAY,
     *LOCAL,
 )
 
@@ -174,11 +175,11 @@ async def _answer(
     from siglane.batch.run import Plan, Stopped, run_batch
 
     stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
     plan = Plan(order=options.order, window=options.window, seed=options.seed, max_errors=options.max_errors)
     try:
         async with connection as server:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(number, stop.set)
             await run_batch(rows, server, output, plan, stop=stop, written=report.note)
     except Stopped as error:
         report.stopped = str(error)
