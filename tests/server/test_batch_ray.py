@@ -20,7 +20,8 @@ from test_batch_command import files_of, words, write_requests
 
 from siglane.batch import cluster as cluster_module
 from siglane.batch.cluster import RayServer, Serving, Workers
-from siglane.batch.output import Answer, Output
+from siglane.batch.form import Answer
+from siglane.batch.output import Output
 from siglane.batch.pool import Server
 from siglane.batch.requests import open_requests
 from siglane.batch.run import Plan, run_batch

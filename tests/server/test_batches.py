@@ -21,7 +21,7 @@ from openai import APIStatusError, OpenAI
 from openai.types import Batch as ClientBatch
 from serving import CHAT, LEAKS, RunningServer, ask_good, assert_error, chat, eventually, image_part, picture, running
 
-from siglane.batch.output import Answer
+from siglane.batch.form import Answer
 from siglane.engine.process import EngineProcess
 from siglane.errors import UserError
 from siglane.families.processor import Processor

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from siglane.batch import pool
-from siglane.batch.output import Answer
+from siglane.batch.form import Answer
 from siglane.batch.pool import EngineDied, Pool
-from siglane.batch.requests import CHAT
+from siglane.batch.row import CHAT
 
 TICK = 0.001
 

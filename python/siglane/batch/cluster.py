@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from siglane.batch.output import Answer
+from siglane.batch.form import Answer
 from siglane.batch.pool import EngineDied, Pool, Server
 from siglane.errors import EngineError, SiglaneError, UserError
 

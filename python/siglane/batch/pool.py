@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from siglane.batch.output import Answer
+from siglane.batch.form import Answer, failed
 from siglane.batch.requests import pictures_of
 
 PATIENCE = 0.05  # seconds between looks for a server that has room
@@ -114,8 +114,3 @@ class Pool:
 
     def _ready(self) -> list[_Place]:
         return [place for place in self._places if place.server.slots]
-
-
-def failed(status: int, code: str, message: str) -> Answer:
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    return Answer(status, {"error": {"message": message, "type": kind, "param": None, "code": code}})

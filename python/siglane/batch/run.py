@@ -13,31 +13,24 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, Literal
 
-from siglane.batch.output import Answer, Output
-from siglane.batch.pool import Pool, Server, failed
-from siglane.batch.requests import CHAT, BadRow, Row
+from siglane.batch.form import Answer, failed
+from siglane.batch.output import Output, Stopped
+from siglane.batch.pool import Pool, Server
+from siglane.batch.row import CHAT, BadRow, Row
 from siglane.batch.window import Window
-from siglane.errors import SiglaneError, UserError
+from siglane.errors import UserError
 
 Order = Literal["input", "done"]
 Written = Callable[[Row | BadRow, Answer | None], None]
 
 
-class Stopped(SiglaneError):
-    """A batch that ended before its last row; the same command continues it."""
-
-    exit_code = 3
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """How a batch is run. window: rows that may be in memory; seed: what a row without one gets its own from;
-    max_errors: rows that may fail before the run stops, None for all."""
+    """How a batch is run. window: rows that may be in memory; seed: what a row without one gets its own from."""
 
     order: Order = "input"
     window: int = 1024
     seed: int = 0
-    max_errors: int | None = None
 
 
 @dataclass(slots=True)
@@ -90,9 +83,6 @@ class _Run:
     def _write(self, row: Row | BadRow, answer: Answer | None) -> None:
         self.output.write(row, answer)
         self.written(row, answer)
-        failed, most = self.output.failures.total(), self.plan.max_errors
-        if most is not None and failed > most:
-            raise Stopped(f"{failed} rows failed, more than --max-errors {most}; the same command continues")
 
 
 async def run_batch(

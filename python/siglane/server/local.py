@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import orjson
 from pydantic import BaseModel, ValidationError
 
-from siglane.batch.output import Answer
+from siglane.batch.form import Answer
 from siglane.batch.pool import EngineDied
-from siglane.batch.requests import CHAT, CLASSIFY, EMBEDDINGS
+from siglane.batch.row import CHAT, CLASSIFY, EMBEDDINGS
 from siglane.errors import UserError
 from siglane.server.chat import complete
 from siglane.server.context import ByteLease, InflightShare, RequestContext
