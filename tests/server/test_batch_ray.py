@@ -218,10 +218,12 @@ def test_mistakes_are_one_line(
         (("--ray", "--ray-cpus", "0"), "ray_cpus or ray_gpus must be above 0"),
         (("--ray", "--ray-workers", "0"), "ray_workers must be at least 1"),
         (("--ray-workers", "2"), "--ray-workers belongs to --ray, which is missing"),
-        (("--ray", "--base-url", "http://127.0.0.1:1"), "--ray has no effect with --base-url"),
         (("--ray", "--retries", "2"), "--retries belongs to --base-url, which is missing"),
     ):
         assert main(words(nvila_folder, source, tmp_path / "out.jsonl", *more)) == 2
         said = capsys.readouterr().err.strip()
         assert complaint in said
         assert len(said.splitlines()) == 1
+    remote = ["batch", "m", "-i", str(source), "-o", str(tmp_path / "out.jsonl"), "--base-url", "http://127.0.0.1:1"]
+    assert main([*remote, "--ray"]) == 2
+    assert "--ray has no effect with --base-url" in capsys.readouterr().err

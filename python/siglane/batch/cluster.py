@@ -19,7 +19,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from siglane.batch.form import Answer
-from siglane.batch.pool import EngineDied, Pool, Server
+from siglane.batch.pool import PATIENCE, EngineDied, Pool, Server
 from siglane.errors import EngineError, SiglaneError, UserError
 
 if TYPE_CHECKING:
@@ -147,11 +147,10 @@ class _Handle:
         import ray
         from ray.exceptions import RayActorError, RayTaskError
 
-        if self._failure is not None:
-            raise self._failure
-        actor = self._actor
-        if actor is None:
-            raise EngineDied
+        while (actor := self._actor) is None:
+            if self._failure is not None:
+                raise self._failure
+            await asyncio.sleep(PATIENCE)
         try:
             return await actor.ask.remote(url, body)
         except RayActorError as error:

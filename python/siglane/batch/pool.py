@@ -100,13 +100,13 @@ class Pool:
         """One that is ready, when all that it was asked is answered; meanwhile it gets nothing new."""
         self._suspects += 1
         try:
-            while self._emptied is None or self._emptied.asked:
+            while True:
                 ready = self._ready()
                 if ready and self._emptied not in ready:
                     self._emptied = min(ready, key=lambda place: place.load)
-                    continue
+                if self._emptied is not None and self._emptied in ready and not self._emptied.asked:
+                    return self._emptied
                 await asyncio.sleep(PATIENCE)
-            return self._emptied
         finally:
             self._suspects -= 1
             if not self._suspects:
