@@ -18,6 +18,9 @@ VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-chec
 RAY := .venv-ray
 RAY_TESTS := tests/server/test_batch_ray.py
 
+# tests start dozens of Pythons, each of which would compile the package, and every run of pytest its tests' assertions
+unexport PYTHONDONTWRITEBYTECODE
+
 # what `make test-oldest` and `make test-newest` take to its end; the rest stays as in $(VENV)
 ENDS := transformers
 
