@@ -247,7 +247,7 @@ BAD_BODIES: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "38 no role": (messages({"content": "x"}), "missing_field", "messages[0].role"),
     "38 no content": (messages({"role": "user"}), "missing_field", "messages[0].content"),
     "38 null content": (messages(user(None)), "invalid_value", "messages[0].content"),
-    "38 empty content": (messages(user("")), "empty_content", "messages[0]"),
+    "38 empty content": (messages(user("")), "empty_content", "messages[0].content"),
     "38 no parts": (messages(user([])), "invalid_value", "messages[0].content"),
     "38 no text": (messages(user([{"type": "text"}])), "missing_field", "messages[0].content[0].text"),
     "38 no url": (
@@ -268,7 +268,7 @@ BAD_BODIES: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "40 video of the assistant": (
         messages({"role": "assistant", "content": [video_part(b"")]}, user("x")),
         "unsupported_content_type",
-        "messages[0]",
+        "messages[0].content[0]",
     ),
     "40 audio": (
         messages(user([{"type": "input_audio", "input_audio": {}}])),
@@ -278,7 +278,7 @@ BAD_BODIES: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "40 image of the system": (
         messages({"role": "system", "content": [image_part(b"")]}, user("x")),
         "unsupported_content_type",
-        "messages[0]",
+        "messages[0].content[0]",
     ),
     "59 template": (fields(chat_template="{{ 1 }}"), "unsupported_field", "chat_template"),
     "59 processor": (fields(mm_processor_kwargs={"a": 1}), "unsupported_field", "mm_processor_kwargs"),
@@ -325,7 +325,7 @@ BAD_BODIES: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "refusal of a user": (
         messages(user([{"type": "refusal", "refusal": "no"}])),
         "unsupported_content_type",
-        "messages[0]",
+        "messages[0].content[0]",
     ),
     "stream options": (fields(stream_options={"include_usage": True}), "invalid_value", "stream_options"),
 }
