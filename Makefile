@@ -14,7 +14,6 @@ SGLANG_PIP := $(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-
 VLLM := .venv-vllm
 VLLM_TESTS := tests/hosts/vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off --no-warn-conflicts
-
 RAY := .venv-ray
 RAY_TESTS := tests/server/test_batch_ray.py
 
