@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 from serving import MODEL, RunningServer, chat, config_of, data_url, eventually, image_part, image_url, picture
 
-from siglane.batch.output import Answer, Output
+from siglane.batch.form import Answer
+from siglane.batch.output import Output
 from siglane.batch.requests import open_requests
 from siglane.batch.run import Plan, run_batch
 from siglane.cli.main import main

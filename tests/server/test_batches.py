@@ -35,7 +35,7 @@ from serving import (
     running,
 )
 
-from siglane.batch.output import Answer
+from siglane.batch.form import Answer
 from siglane.engine.child import EngineSpec
 from siglane.engine.process import EngineProcess
 from siglane.errors import UserError

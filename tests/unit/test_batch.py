@@ -19,11 +19,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from siglane.batch.form import Answer
 from siglane.batch.keys import DiskSet
-from siglane.batch.output import Answer, Output
-from siglane.batch.requests import CHAT, EMBEDDINGS, BadRow, Row, ask_pictures, open_requests
+from siglane.batch.output import Output, Stopped
+from siglane.batch.pictures import ask_pictures
+from siglane.batch.pool import EngineDied
+from siglane.batch.requests import open_requests
+from siglane.batch.row import CHAT, EMBEDDINGS, BadRow, Row
 from siglane.batch.rows import CannotWrite
-from siglane.batch.run import EngineDied, Plan, Stopped, run_batch, seed_of
+from siglane.batch.run import Plan, run_batch, seed_of
 from siglane.batch.window import Window
 from siglane.errors import ImageError, UserError
 
@@ -238,7 +242,14 @@ class Echo:
         )
 
 
-def run(source: Path, out: Path, server: Any = None, plan: Plan | None = None, stop_after: int | None = None) -> Output:
+def run(
+    source: Path,
+    out: Path,
+    server: Any = None,
+    plan: Plan | None = None,
+    stop_after: int | None = None,
+    max_errors: int | None = None,
+) -> Output:
     async def go() -> None:
         stop = asyncio.Event()
 
@@ -249,7 +260,7 @@ def run(source: Path, out: Path, server: Any = None, plan: Plan | None = None, s
         rows = (one for one in open_requests(source, 1 << 20).rows if not output.has(one))
         await run_batch(rows, server or Echo(), output, plan or Plan(window=16), stop=stop, written=written)
 
-    with Output(out, JOB) as output:
+    with Output(out, JOB, max_errors=max_errors) as output:
         asyncio.run(go())
     return output
 
@@ -402,7 +413,7 @@ def test_a_row_that_dies_beside_others_is_asked_more_often(
 
 def test_too_many_errors_stop_it(source: Path, whole: tuple[bytes, bytes], tmp_path: Path) -> None:
     with pytest.raises(Stopped, match="3 rows failed, more than --max-errors 2"):
-        run(source, tmp_path / "out.jsonl", plan=Plan(window=16, max_errors=2))
+        run(source, tmp_path / "out.jsonl", max_errors=2)
     assert len(records(tmp_path / "out.errors.jsonl")) == 3
     run(source, tmp_path / "out.jsonl")
     assert files_of(tmp_path / "out.jsonl") == whole

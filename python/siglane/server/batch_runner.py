@@ -13,10 +13,13 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
-from siglane.batch.output import Answer, Output
-from siglane.batch.requests import CHAT, BadRow, Row, Source, open_requests
+from siglane.batch.form import Answer
+from siglane.batch.output import Output, Stopped
+from siglane.batch.pool import EngineDied
+from siglane.batch.requests import open_requests
+from siglane.batch.row import CHAT, BadRow, Row, Source
 from siglane.batch.rows import CannotWrite
-from siglane.batch.run import EngineDied, Plan, Stopped, run_batch
+from siglane.batch.run import Plan, run_batch
 from siglane.engine.process import RESTART_WINDOW_SECONDS
 from siglane.errors import EngineError, SiglaneError, UserError
 from siglane.server.context import InflightShare

@@ -9,7 +9,7 @@ from fastapi import FastAPI, Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from siglane.batch.requests import CHAT
+from siglane.batch.row import CHAT
 from siglane.errors import UserError
 from siglane.server.batch_runner import BatchRunner
 from siglane.server.context import context_of

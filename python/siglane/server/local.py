@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import secrets
 from collections import deque
@@ -13,9 +14,9 @@ from typing import Any, TypeVar
 import orjson
 from pydantic import BaseModel, ValidationError
 
-from siglane.batch.output import Answer
-from siglane.batch.requests import CHAT, CLASSIFY, EMBEDDINGS
-from siglane.batch.run import EngineDied
+from siglane.batch.form import Answer
+from siglane.batch.pool import EngineDied
+from siglane.batch.row import CHAT, CLASSIFY, EMBEDDINGS
 from siglane.errors import UserError
 from siglane.server.chat import complete
 from siglane.server.context import ByteLease, InflightShare, RequestContext
@@ -60,9 +61,11 @@ class Line:
             place.called.set()
             self._call_first()
 
-    def leave_before(self, place: Place) -> None:
-        while place in self._places and self._places[0] is not place:
-            self.leave(self._places[0])
+    def leave_stragglers(self, place: Place) -> None:
+        """Those before `place` that are not ready."""
+        for before in itertools.takewhile(lambda other: other is not place, tuple(self._places)):
+            if not before.ready:
+                self.leave(before)
 
     def _call_first(self) -> None:
         if self._places:
@@ -70,17 +73,20 @@ class Line:
 
 
 class Place:
-    """In a line: an asynchronous context manager, entered when it is first. passed: what was to be done there is."""
+    """In a line: an asynchronous context manager, entered when it is first. ready: it has only to be called; passed:
+    what was to be done there is."""
 
     def __init__(self, line: Line) -> None:
-        self._line, self.called, self.passed = line, asyncio.Event(), False
+        self._line, self.called, self.ready, self.passed = line, asyncio.Event(), False, False
 
     async def __aenter__(self) -> None:
+        self.ready = True
         try:
             async with asyncio.timeout(STRAGGLER_SECONDS):
                 await self.called.wait()
         except TimeoutError:
-            self._line.leave_before(self)
+            self._line.leave_stragglers(self)
+            await self.called.wait()
 
     async def __aexit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self.passed = kind is None
