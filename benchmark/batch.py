@@ -31,8 +31,9 @@ from typing import Any
 
 import serving
 from machine import description
-from serving import QUESTIONS, Job, Server, picture
+from serving import QUESTIONS, Server, picture
 from serving_model import LANGUAGE, ROWS, write_checkpoint
+from serving_reference import Job
 
 CLIENTS, TOKENS, ROWS_PER_IMAGE = 16, 16, 10
 FEATURE_BYTES = ROWS * LANGUAGE["hidden_size"] * 4  # of one image
