@@ -18,6 +18,7 @@ import pytest
 import torch
 from engine_kit import Asked
 
+from siglane.engine.batch import Sequence as Running
 from siglane.engine.batch import StepBatch
 from siglane.engine.engine import Engine
 from siglane.engine.load import load_engine
@@ -345,6 +346,24 @@ class TestSampling:
         assert len({tuple(answer) for answer in together.values()}) == 4
         assert together == ask(3, 1, 0, 2, max_batch_tokens=9)
         assert {"2": together["2"]} == ask(2)
+
+    def test_preemption_repeats_the_same_numbers(self, tiny: Tiny, prompts: Mapping[str, Asked]) -> None:
+        def ask(*seeds: int, kv_tokens: int = 4096) -> tuple[dict[str, list[int]], int]:
+            engine, put_back = tiny.engine(kv_tokens=kv_tokens, page_size=4), 0
+            preempt = engine.scheduler._preempt
+
+            def counted(one: Running) -> None:
+                nonlocal put_back
+                put_back += one.answered > 0
+                preempt(one)
+
+            engine.scheduler._preempt = counted  # type: ignore[method-assign]
+            requests = [greedy(str(seed), prompts["text"], 20, temperature=1.0, seed=seed) for seed in seeds]
+            return tokens(run(engine, requests)), put_back
+
+        crowded, put_back = ask(0, 1, 2, 3, kv_tokens=len(prompts["text"].token_ids) + 40)
+        assert put_back
+        assert crowded == {name: answer for seed in range(4) for name, answer in ask(seed)[0].items()}
 
     def test_no_seed_means_another_answer_each_time(self, tiny: Tiny, prompts: Mapping[str, Asked]) -> None:
         answers = run(tiny.engine(), [greedy(str(n), prompts["text"], 12, temperature=1.5) for n in range(3)])

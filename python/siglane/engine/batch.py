@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from siglane.engine.edits import Tally
 from siglane.engine.features import FeatureKey
 from siglane.engine.prefix_cache import Node
 from siglane.engine.thinking import ThinkingBudget
@@ -20,8 +21,8 @@ class Sequence:
     """One request on its way. `computed` tokens are in the KV cache, in the pages of `block_table`, the first of
     them shared by locked `prefix_nodes`.
 
-    features: rows of the images that the rest of the prompt still needs, by image number; yields: to sequences that do
-    not, as a batch's do until they were passed over for long.
+    seed: of all its noise; features: rows of the images that the rest of the prompt still needs, by image number;
+    yields: to sequences that do not, as a batch's do until they were passed over for long.
     """
 
     request: Request
@@ -29,8 +30,9 @@ class Sequence:
     token_ids: list[int]
     cache_ids: list[int]
     spans: tuple[ImageRows, ...]
-    generator: torch.Generator
+    seed: int
     thinking_budget: ThinkingBudget | None = None
+    tally: Tally | None = None
     yields: bool = False
     computed: int = 0
     block_table: list[int] = field(default_factory=list)
@@ -44,16 +46,20 @@ class Sequence:
     encode_seconds: float = 0.0
 
     @classmethod
-    def of(
-        cls, request: Request, order: int, generator: torch.Generator, thinking_budget: ThinkingBudget | None = None
-    ) -> Sequence:
+    def of(cls, request: Request, order: int, seed: int, thinking_budget: ThinkingBudget | None = None) -> Sequence:
         token_ids, cache_ids = list(request.prompt.token_ids), list(request.cache_ids())
         spans = image_rows(request.prompt)
-        return cls(request, order, token_ids, cache_ids, spans, generator, thinking_budget, request.batch)
+        tally = Tally.wanted(request.sampling, token_ids)
+        return cls(request, order, token_ids, cache_ids, spans, seed, thinking_budget, tally, request.batch)
 
     @property
     def prompt_length(self) -> int:
         return len(self.request.prompt.token_ids)
+
+    @property
+    def answered(self) -> int:
+        """Tokens of the answer."""
+        return len(self.token_ids) - self.prompt_length
 
     @property
     def output_ids(self) -> list[int]:
@@ -79,6 +85,8 @@ class Sequence:
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)
         self.cache_ids.append(token_id)
+        if self.tally is not None:
+            self.tally.add(token_id)
 
     def drop_used_features(self) -> None:
         """Features of images whose last row has been computed are not needed again."""

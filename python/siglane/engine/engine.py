@@ -111,9 +111,8 @@ class Engine:
             )
         check_for_model(sampling, self.runner.vocab_size, self.thinking)
         budget = thinking_budget(sampling, request.prompt.token_ids, self.thinking, self.eos_token_ids)
-        generator = torch.Generator()
-        generator.manual_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed % (1 << 64))
-        sequence = Sequence.of(request, self._arrivals, generator, budget)
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        sequence = Sequence.of(request, self._arrivals, seed, budget)
         self._arrivals += 1
         self._sequences[request.request_id] = sequence
         self.scheduler.add(sequence)
