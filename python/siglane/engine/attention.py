@@ -37,15 +37,15 @@ def choose_paged_backend(choice: str, device: torch.device, dtype: torch.dtype) 
 
 
 class Prefill(NamedTuple):
-    """Several tokens of one sequence: rows `first..last` of the step, attending to `length` tokens in `pages`.
+    """Several tokens of one sequence: rows `first..last` of the step, attending to the tokens in `slots`.
 
-    mask: bool `[count, length]`, None when the chunk begins the sequence and plain causality holds.
+    slots: a slice where they lie one after another and are read there; mask: bool `[count, length]`, None when the
+    chunk begins the sequence and plain causality holds.
     """
 
     first: int
     last: int
-    length: int
-    pages: torch.Tensor
+    slots: slice | torch.Tensor
     mask: torch.Tensor | None
 
 
@@ -112,7 +112,7 @@ class TorchPagedAttention:
 
     def _attend(self, layer: int, prefill: Prefill, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if prefill.mask is not None:
-            k, v = (x[layer][prefill.pages].flatten(0, 1)[: prefill.length] for x in (self.kv.keys, self.kv.values))
+            k, v = (x[prefill.slots] for x in self.kv.slots[layer])
         qs, ks, vs = (x.transpose(0, 1)[None] for x in (q, k, v))
         causal = prefill.mask is None
         attended = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=prefill.mask, is_causal=causal, enable_gqa=True)
@@ -130,12 +130,15 @@ class TorchPagedAttention:
             kv.keys[:, half_new], kv.values[:, half_new] = 0, 0
 
     def _prefill(self, row: int, chunk: Chunk, device: torch.device) -> Prefill:
-        mask = None
+        size, mask = self.kv.page_size, None
         if chunk.start:
             mask = torch.ones(chunk.tokens, chunk.stop, dtype=torch.bool, device=device).tril(chunk.start)
-        used = -(-chunk.stop // self.kv.page_size)
-        pages = torch.tensor(chunk.sequence.block_table[:used], device=device)
-        return Prefill(row, row + chunk.tokens, chunk.stop, pages, mask)
+        pages = chunk.sequence.block_table[: -(-chunk.stop // size)]
+        slots: slice | torch.Tensor = slice(pages[0] * size, pages[0] * size + chunk.stop)
+        if not one_run(pages):
+            offsets = torch.arange(size, device=device)
+            slots = (torch.tensor(pages, device=device)[:, None] * size + offsets).flatten()[: chunk.stop]
+        return Prefill(row, row + chunk.tokens, slots, mask)
 
     def _decodes(self, decoding: list[tuple[int, Chunk]], device: torch.device) -> Decodes:
         page_size = self.kv.page_size
