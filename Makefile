@@ -15,6 +15,9 @@ VLLM := .venv-vllm
 VLLM_TESTS := tests/hosts/vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off --no-warn-conflicts
 
+# tests start dozens of Pythons, each of which would compile the package, and every run of pytest its tests' assertions
+unexport PYTHONDONTWRITEBYTECODE
+
 # what `make test-oldest` and `make test-newest` take to its end; the rest stays as in $(VENV)
 ENDS := transformers
 

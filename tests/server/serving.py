@@ -245,7 +245,7 @@ def assert_unharmed(server: RunningServer, alone: Told, fault: Callable[[], obje
     thread.start()
     beside = ask_good(server, begun.set)
     begun.set()
-    thread.join(timeout=60)
+    thread.join(timeout=120)  # only a fault that hangs takes as long
     if failure:
         raise failure[0]
     assert ended.is_set()

@@ -37,7 +37,6 @@ OnDelta = Callable[[TokenDelta], None]
 
 RESTARTS_ALLOWED = 5
 RESTART_WINDOW_SECONDS = 300.0
-START_SECONDS = 300.0  # of silence while a model loads
 CLOSE_SECONDS = 2.0  # for the last step, which nobody waits for any more
 END_SECONDS = 5.0
 
@@ -218,7 +217,7 @@ class EngineProcess:
             self._process = process
             if self.state == "closed":  # `close` may have looked for a child before there was one
                 process.kill()
-            with Watch(lambda: channel.received, START_SECONDS, self._end_silent) as watch:
+            with Watch(lambda: channel.received, self.spec.config.load_timeout, self._end_silent) as watch:
                 self._read_until_end(channel, watch)
             process.join(timeout=END_SECONDS)
             process.kill()  # one that hangs at its end would keep its memory
@@ -228,7 +227,12 @@ class EngineProcess:
                 channel.close()
 
     def _end_silent(self) -> None:
+        """Of a process that has never been ready another one would not be either."""
         self._silent = True
+        if self.facts is None:
+            limit = f"{self.spec.config.load_timeout:g} seconds"
+            message = f"the engine process gave no sign of life for {limit} of loading and was ended; see load_timeout"
+            self._give_up(EngineError(message, code="engine_start"))
         assert self._process is not None
         self._process.kill()
 

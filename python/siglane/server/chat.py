@@ -16,7 +16,7 @@ from siglane.media.messages import read_messages
 from siglane.server.choices import Choices, finish_reason
 from siglane.server.context import RequestContext
 from siglane.server.protocol import ChatCompletionRequest, plain
-from siglane.server.replies import AssistantMessage, ChatCompletion, Choice, SiglaneReport, UsageReply
+from siglane.server.replies import ChatCompletion, Choice, ReplyMessage, SiglaneReport, UsageReply
 from siglane.server.served import ChatModel
 from siglane.server.stopwatch import Stopwatch
 from siglane.types import Message, Prompt, Request, SamplingParams, Usage
@@ -149,8 +149,8 @@ def choice_reply(index: int, answer: Answer, model: ChatModel) -> Choice:
     }
 
 
-def assistant_message(text: str, reasoning: str, model: ChatModel) -> AssistantMessage:
-    message: AssistantMessage = {"role": "assistant", "content": text, "refusal": None}
+def assistant_message(text: str, reasoning: str, model: ChatModel) -> ReplyMessage:
+    message: ReplyMessage = {"role": "assistant", "content": text, "refusal": None}
     if model.processor.config.thinking is not None:
         message["reasoning_content"] = reasoning or None
     return message

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import TypedDict  # pydantic reads no other on Python 3.11
 
+from siglane.server.fields import WHOLE
 from siglane.server.store import Batch, Status, StoredFile
 
 MAX_METADATA = 16
@@ -100,7 +101,7 @@ class _Body(BaseModel):
 
 class ExpiresAfter(_Body):
     anchor: Literal["created_at"]
-    seconds: Annotated[int, Field(ge=LEAST_EXPIRY, le=MOST_EXPIRY)]
+    seconds: Annotated[int, Field(ge=LEAST_EXPIRY, le=MOST_EXPIRY), WHOLE]
 
 
 Key = Annotated[str, Field(max_length=MAX_KEY_CHARACTERS)]

@@ -58,7 +58,7 @@ class ServedModel:
             deployed.config,
             deployed.metrics,
         )
-        self.image_limits = deployed.image_limits
+        self.image_limits, self.images = deployed.image_limits, images
         self.media = MediaLoader(self.config, images, deployed.image_limits)
         self._engine = deployed.engine
         self._ended = False

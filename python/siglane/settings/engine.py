@@ -70,6 +70,13 @@ class EngineConfig:
             "starts it again, LLM and generate end with an error; 0: 60 on CPU, 300 on CUDA; inf: never"
         },
     )
+    load_timeout: float = field(
+        default=300.0,
+        metadata={
+            "help": "seconds in which a process that loads models neither computes nor reads, after which it counts as "
+            "hung and the command ends; inf: never"
+        },
+    )
 
     def __post_init__(self) -> None:
         at_least("page_size", self.page_size, 1)
@@ -79,6 +86,7 @@ class EngineConfig:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         at_least("engine_timeout", self.engine_timeout, 0)
         at_least("num_speculative_tokens", self.num_speculative_tokens, 0)
+        at_least("load_timeout", self.load_timeout, 1)
         for name in ("dtype", "vision_dtype"):
             if getattr(self, name) not in get_args(Dtype):
                 raise ConfigError(f"{name} {getattr(self, name)!r} is not known; use {', '.join(get_args(Dtype))}")
