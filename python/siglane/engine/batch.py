@@ -17,10 +17,17 @@ from siglane.families.splice import ImageRows, image_rows
 from siglane.types import Request, Timings
 
 
+class PageRun(NamedTuple):
+    """Pages `first..first + pages` that lie one after another."""
+
+    first: int
+    pages: int
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One request on its way. `computed` tokens are in the KV cache, in the pages of `block_table`, the first of
-    them shared by locked `prefix_nodes`.
+    them shared by locked `prefix_nodes`; `page_runs` are for `runs` alone.
 
     seed: of all its noise; lookup: None where nothing is guessed; features: rows of the images that the rest of the
     prompt still needs, by image number; yields: to sequences that do not, as a batch's do until they were passed over
@@ -39,6 +46,7 @@ class Sequence:
     yields: bool = False
     computed: int = 0
     block_table: list[int] = field(default_factory=list)
+    page_runs: list[PageRun] = field(default_factory=list)
     prefix_nodes: list[Node] = field(default_factory=list)
     features: dict[int, torch.Tensor] = field(default_factory=dict)
     cached_tokens: int = 0
@@ -95,6 +103,16 @@ class Sequence:
     def feature_key(self, image: int) -> FeatureKey:
         return self.request.cache_salt, self.request.images[image].digest
 
+    def runs(self) -> list[PageRun]:
+        """The pages of `block_table` as stretches; only those that are new since the last call are looked at."""
+        runs, known = self.page_runs, sum(run.pages for run in self.page_runs)
+        for page in self.block_table[known:]:
+            if runs and page == runs[-1].first + runs[-1].pages:
+                runs[-1] = runs[-1]._replace(pages=runs[-1].pages + 1)
+            else:
+                runs.append(PageRun(page, 1))
+        return runs
+
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)
         self.cache_ids.append(token_id)
@@ -115,11 +133,6 @@ class Sequence:
             prefill=prefilled - started - self.encode_seconds,
             decode=now - prefilled,
         )
-
-
-def one_run(pages: list[int]) -> bool:
-    """Whether pages lie one after another."""
-    return pages == list(range(pages[0], pages[0] + len(pages)))
 
 
 class NextToken(NamedTuple):

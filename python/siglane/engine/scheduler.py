@@ -319,5 +319,5 @@ class Scheduler:
         self.allocator.give(sequence.block_table[len(sequence.prefix_nodes) :])
         if self.prefix_cache is not None:
             self.prefix_cache.unlock(sequence.prefix_nodes)
-        sequence.block_table, sequence.prefix_nodes, sequence.features = [], [], {}
+        sequence.block_table, sequence.page_runs, sequence.prefix_nodes, sequence.features = [], [], [], {}
         sequence.computed = 0

@@ -38,7 +38,7 @@ class LanguageQuantiser:
         assert isinstance(table, VocabParallelEmbedding)
         turn = head_turn(model.norm, self._basis)
         model.lm_head = QuantisedHead(CentredInt8Linear(table.weight, None, turn), table.tp)
-        model.basis = self._basis.to(model.embed_tokens.weight.dtype)
+        model.basis = self._basis.T.to(model.embed_tokens.weight.dtype).contiguous()
 
 
 def _quantise_block(block: DecoderBlock) -> None:
