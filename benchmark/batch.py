@@ -36,8 +36,9 @@ from typing import Any
 import serving
 from machine import description
 from openai import OpenAI
-from serving import QUESTIONS, Job, Server, picture
+from serving import QUESTIONS, Server, picture
 from serving_model import LANGUAGE, ROWS, write_checkpoint
+from serving_reference import Job
 
 CLIENTS, TOKENS, ROWS_PER_IMAGE = 16, 16, 10
 INTERACTIVE, REQUESTS_PER_CLIENT = 4, 6

@@ -32,6 +32,7 @@ from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
 
 MODEL = "tiny"
 HOST = "127.0.0.1"
+NOTHING_GUESSED = {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}
 CHAT = "/v1/chat/completions"
 
 

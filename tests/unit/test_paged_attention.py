@@ -71,6 +71,14 @@ def test_a_decoding_row_attends_to_its_own_tokens(short: int) -> None:
         assert len(chunk.sequence.runs()) > FEW_RUNS or name != "backwards"
 
 
+@pytest.mark.parametrize("pages", [[7, 8, 9], [7, 9, 12]])
+def test_pages_taken_for_tokens_that_did_not_come_are_not_read(pages: list[int]) -> None:
+    queries = {pages[0]: torch.randn(80, generator=torch.Generator().manual_seed(1))}
+    ((expected,), _) = attend([decoding(pages, 3 * PAGE - 1)], queries)
+    ((row,), _) = attend([decoding([*pages, 33, 50], 3 * PAGE - 1)], queries)
+    assert torch.equal(row, expected)
+
+
 def test_neighbours_change_no_bit() -> None:
     generator = torch.Generator().manual_seed(1)
     queries = {pages[0]: torch.randn(80, generator=generator) for pages in LAYOUTS.values()}

@@ -35,7 +35,7 @@ def running(asked: Asked | None = None, answered: tuple[int, ...] = (), order: i
 
 
 def choose(logits: torch.Tensor, sequence: Running, eos: frozenset[int] = EOS) -> SampledToken:
-    (choice,) = sample(logits[None], [sequence], eos)
+    (choice,) = sample(logits[None], [sequence.next_token()], eos)
     assert isinstance(choice, SampledToken), choice
     return choice
 
@@ -296,7 +296,7 @@ class TestSeeds:
         for _ in range(10):
             rows = [running(temperature=2.0, seed=90 + n) for n in range(before)]
             rows += [sequence, *(running(temperature=0.0) for _ in range(after))]
-            choice = sample(LOGITS.repeat(len(rows), 1), rows, EOS)[before]
+            choice = sample(LOGITS.repeat(len(rows), 1), [row.next_token() for row in rows], EOS)[before]
             assert isinstance(choice, SampledToken)
             sequence.append(choice.token_id)
             tokens.append(choice.token_id)
@@ -357,7 +357,7 @@ class TestFaults:
         logits = LOGITS.repeat(3, 1)
         logits[1, 4] = poison
         rows = [running(**options) for _ in range(3)]
-        first, broken, last = sample(logits, rows, EOS)
+        first, broken, last = sample(logits, [row.next_token() for row in rows], EOS)
         assert isinstance(broken, EngineError)
         assert broken.code == "engine_nan"
         assert first == last == choose(LOGITS, running(**options))
@@ -366,6 +366,6 @@ class TestFaults:
         """No validated request gets here; a bug in one feature must still not take the batch."""
         hopeless = tuple((token_id, -math.inf) for token_id in range(TOKENS))
         rows = [running(temperature=1.0, seed=1), running(temperature=1.0, logit_bias=hopeless)]
-        good, broken = sample(LOGITS.repeat(2, 1), rows, EOS)
+        good, broken = sample(LOGITS.repeat(2, 1), [row.next_token() for row in rows], EOS)
         assert isinstance(broken, EngineError)
         assert good == choose(LOGITS, running(temperature=1.0, seed=1))

@@ -40,15 +40,15 @@ FEW_RUNS = 4  # of a sequence's pages: for so many a call each costs less than t
 
 
 class Prefill(NamedTuple):
-    """Several tokens of one sequence: rows `first..last` of the step, attending to `length` tokens in `pages`.
+    """Several tokens of one sequence: rows `first..last` of the step, attending to the tokens in `slots`.
 
-    mask: bool `[count, length]`, None when the chunk begins the sequence and plain causality holds.
+    slots: a slice where they lie one after another and are read there; mask: bool `[count, length]`, None when the
+    chunk begins the sequence and plain causality holds.
     """
 
     first: int
     last: int
-    length: int
-    pages: torch.Tensor
+    slots: slice | torch.Tensor
     mask: torch.Tensor | None
 
 
@@ -92,8 +92,8 @@ class TorchPagedAttention:
         for chunk in batch.chunks:
             if chunk.tokens > 1 or chunk.start == 0:
                 self.prefills.append(self._prefill(row, chunk, device))
-            elif device.type == "cpu" and len(chunk.sequence.runs()) <= FEW_RUNS:  # elsewhere a call costs more
-                self.in_place.append(InPlace(row, _token_runs(chunk, kv.page_size)))
+            elif device.type == "cpu" and len(runs := _token_runs(chunk, kv.page_size)) <= FEW_RUNS:
+                self.in_place.append(InPlace(row, runs))  # elsewhere a call costs more
             else:
                 scattered.append((row, chunk))
             row += chunk.tokens
@@ -121,7 +121,7 @@ class TorchPagedAttention:
 
     def _attend(self, layer: int, prefill: Prefill, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if prefill.mask is not None:
-            k, v = (x[layer][prefill.pages].flatten(0, 1)[: prefill.length] for x in (self.kv.keys, self.kv.values))
+            k, v = (x[prefill.slots] for x in self.kv.slots[layer])
         qs, ks, vs = (x.transpose(0, 1)[None] for x in (q, k, v))
         causal = prefill.mask is None
         attended = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=prefill.mask, is_causal=causal, enable_gqa=True)
@@ -142,9 +142,11 @@ class TorchPagedAttention:
         mask = None
         if chunk.start:
             mask = torch.ones(chunk.tokens, chunk.stop, dtype=torch.bool, device=device).tril(chunk.start)
-        used = -(-chunk.stop // self.kv.page_size)
-        pages = torch.tensor(chunk.sequence.block_table[:used], device=device)
-        return Prefill(row, row + chunk.tokens, chunk.stop, pages, mask)
+        stretches = [slice(first, first + length) for first, length in _token_runs(chunk, self.kv.page_size)]
+        slots: slice | torch.Tensor = stretches[0]
+        if len(stretches) > 1:
+            slots = torch.cat([torch.arange(one.start, one.stop, device=device) for one in stretches])
+        return Prefill(row, row + chunk.tokens, slots, mask)
 
     def _decodes(self, decoding: list[tuple[int, Chunk]], device: torch.device) -> Decodes:
         page_size = self.kv.page_size
@@ -162,10 +164,12 @@ class TorchPagedAttention:
 
 
 def _token_runs(chunk: Chunk, page_size: int) -> tuple[Run, ...]:
+    """Up to the chunk's end: a sequence may have pages beyond it, taken for guesses."""
     runs, left = [], chunk.stop
     for first, pages in chunk.sequence.runs():
         length = min(left, pages * page_size)
-        runs.append(Run(first * page_size, length))
+        if length:
+            runs.append(Run(first * page_size, length))
         left -= length
     return tuple(runs)
 

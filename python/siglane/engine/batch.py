@@ -10,6 +10,7 @@ import torch
 
 from siglane.engine.edits import Tally
 from siglane.engine.features import FeatureKey
+from siglane.engine.lookup import Lookup
 from siglane.engine.prefix_cache import Node
 from siglane.engine.thinking import ThinkingBudget
 from siglane.families.splice import ImageRows, image_rows
@@ -28,8 +29,9 @@ class Sequence:
     """One request on its way. `computed` tokens are in the KV cache, in the pages of `block_table`, the first of
     them shared by locked `prefix_nodes`; `page_runs` are for `runs` alone.
 
-    seed: of all its noise; features: rows of the images that the rest of the prompt still needs, by image number;
-    yields: to sequences that do not, as a batch's do until they were passed over for long.
+    seed: of all its noise; lookup: None where nothing is guessed; features: rows of the images that the rest of the
+    prompt still needs, by image number; yields: to sequences that do not, as a batch's do until they were passed over
+    for long.
     """
 
     request: Request
@@ -40,6 +42,7 @@ class Sequence:
     seed: int
     thinking_budget: ThinkingBudget | None = None
     tally: Tally | None = None
+    lookup: Lookup | None = None
     yields: bool = False
     computed: int = 0
     block_table: list[int] = field(default_factory=list)
@@ -54,11 +57,18 @@ class Sequence:
     encode_seconds: float = 0.0
 
     @classmethod
-    def of(cls, request: Request, order: int, seed: int, thinking_budget: ThinkingBudget | None = None) -> Sequence:
+    def of(
+        cls,
+        request: Request,
+        order: int,
+        seed: int,
+        thinking_budget: ThinkingBudget | None = None,
+        lookup: Lookup | None = None,
+    ) -> Sequence:
         token_ids, cache_ids = list(request.prompt.token_ids), list(request.cache_ids())
         spans = image_rows(request.prompt)
         tally = Tally.wanted(request.sampling, token_ids)
-        return cls(request, order, token_ids, cache_ids, spans, seed, thinking_budget, tally, request.batch)
+        return cls(request, order, token_ids, cache_ids, spans, seed, thinking_budget, tally, lookup, request.batch)
 
     @property
     def prompt_length(self) -> int:
@@ -73,10 +83,13 @@ class Sequence:
     def output_ids(self) -> list[int]:
         return self.token_ids[self.prompt_length :]
 
-    @property
-    def forced_id(self) -> int | None:
-        """The next token where a spent thinking budget decides it, None where the model does."""
-        return None if self.thinking_budget is None else self.thinking_budget.forced_id(self.output_ids)
+    def next_token(self, guesses: tuple[int, ...] = ()) -> NextToken:
+        """What its next token is chosen by, were `guesses` its last ones."""
+        budget, tally = self.thinking_budget, self.tally
+        if guesses and tally is not None:
+            tally = tally.with_more(guesses)
+        forced_id = None if budget is None else budget.forced_id([*self.output_ids, *guesses])
+        return NextToken(self.request, self.seed, self.answered + len(guesses), forced_id, tally)
 
     @property
     def remaining(self) -> int:
@@ -122,16 +135,37 @@ class Sequence:
         )
 
 
+class NextToken(NamedTuple):
+    """What of a request its next token depends on, beside the logits.
+
+    answered: tokens of the answer before it; forced_id: where a spent thinking budget decides it; tally: read at once.
+    """
+
+    request: Request
+    seed: int
+    answered: int
+    forced_id: int | None
+    tally: Tally | None
+
+
 class Chunk(NamedTuple):
-    """Positions `start..stop` of one sequence; `start` is its first not yet computed token."""
+    """Positions `start..stop` of one sequence; `start` is its first not yet computed token.
+
+    guesses: tokens behind the known ones, in the chunk's last positions.
+    """
 
     sequence: Sequence
     start: int
     stop: int
+    guesses: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
         return self.stop - self.start
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [*self.sequence.token_ids[self.start : self.stop], *self.guesses]
 
     @property
     def reads(self) -> bool:
@@ -141,7 +175,21 @@ class Chunk(NamedTuple):
     @property
     def samples(self) -> bool:
         """Whether the chunk ends the known tokens, so that the next one is to be chosen."""
-        return self.stop == len(self.sequence.token_ids)
+        return self.stop == len(self.sequence.token_ids) + len(self.guesses)
+
+    @property
+    def next_tokens(self) -> list[NextToken]:
+        """One to be chosen behind the known tokens, and one behind each guess, as though it were right."""
+        if not self.samples:
+            return []
+        return [self.sequence.next_token(self.guesses[:count]) for count in range(len(self.guesses) + 1)]
+
+    def with_guesses(self, guesses: tuple[int, ...]) -> Chunk:
+        return self._replace(stop=self.stop + len(guesses), guesses=guesses)
+
+    def kept(self, count: int) -> Chunk:
+        """What of it remains true with the first `count` guesses, which are known tokens by now."""
+        return self._replace(stop=self.stop - len(self.guesses) + count, guesses=())
 
     @property
     def spans(self) -> list[ImageRows]:

@@ -24,6 +24,14 @@ class Tally:
             return cls(prompt_ids)
         return cls(()) if params.frequency_penalty or params.presence_penalty else None
 
+    def with_more(self, token_ids: Iterable[int]) -> Tally:
+        """A copy that has seen those too."""
+        more = Tally(())
+        more.times = dict(self.times)
+        for token_id in token_ids:
+            more.add(token_id)
+        return more
+
     def add(self, token_id: int) -> None:
         self.times[token_id] = self.times.get(token_id, 0) + 1
 

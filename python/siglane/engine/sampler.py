@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from siglane.engine.batch import Sequence
+from siglane.engine.batch import NextToken
 from siglane.engine.edits import Edits
 from siglane.engine.noise import MOST_NOISE, gumbel_noise, noise_key
 from siglane.errors import EngineError
@@ -40,35 +40,35 @@ class Likeliest(NamedTuple):
 
 
 def sample(
-    logits: torch.Tensor, sequences: Items[Sequence], eos_token_ids: frozenset[int]
+    logits: torch.Tensor, next_tokens: Items[NextToken], eos_token_ids: frozenset[int]
 ) -> list[SampledToken | EngineError]:
-    """logits `[B, vocab_size]`, one row per sequence -> one choice per row.
+    """logits `[B, vocab_size]`, one row per token -> one choice per row.
 
     A row with NaN or infinite logits, or one that fails, gives an error and leaves the others alone. Rows go one by
     one, each in the cache: a sum over several adds up in another order than over one.
     """
-    rows = zip(logits.float().cpu().unbind(), sequences, strict=True)
-    return [_choose_isolated(row, sequence, eos_token_ids) for row, sequence in rows]
+    rows = zip(logits.float().cpu().unbind(), next_tokens, strict=True)
+    return [_choose_isolated(row, next_token, eos_token_ids) for row, next_token in rows]
 
 
 def _choose_isolated(
-    logits: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[int]
+    logits: torch.Tensor, next_token: NextToken, eos_token_ids: frozenset[int]
 ) -> SampledToken | EngineError:
     if not (math.isfinite(logits.sum()) or logits.isfinite().all()):
         return EngineError("the model gave NaN or infinite logits", code="engine_nan")
     try:
-        return _choose(logits, sequence, eos_token_ids)
+        return _choose(logits, next_token, eos_token_ids)
     except Exception as error:
-        logger.exception("choosing a token failed", extra=sequence.request.log_fields)
+        logger.exception("choosing a token failed", extra=next_token.request.log_fields)
         return EngineError(f"the next token could not be chosen ({type(error).__name__})")
 
 
-def _choose(logits: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[int]) -> SampledToken:
-    params, token_id = sequence.request.sampling, sequence.forced_id
+def _choose(logits: torch.Tensor, next_token: NextToken, eos_token_ids: frozenset[int]) -> SampledToken:
+    params, token_id = next_token.request.sampling, next_token.forced_id
     if token_id is None:
-        edits = Edits.of(params, sequence.answered, sequence.tally, eos_token_ids)
+        edits = Edits.of(params, next_token.answered, next_token.tally, eos_token_ids)
         scores = logits if edits is None else edits.applied(logits)
-        token_id = draw(scores, params, noise_key(sequence.seed, sequence.answered))
+        token_id = draw(scores, params, noise_key(next_token.seed, next_token.answered))
     return SampledToken(token_id, None if params.logprobs is None else _report(logits, token_id, params.logprobs))
 
 

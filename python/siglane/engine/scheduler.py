@@ -28,11 +28,13 @@ PATIENCE_STEPS = 64  # that a batch is passed over before its oldest request bec
 
 @dataclass(frozen=True, slots=True)
 class StepBudget:
-    """What one step may cost, and how many requests may run."""
+    """What one step may cost, and how many requests may run. guessing: rows of a step up to which its answers are
+    guessed ahead."""
 
     tokens: int
     patches: int
     running: int
+    guessing: int = 0
 
 
 @dataclass(slots=True)
@@ -92,11 +94,12 @@ class Scheduler:
             self._add_batch(step)
         self._note_passed_over(step)
         self._keep_images(step)
+        self._guess(step)
         return step
 
     def commit(self, chunks: Iterable[Chunk]) -> None:
         """Marks chunks as computed and offers their full pages for reuse."""
-        for sequence, start, stop in chunks:
+        for sequence, start, stop, _ in chunks:
             sequence.computed = stop
             sequence.drop_used_features()
             if start // self.page_size < stop // self.page_size:
@@ -169,6 +172,30 @@ class Scheduler:
                 wanting = step.images_to_encode.get(sequence.feature_key(image))
                 if wanting is not None and image not in sequence.features:
                     wanting.append((sequence, image))
+
+    def _guess(self, step: Step) -> None:
+        """Lengthens answers by tokens that may follow, with rows and pages that nobody else needs."""
+        answering = [number for number, chunk in enumerate(step.chunks) if chunk.samples]
+        rows = min(step.tokens_left, self.budget.guessing - len(answering))
+        for place, number in enumerate(answering):
+            chunk = step.chunks[number]
+            sequence = chunk.sequence
+            if sequence.lookup is None:
+                continue
+            share = max(1, rows // (len(answering) - place))
+            room = min(rows, share, sequence.request.max_tokens - sequence.answered - 1)
+            guesses = sequence.lookup.guess(sequence.cache_ids, room)
+            guesses = guesses[: self._room_behind(sequence, len(guesses))]
+            step.chunks[number] = chunk.with_guesses(guesses)
+            step.tokens_left -= len(guesses)
+            rows -= len(guesses)
+
+    def _room_behind(self, sequence: Sequence, wanted: int) -> int:
+        """Tokens that fit behind the known ones, on more pages as long as there are free ones for everybody else."""
+        pages, length = sequence.block_table, len(sequence.token_ids)
+        while length + wanted > len(pages) * self.page_size and self.allocator.free > len(self.running):
+            pages += self.allocator.take(1, pages[-1])
+        return len(pages) * self.page_size - length
 
     def _schedule(self, sequence: Sequence, step: Step) -> bool:
         """Adds as much of a sequence as the budgets allow; False when that is nothing."""

@@ -167,7 +167,11 @@ def usage_reply(usage: Usage) -> UsageReply:
             "image_tokens": usage.image_tokens,
             "text_tokens": usage.text_tokens,
         },
-        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "completion_tokens_details": {
+            "reasoning_tokens": usage.reasoning_tokens,
+            "accepted_prediction_tokens": usage.accepted_prediction_tokens,
+            "rejected_prediction_tokens": usage.rejected_prediction_tokens,
+        },
     }
 
 

@@ -265,6 +265,7 @@ class ChatCompletionRequest(RequestModel):
     chat_template_kwargs: TemplateKwargs = None
     thinking_budget: Annotated[int, _bounds("thinking_budget"), WHOLE] | None = None
     thinking_token_budget: Annotated[int, _bounds("thinking_budget"), WHOLE] | None = None  # vLLM's name for it
+    num_speculative_tokens: Annotated[int, _bounds("num_speculative_tokens"), WHOLE] | None = None
     cache_salt: Annotated[str, Field(max_length=MAX_SALT_CHARACTERS)] | None = None
     include_timings: bool | None = None
 

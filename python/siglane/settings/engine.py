@@ -55,6 +55,13 @@ class EngineConfig:
         default=256 << 20, metadata={"help": "bytes of encoded images kept, so that a known image is not encoded again"}
     )
     prefix_cache: bool = field(default=True, metadata={"help": "reuse the KV pages of prompts that begin alike"})
+    num_speculative_tokens: int = field(
+        default=0,
+        metadata={
+            "help": "tokens of an answer that one step guesses at most, from what followed its last words where prompt "
+            "or answer has them already; checked, so answers stay the same; 0: none"
+        },
+    )
     threads: int = field(default=0, metadata={"help": "CPU threads of the engine; 0 leaves torch's choice"})
     engine_timeout: float = field(
         default=0.0,
@@ -78,6 +85,7 @@ class EngineConfig:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         at_least("engine_timeout", self.engine_timeout, 0)
+        at_least("num_speculative_tokens", self.num_speculative_tokens, 0)
         at_least("load_timeout", self.load_timeout, 1)
         for name in ("dtype", "vision_dtype"):
             if getattr(self, name) not in get_args(Dtype):
