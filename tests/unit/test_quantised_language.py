@@ -92,7 +92,7 @@ def test_a_turned_decoder_is_the_same(kind: dict[str, Any]) -> None:
     for block in turned.blocks:
         rotate_block(block, basis, head_basis)
     table = (turned.lm_head or turned.embed_tokens).weight
-    head, turned.basis = head_turn(turned.norm, basis)(table).float(), basis.float()
+    head, turned.basis = head_turn(turned.norm, basis)(table).float(), basis.T.float()
     expected, found = {}, {}
     reference = logits(plain, expected)
     logits(turned, found)

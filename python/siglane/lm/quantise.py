@@ -59,7 +59,8 @@ class LanguageQuantiser:
     def finish(self, model: QwenModel) -> None:
         """Once all is loaded."""
         dtype = model.norm.weight.dtype
-        basis = model.basis = self._basis.to(dtype)
+        basis = self._basis.to(dtype)
+        model.basis = basis.T.contiguous()
         gain = (self._basis.T * model.norm.weight.double()) @ self._basis
         turn = head_turn(model.norm, self._basis)
         if self._tied is not None:

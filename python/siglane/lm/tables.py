@@ -43,7 +43,7 @@ class IncomingTable(VocabTable, Generic[M]):
 
 
 class QuantisedTable(VocabTable):
-    """An embedding table. basis: of its rows."""
+    """An embedding table. basis: of its rows, a vector in each column."""
 
     def __init__(
         self, table: VocabTable, codes: torch.Tensor | PackedRows, scale: torch.Tensor, basis: torch.Tensor

@@ -87,16 +87,16 @@ class Int8Weight(Sealed):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
             raise ValueError("an 8-bit layer has no gradient; use torch.no_grad(), or train the model in float32")
-        rows = x.reshape(-1, self.inputs).float()
-        if len(rows) == 1:
-            y = self._multiply_one(rows)
-        elif len(rows) <= ROWS:
-            y = self._multiply(rows)
+        plain = x.ndim == 2 and x.dtype == torch.float32  # a step of few rows has mostly calls to wait for
+        rows = x if plain else x.reshape(-1, self.inputs).float()
+        count = rows.shape[0]
+        if count <= ROWS:
+            y = self._multiply_one(rows) if count == 1 else self._multiply(rows)
         else:
-            y = torch.empty(len(rows), self.outputs)
+            y = torch.empty(count, self.outputs)
             for part, into in zip(rows.split(ROWS), y.split(ROWS), strict=True):
                 into.copy_(self._multiply(part))
-        return y.to(x.dtype).reshape(*x.shape[:-1], self.outputs)
+        return y if plain else y.to(x.dtype).reshape(*x.shape[:-1], self.outputs)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         """float32 `[M, K]` -> `[M, N]`."""
@@ -150,16 +150,16 @@ class CentredInt8Linear(Int8Weight):
         self.eps = eps
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
-        peak = x.abs().amax(-1, keepdim=True).clamp_min_(LEAST)
-        codes = _whole(x, LEVELS / peak, MIDDLE).to(torch.uint8)
-        scale = peak / LEVELS
+        scale = x.abs().amax(-1, keepdim=True).clamp_min_(LEAST)
+        codes = _whole(x, scale.reciprocal(), MIDDLE, LEVELS).to(torch.uint8)
         if self.eps is not None:
-            scale *= (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-        return self._scaled(self._product(codes, MIDDLE), scale)
+            length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            scale /= length.square_().div_(self.inputs).add_(self.eps).sqrt_()
+        return self._scaled(self._product(codes, MIDDLE, 1 / LEVELS), scale)
 
     def _multiply_one(self, x: torch.Tensor) -> torch.Tensor:
         peak = _peak(x)
-        codes = _whole(x, LEVELS / peak, MIDDLE).to(torch.uint8)
+        codes = _whole_of_one(x, LEVELS / peak, MIDDLE).to(torch.uint8)
         scale = peak / LEVELS
         if self.eps is not None:
             row = x[0]
@@ -172,14 +172,15 @@ class WideInt8Linear(Int8Weight):
     weights are read once, and what remains of the error is the weights'."""
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
-        peak = x.abs().amax(-1, keepdim=True).clamp_min_(LEAST)
-        codes = _whole(x, WIDE_LEVELS / peak, MIDDLE * 256 + MIDDLE)
-        high, low = self._product(torch.cat((codes >> 8, codes)).to(torch.uint8), MIDDLE).chunk(2)
-        return self._scaled(low.add_(high, alpha=256), peak / WIDE_LEVELS)
+        scale = x.abs().amax(-1, keepdim=True).clamp_min_(LEAST)
+        codes = _whole(x, scale.reciprocal(), MIDDLE * 256 + MIDDLE, WIDE_LEVELS)
+        product = self._product(torch.cat((codes >> 8, codes)).to(torch.uint8), MIDDLE, 1 / WIDE_LEVELS)
+        high, low = product.chunk(2)
+        return self._scaled(low.add_(high, alpha=256), scale)
 
     def _multiply_one(self, x: torch.Tensor) -> torch.Tensor:
         peak = _peak(x)
-        codes = _whole(x, WIDE_LEVELS / peak, MIDDLE * 256 + MIDDLE)
+        codes = _whole_of_one(x, WIDE_LEVELS / peak, MIDDLE * 256 + MIDDLE)
         high, low = self._product(torch.cat((codes >> 8, codes)).to(torch.uint8), MIDDLE, peak / WIDE_LEVELS).chunk(2)
         y = low.add_(high, alpha=256)
         return y if self.bias is None else y.add_(self.bias)
@@ -189,11 +190,13 @@ def _peak(row: torch.Tensor) -> float:
     return max(float(row.abs().max()), LEAST)
 
 
-def _whole(x: torch.Tensor, steps: torch.Tensor | float, zero: int) -> torch.Tensor:
-    """`x * steps + zero`, rounded, between 0 and 2^16: i32 whose low bytes are the code."""
-    if isinstance(steps, float):
-        return torch.add(_offset(zero), x, alpha=steps).view(torch.int32)
-    return torch.addcmul(_offset(zero), x, steps).view(torch.int32)
+def _whole(x: torch.Tensor, steps: torch.Tensor, zero: int, levels: int) -> torch.Tensor:
+    """`x * steps * levels + zero`, rounded, between 0 and 2^16: i32 whose low bytes are the code."""
+    return torch.addcmul(_offset(zero), x, steps, value=levels).view(torch.int32)
+
+
+def _whole_of_one(x: torch.Tensor, steps: float, zero: int) -> torch.Tensor:
+    return torch.add(_offset(zero), x, alpha=steps).view(torch.int32)
 
 
 @functools.cache
