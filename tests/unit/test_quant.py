@@ -276,7 +276,7 @@ def test_gradients_are_refused() -> None:
 
 def test_what_cannot_be_had_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("siglane.nn.quantise.has_packed_products", lambda: False)
-    with pytest.raises(UserError, match="'4bit': torch has no 4-bit products for this processor .*; use '8bit'"):
+    with pytest.raises(UserError, match=r"'4bit': torch has no 4-bit products for this processor .*; use '8bit'"):
         quantise(tower(), "4bit", "cpu")
     monkeypatch.setattr("siglane.nn.quantise.has_integer_products", lambda: False)
     for kind in ("8bit", "4bit"):
