@@ -528,7 +528,8 @@ def test_a_kill_between_the_files_and_the_end_of_a_batch(tmp_path: Path) -> None
     add_file(store, "file-x")
     batch = stored_batch(status="finalizing")
     store.add_batch(batch)
-    store.output_path(batch.id).write_bytes(b"answers\n")
+    answer = json.dumps({"response": {"body": {"usage": {"prompt_tokens": 2, "total_tokens": 3}}}}).encode()
+    store.output_path(batch.id).write_bytes(answer)
 
     def die(one: Batch) -> Batch:
         raise KeyboardInterrupt
@@ -547,8 +548,8 @@ def test_a_kill_between_the_files_and_the_end_of_a_batch(tmp_path: Path) -> None
     assert done.status == "completed"
     assert done.output_file_id is not None
     assert done.error_file_id is None
-    assert store.path_of(done.output_file_id).read_bytes() == b"answers\n"
-    assert store.file(done.output_file_id, "").bytes == 8
+    assert store.path_of(done.output_file_id).read_bytes() == answer
+    assert store.file(done.output_file_id, "").bytes == len(answer)
     assert {path.name for path in (tmp_path / "files").iterdir()} == {"file-x", done.output_file_id}
     assert not list((tmp_path / "batches").iterdir())
     store.close()

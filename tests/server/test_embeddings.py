@@ -297,7 +297,7 @@ def test_usage_and_report(fixed: RunningServer) -> None:
         (
             {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "data:,"}}]}]},
             "unsupported_content_type",
-            "messages[0].content",
+            "messages[0].content[0]",
         ),
     ],
 )

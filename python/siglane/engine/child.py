@@ -198,7 +198,7 @@ def _beat(channel: Channel, config: EngineConfig) -> None:
     with contextlib.suppress(OSError):
         while True:
             channel.send(frame("beat", None))
-            time.sleep(turn_seconds(config.silence_limit))
+            time.sleep(turn_seconds(min(config.silence_limit, config.load_timeout)))
 
 
 def _end_hung(thread: int, limit: float) -> None:

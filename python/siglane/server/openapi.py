@@ -11,7 +11,7 @@ from fastapi.openapi.utils import get_openapi
 
 from siglane.server.errors import ErrorBody
 from siglane.server.served import ChatModel, Served, ServedModel
-from siglane.tiling.rule import LIMITS, known_limits
+from siglane.tiling.rule import LIMITS, MOST_TILES, known_limits
 
 REASONS = {
     400: "the request cannot be served; the body names the field",
@@ -135,6 +135,8 @@ def _state_limits_of_images(schemas: Mapping[str, Any], kind: str, model: Served
     known = [] if model.images is None else known_limits(model.images.preprocess.rule)
     for name in {*LIMITS} - {*known}:
         del schemas[kind]["properties"][name]
+    if "max_tiles" in known:
+        schemas[kind]["properties"]["max_tiles"]["anyOf"][0]["maximum"] = MOST_TILES
 
 
 def _state_chat(schemas: Mapping[str, Any], chat: ChatModel) -> None:
@@ -142,6 +144,10 @@ def _state_chat(schemas: Mapping[str, Any], chat: ChatModel) -> None:
     for name in ("max_tokens", "max_completion_tokens", "min_tokens"):
         fields[name]["anyOf"][0]["maximum"] = chat.context_length
     fields["stop_token_ids"]["anyOf"][0]["items"]["maximum"] = facts.language.vocab_size - 1
+    if facts.images is not None and facts.images.video is not None:
+        limits = (facts.images.video.most_frames, chat.config.max_video_frames)
+        most = min(limit for limit in limits if limit is not None)
+        schemas["VideoUrl"]["properties"]["num_frames"]["anyOf"][0]["maximum"] = most
     if facts.thinking is None:
         for name in ("thinking_budget", "thinking_token_budget"):
             del fields[name]

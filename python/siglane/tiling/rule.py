@@ -15,6 +15,7 @@ from siglane.tiling.merge import PatchMerge, projected_grid
 from siglane.types import Box, Detail, Grid, ImageLayout, Medium, Resample, Resize, Size, Step, Tile, VideoSize
 
 LIMITS = ("max_pixels", "min_pixels", "max_num_patches", "max_tiles", "grid_pinpoints")
+MOST_TILES = 1024  # of one picture; more is a mistake, and every candidate grid is looked at for every image
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ CLASSES: dict[str, tuple[Any, Any]] = {
     "siglip": (SiglipTextConfig, SiglipTextModel),
     "siglip2": (Siglip2TextConfig, Siglip2TextModel),
 }
+TOKENIZERS = ("tokenizer.json", "spiece.model")
 PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}]")
 PAD_OF_END = {"</s>": "</s>", "<eos>": "<pad>"}  # SigLIP's and SigLIP2's, where no file states another
 
@@ -75,8 +76,11 @@ def _canonical(text: str, end: str) -> str:
 def load_text_tower(
     folder: Path, device: torch.device, dtype: torch.dtype, adapter: Path | None = None
 ) -> TextTower | None:
-    """None for a checkpoint without one. ConfigError or WeightError as a reference's."""
+    """None for a checkpoint without one, or without a tokenizer, whose texts nobody can read. ConfigError or
+    WeightError as a reference's."""
     if read_json(folder / "config.json").get("model_type") not in CLASSES:
+        return None
+    if not any((folder / name).is_file() for name in TOKENIZERS):
         return None
     if not any(name.startswith("text_model.") for name in tensors_of(folder, adapter).readers):
         return None
