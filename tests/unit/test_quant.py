@@ -276,6 +276,8 @@ def test_gradients_are_refused() -> None:
 
 def test_what_cannot_be_had_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("siglane.nn.quantise.has_packed_products", lambda: False)
+    with pytest.raises(ConfigError, match="nothing to quantise"):
+        quantise(nn.Linear(4, 4), "8bit", "cpu")
     with pytest.raises(UserError, match=r"'4bit': torch has no 4-bit products for this processor .*; use '8bit'"):
         quantise(tower(), "4bit", "cpu")
     monkeypatch.setattr("siglane.nn.quantise.has_integer_products", lambda: False)
@@ -286,8 +288,6 @@ def test_what_cannot_be_had_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in ("8bit", "4bit"):
         with pytest.raises(UserError, match="pip install bitsandbytes"):
             quantise(tower(), kind, "cuda")
-    with pytest.raises(ConfigError, match="nothing to quantise"):
-        quantise(nn.Linear(4, 4), "8bit", "cpu")
 
 
 def test_a_processor_whose_sums_overflow_is_refused() -> None:
