@@ -56,8 +56,11 @@ def random_model(language: LanguageConfig, quantization: str) -> VisionLanguageM
     model = VisionLanguageModel(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.fill_(1.0) if parameter.ndim == 1 else parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    if quantization == "8bit":
-        quantiser = LanguageQuantiser(language, "8bit")
+    if quantization != "none":
+        quantiser = LanguageQuantiser(language, quantization)
+        tables = [table.weight for table in (model.language.embed_tokens, model.language.lm_head) if table is not None]
+        for table, weight in zip(quantiser.begin(model.language), tables, strict=True):
+            table.load_part("weight", "", weight)
         for block in model.language.blocks:
             quantiser.quantise_block(block)
         quantiser.finish(model.language)
@@ -89,12 +92,13 @@ def calls_of(engine: Engine) -> dict[str, Callable[[], object]]:
     config = language.config
     q = torch.randn(batch, config.num_attention_heads, config.head_dim)
     k = torch.randn(batch, config.num_key_value_heads, config.head_dim)
-    logits, sequences = runner.forward(chunks), [chunk.sequence for chunk in chunks.chunks]
+    logits = runner.forward(chunks)
+    next_tokens = [next_token for chunk in chunks.chunks for next_token in chunk.next_tokens]
     parts: dict[str, Callable[[], object]] = {
         "step": engine.step,
         "forward": lambda: runner.forward(chunks),
         "attention": lambda: [attention(layer, q, k, k) for layer in range(config.num_hidden_layers)],
-        "sampling": lambda: sample(logits, sequences, frozenset()),
+        "sampling": lambda: sample(logits, next_tokens, frozenset()),
     }
     if layers:
         parts["layers"] = lambda: [layer(rows[layer.inputs]) for layer in layers]
@@ -118,7 +122,7 @@ def measure(engine: Engine, clock: Callable[[], float], steps: int) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b")
-    parser.add_argument("--quantization", choices=("none", "8bit"), default="8bit")
+    parser.add_argument("--quantization", choices=("none", "8bit", "4bit"), default="8bit")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--steps", type=int, default=21)
