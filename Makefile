@@ -14,11 +14,16 @@ SGLANG_PIP := $(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-
 VLLM := .venv-vllm
 VLLM_TESTS := tests/hosts/vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off --no-warn-conflicts
+RAY := .venv-ray
+RAY_TESTS := tests/server/test_batch_ray.py
+
+# tests start dozens of Pythons, each of which would compile the package, and every run of pytest its tests' assertions
+unexport PYTHONDONTWRITEBYTECODE
 
 # what `make test-oldest` and `make test-newest` take to its end; the rest stays as in $(VENV)
 ENDS := transformers
 
-.PHONY: demo serve test test-slow test-oldest test-newest test-gpu test-sglang test-vllm lint bench
+.PHONY: demo serve test test-slow test-oldest test-newest test-gpu test-sglang test-vllm test-ray lint bench
 .DEFAULT_GOAL := demo
 
 demo: $(READY)  ## ask the model that ships with siglane one question, through a real server
@@ -35,12 +40,12 @@ test-slow: $(READY)  ## the tests that take longer than ten seconds each
 
 test-oldest: END := .venv-oldest
 test-oldest: $(READY)  ## parity, and the unit tests that import transformers, with the oldest transformers allowed
-	$(call build_end,$(shell sed -nE 's/^ *"($(subst $(space),|,$(ENDS)))>=(.*)",$$/\1==\2/p' pyproject.toml))
+	$(call build_on_top,$(END),$(shell sed -nE 's/^ *"($(subst $(space),|,$(ENDS)))>=(.*)",$$/\1==\2/p' pyproject.toml))
 	$(run_end)
 
 test-newest: END := .venv-newest
 test-newest: $(READY)  ## the same with the newest; ENDS="torch transformers" for torch's ends too, gigabytes of CUDA
-	$(call build_end,--upgrade $(ENDS))
+	$(call build_on_top,$(END),--upgrade $(ENDS))
 	$(run_end)
 
 test-gpu: $(READY)  ## the tests that need CUDA; without it they skip and say so
@@ -51,6 +56,9 @@ test-sglang: $(SGLANG)/.ready  ## the tests inside the real SGLang, without a GP
 
 test-vllm: $(READY) $(VLLM)/.ready  ## siglane's answers against the real vLLM's, without a GPU; an environment of its own, 3 GB
 	@$(BIN)/python -m pytest -q -rs -m vllm $(VLLM_TESTS)
+
+test-ray: $(RAY)/.ready  ## batches on a Ray of this machine; an environment of its own on top of .venv, 250 MB
+	@$(RAY)/bin/python -m pytest -q -rs -m ray $(RAY_TESTS)
 
 lint: $(READY)  ## style, format and types
 	@$(BIN)/ruff check .
@@ -63,12 +71,12 @@ bench: $(READY)  ## every benchmark, one after the other
 empty :=
 space := $(empty) $(empty)
 
-# an environment on top of $(VENV): pip sees what is there and installs only what has to be of another version
-define build_end
-@rm -rf $(END) && $(BIN)/python -m venv $(END)
+# an environment $(1) on top of $(VENV): pip sees what is there and installs only what has to be of another version
+define build_on_top
+@rm -rf $(1) && $(BIN)/python -m venv $(1)
 @$(BIN)/python -c 'import sysconfig; print("$(CURDIR)/python", sysconfig.get_path("purelib"), sep="\n")' \
-	> $$($(END)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/siglane.pth
-@$(END)/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off $(1)
+	> $$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/siglane.pth
+@$(1)/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off $(2)
 endef
 
 define run_end
@@ -84,6 +92,10 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) $(TORCH)
 	@echo "== installing siglane and its development tools"
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+$(RAY)/.ready: $(READY) tests/server/ray.txt
+	$(call build_on_top,$(RAY),-c constraints.txt -r tests/server/ray.txt)
 	@touch $@
 
 $(SGLANG)/.ready: pyproject.toml constraints.txt $(SCHEMAS) $(SGLANG_TESTS)/requirements.txt $(SGLANG_TESTS)/no_deps.txt

@@ -1,8 +1,8 @@
-"""What 8 bits cost a language model: `python benchmark/language_bits.py MODEL TEXT [--tokens 2048]`.
+"""What 8 and 4 bits cost a language model: `python benchmark/language_bits.py MODEL TEXT [--tokens 2048]`.
 
 MODEL is a folder of a text-only checkpoint or a chat model, TEXT a file. Prints the mean KL divergence to float32 of
-the next token's distribution, how often the likeliest token is the same, and the perplexity: of siglane's 8 bits, and
-of the scheme that llama.cpp calls Q8_0 (weights and rows in groups of 32 with a scale each), computed in float32.
+the next token's distribution, how often the likeliest token is the same, and the perplexity: of siglane's 8 and 4 bits,
+and of the scheme that llama.cpp calls Q8_0 (weights and rows in groups of 32 with a scale each), computed in float32.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def round_in_groups(model: QwenModel) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What 8 bits cost a language model.")
+    parser = argparse.ArgumentParser(description="What 8 and 4 bits cost a language model.")
     parser.add_argument("model")
     parser.add_argument("text", type=Path)
     parser.add_argument("--tokens", type=int, default=2048)
@@ -72,7 +72,11 @@ def main() -> None:
         return model
 
     expected = log_probabilities(load(), ids)[:-1]
-    contenders: dict[str, Callable[[], QwenModel]] = {"8 bit": lambda: load(quantization="8bit"), "Q8_0": of_groups}
+    contenders: dict[str, Callable[[], QwenModel]] = {
+        "8 bit": lambda: load(quantization="8bit"),
+        "Q8_0": of_groups,
+        "4 bit": lambda: load(quantization="4bit"),
+    }
     print(f"{len(ids)} tokens, perplexity of float32 {perplexity(expected, ids):.2f}")
     for name, make in contenders.items():
         found = log_probabilities(make(), ids)[:-1]

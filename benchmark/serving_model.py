@@ -82,16 +82,16 @@ def write_checkpoint(folder: Path, seed: int = 0) -> None:
     (folder / "config.json").write_text(json.dumps(root))
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(vocab_size: int = LANGUAGE["vocab_size"]) -> PreTrainedTokenizerFast:
     """Bytes and special tokens with Qwen2's splitting; every id has a text, so any output can be decoded."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: number for number, letter in enumerate(alphabet)}
-    pairs = ((a, b) for a in alphabet for b in alphabet)
+    words = [*alphabet]
+    longer = ((word, letter) for word in words for letter in alphabet)  # reads what it makes: pairs, then triples
     merges = []
-    while len(vocabulary) < LANGUAGE["vocab_size"] - len(SPECIAL_TOKENS):
-        a, b = next(pairs)
-        vocabulary[a + b] = len(vocabulary)
-        merges.append((a, b))
+    while len(words) < vocab_size - len(SPECIAL_TOKENS):
+        merges.append(next(longer))
+        words.append("".join(merges[-1]))
+    vocabulary = {word: number for number, word in enumerate(words)}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     splitter = pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -86,7 +86,7 @@ class DemoModel(nn.Module):
 
     def naming_loss(self, features: torch.Tensor, rows: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The losses of `naming.py`; features and rows as `see` gives them."""
-        embedding = self.language.embed_tokens.weight
+        embedding = self.language.embed_tokens.get_parameter("weight")
         loss: torch.Tensor = self.naming.patch_loss(features, batch.labels)
         return loss + self.naming.row_loss(rows, batch.labels, embedding, GRID)
 

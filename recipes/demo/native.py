@@ -123,7 +123,7 @@ class NativeModel(nn.Module):
         """The losses of `naming.py`; features and rows as `see` gives them."""
         grid = Grid(batch.pictures.shape[1] // PATCH, batch.pictures.shape[2] // PATCH)
         loss: torch.Tensor = self.naming.patch_loss(features, batch.labels)
-        return loss + self.naming.row_loss(rows, batch.labels, self.language.embed_tokens.weight, grid)
+        return loss + self.naming.row_loss(rows, batch.labels, self.language.embed_tokens.get_parameter("weight"), grid)
 
     def answers(self, rows: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits `[A, vocab]` and targets `[A]` of all answer tokens."""

@@ -32,6 +32,7 @@ from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
 
 MODEL = "tiny"
 HOST = "127.0.0.1"
+NOTHING_GUESSED = {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}
 CHAT = "/v1/chat/completions"
 
 
@@ -244,7 +245,7 @@ def assert_unharmed(server: RunningServer, alone: Told, fault: Callable[[], obje
     thread.start()
     beside = ask_good(server, begun.set)
     begun.set()
-    thread.join(timeout=60)
+    thread.join(timeout=120)  # only a fault that hangs takes as long
     if failure:
         raise failure[0]
     assert ended.is_set()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import resource
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from itertools import count
@@ -19,9 +21,22 @@ import httpx2
 import pytest
 from openai import APIStatusError, OpenAI
 from openai.types import Batch as ClientBatch
-from serving import CHAT, LEAKS, RunningServer, ask_good, assert_error, chat, eventually, image_part, picture, running
+from serving import (
+    CHAT,
+    LEAKS,
+    MODEL,
+    RunningServer,
+    ask_good,
+    assert_error,
+    chat,
+    eventually,
+    image_part,
+    picture,
+    running,
+)
 
-from siglane.batch.output import Answer
+from siglane.batch.form import Answer
+from siglane.engine.child import EngineSpec
 from siglane.engine.process import EngineProcess
 from siglane.errors import UserError
 from siglane.families.processor import Processor
@@ -132,6 +147,7 @@ def test_from_upload_to_download(stored: RunningServer) -> None:
 
     batch = create(client, file.id, metadata={"for": "a test"})
     assert (batch.object, batch.status, batch.endpoint) == ("batch", "validating", CHAT)
+    assert (batch.model, batch.usage) == (MODEL, None)
     assert batch.expires_at == batch.created_at + 24 * 3600
     found = ended(client, batch.id)
     assert (found.status, found.metadata, found.errors) == ("completed", {"for": "a test"}, None)
@@ -146,6 +162,16 @@ def test_from_upload_to_download(stored: RunningServer) -> None:
         assert row["response"]["status_code"] == 200
         if asked is not None:
             assert row["response"]["body"]["choices"] == stored.post(asked["body"]).json()["choices"]
+    used = [row["response"]["body"]["usage"] for row in answers.values()]
+    assert found.usage is not None
+    assert found.model == MODEL
+    assert found.usage.model_dump() == {
+        "input_tokens": sum(one["prompt_tokens"] for one in used),
+        "input_tokens_details": {"cached_tokens": 0},
+        "output_tokens": sum(one["completion_tokens"] for one in used),
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": sum(one["total_tokens"] for one in used),
+    }
     errors = [(row["line"], row["error"]["code"]) for row in rows_of(client, found.error_file_id)]
     assert sorted(errors) == [(2, "invalid_json"), (4, "duplicate_custom_id"), (5, "model_not_found")]
 
@@ -368,6 +394,45 @@ def test_its_requests_yield(stored: RunningServer, engine: EngineProcess, monkey
     assert [one.batch for one in seen] == [True, False]
 
 
+@pytest.mark.slow
+def test_rows_that_kill_the_engine_cost_themselves_alone(
+    processor: Processor, spec: EngineSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three do so whenever they run. They may end the engine twice in a while; the server and its clients go on."""
+    engine, seconds, killed = EngineProcess(spec), 10.0, dict[int, float]()
+    engine.start()
+    submit = engine.submit
+
+    def poisoned(requests: Sequence[Request], on_delta: Any) -> None:
+        submit(requests, on_delta)
+        if requests[0].max_tokens == 13 and engine.pid is not None:
+            killed.setdefault(engine.life, time.monotonic())
+            os.kill(engine.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(engine, "submit", poisoned)
+    monkeypatch.setattr(batch_runner, "RESTART_WINDOW_SECONDS", seconds)
+    try:
+        with running(processor, engine, data_dir=tmp_path) as server:
+            client = server.openai()
+            lines = [line(number, max_tokens=13 if number in (2, 5, 6) else 4) for number in range(8)]
+            batch_id = create(client, upload(client, *lines)).id
+            eventually(lambda: "engine died 2 times" in str(client.batches.retrieve(batch_id).errors), 60)
+            eventually(lambda: server.post(chat("hello")).status_code == 200, 60)
+            found = ended(client, batch_id, 120)
+            assert (found.status, found.errors) == ("completed", None)
+            assert {row["custom_id"] for row in rows_of(client, found.output_file_id)} == {
+                f"row {number}" for number in (0, 1, 3, 4, 7)
+            }
+            errors = rows_of(client, found.error_file_id)
+            assert {row["custom_id"]: row["error"]["code"] for row in errors} == {
+                f"row {number}": "engine_died" for number in (2, 5, 6)
+            }
+    finally:
+        engine.close()
+    assert list(killed) == [1, 2, 3, 4]
+    assert killed[3] - killed[1] >= seconds
+
+
 def test_what_is_out_of_time_expires(start: Start, held: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with start() as server:
         batch_id = stopped_in_the_middle(server.openai(), *map(line, range(9)), "torn {")
@@ -463,7 +528,8 @@ def test_a_kill_between_the_files_and_the_end_of_a_batch(tmp_path: Path) -> None
     add_file(store, "file-x")
     batch = stored_batch(status="finalizing")
     store.add_batch(batch)
-    store.output_path(batch.id).write_bytes(b"answers\n")
+    answer = json.dumps({"response": {"body": {"usage": {"prompt_tokens": 2, "total_tokens": 3}}}}).encode()
+    store.output_path(batch.id).write_bytes(answer)
 
     def die(one: Batch) -> Batch:
         raise KeyboardInterrupt
@@ -482,8 +548,8 @@ def test_a_kill_between_the_files_and_the_end_of_a_batch(tmp_path: Path) -> None
     assert done.status == "completed"
     assert done.output_file_id is not None
     assert done.error_file_id is None
-    assert store.path_of(done.output_file_id).read_bytes() == b"answers\n"
-    assert store.file(done.output_file_id, "").bytes == 8
+    assert store.path_of(done.output_file_id).read_bytes() == answer
+    assert store.file(done.output_file_id, "").bytes == len(answer)
     assert {path.name for path in (tmp_path / "files").iterdir()} == {"file-x", done.output_file_id}
     assert not list((tmp_path / "batches").iterdir())
     store.close()

@@ -15,6 +15,7 @@ from openai import NotFoundError
 from PIL import Image
 from serving import (
     MODEL,
+    NOTHING_GUESSED,
     RunningServer,
     assert_error,
     chat,
@@ -83,9 +84,25 @@ def test_usage_and_report_say_what_the_model_saw(server: RunningServer, processo
     assert details["image_tokens"] == sum(layout.image_tokens for layout in layouts)
     assert details["image_tokens"] + details["text_tokens"] == usage["prompt_tokens"]
     assert usage["prompt_tokens"] + usage["completion_tokens"] == usage["total_tokens"]
-    assert usage["completion_tokens_details"] == {"reasoning_tokens": 0}
+    assert usage["completion_tokens_details"] == NOTHING_GUESSED | {"reasoning_tokens": 0}
     stages = {"fetch", "decode", "prepare", "queue", "encode", "prefill", "generate"}
     assert set(answer["siglane"]["timings"]) == stages
+
+
+def test_guessing_ahead_changes_no_word_and_is_told(server: RunningServer) -> None:
+    body = chat("x", max_tokens=40, logit_bias={"65": 6, "66": 6}, min_tokens=40)
+    guesses: list[dict[str, Any]] = [{}, {"num_speculative_tokens": 8}, {"num_speculative_tokens": 0}]
+    plain, ahead, off = (server.post(body | more).json() for more in guesses)
+    assert ahead["choices"] == plain["choices"] == off["choices"]
+    told = ahead["usage"].pop("completion_tokens_details")
+    assert told["accepted_prediction_tokens"] > 10
+    assert off["usage"].pop("completion_tokens_details") == NOTHING_GUESSED | {"reasoning_tokens": 0}
+    assert ahead["usage"]["completion_tokens"] == off["usage"]["completion_tokens"] == 40
+    assert stream(server, body | {"num_speculative_tokens": 8}).text == plain["choices"][0]["message"]["content"]
+    cut = plain["choices"][0]["message"]["content"][5:8]
+    stopped = [server.post(body | {"stop": cut, "num_speculative_tokens": n}).json()["choices"] for n in (0, 8)]
+    assert stopped[0] == stopped[1]
+    assert_error(server.post(body | {"num_speculative_tokens": 33}), 400, "invalid_value", "num_speculative_tokens")
 
 
 def test_the_order_and_the_content_of_images_matter(server: RunningServer) -> None:

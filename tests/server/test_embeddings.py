@@ -297,7 +297,7 @@ def test_usage_and_report(fixed: RunningServer) -> None:
         (
             {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "data:,"}}]}]},
             "unsupported_content_type",
-            "messages[0].content",
+            "messages[0].content[0]",
         ),
     ],
 )
@@ -474,6 +474,34 @@ def test_images_and_texts_take_turns(towers: Any, monkeypatch: pytest.MonkeyPatc
     told = list(forwards(worker, monkeypatch))
     assert [kind for kind, _ in told] == ["images", "texts", "images", "texts", "images", "texts", "texts"]
     assert [done for kind, done in told if kind == "images"] == [{100}, {200}, {101}]  # clients in turn
+
+
+def test_a_batch_yields(towers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody's items wait for two forwards at most, however many a batch has; while clients keep coming, it gets one
+    of four, and while they chat one of four calls."""
+    ids = towers.texts.ids(TEXTS).numpy()
+    decoded = DecodedImage.from_rgb(np.full((30, 50, 3), 9, np.uint8))
+    image = towers.images.patches(decoded, *towers.images.layouts([decoded.size]))
+    worker = EmbedWorker(towers.model, EngineConfig(device="cpu", max_batch_patches=image.layout.patches))
+    worker.add([(number, image if number % 2 else ids[0]) for number in range(100)], batch=True)
+    told = forwards(worker, monkeypatch)
+    next(told)
+    for number, item in ((200, image), (201, ids[1])):
+        worker.add([(number, item)])
+        waited = next(place for place, (_, done) in enumerate(told) if number in done)
+        assert waited <= 2
+    served = []
+    for number in range(40):
+        worker.add([(300 + number, image)])
+        (found,) = {one >= 300 for one in next(told)[1]}
+        served.append(found)
+    assert 9 <= served.count(False) <= 11
+    assert len(list(told)) >= 50  # and it ends
+    worker.add([(number, image) for number in range(4)], batch=True)
+    assert [bool(worker.step(clients_chat=True)) for _ in range(8)].count(True) == 2
+    worker.forget(2)
+    assert len(worker.step()) == 1
+    assert not worker.has_work
 
 
 def test_whoever_leaves_gives_their_turn_away(towers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -688,7 +716,15 @@ def test_a_batch_gets_the_same_vectors_and_tags(fixed: RunningServer, tmp_path: 
     assert output.failures == {"invalid_value": 1, "not_found": 1}
 
 
-def test_batches_embed_and_classify(fixed: RunningServer, tmp_path: Path) -> None:
+def test_batches_embed_and_classify(fixed: RunningServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    yields: list[bool] = []  # of each call that embeds
+    embed = EngineProcess.embed
+
+    def noting(self: EngineProcess, items: Any, batch: bool) -> Any:
+        yields.append(batch)
+        return embed(self, items, batch)
+
+    monkeypatch.setattr(EngineProcess, "embed", noting)
     bodies = {
         "/v1/embeddings": {"input": TEXTS},
         "/v1/classify": {"images": [PICTURE], "labels": LABELS},
@@ -704,6 +740,13 @@ def test_batches_embed_and_classify(fixed: RunningServer, tmp_path: Path) -> Non
             eventually(lambda batch=batch: client.batches.retrieve(batch.id).status == "completed")  # type: ignore[misc]
             written = client.files.content(client.batches.retrieve(batch.id).output_file_id or "").text
             found = [json.loads(row)["response"]["body"]["data"] for row in written.splitlines()]
+            asked_for = len(yields)
             assert found == [server.post_to(url, **body).json()["data"]] * 3
+            assert all(yields[:asked_for])
+            assert not any(yields[asked_for:])
+            usage, expected = client.batches.retrieve(batch.id).usage, server.post_to(url, **body).json()["usage"]
+            assert usage is not None
+            assert (usage.input_tokens, usage.output_tokens) == (3 * expected["prompt_tokens"], 0)
+            yields.clear()
         with pytest.raises(BadRequestError, match="does not answer /v1/chat/completions"):
             client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")

@@ -50,13 +50,14 @@ from siglane.server.embedding_protocol import EmbeddingRequest
 from siglane.server.protocol import (
     AssistantMessage,
     ChatCompletionRequest,
-    ChatMessage,
     ImageUrl,
     ImageUrlPart,
     RequestModel,
     StreamOptions,
+    SystemMessage,
     TextPart,
     ToolMessage,
+    UserMessage,
     ignored_fields,
 )
 from siglane.types import SamplingParams
@@ -107,9 +108,9 @@ def test_every_field_of_a_chat(kind: Any) -> None:
 @pytest.mark.parametrize(
     ("kind", "model", "role"),
     [
-        (ChatCompletionDeveloperMessageParam, ChatMessage, "developer"),
-        (ChatCompletionSystemMessageParam, ChatMessage, "system"),
-        (ChatCompletionUserMessageParam, ChatMessage, "user"),
+        (ChatCompletionDeveloperMessageParam, SystemMessage, "developer"),
+        (ChatCompletionSystemMessageParam, SystemMessage, "system"),
+        (ChatCompletionUserMessageParam, UserMessage, "user"),
         (ChatCompletionAssistantMessageParam, AssistantMessage, "assistant"),
         (ChatCompletionToolMessageParam, ToolMessage, "tool"),
         (ChatCompletionFunctionMessageParam, ToolMessage, "function"),

@@ -208,7 +208,7 @@ def test_a_client_that_does_not_read_is_dropped_and_others_go_on(processor: Proc
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
                 connection.connect((HOST, server.port))
                 connection.sendall(head(content_length=len(body)) + body)
-                eventually(lambda: server.metric("siglane_requests_total", outcome="cancelled") == 1, 20)
+                eventually(lambda: server.metric("siglane_requests_total", outcome="cancelled") == 1, 110)
 
         assert_unharmed(server, alone, stall)
         eventually(lambda: engine_is_idle(engine))

@@ -9,6 +9,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,11 +19,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from siglane.batch.form import Answer
 from siglane.batch.keys import DiskSet
-from siglane.batch.output import Answer, Output
-from siglane.batch.requests import CHAT, EMBEDDINGS, BadRow, Row, ask_pictures, open_requests
+from siglane.batch.output import Output, Stopped
+from siglane.batch.pictures import ask_pictures
+from siglane.batch.pool import EngineDied
+from siglane.batch.requests import open_requests
+from siglane.batch.row import CHAT, EMBEDDINGS, BadRow, Row
 from siglane.batch.rows import CannotWrite
-from siglane.batch.run import EngineDied, Plan, Stopped, run_batch, seed_of
+from siglane.batch.run import Plan, run_batch, seed_of
 from siglane.batch.window import Window
 from siglane.errors import ImageError, UserError
 
@@ -206,7 +211,7 @@ class Echo:
     asked: texts in the order of their asking; most: rows that were asked at one time."""
 
     def __init__(self, slots: int = 5, dies: Mapping[str, int] | None = None) -> None:
-        self.slots, self.dies = slots, Counter(dies or {})
+        self.slots, self.dies, self.dies_alone = slots, Counter(dies or {}), True
         self.asked: list[str] = []
         self.working: set[str] = set()
         self.most = 0
@@ -224,7 +229,7 @@ class Echo:
                 await asyncio.sleep(0)
             if self.dies[text] > 0:
                 self.dies[text] -= 1
-                raise EngineDied
+                raise EngineDied(alone=self.dies_alone)
         finally:
             self.working.discard(text)
         if text.startswith("bad"):
@@ -237,7 +242,14 @@ class Echo:
         )
 
 
-def run(source: Path, out: Path, server: Any = None, plan: Plan | None = None, stop_after: int | None = None) -> Output:
+def run(
+    source: Path,
+    out: Path,
+    server: Any = None,
+    plan: Plan | None = None,
+    stop_after: int | None = None,
+    max_errors: int | None = None,
+) -> Output:
     async def go() -> None:
         stop = asyncio.Event()
 
@@ -248,7 +260,7 @@ def run(source: Path, out: Path, server: Any = None, plan: Plan | None = None, s
         rows = (one for one in open_requests(source, 1 << 20).rows if not output.has(one))
         await run_batch(rows, server or Echo(), output, plan or Plan(window=16), stop=stop, written=written)
 
-    with Output(out, JOB) as output:
+    with Output(out, JOB, max_errors=max_errors) as output:
         asyncio.run(go())
     return output
 
@@ -347,6 +359,30 @@ def test_slots_and_window_bound_what_is_held(source: Path, tmp_path: Path) -> No
     assert server.most == 3
 
 
+def test_the_server_is_asked_in_order_however_long_files_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every third file is gone, the first ones are read last."""
+    paths = [tmp_path / f"{number:02}.png" for number in range(12)]
+    for number, path in enumerate(paths):
+        if number % 3:
+            path.write_bytes(b"data")
+    read = Row.read
+
+    def read_late(row: Row) -> Mapping[str, Any]:
+        time.sleep(0.02 * (4 - row.number % 4))
+        return {"messages": [{"content": row.custom_id}]} if read(row) else {}
+
+    monkeypatch.setattr(Row, "read", read_late)
+    server = Echo(slots=6)
+
+    async def go() -> None:
+        with Output(tmp_path / "out.jsonl", JOB) as output:
+            source = ask_pictures(map(str, paths), "?", {})
+            await run_batch(source.rows, server, output, Plan(), stop=asyncio.Event())
+
+    asyncio.run(go())
+    assert server.asked == [str(path) for path in paths if path.exists()]
+
+
 def test_a_row_that_kills_the_engine_twice_is_left(source: Path, whole: tuple[bytes, bytes], tmp_path: Path) -> None:
     """Those that ran beside it are asked again alone and get their answers."""
     server = Echo(dies={"text 5": 9, "text 4": 1, "text 6": 1, "text 20": 1})
@@ -361,9 +397,23 @@ def test_a_row_that_kills_the_engine_twice_is_left(source: Path, whole: tuple[by
     assert (tmp_path / "out.jsonl").read_bytes().splitlines() == rest
 
 
+def test_a_row_that_dies_beside_others_is_asked_more_often(
+    source: Path, whole: tuple[bytes, bytes], tmp_path: Path
+) -> None:
+    """They may be the cause: requests of clients, which a batch knows nothing of."""
+    first, second = (json.loads(line)["response"]["body"]["choices"][0]["text"] for line in whole[0].splitlines()[:2])
+    server = Echo(dies={first: 4, second: 5})
+    server.dies_alone = False
+    output = run(source, tmp_path / "out.jsonl", server)
+    assert output.failures["engine_died"] == 1
+    answers, errors = files_of(tmp_path / "out.jsonl")
+    assert answers.splitlines() == whole[0].splitlines()[:1] + whole[0].splitlines()[2:]
+    assert b"the engine died 5 times under this row" in errors
+
+
 def test_too_many_errors_stop_it(source: Path, whole: tuple[bytes, bytes], tmp_path: Path) -> None:
     with pytest.raises(Stopped, match="3 rows failed, more than --max-errors 2"):
-        run(source, tmp_path / "out.jsonl", plan=Plan(window=16, max_errors=2))
+        run(source, tmp_path / "out.jsonl", max_errors=2)
     assert len(records(tmp_path / "out.errors.jsonl")) == 3
     run(source, tmp_path / "out.jsonl")
     assert files_of(tmp_path / "out.jsonl") == whole

@@ -19,12 +19,15 @@ import pytest
 from test_batch import Echo, write_requests
 
 from siglane.batch import parquet_output
-from siglane.batch.output import Answer, Output
+from siglane.batch.form import OPENAI, Answer
+from siglane.batch.output import Output
 from siglane.batch.parquet import Question, Tables, find_tables
-from siglane.batch.parquet_output import COLUMNS, Journal, check_kept, journal_of, write_table
-from siglane.batch.requests import BadRow, Row, open_requests
+from siglane.batch.parquet_output import Journal, journal_of, write_table
+from siglane.batch.requests import open_requests
+from siglane.batch.row import BadRow, Row
 from siglane.batch.run import Plan, run_batch
 from siglane.cli.main import main
+from siglane.cli.rows import check_kept
 from siglane.errors import UserError
 
 PNG = b"\x89PNG the bytes"
@@ -212,7 +215,7 @@ def test_answers_as_a_table(order: str, tmp_path: Path) -> None:
     journal = answer(found, out, order=order)
     assert write_table(out, journal, found.source(), found, lambda _: True, None) == 5
     table = pq.read_table(out)
-    assert table.column_names == ["custom_id", *kept, *COLUMNS[1:]]
+    assert table.column_names == ["custom_id", *kept, *OPENAI.columns]
     assert table["answer"].to_pylist() == ["a!", None, None, "b!", None]
     codes = [None, "refused", "missing_value", None, "duplicate_custom_id"]
     assert table["error_code"].to_pylist() == codes
@@ -285,7 +288,7 @@ def test_a_disk_that_fills_up_leaves_no_table(tmp_path: Path) -> None:
 def test_names_that_are_taken(tmp_path: Path) -> None:
     file = write(tmp_path / "in.parquet", answer=["a"], n=[1])
     with pytest.raises(UserError, match="--keep answer: the output has a column of that name already"):
-        check_kept(tables(file, prompt="{n}", keep=("answer",)))
+        check_kept(tables(file, prompt="{n}", keep=("answer",)), OPENAI)
     (tmp_path / "mine.parquet").write_bytes(b"mine")
     with pytest.raises(UserError, match=r"mine\.parquet is there and has no mine\.jsonl beside it"):
         journal_of(tmp_path / "mine.parquet")
@@ -335,6 +338,7 @@ WITHOUT = """
 import sys
 sys.modules["pyarrow"] = None
 from siglane.cli.main import main
+from siglane.cli.rows import check_kept
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -236,6 +236,23 @@ def test_a_process_of_its_own_ends_with_the_same_codes(model: str, pictures: lis
     assert answer.stderr.startswith("siglane: error: there is no folder")
 
 
+WRONG_NAMES = """
+import sys
+from siglane.cli.main import main
+
+commands = ("tokens /nowhere x", "look /nowhere x", "encode /nowhere x --output x", "generate /nowhere --prompt x")
+codes = [main(command.split()) for command in commands]
+sys.exit(f"{codes} {'torch' in sys.modules}")
+"""
+
+
+def test_a_wrong_name_is_reported_before_anything_slow_is_imported() -> None:
+    done = subprocess.run([sys.executable, "-c", WRONG_NAMES], capture_output=True, text=True, check=False)
+    *errors, last = done.stderr.splitlines()
+    assert last == "[2, 2, 2, 2] False"
+    assert all("there is no folder" in error for error in errors)
+
+
 def test_a_reader_that_goes_away_is_no_error(model: str) -> None:
     words = ["tokens", model, "--json", "--sizes", *["640x480"] * 2000]
     command = [sys.executable, "-m", "siglane.cli.main", *words]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,9 +19,11 @@ import pytest
 import torch
 from engine_kit import Asked
 
+from siglane.engine.batch import Sequence as Running
 from siglane.engine.batch import StepBatch
 from siglane.engine.engine import Engine
 from siglane.engine.load import load_engine
+from siglane.engine.lookup import Lookup
 from siglane.errors import EngineError, UserError
 from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import Processor, load_processor
@@ -346,6 +349,24 @@ class TestSampling:
         assert together == ask(3, 1, 0, 2, max_batch_tokens=9)
         assert {"2": together["2"]} == ask(2)
 
+    def test_preemption_repeats_the_same_numbers(self, tiny: Tiny, prompts: Mapping[str, Asked]) -> None:
+        def ask(*seeds: int, kv_tokens: int = 4096) -> tuple[dict[str, list[int]], int]:
+            engine, put_back = tiny.engine(kv_tokens=kv_tokens, page_size=4), 0
+            preempt = engine.scheduler._preempt
+
+            def counted(one: Running) -> None:
+                nonlocal put_back
+                put_back += one.answered > 0
+                preempt(one)
+
+            engine.scheduler._preempt = counted  # type: ignore[method-assign]
+            requests = [greedy(str(seed), prompts["text"], 20, temperature=1.0, seed=seed) for seed in seeds]
+            return tokens(run(engine, requests)), put_back
+
+        crowded, put_back = ask(0, 1, 2, 3, kv_tokens=len(prompts["text"].token_ids) + 40)
+        assert put_back
+        assert crowded == {name: answer for seed in range(4) for name, answer in ask(seed)[0].items()}
+
     def test_no_seed_means_another_answer_each_time(self, tiny: Tiny, prompts: Mapping[str, Asked]) -> None:
         answers = run(tiny.engine(), [greedy(str(n), prompts["text"], 12, temperature=1.5) for n in range(3)])
         assert len({tuple(answer.tokens) for answer in answers.values()}) > 1
@@ -366,6 +387,151 @@ class TestSampling:
             [one.token_id for one in found] == [one.top[0][0] for one in found] == tiny.reference(prompts["tiles"], 3)
         )
         assert all(one.logprob == one.top[0][1] > one.top[1][1] for one in found)
+
+
+class Oracle(Lookup):
+    """Guesses what comes, which a test knows, with a wrong token now and then."""
+
+    coming: Sequence[tuple[tuple[int, ...], list[int]]] = ()  # prompts and answers
+
+    def guess(self, ids: Sequence[int], room: int) -> tuple[int, ...]:
+        numbers = random.Random(len(ids))
+        for prompt, answer in self.coming:
+            said = len(ids) - len(prompt)
+            if said >= 0 and (*prompt, *answer[:said]) == tuple(ids):
+                right = answer[said : said + max(0, min(room, self.most))]
+                return tuple(token if numbers.random() < 0.8 else token // 2 for token in right)
+        return ()
+
+
+MANNERS: Mapping[str, Mapping[str, object]] = {
+    "greedy": {},
+    "sampled": {"temperature": 1.0, "seed": 3},
+    "filtered": {"temperature": 0.8, "seed": 4, "top_p": 0.9, "top_k": 20, "min_p": 0.01},
+    "penalties": {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "presence_penalty": 0.2},
+    "sampled-penalties": {"temperature": 1.0, "seed": 5, "repetition_penalty": 1.1},
+    "bias": {"logit_bias": ((7, 2.0), (8, -3.0)), "temperature": 1.0, "seed": 6},
+    "logprobs": {"logprobs": 3},
+    "early": {"ignore_eos": False, "min_tokens": 5, "stop_token_ids": tuple(range(0, 100, 7))},
+}
+
+
+class TestGuesses:
+    """Tokens that are guessed ahead are kept where they are what would have been chosen: no answer changes."""
+
+    LONG = 40
+
+    def ask(self, tiny: Tiny, prompts: Mapping[str, Asked], guessed: int, **options: object) -> dict[str, Answer]:
+        requests = [
+            greedy(f"{kind} {manner}", prompts[kind], self.LONG, num_speculative_tokens=guessed, **how)
+            for kind in ("text", "image", "tiles")
+            for manner, how in MANNERS.items()
+        ]
+        return run(tiny.engine(**options), requests)
+
+    @pytest.fixture(scope="class")
+    def expected(self, tiny: Tiny, prompts: Mapping[str, Asked]) -> dict[str, Answer]:
+        return self.ask(tiny, prompts, 0)
+
+    @pytest.fixture
+    def oracle(
+        self, prompts: Mapping[str, Asked], expected: dict[str, Answer], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        coming = [(prompts[name.split()[0]].cache_ids(), answer.tokens) for name, answer in expected.items()]
+        monkeypatch.setattr(Oracle, "coming", coming)
+        monkeypatch.setattr("siglane.engine.engine.Lookup", Oracle)
+
+    def test_looking_back_changes_no_answer(
+        self, tiny: Tiny, prompts: Mapping[str, Asked], expected: dict[str, Answer]
+    ) -> None:
+        found = self.ask(tiny, prompts, 8, max_running=4)
+        assert tokens(found) == tokens(expected)
+        assert any(answer.last.accepted_prediction_tokens for answer in found.values())
+
+    @pytest.mark.usefixtures("oracle")
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"max_running": 2},
+            {"page_size": 4, "max_batch_tokens": 9, "max_running": 3},
+            {"prefix_cache": False, "max_running": 1},
+            {"page_size": 5, "kv_tokens": 400},
+        ],
+        ids=["two", "small steps", "alone", "preempted"],
+    )
+    def test_no_guess_changes_an_answer(
+        self, tiny: Tiny, prompts: Mapping[str, Asked], expected: dict[str, Answer], options: dict[str, object]
+    ) -> None:
+        found = self.ask(tiny, prompts, 8, **options)
+        assert tokens(found) == tokens(expected)
+        assert {name: answer.last.reason for name, answer in found.items()} == {
+            name: answer.last.reason for name, answer in expected.items()
+        }
+        right, wrong = (
+            sum(getattr(answer.last, f"{what}_prediction_tokens") for answer in found.values())
+            for what in ("accepted", "rejected")
+        )
+        assert min(right, wrong) > self.LONG
+
+    @pytest.mark.usefixtures("oracle")
+    def test_logprobs_are_those_of_the_kept_tokens(self, tiny: Tiny, prompts: Mapping[str, Asked]) -> None:
+        def reported(guessed: int) -> list[tuple[int, float]]:
+            engine = tiny.engine()
+            engine.add(greedy("a", prompts["text"], 20, logprobs=2, num_speculative_tokens=guessed))
+            found = []
+            while engine.has_work:
+                found += [delta.logprob for delta in engine.step() if delta.logprob is not None]
+            return [(one.token_id, one.logprob) for one in found]
+
+        plain, ahead = reported(0), reported(8)
+        assert [token for token, _ in ahead] == [token for token, _ in plain]
+        assert [value for _, value in ahead] == pytest.approx([value for _, value in plain], abs=1e-4)
+
+    @pytest.mark.usefixtures("oracle")
+    def test_right_guesses_save_steps(self, tiny: Tiny, prompts: Mapping[str, Asked]) -> None:
+        steps, lasts = [], []
+        for guessed in (0, 8):
+            engine = tiny.engine()
+            lasts.append(
+                run(engine, [greedy("a", prompts["text"], self.LONG, num_speculative_tokens=guessed)])["a"].last
+            )
+            steps.append(engine.stats().steps)
+        assert (lasts[0].accepted_prediction_tokens, lasts[0].rejected_prediction_tokens) == (0, 0)
+        assert steps[0] - steps[1] == lasts[1].accepted_prediction_tokens > self.LONG // 2
+
+    @pytest.mark.parametrize(("of_engine", "of_request", "guesses"), [(4, None, True), (4, 0, False), (0, 4, True)])
+    def test_a_request_decides_before_the_engine(
+        self, tiny: Tiny, prompts: Mapping[str, Asked], of_engine: int, of_request: int | None, guesses: bool
+    ) -> None:
+        engine = tiny.engine(num_speculative_tokens=of_engine)
+        bias = ((5, 100.0),)  # one word for ever
+        asked = greedy("a", prompts["text"], self.LONG, logit_bias=bias, num_speculative_tokens=of_request)
+        assert (run(engine, [asked])["a"].last.accepted_prediction_tokens > self.LONG // 2) == guesses
+
+    @pytest.mark.usefixtures("oracle")
+    def test_guesses_whose_rows_are_nan_end_their_own_request(
+        self, tiny: Tiny, prompts: Mapping[str, Asked], expected: dict[str, Answer], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        engine = tiny.engine()
+        forward = engine.runner.forward
+
+        def broken(batch: StepBatch) -> torch.Tensor:
+            logits, row = forward(batch), 0
+            for chunk in batch.chunks:
+                row += len(chunk.next_tokens)
+                if chunk.guesses and chunk.sequence.request.request_id == "bad":
+                    logits[row - len(chunk.guesses)] = torch.nan  # behind the first guess
+            return logits
+
+        monkeypatch.setattr(engine.runner, "forward", broken)
+        requests = [
+            greedy(name, prompts["text"], self.LONG, num_speculative_tokens=8) for name in ("good", "bad", "other")
+        ]
+        found = run(engine, requests)
+        whole = expected["text greedy"].tokens
+        assert found["good"].tokens == found["other"].tokens == whole
+        assert found["bad"].last.reason == "error"
+        assert found["bad"].tokens == whole[: len(found["bad"].tokens)]
 
 
 class TestEnds:

@@ -52,7 +52,7 @@ VISION_STACK = ("types", "errors", "tiling", "nn", "config", "settings", "image"
 ON_DEMAND = ("media/remote.py",)  # imported by the function that fetches a URL
 EXTRAS = (
     *("fastapi", "orjson", "pybase64", "prometheus_client", "python_multipart", "pyarrow"),
-    *("av", "sglang", "flashinfer"),
+    *("av", "sglang", "flashinfer", "ray"),
 )
 HTTP_CLIENT = "httpx2"  # huggingface_hub has it too, so only the vision stack proper can do without
 

@@ -20,9 +20,9 @@ from siglane.config.projector import (
 from siglane.errors import UserError
 from siglane.projector.mlp import Projector
 from siglane.tiling.merge import projected_grid
-from siglane.tiling.rule import ImageBudget, ImageContext, PatchGeometry
+from siglane.tiling.rule import MOST_TILES, ImageBudget, ImageContext, PatchGeometry
 from siglane.tiling.squash import Squash
-from siglane.tiling.vila import MOST_TILES, Tiling, VilaTiling, closest_tile_grid, tile_bounds
+from siglane.tiling.vila import Tiling, VilaTiling, closest_tile_grid, tile_bounds
 from siglane.types import (
     Box,
     Detail,

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -398,6 +399,42 @@ def misbehave(flag: Path, seconds: float) -> None:
         return forward(self, *arguments)
 
     DecoderBlock.forward = slowly  # type: ignore[assignment, method-assign]
+
+
+def never_load(signal_number: int | None) -> None:
+    """In the child: loading waits for what does not come, or the whole process is stopped meanwhile."""
+    from siglane.engine import child
+
+    def wait(*_: object) -> NoReturn:
+        if signal_number is not None:
+            os.kill(os.getpid(), signal_number)
+        while True:
+            threading.Event().wait()
+
+    child._load = wait
+
+
+@pytest.mark.parametrize(
+    ("stop", "reason"),
+    [
+        (None, "the model does not load: nothing was computed or read for 2 seconds; see the log, load_timeout"),
+        (
+            signal.SIGSTOP,
+            "the engine process gave no sign of life for 2 seconds of loading and was ended; see load_timeout",
+        ),
+    ],
+    ids=["a deadlock", "a stopped process"],
+)
+def test_a_load_that_stands_still_is_given_up(spec: EngineSpec, stop: int | None, reason: str) -> None:
+    """One sentence, and no other try."""
+    config = replace(spec.config, load_timeout=2.0)
+    engine = EngineProcess(replace(spec, config=config), prepare=functools.partial(never_load, stop))
+    with pytest.raises(EngineError) as caught:
+        engine.start()
+    assert (caught.value.message, caught.value.code) == (reason, "engine_start")
+    assert engine.pid is not None
+    until(lambda: ended(engine.pid or 0))
+    engine.close()
 
 
 @pytest.mark.slow

@@ -278,14 +278,19 @@ def test_gradients_are_refused() -> None:
 
 
 def test_what_cannot_be_had_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="no 4-bit products for CPUs"):
+    monkeypatch.setattr("siglane.nn.quantise.has_packed_products", lambda: False)
+    with pytest.raises(ConfigError, match="nothing to quantise"):
+        quantise(nn.Linear(4, 4), "8bit", "cpu")
+    with pytest.raises(UserError, match=r"'4bit': torch has no 4-bit products for this processor .*; use '8bit'"):
         quantise(tower(), "4bit", "cpu")
+    monkeypatch.setattr("siglane.nn.quantise.has_integer_products", lambda: False)
+    for kind in ("8bit", "4bit"):
+        with pytest.raises(UserError, match=r"no exact 8-bit products \(VNNI or AMX\); use 'none'"):
+            quantise(tower(), kind, "cpu")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for kind in ("8bit", "4bit"):
         with pytest.raises(UserError, match="pip install bitsandbytes"):
             quantise(tower(), kind, "cuda")
-    with pytest.raises(ConfigError, match="nothing to quantise"):
-        quantise(nn.Linear(4, 4), "8bit", "cpu")
 
 
 def test_a_processor_whose_sums_overflow_is_refused() -> None:

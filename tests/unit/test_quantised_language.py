@@ -12,14 +12,18 @@ import torch.nn.functional as F
 
 from siglane.cli.demo import load_example
 from siglane.config.language import LanguageConfig
-from siglane.errors import ConfigError, UserError
+from siglane.errors import ConfigError
 from siglane.llm import LLM
 from siglane.lm.attention import SegmentAttention
 from siglane.lm.build import build_language_model
-from siglane.lm.quantise import LanguageQuantiser, QuantisedHead
+from siglane.lm.quantise import LanguageQuantiser
 from siglane.lm.qwen import QwenModel
 from siglane.lm.rotation import head_turn, random_basis, rotate_block
+from siglane.lm.tables import QuantisedHead, TiedTable
+from siglane.nn.cpu.int4 import Int4Linear
 from siglane.nn.cpu.int8 import CentredInt8Linear, Int8Weight, WideInt8Linear
+from siglane.nn.cpu.table import PackedRows
+from siglane.nn.quantise import Bits
 from siglane.types import SamplingParams
 
 SIZES: dict[str, Any] = {
@@ -63,8 +67,11 @@ def language(kind: dict[str, Any]) -> QwenModel:
     return model.eval()
 
 
-def quantised(model: QwenModel) -> QwenModel:
-    quantiser = LanguageQuantiser(model.config, "8bit")
+def quantised(model: QwenModel, kind: Bits = "8bit") -> QwenModel:
+    quantiser = LanguageQuantiser(model.config, kind)
+    weights = [table.weight for table in (model.embed_tokens, model.lm_head) if table is not None]
+    for table, weight in zip(quantiser.begin(model), weights, strict=True):
+        table.load_part("weight", "", weight)
     for block in model.blocks:
         quantiser.quantise_block(block)
     quantiser.finish(model)
@@ -85,7 +92,7 @@ def test_a_turned_decoder_is_the_same(kind: dict[str, Any]) -> None:
     for block in turned.blocks:
         rotate_block(block, basis, head_basis)
     table = (turned.lm_head or turned.embed_tokens).weight
-    head, turned.basis = head_turn(turned.norm, basis)(table).float(), basis.float()
+    head, turned.basis = head_turn(turned.norm, basis)(table).float(), basis.T.float()
     expected, found = {}, {}
     reference = logits(plain, expected)
     logits(turned, found)
@@ -102,9 +109,40 @@ def test_eight_bits_stay_close(kind: dict[str, Any]) -> None:
     assert F.cosine_similarity(found, expected).min() > 0.998
     assert isinstance(small.blocks[0].attention.qkv.linear, CentredInt8Linear)
     assert isinstance(small.blocks[0].mlp.down_proj.linear, WideInt8Linear)
-    assert isinstance(small.lm_head, QuantisedHead)
+    tied = plain.config.tie_embeddings
+    assert isinstance(small.embed_tokens if tied else small.lm_head, TiedTable if tied else QuantisedHead)
+    rows = small.embed(IDS)
+    assert F.cosine_similarity(rows, plain.embed(IDS)).min() > 0.9998
     layers = [module for module in small.modules() if isinstance(module, Int8Weight)]
     assert len(layers) == 3 * 4 + 1
+
+
+@EVERY_KIND
+def test_four_bits_stay_near(kind: dict[str, Any]) -> None:
+    plain, small = language(kind), quantised(language(kind), "4bit")
+    assert F.cosine_similarity(logits(small), logits(plain)).mean() > 0.98
+    first = small.blocks[0]
+    assert isinstance(first.attention.qkv.linear, CentredInt8Linear)
+    for layer in (first.attention.o_proj, first.mlp.gate_up, first.mlp.down_proj):
+        assert isinstance(layer.linear, Int4Linear)
+
+
+@torch.no_grad()
+def test_a_tied_table_lies_in_memory_once() -> None:
+    small = quantised(language(KINDS["qwen2 tied"]))
+    table = small.embed_tokens
+    assert isinstance(table.codes, PackedRows)
+    assert torch.equal(table.codes[torch.arange(211)], table.head.stored.codes)
+    assert table.codes.nbytes == 0, "oneDNN keeps weights in another order here"
+
+
+def test_a_second_table_with_other_values_is_refused() -> None:
+    model = language(KINDS["qwen2 tied"])
+    values = model.embed_tokens.weight
+    (table,) = LanguageQuantiser(model.config, "8bit").begin(model)
+    table.load_part("weight", "", values)
+    with pytest.raises(ValueError, match="other values than the table to which it is tied"):
+        table.load_part("weight", "", values + 1)
 
 
 @torch.no_grad()
@@ -174,15 +212,14 @@ def test_an_answer_of_eight_bits(nvila_folder: Path) -> None:
     assert abs(first.logprob - exact.logprobs[0].logprob) < 0.05
 
 
-def test_the_shipped_model_answers_the_shipped_question() -> None:
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_the_shipped_model_answers_the_shipped_question(bits: Bits) -> None:
     example = load_example()
     prompt = {"prompt": example.question, "images": [example.picture]}
-    (answer,) = LLM("demo", device="cpu", quantization="8bit", kv_tokens=2048).generate(prompt)
+    (answer,) = LLM("demo", device="cpu", quantization=bits, kv_tokens=2048).generate(prompt)
     assert answer.text == example.answer
 
 
 def test_what_cannot_be_said(nvila_folder: Path) -> None:
-    with pytest.raises(UserError, match="4-bit"):
-        LLM(nvila_folder, device="cpu", quantization="4bit")
     with pytest.raises(ConfigError, match="quantization '3bit' is not known"):
         LLM(nvila_folder, device="cpu", quantization="3bit")

@@ -11,30 +11,31 @@ from engine_kit import Asked, image, prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siglane.engine import sampler
 from siglane.engine.batch import Sequence as Running
-from siglane.engine.sampler import HEAD, SampledToken, filter_probabilities, sample
+from siglane.engine.edits import Edits
+from siglane.engine.noise import gumbel_noise, noise_key
+from siglane.engine.sampler import WINDOW, Likeliest, SampledToken, draw, filtered, sample
 from siglane.errors import EngineError
 from siglane.types import SamplingParams
 
 EOS = frozenset({3})
+EXPECTED_KEY = (-1980219914, -30470015)
+EXPECTED_NOISE = [0.189166, -0.194295, 0.883090, 0.0653254]
 LOGITS = torch.tensor([2.0, 1.5, 0.5, 2.5, -1.0, 0.0, 1.0, -3.0])
 TOKENS = len(LOGITS)
 
 
 def running(asked: Asked | None = None, answered: tuple[int, ...] = (), order: int = 0, **sampling: object) -> Running:
-    """A request that has answered so far, with the generator that the engine would give it."""
+    """A request that has answered so far."""
     params = SamplingParams(**sampling)  # type: ignore[arg-type]
-    generator = torch.Generator()
-    generator.manual_seed(params.seed or 0)
-    sequence = Running.of((asked or prompt(5, 6)).request("r", params, 100), order, generator)
+    sequence = Running.of((asked or prompt(5, 6)).request("r", params, 100), order, params.seed or 0)
     for token_id in answered:
         sequence.append(token_id)
     return sequence
 
 
 def choose(logits: torch.Tensor, sequence: Running, eos: frozenset[int] = EOS) -> SampledToken:
-    (choice,) = sample(logits[None], [sequence], eos)
+    (choice,) = sample(logits[None], [sequence.next_token()], eos)
     assert isinstance(choice, SampledToken), choice
     return choice
 
@@ -42,10 +43,11 @@ def choose(logits: torch.Tensor, sequence: Running, eos: frozenset[int] = EOS) -
 def softmax(logits: list[float], temperature: float = 1.0) -> list[float]:
     top = max(logits)
     powers = [math.exp((one - top) / temperature) for one in logits]
-    return [power / sum(powers) for power in powers]
+    whole = sum(powers)
+    return [power / whole for power in powers]
 
 
-def filtered(logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float) -> dict[int, float]:
+def defined(logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float) -> dict[int, float]:
     """What may be chosen, with what probability: top-k, then top-p among those, then min-p; one always stays."""
     probabilities = softmax(logits, temperature)
     order = sorted(range(len(logits)), key=lambda token_id: (-probabilities[token_id], token_id))
@@ -66,12 +68,21 @@ def filtered(logits: list[float], temperature: float, top_k: int, top_p: float, 
 
 
 def check_filter(logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float) -> None:
-    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    given_back = filter_probabilities(torch.tensor(logits), params)
-    found = {i: value for i, value in enumerate((given_back / given_back.sum()).tolist()) if value > 0}
-    expected = {i: value for i, value in filtered(logits, temperature, top_k, top_p, min_p).items() if value > 1e-9}
+    found = probabilities(torch.tensor(logits), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    expected = {i: value for i, value in defined(logits, temperature, top_k, top_p, min_p).items() if value > 1e-9}
     assert {i for i in found if found[i] > 1e-9} == set(expected)
     assert all(found[i] == pytest.approx(expected[i], rel=1e-3, abs=1e-6) for i in expected)
+
+
+def left(logits: torch.Tensor, temperature: float = 1.0, **filters: float) -> Likeliest:
+    """What the filters leave."""
+    params = SamplingParams(temperature=temperature, **filters)  # type: ignore[arg-type]
+    return filtered((logits - logits.max()) / temperature, params)
+
+
+def probabilities(logits: torch.Tensor, temperature: float = 1.0, **filters: float) -> dict[int, float]:
+    token_ids, scores = left(logits, temperature, **filters)
+    return dict(zip(token_ids.tolist(), scores.softmax(0).tolist(), strict=True))
 
 
 class TestGreedy:
@@ -126,26 +137,33 @@ class TestFilters:
         ],
     )
     def test_each_filter_by_itself(self, params: dict[str, float], kept: set[int]) -> None:
-        found = filter_probabilities(LOGITS, SamplingParams(temperature=1.0, **params))  # type: ignore[arg-type]
-        assert set(found.nonzero().flatten().tolist()) == kept
+        assert set(left(LOGITS, **params).token_ids.tolist()) == kept
 
-    @pytest.mark.parametrize("params", [{"top_k": 2}, {"top_p": 0.01}, {"top_k": 3, "top_p": 0.6}])
-    def test_ties_are_broken_by_token_id(self, params: dict[str, float]) -> None:
-        found = filter_probabilities(torch.zeros(200), SamplingParams(temperature=1.0, **params))  # type: ignore[arg-type]
-        assert found.nonzero().flatten().tolist() == [0, 1]
+    @pytest.mark.parametrize("tokens", [200, 50 * WINDOW])
+    @pytest.mark.parametrize("filters", [{"top_k": 2}, {"top_p": 1.5}, {"top_k": 3, "top_p": 0.6}])
+    def test_ties_are_broken_by_token_id(self, tokens: int, filters: dict[str, float]) -> None:
+        """A top_p above 1 stands for so many tokens."""
+        filters = {name: value / tokens if value == 1.5 else value for name, value in filters.items()}
+        assert left(torch.zeros(tokens), **filters).token_ids.tolist() == [0, 1]
 
     @pytest.mark.parametrize(
-        ("spread", "top_p", "beyond"), [(0.01, 0.2, False), (0.01, 0.9, True), (3.0, 0.9, False), (3.0, 0.999, True)]
+        ("spread", "top_p", "beyond"), [(0.01, 0.01, False), (0.01, 0.9, True), (5.0, 0.9, False), (3.0, 0.999, True)]
     )
-    def test_a_vocabulary_larger_than_the_head_is_filtered_exactly(
+    def test_a_vocabulary_larger_than_the_window_is_filtered_exactly(
         self, spread: float, top_p: float, beyond: bool
     ) -> None:
         """Whether top-p finds its mass among the likeliest or needs more of them."""
-        logits = (torch.randn(4 * HEAD, generator=torch.Generator().manual_seed(1)) * spread).tolist()
-        params = SamplingParams(temperature=1.0, top_p=top_p)
-        kept = int((filter_probabilities(torch.tensor(logits), params) > 0).sum())
-        assert kept == pytest.approx(len(filtered(logits, 1.0, 0, top_p, 0.0)), abs=1)
-        assert (kept > HEAD) == beyond
+        logits = torch.randn(50 * WINDOW, generator=torch.Generator().manual_seed(1)) * spread
+        kept = set(left(logits, top_p=top_p).token_ids.tolist())
+        expected = set(defined(logits.tolist(), 1.0, 0, top_p, 0.0))
+        assert len(kept ^ expected) <= 1e-4 * len(logits)  # where float32 and float64 see the border
+        assert (len(kept) > WINDOW) == beyond
+
+    @pytest.mark.parametrize("top_k", [1, 20, WINDOW, WINDOW + 1, 5000])
+    def test_top_k_takes_the_first_of_a_whole_sort(self, top_k: int) -> None:
+        logits = torch.randint(0, 400, (50 * WINDOW + 7,), generator=torch.Generator().manual_seed(1)).float()
+        order = logits.sort(descending=True, stable=True).indices
+        assert left(logits, top_k=top_k).token_ids.tolist() == order[:top_k].tolist()
 
 
 class TestDistribution:
@@ -154,17 +172,46 @@ class TestDistribution:
     )
     def test_tokens_come_as_often_as_their_probability_says(self, params: dict[str, float]) -> None:
         whole = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **params}
-        expected = filtered(LOGITS.tolist(), **whole)  # type: ignore[arg-type]
-        sequence, draws = running(seed=7, **whole), 4000
-        counts = Counter(
-            choice.token_id
-            for choice in sample(LOGITS.repeat(draws, 1), [sequence] * draws, EOS)
-            if isinstance(choice, SampledToken)
-        )
+        expected = defined(LOGITS.tolist(), **whole)  # type: ignore[arg-type]
+        draws = 4000
+        asked = SamplingParams(**whole)  # type: ignore[arg-type]
+        counts = Counter(draw(LOGITS, asked, noise_key(7, place)) for place in range(draws))
         assert set(counts) <= set(expected)
         for token_id, probability in expected.items():
             deviation = math.sqrt(draws * probability * (1 - probability))
             assert abs(counts[token_id] - draws * probability) <= 4.5 * deviation + 1
+
+    @pytest.mark.parametrize("keys", [[(7, place) for place in range(100_000)], [(seed, 3) for seed in range(100_000)]])
+    def test_a_hundred_thousand_draws_pass_a_chi_square(self, keys: list[tuple[int, int]]) -> None:
+        """Over the places of one answer, and over seeds that follow each other. 99.9 % of true draws stay below."""
+        first, second = torch.tensor([noise_key(*key) for key in keys], dtype=torch.int32).T[:, :, None]
+        noise = gumbel_noise(torch.arange(TOKENS, dtype=torch.int32), (first, second))
+        counts = (LOGITS + noise).argmax(-1).bincount(minlength=TOKENS).tolist()
+        expected = [len(keys) * probability for probability in softmax(LOGITS.tolist())]
+        assert sum((count - mean) ** 2 / mean for count, mean in zip(counts, expected, strict=True)) < 24.32
+
+    def test_noise_of_neighbouring_tokens_and_places_is_unrelated(self) -> None:
+        noise = torch.stack([gumbel_noise(torch.arange(50_000, dtype=torch.int32), noise_key(1, n)) for n in range(4)])
+        rows = torch.cat((noise, noise.roll(1, 1)))
+        assert noise.mean(1).tolist() == pytest.approx([0.5772] * 4, abs=0.03)
+        assert noise.std(1).tolist() == pytest.approx([1.2825] * 4, abs=0.03)
+        assert (torch.corrcoef(rows) - torch.eye(8)).abs().max() < 0.03
+
+    def test_what_cannot_win_is_left_out_and_nothing_else(self) -> None:
+        """A peaked row's few candidates against noise for its whole vocabulary."""
+        logits = torch.randn(40_000, generator=torch.Generator().manual_seed(3)) * 8
+        every = torch.arange(len(logits), dtype=torch.int32)
+        params = SamplingParams(temperature=2.0)
+        for place in range(50):
+            key = noise_key(5, place)
+            expected = ((logits - logits.max()) / 2 + gumbel_noise(every, key)).argmax()
+            assert draw(logits, params, key) == int(expected)
+
+    def test_noise_is_the_same_on_every_machine_and_day(self) -> None:
+        """Words of 32 bits that wrap: a device that computes otherwise would tell other stories."""
+        noise = gumbel_noise(torch.tensor([0, 1, 2, 151_935], dtype=torch.int32), noise_key(42, 7))
+        assert noise_key(42, 7) == EXPECTED_KEY
+        assert noise.tolist() == pytest.approx(EXPECTED_NOISE, rel=1e-5)
 
 
 def penalised(token_id: int, asked: list[int], answered: list[int], params: SamplingParams) -> float:
@@ -211,7 +258,8 @@ class TestAdjustments:
         )
         params = sequence.request.sampling
         expected = [penalised(token_id, [5, 0, 6, 6], answered, params) for token_id in range(TOKENS)]
-        found = sampler._adjust(LOGITS.clone(), sequence, EOS)
+        edits = Edits.of(params, sequence.answered, sequence.tally, EOS)
+        found = LOGITS if edits is None else edits.applied(LOGITS)
         assert found.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
         if max(expected) - sorted(expected)[-2] > 1e-4:
             assert choose(LOGITS, sequence).token_id == expected.index(max(expected))
@@ -248,8 +296,9 @@ class TestSeeds:
         for _ in range(10):
             rows = [running(temperature=2.0, seed=90 + n) for n in range(before)]
             rows += [sequence, *(running(temperature=0.0) for _ in range(after))]
-            choice = sample(LOGITS.repeat(len(rows), 1), rows, EOS)[before]
+            choice = sample(LOGITS.repeat(len(rows), 1), [row.next_token() for row in rows], EOS)[before]
             assert isinstance(choice, SampledToken)
+            sequence.append(choice.token_id)
             tokens.append(choice.token_id)
         return tokens
 
@@ -258,6 +307,11 @@ class TestSeeds:
         assert alone == self.draws(running(temperature=1.0, seed=5))
         assert alone == self.draws(running(temperature=1.0, seed=5), before=3)
         assert alone == self.draws(running(temperature=1.0, seed=5), before=1, after=4)
+
+    def test_a_place_has_the_same_noise_again(self) -> None:
+        """A step that is computed twice, as after a preemption, chooses the same."""
+        sequence = running(temperature=2.0, seed=5)
+        assert len({choose(LOGITS, sequence).token_id for _ in range(10)}) == 1
 
     def test_another_seed_decides_otherwise(self) -> None:
         assert len({tuple(self.draws(running(temperature=1.0, seed=seed))) for seed in range(8)}) == 8
@@ -303,7 +357,7 @@ class TestFaults:
         logits = LOGITS.repeat(3, 1)
         logits[1, 4] = poison
         rows = [running(**options) for _ in range(3)]
-        first, broken, last = sample(logits, rows, EOS)
+        first, broken, last = sample(logits, [row.next_token() for row in rows], EOS)
         assert isinstance(broken, EngineError)
         assert broken.code == "engine_nan"
         assert first == last == choose(LOGITS, running(**options))
@@ -312,6 +366,6 @@ class TestFaults:
         """No validated request gets here; a bug in one feature must still not take the batch."""
         hopeless = tuple((token_id, -math.inf) for token_id in range(TOKENS))
         rows = [running(temperature=1.0, seed=1), running(temperature=1.0, logit_bias=hopeless)]
-        good, broken = sample(LOGITS.repeat(2, 1), rows, EOS)
+        good, broken = sample(LOGITS.repeat(2, 1), [row.next_token() for row in rows], EOS)
         assert isinstance(broken, EngineError)
         assert good == choose(LOGITS, running(temperature=1.0, seed=1))

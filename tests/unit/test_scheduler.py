@@ -122,6 +122,19 @@ class TestImages:
         finished(rig, request("b", prompt(3, 4, image(1), 5)))
         assert len(rig.encoded) == 1
 
+    @pytest.mark.parametrize("prefix_cache", [False, True])
+    @pytest.mark.parametrize("page_size", [2, 3, 4, 5])
+    @pytest.mark.parametrize("running", [1, 2, 4, 8])
+    @pytest.mark.parametrize("tokens", [6, 100])
+    def test_requests_that_come_one_image_after_the_other_need_room_for_one(
+        self, tokens: int, running: int, page_size: int, prefix_cache: bool
+    ) -> None:
+        caches = {"page_size": page_size, "prefix_cache": prefix_cache, "feature_bytes": 5 * 8}
+        rig = Rig(tokens=tokens, running=running, pages=64, **caches)
+        asked = [prompt(1, image(number, rows=5), 10 + row) for number in range(4) for row in range(5)]
+        finished(rig, *(request(str(number), one, max_tokens=2) for number, one in enumerate(asked)))
+        assert len(rig.encoded) == 4
+
     def test_tenants_do_not_share_encoded_images(self) -> None:
         rig = Rig(tokens=100)
         rig.add(request("a", prompt(1, image(1), 2), salt="a"), request("b", prompt(1, image(1), 2), salt="b"))
@@ -344,7 +357,7 @@ class TestBatch:
         for number in range(400):
             for kind, batch in (("row", True), ("client", False)):
                 if sum(name.startswith(kind) for name in rig.alive) < (4 if batch else 2):
-                    parts = prompt(number, image(number), *range(9))
+                    parts = prompt(number, image(2 * number + batch), *range(9))
                     rig.add(request(f"{kind} {number}", parts, max_tokens=3 + number % 5, batch=batch))
             step = rig.step()
             for chunk in step.chunks:

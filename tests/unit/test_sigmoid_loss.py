@@ -122,10 +122,11 @@ def ask_rank(rank: int, ranks: int, store: str, answers: Any) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_give_the_plain_loss_and_gradients(ranks: int, tmp_path) -> None:
-    context = multiprocessing.get_context("spawn")
+    multiprocessing.set_forkserver_preload(["torch"])  # imported once, not once per rank
+    context = multiprocessing.get_context("forkserver")
     answers = context.Queue()
     store = f"file://{tmp_path / 'store'}"
-    running = start_processes(ask_rank, (ranks, store, answers), ranks, join=False, start_method="spawn")
+    running = start_processes(ask_rank, (ranks, store, answers), ranks, join=False, start_method="forkserver")
     wanted = ranks * 2 * len(SHARES[ranks])
     found = [answers.get(timeout=120) for _ in range(wanted)]
     while not running.join():

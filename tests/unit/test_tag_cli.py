@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import resource
@@ -14,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from two_tower_checkpoint import write_two_tower_checkpoint
 
 from siglane import Tagger
+from siglane.batch.pictures import expand
 from siglane.batch.rows import RowFile
 from siglane.cli.main import main
-from siglane.cli.tag import expand
 from siglane.errors import SiglaneError, UserError
 
 LABELS = ("a cat", "a dog", "two shapes", "café")
@@ -194,13 +195,19 @@ class TestOutput:
         return ["tag", model, str(folder), "--labels", labels, "--threshold", "0", "-o", str(tmp_path / "out.jsonl")]
 
     def test_it_is_written_and_continued(
-        self, command: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self,
+        command: list[str],
+        folder: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         out = tmp_path / "out.jsonl"
         assert main(command) == 0
-        assert capsys.readouterr().out == f"{out}: 9 pictures tagged, 0 unreadable\n"
+        assert capsys.readouterr().out.startswith(f"{out}: 9 answered, 0 failed, 0 found there; 9 images in ")
         whole = out.read_bytes()
         assert [row["image"] for row in rows_of(out)] == pictures(folder)
+        assert rows_of(out)[0].keys() == {"image", "tags"}
         lines = whole.splitlines(keepends=True)
         for kept in (b"", lines[0], whole[:-1], whole[: len(lines[0]) + 7], b"".join(lines[:4]) + b'{"image"\n', whole):
             out.write_bytes(kept)
@@ -212,26 +219,70 @@ class TestOutput:
                 for one, two in zip(again[row["image"]], row["tags"], strict=True):
                     assert abs(one["confidence"] - two["confidence"]) < 1e-6
         assert out.read_bytes() == whole
-        assert "9 pictures are already in" in capsys.readouterr().err
-
-    def test_a_finished_run_loads_no_model(self, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(command) == 0
-        command[1] = "/nowhere"
+        assert "0 answered, 0 failed, 9 found there" in capsys.readouterr().out
+        monkeypatch.setattr(Tagger, "from_settings", None)  # a finished run loads no model
         assert main(command) == 0
 
-    def test_json_besides(self, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_another_job_is_refused(
+        self, command: list[str], labels: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(command) == 0
+        before = (tmp_path / "out.jsonl").read_bytes()
+        other = tmp_path / "labels.txt"
+        other.write_text("a cat\n")
+        for more, said in (
+            (("--threshold", "0.5"), "threshold was 0.0, is 0.5"),
+            (("--labels", str(other)), "labels was"),
+            (("--max-num-patches", "16"), "max_num_patches was null, is 16"),
+            (("--shard", "1/2"), 'shard was null, is "1/2"'),
+            (("--limit", "0"), "--limit must be at least 1"),
+            (("--shard", "3/2"), "is not I/N"),
+            (("--keep", "x"), "--keep needs a Parquet output"),
+            (("--id-column", "x"), "--id-column names columns, and"),
+        ):
+            assert main([*command, *more]) == 2
+            assert said in capsys.readouterr().err
+        assert (tmp_path / "out.jsonl").read_bytes() == before
+        assert main([*command[:-2], "--max-errors", "2"]) == 2
+        assert "--max-errors needs rows in a file" in capsys.readouterr().err
+
+    def test_bad_pictures_cost_themselves(
+        self, command: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "broken.png").write_bytes(b"x")
+        command[3:3] = [str(tmp_path / "broken.png"), str(tmp_path / "gone.png")]
+        assert main([*command, "--max-errors", "0"]) == 3
+        assert "1 rows failed, more than --max-errors 0; the same command continues" in capsys.readouterr().err
         assert main([*command, "--json"]) == 0
-        assert json.loads(capsys.readouterr().out) == rows_of(tmp_path / "out.jsonl")
+        summary = json.loads(capsys.readouterr().out)
+        assert (summary["answered"], summary["failed"], summary["found"]) == (0, {"image_not_found": 1}, 10)
+        assert len(rows_of(tmp_path / "out.jsonl")) == 9
+        broken, gone = rows_of(tmp_path / "out.errors.jsonl")
+        assert broken["image"] == str(tmp_path / "broken.png")
+        assert (broken["error"]["code"], broken["line"]) == ("image_decode_failed", 10)
+        assert (gone["error"]["code"], gone["line"]) == ("image_not_found", 11)
+        assert "cannot be read" in gone["error"]["message"]
+
+    def test_shards_and_limits(self, command: list[str], folder: Path, tmp_path: Path) -> None:
+        found = []
+        for shard in ("1/2", "2/2"):
+            command[-1] = str(tmp_path / f"{shard[0]}.jsonl")
+            assert main([*command, "--shard", shard, "--limit", "7"]) == 0
+            found.append([row["image"] for row in rows_of(Path(command[-1]))])
+        assert found == [pictures(folder)[:7:2], pictures(folder)[1:7:2]]
 
     def test_another_file_is_left_alone(
         self, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         out = tmp_path / "out.jsonl"
-        out.write_text('{"image": "a"}\n{"picture": 1}\n{"image": "b"}\n')
-        before = out.read_bytes()
-        assert main(command) == 2
-        assert "out.jsonl, line 2 is not a row with 'image'; name another file" in capsys.readouterr().err
-        assert out.read_bytes() == before
+        for content, said in (
+            ('{"image": "a"}\n{"picture": 1}\n{"image": "b"}\n', "line 2 is not a row with 'image'; name another file"),
+            ('{"image": "a", "tags": []}\n', "has rows and no out.manifest.json beside it"),
+        ):
+            out.write_text(content)
+            assert main(command) == 2
+            assert said in capsys.readouterr().err
+            assert out.read_text() == content
 
     def test_two_runs_do_not_share_a_file(self, tmp_path: Path) -> None:
         with (
@@ -240,12 +291,6 @@ class TestOutput:
         ):
             RowFile(tmp_path / "out.jsonl", "image")
         RowFile(tmp_path / "out.jsonl", "image").close()
-
-    def test_a_device_that_is_full(self, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-        command[-1] = "/dev/full"
-        assert main(command) == 1
-        line = capsys.readouterr().err.splitlines()[-1]
-        assert line.startswith("siglane: error: cannot write /dev/full: No space left on device")
 
     def test_a_disk_that_fills_up_leaves_whole_rows(self, tmp_path: Path) -> None:
         """The limit on a file's size stops a write in the middle of a line, as a full disk does."""
@@ -288,33 +333,149 @@ class TestOutput:
         assert rows_of(tmp_path / "out.jsonl") == [{"image": "a"}, {"image": "c"}]
 
     @pytest.mark.slow
-    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
-    def test_a_stopped_run_is_continued(
-        self, command: list[str], folder: Path, tmp_path: Path, number: signal.Signals, code: int
-    ) -> None:
-        out = tmp_path / "out.jsonl"
-        os.mkfifo(tmp_path / "stuck.png")  # nobody writes: the run waits here until it is stopped
-        images = [*pictures(folder), str(tmp_path / "stuck.png")]
-        program = [sys.executable, "-m", "siglane.cli.main", *command[:2], *images, *command[3:], "--batch-size", "2"]
-        with subprocess.Popen(
-            program,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            # a shell has its background jobs ignore the signal, and what they start
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        ) as process:
-            deadline = time.monotonic() + 120
-            while not (out.exists() and len(rows_of(out)) >= 6) and time.monotonic() < deadline:
-                time.sleep(0.05)
-            process.send_signal(number)
-            while process.poll() is None and time.monotonic() < deadline:  # lets go of the thread that reads
-                with contextlib.suppress(OSError):
-                    os.close(os.open(tmp_path / "stuck.png", os.O_WRONLY | os.O_NONBLOCK))
-                time.sleep(0.05)
-            process.kill()
-            _, errors = process.communicate(timeout=60)
-        assert process.returncode == code, errors
-        assert 6 <= len(rows_of(out)) < 10
+    def test_a_stopped_run_is_continued(self, command: list[str], tmp_path: Path) -> None:
+        """Killed, stopped by signals and on a full disk, it ends as one that nothing stopped."""
+        many = tmp_path / "many"
+        many.mkdir()
+        for number in range(400):
+            Image.new("RGB", (30, 20), (number % 256, 5 * number % 256, 90)).save(many / f"{number:03}.png")
+        (many / "100.png").write_bytes(b"broken")
+        command[2:3] = [str(many)]
+        out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+        assert main([*command[:-1], str(whole)]) == 0
+        program = [sys.executable, "-m", "siglane.cli.main", *command, "--batch-size", "1"]
+        for number, code, size in (
+            (signal.SIGKILL, -signal.SIGKILL, None),
+            (signal.SIGINT, 3, None),
+            (None, 3, 30_000),
+        ):
+            before = len(rows_of(out)) if out.exists() else 0
+
+            def prepare(size: int | None = size) -> None:
+                # a shell has its background jobs ignore the signal, and what they start
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                if size is not None:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+            with subprocess.Popen(
+                program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=prepare
+            ) as process:
+                deadline = time.monotonic() + 120
+                while number is not None and time.monotonic() < deadline and process.poll() is None:
+                    if out.exists() and out.read_bytes().count(b"\n") >= before + 6:
+                        process.send_signal(number)
+                        break
+                    time.sleep(0.001)
+                _, errors = process.communicate(timeout=120)
+            assert process.returncode == code, errors
+            if code == 3:
+                assert "the same command continues" in errors
+            assert before < len(rows_of(out)) < 399
         assert main(command) == 0
-        assert sorted(row["image"] for row in rows_of(out)) == pictures(folder)
+        assert [row["image"] for row in rows_of(out)] == [row["image"] for row in rows_of(whole)]
+        for one, two in zip(rows_of(out), rows_of(whole), strict=True):
+            assert [tag["label"] for tag in one["tags"]] == [tag["label"] for tag in two["tags"]]
+        (failed,) = rows_of(tmp_path / "out.errors.jsonl")
+        assert failed["image"].endswith("100.png")
+
+
+class TestTables:
+    @pytest.fixture
+    def table(self, folder: Path, tmp_path: Path) -> tuple[Path, list[bytes | None]]:
+        files: list[bytes | None] = [Path(one).read_bytes() for one in pictures(folder)]
+        files[3], files[5] = None, b"broken"
+        columns = {
+            "id": [f"row {number}" for number in range(9)],
+            "photo": [None if one is None else {"bytes": one, "path": None} for one in files],
+            "year": pa.array(range(1990, 1999), pa.int16()),
+        }
+        pq.write_table(pa.table(columns), tmp_path / "in.parquet", row_group_size=4)
+        return tmp_path / "in.parquet", files
+
+    def test_a_table_in_and_out(
+        self, model: str, labels: str, table: tuple[Path, list[bytes | None]], tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:  # fmt: skip
+        file, files = table
+        out = tmp_path / "out.parquet"
+        command = ["tag", model, str(file), "--labels", labels, "--threshold", "0", "-o", str(out)]
+        command += ["--image-column", "photo", "--id-column", "id", "--keep", "year"]
+        assert main(command) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == f"{out}: 9 rows"
+        found = pq.read_table(out)
+        assert found.column_names == ["custom_id", "year", "tags", "error_code", "error_message"]
+        assert found.schema.field("year").type == pa.int16()
+        assert str(found.schema.field("tags").type).startswith("list<")
+        assert found["custom_id"].to_pylist() == [f"row {number}" for number in range(9)]
+        codes = [None, None, None, "missing_value", None, "image_decode_failed", None, None, None]
+        assert found["error_code"].to_pylist() == codes
+        good = [one for one in files if one is not None and one != b"broken"]
+        expected = iter(Tagger(model).tag(good, LABELS, threshold=0))
+        for tags, code in zip(found["tags"].to_pylist(), codes, strict=True):
+            if code is not None:
+                assert tags is None
+                continue
+            wanted = next(expected).tags
+            assert [tag["label"] for tag in tags] == [tag.label for tag in wanted]
+            assert np.allclose([tag["confidence"] for tag in tags], [tag.confidence for tag in wanted], atol=1e-6)
+        assert [row["custom_id"] for row in rows_of(tmp_path / "out.jsonl")][:2] == ["row 0", "row 1"]
+        before = out.read_bytes()
+        out.unlink()
+        assert main(command) == 0  # from its lines, without a model
+        assert out.read_bytes() == before
+
+    def test_printed(
+        self, model: str, labels: str, table: tuple[Path, list[bytes | None]], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = ["tag", model, str(table[0]), "--labels", labels, "--image-column", "photo", "--top-k", "1"]
+        assert main([*words, "--limit", "4"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split(": ")[0] for line in lines] == ["1", "2", "3", "4"]
+        assert lines[3] == "4: error: column 'photo' holds no picture"
+
+    def test_pictures_in_and_a_table_out(self, model: str, labels: str, folder: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out.parquet"
+        assert main(["tag", model, str(folder), "--labels", labels, "--top-k", "2", "-o", str(out)]) == 0
+        found = pq.read_table(out)
+        assert found.column_names == ["image", "tags", "error_code", "error_message"]
+        assert found["image"].to_pylist() == pictures(folder)
+        assert [len(tags) for tags in found["tags"].to_pylist()] == [2] * 9
+
+    def test_what_a_table_must_be(
+        self, model: str, labels: str, folder: Path, table: tuple[Path, list[bytes | None]], tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:  # fmt: skip
+        file = str(table[0])
+        pq.write_table(pa.table({"image": [[b"a", b"b"]], "tags": [1]}), tmp_path / "lists.parquet")
+        for words, complaint in (
+            ([file], "has no column 'image'; its columns are id, photo, year"),
+            ([file, "--image-column", "year"], "column 'year' of"),
+            ([str(tmp_path / "lists.parquet")], "a row may have one picture here"),
+            ([file, str(folder)], f"{folder} is no Parquet table, and {file} is one; name one kind"),
+            ([file, "--image-column", "photo", "--keep", "nothing"], "has no column 'nothing'"),
+            ([file, "--image-column", "photo", "--id-column", "id", "--keep", "custom_id"], "no column 'custom_id'"),
+        ):
+            command = ["tag", model, *words, "--labels", labels, "-o", str(tmp_path / "out.parquet")]
+            assert main(command) == 2
+            assert complaint in capsys.readouterr().err
+        assert not list(tmp_path.glob("out.*"))
+
+
+WITHOUT = """
+import sys
+sys.modules["orjson"] = sys.modules["pyarrow"] = None
+from siglane.cli.main import main
+at = sys.argv.index("embed")
+sys.exit(main(sys.argv[1:at]) or main(sys.argv[at:]))
+"""
+
+
+@pytest.mark.slow
+def test_neither_the_servers_packages_nor_pyarrow_are_needed(
+    model: str, labels: str, folder: Path, tmp_path: Path
+) -> None:
+    words = [model, str(folder), "-o", str(tmp_path / "out.jsonl")]
+    command = ["tag", *words, "--labels", labels, "embed", *words[:-1], str(tmp_path / "vectors.jsonl")]
+    done = subprocess.run([sys.executable, "-c", WITHOUT, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(rows_of(tmp_path / "out.jsonl")) == len(rows_of(tmp_path / "vectors.jsonl")) == 9

@@ -82,7 +82,11 @@ class Tiny:
         engine = self.engine(**options)
 
         def forward(batch: StepBatch) -> torch.Tensor:
-            rows = [logits_of(says(chunk.sequence.output_ids), engine) for chunk in batch.chunks if chunk.samples]
+            rows = [
+                logits_of(says([*chunk.sequence.output_ids, *chunk.guesses[:count]]), engine)
+                for chunk in batch.chunks
+                for count in range(len(chunk.next_tokens))
+            ]
             return torch.stack(rows) if rows else torch.empty(0, engine.runner.vocab_size)
 
         monkeypatch.setattr(engine.runner, "forward", forward)
@@ -141,6 +145,18 @@ class TestBudget:
         answer = run(tiny.scripted(thinker(None), monkeypatch), request(thinking_budget=budget))["a"]
         assert answer.tokens == [*thoughts(budget), *FORCED, *ANSWER]
         assert answer.end == ("stop", EOS)
+
+    @pytest.mark.parametrize("budget", [3, 7, 12])
+    def test_guesses_that_go_on_thinking_are_not_kept_beyond_it(
+        self, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, budget: int
+    ) -> None:
+        """The prompt holds the thoughts already, so that they are guessed, also where they are to be cut."""
+        prompt = (*thoughts(30), *TURN)
+        engine = tiny.scripted(thinker(None), monkeypatch)
+        answer = run(engine, request(prompt=prompt, thinking_budget=budget, num_speculative_tokens=8))["a"]
+        assert answer.tokens == [*thoughts(budget), *FORCED, *ANSWER]
+        assert answer.last is not None
+        assert answer.last.accepted_prediction_tokens >= budget - 2  # the first two are looked up
 
     @pytest.mark.parametrize("budget", [8, 9, 100, None])
     def test_thinking_that_closes_in_time_goes_on_as_if_there_were_no_budget(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import sys
 import tarfile
 from dataclasses import replace
@@ -333,7 +334,8 @@ def rank(number: int, ranks: int, folder: Path) -> None:
 def test_two_ranks_train_the_model_of_one(tmp_path: Path) -> None:
     write_config(tmp_path)
     lines = write_lines(tmp_path)
-    running = start_processes(rank, (2, tmp_path), 2, join=False, start_method="spawn")
+    multiprocessing.set_forkserver_preload(["torch"])  # imported once, not once per rank
+    running = start_processes(rank, (2, tmp_path), 2, join=False, start_method="forkserver")
     config = replace(CONFIG, precision="float32", batch_size=5, steps=3)
     run(lines, tmp_path / "config.json", tmp_path / "alone", config)
     while not running.join():

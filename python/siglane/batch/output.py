@@ -1,4 +1,4 @@
-"""The two files of a batch, OpenAI's output and its errors, and the job that they belong to.
+"""The two files of a batch, answers and errors, and the job that they belong to. As OpenAI writes them:
 
     answers.jsonl            {"id", "custom_id", "response": {"status_code": 200, "request_id", "body"}, "error": null}
     answers.errors.jsonl     {"id", "custom_id", "response" or null, "error": {"code", "message"}, "line"}
@@ -15,40 +15,40 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
+from siglane.batch.form import OPENAI, Answer, Form
 from siglane.batch.keys import DiskSet
-from siglane.batch.requests import BadRow, Row
+from siglane.batch.row import BadRow, Row
 from siglane.batch.rows import CannotWrite, RowFile
-from siglane.errors import UserError
+from siglane.errors import SiglaneError, UserError
 
 SYNC_SECONDS = 2.0
 
 
-class Answer(NamedTuple):
-    """What a server answers. status: as in HTTP; body: OpenAI's, of an error where the status is 400 or more; ignored:
-    fields of the request that had no effect."""
+class Stopped(SiglaneError):
+    """A batch that ended before its last row; the same command continues it."""
 
-    status: int
-    body: Mapping[str, Any]
-    ignored: tuple[str, ...] = ()
+    exit_code = 3
 
 
 class Output:
     """Where answers are written, each once. UserError when the files belong to another job, or cannot be had.
 
-    failures: how many rows of this run failed, by code.
+    max_errors: rows that may fail in this run before it stops, None for all; failures: how many have, by code.
     """
 
-    def __init__(self, path: Path, job: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: Path, job: Mapping[str, Any], form: Form = OPENAI, *, max_errors: int | None = None
+    ) -> None:
         self.path, self.errors_path = path, path.with_name(f"{path.stem}.errors{path.suffix}")
+        self._form, self._max_errors = form, max_errors
         self.failures: Counter[str] = Counter()
         self._synced = time.monotonic()
         with ExitStack() as stack:
             # the answers' file first: who has it has the others
-            self._answers = stack.enter_context(RowFile(path, "custom_id", self._keys(stack)))
+            self._answers = stack.enter_context(RowFile(path, form.key, self._keys(stack)))
             check_job(path, job, self._answers.rows)
             self._errors = stack.enter_context(RowFile(self.errors_path, "line", self._keys(stack)))
             self._stack = stack.pop_all()
@@ -77,20 +77,19 @@ class Output:
         return answered or str(row.number) in self._errors.known
 
     def write(self, row: Row | BadRow, answer: Answer | None) -> None:
-        """answer: None for a row that was not asked. CannotWrite when the disk refuses it."""
-        name = _name_of(row)
-        line: dict[str, Any] = {"id": f"batch_req_{name}", "custom_id": row.custom_id, "response": None, "error": None}
-        if answer is not None:
-            body = _settled(answer.body, name)
-            line["response"] = {"status_code": answer.status, "request_id": f"req_{name}", "body": body}
-        if answer is not None and answer.status < 400:
-            self._answers.append(line)
+        """answer: None for a row that was not asked. CannotWrite when the disk refuses it, Stopped when too many have
+        failed."""
+        if isinstance(row, Row) and answer is not None and answer.status < 400:
+            self._answers.append(self._form.answered(row, answer))
         else:
-            line["error"] = _error_of(row, answer)
-            self._errors.append(line | {"line": row.number})
-            self.failures[line["error"]["code"]] += 1
+            error = _error_of(row, answer)
+            self._errors.append(self._form.failed(row, answer, error) | {"line": row.number})
+            self.failures[error["code"]] += 1
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self.sync()
+        count, most = self.failures.total(), self._max_errors
+        if most is not None and count > most:
+            raise Stopped(f"{count} rows failed, more than --max-errors {most}; the same command continues")
 
     def sync(self) -> None:
         """Returns when all rows so far are on the disk."""
@@ -102,27 +101,6 @@ class Output:
         keys = DiskSet()
         stack.callback(keys.close)
         return keys
-
-
-def _name_of(row: Row | BadRow) -> str:
-    """The same whenever the row is asked."""
-    return blake2b(f"{row.number} {row.custom_id}".encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
-
-
-def _settled(body: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """An answer without what depends on when and beside whom it was computed, so that a batch that was stopped ends
-    with the bytes of one that was not: no time, an id of the row's own, no count of cached tokens."""
-    settled = dict(body)
-    if "id" in settled:
-        kind, dash, _ = str(settled["id"]).partition("-")
-        settled["id"] = f"{kind if dash else 'chatcmpl'}-{name}"
-    if "created" in settled:
-        settled["created"] = 0
-    usage = settled.get("usage")
-    if isinstance(usage, Mapping) and isinstance(details := usage.get("prompt_tokens_details"), Mapping):
-        details = {key: value for key, value in details.items() if key != "cached_tokens"}
-        settled["usage"] = {**usage, "prompt_tokens_details": details}
-    return settled
 
 
 def _error_of(row: Row | BadRow, answer: Answer | None) -> dict[str, str]:

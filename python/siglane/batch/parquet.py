@@ -16,7 +16,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from siglane.batch.requests import CHAT, MAX_ID_CHARACTERS, BadRow, Row, Source, of_one_id
+from siglane.batch.row import CHAT, MAX_ID_CHARACTERS, BadRow, Row, Source, of_one_id
 from siglane.errors import UserError
 from siglane.media.source import URL
 
@@ -94,6 +94,13 @@ class Tables:
             for name in self._columns(prompted) + self.keep:
                 self._check(name, schema, file, prompted)
         self.digest = digest.hexdigest()
+
+    def check_one_picture(self) -> None:
+        """UserError where a row may have several pictures."""
+        kind, types = self.schema.field(self.images).type, self._arrow.types
+        if types.is_list(kind) or types.is_large_list(kind):
+            message = f"column {self.images!r} of {self.files[0]} holds {kind}; a row may have one picture here"
+            raise UserError(message, code="bad_column")
 
     def source(self) -> Source:
         return Source(self.files[0], self.digest, self.count, lambda: of_one_id(self._rows()))

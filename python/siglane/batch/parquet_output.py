@@ -1,8 +1,8 @@
 """The answers of a finished batch as a Parquet table, made from its JSON Lines, which stay beside it: a batch is
 continued by its lines, and a table is written once, whole.
 
-    custom_id · the columns that were to be kept · answer · finish_reason · prompt_tokens · completion_tokens ·
-    error_code · error_message · response
+    custom_id · the columns that were to be kept · those of its form: answer, finish_reason, prompt_tokens,
+    completion_tokens, error_code, error_message, response
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from siglane.batch.form import OPENAI, Form
 from siglane.batch.keys import DiskMap
 from siglane.batch.parquet import SUFFIX, Tables, import_pyarrow
-from siglane.batch.requests import Source
+from siglane.batch.row import Source
 from siglane.batch.rows import CannotWrite
 from siglane.errors import UserError
 
-COUNTS = ("prompt_tokens", "completion_tokens")
-COLUMNS = ("custom_id", "answer", "finish_reason", *COUNTS, "error_code", "error_message", "response")
 ROWS_AT_ONCE = 1024
 GROUP_ROWS, GROUP_BYTES = 16384, 64 << 20  # of the output
 
@@ -31,6 +30,7 @@ class Journal(NamedTuple):
 
     answers: Path
     errors: Path
+    form: Form = OPENAI
 
 
 def journal_of(table: Path) -> Path:
@@ -42,12 +42,6 @@ def journal_of(table: Path) -> Path:
     return journal
 
 
-def check_kept(tables: Tables) -> None:
-    """UserError for a column that would have the name of one of the answer's."""
-    if taken := [name for name in tables.keep if name in COLUMNS]:
-        raise UserError(f"--keep {taken[0]}: the output has a column of that name already", code="bad_option")
-
-
 def write_table(
     path: Path, journal: Journal, source: Source, tables: Tables | None, holds: Callable[[int], bool], limit: int | None
 ) -> int:
@@ -55,11 +49,10 @@ def write_table(
     the rows of the input that belong to the batch. CannotWrite when the disk refuses it, and leaves no table."""
     arrow, parquet = import_pyarrow()
     part, count = path.with_suffix(f"{SUFFIX}.part"), 0
-    fields = [tables.schema.field(name) for name in tables.keep] if tables is not None else []
-    schema = arrow.schema([("custom_id", arrow.string()), *fields, *((n, _kind(n, arrow)) for n in COLUMNS[1:])])
     try:
         with ExitStack() as stack:
             lines = _Lines(journal, stack)
+            schema = _schema(arrow, journal.form, lines.first, tables)
             writer = stack.enter_context(parquet.ParquetWriter(part, schema))
             waiting: list[Any] = []
             seen = held = written = 0
@@ -68,8 +61,8 @@ def write_table(
                 seen += len(numbers)
                 chosen = [at for at, number in enumerate(first) if holds(number)]
                 records = [lines.find(numbers[at], ids[at]) for at in chosen]
-                ours = {name: [record[name] for record in records] for name in COLUMNS}
-                columns = [arrow.array(ours[name], schema.field(name).type) for name in COLUMNS]
+                names = (journal.form.key, *journal.form.columns)
+                columns = [arrow.array([one.get(name) for one in records], schema.field(name).type) for name in names]
                 between = [] if kept is None else kept.take(arrow.array(chosen, arrow.int64())).columns
                 waiting.append(arrow.RecordBatch.from_arrays([columns[0], *between, *columns[1:]], schema=schema))
                 count, held = count + len(chosen), held + waiting[-1].nbytes
@@ -85,8 +78,10 @@ def write_table(
     return count
 
 
-def _kind(name: str, arrow: Any) -> Any:
-    return arrow.int64() if name in COUNTS else arrow.string()
+def _schema(arrow: Any, form: Form, first: dict[str, Any] | None, tables: Tables | None) -> Any:
+    kept = [tables.schema.field(name) for name in tables.keep] if tables is not None else []
+    kinds = form.kinds(arrow, first)
+    return arrow.schema([(form.key, arrow.string()), *kept, *zip(form.columns, kinds, strict=True)])
 
 
 def _replace(part: Path, path: Path) -> None:
@@ -119,9 +114,10 @@ class _Lines:
     """Lines of the journal, found by their row."""
 
     def __init__(self, journal: Journal, stack: ExitStack) -> None:
+        self._form = journal.form
         self._files: list[BinaryIO] = []
         self._places: list[DiskMap] = []
-        for path, key in zip(journal, ("custom_id", "line"), strict=True):
+        for path, key in ((journal.answers, journal.form.key), (journal.errors, "line")):
             file = stack.enter_context(path.open("rb"))
             places = DiskMap()
             stack.callback(places.close)
@@ -131,34 +127,25 @@ class _Lines:
                 start += len(line)
             self._files.append(file)
             self._places.append(places)
+        self._files[0].seek(0)
+        line = self._files[0].readline()
+        self.first: dict[str, Any] | None = json.loads(line) if line else None  # of the answers
 
     def find(self, number: int, custom_id: str | None) -> dict[str, Any]:
         """The output's columns of a row."""
         (answers, errors), (answered, failed) = self._files, self._places
         if (start := failed.get(str(number))) is not None:
-            return _columns(_line(errors, start))
+            return self._values(_line(errors, start))
         start = None if custom_id is None else answered.get(custom_id)
         if start is None:
             raise UserError(f"row {number} of the input has no answer; was the output changed?", code="another_job")
-        return _columns(_line(answers, start))
+        return self._values(_line(answers, start))
+
+    def _values(self, line: dict[str, Any]) -> dict[str, Any]:
+        return {self._form.key: line[self._form.key], **self._form.values(line)}
 
 
 def _line(file: BinaryIO, start: int) -> dict[str, Any]:
     file.seek(start)
     found: dict[str, Any] = json.loads(file.readline())
     return found
-
-
-def _columns(line: dict[str, Any]) -> dict[str, Any]:
-    columns = dict.fromkeys(COLUMNS) | {"custom_id": line["custom_id"]}
-    if line["error"] is not None:
-        columns |= {"error_code": line["error"]["code"], "error_message": line["error"]["message"]}
-    body = line["response"]["body"] if line["response"] is not None else {}
-    if line["response"] is not None:
-        columns["response"] = json.dumps(body)
-    if choices := body.get("choices"):
-        columns["answer"] = choices[0].get("message", {}).get("content")
-        columns["finish_reason"] = choices[0].get("finish_reason")
-    if usage := body.get("usage"):
-        columns |= {name: usage.get(name) for name in COUNTS}
-    return columns

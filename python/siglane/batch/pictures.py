@@ -1,12 +1,16 @@
-"""The pictures that a command's arguments name."""
+"""The pictures that a command's arguments name, and the same question about each."""
 
 from __future__ import annotations
 
 import glob
+import hashlib
+import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
+from siglane.batch.row import CHAT, BadRow, Row, Source
 from siglane.config.preprocess import PICTURE_SUFFIXES
 from siglane.errors import UserError
 from siglane.media.source import URL
@@ -43,3 +47,25 @@ def _pictures_below(folder: str) -> Iterator[str]:
 
 def _say_unread(error: OSError) -> None:
     print(f"siglane: pictures below {error.filename} are left out: {error.strerror}", file=sys.stderr)
+
+
+def ask_pictures(pictures: Iterable[str], prompt: str, fields: Mapping[str, Any]) -> Source:
+    """The same question about each picture; its custom_id is the path. fields: of every request's body."""
+    paths = list(pictures)
+    message = {"role": "user", "content": [{"type": "text", "text": prompt}]}
+    body = {**fields, "messages": [message]}
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(json.dumps([path, _size(path)]).encode())
+
+    def read() -> Iterator[Row | BadRow]:
+        return (Row(number, path, CHAT, body, 0, path, 1, (path,)) for number, path in enumerate(paths, 1))
+
+    return Source(f"{len(paths)} pictures", digest.hexdigest(), len(paths), read)
+
+
+def _size(path: str) -> int | None:
+    try:
+        return os.stat(path).st_size
+    except (OSError, ValueError):
+        return None

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple, Self
 import httpx2
 import orjson
 
-from siglane.batch.output import Answer
-from siglane.batch.run import failed
+from siglane.batch.form import Answer, failed
 from siglane.errors import EngineError, UserError
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,6 @@
 """Asks every row of a source, many at a time, and writes what is answered.
 
-The server is whoever answers: siglane's own in this process, or any other. A row under which the engine dies is asked
-again with nothing beside it; the second time it is the row's own fault.
+The server is whoever answers: siglane's own in this process, or any other.
 """
 
 from __future__ import annotations
@@ -12,48 +11,26 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-from siglane.batch.output import Answer, Output
-from siglane.batch.requests import CHAT, BadRow, Row
+from siglane.batch.form import Answer, failed
+from siglane.batch.output import Output, Stopped
+from siglane.batch.pool import Pool, Server
+from siglane.batch.row import CHAT, BadRow, Row
 from siglane.batch.window import Window
-from siglane.errors import SiglaneError, UserError
+from siglane.errors import UserError
 
 Order = Literal["input", "done"]
 Written = Callable[[Row | BadRow, Answer | None], None]
-DEATHS = 2  # of the engine under one row, after which the row is left
-
-
-class Stopped(SiglaneError):
-    """A batch that ended before its last row; the same command continues it."""
-
-    exit_code = 3
-
-
-class EngineDied(Exception):
-    """The engine was lost while it worked at a row."""
-
-
-class Server(Protocol):
-    """slots: rows that it works at in one time."""
-
-    @property
-    def slots(self) -> int: ...
-
-    async def ask(self, url: str, body: Mapping[str, Any]) -> Answer:
-        """Waits while the server is not ready. Raises EngineDied, and SiglaneError when it will never be."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """How a batch is run. window: rows that may be in memory; seed: what a row without one gets its own from;
-    max_errors: rows that may fail before the run stops, None for all."""
+    """How a batch is run. window: rows that may be in memory; seed: what a row without one gets its own from."""
 
     order: Order = "input"
     window: int = 1024
     seed: int = 0
-    max_errors: int | None = None
 
 
 @dataclass(slots=True)
@@ -61,20 +38,19 @@ class _Run:
     """A batch on its way. Every row is in exactly one of these places."""
 
     rows: Iterator[Row | BadRow]
-    server: Server
+    server: Pool
     output: Output
     plan: Plan
     written: Written
     waiting: Window
-    suspects: deque[Row] = field(default_factory=deque)  # the engine died under them; each is asked alone
     asked: dict[asyncio.Task[Answer], Row] = field(default_factory=dict)
     ended: dict[int, tuple[Row | BadRow, Answer | None]] = field(default_factory=dict)  # wait for those before them
     order: deque[int] = field(default_factory=deque)  # numbers of the rows that are not written, as they were read
-    deaths: dict[int, int] = field(default_factory=dict)
+    last: asyncio.Event | None = None  # set when the row that was started last has been put to the server
     at_end: bool = False
 
     def read_ahead(self) -> None:
-        while not self.at_end and self.waiting.has_room(self._beside()):
+        while not self.at_end and self.waiting.has_room(len(self.asked) + len(self.ended)):
             row = next(self.rows, None)
             if row is None:
                 self.at_end = True
@@ -86,35 +62,16 @@ class _Run:
             else:
                 self.waiting.add(row)
 
-    def _beside(self) -> int:
-        return len(self.asked) + len(self.suspects) + len(self.ended)
-
     def start(self) -> None:
-        if self.suspects:
-            if not self.asked:
-                self._ask(self.suspects.popleft())
-            return
-        while self.waiting and len(self.asked) < self.server.slots and not self._asks_suspect():
+        while self.waiting and len(self.asked) < max(1, self.server.slots):
             self._ask(self.waiting.take())
 
-    def _asks_suspect(self) -> bool:
-        return any(row.number in self.deaths for row in self.asked.values())
-
     def _ask(self, row: Row) -> None:
-        self.asked[asyncio.create_task(_ask(self.server, row, self.plan.seed))] = row
+        before, self.last = self.last, asyncio.Event()
+        self.asked[asyncio.create_task(_ask(self.server, row, self.plan.seed, before, self.last))] = row
 
     def take(self, task: asyncio.Task[Answer]) -> None:
-        row = self.asked.pop(task)
-        try:
-            answer = task.result()
-        except EngineDied:
-            self.deaths[row.number] = self.deaths.get(row.number, 0) + 1
-            if self.deaths[row.number] < DEATHS:
-                self.suspects.append(row)
-                return
-            answer = failed(500, "engine_died", f"the engine died {DEATHS} times under this row")
-        self.deaths.pop(row.number, None)
-        self.end(row, answer)
+        self.end(self.asked.pop(task), task.result())
 
     def end(self, row: Row | BadRow, answer: Answer | None) -> None:
         """Writes what is ended, in the order that was asked for."""
@@ -128,9 +85,6 @@ class _Run:
     def _write(self, row: Row | BadRow, answer: Answer | None) -> None:
         self.output.write(row, answer)
         self.written(row, answer)
-        failed, most = self.output.failures.total(), self.plan.max_errors
-        if most is not None and failed > most:
-            raise Stopped(f"{failed} rows failed, more than --max-errors {most}; the same command continues")
 
 
 async def run_batch(
@@ -144,7 +98,7 @@ async def run_batch(
 ) -> None:
     """Returns when the last row is written. Stopped when `stop` is set or too many rows fail, CannotWrite for a full
     disk, SiglaneError when the server is lost; what is written then stays."""
-    run = _Run(rows, server, output, plan, written, Window(plan.window))
+    run = _Run(rows, Pool([server]), output, plan, written, Window(plan.window))
     stopped = asyncio.create_task(stop.wait())
     try:
         while True:
@@ -166,11 +120,16 @@ async def run_batch(
             await asyncio.gather(*run.asked, stopped, return_exceptions=True)
 
 
-async def _ask(server: Server, row: Row, seed: int) -> Answer:
+async def _ask(server: Pool, row: Row, seed: int, before: asyncio.Event | None, put: asyncio.Event) -> Answer:
+    """Files are read side by side, the server is asked in order: after `before` was set, and then `put`."""
     try:
         body = await asyncio.to_thread(row.read) if row.pictures else row.body
     except UserError as error:
         return failed(error.status, error.code, error.message)
+    finally:
+        if before is not None:
+            await before.wait()
+        put.set()  # who waits for it goes on when this task waits itself: when the server has been asked
     return await server.ask(row.url, _with_seed(body, row, seed))
 
 
@@ -185,8 +144,3 @@ def seed_of(seed: int, custom_id: str) -> int:
     """31 bits."""
     digest = blake2b(f"{seed} {custom_id}".encode("utf-8", "surrogatepass"), digest_size=4).digest()
     return int.from_bytes(digest) >> 1
-
-
-def failed(status: int, code: str, message: str) -> Answer:
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    return Answer(status, {"error": {"message": message, "type": kind, "param": None, "code": code}})

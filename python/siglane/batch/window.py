@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 
-from siglane.batch.requests import Row
+from siglane.batch.row import Row
 
 WINDOW_BYTES = 256 << 20
 

@@ -13,9 +13,11 @@ from tqdm import tqdm
 from siglane.cli.common import emit_json, emit_line
 
 if TYPE_CHECKING:
-    from siglane.batch.output import Answer, Output
-    from siglane.batch.requests import BadRow, Row, Source
+    from siglane.batch.form import Answer
+    from siglane.batch.output import Output
+    from siglane.batch.row import BadRow, Row, Source
 
+TOKENS = ("prompt_tokens", "completion_tokens")
 STOPPED = 3  # exit code: not done, and the same command continues
 
 
@@ -49,10 +51,12 @@ class Report:
         self._ignored.update(answer.ignored)
         self._images += row.images
         usage = answer.body.get("usage", {})
-        self._tokens.update({name: usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens")})
+        self._tokens.update({name: usage.get(name, 0) for name in TOKENS})
         seconds = time.monotonic() - self._began
-        rate = f"{self._images / seconds:.1f} images/s, {self._tokens['completion_tokens'] / seconds:.0f} tokens/s"
-        self._bar.set_postfix_str(rate, refresh=False)
+        rates = [f"{self._images / seconds:.1f} images/s"]
+        if tokens := self._tokens["completion_tokens"]:
+            rates.append(f"{tokens / seconds:.0f} tokens/s")
+        self._bar.set_postfix_str(", ".join(rates), refresh=False)
 
     def close(self, out: TextIO, *, as_json: bool) -> int:
         """The summary; the exit code."""
@@ -65,7 +69,7 @@ class Report:
             "failed": dict(self._output.failures),
             "found": self._found,
             "images": self._images,
-            **self._tokens,
+            **{name: self._tokens[name] for name in TOKENS},
             "table_rows": self.table_rows,
             "seconds": round(time.monotonic() - self._began, 3),
             "ignored_fields": dict(self._ignored),
@@ -81,11 +85,11 @@ class Report:
 
     def _lines(self) -> Iterator[str]:
         seconds = time.monotonic() - self._began
-        failed = self._output.failures.total()
+        failed, (read, written) = self._output.failures.total(), (self._tokens[name] for name in TOKENS)
+        tokens = f", {read} + {written} tokens" if read or written else ""
         yield (
             f"{self._output.path}: {self._answered} answered, {failed} failed, {self._found} found there; "
-            f"{self._images} images, {self._tokens['prompt_tokens']} + {self._tokens['completion_tokens']} tokens "
-            f"in {seconds:.1f} s"
+            f"{self._images} images{tokens} in {seconds:.1f} s"
         )
         if failed:
             kinds = ", ".join(f"{count} {code}" for code, count in self._output.failures.most_common())

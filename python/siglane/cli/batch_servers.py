@@ -1,9 +1,12 @@
-"""Who answers a batch: the models of MODEL in this process, or the server of `--base-url`."""
+"""Who answers a batch: the models of MODEL in this process or in workers of Ray, or the server of `--base-url`."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -14,12 +17,15 @@ from siglane.cli.common import ModelOptions
 from siglane.errors import UserError
 from siglane.settings.engine import EngineConfig
 from siglane.settings.flags import OptionGroup, read_options, stated_in
-from siglane.settings.options import CommandOptions
+from siglane.settings.options import CommandOptions, above_zero, at_least
 from siglane.settings.server import ServerConfig
 from siglane.tiling.rule import ImageBudget
 
 if TYPE_CHECKING:
-    from siglane.batch.run import Server
+    from siglane.batch.pool import Server
+    from siglane.engine.child import EngineSpec
+
+Serving = Callable[[], AbstractContextManager["AbstractAsyncContextManager[Server]"]]
 
 RESTARTS = 50  # of the engine in a few minutes: every row may kill it twice
 
@@ -50,24 +56,65 @@ class RemoteOptions(CommandOptions):
             raise UserError(message, code="bad_option")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayOptions(CommandOptions):
+    COMMAND = "batch"
+
+    ray: str | None = field(
+        default=None,
+        metadata={
+            "help": "host:port of a Ray cluster whose workers answer, `auto` for the one that this machine belongs to; "
+            "bare: RAY_ADDRESS, or a Ray of its own on this machine",
+            "bare": "",
+        },
+    )
+    ray_workers: int | None = field(
+        default=None, metadata={"help": "each with an engine of its own; none: as many as there is room for"}
+    )
+    ray_cpus: float = field(default=1, metadata={"help": "reserved for each worker"})
+    ray_gpus: float = field(default=0, metadata={"help": "reserved for each worker; parts are possible"})
+    ray_timeout: float = field(default=600.0, metadata={"help": "seconds until the first worker has loaded its model"})
+
+    def __post_init__(self) -> None:
+        if self.ray_workers is not None:
+            at_least("ray_workers", self.ray_workers, 1)
+        for name in ("ray_cpus", "ray_gpus"):
+            at_least(name, getattr(self, name), 0)
+        above_zero("ray_cpus or ray_gpus", self.ray_cpus + self.ray_gpus)
+        above_zero("ray_timeout", self.ray_timeout)
+
+    @property
+    def address(self) -> str:
+        from siglane.batch.cluster import LOCAL
+
+        return self.ray or os.environ.get("RAY_ADDRESS") or LOCAL
+
+
 @dataclass(frozen=True, slots=True)
 class Answerer:
     """made_from: what its answers depend on, by the names that a user knows; serving: the server from its start to its
     end, which lives on one event loop."""
 
     made_from: Mapping[str, Any]
-    serving: Callable[[], AbstractContextManager[AbstractAsyncContextManager[Server]]]
+    serving: Serving
+
+
+REMOTE, RAY = OptionGroup(RemoteOptions, "another server"), OptionGroup(RayOptions, "Ray")
 
 
 def answerer_of(arguments: argparse.Namespace, local: tuple[OptionGroup, ...]) -> Answerer:
     """local: options of models in this process. UserError for a model that cannot be found, or options that would have
     no effect."""
-    options = read_options(RemoteOptions, arguments)
-    if options.base_url is not None:
-        _refuse(arguments, local, "has no effect with --base-url: the server decides it")
-        return _other_server(options, arguments.model)
-    _refuse(arguments, (OptionGroup(RemoteOptions, ""),), "belongs to --base-url, which is missing")
-    return _own_models(arguments)
+    remote, ray = read_options(RemoteOptions, arguments), read_options(RayOptions, arguments)
+    if remote.base_url is not None:
+        _refuse(arguments, (*local, RAY), "has no effect with --base-url: the server decides it")
+        return _other_server(remote, arguments.model)
+    _refuse(arguments, (REMOTE,), "belongs to --base-url, which is missing")
+    made_from, own_models = _own_models(arguments)
+    if ray.ray is not None:
+        return Answerer(made_from, _workers(ray, own_models))
+    _refuse(arguments, (RAY,), "belongs to --ray, which is missing")
+    return Answerer(made_from, own_models)
 
 
 def _refuse(arguments: argparse.Namespace, groups: tuple[OptionGroup, ...], why: str) -> None:
@@ -99,11 +146,10 @@ def _other_server(options: RemoteOptions, model: str) -> Answerer:
     return Answerer({"model": model, "base_url": "given"}, server)
 
 
-def _own_models(arguments: argparse.Namespace) -> Answerer:
+def _own_models(arguments: argparse.Namespace) -> tuple[Mapping[str, Any], Serving]:
+    """What their answers depend on, and the server: here or, as it is picklable, in another process."""
     from siglane.engine.child import EngineSpec
     from siglane.server.job import job_of
-    from siglane.server.launch import serving
-    from siglane.server.local import LocalServer
     from siglane.weights.demo import FOLDERS, demo_folder
 
     config, model = read_options(ServerConfig, arguments), arguments.model
@@ -112,11 +158,34 @@ def _own_models(arguments: argparse.Namespace) -> Answerer:
         model = str(demo_folder() / FOLDERS[model])
     limits, named = read_options(ImageBudget, arguments), dataclasses.asdict(read_options(ModelOptions, arguments))
     spec = EngineSpec(model, read_options(EngineConfig, arguments), tagger=config.tagger, **named)
+    return job_of(config, spec, limits, spec.open()), functools.partial(_local_server, config, spec, limits)
+
+
+@contextmanager
+def _local_server(
+    config: ServerConfig, spec: EngineSpec, limits: ImageBudget
+) -> Iterator[AbstractAsyncContextManager[Server]]:
+    from siglane.server.launch import serving
+    from siglane.server.local import LocalServer
+
+    with serving(config, spec, limits, RESTARTS) as served:
+        served.engine.wait_ready()
+        yield nullcontext(LocalServer(served, spec.config.max_running))
+
+
+def _workers(options: RayOptions, own_models: Serving) -> Serving:
+    """Where rows are computed is no part of the job."""
+    from siglane.batch.cluster import RayServer, Workers, connected, import_ray
+
+    import_ray()
+    workers = Workers(
+        count=options.ray_workers, cpus=options.ray_cpus, gpus=options.ray_gpus, patience=options.ray_timeout
+    )
 
     @contextmanager
     def server() -> Iterator[AbstractAsyncContextManager[Server]]:
-        with serving(config, spec, limits, RESTARTS) as served:
-            served.engine.wait_ready()
-            yield nullcontext(LocalServer(served, spec.config.max_running))
+        with connected(options.address, workers) as count:
+            print(f"siglane: Ray at {options.address}: {count} workers with {workers} each", file=sys.stderr)
+            yield RayServer(own_models, workers, count)
 
-    return Answerer(job_of(config, spec, limits, spec.open()), server)
+    return server

@@ -61,7 +61,7 @@ class GenerateOptions(CommandOptions):
 ARGUMENTS = (MODEL_ARGUMENT,)
 OPTIONS = (
     OptionGroup(GenerateOptions, "generate"),
-    OptionGroup(SamplingParams, "sampling", help=SAMPLING_HELP),
+    OptionGroup(SamplingParams, "sampling", help=SAMPLING_HELP, only=tuple(SAMPLING_HELP)),  # guessing: the engine's
     MODEL,
     IMAGES,
     BUDGET,

@@ -51,6 +51,7 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     if options.num_frames is not None and not options.video:
         raise UserError("--num-frames is about a video; give --video too", code="bad_option")
     check_writable(options.output)
+    checkpoint = checkpoint_of(arguments)
 
     from siglane.families.pipeline import MediaPipeline, report_image
     from siglane.families.processor import Processor
@@ -60,7 +61,7 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     from siglane.media.item import MediaItem
     from siglane.types import DecodedVideo
 
-    processor = load_image_processor(checkpoint_of(arguments))
+    processor = load_image_processor(checkpoint)
     pipeline = MediaPipeline(processor.facts, decode=decode)
     item = MediaItem(arguments.image, "IMAGE", image_limits, video=options.video, frames=options.num_frames)
     pipeline.admit([item])

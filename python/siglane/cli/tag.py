@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from siglane.batch.pictures import expand
-from siglane.batch.rows import RowFile
+from siglane.batch.form import Answer, PlainForm, failed
+from siglane.batch.stream import in_order
 from siglane.cli.common import (
     IMAGES,
     MODEL,
@@ -21,11 +23,18 @@ from siglane.cli.common import (
     emit_json,
     emit_line,
 )
+from siglane.cli.picture_rows import job_of, line_of, open_pictures, refuse_without_rows, write_in_order
+from siglane.cli.rows import RowOptions, Task, write_rows
 from siglane.errors import ConfigError
 from siglane.settings.flags import OptionGroup, read_options, stated_in
 from siglane.settings.media import DecodeOptions
-from siglane.settings.options import CommandOptions, at_least, options_of
+from siglane.settings.options import at_least, options_of
 from siglane.settings.tagging import TEMPLATES, TagSettings, read_settings
+
+if TYPE_CHECKING:
+    from siglane.batch.output import Output
+    from siglane.batch.row import BadRow, Row
+    from siglane.cli.batch_report import Report
 
 FROM_SETTINGS = "-"
 # MODEL and --threshold stand for the settings that have no flag of their own name
@@ -33,7 +42,7 @@ SETTINGS = ("batch_size", "attention", "dtype", "quantization", "device", "max_t
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TagOptions(CommandOptions):
+class TagOptions(RowOptions):
     COMMAND = "tag"
 
     labels: Path = field(metadata={"help": "a text file with one label per line"})
@@ -46,12 +55,17 @@ class TagOptions(CommandOptions):
     top_k: int | None = field(default=None, metadata={"help": "so many tags per picture, whatever their confidence"})
     output: Path | None = field(
         default=None,
-        metadata={"help": "JSON Lines, written as it goes; pictures already in it are skipped", "short": "-o"},
+        metadata={
+            "help": "JSON Lines (.jsonl), written as it goes and continued by the same command; or a table (.parquet), "
+            "which is made of these when they are complete",
+            "short": "-o",
+        },
     )
-    json: bool = field(default=False, metadata={"help": "print one JSON list"})
+    json: bool = field(default=False, metadata={"help": "print one JSON list; with --output the summary as one object"})
     cache: Path | None = field(default=None, metadata={"help": "folder of label matrices; ~/.cache/siglane/labels"})
 
     def __post_init__(self) -> None:
+        RowOptions.__post_init__(self)
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise ConfigError(f"threshold must be between 0 and 1, got {self.threshold}")
         if self.top_k is not None:
@@ -65,14 +79,35 @@ OPTIONS = (OptionGroup(TagOptions, "tag"), OptionGroup(TagSettings, "tagger", on
 def run(arguments: argparse.Namespace, out: TextIO) -> int:
     options = read_options(TagOptions, arguments)
     settings = _settings(arguments, options)
-    pictures = list(dict.fromkeys(name for given in arguments.images for name in expand(given)))
+    source, tables, form = open_pictures(arguments.images, options, options.output, "tags")
     if options.output is None:
-        return _emit(_rows(pictures, arguments, options, settings), None, options, out)
-    with RowFile(options.output, "image") as file:
-        waiting = [name for name in pictures if name not in file.known]
-        if len(waiting) < len(pictures):
-            print(f"siglane: {len(pictures) - len(waiting)} pictures are already in {file.path}", file=sys.stderr)
-        return _emit(_rows(waiting, arguments, options, settings), file, options, out)
+        refuse_without_rows(options)
+        count = None if options.limit or options.shard else source.count
+        found = in_order(options.chosen(source), lambda rows: _answers(rows, arguments, options, settings, count))
+        return _print(found, form, options, out)
+    task = Task(
+        output=options.output, options=options, source=source, tables=tables, form=form, as_json=options.json,
+        job=_job(arguments, options, settings),
+    )  # fmt: skip
+
+    def answer(rows: Iterator[Row | BadRow], output: Output, report: Report) -> None:
+        write_in_order(rows, lambda asked: _answers(asked, arguments, options, settings), output, report)
+
+    return write_rows(task, answer, out)
+
+
+def _job(arguments: argparse.Namespace, options: TagOptions, settings: TagSettings) -> dict[str, Any]:
+    from siglane.tagging.labels import read_labels
+
+    labels = json.dumps(read_labels(options.labels))
+    return {
+        **job_of(arguments, settings),
+        "labels": hashlib.sha256(labels.encode()).hexdigest(),
+        "template": options.template,
+        "threshold": settings.confidence_threshold,
+        "max_tags": settings.max_tags,
+        "top_k": options.top_k,
+    }
 
 
 def _settings(arguments: argparse.Namespace, options: TagOptions) -> TagSettings:
@@ -89,12 +124,14 @@ def _flags(arguments: argparse.Namespace, options: TagOptions) -> dict[str, Any]
     return flags if options.threshold is None else flags | {"confidence_threshold": options.threshold}
 
 
-def _rows(
-    pictures: Sequence[str], arguments: argparse.Namespace, options: TagOptions, settings: TagSettings
-) -> Iterator[dict[str, Any]]:
-    """One row per picture, as they come; without pictures no model is loaded."""
-    if not pictures:
-        return
+def _answers(
+    rows: Iterator[Row],
+    arguments: argparse.Namespace,
+    options: TagOptions,
+    settings: TagSettings,
+    count: int | None = 1,
+) -> Iterator[Answer]:
+    """Of each row, in order. count: of the rows, where progress is to be shown."""
     from tqdm import tqdm
 
     from siglane.tagging.labels import read_labels
@@ -110,37 +147,39 @@ def _rows(
     )
     print(f"siglane: {tagger.summary}", file=sys.stderr)
     found = tagger.stream(
-        pictures,
+        (row.pictures[0] for row in rows),
         labels,
         threshold=settings.confidence_threshold,
         max_tags=settings.max_tags,
         top_k=options.top_k,
     )
-    quiet = len(pictures) == 1 or not sys.stderr.isatty()
-    for name, tagged in zip(pictures, tqdm(found, total=len(pictures), unit="image", disable=quiet), strict=True):
-        yield {"image": name} | tagged.as_json()
+    quiet = count == 1 or not sys.stderr.isatty()
+    for tagged in tqdm(found, total=count, unit="image", disable=quiet):
+        if tagged.error is None:
+            yield Answer(200, tagged.as_json())
+        else:
+            yield failed(400, tagged.code or "failed", tagged.error)
 
 
-def _emit(rows: Iterator[dict[str, Any]], file: RowFile | None, options: TagOptions, out: TextIO) -> int:
+def _print(
+    found: Iterator[tuple[Row | BadRow, Answer | None]], form: PlainForm, options: TagOptions, out: TextIO
+) -> int:
     """Every row as soon as it is known, but for the one JSON list. 1 when no picture could be read."""
     kept: list[dict[str, Any]] = []
-    count = failed = 0
-    for row in rows:
-        count, failed = count + 1, failed + ("error" in row)
-        if file is not None:
-            file.append(row)
-        elif not options.json:
-            emit_line(_line(row), out)
-            out.flush()
+    count = bad = 0
+    for row, answer in found:
+        line = line_of(row, answer, form)
+        count, bad = count + 1, bad + ("error" in line)
         if options.json:
-            kept.append(row)
+            kept.append(line if "error" not in line else {"tags": [], **line})
+        else:
+            emit_line(_line(line, form), out)
+            out.flush()
     if options.json:
         emit_json(kept, out)
-    elif file is not None:
-        emit_line(f"{file.path}: {count - failed} pictures tagged, {failed} unreadable", out)
-    return 1 if count and failed == count else 0
+    return 1 if count and bad == count else 0
 
 
-def _line(row: dict[str, Any]) -> str:
-    tags = ", ".join(f"{tag['label']} {tag['confidence']:.3f}" for tag in row["tags"])
-    return f"{row['image']}: {'error: ' + row['error'] if 'error' in row else tags or 'no tags'}"
+def _line(line: Mapping[str, Any], form: PlainForm) -> str:
+    tags = ", ".join(f"{tag['label']} {tag['confidence']:.3f}" for tag in line.get("tags", ()))
+    return f"{line[form.key]}: {'error: ' + line['error'] if 'error' in line else tags or 'no tags'}"

@@ -51,13 +51,13 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
         raise UserError("no pictures; give IMAGE files or --sizes", code="bad_option")
     decode = read_options(DecodeOptions, arguments).local
     image_limits = read_options(ImageBudget, arguments)
+    checkpoint = checkpoint_of(arguments)
 
-    # nothing here needs torch or transformers: a folder is counted before they would have been imported
     from siglane.families.pipeline import MediaPipeline, report_image
     from siglane.families.registry import image_facts
     from siglane.media.item import MediaItem
 
-    pipeline = MediaPipeline(image_facts(checkpoint_of(arguments)), image_limits, decode=decode)
+    pipeline = MediaPipeline(image_facts(checkpoint), image_limits, decode=decode)
     items = [MediaItem(path, "IMAGE") for path in arguments.images]
     items += [MediaItem(None, "--sizes", size=_medium(text)) for text in options.sizes]
     pipeline.admit(items)

@@ -72,13 +72,16 @@ class Answer:
 
     @property
     def usage(self) -> Usage:
-        """Of the tokens so far; what was cached is known at the end."""
+        """Of the tokens so far; what was cached and guessed is known at the end."""
+        finished = self.finished
         return Usage(
             prompt_tokens=self._prompt_tokens,
             completion_tokens=len(self.token_ids),
-            cached_tokens=0 if self.finished is None else self.finished.cached_tokens,
+            cached_tokens=0 if finished is None else finished.cached_tokens,
             image_tokens=self._image_tokens,
             reasoning_tokens=self._stream.reasoning_tokens,
+            accepted_prediction_tokens=0 if finished is None else finished.accepted_prediction_tokens,
+            rejected_prediction_tokens=0 if finished is None else finished.rejected_prediction_tokens,
         )
 
     @property

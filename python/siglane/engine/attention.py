@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from siglane.engine.batch import Chunk, StepBatch, one_run
+from siglane.engine.batch import Chunk, StepBatch
 from siglane.engine.kv import PagedKV
 from siglane.errors import ConfigError
 from siglane.lm.attention import LayerAttention
@@ -36,26 +36,35 @@ def choose_paged_backend(choice: str, device: torch.device, dtype: torch.dtype) 
     return "flashinfer" if usable and choice != "torch" else "torch"
 
 
-class Prefill(NamedTuple):
-    """Several tokens of one sequence: rows `first..last` of the step, attending to `length` tokens in `pages`.
+FEW_RUNS = 4  # of a sequence's pages: for so many a call each costs less than to copy them together
 
-    mask: bool `[count, length]`, None when the chunk begins the sequence and plain causality holds.
+
+class Prefill(NamedTuple):
+    """Several tokens of one sequence: rows `first..last` of the step, attending to the tokens in `slots`.
+
+    slots: a slice where they lie one after another and are read there; mask: bool `[count, length]`, None when the
+    chunk begins the sequence and plain causality holds.
     """
 
     first: int
     last: int
-    length: int
-    pages: torch.Tensor
+    slots: slice | torch.Tensor
     mask: torch.Tensor | None
 
 
 class Run(NamedTuple):
-    """One token, row `row` of the step, of a sequence whose `length` tokens lie one after another from slot `first` on:
-    it is read where it lies."""
+    """`length` tokens that lie one after another from slot `first` on: they are read where they lie."""
 
-    row: int
     first: int
     length: int
+
+
+class InPlace(NamedTuple):
+    """One token, row `row` of the step, of a sequence that lies in few runs: a prefix that others read too, and its own
+    part."""
+
+    row: int
+    runs: tuple[Run, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,26 +78,26 @@ class Decodes:
 
 
 class TorchPagedAttention:
-    """Scaled-dot-product attention over the pages: a call for each prefill and for each decoding sequence whose pages
-    lie one after another; the pages of all others are gathered for one call together."""
+    """Scaled-dot-product attention over the pages: a call for each prefill and for each run of a decoding sequence that
+    lies in few; the pages of all others are gathered for one call together."""
 
     def __init__(self, kv: PagedKV, batch: StepBatch) -> None:
         self.kv = kv
         device = kv.keys.device
         self.slots = torch.tensor(batch.slots(kv.page_size), device=device)
         self.prefills: list[Prefill] = []
-        self.runs: list[Run] = []
+        self.in_place: list[InPlace] = []
         scattered: list[tuple[int, Chunk]] = []
         row = 0
         for chunk in batch.chunks:
-            pages = chunk.sequence.block_table[: -(-chunk.stop // kv.page_size)]
             if chunk.tokens > 1 or chunk.start == 0:
                 self.prefills.append(self._prefill(row, chunk, device))
-            elif device.type == "cpu" and one_run(pages):  # elsewhere a call costs more than the copy
-                self.runs.append(Run(row, pages[0] * kv.page_size, chunk.stop))
+            elif device.type == "cpu" and len(runs := _token_runs(chunk, kv.page_size)) <= FEW_RUNS:
+                self.in_place.append(InPlace(row, runs))  # elsewhere a call costs more
             else:
                 scattered.append((row, chunk))
             row += chunk.tokens
+        self.alone = self.in_place[0].runs if row == len(self.in_place) == 1 else None
         self._clear_new_pages(batch)
         self.decodes = self._decodes(scattered, device) if scattered else None
 
@@ -96,14 +105,14 @@ class TorchPagedAttention:
         keys, values = self.kv.slots[layer]
         keys.index_copy_(0, self.slots, k)
         values.index_copy_(0, self.slots, v)
-        if len(self.runs) == len(q) == 1:
-            return _decode_run(q, keys, values, self.runs[0])
+        if self.alone is not None:
+            return _decode_in_place(q, *self.kv.by_head[layer], self.alone)
         out = torch.empty_like(q)
         for prefill in self.prefills:
             rows = slice(prefill.first, prefill.last)
             out[rows] = self._attend(layer, prefill, q[rows], k[rows], v[rows])
-        for run in self.runs:
-            out[run.row] = _decode_run(q[run.row], keys, values, run)
+        for row, runs in self.in_place:
+            out[row] = _decode_in_place(q[row], *self.kv.by_head[layer], runs)
         if self.decodes is not None:
             out[self.decodes.rows] = _decode(
                 q[self.decodes.rows], self.kv.keys[layer], self.kv.values[layer], self.decodes
@@ -112,7 +121,7 @@ class TorchPagedAttention:
 
     def _attend(self, layer: int, prefill: Prefill, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if prefill.mask is not None:
-            k, v = (x[layer][prefill.pages].flatten(0, 1)[: prefill.length] for x in (self.kv.keys, self.kv.values))
+            k, v = (x[prefill.slots] for x in self.kv.slots[layer])
         qs, ks, vs = (x.transpose(0, 1)[None] for x in (q, k, v))
         causal = prefill.mask is None
         attended = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=prefill.mask, is_causal=causal, enable_gqa=True)
@@ -133,9 +142,11 @@ class TorchPagedAttention:
         mask = None
         if chunk.start:
             mask = torch.ones(chunk.tokens, chunk.stop, dtype=torch.bool, device=device).tril(chunk.start)
-        used = -(-chunk.stop // self.kv.page_size)
-        pages = torch.tensor(chunk.sequence.block_table[:used], device=device)
-        return Prefill(row, row + chunk.tokens, chunk.stop, pages, mask)
+        stretches = [slice(first, first + length) for first, length in _token_runs(chunk, self.kv.page_size)]
+        slots: slice | torch.Tensor = stretches[0]
+        if len(stretches) > 1:
+            slots = torch.cat([torch.arange(one.start, one.stop, device=device) for one in stretches])
+        return Prefill(row, row + chunk.tokens, slots, mask)
 
     def _decodes(self, decoding: list[tuple[int, Chunk]], device: torch.device) -> Decodes:
         page_size = self.kv.page_size
@@ -152,11 +163,34 @@ class TorchPagedAttention:
         return Decodes(rows, torch.tensor(pages, device=device), bias[:, None, None])
 
 
-def _decode_run(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, run: Run) -> torch.Tensor:
-    """q `[..., heads, head_dim]` of one token -> the same shape. keys and values as `PagedKV.slots` has them."""
-    ks, vs = (x.narrow(0, run.first, run.length).transpose(0, 1)[None] for x in (keys, values))
-    attended = F.scaled_dot_product_attention(q.view(1, ks.shape[1], -1, q.shape[-1]), ks, vs)
-    return attended.view(q.shape)
+def _token_runs(chunk: Chunk, page_size: int) -> tuple[Run, ...]:
+    """Up to the chunk's end: a sequence may have pages beyond it, taken for guesses."""
+    runs, left = [], chunk.stop
+    for first, pages in chunk.sequence.runs():
+        length = min(left, pages * page_size)
+        if length:
+            runs.append(Run(first * page_size, length))
+        left -= length
+    return tuple(runs)
+
+
+def _decode_in_place(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, runs: tuple[Run, ...]) -> torch.Tensor:
+    """q `[..., heads, head_dim]` of one token -> the same shape. keys and values as `PagedKV.by_head` has them. Several
+    runs are joined by the sums of their exponentials (arXiv:2112.05682 section 2)."""
+    grouped = q.view(1, keys.shape[1], -1, q.shape[-1])
+    if len(runs) == 1:
+        ks, vs = (x.narrow(2, *runs[0]) for x in (keys, values))
+        return F.scaled_dot_product_attention(grouped, ks, vs).view(q.shape)
+    parts = [_flash(grouped, *(x.narrow(2, *run) for x in (keys, values))) for run in runs]
+    shares = torch.stack([logsumexp for _, logsumexp in parts]).softmax(0)
+    attended = torch.stack([part for part, _ in parts])
+    return (attended * shares[..., None]).sum(0).to(q.dtype).view(q.shape)
+
+
+def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `scaled_dot_product_attention`, with the logarithms of its sums `[1, heads, L]`."""
+    attended, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v)
+    return attended, logsumexp
 
 
 def _decode(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, decodes: Decodes) -> torch.Tensor:

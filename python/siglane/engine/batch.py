@@ -8,20 +8,30 @@ from typing import NamedTuple
 
 import torch
 
+from siglane.engine.edits import Tally
 from siglane.engine.features import FeatureKey
+from siglane.engine.lookup import Lookup
 from siglane.engine.prefix_cache import Node
 from siglane.engine.thinking import ThinkingBudget
 from siglane.families.splice import ImageRows, image_rows
 from siglane.types import Request, Timings
 
 
+class PageRun(NamedTuple):
+    """Pages `first..first + pages` that lie one after another."""
+
+    first: int
+    pages: int
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One request on its way. `computed` tokens are in the KV cache, in the pages of `block_table`, the first of
-    them shared by locked `prefix_nodes`.
+    them shared by locked `prefix_nodes`; `page_runs` are for `runs` alone.
 
-    features: rows of the images that the rest of the prompt still needs, by image number; yields: to sequences that do
-    not, as a batch's do until they were passed over for long.
+    seed: of all its noise; lookup: None where nothing is guessed; features: rows of the images that the rest of the
+    prompt still needs, by image number; yields: to sequences that do not, as a batch's do until they were passed over
+    for long.
     """
 
     request: Request
@@ -29,11 +39,14 @@ class Sequence:
     token_ids: list[int]
     cache_ids: list[int]
     spans: tuple[ImageRows, ...]
-    generator: torch.Generator
+    seed: int
     thinking_budget: ThinkingBudget | None = None
+    tally: Tally | None = None
+    lookup: Lookup | None = None
     yields: bool = False
     computed: int = 0
     block_table: list[int] = field(default_factory=list)
+    page_runs: list[PageRun] = field(default_factory=list)
     prefix_nodes: list[Node] = field(default_factory=list)
     features: dict[int, torch.Tensor] = field(default_factory=dict)
     cached_tokens: int = 0
@@ -45,24 +58,38 @@ class Sequence:
 
     @classmethod
     def of(
-        cls, request: Request, order: int, generator: torch.Generator, thinking_budget: ThinkingBudget | None = None
+        cls,
+        request: Request,
+        order: int,
+        seed: int,
+        thinking_budget: ThinkingBudget | None = None,
+        lookup: Lookup | None = None,
     ) -> Sequence:
         token_ids, cache_ids = list(request.prompt.token_ids), list(request.cache_ids())
         spans = image_rows(request.prompt)
-        return cls(request, order, token_ids, cache_ids, spans, generator, thinking_budget, request.batch)
+        tally = Tally.wanted(request.sampling, token_ids)
+        return cls(request, order, token_ids, cache_ids, spans, seed, thinking_budget, tally, lookup, request.batch)
 
     @property
     def prompt_length(self) -> int:
         return len(self.request.prompt.token_ids)
 
     @property
+    def answered(self) -> int:
+        """Tokens of the answer."""
+        return len(self.token_ids) - self.prompt_length
+
+    @property
     def output_ids(self) -> list[int]:
         return self.token_ids[self.prompt_length :]
 
-    @property
-    def forced_id(self) -> int | None:
-        """The next token where a spent thinking budget decides it, None where the model does."""
-        return None if self.thinking_budget is None else self.thinking_budget.forced_id(self.output_ids)
+    def next_token(self, guesses: tuple[int, ...] = ()) -> NextToken:
+        """What its next token is chosen by, were `guesses` its last ones."""
+        budget, tally = self.thinking_budget, self.tally
+        if guesses and tally is not None:
+            tally = tally.with_more(guesses)
+        forced_id = None if budget is None else budget.forced_id([*self.output_ids, *guesses])
+        return NextToken(self.request, self.seed, self.answered + len(guesses), forced_id, tally)
 
     @property
     def remaining(self) -> int:
@@ -76,9 +103,21 @@ class Sequence:
     def feature_key(self, image: int) -> FeatureKey:
         return self.request.cache_salt, self.request.images[image].digest
 
+    def runs(self) -> list[PageRun]:
+        """The pages of `block_table` as stretches; only those that are new since the last call are looked at."""
+        runs, known = self.page_runs, sum(run.pages for run in self.page_runs)
+        for page in self.block_table[known:]:
+            if runs and page == runs[-1].first + runs[-1].pages:
+                runs[-1] = runs[-1]._replace(pages=runs[-1].pages + 1)
+            else:
+                runs.append(PageRun(page, 1))
+        return runs
+
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)
         self.cache_ids.append(token_id)
+        if self.tally is not None:
+            self.tally.add(token_id)
 
     def drop_used_features(self) -> None:
         """Features of images whose last row has been computed are not needed again."""
@@ -96,21 +135,37 @@ class Sequence:
         )
 
 
-def one_run(pages: list[int]) -> bool:
-    """Whether pages lie one after another."""
-    return pages == list(range(pages[0], pages[0] + len(pages)))
+class NextToken(NamedTuple):
+    """What of a request its next token depends on, beside the logits.
+
+    answered: tokens of the answer before it; forced_id: where a spent thinking budget decides it; tally: read at once.
+    """
+
+    request: Request
+    seed: int
+    answered: int
+    forced_id: int | None
+    tally: Tally | None
 
 
 class Chunk(NamedTuple):
-    """Positions `start..stop` of one sequence; `start` is its first not yet computed token."""
+    """Positions `start..stop` of one sequence; `start` is its first not yet computed token.
+
+    guesses: tokens behind the known ones, in the chunk's last positions.
+    """
 
     sequence: Sequence
     start: int
     stop: int
+    guesses: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
         return self.stop - self.start
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [*self.sequence.token_ids[self.start : self.stop], *self.guesses]
 
     @property
     def reads(self) -> bool:
@@ -120,7 +175,21 @@ class Chunk(NamedTuple):
     @property
     def samples(self) -> bool:
         """Whether the chunk ends the known tokens, so that the next one is to be chosen."""
-        return self.stop == len(self.sequence.token_ids)
+        return self.stop == len(self.sequence.token_ids) + len(self.guesses)
+
+    @property
+    def next_tokens(self) -> list[NextToken]:
+        """One to be chosen behind the known tokens, and one behind each guess, as though it were right."""
+        if not self.samples:
+            return []
+        return [self.sequence.next_token(self.guesses[:count]) for count in range(len(self.guesses) + 1)]
+
+    def with_guesses(self, guesses: tuple[int, ...]) -> Chunk:
+        return self._replace(stop=self.stop + len(guesses), guesses=guesses)
+
+    def kept(self, count: int) -> Chunk:
+        """What of it remains true with the first `count` guesses, which are known tokens by now."""
+        return self._replace(stop=self.stop - len(self.guesses) + count, guesses=())
 
     @property
     def spans(self) -> list[ImageRows]:

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from siglane.engine.embed_worker import EmbedWorker
 from siglane.engine.engine import Engine
 from siglane.engine.load import load_engine, load_tagger, load_with_tagger
-from siglane.engine.pulse import Pulse, Watch, turn_seconds
+from siglane.engine.pulse import Pulse, Watch, turn_seconds, work_done
 from siglane.engine.wire import Channel, EngineFacts, frame
 from siglane.errors import EngineError, SiglaneError
 from siglane.families.two_tower import Calibration, LoadedTwoTower, has_both_towers
@@ -73,7 +73,9 @@ def run_child(end: Any, spec: EngineSpec, prepare: Callable[[], None] | None = N
     channel = Channel(end)
     try:
         threading.Thread(target=_beat, args=(channel, spec.config), name="heartbeat", daemon=True).start()
-        loaded = _load_or_tell(channel, spec)
+        limit = spec.config.load_timeout
+        with Watch(work_done, limit, functools.partial(_end_load, channel, threading.get_ident(), limit)):
+            loaded = _load_or_tell(channel, spec)
         if loaded is not None:
             _run(channel, spec, *loaded)
     except (EOFError, OSError):
@@ -149,7 +151,9 @@ def _serve(channel: Channel, engine: Engine | None, worker: EmbedWorker | None, 
         if deltas:
             tell("deltas", deltas)
         if worker is not None and worker.has_work:
-            tell("embeddings", worker.step())
+            clients_chat = engine is not None and engine.has_clients
+            if embedded := worker.step(clients_chat):
+                tell("embeddings", embedded)
 
 
 def _messages(channel: Channel, patience: float | None) -> list[tuple[str, Any]]:
@@ -164,8 +168,8 @@ def _messages(channel: Channel, patience: float | None) -> list[tuple[str, Any]]
 def _obey(message: tuple[str, Any], engine: Engine | None, worker: EmbedWorker | None) -> list[TokenDelta]:
     """Does what the parent asks; gives the requests that have ended by it."""
     match message:
-        case "embed", items if worker is not None:
-            worker.add(items)
+        case "embed", (items, batch) if worker is not None:
+            worker.add(items, batch)
         case "forget", number if worker is not None:
             worker.forget(number)
         case "add", requests if engine is not None:
@@ -194,14 +198,26 @@ def _beat(channel: Channel, config: EngineConfig) -> None:
     with contextlib.suppress(OSError):
         while True:
             channel.send(frame("beat", None))
-            time.sleep(turn_seconds(config.silence_limit))
+            time.sleep(turn_seconds(min(config.silence_limit, config.load_timeout)))
 
 
 def _end_hung(thread: int, limit: float) -> None:
-    stack = traceback.extract_stack(sys._current_frames()[thread])
-    where = " < ".join(f"{entry.filename}:{entry.lineno} {entry.name}" for entry in reversed(stack[-STACK_DEPTH:]))
-    logger.critical("the engine has not moved for %g seconds and ends; it hangs at %s", limit, where)
+    logger.critical("the engine has not moved for %g seconds and ends; it hangs at %s", limit, _stack(thread))
     os._exit(HUNG)
+
+
+def _end_load(channel: Channel, thread: int, limit: float) -> None:
+    """Another try would hang too: the parent is told to give up."""
+    logger.critical("nothing was computed or read for %g seconds of loading; it hangs at %s", limit, _stack(thread))
+    message = f"the model does not load: nothing was computed or read for {limit:g} seconds; see the log, load_timeout"
+    with contextlib.suppress(OSError):
+        channel.send(frame("failed", EngineError(message, code="engine_start")))
+    os._exit(HUNG)
+
+
+def _stack(thread: int) -> str:
+    stack = traceback.extract_stack(sys._current_frames()[thread])
+    return " < ".join(f"{entry.filename}:{entry.lineno} {entry.name}" for entry in reversed(stack[-STACK_DEPTH:]))
 
 
 def _end_with_parent() -> NoReturn:

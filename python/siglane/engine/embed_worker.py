@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from siglane.engine.engine import STEP_PATCHES
+from siglane.engine.scheduler import BATCH_SHARE
 from siglane.errors import EngineError
 from siglane.families.two_tower import TEXTS_PER_FORWARD, TwoTowerModel
 from siglane.settings.engine import EngineConfig
@@ -41,58 +42,34 @@ class _Waiting(NamedTuple):
 _Turns = deque[OrderedDict[int, _Waiting]]
 
 
-class EmbedWorker:
-    """Both towers and the items that wait for them, each under a number of its owner's.
+class _Queues:
+    """Items that wait, images and texts by themselves, which take turns while both do."""
 
-    A forward takes images up to `max_batch_patches` patches (a larger one alone), or texts; while both wait, images and
-    texts take turns. Those whose items wait do so too: a forward takes one item of each after the other until it is
-    full, so that a single text is in the next forward for texts, however many somebody else has sent.
-    """
-
-    def __init__(self, model: TwoTowerModel, config: EngineConfig) -> None:
-        device = model.logit_scale.device.type
-        self._model = model
-        self._most_patches = (config.max_batch_patches or STEP_PATCHES[device]) if config.enable_packing else 0
-        self._most_texts = TEXTS_PER_FORWARD[device]
+    def __init__(self) -> None:
         self._images, self._texts = _Turns(), _Turns()
         self._images_next = True
 
-    @property
-    def has_work(self) -> bool:
+    def __bool__(self) -> bool:
         return bool(self._images or self._texts)
 
     def add(self, items: Sequence[tuple[int, Item]]) -> None:
-        """items: what one client waits for."""
         arrived = time.monotonic()
         for kind, turns in ((ImagePatches, self._images), (np.ndarray, self._texts)):
             if queue := {number: _Waiting(item, arrived) for number, item in items if isinstance(item, kind)}:
                 turns.append(OrderedDict(queue))
 
     def forget(self, number: int) -> None:
-        """Drops an item whose client has left, if it still waits."""
         for turns in (self._images, self._texts):
             for queue in turns:
                 if queue.pop(number, None) and not queue:
                     turns.remove(queue)
                     break
 
-    def step(self) -> list[tuple[int, Embedding | EngineError]]:
-        """One forward: what each of its items gets. What fails in company is tried again alone, so that nobody pays for
-        a neighbour. Call it while there is work."""
-        taken = self._take()
-        began = time.monotonic()
-        vectors = _embed(self._model, [waiting.item for waiting in taken.values()])
-        seconds = time.monotonic() - began
-        return [
-            (number, vector if isinstance(vector, EngineError) else Embedding(vector, began - waiting.arrived, seconds))
-            for (number, waiting), vector in zip(taken.items(), vectors, strict=True)
-        ]
-
-    def _take(self) -> dict[int, _Waiting]:
-        """What shares the next forward."""
+    def take(self, most_patches: int, most_texts: int) -> dict[int, _Waiting]:
+        """What shares the next forward, nothing where nothing waits."""
         images = bool(self._images) and (self._images_next or not self._texts)
         self._images_next = not images
-        turns, room = (self._images, self._most_patches) if images else (self._texts, self._most_texts)
+        turns, room = (self._images, most_patches) if images else (self._texts, most_texts)
         taken: dict[int, _Waiting] = {}
         while turns:
             number, first = next(iter(turns[0].items()))
@@ -105,6 +82,61 @@ class EmbedWorker:
             if queue:
                 turns.append(queue)
         return taken
+
+
+class EmbedWorker:
+    """Both towers and the items that wait for them, each under a number of its owner's.
+
+    A forward takes images up to `max_batch_patches` patches (a larger one alone), or texts; while both wait, images and
+    texts take turns. Those whose items wait do so too: a forward takes one item of each after the other until it is
+    full, so that a single text is in the next forward for texts, however many somebody else has sent. Items of a batch
+    yield: while anybody else waits, they get one forward of `BATCH_SHARE`.
+    """
+
+    def __init__(self, model: TwoTowerModel, config: EngineConfig) -> None:
+        device = model.logit_scale.device.type
+        self._model = model
+        self._most_patches = (config.max_batch_patches or STEP_PATCHES[device]) if config.enable_packing else 0
+        self._most_texts = TEXTS_PER_FORWARD[device]
+        self._clients, self._batch = _Queues(), _Queues()
+        self._passed_over = 0  # times that the batch has yielded
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._clients or self._batch)
+
+    def add(self, items: Sequence[tuple[int, Item]], batch: bool = False) -> None:
+        """items: what one client waits for, or a batch."""
+        (self._batch if batch else self._clients).add(items)
+
+    def forget(self, number: int) -> None:
+        """Drops an item whose client has left, if it still waits."""
+        for queues in (self._clients, self._batch):
+            queues.forget(number)
+
+    def step(self, clients_chat: bool = False) -> list[tuple[int, Embedding | EngineError]]:
+        """One forward: what each of its items gets. What fails in company is tried again alone, so that nobody pays for
+        a neighbour. Call it while there is work; nothing where a batch's items yield to clients_chat: somebody waits
+        for the chat model."""
+        taken = self._whose_turn(clients_chat).take(self._most_patches, self._most_texts)
+        if not taken:
+            return []
+        began = time.monotonic()
+        vectors = _embed(self._model, [waiting.item for waiting in taken.values()])
+        seconds = time.monotonic() - began
+        return [
+            (number, vector if isinstance(vector, EngineError) else Embedding(vector, began - waiting.arrived, seconds))
+            for (number, waiting), vector in zip(taken.items(), vectors, strict=True)
+        ]
+
+    def _whose_turn(self, clients_chat: bool) -> _Queues:
+        if not self._batch:
+            return self._clients
+        if (self._clients or clients_chat) and self._passed_over < BATCH_SHARE - 1:
+            self._passed_over += 1
+            return self._clients
+        self._passed_over = 0
+        return self._batch
 
 
 @torch.inference_mode()

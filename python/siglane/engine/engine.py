@@ -3,6 +3,7 @@ process of its own)."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import secrets
 import time
@@ -15,6 +16,7 @@ from siglane.engine.attention import choose_paged_backend
 from siglane.engine.batch import Chunk, Sequence, StepBatch
 from siglane.engine.features import FeatureCache, FeatureKey
 from siglane.engine.kv import PageAllocator, PagedKV
+from siglane.engine.lookup import Lookup
 from siglane.engine.prefix_cache import PrefixCache
 from siglane.engine.runner import Runner
 from siglane.engine.sampler import SampledToken, sample
@@ -31,6 +33,8 @@ logger = logging.getLogger(__name__)
 # what one step may cost where the configuration says 0: a CPU gains nothing from larger steps and makes others wait
 STEP_TOKENS = {"cpu": 512, "cuda": 4096}
 STEP_PATCHES = {"cpu": 1024, "cuda": 16384}
+# rows up to which answers are guessed ahead: what a step reads of the weights is the most of its time until there
+STEP_GUESSING = {"cpu": 16, "cuda": 64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,17 @@ class EngineStats:
     steps: int
 
 
+@dataclass(frozen=True, slots=True)
+class Grown:
+    """What a step did for one sequence. chunk: what of it remains; tokens: those it was given; reason: why the last of
+    them ends the answer; error: why the sequence ends after them."""
+
+    chunk: Chunk
+    tokens: list[SampledToken]
+    reason: FinishReason | None = None
+    error: EngineError | None = None
+
+
 class Engine:
     """Continuous batching over a paged cache. A request that fails ends alone, with an "error" delta.
 
@@ -66,7 +81,7 @@ class Engine:
         thinking: Thinking | None = None,
     ) -> None:
         language = model.language
-        parameter = language.embed_tokens.weight
+        parameter = language.norm.weight
         device, dtype = parameter.device, parameter.dtype
         pages = config.resolve_pages(language.config, language.kv_heads, dtype, device)
         kv = PagedKV(
@@ -80,6 +95,7 @@ class Engine:
             tokens=config.max_batch_tokens or STEP_TOKENS[device.type],
             patches=config.max_batch_patches or STEP_PATCHES[device.type],
             running=config.max_running,
+            guessing=STEP_GUESSING[device.type],
         )
         self.scheduler = Scheduler(budget, self.allocator, self.prefix_cache, self.features, config.page_size)
         paged_backend = choose_paged_backend(config.paged_backend, device, dtype)
@@ -97,6 +113,11 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._sequences)
 
+    @property
+    def has_clients(self) -> bool:
+        """Whether it works for anybody but a batch."""
+        return self.scheduler.has_clients
+
     def add(self, request: Request) -> None:
         """Queues a request. UserError when it can never run: no room for an answer, sampling that cannot be done."""
         length, sampling = len(request.prompt.token_ids), request.sampling
@@ -111,9 +132,10 @@ class Engine:
             )
         check_for_model(sampling, self.runner.vocab_size, self.thinking)
         budget = thinking_budget(sampling, request.prompt.token_ids, self.thinking, self.eos_token_ids)
-        generator = torch.Generator()
-        generator.manual_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed % (1 << 64))
-        sequence = Sequence.of(request, self._arrivals, generator, budget)
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        guessed = sampling.num_speculative_tokens
+        most = self.config.num_speculative_tokens if guessed is None else guessed
+        sequence = Sequence.of(request, self._arrivals, seed, budget, Lookup(most) if most else None)
         self._arrivals += 1
         self._sequences[request.request_id] = sequence
         self.scheduler.add(sequence)
@@ -131,14 +153,13 @@ class Engine:
         deltas = self._encode(step.images_to_encode)
         chunks = [chunk for chunk in step.chunks if chunk.sequence.request.request_id in self._sequences]
         computed, logits, failed = self._forward(chunks)
-        deltas += failed
-        sampling = [chunk.sequence for chunk in computed if chunk.samples]
-        chosen = sample(logits, sampling, self.eos_token_ids) if sampling else []
-        broken = {one for one, token in zip(sampling, chosen, strict=True) if isinstance(token, EngineError)}
-        self.scheduler.commit(chunk for chunk in computed if chunk.sequence not in broken)  # nobody reuses their NaN
+        next_tokens = [next_token for chunk in computed for next_token in chunk.next_tokens]
+        choices = iter(sample(logits, next_tokens, self.eos_token_ids) if next_tokens else [])
+        grown = [self._grow(chunk, list(itertools.islice(choices, len(chunk.next_tokens)))) for chunk in computed]
+        self.scheduler.commit(one.chunk for one in grown if one.error is None)  # nobody reuses NaN
         self._computed_tokens += sum(chunk.tokens for chunk in computed)
         self._steps += 1
-        return deltas + [self._extend(*pair) for pair in zip(sampling, chosen, strict=True)]
+        return deltas + failed + [delta for one in grown for delta in self._deltas(one)]
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -173,7 +194,8 @@ class Engine:
         encoded = self._encode_isolated(images)
         seconds = time.monotonic() - begin
         for sequence in {sequence for wanting in images_to_encode.values() for sequence, _ in wanting}:
-            if not sequence.prefilled:  # again after a preemption: a part of its decode time
+            # one that still waits has no part in it; again after a preemption it is a part of its decode time
+            if sequence.started and not sequence.prefilled:
                 sequence.encode_seconds += seconds
         failed: list[TokenDelta] = []
         for (key, wanting), rows in zip(images_to_encode.items(), encoded, strict=True):
@@ -229,22 +251,40 @@ class Engine:
                 failed.append(self._end(chunk.sequence, "error", error=reason))
         return computed, torch.cat(logits) if logits else torch.empty(0), failed
 
-    def _extend(self, sequence: Sequence, chosen: SampledToken | EngineError) -> TokenDelta:
-        if isinstance(chosen, EngineError):
-            return self._end(sequence, "error", error=chosen)
-        if not sequence.prefilled:
+    def _grow(self, chunk: Chunk, choices: list[SampledToken | EngineError]) -> Grown:
+        """Adds to a sequence what was chosen behind it, as long as that is what was guessed, and one more."""
+        sequence, tokens, reason = chunk.sequence, list[SampledToken](), None
+        if choices and not sequence.prefilled and not isinstance(choices[0], EngineError):
             sequence.prefilled = time.monotonic()
-        sequence.append(chosen.token_id)
-        request, params = sequence.request, sequence.request.sampling
-        ends = chosen.token_id in self.eos_token_ids and not params.ignore_eos
-        if ends or chosen.token_id in params.stop_token_ids:
-            return self._end(sequence, "stop", chosen)
-        if (
-            len(sequence.token_ids) - sequence.prompt_length >= request.max_tokens
-            or len(sequence.token_ids) >= self.context_length
-        ):
-            return self._end(sequence, "length", chosen)
-        return TokenDelta(request.request_id, chosen.token_id, chosen.logprob)
+        for guess, choice in itertools.zip_longest(chunk.guesses, choices):
+            if isinstance(choice, EngineError):
+                return Grown(chunk, tokens, error=choice)
+            sequence.append(choice.token_id)
+            tokens.append(choice)
+            reason = self._end_reason(sequence)
+            if reason is not None or choice.token_id != guess:
+                break
+        right = sum(token.token_id == guess for token, guess in zip(tokens, chunk.guesses, strict=False))
+        if sequence.lookup is not None and chunk.guesses:
+            sequence.lookup.note(len(chunk.guesses), right)
+        return Grown(chunk.kept(right), tokens, reason)
+
+    def _end_reason(self, sequence: Sequence) -> FinishReason | None:
+        """Whether its last token ends an answer."""
+        request, params, token_id = sequence.request, sequence.request.sampling, sequence.token_ids[-1]
+        if (token_id in self.eos_token_ids and not params.ignore_eos) or token_id in params.stop_token_ids:
+            return "stop"
+        full = sequence.answered >= request.max_tokens or len(sequence.token_ids) >= self.context_length
+        return "length" if full else None
+
+    def _deltas(self, grown: Grown) -> list[TokenDelta]:
+        sequence, tokens = grown.chunk.sequence, grown.tokens
+        request_id = sequence.request.request_id
+        plain = tokens[:-1] if grown.reason else tokens
+        deltas = [TokenDelta(request_id, token.token_id, token.logprob) for token in plain]
+        if grown.error is not None:
+            return [*deltas, self._end(sequence, "error", error=grown.error)]
+        return deltas if grown.reason is None else [*deltas, self._end(sequence, grown.reason, tokens[-1])]
 
     def _end(
         self,
@@ -253,7 +293,7 @@ class Engine:
         last: SampledToken | None = None,
         error: Exception | None = None,
     ) -> TokenDelta:
-        request_id = sequence.request.request_id
+        request_id, lookup = sequence.request.request_id, sequence.lookup
         del self._sequences[request_id]
         self.scheduler.finish(sequence)
         finished = Finished(
@@ -262,6 +302,8 @@ class Engine:
             error=error,
             cached_tokens=sequence.cached_tokens,
             encoded_images=sequence.encoded_images,
+            accepted_prediction_tokens=0 if lookup is None else lookup.accepted,
+            rejected_prediction_tokens=0 if lookup is None else lookup.rejected,
             timings=sequence.timings(time.monotonic()),
         )
         return TokenDelta(request_id, last and last.token_id, last and last.logprob, finished)

@@ -37,7 +37,6 @@ OnDelta = Callable[[TokenDelta], None]
 
 RESTARTS_ALLOWED = 5
 RESTART_WINDOW_SECONDS = 300.0
-START_SECONDS = 300.0  # of silence while a model loads
 CLOSE_SECONDS = 2.0  # for the last step, which nobody waits for any more
 END_SECONDS = 5.0
 
@@ -70,6 +69,7 @@ class EngineProcess:
         self._embed_sender = ThreadPoolExecutor(1, thread_name_prefix="embed-sender")  # the channel may be full
         self._stats: EngineStats | None = None
         self._starts: list[float] = []
+        self.life = self.lost = 0  # children so far; clients whose requests the last one that died took with it
         self._silent = False  # the last child was killed because it gave no sign of life
         self._changed = threading.Condition()
         self._process: multiprocessing.process.BaseProcess | None = None
@@ -114,15 +114,15 @@ class EngineProcess:
             if self._channel is not None and request_id in self._pending:
                 self._send(frame("abort", request_id))
 
-    def embed(self, items: Sequence[Item]) -> list[Future[Embedding]]:
-        """The embeddings to come of images and texts, which take turns with those of other calls. Does not wait; an
-        item whose future is cancelled takes no room in a forward. An error is EngineError, with status 503 when the
-        engine is not ready or dies under it."""
+    def embed(self, items: Sequence[Item], batch: bool = False) -> list[Future[Embedding]]:
+        """The embeddings to come of images and texts, which take turns with those of other calls, and yield to them
+        where they are a batch's. Does not wait; an item whose future is cancelled takes no room in a forward. An error
+        is EngineError, with status 503 when the engine is not ready or dies under it."""
         futures = {next(self._numbers): Future[Embedding]() for _ in items}
         for number, future in futures.items():
             self._embeddings[number] = future
             future.add_done_callback(functools.partial(self._embedded, number))
-        self._embed_sender.submit(self._send_items, futures, items)
+        self._embed_sender.submit(self._send_items, futures, items, batch)
         return list(futures.values())
 
     def fail_embeddings(self, error: SiglaneError) -> None:
@@ -170,10 +170,10 @@ class EngineProcess:
         except OSError:
             logger.warning("the engine process is gone; waiting for its restart")
 
-    def _send_items(self, futures: dict[int, Future[Embedding]], items: Sequence[Item]) -> None:
+    def _send_items(self, futures: dict[int, Future[Embedding]], items: Sequence[Item], batch: bool) -> None:
         wanted = [(number, item) for (number, one), item in zip(futures.items(), items, strict=True) if not one.done()]
         try:
-            message = frame("embed", wanted)
+            message = frame("embed", (wanted, batch))
             with self._lock:
                 if self._check_ready().calibration is None:
                     raise EngineError("no model that embeds is loaded", code="not_loaded")
@@ -207,7 +207,7 @@ class EngineProcess:
     def _run_child(self) -> None:
         """One child, from its start to its end."""
         self._starts.append(time.monotonic())
-        self._silent = False
+        self._silent, self.life = False, self.life + 1
         parent_end, child_end = socket.socketpair()
         channel = Channel(parent_end)
         arguments = (child_end, self.spec, self._prepare)
@@ -218,7 +218,7 @@ class EngineProcess:
             self._process = process
             if self.state == "closed":  # `close` may have looked for a child before there was one
                 process.kill()
-            with Watch(lambda: channel.received, START_SECONDS, self._end_silent) as watch:
+            with Watch(lambda: channel.received, self.spec.config.load_timeout, self._end_silent) as watch:
                 self._read_until_end(channel, watch)
             process.join(timeout=END_SECONDS)
             process.kill()  # one that hangs at its end would keep its memory
@@ -228,7 +228,12 @@ class EngineProcess:
                 channel.close()
 
     def _end_silent(self) -> None:
+        """Of a process that has never been ready another one would not be either."""
         self._silent = True
+        if self.facts is None:
+            limit = f"{self.spec.config.load_timeout:g} seconds"
+            message = f"the engine process gave no sign of life for {limit} of loading and was ended; see load_timeout"
+            self._give_up(EngineError(message, code="engine_start"))
         assert self._process is not None
         self._process.kill()
 
@@ -280,6 +285,7 @@ class EngineProcess:
                     self._set_state("restarting")
                     logger.error("the engine process died, %s; it is started again", how)
             lost = list(self._pending)
+            self.lost = len(set(map(id, self._pending.values()))) + bool(self._embeddings)
         error = self._unready()
         for request_id in lost:
             self._deliver(TokenDelta(request_id, finished=Finished("error", error=error)))

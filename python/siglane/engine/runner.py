@@ -27,23 +27,23 @@ class Runner:
 
     def forward(self, batch: StepBatch) -> torch.Tensor:
         """Computes the batch, writes its keys and values, and returns logits `[B, vocab_size]`, one row for every
-        chunk that samples, in order. Running the same batch again gives the same."""
+        token that its chunks choose, in order. Running the same batch again gives the same."""
         language = self.model.language
-        ids = [i for chunk in batch.chunks for i in chunk.sequence.token_ids[chunk.start : chunk.stop]]
+        ids = [i for chunk in batch.chunks for i in chunk.token_ids]
         places = [position for chunk in batch.chunks for position in range(chunk.start, chunk.stop)]
         embeds = language.embed(torch.tensor(ids, device=self.device))
         spans: list[ImageRows] = []
         rows: list[torch.Tensor] = []
         offset = 0
-        last_rows = []
+        choosing_rows: list[int] = []
         for chunk in batch.chunks:
             for span in chunk.spans:
                 spans.append(span.moved(offset))
                 rows.append(chunk.rows(span.image))
             offset += chunk.tokens
             if chunk.samples:
-                last_rows.append(offset - 1)
+                choosing_rows += range(offset - 1 - len(chunk.guesses), offset)
         embeds = splice(embeds, spans, rows)
         attention = paged_attention(self.kv, batch, self.paged_backend)
         hidden = language(embeds, torch.tensor(places, device=self.device), attention)
-        return language.logits(hidden[torch.tensor(last_rows, dtype=torch.long, device=self.device)])
+        return language.logits(hidden[torch.tensor(choosing_rows, dtype=torch.long, device=self.device)])

@@ -1,21 +1,28 @@
-"""From logits to the next token."""
+"""From logits to the next token. A row's choice depends on its own request, its logits and a hash (`noise.py`)."""
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections import Counter
+import math
+from collections.abc import Sequence as Items
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from siglane.engine.batch import Sequence
+from siglane.engine.batch import NextToken
+from siglane.engine.edits import Edits
+from siglane.engine.noise import MOST_NOISE, gumbel_noise, noise_key
 from siglane.errors import EngineError
 from siglane.types import SamplingParams, TokenLogprob
 
 logger = logging.getLogger(__name__)
 
 SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny
-HEAD = 1024  # likeliest tokens among which top-p looks first
+WINDOW = 1024  # likeliest tokens among which filters look first
+BLOCK = 32  # tokens whose greatest score stands for them
+FEW = 0.25  # of a vocabulary: to find so many tokens first costs less than noise for all
 
 
 class SampledToken(NamedTuple):
@@ -25,124 +32,126 @@ class SampledToken(NamedTuple):
     logprob: TokenLogprob | None
 
 
+class Likeliest(NamedTuple):
+    """Tokens i64 `[N]` and their scores, from likely to unlikely, ties by id."""
+
+    token_ids: torch.Tensor
+    scores: torch.Tensor
+
+
 def sample(
-    logits: torch.Tensor, sequences: list[Sequence], eos_token_ids: frozenset[int]
+    logits: torch.Tensor, next_tokens: Items[NextToken], eos_token_ids: frozenset[int]
 ) -> list[SampledToken | EngineError]:
-    """logits `[B, vocab_size]`, one row per sequence -> one choice per row.
+    """logits `[B, vocab_size]`, one row per token -> one choice per row.
 
-    Each row is chosen by its own request's parameters and random generator, so neighbours never change it. A row with
-    NaN or infinite logits, or one that fails, gives an error and leaves the others alone.
+    A row with NaN or infinite logits, or one that fails, gives an error and leaves the others alone. Rows go one by
+    one, each in the cache: a sum over several adds up in another order than over one.
     """
-    logits = logits.float()
-    finite = torch.isfinite(logits).all(dim=-1).tolist()
-    best = logits.argmax(dim=-1).tolist()
-    choices: list[SampledToken | EngineError] = []
-    for row, sequence in enumerate(sequences):
-        if not finite[row]:
-            choices.append(EngineError("the model gave NaN or infinite logits", code="engine_nan"))
-        elif sequence.forced_id is None and _plain_greedy(sequence.request.sampling):
-            choices.append(SampledToken(best[row], None))
-        else:
-            choices.append(_choose_isolated(logits[row].cpu(), sequence, eos_token_ids))
-    return choices
-
-
-def _plain_greedy(params: SamplingParams) -> bool:
-    """Whether the likeliest token is the answer as it stands."""
-    neutral = SamplingParams()
-    return (
-        params.temperature == 0
-        and params.logprobs is None
-        and not params.logit_bias
-        and params.min_tokens == 0
-        and params.repetition_penalty == neutral.repetition_penalty
-        and params.frequency_penalty == neutral.frequency_penalty
-        and params.presence_penalty == neutral.presence_penalty
-    )
+    rows = zip(logits.float().cpu().unbind(), next_tokens, strict=True)
+    return [_choose_isolated(row, next_token, eos_token_ids) for row, next_token in rows]
 
 
 def _choose_isolated(
-    logits: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[int]
+    logits: torch.Tensor, next_token: NextToken, eos_token_ids: frozenset[int]
 ) -> SampledToken | EngineError:
+    if not (math.isfinite(logits.sum()) or logits.isfinite().all()):
+        return EngineError("the model gave NaN or infinite logits", code="engine_nan")
     try:
-        return _choose(logits, sequence, eos_token_ids)
+        return _choose(logits, next_token, eos_token_ids)
     except Exception as error:
-        logger.exception("choosing a token failed", extra=sequence.request.log_fields)
+        logger.exception("choosing a token failed", extra=next_token.request.log_fields)
         return EngineError(f"the next token could not be chosen ({type(error).__name__})")
 
 
-def _choose(logits: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[int]) -> SampledToken:
-    params = sequence.request.sampling
-    logprobs = torch.log_softmax(logits, dim=-1) if params.logprobs is not None else None
-    forced_id = sequence.forced_id
-    token_id = _draw(logits, sequence, eos_token_ids) if forced_id is None else forced_id
-    return SampledToken(token_id, None if logprobs is None else _report(logprobs, token_id, params.logprobs or 0))
+def _choose(logits: torch.Tensor, next_token: NextToken, eos_token_ids: frozenset[int]) -> SampledToken:
+    params, token_id = next_token.request.sampling, next_token.forced_id
+    if token_id is None:
+        edits = Edits.of(params, next_token.answered, next_token.tally, eos_token_ids)
+        scores = logits if edits is None else edits.applied(logits)
+        token_id = draw(scores, params, noise_key(next_token.seed, next_token.answered))
+    return SampledToken(token_id, None if params.logprobs is None else _report(logits, token_id, params.logprobs))
 
 
-def _draw(logits: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[int]) -> int:
-    params = sequence.request.sampling
-    scores = _adjust(logits.clone(), sequence, eos_token_ids)
+def draw(scores: torch.Tensor, params: SamplingParams, key: tuple[int, int]) -> int:
+    """A token by its probability, the likeliest at temperature 0. scores float32 `[vocab_size]`; key: of the noise."""
+    best = _first_greatest(scores)
     if params.temperature == 0:
-        return int(scores.argmax())
-    probabilities = filter_probabilities(scores, params)
-    return int(torch.multinomial(probabilities, 1, generator=sequence.generator))
+        return best
+    if scores[best] == -torch.inf:
+        raise RuntimeError("no token may be chosen")
+    scores = scores - scores[best]  # all at most 0: no overflow
+    if params.temperature != 1:
+        scores /= max(params.temperature, SMALLEST_TEMPERATURE)
+    if params.top_k > 0 or params.top_p < 1 or params.min_p > 0:
+        token_ids, scores = filtered(scores, params)
+        return int(token_ids[_first_greatest(scores + gumbel_noise(token_ids.int(), key))])
+    every = _token_ids(len(scores))
+    reach = float(gumbel_noise(every[best : best + 1], key)) - MOST_NOISE  # what is below cannot overtake the best
+    if _count(scores, reach) <= FEW * len(scores):
+        token_ids = _places(scores, reach)
+        return int(token_ids[_first_greatest(scores[token_ids] + gumbel_noise(token_ids.int(), key))])
+    return _first_greatest(gumbel_noise(every, key).add_(scores))
 
 
-def _adjust(scores: torch.Tensor, sequence: Sequence, eos_token_ids: frozenset[int]) -> torch.Tensor:
-    """Bias, minimum length and penalties, in vLLM's order and with its meanings."""
-    params, output_ids, vocab_size = sequence.request.sampling, sequence.output_ids, scores.shape[0]
-    if params.logit_bias:
-        ids, values = zip(*params.logit_bias, strict=True)
-        scores.index_add_(0, torch.tensor(ids), torch.tensor(values, dtype=scores.dtype))
-    if len(output_ids) < params.min_tokens:
-        ends = sorted({i for i in (*eos_token_ids, *params.stop_token_ids) if 0 <= i < vocab_size})
-        scores[ends] = -torch.inf
-    if params.repetition_penalty != 1:  # placeholders may lie outside the vocabulary
-        seen = torch.tensor(sorted({i for i in sequence.token_ids if 0 <= i < vocab_size}), dtype=torch.long)
-        values_seen = scores[seen]
-        penalty = params.repetition_penalty
-        scores[seen] = torch.where(values_seen > 0, values_seen / penalty, values_seen * penalty)
-    if (params.frequency_penalty or params.presence_penalty) and output_ids:
-        counts = Counter(output_ids)
-        ids_out = torch.tensor(list(counts))
-        times = torch.tensor(list(counts.values()), dtype=scores.dtype)
-        scores[ids_out] -= params.frequency_penalty * times + params.presence_penalty
-    return scores
-
-
-def filter_probabilities(scores: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Softmax at the temperature, then top-k, top-p and min-p; the rest is zero, not renormalised. `[vocab_size]`.
+def filtered(scores: torch.Tensor, params: SamplingParams) -> Likeliest:
+    """The tokens that top-k, then top-p among those, and min-p leave: at least one. scores `[vocab_size]`, at the
+    temperature, the greatest 0.
 
     top-p keeps the smallest set of likeliest tokens whose probabilities reach top_p; ties break by token id.
     """
-    temperature = max(params.temperature, SMALLEST_TEMPERATURE)
-    probabilities = torch.softmax((scores - scores.max()) / temperature, dim=-1)  # the maximum is 0: no overflow
-    if params.top_k <= 0 and params.top_p >= 1 and params.min_p <= 0:
-        return probabilities
-    ids = _candidates(probabilities, params)
-    ordered, order = probabilities[ids].sort(descending=True, stable=True)
-    if params.top_k > 0:
-        ordered, order = ordered[: params.top_k], order[: params.top_k]
-    keep = ordered >= params.min_p * ordered[0]
+    some = likeliest(scores, max(WINDOW, params.top_k))
+    kept = _kept(scores, some, params)
+    if kept == len(some.scores) < len(scores) and params.top_k <= 0:
+        some = likeliest(scores, len(scores))
+        kept = _kept(scores, some, params)
+    return Likeliest(some.token_ids[:kept], some.scores[:kept])
+
+
+def _kept(scores: torch.Tensor, some: Likeliest, params: SamplingParams) -> int:
+    """How many of the likeliest pass."""
+    powers = (some.scores[: params.top_k] if params.top_k > 0 else some.scores).exp()
+    keep = powers >= params.min_p
     if params.top_p < 1:
-        likelier = ordered.cumsum(0) - ordered
-        keep &= likelier < params.top_p * (ordered.sum() if params.top_k > 0 else 1)
-    keep[0] = True
-    return torch.zeros_like(probabilities).scatter_(0, ids[order], torch.where(keep, ordered, 0))
+        whole = powers if params.top_k > 0 else scores.exp()
+        keep &= powers.cumsum(0) - powers < params.top_p * whole.sum()
+    return max(1, int(keep.sum()))
 
 
-def _candidates(probabilities: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Ids, ascending, that hold all tokens the filters can keep: few, sorting a whole vocabulary takes milliseconds."""
-    if params.top_k <= 0 and params.top_p >= 1:
-        return (probabilities >= params.min_p * probabilities.max()).nonzero().flatten()
-    count = params.top_k if params.top_k > 0 else HEAD
-    least = probabilities.topk(min(count, len(probabilities))).values[-1]
-    ids = ((probabilities >= least) & (probabilities > 0)).nonzero().flatten()
-    enough = params.top_k > 0 or probabilities[ids].sum() >= params.top_p
-    return ids if enough else torch.arange(len(probabilities))
+def likeliest(scores: torch.Tensor, count: int) -> Likeliest:
+    """All tokens from some score on that at least `count` reach, or all there are."""
+    blocks = len(scores) // BLOCK
+    if 0 < count < blocks:
+        least = scores[: blocks * BLOCK].view(blocks, BLOCK).amax(-1).topk(count).values[-1]
+        token_ids = _places(scores, float(least))
+        scores = scores[token_ids]
+    else:
+        token_ids = torch.arange(len(scores))
+    scores, order = scores.sort(descending=True, stable=True)
+    return Likeliest(token_ids[order], scores)
 
 
-def _report(logprobs: torch.Tensor, token_id: int, count: int) -> TokenLogprob:
-    values, ids = logprobs.topk(min(count, logprobs.shape[0]))
-    top = tuple((int(i), float(value)) for i, value in zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprob(token_id, float(logprobs[token_id]), top)
+def _report(logits: torch.Tensor, token_id: int, count: int) -> TokenLogprob:
+    total = logits.logsumexp(0)
+    top = likeliest(logits, count)
+    pairs = zip(top.token_ids[:count].tolist(), (top.scores[:count] - total).tolist(), strict=True)
+    return TokenLogprob(token_id, float(logits[token_id] - total), tuple(pairs))
+
+
+# numpy takes a part of torch's time for these
+
+
+def _first_greatest(scores: torch.Tensor) -> int:
+    return int(scores.numpy().argmax())
+
+
+def _count(scores: torch.Tensor, least: float) -> int:
+    return int(np.count_nonzero(scores.numpy() >= np.float32(least)))
+
+
+def _places(scores: torch.Tensor, least: float) -> torch.Tensor:
+    return torch.from_numpy(np.flatnonzero(scores.numpy() >= np.float32(least)))
+
+
+@functools.cache
+def _token_ids(count: int) -> torch.Tensor:
+    return torch.arange(count, dtype=torch.int32)

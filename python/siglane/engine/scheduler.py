@@ -28,16 +28,19 @@ PATIENCE_STEPS = 64  # that a batch is passed over before its oldest request bec
 
 @dataclass(frozen=True, slots=True)
 class StepBudget:
-    """What one step may cost, and how many requests may run."""
+    """What one step may cost, and how many requests may run. guessing: rows of a step up to which its answers are
+    guessed ahead."""
 
     tokens: int
     patches: int
     running: int
+    guessing: int = 0
 
 
 @dataclass(slots=True)
 class Step:
-    """A planned step. images_to_encode: first, and for each the sequences that want it with its number there."""
+    """A planned step. images_to_encode: first, and for each the sequences that want it, now or when they run, with its
+    number there."""
 
     chunks: list[Chunk] = field(default_factory=list)
     images_to_encode: dict[FeatureKey, list[tuple[Sequence, int]]] = field(default_factory=dict)
@@ -69,13 +72,17 @@ class Scheduler:
         """Tokens one sequence can hold at most."""
         return self.allocator.total * self.page_size
 
+    @property
+    def has_clients(self) -> bool:
+        """Whether somebody is here who does not yield."""
+        return any(not one.yields for one in (*self.running, *self.waiting))
+
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
     def plan(self) -> Step:
         """The next step; its chunks have pages. Empty only when nothing waits or runs."""
-        company = any(not one.yields for one in (*self.running, *self.waiting))
-        self._steps_without_company = 0 if company else self._steps_without_company + 1
+        self._steps_without_company = 0 if self.has_clients else self._steps_without_company + 1
         for sequence in self._decodes_first():
             if sequence in self.running:  # growing an older one may have put it back into the queue
                 self._grow(sequence)
@@ -86,11 +93,13 @@ class Scheduler:
         if nobody_waits and not any(chunk.reads for chunk in step.chunks):
             self._add_batch(step)
         self._note_passed_over(step)
+        self._keep_images(step)
+        self._guess(step)
         return step
 
     def commit(self, chunks: Iterable[Chunk]) -> None:
         """Marks chunks as computed and offers their full pages for reuse."""
-        for sequence, start, stop in chunks:
+        for sequence, start, stop, _ in chunks:
             sequence.computed = stop
             sequence.drop_used_features()
             if start // self.page_size < stop // self.page_size:
@@ -154,6 +163,40 @@ class Scheduler:
             self._steps_passed_over = 0
             min(batch, key=lambda one: (not one.yields, one.order)).yields = False
 
+    def _keep_images(self, step: Step) -> None:
+        """Whoever waits and has an image that the step encodes for another keeps it: by his turn the cache may not."""
+        if not step.images_to_encode:
+            return
+        for sequence in self.waiting:
+            for image in range(len(sequence.request.images)):
+                wanting = step.images_to_encode.get(sequence.feature_key(image))
+                if wanting is not None and image not in sequence.features:
+                    wanting.append((sequence, image))
+
+    def _guess(self, step: Step) -> None:
+        """Lengthens answers by tokens that may follow, with rows and pages that nobody else needs."""
+        answering = [number for number, chunk in enumerate(step.chunks) if chunk.samples]
+        rows = min(step.tokens_left, self.budget.guessing - len(answering))
+        for place, number in enumerate(answering):
+            chunk = step.chunks[number]
+            sequence = chunk.sequence
+            if sequence.lookup is None:
+                continue
+            share = max(1, rows // (len(answering) - place))
+            room = min(rows, share, sequence.request.max_tokens - sequence.answered - 1)
+            guesses = sequence.lookup.guess(sequence.cache_ids, room)
+            guesses = guesses[: self._room_behind(sequence, len(guesses))]
+            step.chunks[number] = chunk.with_guesses(guesses)
+            step.tokens_left -= len(guesses)
+            rows -= len(guesses)
+
+    def _room_behind(self, sequence: Sequence, wanted: int) -> int:
+        """Tokens that fit behind the known ones, on more pages as long as there are free ones for everybody else."""
+        pages, length = sequence.block_table, len(sequence.token_ids)
+        while length + wanted > len(pages) * self.page_size and self.allocator.free > len(self.running):
+            pages += self.allocator.take(1, pages[-1])
+        return len(pages) * self.page_size - length
+
     def _schedule(self, sequence: Sequence, step: Step) -> bool:
         """Adds as much of a sequence as the budgets allow; False when that is nothing."""
         stop = min(len(sequence.token_ids), sequence.computed + step.tokens_left)
@@ -197,10 +240,10 @@ class Scheduler:
                 return False
             following = self._match(sequence)
             if following in under_way:
-                self._release(sequence)
+                self._give_pages(sequence)
                 continue
             if not (self._find_place(sequence) and self._grow(sequence) and self._schedule(sequence, step)):
-                self._release(sequence)
+                self._give_pages(sequence)
                 return False
             self.waiting.remove(sequence)
             self.running.append(sequence)
@@ -289,8 +332,12 @@ class Scheduler:
             )
 
     def _release(self, sequence: Sequence) -> None:
+        self._give_pages(sequence)
+        sequence.features = {}
+
+    def _give_pages(self, sequence: Sequence) -> None:
         self.allocator.give(sequence.block_table[len(sequence.prefix_nodes) :])
         if self.prefix_cache is not None:
             self.prefix_cache.unlock(sequence.prefix_nodes)
-        sequence.block_table, sequence.prefix_nodes, sequence.features = [], [], {}
+        sequence.block_table, sequence.page_runs, sequence.prefix_nodes = [], [], []
         sequence.computed = 0

@@ -24,7 +24,8 @@ from siglane.families.files import llava_tower
 from siglane.families.stated import PREPROCESSOR, image_processor
 from siglane.nn.plan import WeightPlan
 from siglane.projector.build import projector_plan
-from siglane.tiling.vila import MOST_TILES, Tiling, VilaTiling
+from siglane.tiling.rule import MOST_TILES
+from siglane.tiling.vila import Tiling, VilaTiling
 from siglane.types import Grid, Size
 from siglane.vision.tower import tower_plan
 from siglane.weights.hub import Checkpoint, Source

@@ -14,6 +14,7 @@ from siglane.config.vlm import VlmConfig
 from siglane.errors import ConfigError
 from siglane.families.family import PromptRules
 from siglane.families.prompt.builder import PromptBuilder
+from siglane.families.prompt.tools import ToolFormat
 from siglane.families.registry import vlm_family
 from siglane.families.stated import TOKENIZER, TOKENIZER_CONFIG, chat_templates, log_contradictions, tokenizer_classes
 from siglane.image.patchify import to_patches
@@ -78,6 +79,11 @@ class Processor(ImageProcessor):
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         return self.config.eos_token_ids
+
+    @property
+    def tools(self) -> ToolFormat | None:
+        """How the chat template writes calls of tools and their results; None where it has no place for them."""
+        return self._prompts.tools
 
     def prompt(
         self,

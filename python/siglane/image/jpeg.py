@@ -22,6 +22,7 @@ _FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _APP0, _EXIF, _ADOBE = 0xE0, 0xE1, 0xEE
 _MOST_SEGMENTS = 100_000  # a file of empty ones must not keep a core busy
 _BLOCK = 4096
+_FOLLOWING = (b"", b"\x55" * 64, b"\xaa" * 64)  # a decoder reads zeros where there is nothing
 
 
 def read_header(file: BinaryIO) -> Header:
@@ -43,8 +44,23 @@ def open_image(file: BinaryIO) -> Image.Image:
     for marker, body in _segments(file):
         if marker in _TABLES or marker in _FRAMES or marker == _SCAN or _says_colours(marker, body):
             kept.append(bytes((0xFF, marker)) + (len(body) + 2).to_bytes(2, "big") + body)
-    kept.append(file.read())
-    return Image.open(BytesIO(b"".join(kept)), formats=("JPEG",))
+    kept.append(scans := file.read())
+    if bytes((0xFF, _END)) not in scans:  # elsewhere than at its end a scan cannot hold these bytes
+        return _without_end(b"".join(kept).rstrip(b"\xff"))
+    return _opened(b"".join(kept))
+
+
+def _without_end(data: bytes) -> Image.Image:
+    """A file that was cut behind its pixels has them all: whatever follows, the picture is the same. ValueError for one
+    that was cut amid them, of which a decoder would show what it likes."""
+    one, *others = (_opened(data + more + bytes((0xFF, _END))) for more in _FOLLOWING)
+    if any(other.tobytes() != one.tobytes() for other in others):
+        raise ValueError("pixels are missing")
+    return one
+
+
+def _opened(data: bytes) -> Image.Image:
+    return Image.open(BytesIO(data), formats=("JPEG",))
 
 
 def _says_colours(marker: int, body: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""A language model of fewer bits: every linear layer and the output head; embeddings and norms stay."""
+"""A language model of fewer bits: every linear layer, the output head and the embedding table; norms stay."""
 
 from __future__ import annotations
 
@@ -10,60 +10,82 @@ from torch import nn
 from siglane.config.language import LanguageConfig
 from siglane.lm.qwen import DecoderAttention, DecoderBlock, DecoderMLP, QwenModel
 from siglane.lm.rotation import head_turn, random_basis, rotate_block
-from siglane.nn.cpu.int8 import CentredInt8Linear, WideInt8Linear
-from siglane.nn.embedding import VocabParallelEmbedding
-from siglane.nn.parallel import TensorParallel
+from siglane.lm.tables import IncomingTable, QuantisedHead, QuantisedTable, TiedCodes, TiedTable
+from siglane.nn.cpu.int4 import GROUP_SIZE, Int4Linear
+from siglane.nn.cpu.int8 import CentredInt8Linear, Int8Codes, WideInt8Linear, int8_codes
+from siglane.nn.cpu.memory import return_freed
+from siglane.nn.embedding import VocabTable
 from siglane.nn.quantise import Bits, MakeLinear, kernel, quantised
 
 
 class LanguageQuantiser:
-    """Replaces the layers of a decoder on a CPU, block by block, as each is loaded, and then its head.
+    """Replaces the layers of a decoder on a CPU, block by block, as each is loaded, its tables as they are read and its
+    head at last.
 
     In the turned basis (`rotation.py`) rows have no outliers, so 8 bits around zero suffice; but behind the product of
-    SwiGLU, which no turn of weights can reach, they take 16 (`WideInt8Linear`). UserError when there is no kernel here.
+    SwiGLU, which no turn of weights can reach, they take 16 (`WideInt8Linear`). With 4 bits some keep 8: q, k and v, a
+    small part of the weights that causes half of the error, tables, and the head, because a head of 4 writes bfloat16,
+    in which likely tokens are ties. UserError when there is no kernel here.
     """
 
-    def __init__(self, config: LanguageConfig, kind: Bits) -> None:
+    def __init__(self, config: LanguageConfig, kind: Bits, group_size: int = GROUP_SIZE) -> None:
         kernel(kind, torch.device("cpu"))
+        self._kind, self._group_size = kind, group_size
         self._basis, self._head_basis = random_basis(config.hidden_size), random_basis(config.head_dim)
+        self._tied: IncomingTable[TiedCodes] | None = None
+        self._table: IncomingTable[Int8Codes] | None = None
+        self._head: IncomingTable[torch.Tensor] | None = None
+
+    def begin(self, model: QwenModel) -> list[nn.Module]:
+        """Before anything is loaded. Returns what then stands for the tables and needs no memory of its own."""
+        table, head = model.embed_tokens, model.lm_head
+        if not isinstance(head, VocabTable):
+            self._tied = model.embed_tokens = IncomingTable(table, lambda weight: TiedCodes(self._turned(weight)))
+            return [model.embed_tokens]
+        self._table = model.embed_tokens = IncomingTable(table, self._turned)
+        # small only when the norm's gain is known; what is kept are the file's own pages
+        self._head = model.lm_head = IncomingTable(head, lambda weight: weight)
+        return [model.embed_tokens, model.lm_head]
+
+    def _turned(self, weight: torch.Tensor) -> Int8Codes:
+        return int8_codes(weight, lambda rows: rows.double() @ self._basis)
 
     def quantise_block(self, block: nn.Module) -> None:
         assert isinstance(block, DecoderBlock)
         rotate_block(block, self._basis, self._head_basis)
-        _quantise_block(block)
+        return_freed()
+        _quantise_block(block, self._kind, self._group_size)
 
     def finish(self, model: QwenModel) -> None:
-        """Once all blocks are done."""
-        table = model.lm_head or model.embed_tokens
-        assert isinstance(table, VocabParallelEmbedding)
+        """Once all is loaded."""
+        dtype = model.norm.weight.dtype
+        basis = self._basis.to(dtype)
+        model.basis = basis.T.contiguous()
+        gain = (self._basis.T * model.norm.weight.double()) @ self._basis
         turn = head_turn(model.norm, self._basis)
-        model.lm_head = QuantisedHead(CentredInt8Linear(table.weight, None, turn), table.tp)
-        model.basis = self._basis.to(model.embed_tokens.weight.dtype)
+        if self._tied is not None:
+            model.embed_tokens = TiedTable(self._tied, self._tied.take(), basis, gain.to(dtype))
+        if self._table is not None:
+            model.embed_tokens = QuantisedTable(self._table, *self._table.take(), basis)
+        if self._head is not None:
+            model.lm_head = QuantisedHead(CentredInt8Linear(self._head.take(), None, turn), self._head.tp)
 
 
-def _quantise_block(block: DecoderBlock) -> None:
+def _quantise_block(block: DecoderBlock, kind: Bits, group_size: int) -> None:
     """The norms, which have no gain any more, become scales of the layers behind them."""
     attention, mlp = block.attention, block.mlp
     assert isinstance(attention, DecoderAttention)
     assert isinstance(mlp, DecoderMLP)
+    small = partial(Int4Linear, group_size=group_size)
+    centred, wide = (CentredInt8Linear, WideInt8Linear) if kind == "8bit" else (small, small)  # but for q, k and v
     layers: tuple[tuple[nn.Module, str, MakeLinear], ...] = (
         (attention, "qkv", partial(CentredInt8Linear, eps=block.input_norm.eps)),
-        (attention, "o_proj", CentredInt8Linear),
-        (mlp, "gate_up", partial(CentredInt8Linear, eps=block.post_attention_norm.eps)),
-        (mlp, "down_proj", WideInt8Linear),
+        (attention, "o_proj", centred),
+        (mlp, "gate_up", partial(centred, eps=block.post_attention_norm.eps)),
+        (mlp, "down_proj", wide),
     )
     for parent, name, make in layers:
         setattr(parent, name, quantised(getattr(parent, name), make))
+        return_freed()
     for name in ("input_norm", "post_attention_norm"):
         setattr(block, name, nn.Identity())
-
-
-class QuantisedHead(nn.Module):
-    """The output head: `[T, hidden_size]` -> logits `[T, vocab_size]`, whole on every rank."""
-
-    def __init__(self, linear: CentredInt8Linear, tp: TensorParallel) -> None:
-        super().__init__()
-        self.linear, self.tp = linear, tp
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.tp.all_gather(self.linear(hidden))

@@ -12,7 +12,7 @@ from siglane.config.language import LanguageConfig
 from siglane.lm.attention import LayerAttention
 from siglane.nn.act import activate
 from siglane.nn.cpu.product import linear
-from siglane.nn.embedding import VocabParallelEmbedding
+from siglane.nn.embedding import VocabParallelEmbedding, VocabTable
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear, attention_parallel
 from siglane.nn.norm import RMSNorm
 from siglane.nn.parallel import TensorParallel
@@ -79,7 +79,8 @@ class DecoderBlock(nn.Module):
 class QwenModel(nn.Module):
     """The decoder with its embedding table and output head. A step's metadata comes in through `attention`.
 
-    basis: `[hidden_size, hidden_size]` where the blocks' weights are those of another basis (`rotation.py`).
+    basis: `[hidden_size, hidden_size]`, a vector in each row, where the blocks' weights are those of another basis
+    (`rotation.py`).
     """
 
     norm_type: type[RMSNorm] = RMSNorm
@@ -89,7 +90,7 @@ class QwenModel(nn.Module):
         super().__init__()
         tp = tp or TensorParallel.single()
         self.config = config
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
+        self.embed_tokens: VocabTable = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
         self.blocks = nn.ModuleList(
             DecoderBlock(config, layer, tp, self.norm_type) for layer in range(config.num_hidden_layers)
         )
@@ -116,11 +117,11 @@ class QwenModel(nn.Module):
         """embeds `[T, hidden_size]`, positions i64 `[T]` -> normalised hidden states `[T, hidden_size]`."""
         config = self.config
         rotary = rotary_tables(positions, config.head_dim, config.rope_theta, embeds.dtype, config.rope_scaling)
-        x = embeds if self.basis is None else linear(embeds, self.basis.T)
+        x = embeds if self.basis is None else linear(embeds, self.basis)
         for number, block in enumerate(self.blocks):
             x = block(x, rotary, attention)
             if taps is not None:
-                taps[f"lm.block.{number}"] = x if self.basis is None else x @ self.basis.T
+                taps[f"lm.block.{number}"] = x if self.basis is None else x @ self.basis
         hidden: torch.Tensor = self.norm(x)
         return hidden
 

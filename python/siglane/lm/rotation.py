@@ -15,7 +15,7 @@ import torch
 from siglane.lm.qwen import DecoderAttention, DecoderBlock, DecoderMLP
 from siglane.nn.norm import RMSNorm
 
-ROWS = COLUMNS = 1024  # that are turned at a time, in float64
+ROWS = COLUMNS = 256  # that are turned at a time, in float64
 SEED = 0  # of the matrices: any will do, every rank has to have the same
 
 

@@ -11,26 +11,43 @@ from siglane.nn.linear import ShardedModule, check_shape, copy_checked
 from siglane.nn.parallel import TensorParallel
 
 
-class VocabParallelEmbedding(ShardedModule):
+class VocabTable(ShardedModule):
     """A table `[vocab_size, hidden_size]`, rows cut over ranks when they divide.
 
-    `forward(ids [T]) -> [T, hidden_size]`; `logits(hidden [T, hidden_size]) -> [T, vocab_size]` is the same table as
-    an output head (tied weights, or an untied head of its own).
+    `forward(ids [T]) -> [T, hidden_size]`.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel) -> None:
         super().__init__()
         self.tp = tp.divides(vocab_size)
         self.vocab_size, self.hidden_size = vocab_size, hidden_size
-        self.weight = nn.Parameter(torch.empty(vocab_size // self.tp.size, hidden_size))
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Those of this rank's share, which `ids` count from its beginning."""
+        raise NotImplementedError
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The same table as an output head: `[T, hidden_size]` -> `[T, vocab_size]`, whole on every rank."""
+        raise NotImplementedError
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if self.tp.size == 1:
-            return F.embedding(ids, self.weight)
-        local = ids - self.tp.rank * self.weight.shape[0]
-        mine = (local >= 0) & (local < self.weight.shape[0])
-        rows = F.embedding(local.clamp(0, self.weight.shape[0] - 1), self.weight)
-        return self.tp.all_reduce(rows * mine.unsqueeze(-1))
+            return self.rows(ids)
+        share = self.vocab_size // self.tp.size
+        local = ids - self.tp.rank * share
+        mine = (local >= 0) & (local < share)
+        return self.tp.all_reduce(self.rows(local.clamp(0, share - 1)) * mine.unsqueeze(-1))
+
+
+class VocabParallelEmbedding(VocabTable):
+    """`VocabTable` of floats. `logits` is for tied weights, or an untied head of its own."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel) -> None:
+        super().__init__(vocab_size, hidden_size, tp)
+        self.weight = nn.Parameter(torch.empty(vocab_size // self.tp.size, hidden_size))
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, self.weight)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.tp.all_gather(linear(hidden, self.weight))

@@ -1,6 +1,7 @@
 """Linear layers with fewer bits in the place of those that a checkpoint filled.
 
-On CPUs they are real integer products (`cpu/int8.py`), on CUDA weight-only kernels of a library.
+On CPUs products of 8 bits are those of integers (`cpu/int8.py`) and weights of 4 bits are unpacked for theirs
+(`cpu/int4.py`); on CUDA there are weight-only kernels of a library.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import nn
 
 from siglane.errors import ConfigError, UserError
 from siglane.nn.act import activate
+from siglane.nn.cpu.int4 import Int4Linear, has_packed_products
 from siglane.nn.cpu.int8 import LEAST, Int8Linear, has_integer_products
 from siglane.nn.cpu.int8_block import CodedMLP, CodedNorm, CodedRows, attention_dtype, coded_product, consume_centred
 from siglane.nn.encoder import EncoderBlock
@@ -42,7 +44,7 @@ def quantise(model: nn.Module, kind: Bits, device: torch.device | str) -> nn.Mod
         _balance(model)
     for parent, name, layer in layers:
         setattr(parent, name, quantised(layer, make))
-    if device.type == "cpu":
+    if device.type == "cpu" and kind == "8bit":  # weights of 4 bits are unpacked for all rows at once
         _code(model)
     return model
 
@@ -171,11 +173,13 @@ def kernel(kind: Bits, device: torch.device) -> MakeLinear:
     """UserError, naming the reason, when there is none here."""
     if device.type != "cpu":
         return _on_cuda(kind, device)
-    if kind == "4bit":
-        raise _unsupported(kind, "there are no 4-bit products for CPUs here; use '8bit', or a CUDA device")
     if not has_integer_products():
         raise _unsupported(kind, "this processor has no exact 8-bit products (VNNI or AMX); use 'none'")
-    return Int8Linear
+    if kind == "8bit":
+        return Int8Linear
+    if not has_packed_products():
+        raise _unsupported(kind, "torch has no 4-bit products for this processor (it takes AVX2); use '8bit'")
+    return Int4Linear
 
 
 def _on_cuda(kind: Bits, device: torch.device) -> MakeLinear:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -27,6 +28,7 @@ def _tables(angles: torch.Tensor) -> Rotary:
     return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
 
 
+@functools.cache
 def rotary_frequencies(
     count: int, theta: float, scaling: RopeScaling | None = None, device: torch.device | None = None
 ) -> torch.Tensor:
@@ -64,4 +66,7 @@ def rotary_tables_2d(grids: Sequence[Grid], head_dim: int, theta: float, device:
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x: `[T, heads, head_dim]`; pairs are (i, i + head_dim / 2), cos and sin as in `Rotary`."""
-    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+    other = x.roll(x.shape[-1] // 2, -1)
+    if x.dtype == torch.float32:
+        return torch.addcmul(x * cos, other, sin)
+    return x * cos + other * sin  # half precision rounds both products, as the models' own code does

@@ -17,7 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
 
-from siglane.batch.requests import CHAT, CLASSIFY, EMBEDDINGS
+from siglane.batch.row import CHAT, CLASSIFY, EMBEDDINGS
 from siglane.errors import EngineError, UserError
 from siglane.server.batch_runner import BatchRunner
 from siglane.server.batches import BATCHES, add_batches

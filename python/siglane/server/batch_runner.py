@@ -7,18 +7,23 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
-from siglane.batch.output import Answer, Output
-from siglane.batch.requests import CHAT, BadRow, Row, Source, open_requests
+from siglane.batch.form import Answer
+from siglane.batch.output import Output, Stopped
+from siglane.batch.pool import EngineDied
+from siglane.batch.requests import open_requests
+from siglane.batch.row import CHAT, BadRow, Row, Source
 from siglane.batch.rows import CannotWrite
-from siglane.batch.run import Plan, Stopped, run_batch
+from siglane.batch.run import Plan, run_batch
+from siglane.engine.process import RESTART_WINDOW_SECONDS
 from siglane.errors import EngineError, SiglaneError, UserError
 from siglane.server.context import InflightShare
+from siglane.server.death_budget import MOST_DEATHS, DeathBudget
 from siglane.server.job import job_of
 from siglane.server.local import LocalServer
 from siglane.server.served import Served
@@ -32,7 +37,7 @@ PAUSE_SECONDS = 30.0  # before a batch goes on that the disk or the engine has s
 COUNT_SECONDS = 1.0
 MAX_ERRORS = 100  # told of a batch that cannot be run
 PLAN = Plan(order="done", window=256)
-EMBEDDING_SLOTS = 4  # rows of many texts each: clients' items wait behind theirs
+EMBEDDING_SLOTS = 16  # rows of many texts each
 
 Failure = Mapping[str, Any]  # OpenAI's: code, line, message, param
 
@@ -48,6 +53,7 @@ class BatchRunner:
         self._moving: dict[str, Batch] = {}
         self._stops: dict[str, Callable[[], object]] = {}
         self._paused: dict[str, tuple[float, str]] = {}  # until when, and why
+        self._deaths = DeathBudget(RESTART_WINDOW_SECONDS)
         self._closed = False
 
     @asynccontextmanager
@@ -245,7 +251,16 @@ class BatchRunner:
 
     def _server_for(self, batch: Batch) -> _OnItsLoop:
         slots = self._served.engine.spec.config.max_running if batch.endpoint == CHAT else EMBEDDING_SLOTS
-        return _OnItsLoop(LocalServer(self._served, slots, self._inflight, self._turns), self._loop, lambda: self._ends)
+        server = LocalServer(self._served, slots, self._inflight, self._turns)
+        return _OnItsLoop(server, self._loop, lambda: self._ends, lambda: self._rest(batch), self._deaths.note)
+
+    async def _rest(self, batch: Batch) -> None:
+        """Returns when the engine has not died too often of late to be given a row."""
+        while (seconds := self._deaths.rest) > 0:
+            message = f"the engine died {MOST_DEATHS} times under requests of batches; they go on in {seconds:.0f} s"
+            self._paused[batch.id] = 0.0, message
+            await asyncio.sleep(min(seconds, TICK_SECONDS))
+            self._paused.pop(batch.id, None)
 
     def _write_late(self, batch: Batch, output: Output) -> None:
         message = "the completion window ended before the request was asked"
@@ -289,13 +304,28 @@ class _OnItsLoop:
     """A server whose loop runs on another thread than the batch. Stopped when it ends; what it answers while it does
     is no answer."""
 
-    def __init__(self, server: LocalServer, loop: asyncio.AbstractEventLoop, ends: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        server: LocalServer,
+        loop: asyncio.AbstractEventLoop,
+        ends: Callable[[], bool],
+        rest: Callable[[], Awaitable[None]],
+        died: Callable[[int], None],
+    ) -> None:
+        """rest: returns when the engine may be given a row; died: told which one a row was lost with."""
         self.slots, self._server, self._loop, self._ends = server.slots, server, loop, ends
+        self._rest, self._died = rest, died
 
     async def ask(self, url: str, body: Mapping[str, Any]) -> Answer:
+        await self._rest()
         if self._ends():
             raise Stopped("the server is shutting down")
-        answer = await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._server.ask(url, body), self._loop))
+        try:
+            asked = asyncio.run_coroutine_threadsafe(self._server.ask(url, body), self._loop)
+            answer = await asyncio.wrap_future(asked)
+        except EngineDied as error:
+            self._died(error.life)
+            raise
         if answer.status >= 500 and self._ends():
             raise Stopped("the server is shutting down")
         return answer

@@ -9,7 +9,7 @@ from fastapi import FastAPI, Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from siglane.batch.requests import CHAT
+from siglane.batch.row import CHAT
 from siglane.errors import UserError
 from siglane.server.batch_runner import BatchRunner
 from siglane.server.context import context_of
@@ -27,7 +27,8 @@ Responses = dict[int | str, dict[str, Any]]
 
 def batch_of(body: BatchRequest, owner: str, served: Served) -> Batch:
     """UserError for an endpoint that no model of this server answers."""
-    if (served.chat if body.endpoint == CHAT else served.embed) is None:
+    model = served.chat if body.endpoint == CHAT else served.embed
+    if model is None:
         raise UserError(f"{served.name!r} does not answer {body.endpoint}", code="invalid_value", param="endpoint")
     now, kept = int(time.time()), body.output_expires_after
     return Batch(
@@ -40,6 +41,7 @@ def batch_of(body: BatchRequest, owner: str, served: Served) -> Batch:
         expires_at=now + body.seconds,
         file_seconds=served.config.file_expiry if kept is None else kept.seconds,
         metadata=body.metadata,
+        model=model.name,
     )
 
 

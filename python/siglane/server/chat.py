@@ -16,7 +16,7 @@ from siglane.media.messages import read_messages
 from siglane.server.choices import Choices, finish_reason
 from siglane.server.context import RequestContext
 from siglane.server.protocol import ChatCompletionRequest, plain
-from siglane.server.replies import AssistantMessage, ChatCompletion, Choice, SiglaneReport, UsageReply
+from siglane.server.replies import ChatCompletion, Choice, ReplyMessage, SiglaneReport, UsageReply
 from siglane.server.served import ChatModel
 from siglane.server.stopwatch import Stopwatch
 from siglane.types import Message, Prompt, Request, SamplingParams, Usage
@@ -118,7 +118,8 @@ async def complete(body: ChatCompletionRequest, context: RequestContext, model: 
     """The whole answer at once."""
     async with context.turn:
         prepared = await prepare(body, context, model)
-    choices = await model.ask(prepared.requests)
+    async with context.place:
+        choices = await model.ask(prepared.requests)
     try:
         while not choices.finished:
             await choices.next()
@@ -149,8 +150,8 @@ def choice_reply(index: int, answer: Answer, model: ChatModel) -> Choice:
     }
 
 
-def assistant_message(text: str, reasoning: str, model: ChatModel) -> AssistantMessage:
-    message: AssistantMessage = {"role": "assistant", "content": text, "refusal": None}
+def assistant_message(text: str, reasoning: str, model: ChatModel) -> ReplyMessage:
+    message: ReplyMessage = {"role": "assistant", "content": text, "refusal": None}
     if model.processor.config.thinking is not None:
         message["reasoning_content"] = reasoning or None
     return message
@@ -166,7 +167,11 @@ def usage_reply(usage: Usage) -> UsageReply:
             "image_tokens": usage.image_tokens,
             "text_tokens": usage.text_tokens,
         },
-        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "completion_tokens_details": {
+            "reasoning_tokens": usage.reasoning_tokens,
+            "accepted_prediction_tokens": usage.accepted_prediction_tokens,
+            "rejected_prediction_tokens": usage.rejected_prediction_tokens,
+        },
     }
 
 

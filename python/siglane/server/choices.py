@@ -75,6 +75,8 @@ class Choices:
             completion_tokens=sum(usage.completion_tokens for usage in every),
             cached_tokens=min(usage.cached_tokens for usage in every),
             reasoning_tokens=sum(usage.reasoning_tokens for usage in every),
+            accepted_prediction_tokens=sum(usage.accepted_prediction_tokens for usage in every),
+            rejected_prediction_tokens=sum(usage.rejected_prediction_tokens for usage in every),
         )
 
     @property

@@ -69,7 +69,7 @@ class RequestContext:
 
     cancelled: the client left before; failed: the error that ended the answer, for log and metrics; owner: whose key
     the request came with (`middleware.owner_of`). batch: nobody waits for the answer, so that it yields to others;
-    turn: to be prepared, where not all may be at a time.
+    turn: to be prepared, where not all may be at a time; place: among those that go to the engine one after the other.
     """
 
     request_id: str
@@ -81,6 +81,7 @@ class RequestContext:
     failed: str | None = None
     batch: bool = False
     turn: AbstractAsyncContextManager[object] = field(default_factory=nullcontext)
+    place: AbstractAsyncContextManager[object] = field(default_factory=nullcontext)
     owner: str = ""
 
     @property

@@ -137,9 +137,9 @@ async def _embed(
     watch.add("decode", sum(image.decoding for image in images))
     watch.add("prepare", sum(image.cutting for image in images))
     first, *others = _pieces(texts)
-    of_images, of_texts = await _vectors(images, first, model, watch)
+    of_images, of_texts = await _vectors(images, first, context, model, watch)
     for piece in others:
-        of_texts += (await _vectors((), piece, model, watch))[1]
+        of_texts += (await _vectors((), piece, context, model, watch))[1]
     model.metrics.observe_stages(watch.seconds)
     model.metrics.images.inc(len(images))
     return _Embedded(of_images, of_texts, list(map(report_image, images)))
@@ -159,7 +159,11 @@ def _pieces(texts: Sequence[TextInput]) -> list[list[TextInput]]:
 
 
 async def _vectors(
-    images: Sequence[MediaItem], texts: Sequence[TextInput], model: EmbedModel, watch: Stopwatch
+    images: Sequence[MediaItem],
+    texts: Sequence[TextInput],
+    context: RequestContext,
+    model: EmbedModel,
+    watch: Stopwatch,
 ) -> tuple[list[Vector], list[Vector]]:
     """Of images and texts that are embedded side by side. What is known is not embedded again."""
     params: dict[str, str] = {}  # where each text stands first
@@ -169,7 +173,8 @@ async def _vectors(
     new = {text: param for text, param in params.items() if text not in known}
     read = await model.media.run(_read, list(new), model.tokens) if new else []
     items: list[Item] = [*(image.patches for image in images), *(text.ids for text in read)]
-    done = await _computed(items, [*(image.param for image in images), *new.values()], model, watch)
+    found = await model.embed(items, context.batch)
+    done = _computed(found, [*(image.param for image in images), *new.values()], watch)
     for text, ids, embedding in zip(new, read, done[len(images) :], strict=True):
         known[text] = Vector(embedding.vector, ids.kept, ids.cut)
         model.texts.put(text, known[text])
@@ -191,12 +196,10 @@ def _read(texts: Sequence[str], tokens: TextTokens) -> list[_ReadText]:
     return [_ReadText(ids, min(count, most) + 1, count > most) for ids, count in rows]
 
 
-async def _computed(
-    items: Sequence[Item], params: Sequence[str], model: EmbedModel, watch: Stopwatch
-) -> list[Embedding]:
+def _computed(results: Sequence[Embedding | BaseException], params: Sequence[str], watch: Stopwatch) -> list[Embedding]:
     """All embeddings, or the error of the first item without one, which names it."""
     done: list[Embedding] = []
-    for param, result in zip(params, await model.embed(items), strict=True):
+    for param, result in zip(params, results, strict=True):
         if isinstance(result, EngineError) and result.status == 500:
             raise EngineError(f"{param}: {result.message}", code=result.code)
         if isinstance(result, BaseException):

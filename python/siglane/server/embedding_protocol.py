@@ -12,14 +12,27 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from typing_extensions import TypedDict
 
 from siglane.errors import UserError
 from siglane.families.report import ImageReport
 from siglane.media.item import MediaItem
 from siglane.media.messages import url_item
-from siglane.server.protocol import AnyMessage, Content, ImageUrl, ImageUrlPart, RequestModel, TextPart, plain
+from siglane.server.fields import WHOLE, not_both, one_of
+from siglane.server.protocol import (
+    TEXTS,
+    ImageUrl,
+    ImageUrlPart,
+    Parts,
+    PlainText,
+    RequestModel,
+    TextPart,
+    content_tag,
+    of_types,
+    part_tag,
+    plain,
+)
 from siglane.server.refused import refuse_fields
 from siglane.settings.tagging import CONFIDENCE_THRESHOLD, MAX_TAGS
 
@@ -45,13 +58,42 @@ def _as_url(value: Any) -> Any:
     return {"url": value} if isinstance(value, str) else value
 
 
-Image = Annotated[ImageUrl, BeforeValidator(_as_url)]
+class InputUrl(ImageUrl):
+    """The limits of an image are this model's, which may stand beside one that chats."""
+
+
+Url = Annotated[str, Field(json_schema_extra={"format": "uri"})]
+Image = Annotated[InputUrl, BeforeValidator(_as_url, json_schema_input_type=Url | InputUrl)]
+
+
+class InputImagePart(ImageUrlPart):
+    image_url: InputUrl
+
+
+InputPart = Annotated[
+    Annotated[TextPart, Tag("#text")] | Annotated[InputImagePart, Tag("#image_url")],
+    Discriminator(part_tag),
+    of_types(*TEXTS, "image_url", others={"video_url": "videos are not embedded"}),
+]
+InputContent = Annotated[
+    PlainText | Annotated[list[InputPart], Parts, Tag("#parts")],
+    Discriminator(content_tag),
+]
 
 
 class InputItem(RequestModel):
-    text: str | None = None
+    model_config = ConfigDict(json_schema_extra=one_of("text", "image", "content"))
+
+    text: Annotated[str, Field(max_length=MAX_CHARACTERS)] | None = None
     image: Image | None = None
-    content: Content | None = None
+    content: InputContent | None = None
+
+
+class InputMessage(RequestModel):
+    """Who says it makes no difference to a vector."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: InputContent
 
 
 Modality = Literal["text", "image"]
@@ -72,21 +114,23 @@ def _as_list(value: Any) -> Any:
     return values
 
 
-Inputs = Annotated[
-    list[Annotated[Annotated[str, Tag("#text")] | Annotated[InputItem, Tag("#item")], Discriminator(_input_tag)]],
-    BeforeValidator(_as_list),
-]
+Words = Annotated[str, Field(json_schema_extra={"minLength": 1})]  # with modality "image" it may be a URL of any length
+Item = Annotated[Annotated[Words, Tag("#text")] | Annotated[InputItem, Tag("#item")], Discriminator(_input_tag)]
+Several = Annotated[list[Item], Field(min_length=1, max_length=MAX_INPUTS)]
+Inputs = Annotated[list[Item], BeforeValidator(_as_list, json_schema_input_type=Item | Several)]
 
 
 class EmbeddingRequest(RequestModel):
     """modality: what a bare string of `input` is, the URL of an image or a text; by default a text, but no data URL of
     an image: whoever sends one as a text is asked which of the two it is."""
 
+    model_config = ConfigDict(json_schema_extra=one_of("input", "messages"))
+
     model: str | None = None
     input: Inputs | None = None
-    messages: Annotated[list[AnyMessage], Field(min_length=1, max_length=1)] | None = None
+    messages: Annotated[list[InputMessage], Field(min_length=1, max_length=1)] | None = None
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Annotated[int, Field(ge=1)] | None = None
+    dimensions: Annotated[int, Field(ge=1), WHOLE] | None = None
     modality: Modality | None = None
 
     @model_validator(mode="after")
@@ -106,23 +150,43 @@ class EmbeddingRequest(RequestModel):
             yield _of_kind(read, self.modality)
 
 
+def _one_is_a_list(value: Any) -> Any:
+    return [value] if isinstance(value, str | dict) else value
+
+
+Template = Annotated[str, Field(json_schema_extra={"pattern": r"\{label\}"})]
+Label = Annotated[str, Field(json_schema_extra={"pattern": r"\S", "maxLength": MAX_CHARACTERS})]
+
+
+class ImageItem(RequestModel):
+    """An image where texts may stand too."""
+
+    image: Image
+
+
+ImageItems = Annotated[list[Url | ImageItem], Field(min_length=1, max_length=MAX_INPUTS)]
+ImageInputs = Url | ImageItem | ImageItems
+Images = Annotated[list[Image], Field(min_length=1, max_length=MAX_INPUTS)]
+
+
 class ClassificationRequest(RequestModel):
     """images: URLs, or objects with a URL and a budget; `input` is another name for it."""
 
-    model: str | None = None
-    images: Annotated[list[Image], Field(min_length=1, max_length=MAX_INPUTS)] | None = None
-    input: Inputs | None = None
-    labels: Annotated[list[str], Field(min_length=1, max_length=MAX_LABELS)]
-    template: str | None = None
-    templates: Annotated[list[str], Field(min_length=1, max_length=MAX_TEMPLATES)] | None = None
-    threshold: Annotated[float, Field(ge=0, le=1)] = CONFIDENCE_THRESHOLD
-    max_tags: Annotated[int, Field(ge=1)] = MAX_TAGS
-    modality: Literal["image"] | None = None
+    model_config = ConfigDict(
+        json_schema_extra={"allOf": [one_of("images", "input"), not_both("template", "templates")]}
+    )
 
-    @field_validator("images", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str | dict) else value
+    model: str | None = None
+    images: Annotated[Images, BeforeValidator(_one_is_a_list, json_schema_input_type=Image | Images)] | None = None
+    input: Annotated[Inputs, BeforeValidator(_as_list, json_schema_input_type=Url | ImageItem | ImageItems)] | None = (
+        None
+    )
+    labels: Annotated[list[Label], Field(min_length=1, max_length=MAX_LABELS, json_schema_extra={"uniqueItems": True})]
+    template: Template | None = None
+    templates: Annotated[list[Template], Field(min_length=1, max_length=MAX_TEMPLATES)] | None = None
+    threshold: Annotated[float, Field(ge=0, le=1)] = CONFIDENCE_THRESHOLD
+    max_tags: Annotated[int, Field(ge=1), WHOLE] = MAX_TAGS
+    modality: Literal["image"] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ClassificationRequest:
@@ -196,8 +260,6 @@ def _of_content(content: str | Sequence[Any], param: str, modality: Modality | N
         for number, part in enumerate(content)
         if isinstance(part, ImageUrlPart)
     ]
-    if len(texts) + len(images) < len(content):
-        raise UserError("videos are not embedded", code="unsupported_content_type", param=param)
     return _only(texts, images, param)
 
 

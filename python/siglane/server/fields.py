@@ -15,6 +15,40 @@ MAX_STOP_CHARACTERS = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_TEMPLATE_KWARGS = 16
 
+
+def _whole(value: Any) -> Any:
+    """16.0 is an integer in JSON, and what clients of languages without integers send."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)
+
+
+def only(field: str, *others: str) -> dict[str, Any]:
+    """A JSON schema: `field` is there and not null, `others` say nothing."""
+    silent: dict[str, Any] = {other: {"enum": [None, ""]} for other in others}
+    return {"required": [field], "properties": {field: {"not": {"type": "null"}}, **silent}}
+
+
+def one_of(*fields: str) -> dict[str, Any]:
+    """A JSON schema: exactly one of the fields says something."""
+    return {"anyOf": [only(field, *(other for other in fields if other != field)) for field in fields]}
+
+
+def not_both(first: str, second: str) -> dict[str, Any]:
+    """A JSON schema: at most one of the fields says something."""
+    return {"not": {"allOf": [only(first), only(second)]}}
+
+
+def needs(**flags: str) -> dict[str, Any]:
+    """A JSON schema: each field says something only where its flag is true."""
+    return {
+        "dependentSchemas": {
+            field: {"required": [flag], "properties": {flag: {"const": True}}} for field, flag in flags.items()
+        }
+    }
+
+
 TemplateValue = str | int | float | bool | None
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import TypedDict  # pydantic reads no other on Python 3.11
 
+from siglane.server.fields import WHOLE
 from siglane.server.store import Batch, Status, StoredFile
 
 MAX_METADATA = 16
@@ -61,12 +62,32 @@ class RequestCounts(TypedDict):
     failed: int
 
 
+class InputDetails(TypedDict):
+    cached_tokens: int
+
+
+class OutputDetails(TypedDict):
+    reasoning_tokens: int
+
+
+class BatchUsage(TypedDict):
+    """Sums over the answers. cached_tokens is 0: what a cache gave depends on what ran beside a request."""
+
+    input_tokens: int
+    input_tokens_details: InputDetails
+    output_tokens: int
+    output_tokens_details: OutputDetails
+    total_tokens: int
+
+
 class BatchObject(TypedDict):
-    """errors: why the batch failed, or what keeps it waiting; those of its requests are in the file error_file_id."""
+    """errors: why the batch failed, or what keeps it waiting; those of its requests are in the file error_file_id.
+    usage: when it has ended."""
 
     id: str
     object: Literal["batch"]
     endpoint: str
+    model: str | None
     errors: BatchFailures | None
     input_file_id: str
     completion_window: str
@@ -83,6 +104,7 @@ class BatchObject(TypedDict):
     cancelling_at: int | None
     cancelled_at: int | None
     request_counts: RequestCounts
+    usage: BatchUsage | None
     metadata: dict[str, str] | None
 
 
@@ -100,7 +122,7 @@ class _Body(BaseModel):
 
 class ExpiresAfter(_Body):
     anchor: Literal["created_at"]
-    seconds: Annotated[int, Field(ge=LEAST_EXPIRY, le=MOST_EXPIRY)]
+    seconds: Annotated[int, Field(ge=LEAST_EXPIRY, le=MOST_EXPIRY), WHOLE]
 
 
 Key = Annotated[str, Field(max_length=MAX_KEY_CHARACTERS)]
@@ -143,6 +165,7 @@ def batch_reply(batch: Batch, waits: str | None) -> BatchObject:
         "id": batch.id,
         "object": "batch",
         "endpoint": batch.endpoint,
+        "model": batch.model,
         "errors": {"object": "list", "data": failures} if failures else None,
         "input_file_id": batch.input_file_id,
         "completion_window": batch.completion_window,
@@ -159,6 +182,7 @@ def batch_reply(batch: Batch, waits: str | None) -> BatchObject:
         "cancelling_at": batch.times.get("cancelling"),
         "cancelled_at": batch.times.get("cancelled"),
         "request_counts": {"total": batch.total, "completed": batch.completed, "failed": batch.failed},
+        "usage": cast(BatchUsage | None, batch.usage),
         "metadata": None if batch.metadata is None else dict(batch.metadata),
     }
 

@@ -105,8 +105,10 @@ FORM = {
                 "schema": {
                     "type": "object",
                     "required": ["file", "purpose"],
+                    "additionalProperties": False,
+                    "dependentRequired": {ANCHOR: [SECONDS], SECONDS: [ANCHOR]},
                     "properties": {
-                        "file": {"type": "string", "format": "binary"},
+                        "file": {"type": "string", "format": "binary", "minLength": 1},
                         "purpose": {"type": "string", "enum": ["batch"]},
                         ANCHOR: {"type": "string", "enum": ["created_at"]},
                         SECONDS: {"type": "integer", "minimum": LEAST_EXPIRY, "maximum": MOST_EXPIRY},

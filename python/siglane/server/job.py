@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from typing import Any
 
 from siglane.engine.child import EngineSpec
@@ -19,15 +18,11 @@ ANSWERS = ("sampling_defaults", "default_temperature", "tagger")
 
 def job_of(config: ServerConfig, spec: EngineSpec, limits: ImageBudget, checkpoint: Checkpoint) -> dict[str, Any]:
     """By the names that a user knows."""
-    files = hashlib.sha256()
-    for root in filter(None, (checkpoint.root, checkpoint.adapter)):
-        for path in sorted((*root.glob("*.json"), *root.glob("**/*.safetensors"))):
-            files.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
     return {
         "model": spec.model,
         "revision": spec.revision,
         "adapter": spec.adapter,
-        "model_files": files.hexdigest(),
+        "model_files": checkpoint.digest(),
         **{name: getattr(config, name) for name in ANSWERS},
         **{option.name: getattr(config, option.name) for option in options_of(MediaConfig)},
         **dataclasses.asdict(limits),

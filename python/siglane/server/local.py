@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import secrets
-from collections.abc import Mapping
-from contextlib import AbstractAsyncContextManager, nullcontext
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, closing, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import orjson
 from pydantic import BaseModel, ValidationError
 
-from siglane.batch.output import Answer
-from siglane.batch.requests import CHAT, CLASSIFY, EMBEDDINGS
-from siglane.batch.run import EngineDied
+from siglane.batch.form import Answer
+from siglane.batch.pool import EngineDied
+from siglane.batch.row import CHAT, CLASSIFY, EMBEDDINGS
 from siglane.errors import UserError
 from siglane.server.chat import complete
 from siglane.server.context import ByteLease, InflightShare, RequestContext
@@ -31,8 +33,64 @@ DOWN = "engine_down"
 FULL = "server_overloaded"
 PATIENCE = 0.05  # seconds between tries while the engine starts, or others hold all the memory
 PREPARED = 8  # rows beside the running ones, so that the engine never waits for the next
+STRAGGLER_SECONDS = 2.0  # that a row which is ready waits for those before it
 
 Body = TypeVar("Body", bound=BaseModel)
+
+
+class Line:
+    """Requests that are prepared side by side and go to the engine in the order in which they came. One that keeps
+    others waiting for longer than `STRAGGLER_SECONDS` loses its place."""
+
+    def __init__(self) -> None:
+        self._places: deque[Place] = deque()
+
+    @contextmanager
+    def join(self) -> Iterator[Place]:
+        place = Place(self)
+        self._places.append(place)
+        self._call_first()
+        try:
+            yield place
+        finally:
+            self.leave(place)
+
+    def leave(self, place: Place) -> None:
+        if place in self._places:
+            self._places.remove(place)
+            place.called.set()
+            self._call_first()
+
+    def leave_stragglers(self, place: Place) -> None:
+        """Those before `place` that are not ready."""
+        for before in itertools.takewhile(lambda other: other is not place, tuple(self._places)):
+            if not before.ready:
+                self.leave(before)
+
+    def _call_first(self) -> None:
+        if self._places:
+            self._places[0].called.set()
+
+
+class Place:
+    """In a line: an asynchronous context manager, entered when it is first. ready: it has only to be called; passed:
+    what was to be done there is."""
+
+    def __init__(self, line: Line) -> None:
+        self._line, self.called, self.ready, self.passed = line, asyncio.Event(), False, False
+
+    async def __aenter__(self) -> None:
+        self.ready = True
+        try:
+            async with asyncio.timeout(STRAGGLER_SECONDS):
+                await self.called.wait()
+        except TimeoutError:
+            self._line.leave_stragglers(self)
+            await self.called.wait()
+
+    async def __aexit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self.passed = kind is None
+        self._line.leave(self)
 
 
 class LocalServer:
@@ -48,34 +106,39 @@ class LocalServer:
         """slots: requests that the engine computes at one time. Beside the server's clients, inflight: bytes that they
         may hold; turns: of those that are prepared."""
         self._served, self._inflight = served, inflight or served.inflight_bytes
-        self._turns = turns or nullcontext()
+        self._turns, self._line = turns or nullcontext(), Line()
         self.slots = slots + PREPARED
 
     async def ask(self, url: str, body: Mapping[str, Any]) -> Answer:
         """Waits while the engine is starting, and while others hold all the memory that requests may have. Raises
         EngineDied, and SiglaneError when the engine is down for good."""
         while True:
-            while self._served.engine.state in ("starting", "restarting"):
-                await asyncio.sleep(PATIENCE)
-            if self._served.engine.state in ("dead", "closed"):
-                self._served.engine.wait_ready()  # raises what has ended it
-            context = RequestContext(secrets.token_hex(16), ByteLease(self._inflight), batch=True, turn=self._turns)
-            try:
-                return await self._answer(url, body, context)
-            except Exception as error:
-                reason = as_api_error(error)
-                if reason is not error:
-                    logger.error("a request failed", exc_info=error, extra={"request_id": context.request_id})
-                if reason.status == 503 and reason.code in LOST:
-                    raise EngineDied from error
-                if reason.status == 503 and reason.code == DOWN:
-                    raise
-                alone = self._served.inflight_bytes.used == context.lease.held
-                if reason.status != 503 or reason.code != FULL or alone:
-                    return Answer(reason.status, dict(error_body(reason)))
-            finally:
-                context.lease.close()
+            with self._line.join() as place, closing(ByteLease(self._inflight)) as lease:
+                await self._ready()
+                life = self._served.engine.life
+                context = RequestContext(secrets.token_hex(16), lease, batch=True, turn=self._turns, place=place)
+                try:
+                    return await self._answer(url, body, context)
+                except Exception as error:
+                    reason = as_api_error(error)
+                    if reason is not error:
+                        logger.error("a request failed", exc_info=error, extra={"request_id": context.request_id})
+                    code = reason.code if reason.status == 503 else None
+                    if code in LOST and (place.passed or url != CHAT):
+                        raise EngineDied(alone=self._served.engine.lost <= 1, life=life) from error
+                    if code == DOWN:
+                        raise
+                    alone = self._served.inflight_bytes.used == lease.held
+                    if code not in LOST and (code != FULL or alone):
+                        return Answer(reason.status, dict(error_body(reason)))
             await asyncio.sleep(PATIENCE)
+
+    async def _ready(self) -> None:
+        """Returns when the engine has started. SiglaneError when it never will."""
+        while self._served.engine.state in ("starting", "restarting"):
+            await asyncio.sleep(PATIENCE)
+        if self._served.engine.state in ("dead", "closed"):
+            self._served.engine.wait_ready()  # raises what has ended it
 
     async def _answer(self, url: str, given: Mapping[str, Any], context: RequestContext) -> Answer:
         served, chat, towers = self._served, self._served.chat, self._served.embed

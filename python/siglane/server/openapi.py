@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,8 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from siglane.server.errors import ErrorBody
-from siglane.server.served import Served
+from siglane.server.served import ChatModel, Served, ServedModel
+from siglane.tiling.rule import LIMITS, MOST_TILES, known_limits
 
 REASONS = {
     400: "the request cannot be served; the body names the field",
@@ -23,6 +25,7 @@ REASONS = {
     507: "the disk is full",
     503: "the server is starting, full or shutting down; try again",
 }
+PLACE = "#/components/schemas/"
 OF_A_BODY = (400, 401, 404, 408, 413, 415, 500, 503)
 
 RED = (
@@ -69,9 +72,14 @@ def classification_examples(model: str) -> dict[str, Any]:
     return examples(labels=labels, templates=labels | {"templates": ["a photo of {label}", "{label}"]})
 
 
+# of one event, as OpenAPI 3.2 has it and FastAPI writes it; `schema` would be of the whole body
 STREAM = {
     "text/event-stream": {
-        "schema": {"type": "string", "description": "with stream: `data:` lines of chunks, then `data: [DONE]`"},
+        "itemSchema": {
+            "type": "object",
+            "required": ["data"],
+            "properties": {"data": {"type": "string", "description": "a chat.completion.chunk, at the end [DONE]"}},
+        },
         "example": 'data: {"object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"A"}}]}\n\n'
         "data: [DONE]\n\n",
     }
@@ -91,27 +99,79 @@ def document(app: FastAPI, served: Served, open_paths: frozenset[str]) -> Callab
                 operation["responses"].pop("422", None)  # FastAPI's own, which is a 400 here
                 if path in open_paths:
                     operation["security"] = []
-        schemas = components["schemas"]
-        for name in ("HTTPValidationError", "ValidationError"):
-            schemas.pop(name, None)
-        _state_limits(schemas, served)
+        _state_limits(found, served)
+        _drop_unused(found)
         return found
 
     return make
 
 
-def _state_limits(schemas: Mapping[str, Any], served: Served) -> None:
-    """The names that are served, and what this model can take."""
-    names = {model.name for model in served.models} | set(served.config.model_aliases)
-    for schema in schemas.values():
-        if "model" in schema.get("properties", {}) and "Request" in schema["title"]:
-            schema["properties"]["model"] = {"anyOf": [{"type": "string", "enum": sorted(names)}, {"type": "null"}]}
-    if served.chat is None:
-        return
-    fields, facts = schemas["ChatCompletionRequest"]["properties"], served.chat.processor.config
+def _state_limits(found: Mapping[str, Any], served: Served) -> None:
+    """The names that are served, and what these models can take."""
+    schemas = found["components"]["schemas"]
+    of_requests = {"ChatCompletionRequest": served.chat, "EmbeddingRequest": served.embed}
+    for title, model in {**of_requests, "ClassificationRequest": served.embed}.items():
+        if model is not None:
+            names = {model.name, served.models[0].name, *served.config.model_aliases}
+            schemas[title]["properties"]["model"] = {"enum": [*sorted(names), None]}
+    (name,) = found["paths"]["/v1/models/{name}"]["get"]["parameters"]
+    name["schema"]["enum"] = sorted({model.name for model in served.models} | set(served.config.model_aliases))
+    if served.embed is not None:
+        _state_limits_of_images(schemas, "InputUrl", served.embed)
+        schemas["EmbeddingRequest"]["properties"]["dimensions"]["anyOf"][0] = {"const": served.embed.width}
+        for name in ("images", "input"):
+            (several,) = (
+                one for one in schemas["ClassificationRequest"]["properties"][name]["anyOf"] if "items" in one
+            )
+            several["maxItems"] = min(several["maxItems"], served.config.max_images)
+    if served.chat is not None:
+        for kind in ("ImageUrl", "VideoUrl"):
+            _state_limits_of_images(schemas, kind, served.chat)
+        _state_chat(schemas, served.chat)
+
+
+def _state_limits_of_images(schemas: Mapping[str, Any], kind: str, model: ServedModel) -> None:
+    """Leaves out the limits that the model does not know."""
+    known = [] if model.images is None else known_limits(model.images.preprocess.rule)
+    for name in {*LIMITS} - {*known}:
+        del schemas[kind]["properties"][name]
+    if "max_tiles" in known:
+        schemas[kind]["properties"]["max_tiles"]["anyOf"][0]["maximum"] = MOST_TILES
+
+
+def _state_chat(schemas: Mapping[str, Any], chat: ChatModel) -> None:
+    fields, facts = schemas["ChatCompletionRequest"]["properties"], chat.processor.config
     for name in ("max_tokens", "max_completion_tokens", "min_tokens"):
-        fields[name]["anyOf"][0]["maximum"] = served.chat.context_length
+        fields[name]["anyOf"][0]["maximum"] = chat.context_length
     fields["stop_token_ids"]["anyOf"][0]["items"]["maximum"] = facts.language.vocab_size - 1
+    if facts.images is not None and facts.images.video is not None:
+        limits = (facts.images.video.most_frames, chat.config.max_video_frames)
+        most = min(limit for limit in limits if limit is not None)
+        schemas["VideoUrl"]["properties"]["num_frames"]["anyOf"][0]["maximum"] = most
     if facts.thinking is None:
         for name in ("thinking_budget", "thinking_token_budget"):
             del fields[name]
+    _state_messages(schemas, chat)
+
+
+def _state_messages(schemas: Mapping[str, Any], chat: ChatModel) -> None:
+    """Leaves out the parts that the model has no eyes for, and calls of tools where its template has no place for them.
+    An earlier answer's audio is heard by none."""
+    images = chat.processor.config.images
+    unread = {"VideoUrlPart": images is None or images.video is None, "ImageUrlPart": images is None}
+    unread["ToolMessage"] = chat.processor.tools is None
+    content = schemas["UserMessage"]["properties"]["content"]["oneOf"][1]["items"]
+    messages = schemas["ChatCompletionRequest"]["properties"]["messages"]["items"]
+    for choices in (content, messages):
+        choices["oneOf"] = [one for one in choices["oneOf"] if not unread.get(one["$ref"].rpartition("/")[2], False)]
+    answer = schemas["AssistantMessage"]["properties"]
+    for name in ("audio", *(("tool_calls", "function_call") if unread["ToolMessage"] else ())):
+        del answer[name]
+
+
+def _drop_unused(found: Mapping[str, Any]) -> None:
+    """Until nothing refers to what is left out."""
+    schemas = found["components"]["schemas"]
+    while unused := {name for name in schemas if f'"{PLACE}{name}"' not in json.dumps(found)}:
+        for name in unused:
+            del schemas[name]

@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from siglane.errors import UserError
-from siglane.server.fields import LogitBias, StopStrings, TemplateKwargs
+from siglane.server.fields import WHOLE, LogitBias, StopStrings, TemplateKwargs, needs
 from siglane.server.refused import has_no_effect, refuse_fields
 from siglane.types import SAMPLING_BOUNDS, Detail, SamplingParams
 
@@ -44,15 +44,15 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, list) else value
 
 
-Limit = Annotated[int, Field(ge=1, le=MAX_LIMIT)]
-Side = Annotated[int, Field(ge=1, le=MAX_PINPOINT_SIDE)]
+Limit = Annotated[int, Field(ge=1, le=MAX_LIMIT), WHOLE]
+Side = Annotated[int, Field(ge=1, le=MAX_PINPOINT_SIDE), WHOLE]
 Pinpoint = Annotated[list[Side], Field(min_length=2, max_length=2)]  # height, width
 
 
 class ImageUrl(RequestModel):
     """A URL beside the fields of `ImageBudget`: wishes, which the server lowers to its own limits."""
 
-    url: str
+    url: Annotated[str, Field(json_schema_extra={"format": "uri"})]
     detail: Detail | None = None
     max_pixels: Limit | None = None
     min_pixels: Limit | None = None
@@ -89,50 +89,82 @@ class VideoUrlPart(RequestModel):
     video_url: VideoUrl
 
 
-PART_TAGS = {"image_url": "#image_url", "video_url": "#video_url", "refusal": "#refusal"}
-PART_TAGS |= dict.fromkeys(("text", "input_text", "output_text"), "#text")
+TEXTS = ("text", "input_text", "output_text")
+PART_TAGS = {"image_url": "#image_url", "video_url": "#video_url", "refusal": "#refusal"} | dict.fromkeys(
+    TEXTS, "#text"
+)
+OTHERS = {"refusal": "refusals are accepted in assistant messages only"}
+OTHERS |= dict.fromkeys(("image_url", "video_url"), "images and videos are accepted in user messages only")
 
 
-def _part_tag(part: Any) -> str:
+def part_tag(part: Any) -> str:
     kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
     return PART_TAGS.get(str(kind), "#text")
 
 
-def _check_part_type(part: Any) -> Any:
-    if isinstance(part, dict) and (not isinstance(kind := part.get("type"), str) or kind not in PART_TAGS):
-        message = "a content part must be of type 'text', 'image_url' or 'video_url'; no other content is read"
-        raise UserError(message, code="unsupported_content_type")
-    return part
+def of_types(*kinds: str, others: Mapping[str, str] = OTHERS) -> BeforeValidator:
+    """UserError for a part of another type than `kinds`, before its fields are looked at; others: what to say of it."""
+
+    def check(part: Any) -> Any:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(part, dict) and kind not in kinds:
+            known = others.get(kind) if isinstance(kind, str) else None
+            message = "a content part must be of type 'text', 'image_url' or 'video_url'; no other content is read"
+            raise UserError(known or message, code="unsupported_content_type")
+        return part
+
+    return BeforeValidator(check)
 
 
-ContentPart = Annotated[
+def content_tag(content: Any) -> str:
+    return "#parts" if isinstance(content, list) else "#string"
+
+
+def _no_content(content: Any) -> Any:
+    if content == "":
+        raise UserError("the content of a user message must not be empty", code="empty_content")
+    return content
+
+
+Parts = Field(min_length=1, max_length=MAX_PARTS)
+UserPart = Annotated[
     Annotated[TextPart, Tag("#text")]
-    | Annotated[RefusalPart, Tag("#refusal")]
     | Annotated[ImageUrlPart, Tag("#image_url")]
     | Annotated[VideoUrlPart, Tag("#video_url")],
-    Discriminator(_part_tag),
-    BeforeValidator(_check_part_type),
+    Discriminator(part_tag),
+    of_types(*TEXTS, "image_url", "video_url"),
 ]
-Content = Annotated[
-    Annotated[str, Tag("#string")] | Annotated[list[ContentPart], Field(max_length=MAX_PARTS), Tag("#parts")],
-    Discriminator(lambda content: "#parts" if isinstance(content, list) else "#string"),
+AnswerPart = Annotated[
+    Annotated[TextPart, Tag("#text")] | Annotated[RefusalPart, Tag("#refusal")],
+    Discriminator(part_tag),
+    of_types(*TEXTS, "refusal"),
+]
+PlainText = Annotated[str, Tag("#string")]
+UserContent = Annotated[
+    Annotated[str, Field(min_length=1), Tag("#string")] | Annotated[list[UserPart], Parts, Tag("#parts")],
+    Discriminator(content_tag),
+    BeforeValidator(_no_content),
+]
+AnswerContent = Annotated[
+    PlainText | Annotated[list[AnswerPart], Field(max_length=MAX_PARTS), Tag("#parts")],
+    Discriminator(content_tag),
+]
+TextContent = Annotated[
+    PlainText | Annotated[list[Annotated[TextPart, of_types(*TEXTS)]], Parts, Tag("#parts")],
+    Discriminator(content_tag),
 ]
 
 
-class ChatMessage(RequestModel):
-    """A turn of the operator or the user."""
+class SystemMessage(RequestModel):
+    """What the operator says."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Content
+    role: Literal["system", "developer"]
+    content: TextContent
 
-    @model_validator(mode="after")
-    def _check(self) -> ChatMessage:
-        if self.content == []:
-            raise UserError("at least one content part is needed", code="invalid_value", param="content")
-        if self.role == "user" and self.content == "":
-            raise UserError("the content of a user message must not be empty", code="empty_content")
-        _check_parts(self.role, self.content)
-        return self
+
+class UserMessage(RequestModel):
+    role: Literal["user"]
+    content: UserContent
 
 
 class FunctionCall(RequestModel):
@@ -151,51 +183,45 @@ class AssistantMessage(RequestModel):
     answers; function_call: the older form of tool_calls."""
 
     role: Literal["assistant"]
-    content: Content | None = None
+    content: AnswerContent | None = None
     reasoning_content: str | None = None
     refusal: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_PARTS)] | None = None
     function_call: FunctionCall | None = None
     audio: dict[str, Any] | None = None
 
-    @model_validator(mode="after")
-    def _check(self) -> AssistantMessage:
-        _check_parts(self.role, self.content or "")
-        return self
-
 
 class ToolMessage(RequestModel):
     """What a tool answered; function: the older form of tool."""
 
     role: Literal["tool", "function"]
-    content: Content | None
+    content: TextContent | None
     tool_call_id: str | None = None
     name: str | None = None
 
-    @model_validator(mode="after")
-    def _check(self) -> ToolMessage:
-        _check_parts(self.role, self.content or "")
-        return self
 
-
-def _check_parts(role: str, content: str | Sequence[RequestModel]) -> None:
-    """UserError for parts that other roles have."""
-    if role != "user" and any(isinstance(part, ImageUrlPart | VideoUrlPart) for part in content):
-        raise UserError("images and videos are accepted in user messages only", code="unsupported_content_type")
-    if role != "assistant" and any(isinstance(part, RefusalPart) for part in content):
-        raise UserError("refusals are accepted in assistant messages only", code="unsupported_content_type")
+MESSAGE_TAGS = dict.fromkeys(("system", "developer"), "#system") | dict.fromkeys(("tool", "function"), "#tool")
+MESSAGE_TAGS |= {"user": "#user", "assistant": "#assistant"}
 
 
 def _message_tag(message: Any) -> str:
     role = message.get("role") if isinstance(message, dict) else getattr(message, "role", None)
-    return {"assistant": "#assistant", "tool": "#tool", "function": "#tool"}.get(str(role), "#message")
+    return MESSAGE_TAGS.get(str(role), "#user")
+
+
+def _check_role(message: Any) -> Any:
+    if isinstance(message, dict) and "role" in message and str(message["role"]) not in MESSAGE_TAGS:
+        raise UserError(f"must be one of {', '.join(MESSAGE_TAGS)}", code="invalid_value", param="role")
+    return message
 
 
 AnyMessage = Annotated[
-    Annotated[ChatMessage, Tag("#message")]
+    Annotated[SystemMessage, Tag("#system")]
+    | Annotated[UserMessage, Tag("#user")]
     | Annotated[AssistantMessage, Tag("#assistant")]
     | Annotated[ToolMessage, Tag("#tool")],
     Discriminator(_message_tag),
+    BeforeValidator(_check_role),
 ]
 
 
@@ -212,31 +238,34 @@ class StreamOptions(RequestModel):
 class ChatCompletionRequest(RequestModel):
     """Null means absent."""
 
+    model_config = ConfigDict(json_schema_extra=needs(stream_options="stream", top_logprobs="logprobs"))
+
     model: str | None = None
     messages: Annotated[list[AnyMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    max_tokens: Annotated[int, _bounds("max_tokens")] | None = None
-    max_completion_tokens: Annotated[int, _bounds("max_tokens")] | None = None
-    min_tokens: Annotated[int, _bounds("min_tokens")] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
+    max_tokens: Annotated[int, _bounds("max_tokens"), WHOLE] | None = None
+    max_completion_tokens: Annotated[int, _bounds("max_tokens"), WHOLE] | None = None
+    min_tokens: Annotated[int, _bounds("min_tokens"), WHOLE] | None = None
     ignore_eos: bool | None = None
     temperature: Annotated[float, _bounds("temperature")] | None = None
     top_p: Annotated[float, _bounds("top_p")] | None = None
-    top_k: Annotated[int, _bounds("top_k")] | None = None
+    top_k: Annotated[int, _bounds("top_k"), WHOLE] | None = None
     min_p: Annotated[float, _bounds("min_p")] | None = None
     repetition_penalty: Annotated[float, _bounds("repetition_penalty")] | None = None
     frequency_penalty: Annotated[float, _bounds("frequency_penalty")] | None = None
     presence_penalty: Annotated[float, _bounds("presence_penalty")] | None = None
     logit_bias: LogitBias = None
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63), WHOLE] | None = None
     stop: StopStrings = None
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_IDS)] | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0), WHOLE]], Field(max_length=MAX_STOP_IDS)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = None
     chat_template_kwargs: TemplateKwargs = None
-    thinking_budget: Annotated[int, _bounds("thinking_budget")] | None = None
-    thinking_token_budget: Annotated[int, _bounds("thinking_budget")] | None = None  # vLLM's name for it
+    thinking_budget: Annotated[int, _bounds("thinking_budget"), WHOLE] | None = None
+    thinking_token_budget: Annotated[int, _bounds("thinking_budget"), WHOLE] | None = None  # vLLM's name for it
+    num_speculative_tokens: Annotated[int, _bounds("num_speculative_tokens"), WHOLE] | None = None
     cache_salt: Annotated[str, Field(max_length=MAX_SALT_CHARACTERS)] | None = None
     include_timings: bool | None = None
 

@@ -19,6 +19,8 @@ class PromptTokensDetails(TypedDict):
 
 class CompletionTokensDetails(TypedDict):
     reasoning_tokens: int
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
 
 
 class UsageReply(TypedDict):
@@ -51,7 +53,7 @@ class SiglaneReport(TypedDict):
     timings: NotRequired[dict[str, float]]
 
 
-class AssistantMessage(TypedDict):
+class ReplyMessage(TypedDict):
     """reasoning_content: of models that reason, null where this answer has none."""
 
     role: Literal["assistant"]
@@ -62,7 +64,7 @@ class AssistantMessage(TypedDict):
 
 class Choice(TypedDict):
     index: int
-    message: AssistantMessage
+    message: ReplyMessage
     logprobs: ChoiceLogprobs | None
     finish_reason: FinishReason
     matched_stop: str | int | None

@@ -58,7 +58,7 @@ class ServedModel:
             deployed.config,
             deployed.metrics,
         )
-        self.image_limits = deployed.image_limits
+        self.image_limits, self.images = deployed.image_limits, images
         self.media = MediaLoader(self.config, images, deployed.image_limits)
         self._engine = deployed.engine
         self._ended = False
@@ -176,11 +176,11 @@ class EmbedModel(ServedModel):
         assert facts.calibration is not None
         return facts.calibration
 
-    async def embed(self, items: Sequence[Item]) -> list[Embedding | BaseException]:
-        """For each item its embedding, or why it has none."""
+    async def embed(self, items: Sequence[Item], batch: bool) -> list[Embedding | BaseException]:
+        """For each item its embedding, or why it has none. batch: nobody waits for them."""
         if self._ended:
             raise shutting_down()
-        futures = [asyncio.wrap_future(future) for future in self._engine.embed(items)]
+        futures = [asyncio.wrap_future(future) for future in self._engine.embed(items, batch)]
         return await asyncio.gather(*futures, return_exceptions=True)
 
     def fail_all(self) -> None:

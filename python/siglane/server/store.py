@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from siglane.errors import EngineError, UserError
+from siglane.server.batch_usage import usage_of
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,8 @@ class StoredFile:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """A batch as it stands. times: when it came to each status; total: its rows, 0 before they were counted; completed,
-    failed: rows that are written; errors: OpenAI's, of a batch that cannot be run."""
+    failed: rows that are written; errors: OpenAI's, of a batch that cannot be run; model: the one that answers, by the
+    name that it had at first; usage: OpenAI's, of one that has ended."""
 
     id: str
     owner: str
@@ -86,6 +88,8 @@ class Batch:
     errors: Sequence[Mapping[str, Any]] = ()
     output_file_id: str | None = None
     error_file_id: str | None = None
+    model: str | None = None
+    usage: Mapping[str, Any] | None = None
 
     @property
     def active(self) -> bool:
@@ -228,6 +232,7 @@ class Store:
         """Ends a batch: what it has written becomes files of its owner's. Again after a kill, it goes on."""
         batch, output = self.batch(batch_id), self.output_path(batch_id)
         written = {"output": output, "error": output.with_name(f"{batch_id}.errors.jsonl")}
+        changes["usage"] = usage_of(output if output.exists() else self.path_of(_output_id(batch_id, "output")))
         with self._transaction():
             found = {f"{kind}_file_id": self._take(batch, kind, path) for kind, path in written.items()}
             batch = self.update(batch_id, lambda one: one.turned(status, **found, **changes))

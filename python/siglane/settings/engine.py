@@ -55,12 +55,26 @@ class EngineConfig:
         default=256 << 20, metadata={"help": "bytes of encoded images kept, so that a known image is not encoded again"}
     )
     prefix_cache: bool = field(default=True, metadata={"help": "reuse the KV pages of prompts that begin alike"})
+    num_speculative_tokens: int = field(
+        default=0,
+        metadata={
+            "help": "tokens of an answer that one step guesses at most, from what followed its last words where prompt "
+            "or answer has them already; checked, so answers stay the same; 0: none"
+        },
+    )
     threads: int = field(default=0, metadata={"help": "CPU threads of the engine; 0 leaves torch's choice"})
     engine_timeout: float = field(
         default=0.0,
         metadata={
             "help": "seconds without progress (each layer is some) after which an engine counts as hung and a server "
             "starts it again, LLM and generate end with an error; 0: 60 on CPU, 300 on CUDA; inf: never"
+        },
+    )
+    load_timeout: float = field(
+        default=300.0,
+        metadata={
+            "help": "seconds in which a process that loads models neither computes nor reads, after which it counts as "
+            "hung and the command ends; inf: never"
         },
     )
 
@@ -71,6 +85,8 @@ class EngineConfig:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         at_least("engine_timeout", self.engine_timeout, 0)
+        at_least("num_speculative_tokens", self.num_speculative_tokens, 0)
+        at_least("load_timeout", self.load_timeout, 1)
         for name in ("dtype", "vision_dtype"):
             if getattr(self, name) not in get_args(Dtype):
                 raise ConfigError(f"{name} {getattr(self, name)!r} is not known; use {', '.join(get_args(Dtype))}")

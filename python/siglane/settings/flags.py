@@ -113,6 +113,8 @@ def _add(group: argparse._ArgumentGroup, option: Option) -> None:
         return
     if option.many:
         common |= {"action": "extend", "nargs": "+"}
+    if option.bare is not None:
+        common |= {"nargs": "?", "const": option.bare}
     metavar = "{" + ",".join(option.choices) + "}" if option.choices else METAVARS.get(option.kind, "TEXT")
 
     def parse(text: str) -> Any:

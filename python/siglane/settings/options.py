@@ -1,7 +1,8 @@
 """Settings as frozen dataclasses: what a field is called on the command line and in the environment, how it is read.
 
 A field `max_tokens: int | None = field(default=None, metadata={"help": "..."})` is `--max-tokens N` and
-`SIGLANE_MAX_TOKENS`. Metadata: `help`, `short` for a one-letter flag, `alias` for an older name that is still read.
+`SIGLANE_MAX_TOKENS`. Metadata: `help`, `short` for a one-letter flag, `alias` for an older name that is still read,
+`bare` for the value of a text whose flag is given without one.
 Types: bool, int, float, str, Path, Literal, `X | None`, and tuples of them for settings that take several values.
 
 Settings of a deployment (engine, server, media, sampling) have one variable for all commands. What only one command has
@@ -49,6 +50,7 @@ class Option:
     many: bool
     short: str | None
     alias: str | None
+    bare: str | None
     parse: Callable[[str], Any]
 
     @property
@@ -163,8 +165,8 @@ def _option(field: dataclasses.Field[Any], hint: Any, help: str, prefix: str) ->
     alias = field.metadata.get("alias")
     variables = tuple(prefix + name.upper() for name in (field.name, alias) if name)
     parse = _parser_of(field.name, element, choices)
-    short = field.metadata.get("short")
-    return Option(field.name, variables, help, default, kind, choices, many, short, alias, parse)
+    short, bare = field.metadata.get("short"), field.metadata.get("bare")
+    return Option(field.name, variables, help, default, kind, choices, many, short, alias, bare, parse)
 
 
 def _without_none(hint: Any) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from siglane.errors import ConfigError
+from siglane.errors import ConfigError, UserError
 from siglane.settings.engine import DTYPE_HELP, QUANTIZATION_HELP, Dtype, Quantization
 from siglane.settings.options import at_least, options_of, resolve
 from siglane.settings.toml import read_table
@@ -52,6 +52,14 @@ class TagSettings:
         if self.max_num_patches is not None:
             at_least("max_num_patches", self.max_num_patches, 1)
         check_limits(self.confidence_threshold, self.max_tags, threshold_name="confidence_threshold")
+
+    def required_model(self) -> str:
+        """UserError where there is none, or tagging is switched off."""
+        if not self.enabled:
+            raise UserError("tagging is switched off; set enabled to true", code="tagging_disabled", param="enabled")
+        if self.model is None:
+            raise UserError("no model is given; name one, or set model", code="bad_settings", param="model")
+        return self.model
 
 
 def check_limits(threshold: float, max_tags: int, *, threshold_name: str = "threshold") -> None:

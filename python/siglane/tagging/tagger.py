@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
 TaggedSource = ImageSource | Mapping[str, Any]
 
 BATCH_SIZES = {"cpu": 8, "cuda": 32}
+NOT_FINITE = UserError("the model gives no finite numbers for this picture; use another dtype", code="not_finite")
 MANY_TEXTS = 1000  # so many take long enough for a progress bar
 
 # names of transformers' attn_implementation -> what computes the same here
@@ -69,10 +70,12 @@ class Tag(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Tagged:
-    """One image. tags: the most likely first; error: why it could not be read, None when it could."""
+    """One image. tags: the most likely first; error: why it could not be read, None when it could; code: of the error,
+    as in `UserError`."""
 
     tags: tuple[Tag, ...] = ()
     error: str | None = None
+    code: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         row: dict[str, Any] = {"tags": [tag._asdict() for tag in self.tags]}
@@ -139,12 +142,9 @@ class Tagger:
     @classmethod
     def from_settings(cls, settings: TagSettings, **options: Any) -> Tagger:
         """options: of the constructor, for what the settings do not say. UserError when they switch tagging off."""
-        if not settings.enabled:
-            raise UserError("tagging is switched off; set enabled to true", code="tagging_disabled", param="enabled")
-        if settings.model is None:
-            raise UserError("no model is given; name one, or set model", code="bad_settings", param="model")
+        model = settings.required_model()
         named = {name: options.pop(name, None) for name in ("revision", "adapter", "verify_weights")}
-        checkpoint = open_model(settings.model, **named)
+        checkpoint = open_model(model, **named)
         return cls(
             checkpoint,
             device=settings.device,
@@ -209,10 +209,13 @@ class Tagger:
         return torch.cat([torch.zeros(0, self._model.config.text.projection_size), *rows])
 
     def stream_embeddings(self, images: Iterable[TaggedSource]) -> Iterator[torch.Tensor | UserError]:
-        """For each image its unit vector, f32 `[D]`, or why it cannot be read; as they come, a bounded number ahead."""
+        """For each image its unit vector, f32 `[D]`, or why it has none; as they come, a bounded number ahead."""
         for batch in self._batches(images):
             vectors = iter(batch.embeddings.cpu())
-            yield from (next(vectors) if error is None else error for error in batch.errors)
+            for error in batch.errors:
+                found = next(vectors) if error is None else error
+                broken = isinstance(found, torch.Tensor) and not found.isfinite().all()
+                yield NOT_FINITE if broken else found
 
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """f32 `[texts, D]`, unit length: of the texts themselves, without a template. Equal texts are read once."""
@@ -271,11 +274,11 @@ def _tagged(
     rows = zip(undefined, likeliest(scores, most, threshold), strict=True)
     for error in batch.errors:
         if error is not None:
-            yield Tagged(error=error.message)
+            yield Tagged(error=error.message, code=error.code)
             continue
         broken, found = next(rows)
         if broken:
-            yield Tagged(error="the model gives no finite numbers for this picture; use another dtype")
+            yield Tagged(error=NOT_FINITE.message, code=NOT_FINITE.code)
         else:
             yield Tagged(tuple(Tag(labels[number], score) for number, score in found))
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from siglane.errors import ConfigError, UserError
-from siglane.tiling.rule import Budgeted, ImageBudget, ImageContext, LayoutRule, PatchGeometry, whole_tile
+from siglane.tiling.rule import MOST_TILES, Budgeted, ImageBudget, ImageContext, LayoutRule, PatchGeometry, whole_tile
 from siglane.tiling.vila import square
 from siglane.types import (
     AnyRes,
@@ -32,7 +32,6 @@ from siglane.types import (
 
 Pinpoint = tuple[int, int]
 BLACK = (0, 0, 0)
-MOST_TILES = 1024  # a pinpoint beyond it is a mistake
 SHRUNK_FROM = 1.1  # a map is left as it is until its sides are this much longer than those of `max_maps` tiles
 
 

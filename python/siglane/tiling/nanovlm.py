@@ -11,10 +11,8 @@ import math
 from dataclasses import dataclass, replace
 
 from siglane.errors import ConfigError
-from siglane.tiling.rule import Budgeted, ImageBudget, ImageContext, LayoutRule, PatchGeometry, split
+from siglane.tiling.rule import MOST_TILES, Budgeted, ImageBudget, ImageContext, LayoutRule, PatchGeometry, split
 from siglane.types import Box, Grid, ImageLayout, ImagePlaceholder, Marker, Piece, Resize, Size, Tile, Token
-
-MOST_TILES = 1024  # pictures of more are a mistake
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

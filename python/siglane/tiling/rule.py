@@ -7,7 +7,7 @@ numbers. No rule reads pixels or weights.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 from siglane.errors import UserError
@@ -15,6 +15,7 @@ from siglane.tiling.merge import PatchMerge, projected_grid
 from siglane.types import Box, Detail, Grid, ImageLayout, Medium, Resample, Resize, Size, Step, Tile, VideoSize
 
 LIMITS = ("max_pixels", "min_pixels", "max_num_patches", "max_tiles", "grid_pinpoints")
+MOST_TILES = 1024  # of one picture; more is a mistake, and every candidate grid is looked at for every image
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +145,19 @@ class LayoutRule(Protocol):
     def within(self, budget: ImageBudget) -> Budgeted:
         """The same rule with a caller's limits. UserError names a limit that does not apply or leaves no image."""
         ...
+
+
+def known_limits(rule: LayoutRule) -> list[str]:
+    """The names of `ImageBudget`'s limits that apply to this family."""
+    known, least = [], ImageBudget(max_pixels=1, min_pixels=1, max_num_patches=1, max_tiles=1, grid_pinpoints=((1, 1),))
+    for name, value in least.limits.items():
+        try:
+            rule.within(replace(ImageBudget(), **{name: value}))
+        except UserError as error:
+            if error.code == "unsupported_budget":
+                continue
+        known.append(name)
+    return known
 
 
 def whole_tile(pixels: Size, resample: Resample, geometry: PatchGeometry, before: tuple[Step, ...] = ()) -> Tile:

@@ -9,7 +9,16 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from siglane.errors import ConfigError, UserError
-from siglane.tiling.rule import Budgeted, ImageBudget, ImageContext, LayoutRule, PatchGeometry, split, whole_tile
+from siglane.tiling.rule import (
+    MOST_TILES,
+    Budgeted,
+    ImageBudget,
+    ImageContext,
+    LayoutRule,
+    PatchGeometry,
+    split,
+    whole_tile,
+)
 from siglane.types import (
     Grid,
     ImageLayout,
@@ -28,7 +37,6 @@ Tiling = Literal["squash", "pad", "dynamic", "dynamic_s2"]
 
 LINE_FEED = Marker("\n", isolated=True)
 NEWLINE = Marker("\n", isolated=False)
-MOST_TILES = 1024  # a limit beyond it is a mistake; every candidate grid is looked at for every image
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

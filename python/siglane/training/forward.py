@@ -73,7 +73,7 @@ def answer_loss(model: VisionLanguageModel, examples: Sequence[Example], *, logi
     if not examples:
         raise ValueError("there is nothing to learn from no examples")
     language = model.language
-    device = language.embed_tokens.weight.device
+    device = language.norm.weight.device
     lengths = [len(example.inputs) for example in examples]
     positions = torch.cat([torch.arange(length, device=device) for length in lengths])
     targets = torch.tensor([target for example in examples for target in example.targets], device=device)
@@ -87,7 +87,7 @@ def answer_loss(model: VisionLanguageModel, examples: Sequence[Example], *, logi
 def spliced(model: VisionLanguageModel, examples: Sequence[Example]) -> torch.Tensor:
     """What the language model reads, `[T, hidden_size]`: embeddings of the inputs, the images' rows in their places."""
     language = model.language
-    device = language.embed_tokens.weight.device
+    device = language.norm.weight.device
     embeds = language.embed(torch.tensor([token for example in examples for token in example.inputs], device=device))
     images = [image for example in examples for image in example.images]
     if not images:

@@ -26,6 +26,7 @@ SAMPLING_BOUNDS: Mapping[str, tuple[float, float]] = MappingProxyType(
         "logprobs": (0, math.inf),
         "n": (1, math.inf),
         "thinking_budget": (1, math.inf),
+        "num_speculative_tokens": (0, 32),
     }
 )
 
@@ -38,6 +39,8 @@ class SamplingParams:
     logprobs: number of alternatives to report per token (0: only the chosen one), None for no log-probabilities.
     seed: makes a sampled request reproducible whatever runs beside it; None draws one.
     thinking_budget: tokens a reasoning model may think before it is made to answer, None for no limit.
+    num_speculative_tokens: tokens that one step may guess from what was said before; guesses are checked and change no
+        answer. None: as the engine is set.
     """
 
     max_tokens: int | None = None
@@ -57,6 +60,7 @@ class SamplingParams:
     logprobs: int | None = None
     n: int = 1
     thinking_budget: int | None = None
+    num_speculative_tokens: int | None = None
 
     def complaint(self) -> tuple[str, str] | None:
         """The first field whose value no sampler can honour, and what is wrong with it; None when all can be."""
@@ -134,7 +138,8 @@ class Finished:
     """How a request ended, known once.
 
     matched_stop: the stop token that ended it; error: why, exactly when reason is "error"; cached_tokens: prompt rows
-    taken from the prefix cache; encoded_images: images whose features were computed for it.
+    taken from the prefix cache; encoded_images: images whose features were computed for it;
+    accepted_prediction_tokens, rejected_prediction_tokens: guessed tokens that were right, and those that were not.
     """
 
     reason: FinishReason
@@ -142,6 +147,8 @@ class Finished:
     error: Exception | None = None
     cached_tokens: int = 0
     encoded_images: int = 0
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0
     timings: Timings = field(default_factory=Timings)
 
 
@@ -163,7 +170,8 @@ class Usage:
     """Token accounting of one answer (OpenAI `usage`).
 
     image_tokens + text_tokens == prompt_tokens; reasoning_tokens: those of the completion that are its thinking, the
-    two tags and forced ids among them.
+    two tags and forced ids among them; accepted_prediction_tokens: those that were guessed right,
+    rejected_prediction_tokens: wrong guesses, which are not in the completion.
     """
 
     prompt_tokens: int
@@ -171,6 +179,8 @@ class Usage:
     cached_tokens: int
     image_tokens: int
     reasoning_tokens: int = 0
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.reasoning_tokens <= self.completion_tokens:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +20,11 @@ from siglane.types import DecodedImage
 from siglane.verify.golden import Golden, load_golden, save_golden
 from siglane.verify.pictures import ImageSource, decode_picture, draw_pictures, read_pictures
 from siglane.verify.references.pixels import open_picture
-from siglane.verify.references.reference import Reference, ReferenceFamily
+from siglane.verify.references.reference import ReferenceFamily
 from siglane.verify.references.registry import family_of
+from siglane.verify.references.text_tower import load_text_tower
 from siglane.verify.runner import SiglaneRunner
-from siglane.verify.stages import Comparison, Picture, Report, compare_traces, packing, place
+from siglane.verify.stages import TEXTS, Comparison, Picture, Report, compare_traces, packing, place
 from siglane.weights.demo import open_model
 from siglane.weights.hub import Checkpoint
 
@@ -31,7 +32,7 @@ T = TypeVar("T")
 
 PROMPT = "What is in the picture?"
 TRANSFORMERS = "transformers"
-TOGETHER, TEXT = "together", "text"
+TOGETHER, TEXT, TEXT_TOWER = "together", "text", "texts"
 STEPS = 8
 MOST_PICTURES, MOST_STEPS = 64, 256
 
@@ -79,7 +80,7 @@ def verify(
         threshold=threshold,
         prompt=expected.prompt,
         pictures=expected.pictures,
-        comparisons=_compared(SiglaneRunner(checkpoint, place_of, precision), expected, threshold),
+        comparisons=_compared(_runner(checkpoint, expected, place_of, precision), expected, threshold),
     )
 
 
@@ -165,10 +166,12 @@ def _computed(
     other = checkpoint if reference == TRANSFORMERS else open_model(reference)
     family = _family(checkpoint, other.root)
     opened = [open_picture(picture.data, picture.name) for picture in pictures]
-    loaded = _loaded(family, other, device, dtype)
+    loaded = _loaded(family.load, other, device, dtype)
     # the reference's convolution in float32, whatever torch's default is
     with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
         traces = {case: loaded.run(shown, prompt, steps) for case, shown in _requests(opened).items()}
+        if (texts := _loaded(load_text_tower, other, device, dtype)) is not None:
+            traces[TEXT_TOWER] = texts.read(TEXTS)
     return Golden(
         family=family.name,
         reference=reference,
@@ -178,10 +181,15 @@ def _computed(
     )
 
 
-def _loaded(family: ReferenceFamily, other: Checkpoint, device: torch.device, dtype: torch.dtype) -> Reference:
+def _loaded(
+    load: Callable[[Path, torch.device, torch.dtype, Path | None], T],
+    other: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> T:
     try:
         with _quiet_transformers():
-            return family.load(other.root, device, dtype, other.adapter)
+            return load(other.root, device, dtype, other.adapter)
     except SiglaneError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # it reads the JSON without looking
@@ -199,12 +207,19 @@ def _quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
 
 
+def _runner(checkpoint: Checkpoint, expected: Golden, device: torch.device, dtype: torch.dtype) -> SiglaneRunner:
+    return SiglaneRunner(checkpoint, device, dtype, with_texts=TEXT_TOWER in expected.traces)
+
+
 def _compared(ours: SiglaneRunner, expected: Golden, threshold: float) -> tuple[Comparison, ...]:
     """In the order of the forward."""
     decoded = [decode_picture(picture.name, picture.data) for picture in expected.pictures]
     requests = _requests(decoded)
     found: list[Comparison] = []
     for case, reference in expected.traces.items():
+        if case == TEXT_TOWER:
+            found += compare_traces(case, ours.read(TEXTS), reference, threshold)
+            continue
         if case not in requests:
             raise UserError(f"the golden values hold case {case!r}, which siglane does not know", code="bad_reference")
         trace = ours.run(ours.patches(requests[case]), expected.prompt or "", expected.steps)

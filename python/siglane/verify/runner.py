@@ -11,10 +11,12 @@ from siglane.families.processor import ImageProcessor, Processor, load_processor
 from siglane.families.registry import is_vision_only
 from siglane.families.splice import image_rows, splice
 from siglane.families.stack import VisionEncoderModel
+from siglane.families.two_tower import LoadedTwoTower, load_two_tower
 from siglane.lm.attention import Past, SegmentAttention
 from siglane.lm.qwen import QwenModel
 from siglane.nn.cpu.optimise import optimise
 from siglane.types import DecodedImage, ImagePart, ImagePatches, Message
+from siglane.verify.references.tapping import tapping
 from siglane.verify.stages import LOGIT_ROWS, TOKENS, Trace
 from siglane.weights.hub import Checkpoint
 
@@ -22,15 +24,23 @@ TAPPED_AS = {"projected": "projector"}  # a tap is named after what it holds, a 
 
 
 class SiglaneRunner:
-    """One checkpoint as siglane runs it. ConfigError or WeightError as the loaders'."""
+    """One checkpoint as siglane runs it. with_texts: a SigLIP's text tower too. ConfigError or WeightError as the
+    loaders'."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, with_texts: bool = False
+    ) -> None:
         self.device = device
         self.encoder: VisionEncoderModel | None
         self.processor: ImageProcessor
         self.model: VisionLanguageModel | None = None
         self.prompts: Processor | None = None
-        if is_vision_only(checkpoint):
+        self.two_tower: LoadedTwoTower | None = None
+        if with_texts:
+            self.two_tower = load_two_tower(checkpoint, device=device, dtype=dtype)
+            self.encoder, self.processor = self.two_tower.model.vision, self.two_tower.images
+            optimise(self.two_tower.model)
+        elif is_vision_only(checkpoint):
             encoder, self.processor = load_vision(checkpoint, device=device, dtype=dtype, head=True)
             assert isinstance(encoder, VisionEncoderModel)
             self.encoder = encoder
@@ -63,6 +73,18 @@ class SiglaneRunner:
         embeds = self.model.language.embed(torch.tensor(asked.token_ids, device=self.device))
         embeds = splice(embeds, spans, [ordered[span.image] for span in spans])
         return {**trace, **self._answered(self.model.language, embeds, steps)}
+
+    @torch.no_grad()
+    def read(self, texts: Sequence[str]) -> Trace:
+        """The stages of the text tower; none without one."""
+        if self.two_tower is None:
+            return {}
+        model, ids = self.two_tower.model, self.two_tower.texts.ids(texts)
+        layers = {f"text.block.{number}": block for number, block in enumerate(model.text.blocks)}
+        with tapping({"text.embedding": model.text.token_embedding, **layers}) as taps:
+            pooled = model.text(ids.to(self.device)).cpu()
+        numbers = {f"calibration.{n}": one.cpu().reshape(1, 1) for n, one in enumerate(model.calibration)}
+        return {"text.ids": ids, **taps, "text.pooled": pooled, **numbers}
 
     def _seen(self, images: Sequence[ImagePatches]) -> tuple[Trace, tuple[torch.Tensor, ...] | None]:
         """The stages, and what stands in the prompt for each image."""

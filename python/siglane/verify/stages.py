@@ -16,6 +16,14 @@ a request follow each other, in raster order inside a tile.
     lm.block.N       output of the decoder's block N      [tokens, width]
     logits           at the prompt's last positions       [at most LOGIT_ROWS, vocabulary]
     tokens           the greedy answer's ids              [steps]
+
+Of a SigLIP with both towers, in a case of its own:
+
+    text.ids         what `TEXTS` are cut into            [texts, length]
+    text.embedding   their tokens' embeddings             [texts * length, hidden_size]
+    text.block.N     output of the text tower's block N   [texts * length, hidden_size]
+    text.pooled      the texts' vectors                   [texts, projection_size]
+    calibration.N    temperature and bias of the scores   [1, 1]
 """
 
 from __future__ import annotations
@@ -33,9 +41,12 @@ Trace = dict[str, torch.Tensor]
 
 ORDER = (
     "preprocessing", "patch_embedding", "positions", "block", "features", "pooled", "projector_input", "projector",
-    "packing", "spliced", "lm.block", "logits", "tokens",
+    "packing", "spliced", "lm.block", "logits", "tokens", "text.ids", "text.embedding", "text.block", "text.pooled",
+    "calibration",
 )  # fmt: skip
-PACKING, TOKENS = "packing", "tokens"
+PACKING, TOKENS, TEXT_IDS = "packing", "tokens", "text.ids"
+# lower and upper case, punctuation, other scripts, more than a tower reads
+TEXTS = ("a photo of a cat", "Two GREEN shapes, one red square!", "don't (stop)", "日本語 café № 12-34", "night " * 99)
 LOGIT_ROWS = 8  # of a 152k vocabulary; the last block is compared at every position
 # two float32 implementations stay within 1e-11; the exact GELU for tanh's is 7e-9 off, far above any useful threshold
 EXACT = 1 - 1e-9
@@ -77,6 +88,8 @@ def compare_traces(case: str, ours: Trace, reference: Trace, threshold: float) -
             found.append(_one_sided(case, stage, ours.get(stage), reference.get(stage)))
         elif stage == TOKENS:
             found.append(_compare_tokens(case, ours[stage], reference[stage], halved=halved))
+        elif stage == TEXT_IDS:
+            found.append(_compare_ids(case, ours[stage], reference[stage]))
         else:
             found.append(compare(case, stage, ours[stage], reference[stage], threshold))
     return found
@@ -109,6 +122,14 @@ def _compare_tokens(case: str, ours: torch.Tensor, reference: torch.Tensor, *, h
     same = torch.equal(ours, reference)
     note = "" if same else f"{ours.tolist()} instead of {reference.tolist()}"
     return _compared(case, TOKENS, ours, reference)(ok=same or halved, note=note)
+
+
+def _compare_ids(case: str, ours: torch.Tensor, reference: torch.Tensor) -> Comparison:
+    """Of texts, which are equal in every precision."""
+    other = [text for text, a, b in zip(TEXTS, ours.tolist(), reference.tolist(), strict=False) if a != b]
+    same = torch.equal(ours, reference)
+    note = "" if same else f"the ids of {other[0]!r} differ" if other else "another number of texts"
+    return _compared(case, TEXT_IDS, ours, reference)(ok=same, note=note)
 
 
 def _scale(a: torch.Tensor, b: torch.Tensor) -> float:

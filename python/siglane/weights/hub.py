@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -50,6 +51,14 @@ class Checkpoint:
 
     def reader(self, name: str = "config.json") -> ConfigReader:
         return ConfigReader(self.json(name), name)
+
+    def digest(self) -> str:
+        """Of the names and sizes of all weight and configuration files: another one for another model."""
+        digest = hashlib.sha256()
+        for root in filter(None, (self.root, self.adapter)):
+            for path in sorted((*root.glob("*.json"), *root.glob("**/*.safetensors"))):
+                digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
+        return digest.hexdigest()
 
     def sub(self, name: str) -> Checkpoint:
         """Folder `name`. ConfigError when it is missing."""

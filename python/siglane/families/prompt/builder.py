@@ -80,7 +80,7 @@ class PromptBuilder:
         mark = new_mark()
         tools = None
         if any(message.tool_calls or message.role == "tool" for message in messages):
-            check_tools(messages, tools := self._tools)
+            check_tools(messages, tools := self.tools)
         turns = [
             self._turn(message, parts, placeholders, mark, tools)
             for message, parts in zip(messages, conversation, strict=True)
@@ -163,7 +163,8 @@ class PromptBuilder:
         return self._video.token
 
     @cached_property
-    def _tools(self) -> ToolFormat | None:
+    def tools(self) -> ToolFormat | None:
+        """How the template writes tools' calls and results; None where it has no place for them."""
         content = self._content("user", ("?",), (), ""), self._content("assistant", (), (), "")
         turns = [{"role": role, "content": one} for role, one in zip(("user", "assistant"), content, strict=True)]
         return tool_format(lambda turns: self._render(turns, {}), *turns)

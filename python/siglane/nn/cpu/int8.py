@@ -12,6 +12,7 @@ import functools
 import math
 import platform
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -28,7 +29,7 @@ WHOLE = float(2**23)
 MIDDLE = 128  # the code of zero where codes lie on both sides of it
 WIDE_LEVELS = 2**15 - 1 - MIDDLE  # on either side of zero in two bytes, each with its own MIDDLE
 LEAST = 1e-30  # of what is divided by
-WEIGHT_VALUES = 1 << 20  # that are rounded at a time
+WEIGHT_VALUES = 1 << 18  # that are rounded at a time
 ROWS = 256  # of one product: what passes between its steps then stays in the cache
 
 
@@ -40,6 +41,25 @@ def refuse_gradient(x: torch.Tensor) -> None:
         raise ValueError("an 8-bit layer has no gradient; use torch.no_grad(), or train the model in float32")
 
 
+class Int8Codes(NamedTuple):
+    """A weight `[N, K]`: codes int8 `[N, K]` times scale float32 `[N]`."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+
+
+def int8_codes(weight: torch.Tensor, turn: Turn | None = None) -> Int8Codes:
+    """turn: what is done to rows of `weight` first, some at a time, so that no second copy of it exists."""
+    made = Int8Codes(torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight)))
+    count = max(1, WEIGHT_VALUES // weight.shape[1])
+    for rows, into, scale in zip(*(x.split(count) for x in (weight.detach(), *made)), strict=True):
+        wide = (rows if turn is None else turn(rows)).float()
+        peak = wide.abs().amax(1)
+        scale.copy_(torch.where(peak > LEAST, peak, 1.0) / LEVELS)
+        into.copy_((wide / scale[:, None]).round_())
+    return made
+
+
 class Int8Weight(Sealed):
     """`y = x W^T + b` with int8 W: x `[..., K]` of any float dtype -> `[..., N]` in the same one.
 
@@ -49,24 +69,22 @@ class Int8Weight(Sealed):
 
     sealed, sealed_by, refusal = "an 8-bit layer", "quantise", ValueError
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, turn: Turn | None = None) -> None:
-        """turn: what is done to rows of `weight` first, some at a time, so that no second copy of it exists."""
+    def __init__(self, weight: torch.Tensor | Int8Codes, bias: torch.Tensor | None, turn: Turn | None = None) -> None:
+        """turn: what is done to rows of `weight` first."""
         super().__init__()
-        self.outputs, self.inputs = weight.shape
-        self.scale, self.sums = torch.empty(self.outputs), torch.empty(self.outputs)
-        codes = torch.empty(weight.shape, dtype=torch.int8)
-        count = max(1, WEIGHT_VALUES // self.inputs)
-        parts = (x.split(count) for x in (weight.detach(), codes, self.scale, self.sums))
-        for rows, into, scale, sums in zip(*parts, strict=True):
-            wide = (rows if turn is None else turn(rows)).float()
-            peak = wide.abs().amax(1)
-            scale.copy_(torch.where(peak > LEAST, peak, 1.0) / LEVELS)
-            rounded = (wide / scale[:, None]).round_()
-            into.copy_(rounded)
-            sums.copy_(rounded.sum(1) * scale)
+        codes, self.scale = weight if isinstance(weight, Int8Codes) else int8_codes(weight, turn)
+        self.outputs, self.inputs = codes.shape
+        # some at a time, because they are widened first
+        sums = [rows.sum(1, dtype=torch.int32) for rows in codes.split(max(1, WEIGHT_VALUES // self.inputs))]
+        self.sums = torch.cat(sums) * self.scale
         self.packed: torch.Tensor = torch.ops.onednn.qlinear_prepack(codes, None)
         self.zero_points = torch.zeros(self.outputs, dtype=torch.int64)
         self.bias = None if bias is None else bias.detach().float()
+
+    @property
+    def stored(self) -> Int8Codes:
+        """What it was made of; the codes are a copy."""
+        return Int8Codes(self.packed.to_dense().T.contiguous(), self.scale)
 
     @property
     def nbytes(self) -> int:
@@ -76,16 +94,16 @@ class Int8Weight(Sealed):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         refuse_gradient(x)
-        rows = x.reshape(-1, self.inputs).float()
-        if len(rows) == 1:
-            y = self._multiply_one(rows)
-        elif len(rows) <= ROWS:
-            y = self._multiply(rows)
+        plain = x.ndim == 2 and x.dtype == torch.float32  # a step of few rows has mostly calls to wait for
+        rows = x if plain else x.reshape(-1, self.inputs).float()
+        count = rows.shape[0]
+        if count <= ROWS:
+            y = self._multiply_one(rows) if count == 1 else self._multiply(rows)
         else:
-            y = torch.empty(len(rows), self.outputs)
+            y = torch.empty(count, self.outputs)
             for part, into in zip(rows.split(ROWS), y.split(ROWS), strict=True):
                 into.copy_(self._multiply(part))
-        return y.to(x.dtype).reshape(*x.shape[:-1], self.outputs)
+        return y if plain else y.to(x.dtype).reshape(*x.shape[:-1], self.outputs)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         """float32 `[M, K]` -> `[M, N]`."""
@@ -109,7 +127,7 @@ class Int8Linear(Int8Weight):
     """Rows of 8 bits with a zero point of their own. That is what outliers need: in a row with one huge value, or
     behind a GELU, almost everything else lies on one side of it."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(self, weight: torch.Tensor | Int8Codes, bias: torch.Tensor | None) -> None:
         super().__init__(weight, bias)
         shift = torch.zeros(self.outputs) if self.bias is None else self.bias
         # what a row's zero point adds to its sums, and the bias: one product with [zero point, 1] adds both
@@ -153,7 +171,7 @@ class CentredInt8Linear(Int8Weight):
 
     def __init__(
         self,
-        weight: torch.Tensor,
+        weight: torch.Tensor | Int8Codes,
         bias: torch.Tensor | None,
         turn: Turn | None = None,
         *,
@@ -163,16 +181,16 @@ class CentredInt8Linear(Int8Weight):
         self.eps = eps
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
-        peak = x.abs().amax(-1, keepdim=True).clamp_min_(LEAST)
-        codes = _whole(x, LEVELS / peak, MIDDLE).to(torch.uint8)
-        scale = peak / LEVELS
+        scale = x.abs().amax(-1, keepdim=True).clamp_min_(LEAST)
+        codes = _whole(x, scale.reciprocal(), MIDDLE, LEVELS).to(torch.uint8)
         if self.eps is not None:
-            scale *= (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-        return self._scaled(self._product(codes, MIDDLE), scale)
+            length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            scale /= length.square_().div_(self.inputs).add_(self.eps).sqrt_()
+        return self._scaled(self._product(codes, MIDDLE, 1 / LEVELS), scale)
 
     def _multiply_one(self, x: torch.Tensor) -> torch.Tensor:
         peak = _peak(x)
-        codes = _whole(x, LEVELS / peak, MIDDLE).to(torch.uint8)
+        codes = _whole_of_one(x, LEVELS / peak, MIDDLE).to(torch.uint8)
         scale = peak / LEVELS
         if self.eps is not None:
             row = x[0]
@@ -185,14 +203,15 @@ class WideInt8Linear(Int8Weight):
     weights are read once, and what remains of the error is the weights'."""
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
-        peak = x.abs().amax(-1, keepdim=True).clamp_min_(LEAST)
-        codes = _whole(x, WIDE_LEVELS / peak, MIDDLE * 256 + MIDDLE)
-        high, low = self._product(torch.cat((codes >> 8, codes)).to(torch.uint8), MIDDLE).chunk(2)
-        return self._scaled(low.add_(high, alpha=256), peak / WIDE_LEVELS)
+        scale = x.abs().amax(-1, keepdim=True).clamp_min_(LEAST)
+        codes = _whole(x, scale.reciprocal(), MIDDLE * 256 + MIDDLE, WIDE_LEVELS)
+        product = self._product(torch.cat((codes >> 8, codes)).to(torch.uint8), MIDDLE, 1 / WIDE_LEVELS)
+        high, low = product.chunk(2)
+        return self._scaled(low.add_(high, alpha=256), scale)
 
     def _multiply_one(self, x: torch.Tensor) -> torch.Tensor:
         peak = _peak(x)
-        codes = _whole(x, WIDE_LEVELS / peak, MIDDLE * 256 + MIDDLE)
+        codes = _whole_of_one(x, WIDE_LEVELS / peak, MIDDLE * 256 + MIDDLE)
         high, low = self._product(torch.cat((codes >> 8, codes)).to(torch.uint8), MIDDLE, peak / WIDE_LEVELS).chunk(2)
         y = low.add_(high, alpha=256)
         return y if self.bias is None else y.add_(self.bias)
@@ -202,11 +221,13 @@ def _peak(row: torch.Tensor) -> float:
     return max(float(row.abs().max()), LEAST)
 
 
-def _whole(x: torch.Tensor, steps: torch.Tensor | float, zero: int) -> torch.Tensor:
-    """`x * steps + zero`, rounded, between 0 and 2^16: i32 whose low bytes are the code."""
-    if isinstance(steps, float):
-        return torch.add(_offset(zero), x, alpha=steps).view(torch.int32)
-    return torch.addcmul(_offset(zero), x, steps).view(torch.int32)
+def _whole(x: torch.Tensor, steps: torch.Tensor, zero: int, levels: int) -> torch.Tensor:
+    """`x * steps * levels + zero`, rounded, between 0 and 2^16: i32 whose low bytes are the code."""
+    return torch.addcmul(_offset(zero), x, steps, value=levels).view(torch.int32)
+
+
+def _whole_of_one(x: torch.Tensor, steps: float, zero: int) -> torch.Tensor:
+    return torch.add(_offset(zero), x, alpha=steps).view(torch.int32)
 
 
 @functools.cache

@@ -1,8 +1,8 @@
 """Encoder blocks of 8 bits: what stands between two products of integers is as few passes over memory as torch allows.
 
-A norm writes codes itself, whose steps are a power of two times a constant of the layer. Rows of one power share a
-product, so its outputs are true values and oneDNN adds the bias and applies the GELU while they are in a register; a
-row's power is its own, so no neighbour changes its numbers.
+A norm writes codes itself, whose steps are a power of the root of two times a constant of the layer. Rows of one power
+share a product, so its outputs are true values and oneDNN adds the bias and applies the GELU while they are in a
+register; a row's power is its own, so no neighbour changes its numbers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from siglane.nn.encoder import EncoderMLP
 USUAL_PEAK = 5.0  # a row's greatest value over the norm's usual one: normal rows of 1,152 values have 2.6 to 5
 CHUNK_ROWS = 192  # whose wide values a core's cache holds
 GROUP_STEP = 64  # rows of a group are filled up to a multiple of it: oneDNN compiles a kernel for each number of rows
-MOST = 1  # powers of two, on either side of one, that a group's steps are off the usual ones
+MOST = 2  # powers of the root of two, on either side of one, that a group's steps are off the usual ones
 EVEN = 0.75  # of the codes around zero that a row uses at least
 
 
@@ -62,7 +62,7 @@ class CodedNorm(nn.LayerNorm):
             return CodedRows(codes, ((step, None),), None, x.dtype)
         groups = []
         for power in range(-MOST, MOST + 1):
-            members, worth = torch.nonzero(powers == power)[:, 0], step * 2.0**power
+            members, worth = torch.nonzero(powers == power)[:, 0], step * 2.0 ** (power / 2)
             if len(members) > 0:
                 codes[members] = _bytes(self._whole(rows[members], gain / worth))
                 groups.append((worth, _filled(members)))
@@ -82,11 +82,11 @@ def _bytes(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _powers(whole: torch.Tensor) -> torch.Tensor:
-    """Of two, i64 `[N]`: how much coarser a row's steps are to be, so that it has all codes and no more; beyond MOST
-    for rows that lie unevenly about zero."""
+    """Of the root of two, i64 `[N]`: how much coarser a row's steps are to be, so that it has all codes and no more;
+    beyond MOST for rows that lie unevenly about zero."""
     low, high = (WHOLE + MIDDLE) - whole.amin(-1), whole.amax(-1) - (WHOLE + MIDDLE)
     peaks = torch.maximum(low, high)
-    powers = ((peaks.clamp_min(1) + 0.5) / LEVELS).log2().ceil_()
+    powers = ((peaks.clamp_min(1) + 0.5) / LEVELS).log2().mul_(2).ceil_()
     powers[low + high < EVEN * 2 * peaks] = MOST + 1
     return powers.nan_to_num(MOST + 1).clamp(-MOST - 1, MOST + 1).long()
 

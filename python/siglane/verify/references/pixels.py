@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -14,13 +15,36 @@ from PIL import Image, ImageOps
 from siglane.errors import ConfigError, ImageError
 from siglane.verify.references.files import Raw
 
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_KEPT = {b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND"}
+XMP = ("xmp", "XML:com.adobe.xmp")
+
 
 def open_picture(data: bytes, name: str) -> Image.Image:
-    """The upright picture in RGB as transformers' `load_image` gives it. ImageError when Pillow cannot read it."""
+    """The upright picture in RGB as transformers' `load_image` gives it, but that no text in it counts: none is too
+    long, and none turns it as EXIF does. ImageError when Pillow cannot read it."""
     try:
-        return ImageOps.exif_transpose(Image.open(BytesIO(data))).convert("RGB")
+        image = Image.open(BytesIO(_without_texts(data)))
+        image.load()  # a PNG may hold its EXIF data behind its pixels
+        for key in XMP:
+            image.info.pop(key, None)
+        return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # Pillow's plugins raise almost anything on damaged input
         raise ImageError(f"{name} cannot be decoded by the reference", code="image_decode_failed") from error
+
+
+def _without_texts(data: bytes) -> bytes:
+    """A PNG's chunks that make pixels, or say how they stand; any other file as it is."""
+    if not data.startswith(PNG_SIGNATURE):
+        return data
+    kept, at = [PNG_SIGNATURE], len(PNG_SIGNATURE)
+    while at + 8 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] in PNG_KEPT:
+            checked = data[at + 4 : end - 4]
+            kept.append(data[at : at + 4] + checked + crc32(checked).to_bytes(4, "big"))
+        at = end
+    return b"".join(kept)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,48 @@
+"""Random numbers without a state: each is a hash of a request's seed, the place in its answer and a token's id.
+
+Neighbours, the order of a batch, chunks, preemption and the device change none of them. Adding Gumbel noise to scaled
+logits and taking the greatest draws from their softmax (Gumbel 1954; arXiv:1411.0030 section 2).
+"""
+
+from __future__ import annotations
+
+import torch
+
+MASK64 = (1 << 64) - 1
+NOISE_BITS = 23  # with one more, the number next to 1 would round to it and its noise be infinite
+MOST_NOISE = 16.64  # no noise of so few bits is greater: -log(-log(1 - 2^-24)) is 16.6355
+
+
+def noise_key(seed: int, position: int) -> tuple[int, int]:
+    """Two words i32 for the token at `position` of the answer; any `seed` will do, 64 bits of it count."""
+    mixed = _mix64(_mix64(seed & MASK64) + position)
+    return _signed(mixed & 0xFFFFFFFF), _signed(mixed >> 32)
+
+
+def gumbel_noise(token_ids: torch.Tensor, key: tuple[int, int]) -> torch.Tensor:
+    """token_ids i32 `[...]` -> float32 of the same shape."""
+    mixed = _mix32(_mix32(token_ids ^ key[0]).add_(key[1]))
+    bits = mixed.bitwise_right_shift_(32 - NOISE_BITS).bitwise_and_((1 << NOISE_BITS) - 1)
+    uniform = bits.float().add_(0.5).mul_(2.0**-NOISE_BITS)
+    return uniform.log_().neg_().log_().neg_()
+
+
+def _mix32(x: torch.Tensor) -> torch.Tensor:
+    """In place; products wrap around in 32 bits on every device (prospector's lowbias32)."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x ^= (x >> shift).bitwise_and_((1 << (32 - shift)) - 1)
+        x *= _signed(factor)
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    return x
+
+
+def _mix64(x: int) -> int:
+    """Stafford's 13th variant, as splitmix64 has it."""
+    x = (x + 0x9E3779B97F4A7C15) & MASK64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & MASK64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & MASK64
+    return x ^ (x >> 31)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >> 31 else word

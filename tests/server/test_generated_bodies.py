@@ -1,0 +1,143 @@
+"""Bodies that schemathesis generates from the OpenAPI document: what it describes is what the server answers."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from schemathesis import Case, GenerationMode
+from schemathesis.checks import CHECKS, load_all_checks
+from schemathesis.schemas import APIOperation
+from serving import RunningServer, config_of, listening
+from two_tower_checkpoint import write_two_tower_checkpoint
+
+from siglane.engine.child import EngineSpec
+from siglane.server.launch import serving
+from siglane.settings.engine import EngineConfig
+
+FEW, MANY = 8, 50
+CONTEXT = 512  # tokens: an answer that no field bounds ends soon
+NAMES = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance")
+# of the bodies that fit the document; what is left out are conditions between fields that JSON schema cannot say
+LEAST_ANSWERED = {
+    "POST /v1/chat/completions": 0.6,
+    "POST /v1/embeddings": 0.5,
+    "POST /v1/classify": 0.75,
+    "POST /v1/files": 1.0,
+    "POST /v1/batches": 1.0,
+}
+COSTLY = {"POST /v1/classify"}  # its lists of distinct labels take seconds to generate
+
+
+def gif_url(color: str) -> str:
+    """A picture, and a video of one frame."""
+    file = io.BytesIO()
+    Image.new("RGB", (20, 14), color).save(file, "GIF")
+    return f"data:image/gif;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+URLS = [gif_url("red"), gif_url("blue")]
+load_all_checks()
+schemathesis.openapi.format("uri", st.sampled_from(URLS))
+
+
+@pytest.fixture(scope="module")
+def everything(nvila_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A model that chats, one that embeds, files and batches."""
+    folder = tmp_path_factory.mktemp("everything")
+    write_two_tower_checkpoint(folder / "siglip2", "siglip2")
+    engine = EngineConfig(device="cpu", threads=1, kv_tokens=CONTEXT)
+    spec = EngineSpec(str(nvila_folder), engine, tagger=str(folder / "siglip2"))
+    config = config_of(data_dir=folder / "data", max_images=64, max_videos=64)
+    with serving(config, spec) as served:
+        served.engine.wait_ready()
+        with listening(served) as one:
+            yield one
+
+
+def file_of(server: RunningServer) -> str:
+    line = b'{"custom_id": "a", "method": "POST", "url": "/v1/embeddings", "body": {"input": "a cat"}}'
+    return server.openai().files.create(file=("a.jsonl", line), purpose="batch").id
+
+
+def batch_of(server: RunningServer) -> str:
+    created = server.openai().batches.create(
+        input_file_id=file_of(server), endpoint="/v1/embeddings", completion_window="24h"
+    )
+    return created.id
+
+
+MADE: dict[str, Callable[[RunningServer], str]] = {"file_id": file_of, "batch_id": batch_of}
+
+
+def with_ids(case: Case, server: RunningServer) -> None:
+    """Ids that the server gave out, where any string fits the document."""
+    for name in MADE.keys() & case.path_parameters.keys():
+        case.path_parameters[name] = MADE[name](server)
+    if case.operation.label == "POST /v1/batches":
+        case.body["input_file_id"] = file_of(server)
+
+
+def answered(
+    server: RunningServer, operation: APIOperation[Any, Any, Any], mode: GenerationMode, examples: int
+) -> Counter[str]:
+    """How often each status or refusal came, to generated requests that fit the document (positive) or do not. What
+    the document does not allow is raised."""
+    found: Counter[str] = Counter()
+    positive = mode is GenerationMode.POSITIVE
+    checks = [CHECKS.get_one(name) for name in (*NAMES, *(() if positive else ("negative_data_rejection",)))]
+
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(operation.as_strategy(generation_mode=mode))
+    def ask(case: Case) -> None:
+        if positive:
+            with_ids(case, server)
+        response = case.call()
+        found["200" if response.status_code == 200 else response.json()["error"]["message"]] += 1
+        case.validate_response(response, checks=checks)
+
+    ask()
+    return found
+
+
+def operations(server: RunningServer) -> dict[str, APIOperation[Any, Any, Any]]:
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    return {operation.label: operation for found in schema.get_all_operations() for operation in [found.ok()]}
+
+
+def check_share(server: RunningServer, operation: APIOperation[Any, Any, Any], examples: int) -> None:
+    found = answered(server, operation, GenerationMode.POSITIVE, examples)
+    assert found["200"] >= LEAST_ANSWERED.get(operation.label, 0) * found.total(), (operation.label, found)
+
+
+def test_what_the_document_describes_is_answered(everything: RunningServer) -> None:
+    for label, operation in operations(everything).items():
+        if label in LEAST_ANSWERED and label not in COSTLY:
+            check_share(everything, operation, FEW)
+
+
+@pytest.mark.slow
+def test_much_of_it_is_answered_and_nothing_else(everything: RunningServer) -> None:
+    found = operations(everything)
+    assert found.keys() > LEAST_ANSWERED.keys() > COSTLY
+    for label, operation in found.items():
+        check_share(everything, operation, FEW if label in COSTLY else MANY)
+        if operation.body:  # nearly every string fits a path or a query
+            several = FEW if label in COSTLY else MANY
+            assert not answered(everything, operation, GenerationMode.NEGATIVE, several)["200"], label

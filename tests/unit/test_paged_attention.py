@@ -1,0 +1,96 @@
+"""Attention over pages against plain attention over the same tokens, however a sequence's pages lie."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from engine_kit import prompt
+
+from siglane.config.language import LanguageConfig
+from siglane.engine.attention import FEW_RUNS, TorchPagedAttention
+from siglane.engine.batch import Chunk, PageRun, Sequence, StepBatch
+from siglane.engine.kv import PagedKV
+from siglane.types import SamplingParams
+
+PAGE, PAGES, HEADS, KV_HEADS, HEAD_DIM = 4, 64, 6, 2, 8
+LAYOUTS = {
+    "one run": [7, 8, 9, 10, 11],
+    "a prefix and its own part": [30, 31, 32, 3, 4],
+    "backwards": [20, 19, 18, 17, 16],
+    "few runs": [40, 41, 50, 60, 2],
+    "a single page": [13],
+}
+
+
+def language() -> LanguageConfig:
+    return LanguageConfig(
+        hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM, vocab_size=100, max_position_embeddings=999,
+        rms_norm_eps=1e-6, rope_theta=1e4, qkv_bias=True, output_bias=False, mlp_bias=False, qk_norm=False,
+        norm_dtype="float32", tie_embeddings=True, rope_scaling=None,
+    )  # fmt: skip
+
+
+def decoding(pages: list[int], length: int) -> Chunk:
+    """The last token of a sequence that has `length`."""
+    sequence = Sequence.of(prompt(*range(length)).request("r", SamplingParams(), 1), 0, 0)
+    sequence.block_table, sequence.computed = list(pages), length - 1
+    return Chunk(sequence, length - 1, length)
+
+
+def attend(chunks: list[Chunk], queries: dict[int, torch.Tensor]) -> tuple[list[torch.Tensor], PagedKV]:
+    """Each chunk's row; stale pages hold NaN. queries: q, k and v of the new token, by first page."""
+    kv = PagedKV(language(), KV_HEADS, pages=PAGES, page_size=PAGE, dtype=torch.float32, device=torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    kv.keys.copy_(torch.randn(kv.keys.shape, generator=generator))
+    kv.values.copy_(torch.randn(kv.values.shape, generator=generator))
+    taken = {page for chunk in chunks for page in chunk.sequence.block_table}
+    stale = [page for page in range(PAGES) if page not in taken]
+    kv.keys[:, stale] = kv.values[:, stale] = torch.nan
+    q, k, v = (
+        torch.stack([queries[chunk.sequence.block_table[0]][part] for chunk in chunks]).unflatten(1, (-1, HEAD_DIM))
+        for part in (slice(0, 48), slice(48, 64), slice(64, 80))
+    )
+    return list(TorchPagedAttention(kv, StepBatch(tuple(chunks)))(0, q, k, v)), kv
+
+
+@pytest.mark.parametrize("short", range(PAGE))
+def test_a_decoding_row_attends_to_its_own_tokens(short: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    queries = {pages[0]: torch.randn(80, generator=generator) for pages in LAYOUTS.values()}
+    chunks = [decoding(pages, len(pages) * PAGE - short) for pages in LAYOUTS.values()]
+    rows, kv = attend(chunks, queries)
+    for name, chunk, row in zip(LAYOUTS, chunks, rows, strict=True):
+        ks, vs = (x[0][chunk.sequence.block_table].flatten(0, 1)[: chunk.stop] for x in (kv.keys, kv.values))
+        q = queries[chunk.sequence.block_table[0]][:48].view(HEADS, 1, HEAD_DIM)
+        expected = F.scaled_dot_product_attention(
+            q.double(), ks.transpose(0, 1).double(), vs.transpose(0, 1).double(), enable_gqa=True
+        )
+        assert torch.allclose(row, expected[:, 0].float(), atol=1e-6), name
+        assert len(chunk.sequence.runs()) > FEW_RUNS or name != "backwards"
+
+
+@pytest.mark.parametrize("pages", [[7, 8, 9], [7, 9, 12]])
+def test_pages_taken_for_tokens_that_did_not_come_are_not_read(pages: list[int]) -> None:
+    queries = {pages[0]: torch.randn(80, generator=torch.Generator().manual_seed(1))}
+    ((expected,), _) = attend([decoding(pages, 3 * PAGE - 1)], queries)
+    ((row,), _) = attend([decoding([*pages, 33, 50], 3 * PAGE - 1)], queries)
+    assert torch.equal(row, expected)
+
+
+def test_neighbours_change_no_bit() -> None:
+    generator = torch.Generator().manual_seed(1)
+    queries = {pages[0]: torch.randn(80, generator=generator) for pages in LAYOUTS.values()}
+    in_place = [decoding(pages, len(pages) * PAGE - 1) for name, pages in LAYOUTS.items() if name != "backwards"]
+    together, _ = attend(in_place, queries)
+    for chunk, row in zip(in_place, together, strict=True):
+        ((alone,), _) = attend([chunk], queries)
+        assert torch.equal(row, alone)
+
+
+def test_runs_grow_with_the_pages() -> None:
+    sequence = decoding([5, 6], 8).sequence
+    assert sequence.runs() == [PageRun(5, 2)]
+    sequence.block_table += [7, 20]
+    assert sequence.runs() == sequence.runs() == [PageRun(5, 3), PageRun(20, 1)]
