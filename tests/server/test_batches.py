@@ -462,13 +462,15 @@ def test_time_runs_out_while_it_is_answered(stored: RunningServer, held: pytest.
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """Of all that this process writes; what is longer is refused as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    """Of all that this process writes, bytecode left out; what is longer is refused as on a full disk."""
+    before, writes_none = resource.getrlimit(resource.RLIMIT_FSIZE), sys.dont_write_bytecode
+    sys.dont_write_bytecode = True
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        sys.dont_write_bytecode = writes_none
 
 
 def test_a_full_disk_stops_a_batch_and_nothing_else(stored: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:

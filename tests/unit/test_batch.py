@@ -495,7 +495,7 @@ run(Path(sys.argv[1]), Path(sys.argv[2]))
 def test_a_disk_that_fills_up(source: Path, whole: tuple[bytes, bytes], tmp_path: Path) -> None:
     """The limit on a file's size stops a write in the middle of a line, as a full disk does."""
     done = subprocess.run(
-        [sys.executable, "-c", FULL, str(source), str(tmp_path / "out.jsonl")],
+        [sys.executable, "-B", "-c", FULL, str(source), str(tmp_path / "out.jsonl")],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)),
         capture_output=True,
         text=True,

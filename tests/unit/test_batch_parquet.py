@@ -271,7 +271,7 @@ def test_a_disk_that_fills_up_leaves_no_table(tmp_path: Path) -> None:
     answer(tables(file, prompt="{text}"), tmp_path / "out.parquet")
     (tmp_path / "out.parquet").write_bytes(b"earlier")
     done = subprocess.run(
-        [sys.executable, "-c", FULL, str(tmp_path)],
+        [sys.executable, "-B", "-c", FULL, str(tmp_path)],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)),
         capture_output=True,
         text=True,

@@ -305,7 +305,7 @@ class TestOutput:
             "        file.append(row)\n"
         )
         done = subprocess.run(
-            [sys.executable, "-c", program, str(out), json.dumps(rows)],
+            [sys.executable, "-B", "-c", program, str(out), json.dumps(rows)],
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
             capture_output=True,
             text=True,
@@ -343,7 +343,7 @@ class TestOutput:
         command[2:3] = [str(many)]
         out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
         assert main([*command[:-1], str(whole)]) == 0
-        program = [sys.executable, "-m", "siglane.cli.main", *command, "--batch-size", "1"]
+        program = [sys.executable, "-B", "-m", "siglane.cli.main", *command, "--batch-size", "1"]
         for number, code, size in (
             (signal.SIGKILL, -signal.SIGKILL, None),
             (signal.SIGINT, 3, None),

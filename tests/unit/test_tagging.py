@@ -488,7 +488,7 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("options", "complaint"),
         [
-            ({"quantization": "4bit", "device": "cpu"}, "quantization '4bit'"),
+            ({"quantization": "3bit", "device": "cpu"}, "quantization '3bit' is not known"),
             ({"attention": "flash_attention_2", "device": "cpu"}, "attention 'flash_attention_2' cannot run on cpu"),
             ({"attention": "flash"}, "attention 'flash' is not known; use auto, sdpa, eager, flash_attention_2"),
             ({"dtype": "float8"}, "dtype 'float8' is not known"),

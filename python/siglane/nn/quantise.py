@@ -10,7 +10,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -171,6 +171,8 @@ def _unsupported(kind: Bits, message: str) -> UserError:
 
 def kernel(kind: Bits, device: torch.device) -> MakeLinear:
     """UserError, naming the reason, when there is none here."""
+    if kind not in get_args(Bits):
+        raise ConfigError(f"quantization {kind!r} is not known; use none, {', '.join(get_args(Bits))}")
     if device.type != "cpu":
         return _on_cuda(kind, device)
     if not has_integer_products():
