@@ -429,8 +429,9 @@ def test_rows_that_kill_the_engine_cost_themselves_alone(
             }
     finally:
         engine.close()
-    assert list(killed) == [1, 2, 3, 4]
-    assert killed[3] - killed[1] >= seconds
+    times = list(killed.values())
+    assert 4 <= len(times) <= 6  # twice for each row at fault; two may end one engine together
+    assert all(later - earlier >= seconds for earlier, later in zip(times, times[2:], strict=False))
 
 
 def test_what_is_out_of_time_expires(start: Start, held: pytest.MonkeyPatch, tmp_path: Path) -> None:
