@@ -5,6 +5,7 @@ that is killed with everything below it. One core per rank.
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -215,7 +216,10 @@ def flags(options: Mapping[str, Any]) -> list[str]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Below the ports that the system hands out by itself: SGLang takes its own after half a minute of imports, and by
+    then another suite's server, which asked for any, may have been given one from there."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
