@@ -19,6 +19,7 @@ from typing import Any
 import httpx2
 import pytest
 from openai import APIError
+from ports import free_port
 from serving import (
     GOOD,
     HOST,
@@ -357,9 +358,7 @@ class Process:
 
 @contextmanager
 def process_of(model: Path, log: Path, port: int = 0) -> Iterator[Process]:
-    if port == 0:
-        with socket.create_server((HOST, 0)) as probe:
-            port = probe.getsockname()[1]
+    port = port or free_port()
     command = [sys.executable, "-c", PROGRAM, str(model), str(port)]
     with log.open("wb") as file:
         process = subprocess.Popen(command, stderr=file)

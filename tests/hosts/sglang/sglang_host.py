@@ -5,9 +5,7 @@ that is killed with everything below it. One core per rank.
 from __future__ import annotations
 
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +19,8 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
+
+from ports import free_port
 
 START_SECONDS = 180.0
 ANSWER_SECONDS = 120.0
@@ -213,13 +213,3 @@ def flags(options: Mapping[str, Any]) -> list[str]:
         if value is not True:
             words.append(str(value))
     return words
-
-
-def free_port() -> int:
-    """Below the ports that the system hands out by itself: SGLang takes its own after half a minute of imports, and by
-    then another suite's server, which asked for any, may have been given one from there."""
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
