@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import httpx2
@@ -86,11 +88,21 @@ def config_of(**options: Any) -> ServerConfig:
     return ServerConfig(**{"port": 0, "served_model_name": MODEL, "drain_timeout": 5.0, **options})
 
 
+class QuickServer(Server):
+    """Looks a hundred times a second whether it is to end, not ten times."""
+
+    async def main_loop(self) -> None:
+        for tick in count():
+            if await self.on_tick(tick):
+                return
+            await asyncio.sleep(0.01)
+
+
 @contextmanager
 def listening(served: Served) -> Iterator[RunningServer]:
     """A server of `served` on a thread; closes it at the end."""
     listener = listen(HOST, served.config.port)
-    server = Server(uvicorn_config(create_app(served), served.config), served)
+    server = QuickServer(uvicorn_config(create_app(served), served.config), served)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     try:
