@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import itertools
 import json
@@ -211,8 +212,21 @@ def test_a_picture_is_never_taken_for_its_letters(fixed: RunningServer) -> None:
     letters.append(vectors(fixed.post_to("/v1/embeddings", input=[{"text": urls[2]}])))
     assert np.abs(letters[0] - letters[1]).max() < 1e-6
     assert np.abs(letters[0] - expected[2:]).max() > 0.01
-    ordinary = ["data: a word", "data:image is what it is called", "https://example.org/a.png", "data:,x"]
-    assert vectors(fixed.post_to("/v1/embeddings", input=ordinary)).shape == (4, 32)
+    bare = [base64.b64encode(PICTURES[0]).decode(), base64.urlsafe_b64encode(PICTURES[1]).decode()]
+    for words in (*bare, f"\n{bare[0]}\n", data_url(PICTURES[0])):
+        assert_error(fixed.post_to("/v1/embeddings", input=["a", words]), 400, "ambiguous_input", "input[1]")
+        assert fixed.post_to("/v1/embeddings", input=["a", words], modality="text").is_success
+        label = fixed.post_to("/v1/classify", images=[PICTURE], labels=["a", words])
+        assert_error(label, 400, "ambiguous_input", "labels[1]")
+    ordinary = [
+        "data: a word",
+        "Qk1 " * 40,
+        "Antidisestablishmentarianism" * 3,
+        "data:image is what it is called",
+        "https://example.org/a.png",
+        "data:,x",
+    ]
+    assert vectors(fixed.post_to("/v1/embeddings", input=ordinary)).shape == (6, 32)
     by_name = fixed.post_to("/v1/classify", input=[PICTURE], labels=LABELS, modality="image")
     assert by_name.json()["data"] == fixed.post_to("/v1/classify", images=[PICTURE], labels=LABELS).json()["data"]
 

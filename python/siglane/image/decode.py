@@ -6,6 +6,8 @@ any pixel exists.
 
 from __future__ import annotations
 
+import re
+from base64 import urlsafe_b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -61,6 +63,17 @@ _SIGNATURES = (
     (40, b" EMF", "EMF"),
 )
 _SIGNATURE_BYTES = 64
+_BASE64 = re.compile(r"[A-Za-z0-9+/_-]+={0,2}")
+# what is sent or stored in a picture's place
+_NO_PICTURES = (
+    (0, b"version https://git-lfs", "a Git LFS pointer, not the picture: run `git lfs pull`"),
+    (0, b"data:", "a data URL written into a file: decode it first"),
+    (4, b"ftyp", "a video, or another picture format"),
+    (0, b"\x1aE\xdf\xa3", "a video"),
+    (8, b"AVI ", "a video"),
+    (0, b"\x1f\x8b", "compressed by gzip"),
+    (0, b"PK\x03\x04", "a ZIP archive"),
+)
 _MIN_IS_WHITE = 0  # of a grey TIFF; Pillow turns 8 bits round, 16 not
 
 
@@ -161,6 +174,15 @@ def format_of(head: bytes) -> str | None:
     return next((name for at, magic, name in _SIGNATURES if head.startswith(magic, at)), None)
 
 
+def format_in_base64(text: str) -> str | None:
+    """What a file is whose bytes `text` holds in base64, without a data URL's head; None for a text of any other kind,
+    too short for a picture or with white space."""
+    text = text.strip()
+    if len(text) < _SIGNATURE_BYTES or not _BASE64.fullmatch(text):
+        return None
+    return format_of(urlsafe_b64decode(text[:_SIGNATURE_BYTES].replace("+", "-").replace("/", "_")))
+
+
 def _unidentified(file: BinaryIO, config: DecodeConfig) -> ImageError:
     file.seek(0)
     head = file.read(_SIGNATURE_BYTES)
@@ -169,7 +191,10 @@ def _unidentified(file: BinaryIO, config: DecodeConfig) -> ImageError:
         name = "SVG or HTML"
     allowed = ", ".join(config.formats)
     if name is None:
-        return ImageError(f"not an image; accepted formats: {allowed}", code="image_decode_failed")
+        what = next((f" ({what})" for at, magic, what in _NO_PICTURES if head.startswith(magic, at)), "")
+        if not what and (inside := format_in_base64(head.decode("latin-1"))):
+            what = f" ({inside} in base64: decode it once more)"
+        return ImageError(f"not an image{what}; accepted formats: {allowed}", code="image_decode_failed")
     if name in config.formats:
         return _undecodable()
     return ImageError(f"{name} is not accepted; accepted formats: {allowed}", code="image_format_not_allowed")

@@ -21,7 +21,7 @@ from siglane.server.http import BACKLOG, Server, uvicorn_config
 from siglane.settings.server import ServerConfig
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
 from siglane.weights.demo import FOLDERS
-from siglane.weights.hub import ADAPTER_CONFIG
+from siglane.weights.hub import ADAPTER_CONFIG, without_config
 
 if TYPE_CHECKING:
     from siglane.engine.child import EngineSpec
@@ -66,8 +66,7 @@ def check_model_exists(model: str, param: str) -> None:
         message = f"there is no folder {model!r}; give a model's folder or its hub id (owner/name)"
         raise UserError(message, code="model_not_found", param=param)
     if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
-        message = f"{model} holds no config.json; give the folder of a model"
-        raise UserError(message, code="model_not_found", param=param)
+        raise UserError(without_config(folder), code="model_not_found", param=param)
 
 
 def listen(host: str, port: int) -> socket.socket:
