@@ -8,9 +8,12 @@ import io
 import itertools
 import json
 import os
+import secrets
 import signal
+import statistics
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -546,6 +549,45 @@ def test_a_word_is_answered_while_somebody_classifies_at_the_limit(fixed: Runnin
         assert len(fixed.served.engine._embeddings) <= embedding.PIECE_TEXTS + 1
     thread.join(60)
     assert answers[0].status_code == 200, answers[0].text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("clients", "each"), [(16, 1), (1, 16)])
+def test_probes_and_words_are_answered_beside_clients_at_the_limit(
+    fixed: RunningServer, clients: int, each: int
+) -> None:
+    """`/health` within 100 ms and a word within a few forwards, while whoever classifies sends as much as is allowed.
+    Medians, so that a busy machine does not decide."""
+    forget_texts(fixed)
+    texts = embedding.PIECE_TEXTS * 8  # the limit of `fixed`: labels x templates
+
+    def classify(client: int) -> None:
+        for number in range(each):
+            labels = [f"{client} {number} {label}" for label in range(texts // 16)]
+            body = {"images": [PICTURE], "labels": labels, "templates": [f"{n} {{label}}" for n in range(16)]}
+            answers.append(fixed.post_to("/v1/classify", **body).status_code)
+
+    answers: list[int] = []
+    threads = [threading.Thread(target=classify, args=(client,)) for client in range(clients)]
+    probes, words = [], []
+    with fixed.http() as http:
+        for thread in threads:
+            thread.start()
+        eventually(lambda: fixed.served.engine._embeddings)
+        while any(thread.is_alive() for thread in threads):
+            for seconds, ask in ((probes, lambda: http.get("/health")), (words, word_asker(http))):
+                began = time.perf_counter()
+                assert ask().status_code == 200
+                seconds.append(time.perf_counter() - began)
+    assert answers == [200] * clients * each
+    assert len(words) >= 5
+    assert statistics.median(probes) < 0.1
+    assert statistics.median(words) < 0.5
+
+
+def word_asker(http: httpx2.Client) -> Callable[[], httpx2.Response]:
+    """Each call asks for the vector of another word."""
+    return lambda: http.post("/v1/embeddings", json={"input": secrets.token_hex(4)})
 
 
 def test_what_fails_in_company_fails_alone(fixed: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
