@@ -23,14 +23,14 @@ from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
 from siglane.config.video import VideoRule
 from siglane.errors import ImageError, UserError, blaming
 from siglane.families.report import ImageReport
-from siglane.image.decode import decode, from_pil, pil_size, read_size
+from siglane.image.decode import decode, decode_for, from_pil, pil_size, read_size
 from siglane.image.video import chosen_pictures, decode_video, read_video_size
 from siglane.media.item import MediaItem
 from siglane.media.policy import LOCAL_MEDIA, MediaPolicy
 from siglane.media.source import fetch, local_path, naming, open_file, read_local
 from siglane.settings.media import MediaConfig
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget, lay_out, no_images, no_video
-from siglane.types import DecodedImage, DecodedVideo, Medium, Size, VideoSize
+from siglane.types import DecodedImage, DecodedVideo, Medium, ReducedImage, Size, VideoSize
 
 VIDEO_BYTES = 1 << 30  # of a video's file from a web server, for a local caller
 
@@ -134,7 +134,7 @@ class MediaPipeline:
             item.layout = layout
 
     def decode(self, item: MediaItem) -> DecodedImage | DecodedVideo:
-        """The pixels. Raises ImageError as `decode` and `decode_video`."""
+        """All the pixels. Raises ImageError as `decode` and `decode_video`."""
         with self.at(item):
             if item.pictures:
                 return DecodedVideo.of([self._decoded(picture) for picture in item.pictures])
@@ -144,12 +144,19 @@ class MediaPipeline:
             assert item.frames is not None
             return decode_video(item.file, self._video, item.frames, self._decode_config)
 
+    def decode_for_tiles(self, item: MediaItem) -> DecodedImage | ReducedImage | DecodedVideo:
+        """What its layout's tiles are drawn from: all the pixels, or fewer where the settings allow it."""
+        if item.video or not isinstance(item.file, bytes):
+            return self.decode(item)
+        with self.at(item):
+            return decode_for(item.file, item.layout, self._decode_config)
+
     def preprocess(self, item: MediaItem) -> None:
         """Decodes and cuts: sets `patches`, and lets the file go. The decoded image never outlives the call."""
         from siglane.image.patchify import to_patches  # needs torch, without which layouts can be counted
 
         began = time.monotonic()
-        image = self.decode(item)
+        image = self.decode_for_tiles(item)
         decoded = time.monotonic()
         with self.at(item):
             item.patches = to_patches(image, item.layout, self._facts.preprocess, self._facts.vision)

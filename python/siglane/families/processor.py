@@ -19,7 +19,7 @@ from siglane.families.registry import vlm_family
 from siglane.families.stated import TOKENIZER, TOKENIZER_CONFIG, chat_templates, log_contradictions, tokenizer_classes
 from siglane.image.patchify import to_patches
 from siglane.tiling.rule import ImageBudget, no_images
-from siglane.types import DecodedImage, DecodedVideo, ImageLayout, ImagePatches, Medium, Message, Prompt
+from siglane.types import DecodedImage, DecodedVideo, ImageLayout, ImagePatches, Medium, Message, Prompt, ReducedImage
 from siglane.weights.hub import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class ImageProcessor:
         """The layouts of all images and videos of one request, from their sizes alone (`ImageFacts.layouts`)."""
         return self.facts.layouts(media, image_limits) if media else ()
 
-    def patches(self, image: DecodedImage | DecodedVideo, layout: ImageLayout) -> ImagePatches:
+    def patches(self, image: DecodedImage | ReducedImage | DecodedVideo, layout: ImageLayout) -> ImagePatches:
         """Patches `[layout.patches, patch_dim]`. ValueError when the layout is another size's."""
         return to_patches(image, layout, self.facts.preprocess, self.facts.vision)
 

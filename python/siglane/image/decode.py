@@ -22,7 +22,8 @@ from siglane.config.preprocess import DecodeConfig
 from siglane.errors import ImageError
 from siglane.image import bmp, gif, jpeg, png, webp
 from siglane.image.header import UPRIGHT, Header, orientation_of
-from siglane.types import DecodedImage, Size
+from siglane.image.reduce import reduced_size, region_of, shrink_of
+from siglane.types import DecodedImage, ImageLayout, ReducedImage, Size
 
 # EXIF orientation -> what makes the picture upright
 _TURNS = {
@@ -108,6 +109,23 @@ def decode(data: bytes, config: DecodeConfig) -> DecodedImage:
         if decoded.size != header.upright:
             raise _undecodable()
         return decoded
+
+
+def decode_for(data: bytes, layout: ImageLayout, config: DecodeConfig) -> DecodedImage | ReducedImage:
+    """The same for `layout`, where `config` allows it at a fraction of the size."""
+    shrink = shrink_of(layout) if config.jpeg == "fast" and format_of(data[:_SIGNATURE_BYTES]) == "JPEG" else 1
+    if shrink == 1:
+        return decode(data, config)
+    with _as_image_error():
+        file = BytesIO(data)
+        _, header = _read_header(file, config)
+        file.seek(0)
+        image = jpeg.open_image(file, shrink)
+        image.load()
+        if header.upright != layout.source or Size(*image.size) != reduced_size(header.stored, shrink):
+            raise _undecodable()
+        rgb = _upright(_to_rgb(image, config), header.orientation)
+        return ReducedImage.from_rgb(rgb, header.upright, region_of(header, shrink))
 
 
 def from_pil(image: Image.Image, config: DecodeConfig, orientation: int | None = None) -> DecodedImage:
@@ -214,8 +232,12 @@ def _check_size(size: Size, config: DecodeConfig) -> None:
 
 def _to_decoded(image: Image.Image, orientation: int, config: DecodeConfig) -> DecodedImage:
     image.load()
-    rgb, turn = _to_rgb(image, config), _TURNS.get(orientation)
-    return DecodedImage.from_rgb(np.asarray(rgb if turn is None else rgb.transpose(turn)))
+    return DecodedImage.from_rgb(_upright(_to_rgb(image, config), orientation))
+
+
+def _upright(rgb: Image.Image, orientation: int) -> npt.NDArray[np.uint8]:
+    turn = _TURNS.get(orientation)
+    return np.asarray(rgb if turn is None else rgb.transpose(turn))
 
 
 def _to_rgb(image: Image.Image, config: DecodeConfig) -> Image.Image:

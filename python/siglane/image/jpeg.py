@@ -38,29 +38,33 @@ def read_header(file: BinaryIO) -> Header:
     return Header(size, orientation or UPRIGHT)
 
 
-def open_image(file: BinaryIO) -> Image.Image:
-    """The picture, not yet decoded. Raises almost anything on damaged files."""
+def open_image(file: BinaryIO, shrink: int = 1) -> Image.Image:
+    """The picture, not yet decoded; shrink: 2, 4 or 8 for a picture of that fraction of its size (`reduced_size`).
+    Raises almost anything on damaged files."""
     kept = [bytes((0xFF, _START))]
     for marker, body in _segments(file):
         if marker in _TABLES or marker in _FRAMES or marker == _SCAN or _says_colours(marker, body):
             kept.append(bytes((0xFF, marker)) + (len(body) + 2).to_bytes(2, "big") + body)
     kept.append(scans := file.read())
     if bytes((0xFF, _END)) not in scans:  # elsewhere than at its end a scan cannot hold these bytes
-        return _without_end(b"".join(kept).rstrip(b"\xff"))
-    return _opened(b"".join(kept))
+        return _without_end(b"".join(kept).rstrip(b"\xff"), shrink)
+    return _opened(b"".join(kept), shrink)
 
 
-def _without_end(data: bytes) -> Image.Image:
+def _without_end(data: bytes, shrink: int) -> Image.Image:
     """A file that was cut behind its pixels has them all: whatever follows, the picture is the same. ValueError for one
     that was cut amid them, of which a decoder would show what it likes."""
-    one, *others = (_opened(data + more + bytes((0xFF, _END))) for more in _FOLLOWING)
+    one, *others = (_opened(data + more + bytes((0xFF, _END)), shrink) for more in _FOLLOWING)
     if any(other.tobytes() != one.tobytes() for other in others):
         raise ValueError("pixels are missing")
     return one
 
 
-def _opened(data: bytes) -> Image.Image:
-    return Image.open(BytesIO(data), formats=("JPEG",))
+def _opened(data: bytes, shrink: int) -> Image.Image:
+    image = Image.open(BytesIO(data), formats=("JPEG",))
+    if shrink > 1:  # of the fractions that leave at least this size Pillow takes the smallest
+        image.draft(None, Size(image.width // shrink, image.height // shrink))
+    return image
 
 
 def _says_colours(marker: int, body: bytes) -> bool:
