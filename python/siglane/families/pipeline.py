@@ -133,8 +133,16 @@ class MediaPipeline:
                     raise ImageError(message, code="image_too_large")
             item.layout = layout
 
-    def decode(self, item: MediaItem) -> DecodedImage | DecodedVideo:
-        """All the pixels. Raises ImageError as `decode` and `decode_video`."""
+    def decode(self, item: MediaItem) -> DecodedImage | ReducedImage | DecodedVideo:
+        """What the tiles of its layout are drawn from: all the pixels, or fewer where the settings allow it. Raises
+        ImageError as `decode` and `decode_video`."""
+        if self._decode_config.jpeg == "exact" or item.video or not isinstance(item.file, bytes):
+            return self.decode_whole(item)
+        with self.at(item):
+            return decode_for(item.file, item.layout, self._decode_config)
+
+    def decode_whole(self, item: MediaItem) -> DecodedImage | DecodedVideo:
+        """All the pixels. Raises as `decode`."""
         with self.at(item):
             if item.pictures:
                 return DecodedVideo.of([self._decoded(picture) for picture in item.pictures])
@@ -144,19 +152,12 @@ class MediaPipeline:
             assert item.frames is not None
             return decode_video(item.file, self._video, item.frames, self._decode_config)
 
-    def decode_for_tiles(self, item: MediaItem) -> DecodedImage | ReducedImage | DecodedVideo:
-        """What its layout's tiles are drawn from: all the pixels, or fewer where the settings allow it."""
-        if item.video or not isinstance(item.file, bytes):
-            return self.decode(item)
-        with self.at(item):
-            return decode_for(item.file, item.layout, self._decode_config)
-
     def preprocess(self, item: MediaItem) -> None:
         """Decodes and cuts: sets `patches`, and lets the file go. The decoded image never outlives the call."""
         from siglane.image.patchify import to_patches  # needs torch, without which layouts can be counted
 
         began = time.monotonic()
-        image = self.decode_for_tiles(item)
+        image = self.decode(item)
         decoded = time.monotonic()
         with self.at(item):
             item.patches = to_patches(image, item.layout, self._facts.preprocess, self._facts.vision)

@@ -113,7 +113,8 @@ def decode(data: bytes, config: DecodeConfig) -> DecodedImage:
 
 def decode_for(data: bytes, layout: ImageLayout, config: DecodeConfig) -> DecodedImage | ReducedImage:
     """The same for `layout`, where `config` allows it at a fraction of the size."""
-    shrink = shrink_of(layout) if config.jpeg == "fast" and format_of(data[:_SIGNATURE_BYTES]) == "JPEG" else 1
+    fast = config.jpeg == "fast" and "JPEG" in config.formats and format_of(data[:_SIGNATURE_BYTES]) == "JPEG"
+    shrink = shrink_of(layout) if fast else 1
     if shrink == 1:
         return decode(data, config)
     with _as_image_error():
