@@ -104,11 +104,11 @@ def decode(data: bytes, config: DecodeConfig) -> DecodedImage:
         file = BytesIO(data)
         name, header = _read_header(file, config)
         file.seek(0)
+        if name == "JPEG" and (pixels := jpeg.read_pixels(file)) is not None:
+            return _of_size(DecodedImage.from_rgb(_upright(pixels, header.orientation)), header)
+        file.seek(0)
         image = _READERS[name].open_image(file) if name in _READERS else _open(file, config)
-        decoded = _to_decoded(image, header.orientation, config)
-        if decoded.size != header.upright:
-            raise _undecodable()
-        return decoded
+        return _of_size(_to_decoded(image, header.orientation, config), header)
 
 
 def decode_for(data: bytes, layout: ImageLayout, config: DecodeConfig) -> DecodedImage | ReducedImage:
@@ -236,9 +236,18 @@ def _to_decoded(image: Image.Image, orientation: int, config: DecodeConfig) -> D
     return DecodedImage.from_rgb(_upright(_to_rgb(image, config), orientation))
 
 
-def _upright(rgb: Image.Image, orientation: int) -> npt.NDArray[np.uint8]:
+def _upright(rgb: Image.Image | npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
     turn = _TURNS.get(orientation)
-    return np.asarray(rgb if turn is None else rgb.transpose(turn))
+    if turn is None:
+        return np.asarray(rgb)
+    return np.asarray((rgb if isinstance(rgb, Image.Image) else Image.fromarray(rgb)).transpose(turn))
+
+
+def _of_size(decoded: DecodedImage, header: Header) -> DecodedImage:
+    """ImageError for another size than the header's."""
+    if decoded.size != header.upright:
+        raise _undecodable()
+    return decoded
 
 
 def _to_rgb(image: Image.Image, config: DecodeConfig) -> Image.Image:
