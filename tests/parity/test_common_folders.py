@@ -140,6 +140,29 @@ class TestWeights:
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_the_pictures_of_vila_when_their_file_lies_at_the_top(tmp_path: Path) -> None:
+    """Beside the tower is where VILA reads it; that place wins."""
+    write_nvila_checkpoint(tmp_path)
+    beside, top = tmp_path / "vision_tower/preprocessor_config.json", tmp_path / "preprocessor_config.json"
+    family, checkpoint = vlm_family(Checkpoint(tmp_path)), Checkpoint(tmp_path)
+    expected = family.images(checkpoint)
+    shutil.copy(beside, top)
+    change(top, image_mean=[0.1, 0.2, 0.3], resample=0)
+    assert family.images(checkpoint) == expected
+    beside.unlink()
+    found = family.images(checkpoint).preprocess
+    assert found.mean == (0.1, 0.2, 0.3)
+    assert found.rule != expected.preprocess.rule
+    assert verify(tmp_path, random=1, steps=1).ok
+
+
+def test_a_model_of_another_kind_is_not_called_a_tower_alone(tmp_path: Path) -> None:
+    write_two_tower_checkpoint(tmp_path)
+    change(tmp_path / "config.json", model_type="clip", architectures=["CLIPModel"])
+    with pytest.raises(ConfigError, match=r"has architectures \['CLIPModel'\] and model_type 'clip'; siglane knows"):
+        load_two_tower(Checkpoint(tmp_path), device="cpu")
+
+
 class TestFactsThatAreNotApplied:
     """They are named: nothing is left out in silence."""
 

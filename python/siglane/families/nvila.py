@@ -232,8 +232,10 @@ def _scales(root: ConfigReader) -> tuple[int, ...]:
 
 def _preprocess(checkpoint: Checkpoint, facts: Facts, vision: VisionConfig) -> PreprocessConfig:
     side = vision.position_grid.h * vision.patch_size
-    file = image_processor(_folder(checkpoint, TOWER)) or ConfigReader(
-        {"size": {"height": side, "width": side}}, PREPROCESSOR
+    file = (
+        image_processor(_folder(checkpoint, TOWER))
+        or image_processor(checkpoint)  # of folders that were put together again; VILA itself has it beside the tower
+        or ConfigReader({"size": {"height": side, "width": side}}, PREPROCESSOR)
     )
     processor = ImageProcessorConfig.from_hf(file.raw, name=file.name)
     tile = Size(facts.scales[0], facts.scales[0]) if facts.scales else processor.size

@@ -16,7 +16,7 @@ from siglane.config.vision import VisionConfig
 from siglane.errors import ConfigError, OtherWeights
 from siglane.families.model import stored_dtype
 from siglane.families.processor import ImageProcessor
-from siglane.families.registry import tower_family
+from siglane.families.registry import is_vlm, tower_family, unknown
 from siglane.families.stack import VisionEncoderModel
 from siglane.families.stated import log_contradictions
 from siglane.families.text_rule import read_tokens
@@ -93,6 +93,8 @@ def has_both_towers(checkpoint: Checkpoint) -> bool:
 def read_two_tower(checkpoint: Checkpoint) -> tuple[TwoTowerConfig, TextTokens]:
     """The facts and the tokenizer. ConfigError for a checkpoint without a text tower, or with facts not known."""
     family = tower_family(checkpoint)
+    if family is None and not is_vlm(checkpoint):
+        raise unknown(checkpoint)
     if family is None or not has_both_towers(checkpoint):
         raise ConfigError(f"{checkpoint.root} has no text tower; tagging needs a SigLIP or SigLIP2 with both towers")
     _check_modules(checkpoint)

@@ -67,7 +67,7 @@ class Nvila(VisionLanguageReference):
         self.projector = build_projector(self.flags.projector, channels, self.language.model.config.hidden_size)
         weights = tensors["mm_projector"]
         ready(self.projector, weights.under("layers.") if weights.readers else weights, device, dtype)
-        self.processing = siglip_processing(processor_json(vision), self.tower.side)
+        self.processing = siglip_processing(processor_json(vision) or processor_json(folder), self.tower.side)
         self.side = self.flags.scales[0] if self.flags.scales else self.processing.width
         self.tokenizer, self.text_folder, self.by_processor = load_tokenizer(text, IMAGE), text, not in_folders
 
