@@ -22,7 +22,9 @@ from siglane.families.model import load_model
 from siglane.families.processor import load_processor
 from siglane.families.registry import vlm_family
 from siglane.families.two_tower import load_two_tower
+from siglane.llm import LLM
 from siglane.server.launch import check_model_exists
+from siglane.types import SamplingParams
 from siglane.verify import verify
 from siglane.weights.hub import Checkpoint, open_checkpoint
 
@@ -161,6 +163,25 @@ def test_a_model_of_another_kind_is_not_called_a_tower_alone(tmp_path: Path) -> 
     change(tmp_path / "config.json", model_type="clip", architectures=["CLIPModel"])
     with pytest.raises(ConfigError, match=r"has architectures \['CLIPModel'\] and model_type 'clip'; siglane knows"):
         load_two_tower(Checkpoint(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_tokens_that_the_embeddings_do_not_reach(tmp_path: Path, special: bool) -> None:
+    """A tokenizer that was given tokens after the model was saved; without them everything works."""
+    write_causal_lm_checkpoint(tmp_path)
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    more = {**tokenizer["added_tokens"][0], "id": 500, "content": "<loc>", "special": special}
+    tokenizer["added_tokens"].append(more)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    llm = LLM(tmp_path, device="cpu", kv_tokens=512)
+    assert llm.generate(
+        "where? <loc>", SamplingParams(max_tokens=1)
+    )  # a user's words are never a token of the tokenizer's
+    template = tmp_path / "chat_template.jinja"
+    template.write_text("<loc>" + template.read_text())
+    with pytest.raises(UserError, match=r"token 500 \('<loc>'\), and the model has embeddings for 400") as caught:
+        LLM(tmp_path, device="cpu", kv_tokens=512).generate("where?", SamplingParams(max_tokens=1))
+    assert caught.value.code == "token_without_embedding"
 
 
 class TestFactsThatAreNotApplied:
