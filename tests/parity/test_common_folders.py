@@ -14,6 +14,7 @@ from causal_lm_checkpoint import CLASSES, Kind, write_causal_lm_checkpoint
 from checkpoints import write_nvila_checkpoint
 from ovis2_5_checkpoint import write_ovis2_5_checkpoint
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
 from two_tower_checkpoint import write_two_tower_checkpoint
 
 from siglane.errors import ConfigError, UserError, WeightError
@@ -168,19 +169,18 @@ def test_a_model_of_another_kind_is_not_called_a_tower_alone(tmp_path: Path) -> 
 @pytest.mark.parametrize("special", [False, True])
 def test_tokens_that_the_embeddings_do_not_reach(tmp_path: Path, special: bool) -> None:
     """A tokenizer that was given tokens after the model was saved; without them everything works."""
-    write_causal_lm_checkpoint(tmp_path)
-    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
-    more = {**tokenizer["added_tokens"][0], "id": 500, "content": "<loc>", "special": special}
-    tokenizer["added_tokens"].append(more)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
-    llm = LLM(tmp_path, device="cpu", kv_tokens=512)
-    assert llm.generate(
-        "where? <loc>", SamplingParams(max_tokens=1)
-    )  # a user's words are never a token of the tokenizer's
+    tokenizer = write_causal_lm_checkpoint(tmp_path).tokenizer
+    size = len(tokenizer)
+    write_causal_lm_checkpoint(tmp_path, vocab_size=size)
+    tokenizer.add_tokens([AddedToken("<loc>", special=special)])
+    tokenizer.save_pretrained(tmp_path)
+    asked = "where? <loc>", SamplingParams(max_tokens=1)
+    assert LLM(tmp_path, device="cpu", kv_tokens=512).generate(*asked)  # a user's words are never an added token
     template = tmp_path / "chat_template.jinja"
     template.write_text("<loc>" + template.read_text())
-    with pytest.raises(UserError, match=r"token 500 \('<loc>'\), and the model has embeddings for 400") as caught:
-        LLM(tmp_path, device="cpu", kv_tokens=512).generate("where?", SamplingParams(max_tokens=1))
+    message = rf"token {size} \('<loc>'\), and the model has embeddings for {size}"
+    with pytest.raises(UserError, match=message) as caught:
+        LLM(tmp_path, device="cpu", kv_tokens=512).generate(*asked)
     assert caught.value.code == "token_without_embedding"
 
 
