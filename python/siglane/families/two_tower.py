@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from siglane.config.vision import VisionConfig
 from siglane.errors import ConfigError, OtherWeights
 from siglane.families.model import stored_dtype
 from siglane.families.processor import ImageProcessor
-from siglane.families.registry import tower_family
+from siglane.families.registry import is_vlm, tower_family, unknown
 from siglane.families.stack import VisionEncoderModel
 from siglane.families.stated import log_contradictions
 from siglane.families.text_rule import read_tokens
@@ -30,6 +31,8 @@ from siglane.weights.hub import Checkpoint, Source
 from siglane.weights.load import allocate, fill, rehearse
 
 BOTH_TOWERS = ("siglip", "siglip2")
+MODULES = "modules.json"  # of sentence-transformers; these of its modules leave the towers' vectors as they are
+TOWER_MODULES = {"CLIPModel", "Transformer", "Normalize"}
 TEXTS_PER_FORWARD = {"cpu": 32, "cuda": 512}
 
 
@@ -90,11 +93,29 @@ def has_both_towers(checkpoint: Checkpoint) -> bool:
 def read_two_tower(checkpoint: Checkpoint) -> tuple[TwoTowerConfig, TextTokens]:
     """The facts and the tokenizer. ConfigError for a checkpoint without a text tower, or with facts not known."""
     family = tower_family(checkpoint)
+    if family is None and not is_vlm(checkpoint):
+        raise unknown(checkpoint)
     if family is None or not has_both_towers(checkpoint):
         raise ConfigError(f"{checkpoint.root} has no text tower; tagging needs a SigLIP or SigLIP2 with both towers")
+    _check_modules(checkpoint)
     text = TextTowerConfig.from_hf(checkpoint.reader().section("text_config").raw)
     texts = read_tokens(checkpoint, text)
     return TwoTowerConfig(images=family.images(checkpoint, head=True), text=text, texts=texts.rule), texts
+
+
+def _check_modules(checkpoint: Checkpoint) -> None:
+    """ConfigError for a model of sentence-transformers that has layers behind the towers."""
+    if not checkpoint.has(MODULES):
+        return
+    try:
+        types = [str(module["type"]) for module in json.loads(checkpoint.path(MODULES).read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{checkpoint.path(MODULES)} is not sentence-transformers' list of modules") from error
+    if behind := [name for name in types if name.rpartition(".")[2] not in TOWER_MODULES]:
+        raise ConfigError(
+            f"{checkpoint.path(MODULES)} puts {', '.join(behind)} behind the towers, which siglane does not run; "
+            "remove the file to have the towers' own vectors"
+        )
 
 
 def load_two_tower(

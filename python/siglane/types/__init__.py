@@ -18,6 +18,7 @@ from siglane.types.image import (
     ImagePatches,
     ImageTokens,
     PackedPatches,
+    ReducedImage,
     digest_of,
 )
 from siglane.types.layout import (
@@ -35,6 +36,7 @@ from siglane.types.layout import (
     Newline,
     Pad,
     Piece,
+    Region,
     Resample,
     Resize,
     Size,
@@ -77,6 +79,8 @@ __all__ = [
     "Pad",
     "Piece",
     "Prompt",
+    "ReducedImage",
+    "Region",
     "Request",
     "Resample",
     "Resize",
