@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # flags are read and wrong ones reported before torch's secon
     import torch
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-QUANTIZATION_HELP = "bits that the weights of linear layers are kept in"
+QUANTIZATION_HELP = "bits that the weights of linear layers are kept in; none: as the model's files have them"
 Quantization = Literal["none", "8bit", "4bit"]
 DTYPE_HELP = "dtype of the weights and what is computed with them; auto: float32, on CUDA bfloat16"
 KV_BYTES_ON_CPU = 1 << 30
@@ -108,6 +108,11 @@ class EngineConfig:
 
         language = resolve_dtype(self.dtype, device)
         return language, language if self.vision_dtype == "auto" else resolve_dtype(self.vision_dtype, device)
+
+    @property
+    def bits(self) -> Literal["8bit", "4bit"] | None:
+        """What `quantization` asks for."""
+        return None if self.quantization == "none" else self.quantization
 
     def resolve_timeout(self, device_type: str) -> float:
         """Seconds without progress after which an engine on this kind of device counts as hung."""

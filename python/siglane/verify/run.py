@@ -27,6 +27,7 @@ from siglane.verify.runner import SiglaneRunner
 from siglane.verify.stages import TEXTS, Comparison, Picture, Report, compare_traces, packing, place
 from siglane.weights.demo import open_model
 from siglane.weights.hub import Checkpoint
+from siglane.weights.quantised import refuse_codes
 
 T = TypeVar("T")
 
@@ -86,7 +87,8 @@ def verify(
 
 def _sees(checkpoint: Checkpoint) -> bool:
     """Whether the model reads pictures. A configuration that siglane refuses is refused here, before the reference has
-    run."""
+    run, and so is a folder of codes."""
+    refuse_codes(checkpoint)
     return (tower_family(checkpoint) or vlm_family(checkpoint)).images(checkpoint) is not None
 
 
@@ -164,6 +166,7 @@ def _computed(
 ) -> Golden:
     """What the reference gives for each picture alone, and for all in one request when there are several."""
     other = checkpoint if reference == TRANSFORMERS else open_model(reference)
+    refuse_codes(other)
     family = _family(checkpoint, other.root)
     opened = [open_picture(picture.data, picture.name) for picture in pictures]
     loaded = _loaded(family.load, other, device, dtype)
