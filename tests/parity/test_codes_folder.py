@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,14 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from adapter_kit import train
 from causal_lm_checkpoint import write_causal_lm_checkpoint
 from checkpoints import write_nvila_checkpoint, write_siglip_checkpoint
 from llava_onevision_checkpoint import write_llava_onevision_checkpoint
 from nanovlm_checkpoint import write_nanovlm_checkpoint
 from ovis2_5_checkpoint import write_ovis2_5_checkpoint
-from parity_kit import picture
+from parity_kit import logits, patches_of, picture, spliced
 from safetensors.torch import load_file, save_file
+from test_visual_vocabulary import Ranks
 from two_tower_checkpoint import write_two_tower_checkpoint
 
 from siglane import LLM, Tagger
@@ -31,7 +36,7 @@ from siglane.families.processor import load_processor
 from siglane.families.registry import is_vision_only
 from siglane.nn.parallel import TensorParallel
 from siglane.nn.quantise import Bits
-from siglane.types import DecodedImage, SamplingParams
+from siglane.types import DecodedImage, ImagePart, Message, SamplingParams
 from siglane.verify import verify
 from siglane.verify.runner import SiglaneRunner
 from siglane.verify.stages import TEXTS, Trace
@@ -102,7 +107,7 @@ def test_floats_take_another_dtype(tmp_path: Path) -> None:
     exact, half = trace(folder, None), trace(folder, None, torch.bfloat16)
     assert half["logits"].dtype == torch.bfloat16
     for stage in ("projector", "logits"):
-        assert torch.nn.functional.cosine_similarity(half[stage].float(), exact[stage]).mean() > 0.99
+        assert F.cosine_similarity(half[stage].float(), exact[stage]).mean() > 0.99
 
 
 def test_an_adapter_is_merged_before(tmp_path: Path) -> None:
@@ -260,6 +265,57 @@ def test_nothing_half_written_is_left(nvila_folder: Path, tmp_path: Path, monkey
     (output / "notes.txt").unlink()
     write_folder(checkpoint, output, "8bit")
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from siglane.families import codes
+from siglane.families.codes_folder import write_folder
+from siglane.weights.hub import open_checkpoint
+
+def half(tensors):
+    for number, pair in enumerate(tensors):
+        if number == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield pair
+
+whole = codes.write_codes
+codes.write_codes = lambda path, specs, tensors: whole(path, specs, half(tensors))
+write_folder(open_checkpoint(sys.argv[1]), Path(sys.argv[2]), "8bit")
+"""
+
+
+def test_killed_half_way(nvila_folder: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-c", KILLED, str(nvila_folder), str(tmp_path / "small")]
+    assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
+    (part,) = tmp_path.iterdir()
+    assert part.name.startswith(".small.")
+    assert (part / WEIGHTS).stat().st_size > 0
+    with pytest.raises(ConfigError, match=r"has no config\.json"):
+        LLM(part, device="cpu")
+    write_folder(open_checkpoint(nvila_folder), tmp_path / "small", "8bit")  # what is left is in nobody's way
+
+
+@pytest.mark.parametrize("family", ["LLaVA-OneVision, tied", "Ovis2.5"])
+@EITHER_BITS
+def test_fewer_bits_over_ranks(family: str, bits: Bits, tmp_path: Path) -> None:
+    """Of the original: each rank rounds its own share, so that every rank says the same and it is near to one's."""
+    CHAT[family](tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    processor = load_processor(checkpoint)
+    patches = patches_of(processor, [picture(70, 90)])
+    prompt = processor.prompt([Message("user", (ImagePart(0), "What is it?"))], [patches[0].layout])
+
+    @torch.no_grad()
+    def answer(tp: TensorParallel) -> torch.Tensor:
+        model = load_model(checkpoint, processor.config, device="cpu", dtype=torch.float32, quantization=bits, tp=tp)
+        return logits(model, spliced(model, prompt, patches))
+
+    alone = answer(TensorParallel.single())
+    first, second = Ranks(2).run(answer)
+    assert torch.equal(first, second)
+    assert F.cosine_similarity(first, alone).mean() > {"8bit": 0.999, "4bit": 0.99}[bits]
 
 
 def test_what_is_not_quantised(tmp_path: Path) -> None:
