@@ -100,6 +100,18 @@ def test_a_folder_is_the_original_with_fewer_bits(write: Write, bits: Bits, tmp_
     assert section == stated | {"rotated": not is_vision_only(folder)}
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_loaded_model_reads_its_file_no_more(tied: bool, tmp_path: Path) -> None:
+    write_llava_onevision_checkpoint(tmp_path / "model", tied=tied)
+    folder = quantised(tmp_path / "model", tmp_path / "small")
+    ours = SiglaneRunner(folder, CPU, torch.float32)
+    patches = ours.patches([DecodedImage.from_rgb(np.array(picture(70, 90)))])
+    expected = ours.run(patches, "What is it?", 4)
+    with folder.path(WEIGHTS).open("r+b") as stream:
+        stream.write(bytes(folder.path(WEIGHTS).stat().st_size))
+    assert_equal(ours.run(patches, "What is it?", 4), expected)
+
+
 def test_floats_take_another_dtype(tmp_path: Path) -> None:
     """Codes are those of float32; what is computed beside them follows the dtype asked for."""
     write_nvila_checkpoint(tmp_path / "model")

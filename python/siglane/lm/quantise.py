@@ -87,7 +87,7 @@ def restore(model: QwenModel, kind: Bits, given: Given, values: Callable[[str], 
     columns = model.basis.T
     codes = _table_codes(given, table)
     if isinstance(head, VocabTable):
-        model.embed_tokens = QuantisedTable(table, *codes, columns)
+        model.embed_tokens = QuantisedTable(table, codes.codes.clone(), codes.scale, columns)  # no view of a file
         model.lm_head = QuantisedHead(CentredInt8Linear(_table_codes(given, head), None), head.tp)
     else:
         model.embed_tokens = TiedTable(table, TiedCodes(codes), columns, values("gain"))

@@ -55,7 +55,7 @@ MANY_TEXTS = 1000  # so many take long enough for a progress bar
 BACKENDS: dict[Attention, BackendChoice] = {
     "auto": "auto",
     "sdpa": "sdpa",
-    "eager": "sdpa",
+    "eager": "eager",
     "flash_attention_2": "flash_attn",
 }
 
