@@ -287,7 +287,9 @@ def test_what_cannot_be_had_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         quantise(tower(), "4bit", "cpu")
     monkeypatch.setattr("siglane.nn.quantise.has_integer_products", lambda: False)
     for kind in ("8bit", "4bit"):
-        with pytest.raises(UserError, match=r"no exact 8-bit products \(VNNI or AMX\); use 'none'"):
+        with pytest.raises(
+            UserError, match=r"no exact 8-bit products \(VNNI or AMX\); use the original model in floats"
+        ):
             quantise(tower(), kind, "cpu")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for kind in ("8bit", "4bit"):

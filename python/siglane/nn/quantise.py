@@ -188,7 +188,9 @@ def kernel(kind: Bits, device: torch.device) -> MakeLinear:
     if device.type != "cpu":
         return _on_cuda(kind, device)
     if not has_integer_products():
-        raise _unsupported(kind, "this processor has no exact 8-bit products (VNNI or AMX); use 'none'")
+        raise _unsupported(
+            kind, "this processor has no exact 8-bit products (VNNI or AMX); use the original model in floats"
+        )
     if kind == "8bit":
         return Int8Linear
     if not has_packed_products():
