@@ -98,7 +98,7 @@ class Engine:
             guessing=STEP_GUESSING[device.type],
         )
         self.scheduler = Scheduler(budget, self.allocator, self.prefix_cache, self.features, config.page_size)
-        paged_backend = choose_paged_backend(config.paged_backend, device, dtype)
+        paged_backend = choose_paged_backend(config.resolve_paged_backend(), device, dtype)
         self.runner = Runner(model, kv, paged_backend, packing=config.enable_packing)
         positions, capacity = language.config.max_position_embeddings, self.scheduler.capacity
         self.context_length = min(positions, capacity)
