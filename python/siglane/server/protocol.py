@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from siglane.errors import UserError
-from siglane.server.fields import WHOLE, LogitBias, StopStrings, TemplateKwargs, needs
+from siglane.server.constraints import ConstraintFields
+from siglane.server.fields import WHOLE, LogitBias, RequestModel, StopStrings, TemplateKwargs, needs, not_both
 from siglane.server.refused import has_no_effect, refuse_fields
 from siglane.types import SAMPLING_BOUNDS, Detail, SamplingParams
 
@@ -29,11 +30,6 @@ MAX_REPORTED_FIELDS = 20
 MAX_LIMIT = (1 << 32) - 1
 MAX_PINPOINTS = 256
 MAX_PINPOINT_SIDE = 1 << 14
-
-
-class RequestModel(BaseModel):
-    # strict: true is not 1 and "1" is not 1; extra: unknown fields are reported, see ignored_fields
-    model_config = ConfigDict(strict=True, extra="allow")
 
 
 def plain(value: Any) -> Any:
@@ -235,10 +231,13 @@ class StreamOptions(RequestModel):
     continuous_usage_stats: bool | None = None
 
 
-class ChatCompletionRequest(RequestModel):
+class ChatCompletionRequest(ConstraintFields):
     """Null means absent."""
 
-    model_config = ConfigDict(json_schema_extra=needs(stream_options="stream", top_logprobs="logprobs"))
+    model_config = ConfigDict(
+        json_schema_extra=needs(stream_options="stream", top_logprobs="logprobs")
+        | not_both("response_format", "structured_outputs")
+    )
 
     model: str | None = None
     messages: Annotated[list[AnyMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -289,6 +288,7 @@ class ChatCompletionRequest(RequestModel):
         if self.thinking_budget is not None and self.thinking_token_budget is not None:
             message = "thinking_budget and thinking_token_budget are the same; send one"
             raise UserError(message, code="invalid_value", param="thinking_token_budget")
+        self.asked_constraint()
         return self
 
     @property
