@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -82,16 +83,19 @@ class Grammars:
             self._compiled.popitem(last=False)
         return Constrained(matcher.deep_copy(), self._vocab_size, thinking, start)
 
+    def warm_up(self) -> None:
+        """Reads the vocabulary, a second for 150,000 tokens that the first answer would wait for, and all beside it."""
+        with suppress(UserError):  # said to who asks for a grammar
+            _ = self._tokens
+
     @cached_property
     def _tokens(self) -> LLTokenizer:
         llguidance = _llguidance()
         backend = self._tokenizer.backend_tokenizer
-        plain = type(backend).from_str(backend.to_str())  # a copy: the tokenizer keeps its padding and truncation
-        plain.no_padding()
-        plain.no_truncation()
-        known = max(self._vocab_size, plain.get_vocab_size(with_added_tokens=True))  # media may lie above the model's
+        facts = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
+        known = max(self._vocab_size, backend.get_vocab_size(with_added_tokens=True))  # media may lie above the model's
         try:
-            return llguidance.LLTokenizer(plain.to_str(), n_vocab=known, eos_token=self._eos_token_ids)
+            return llguidance.LLTokenizer(json.dumps(facts), n_vocab=known, eos_token=self._eos_token_ids)
         except Exception as error:
             message = f"this model's tokenizer cannot be held to a grammar ({error})"
             raise UserError(message, code="unsupported_field") from error

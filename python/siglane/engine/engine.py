@@ -145,6 +145,11 @@ class Engine:
         self._sequences[request.request_id] = sequence
         self.scheduler.add(sequence)
 
+    def warm_up(self) -> None:
+        """What only a first request would find missing."""
+        if self._grammars is not None:
+            self._grammars.warm_up()
+
     def _constrained(self, request: Request) -> Constrained | None:
         constraint = request.sampling.constraint
         if constraint is None:

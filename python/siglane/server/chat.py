@@ -38,7 +38,7 @@ async def prepare(body: ChatCompletionRequest, context: RequestContext, model: C
     messages, media = read_messages(plain(body.messages))
     model.media.admit(media)
     sampling = sampling_of(body, model)
-    if (asked := body.asked_constraint()) is not None:
+    if (asked := body.asked_constraint) is not None:
         with blaming(asked.param):
             await model.check_constraint(asked.constraint)
     check_length(messages, model)

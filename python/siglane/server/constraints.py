@@ -121,32 +121,22 @@ OTHER_NAMES: Mapping[str, str] = {
 }
 
 
-class ConstraintFields(RequestModel):
-    """At most one of the fields and of `OTHER_NAMES` asks for something."""
-
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-
-    @property
-    def constraint(self) -> Constraint | None:
-        asked = self.asked_constraint()
-        return None if asked is None else asked.constraint
-
-    def asked_constraint(self) -> AskedConstraint | None:
-        """UserError when several fields ask, or one with another name is not of its kind."""
-        found: list[AskedConstraint | None] = []
-        if self.response_format is not None:
-            found.append(self.response_format.asked("response_format"))
-        if self.structured_outputs is not None:
-            found.append(self.structured_outputs.asked("structured_outputs"))
-        for name, kind in OTHER_NAMES.items():
-            if value := (self.model_extra or {}).get(name):
-                found.append(_by_another_name(name, kind, value))
-        asking = [one for one in found if one is not None]
-        if len(asking) > 1:
-            message = f"{asking[0].param} asks already for what the answer has to match; send one of the two"
-            raise UserError(message, code="invalid_value", param=asking[1].param)
-        return asking[0] if asking else None
+def asked_constraint(
+    response_format: ResponseFormat | None, structured_outputs: StructuredOutputs | None, extra: Mapping[str, Any]
+) -> AskedConstraint | None:
+    """What the fields ask for, at most one of them and of `OTHER_NAMES` in `extra`. UserError when several ask, or one
+    with another name is not of its kind."""
+    found: list[AskedConstraint | None] = []
+    if response_format is not None:
+        found.append(response_format.asked("response_format"))
+    if structured_outputs is not None:
+        found.append(structured_outputs.asked("structured_outputs"))
+    found += [_by_another_name(name, kind, extra[name]) for name, kind in OTHER_NAMES.items() if extra.get(name)]
+    asking = [one for one in found if one is not None]
+    if len(asking) > 1:
+        message = f"{asking[0].param} asks already for what the answer has to match; send one of the two"
+        raise UserError(message, code="invalid_value", param=asking[1].param)
+    return asking[0] if asking else None
 
 
 def _by_another_name(name: str, kind: str, value: Any) -> AskedConstraint:

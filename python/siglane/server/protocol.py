@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from siglane.errors import UserError
-from siglane.server.constraints import ConstraintFields
+from siglane.server.constraints import AskedConstraint, ResponseFormat, StructuredOutputs, asked_constraint
 from siglane.server.fields import WHOLE, LogitBias, RequestModel, StopStrings, TemplateKwargs, needs, not_both
 from siglane.server.refused import has_no_effect, refuse_fields
-from siglane.types import SAMPLING_BOUNDS, Detail, SamplingParams
+from siglane.types import SAMPLING_BOUNDS, Constraint, Detail, SamplingParams
 
 MAX_MESSAGES = 2048
 MAX_PARTS = 1024
@@ -231,7 +231,7 @@ class StreamOptions(RequestModel):
     continuous_usage_stats: bool | None = None
 
 
-class ChatCompletionRequest(ConstraintFields):
+class ChatCompletionRequest(RequestModel):
     """Null means absent."""
 
     model_config = ConfigDict(
@@ -261,6 +261,8 @@ class ChatCompletionRequest(ConstraintFields):
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0), WHOLE]], Field(max_length=MAX_STOP_IDS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     chat_template_kwargs: TemplateKwargs = None
     thinking_budget: Annotated[int, _bounds("thinking_budget"), WHOLE] | None = None
     thinking_token_budget: Annotated[int, _bounds("thinking_budget"), WHOLE] | None = None  # vLLM's name for it
@@ -288,8 +290,16 @@ class ChatCompletionRequest(ConstraintFields):
         if self.thinking_budget is not None and self.thinking_token_budget is not None:
             message = "thinking_budget and thinking_token_budget are the same; send one"
             raise UserError(message, code="invalid_value", param="thinking_token_budget")
-        self.asked_constraint()
+        _ = self.asked_constraint
         return self
+
+    @property
+    def asked_constraint(self) -> AskedConstraint | None:
+        return asked_constraint(self.response_format, self.structured_outputs, self.model_extra or {})
+
+    @property
+    def constraint(self) -> Constraint | None:
+        return None if (asked := self.asked_constraint) is None else asked.constraint
 
     @property
     def requested_tokens(self) -> int | None:
