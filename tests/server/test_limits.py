@@ -39,8 +39,8 @@ from serving import (
 from siglane.engine.process import EngineProcess
 from siglane.families.processor import Processor
 from siglane.media.policy import MediaPolicy
-from siglane.server.media import MediaLoader
 from siglane.server import http
+from siglane.server.media import MediaLoader
 from siglane.settings.server import ServerConfig
 
 LONG = chat("x", max_tokens=3000, ignore_eos=True, stream=True)

@@ -7,6 +7,7 @@ import time
 
 import torch
 
+from siglane.engine.constraint import Grammars
 from siglane.engine.engine import Engine
 from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import Processor, load_processor
@@ -97,7 +98,8 @@ def _load(checkpoint: Checkpoint, processor: Processor, config: EngineConfig) ->
 
 def _started(model: VisionLanguageModel, processor: Processor, config: EngineConfig) -> Engine:
     optimise(model)
-    return Engine(model, config, processor.eos_token_ids, processor.config.thinking)
+    grammars = Grammars(processor.tokenizer, processor.config.language.vocab_size, processor.eos_token_ids)
+    return Engine(model, config, processor.eos_token_ids, processor.config.thinking, grammars)
 
 
 def placement(config: EngineConfig) -> tuple[torch.device, torch.dtype, torch.dtype]:
