@@ -233,7 +233,7 @@ class TestDetection:
             vlm_family(open_checkpoint(tmp_path))
 
     def test_no_config(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match=r"has no config.json; siglane knows"):
+        with pytest.raises(ConfigError, match=r"has no config.json; give the folder of a model; siglane knows"):
             vlm_family(open_checkpoint(tmp_path))
 
 

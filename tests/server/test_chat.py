@@ -202,7 +202,14 @@ def test_the_end_token_ends_the_answer_unless_ignored(server: RunningServer, pro
 
 
 def test_max_completion_tokens_wins_and_null_takes_the_room(server: RunningServer, processor: Processor) -> None:
+    """As vLLM, which never looks at the older name beside the newer one, however large it is. OpenAI's own API refuses
+    both in one request; clients that fill in both (LiteLLM, LangChain) mean the newer one."""
     body = chat("z" * 3600, ignore_eos=True)  # little room is left
+    both = {"max_tokens": 10**9, "max_completion_tokens": 3}
+    for fields in (both, {**both, "max_tokens": 1}, {**both, "stream": False}):
+        assert server.post({**body, **fields}).json()["usage"]["completion_tokens"] == 3
+    swapped = server.post({**body, "max_tokens": 3, "max_completion_tokens": 10**9})
+    assert_error(swapped, 400, "context_length_exceeded", "max_completion_tokens")
     assert server.post({**body, "max_completion_tokens": 3}).json()["usage"]["completion_tokens"] == 3
     usage = stream(server, {**body, "max_tokens": None, "max_completion_tokens": None}).usage
     assert usage["total_tokens"] == processor.context_length

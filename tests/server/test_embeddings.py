@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import itertools
 import json
 import os
+import secrets
 import signal
+import statistics
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -211,8 +215,21 @@ def test_a_picture_is_never_taken_for_its_letters(fixed: RunningServer) -> None:
     letters.append(vectors(fixed.post_to("/v1/embeddings", input=[{"text": urls[2]}])))
     assert np.abs(letters[0] - letters[1]).max() < 1e-6
     assert np.abs(letters[0] - expected[2:]).max() > 0.01
-    ordinary = ["data: a word", "data:image is what it is called", "https://example.org/a.png", "data:,x"]
-    assert vectors(fixed.post_to("/v1/embeddings", input=ordinary)).shape == (4, 32)
+    bare = [base64.b64encode(PICTURES[0]).decode(), base64.urlsafe_b64encode(PICTURES[1]).decode()]
+    for words in (*bare, f"\n{bare[0]}\n", data_url(PICTURES[0])):
+        assert_error(fixed.post_to("/v1/embeddings", input=["a", words]), 400, "ambiguous_input", "input[1]")
+        assert fixed.post_to("/v1/embeddings", input=["a", words], modality="text").is_success
+        label = fixed.post_to("/v1/classify", images=[PICTURE], labels=["a", words])
+        assert_error(label, 400, "ambiguous_input", "labels[1]")
+    ordinary = [
+        "data: a word",
+        "Qk1 " * 40,
+        "Antidisestablishmentarianism" * 3,
+        "data:image is what it is called",
+        "https://example.org/a.png",
+        "data:,x",
+    ]
+    assert vectors(fixed.post_to("/v1/embeddings", input=ordinary)).shape == (6, 32)
     by_name = fixed.post_to("/v1/classify", input=[PICTURE], labels=LABELS, modality="image")
     assert by_name.json()["data"] == fixed.post_to("/v1/classify", images=[PICTURE], labels=LABELS).json()["data"]
 
@@ -532,6 +549,45 @@ def test_a_word_is_answered_while_somebody_classifies_at_the_limit(fixed: Runnin
         assert len(fixed.served.engine._embeddings) <= embedding.PIECE_TEXTS + 1
     thread.join(60)
     assert answers[0].status_code == 200, answers[0].text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("clients", "each"), [(16, 1), (1, 16)])
+def test_probes_and_words_are_answered_beside_clients_at_the_limit(
+    fixed: RunningServer, clients: int, each: int
+) -> None:
+    """`/health` within 100 ms and a word within a few forwards, while whoever classifies sends as much as is allowed.
+    Medians, so that a busy machine does not decide."""
+    forget_texts(fixed)
+    texts = embedding.PIECE_TEXTS * 8  # the limit of `fixed`: labels x templates
+
+    def classify(client: int) -> None:
+        for number in range(each):
+            labels = [f"{client} {number} {label}" for label in range(texts // 16)]
+            body = {"images": [PICTURE], "labels": labels, "templates": [f"{n} {{label}}" for n in range(16)]}
+            answers.append(fixed.post_to("/v1/classify", **body).status_code)
+
+    answers: list[int] = []
+    threads = [threading.Thread(target=classify, args=(client,)) for client in range(clients)]
+    probes, words = [], []
+    with fixed.http() as http:
+        for thread in threads:
+            thread.start()
+        eventually(lambda: fixed.served.engine._embeddings)
+        while any(thread.is_alive() for thread in threads):
+            for seconds, ask in ((probes, lambda: http.get("/health")), (words, word_asker(http))):
+                began = time.perf_counter()
+                assert ask().status_code == 200
+                seconds.append(time.perf_counter() - began)
+    assert answers == [200] * clients * each
+    assert len(words) >= 5
+    assert statistics.median(probes) < 0.1
+    assert statistics.median(words) < 0.5
+
+
+def word_asker(http: httpx2.Client) -> Callable[[], httpx2.Response]:
+    """Each call asks for the vector of another word."""
+    return lambda: http.post("/v1/embeddings", json={"input": secrets.token_hex(4)})
 
 
 def test_what_fails_in_company_fails_alone(fixed: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -295,6 +295,9 @@ def test_what_cannot_work_is_said_before_anything_is_loaded(nvila_folder: Path, 
     config = ServerConfig(port=0)
     preflight(config, str(nvila_folder)).close()
     preflight(config, "owner/name").close()
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{")
     with socket.create_server((HOST, 0)) as taken:
         cases: list[tuple[ServerConfig, str, str]] = [
             (ServerConfig(port=taken.getsockname()[1]), str(nvila_folder), "in use"),
@@ -302,6 +305,7 @@ def test_what_cannot_work_is_said_before_anything_is_loaded(nvila_folder: Path, 
             (config, str(tmp_path / "missing"), "no folder"),
             (config, "not a/hub/id", "no folder"),
             (config, str(tmp_path), "no config.json"),
+            (config, str(broken), "config.json is not valid JSON"),
             (ServerConfig(port=0, allowed_local_media_path=str(tmp_path / "x")), str(nvila_folder), "not a folder"),
         ]
         for options, model, words in cases:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import socket
 import threading
@@ -18,6 +19,7 @@ import pytest
 from openai import APIStatusError, InternalServerError
 from serving import (
     CHAT,
+    GOOD,
     HOST,
     RunningServer,
     Told,
@@ -37,6 +39,7 @@ from serving import (
 from siglane.engine.process import EngineProcess
 from siglane.families.processor import Processor
 from siglane.media.policy import MediaPolicy
+from siglane.server import http
 from siglane.server.media import MediaLoader
 from siglane.settings.server import ServerConfig
 
@@ -198,6 +201,43 @@ def test_a_full_server_says_when_to_try_again_and_stays_healthy(processor: Proce
         stack.close()
         eventually(lambda: server.metric("siglane_requests_in_flight") == 0)
         assert server.metric("siglane_requests_total", outcome="cancelled") == 3
+
+
+def test_connections_leave_files_for_requests(
+    processor: Processor, engine: EngineProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One more is refused before it asks; who is connected is served, and so is everybody when they have gone."""
+    monkeypatch.setattr(http, "most_connections", lambda: 8)
+    with running(processor, engine) as server, contextlib.ExitStack() as stack, server.http() as good:
+        once = {key: value for key, value in GOOD.items() if not key.startswith("stream")}
+        alone = good.post(CHAT, json={**once, "cache_salt": "alone"}).json()
+        idle = [stack.enter_context(server.connect()) for _ in range(7)]
+        eventually(lambda: len(server.server.server_state.connections) == 8)
+        for _ in range(3):
+            refused = httpx2.get(f"{server.url}/health", trust_env=False)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "server_overloaded")
+        with server.connect() as told:  # without a request of its own
+            assert b"retry-after: 1" in read_all(told)
+        flood = [stack.enter_context(server.connect()) for _ in range(200)]
+        eventually(lambda: len(server.server.server_state.connections) <= 9)
+        beside = good.post(CHAT, json={**once, "cache_salt": "beside"}).json()
+        assert [beside[key] for key in ("choices", "usage")] == [alone[key] for key in ("choices", "usage")]
+        for connection in (*idle, *flood):
+            connection.close()
+        eventually(lambda: len(server.server.server_state.connections) <= 1)
+        assert httpx2.get(f"{server.url}/health", trust_env=False).status_code == 200
+
+
+def test_a_process_without_files_says_so_once_a_second(caplog: pytest.LogCaptureFixture) -> None:
+    """asyncio tries thousands of times a second, and would write a traceback each time."""
+    log = http._AcceptLog()
+    loop = asyncio.new_event_loop()
+    with contextlib.closing(loop):
+        for _ in range(5000):
+            log(loop, {"message": http.OUT_OF_FILES, "exception": OSError(errno.EMFILE, "Too many open files")})
+        assert len(caplog.messages) == 1
+        log(loop, {"message": "something else", "exception": RuntimeError("x")})
+    assert len(caplog.messages) == 2
 
 
 def test_a_client_that_does_not_read_is_dropped_and_others_go_on(processor: Processor, engine: EngineProcess) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import random
 import re
 import struct
@@ -303,6 +305,25 @@ def test_first_frame_only(file_format: str) -> None:
 def test_not_an_image(data: bytes) -> None:
     assert code_of(data) == "image_decode_failed"
     with pytest.raises(ImageError, match="JPEG, PNG, WEBP, GIF, BMP"):
+        decode(data, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n", "a Git LFS pointer, not the picture"),
+        (base64.b64encode(encode(Image.new("RGB", (40, 30)), "PNG")), "PNG in base64: decode it once more"),
+        (base64.urlsafe_b64encode(encode(Image.new("RGB", (40, 30)), "JPEG")), "JPEG in base64"),
+        (b"data:image/png;base64,iVBORw0KGgo", "a data URL written into a file"),
+        (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2", "a video, or another picture format"),
+        (b"\x1aE\xdf\xa3\x9fB\x86\x81\1", "a video"),
+        (gzip.compress(b"\x89PNG"), "compressed by gzip"),
+        (b"PK\3\4\x14\0\0\0", "a ZIP archive"),
+    ],
+)
+def test_what_stands_in_a_pictures_place_is_named(data: bytes, what: str) -> None:
+    assert code_of(data) == "image_decode_failed"
+    with pytest.raises(ImageError, match=rf"not an image \({what}.*\); accepted formats: JPEG"):
         decode(data, CONFIG)
 
 

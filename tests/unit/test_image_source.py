@@ -730,6 +730,13 @@ def test_missing_files_are_named(
         assert caught.value.message.startswith(f"{source}: cannot be read: ")
 
 
+def test_a_name_that_is_a_whole_picture_is_cut(pipeline: MediaPipeline) -> None:
+    words = base64.b64encode(bytes(range(256)) * 40).decode()
+    with pytest.raises(ImageError) as caught:
+        pipeline.read(MediaItem(words, "images[0]"))
+    assert caught.value.message == f"{words[:60]}…: cannot be read: File name too long"
+
+
 def test_damaged_files_are_named(tmp_path: Path, pipeline: MediaPipeline) -> None:
     (tmp_path / "half.png").write_bytes(picture()[:40])
     with pytest.raises(ImageError, match=r"half\.png: the image cannot be decoded") as caught:

@@ -171,7 +171,7 @@ def test_resize_is_pillows(resample: str) -> None:
 def test_each_canvas_is_resized_once(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[Size] = []
     monkeypatch.setattr(
-        "siglane.image.tile.resize", lambda rgb, size, how: sizes.append(size) or resize(rgb, size, how)
+        "siglane.image.tile.resize", lambda rgb, size, *how: sizes.append(size) or resize(rgb, size, *how)
     )
     image = picture(64, 48)
     render_tiles((image.rgb,), layout_of(image, tiled(tiling="dynamic_s2")))

@@ -256,6 +256,7 @@ class TestMedia:
             video_seconds=1.5,
             image_alpha="drop",
             image_16bit="clip",
+            image_decode="fast",
             image_formats=("PNG", "TIFF"),
             allowed_local_media_path="/pictures",
             allow_http_images=False,
@@ -274,6 +275,7 @@ class TestMedia:
         assert config.decode == DecodeConfig(
             alpha="drop",
             depth16="clip",
+            jpeg="fast",
             max_pixels=12,
             formats=("PNG", "TIFF"),
             max_video_pixels=13,

@@ -67,8 +67,9 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     pipeline.admit([item])
     pipeline.read(item)
     pipeline.lay_out([item])
-    medium, layout, vision = pipeline.decode(item), item.layout, processor.facts.vision
-    pixels = processor.patches(medium, layout).pixels.numpy()
+    medium, layout, vision = pipeline.decode_whole(item), item.layout, processor.facts.vision
+    seen = medium if decode.jpeg == "exact" else pipeline.decode(item)
+    pixels = processor.patches(seen, layout).pixels.numpy()
     tiles = unpatchify(pixels, layout.grids, vision.patch_size, vision.patch_layout == "channel_first")
     view = View(
         name=Path(arguments.image).name[-60:],

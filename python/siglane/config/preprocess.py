@@ -13,6 +13,7 @@ from siglane.types import Resample, Size
 
 AlphaRule = Literal["white", "drop"]
 DepthRule = Literal["scale", "clip"]
+JpegRule = Literal["exact", "fast"]
 
 MAX_IMAGE_PIXELS = 33_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -26,6 +27,7 @@ class DecodeConfig:
 
     alpha: transparent pixels are composed on white, or the alpha channel is dropped as transformers does;
     depth16: 16-bit, integer and float pictures are scaled to 8 bit, or clipped as Pillow's convert does;
+    jpeg: a JPEG is decoded whole, or ("fast") at a fraction of its size where its layout makes it much smaller;
     max_pixels, max_aspect: read from the header, checked before any pixel is decoded; formats: Pillow names.
     Of a video: max_video_pixels: of all frames shown together; max_file_frames: in the file; video_seconds: that its
     decoding may take.
@@ -33,6 +35,7 @@ class DecodeConfig:
 
     alpha: AlphaRule = "white"
     depth16: DepthRule = "scale"
+    jpeg: JpegRule = "exact"
     max_pixels: int = MAX_IMAGE_PIXELS
     max_aspect: int = 200
     formats: tuple[str, ...] = FORMATS

@@ -11,6 +11,7 @@ from siglane.config.reader import RawConfig
 from siglane.config.vlm import Thinking
 from siglane.families.family import PromptRules, VlmFamily
 from siglane.families.files import THINK_END, thinking_of
+from siglane.families.stated import stated_classes
 from siglane.nn.plan import WeightPlan
 from siglane.weights.hub import Checkpoint, Source
 
@@ -22,6 +23,15 @@ READERS: dict[str, Callable[[RawConfig, str], LanguageConfig]] = {
     "Qwen3ForCausalLM": LanguageConfig.from_hf,
     "LlamaForCausalLM": LanguageConfig.from_llama,
 }
+MODEL_TYPES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+
+
+def model_class(root: RawConfig) -> str | None:
+    """Which of `READERS` a config.json states; by `model_type`, as transformers, where it names no class. A class of
+    another use (a reward model, an encoder) is none of them."""
+    if classes := stated_classes(root):
+        return next((name for name in classes if name in READERS), None)
+    return MODEL_TYPES.get(str(root.get("model_type")))
 
 
 class CausalLm(VlmFamily):
@@ -30,15 +40,14 @@ class CausalLm(VlmFamily):
     language_prefix = ""
 
     def matches(self, root: RawConfig, checkpoint: Checkpoint) -> bool:
-        return any(name in READERS for name in root.get("architectures") or [])
+        return model_class(root) is not None
 
     def images(self, checkpoint: Checkpoint) -> None:
         return None
 
     def language(self, checkpoint: Checkpoint) -> LanguageConfig:
         root = checkpoint.json("config.json")
-        reader = next(READERS[name] for name in root["architectures"] if name in READERS)
-        return reader(root, "config.json")
+        return READERS[str(model_class(root))](root, "config.json")
 
     def ends(self, tokenizer: PreTrainedTokenizerFast) -> Sequence[str | None]:
         return (tokenizer.eos_token,)
@@ -48,7 +57,7 @@ class CausalLm(VlmFamily):
 
     def prompt_rules(self, checkpoint: Checkpoint) -> PromptRules:
         """The template is the tokenizer's: without one nobody knows how this model is spoken to."""
-        thinks = "Qwen3ForCausalLM" in checkpoint.json("config.json")["architectures"]
+        thinks = model_class(checkpoint.json("config.json")) == "Qwen3ForCausalLM"
         return PromptRules(default_template="", strip_messages=False, thinking_end=THINK_END if thinks else "")
 
     def vision_plan(self, images: ImageFacts) -> WeightPlan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from siglane.weights.hub import Checkpoint
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+logger = logging.getLogger(__name__)
+
 # fields of `SamplingParams`, under the names that transformers gives them, and the types of their values
 SAMPLING: Mapping[str, tuple[str, type[int] | type[float]]] = {
     "temperature": ("temperature", float),
@@ -25,6 +28,12 @@ SAMPLING: Mapping[str, tuple[str, type[int] | type[float]]] = {
     "repetition_penalty": ("repetition_penalty", float),
     "max_new_tokens": ("max_tokens", int),
 }
+# what else changes transformers' answers, and the value with which it does not
+UNREAD: Mapping[str, Any] = {
+    "bad_words_ids": [], "begin_suppress_tokens": [], "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "min_new_tokens": 0,
+    "no_repeat_ngram_size": 0, "num_beams": 1, "sequence_bias": {}, "stop_strings": [], "suppress_tokens": [],
+    "typical_p": 1.0,
+}  # fmt: skip
 TOWER_TYPE = "siglip_vision_model"
 THINK_START, THINK_END = "<think>", "</think>"
 
@@ -64,6 +73,8 @@ def stated_sampling(folder: Checkpoint) -> dict[str, Any]:
     `generate` alone gives a meaning. ConfigError for a value that cannot be used, naming the file.
     """
     reader = ConfigReader(folder.optional(GENERATION), str(folder.path(GENERATION)))
+    if unread := [name for name, idle in UNREAD.items() if reader.raw.get(name) not in (None, idle)]:
+        logger.warning("%s: %s would change transformers' answers and is not read", reader.name, ", ".join(unread))
     stated = {name: known for name, known in SAMPLING.items() if reader.has(name)}
     found: dict[str, Any] = {field: reader.value(name, kind) for name, (field, kind) in stated.items()}
     complaint = SamplingParams(**found).complaint()

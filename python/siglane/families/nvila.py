@@ -21,7 +21,7 @@ from siglane.config.vision import VisionConfig
 from siglane.errors import ConfigError
 from siglane.families.family import CHATML, END_OF_TURN, PromptRules, VlmFamily
 from siglane.families.files import llava_tower
-from siglane.families.stated import PREPROCESSOR, image_processor
+from siglane.families.stated import PREPROCESSOR, image_processor, stated_classes
 from siglane.nn.plan import WeightPlan
 from siglane.projector.build import projector_plan
 from siglane.tiling.rule import MOST_TILES
@@ -75,7 +75,7 @@ def layout_of(checkpoint: Checkpoint) -> Layout | None:
     if not checkpoint.has("config.json"):
         return None
     root = checkpoint.json("config.json")
-    architectures = root.get("architectures") or []
+    architectures = stated_classes(root)
     if any(name in HF_FACTS for name in architectures):
         return "hf"
     if all(checkpoint.has(name) for name in (LANGUAGE, TOWER, PROJECTOR)) or "llm_cfg" in root:
@@ -178,7 +178,7 @@ def _sources(checkpoint: Checkpoint, *parts: str) -> tuple[Source, ...]:
 
 
 def _hf_facts(root: ConfigReader, tower: ConfigReader) -> Facts:
-    facts = next(HF_FACTS[name] for name in root.raw["architectures"] if name in HF_FACTS)
+    facts = next(HF_FACTS[name] for name in stated_classes(root.raw) if name in HF_FACTS)
     side = tower.size("image_size", 224)
     return replace(facts, scales=tuple(side * scale for scale in facts.scales))
 
@@ -232,8 +232,10 @@ def _scales(root: ConfigReader) -> tuple[int, ...]:
 
 def _preprocess(checkpoint: Checkpoint, facts: Facts, vision: VisionConfig) -> PreprocessConfig:
     side = vision.position_grid.h * vision.patch_size
-    file = image_processor(_folder(checkpoint, TOWER)) or ConfigReader(
-        {"size": {"height": side, "width": side}}, PREPROCESSOR
+    file = (
+        image_processor(_folder(checkpoint, TOWER))
+        or image_processor(checkpoint)  # of folders that were put together again; VILA itself has it beside the tower
+        or ConfigReader({"size": {"height": side, "width": side}}, PREPROCESSOR)
     )
     processor = ImageProcessorConfig.from_hf(file.raw, name=file.name)
     tile = Size(facts.scales[0], facts.scales[0]) if facts.scales else processor.size

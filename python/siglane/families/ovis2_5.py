@@ -18,7 +18,7 @@ from siglane.config.vlm import Thinking
 from siglane.errors import ConfigError
 from siglane.families.family import CHATML, PromptRules, VlmFamily
 from siglane.families.files import THINK_END, thinking_of
-from siglane.families.stated import PREPROCESSOR, image_processor
+from siglane.families.stated import PREPROCESSOR, image_processor, stated_classes
 from siglane.nn.plan import WeightPlan
 from siglane.projector.build import projector_plan
 from siglane.tiling.navit import NativeResolution
@@ -55,7 +55,7 @@ class Ovis2_5(VlmFamily):
     language_prefix = "llm."
 
     def matches(self, root: RawConfig, checkpoint: Checkpoint) -> bool:
-        named = ARCHITECTURE in (root.get("architectures") or [])
+        named = ARCHITECTURE in stated_classes(root)
         return named or (root.get("model_type") in MODEL_TYPES and "vit_config" in root)
 
     def images(self, checkpoint: Checkpoint) -> ImageFacts:

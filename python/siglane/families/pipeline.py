@@ -23,14 +23,14 @@ from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
 from siglane.config.video import VideoRule
 from siglane.errors import ImageError, UserError, blaming
 from siglane.families.report import ImageReport
-from siglane.image.decode import decode, from_pil, pil_size, read_size
+from siglane.image.decode import decode, decode_for, from_pil, pil_size, read_size
 from siglane.image.video import chosen_pictures, decode_video, read_video_size
 from siglane.media.item import MediaItem
 from siglane.media.policy import LOCAL_MEDIA, MediaPolicy
 from siglane.media.source import fetch, local_path, naming, open_file, read_local
 from siglane.settings.media import MediaConfig
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget, lay_out, no_images, no_video
-from siglane.types import DecodedImage, DecodedVideo, Medium, Size, VideoSize
+from siglane.types import DecodedImage, DecodedVideo, Medium, ReducedImage, Size, VideoSize
 
 VIDEO_BYTES = 1 << 30  # of a video's file from a web server, for a local caller
 
@@ -133,8 +133,16 @@ class MediaPipeline:
                     raise ImageError(message, code="image_too_large")
             item.layout = layout
 
-    def decode(self, item: MediaItem) -> DecodedImage | DecodedVideo:
-        """The pixels. Raises ImageError as `decode` and `decode_video`."""
+    def decode(self, item: MediaItem) -> DecodedImage | ReducedImage | DecodedVideo:
+        """What the tiles of its layout are drawn from: all the pixels, or fewer where the settings allow it. Raises
+        ImageError as `decode` and `decode_video`."""
+        if self._decode_config.jpeg == "exact" or item.video or not isinstance(item.file, bytes):
+            return self.decode_whole(item)
+        with self.at(item):
+            return decode_for(item.file, item.layout, self._decode_config)
+
+    def decode_whole(self, item: MediaItem) -> DecodedImage | DecodedVideo:
+        """All the pixels. Raises as `decode`."""
         with self.at(item):
             if item.pictures:
                 return DecodedVideo.of([self._decoded(picture) for picture in item.pictures])

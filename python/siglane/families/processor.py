@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from siglane.config.images import ImageFacts
 from siglane.config.vlm import VlmConfig
-from siglane.errors import ConfigError
+from siglane.errors import ConfigError, UserError
 from siglane.families.family import PromptRules
 from siglane.families.prompt.builder import PromptBuilder
 from siglane.families.prompt.tools import ToolFormat
@@ -19,7 +19,7 @@ from siglane.families.registry import vlm_family
 from siglane.families.stated import TOKENIZER, TOKENIZER_CONFIG, chat_templates, log_contradictions, tokenizer_classes
 from siglane.image.patchify import to_patches
 from siglane.tiling.rule import ImageBudget, no_images
-from siglane.types import DecodedImage, DecodedVideo, ImageLayout, ImagePatches, Medium, Message, Prompt
+from siglane.types import DecodedImage, DecodedVideo, ImageLayout, ImagePatches, Medium, Message, Prompt, ReducedImage
 from siglane.weights.hub import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class ImageProcessor:
         """The layouts of all images and videos of one request, from their sizes alone (`ImageFacts.layouts`)."""
         return self.facts.layouts(media, image_limits) if media else ()
 
-    def patches(self, image: DecodedImage | DecodedVideo, layout: ImageLayout) -> ImagePatches:
+    def patches(self, image: DecodedImage | ReducedImage | DecodedVideo, layout: ImageLayout) -> ImagePatches:
         """Patches `[layout.patches, patch_dim]`. ValueError when the layout is another size's."""
         return to_patches(image, layout, self.facts.preprocess, self.facts.vision)
 
@@ -97,7 +97,7 @@ class Processor(ImageProcessor):
         `layout.rows` placeholders stand for each. No text of a message can become a special token or a placeholder.
         UserError when image parts and layouts do not match one to one.
         """
-        return self._prompts.chat(messages, layouts, chat_template_kwargs or {})
+        return self._readable(self._prompts.chat(messages, layouts, chat_template_kwargs or {}))
 
     def chat_template(self) -> str:
         """One Jinja template for engines that render it themselves; `rendered_prompt` takes what it writes."""
@@ -106,7 +106,24 @@ class Processor(ImageProcessor):
     def rendered_prompt(self, text: str, layouts: Sequence[ImageLayout]) -> Prompt:
         """The prompt of a conversation rendered by `chat_template`. UserError when it does not have one placeholder
         for each image."""
-        return self._prompts.rendered(text, layouts)
+        return self._readable(self._prompts.rendered(text, layouts))
+
+    def _readable(self, prompt: Prompt) -> Prompt:
+        """UserError for a token that the model has no embedding for: its tokenizer is larger than its table."""
+        rows = self.config.language.vocab_size
+        if max(prompt.token_ids, default=0) < rows:
+            return prompt
+        images = {place for span in prompt.spans for place in range(span.start, span.stop)}
+        for place, token in enumerate(prompt.token_ids):
+            if token >= rows and place not in images:
+                text = self.tokenizer.convert_ids_to_tokens(token)
+                raise UserError(
+                    f"the prompt holds token {token} ({text!r}), and the model has embeddings for {rows}; its "
+                    "tokenizer is another model's, or its embeddings were not resized",
+                    code="token_without_embedding",
+                    param="messages",
+                )
+        return prompt
 
 
 def load_processor(checkpoint: Checkpoint, config: VlmConfig | None = None) -> Processor:

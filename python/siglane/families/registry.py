@@ -16,7 +16,7 @@ from siglane.families.ovis2_5 import Ovis2_5
 from siglane.families.siglip import Siglip
 from siglane.families.siglip2 import Siglip2
 from siglane.tiling.rule import no_images
-from siglane.weights.hub import Checkpoint
+from siglane.weights.hub import Checkpoint, without_config
 
 F = TypeVar("F", bound=Family)
 
@@ -65,7 +65,7 @@ def unknown(checkpoint: Checkpoint) -> ConfigError:
     families: tuple[Family, ...] = (*CHAT_FAMILIES, *TOWER_FAMILIES)
     known = "siglane knows " + "; ".join(name for family in families for name in family.known_as)
     if not checkpoint.has("config.json"):
-        return ConfigError(f"{checkpoint.root} has no config.json; {known}")
+        return ConfigError(f"{without_config(checkpoint.root)}; {known}")
     root = checkpoint.json("config.json")
     found = f"architectures {root.get('architectures')} and model_type {root.get('model_type')!r}"
     return ConfigError(f"{checkpoint.root} has {found}; {known}")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from siglane.config.language import rope_places
-from siglane.config.reader import ConfigReader
+from siglane.config.reader import ConfigReader, RawConfig
 from siglane.errors import ConfigError
 from siglane.weights.hub import Checkpoint
 
@@ -27,6 +27,7 @@ TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, "spiece.model", SPECIAL_TOKENS, 
 
 # sections of config.json with a language model's own facts: transformers' `get_text_config`, then Ovis'
 LANGUAGE_SECTIONS = ("decoder", "generator", "text_config", "llm_config")
+SHARDED = "FSDP"  # torch renames the class, and a trainer saves its name
 # names of classes and the like, which change no number
 BOOKKEEPING = {"auto_map", "feature_extractor_type", "image_processor_type", "processor_class", "video_processor_type"}
 
@@ -36,6 +37,11 @@ class Stated(NamedTuple):
 
     place: str
     value: Any
+
+
+def stated_classes(root: RawConfig) -> tuple[str, ...]:
+    """`architectures` of a config.json, without what FSDP leaves in front of the name of a class that it shards."""
+    return tuple(str(name).removeprefix(SHARDED) for name in root.get("architectures") or ())
 
 
 def image_processors(folder: Checkpoint) -> list[Stated]:

@@ -6,6 +6,8 @@ any pixel exists.
 
 from __future__ import annotations
 
+import re
+from base64 import urlsafe_b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -20,7 +22,8 @@ from siglane.config.preprocess import DecodeConfig
 from siglane.errors import ImageError
 from siglane.image import bmp, gif, jpeg, png, webp
 from siglane.image.header import UPRIGHT, Header, orientation_of
-from siglane.types import DecodedImage, Size
+from siglane.image.reduce import reduced_size, region_of, shrink_of
+from siglane.types import DecodedImage, ImageLayout, ReducedImage, Size
 
 # EXIF orientation -> what makes the picture upright
 _TURNS = {
@@ -61,6 +64,17 @@ _SIGNATURES = (
     (40, b" EMF", "EMF"),
 )
 _SIGNATURE_BYTES = 64
+_BASE64 = re.compile(r"[A-Za-z0-9+/_-]+={0,2}")
+# what is sent or stored in a picture's place
+_NO_PICTURES = (
+    (0, b"version https://git-lfs", "a Git LFS pointer, not the picture: run `git lfs pull`"),
+    (0, b"data:", "a data URL written into a file: decode it first"),
+    (4, b"ftyp", "a video, or another picture format"),
+    (0, b"\x1aE\xdf\xa3", "a video"),
+    (8, b"AVI ", "a video"),
+    (0, b"\x1f\x8b", "compressed by gzip"),
+    (0, b"PK\x03\x04", "a ZIP archive"),
+)
 _MIN_IS_WHITE = 0  # of a grey TIFF; Pillow turns 8 bits round, 16 not
 
 
@@ -90,11 +104,29 @@ def decode(data: bytes, config: DecodeConfig) -> DecodedImage:
         file = BytesIO(data)
         name, header = _read_header(file, config)
         file.seek(0)
+        if name == "JPEG" and (pixels := jpeg.read_pixels(file)) is not None:
+            return _of_size(DecodedImage.from_rgb(_upright(pixels, header.orientation)), header)
+        file.seek(0)
         image = _READERS[name].open_image(file) if name in _READERS else _open(file, config)
-        decoded = _to_decoded(image, header.orientation, config)
-        if decoded.size != header.upright:
+        return _of_size(_to_decoded(image, header.orientation, config), header)
+
+
+def decode_for(data: bytes, layout: ImageLayout, config: DecodeConfig) -> DecodedImage | ReducedImage:
+    """The same for `layout`, where `config` allows it at a fraction of the size."""
+    fast = config.jpeg == "fast" and "JPEG" in config.formats and format_of(data[:_SIGNATURE_BYTES]) == "JPEG"
+    shrink = shrink_of(layout) if fast else 1
+    if shrink == 1:
+        return decode(data, config)
+    with _as_image_error():
+        file = BytesIO(data)
+        _, header = _read_header(file, config)
+        file.seek(0)
+        image = jpeg.open_image(file, shrink)
+        image.load()
+        if header.upright != layout.source or Size(*image.size) != reduced_size(header.stored, shrink):
             raise _undecodable()
-        return decoded
+        rgb = _upright(_to_rgb(image, config), header.orientation)
+        return ReducedImage.from_rgb(rgb, header.upright, region_of(header, shrink))
 
 
 def from_pil(image: Image.Image, config: DecodeConfig, orientation: int | None = None) -> DecodedImage:
@@ -161,6 +193,15 @@ def format_of(head: bytes) -> str | None:
     return next((name for at, magic, name in _SIGNATURES if head.startswith(magic, at)), None)
 
 
+def format_in_base64(text: str) -> str | None:
+    """What a file is whose bytes `text` holds in base64, without a data URL's head; None for a text of any other kind,
+    too short for a picture or with white space."""
+    text = text.strip()
+    if len(text) < _SIGNATURE_BYTES or not _BASE64.fullmatch(text):
+        return None
+    return format_of(urlsafe_b64decode(text[:_SIGNATURE_BYTES].replace("+", "-").replace("/", "_")))
+
+
 def _unidentified(file: BinaryIO, config: DecodeConfig) -> ImageError:
     file.seek(0)
     head = file.read(_SIGNATURE_BYTES)
@@ -169,7 +210,10 @@ def _unidentified(file: BinaryIO, config: DecodeConfig) -> ImageError:
         name = "SVG or HTML"
     allowed = ", ".join(config.formats)
     if name is None:
-        return ImageError(f"not an image; accepted formats: {allowed}", code="image_decode_failed")
+        what = next((f" ({what})" for at, magic, what in _NO_PICTURES if head.startswith(magic, at)), "")
+        if not what and (inside := format_in_base64(head.decode("latin-1"))):
+            what = f" ({inside} in base64: decode it once more)"
+        return ImageError(f"not an image{what}; accepted formats: {allowed}", code="image_decode_failed")
     if name in config.formats:
         return _undecodable()
     return ImageError(f"{name} is not accepted; accepted formats: {allowed}", code="image_format_not_allowed")
@@ -189,8 +233,21 @@ def _check_size(size: Size, config: DecodeConfig) -> None:
 
 def _to_decoded(image: Image.Image, orientation: int, config: DecodeConfig) -> DecodedImage:
     image.load()
-    rgb, turn = _to_rgb(image, config), _TURNS.get(orientation)
-    return DecodedImage.from_rgb(np.asarray(rgb if turn is None else rgb.transpose(turn)))
+    return DecodedImage.from_rgb(_upright(_to_rgb(image, config), orientation))
+
+
+def _upright(rgb: Image.Image | npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
+    turn = _TURNS.get(orientation)
+    if turn is None:
+        return np.asarray(rgb)
+    return np.asarray((rgb if isinstance(rgb, Image.Image) else Image.fromarray(rgb)).transpose(turn))
+
+
+def _of_size(decoded: DecodedImage, header: Header) -> DecodedImage:
+    """ImageError for another size than the header's."""
+    if decoded.size != header.upright:
+        raise _undecodable()
+    return decoded
 
 
 def _to_rgb(image: Image.Image, config: DecodeConfig) -> Image.Image:

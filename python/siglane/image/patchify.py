@@ -11,18 +11,24 @@ from siglane.config.preprocess import PreprocessConfig
 from siglane.config.vision import PatchLayout, VisionConfig
 from siglane.errors import ConfigError
 from siglane.image.tile import Pixels, render_tiles
-from siglane.types import DecodedImage, DecodedVideo, ImageLayout, ImagePatches, digest_of
+from siglane.types import DecodedImage, DecodedVideo, ImageLayout, ImagePatches, ReducedImage, digest_of
 
 
 def to_patches(
-    image: DecodedImage | DecodedVideo, layout: ImageLayout, preprocess: PreprocessConfig, vision: VisionConfig
+    image: DecodedImage | ReducedImage | DecodedVideo,
+    layout: ImageLayout,
+    preprocess: PreprocessConfig,
+    vision: VisionConfig,
 ) -> ImagePatches:
     """What the tower needs of one image or video: `[layout.patches, vision.patch_dim]` on the host, and its identity.
 
     Raises ValueError when the layout was made for another picture size, number of frames or patch size.
     """
     frames = image.frames if isinstance(image, DecodedVideo) else (image.rgb,)
-    pixels = patchify(render_tiles(frames, layout), vision.patch_size, vision.patch_layout)
+    region = image.region if isinstance(image, ReducedImage) else None
+    if isinstance(image, ReducedImage) and image.size != layout.source:
+        raise ValueError(f"the layout is for {layout.source}, the image is {image.size}")
+    pixels = patchify(render_tiles(frames, layout, region), vision.patch_size, vision.patch_layout)
     options = repr((preprocess, layout, vision.patch_size, vision.patch_layout))
     return ImagePatches(pixels, layout, digest_of(b"siglane.patches", image.digest, options.encode()))
 

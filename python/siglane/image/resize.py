@@ -11,19 +11,22 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from siglane.types import Resample, Size
+from siglane.types import Region, Resample, Size
 
 
-def resize(pixels: npt.NDArray[Any], size: Size, resample: Resample) -> npt.NDArray[np.uint8]:
+def resize(
+    pixels: npt.NDArray[Any], size: Size, resample: Resample, region: Region | None = None
+) -> npt.NDArray[np.uint8]:
     """pixels u8 `[H, W, 3]` -> u8 `[size.height, size.width, 3]`, read-only; `pixels` itself when it has that size.
+    region: the part that is resized, all where it is None.
 
     ValueError for float pixels, which Pillow would have to round.
     """
     if pixels.dtype != np.uint8:
         raise ValueError("Pillow resizes 8-bit pixels; the layout puts a resize behind one in float")
-    if (size.height, size.width) == pixels.shape[:2]:
+    if region is None and (size.height, size.width) == pixels.shape[:2]:
         return pixels
-    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling[resample.upper()]))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling[resample.upper()], region))
 
 
 def resize_in_float(pixels: npt.NDArray[Any], size: Size, resample: Resample) -> npt.NDArray[np.float32]:

@@ -19,6 +19,7 @@ from siglane.errors import ImageError
 from siglane.media.policy import MediaPolicy
 
 URL = re.compile(r"data:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+LONGEST_NAME, SHOWN = 4096, 60  # characters: no system has longer paths
 LOCAL_TENANT = ""  # of all that one program fetches for itself
 _DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 
@@ -94,11 +95,13 @@ def open_file(path: str | Path) -> BinaryIO:
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Puts the name of a local file in front of what went wrong with it."""
+    """Puts the name of a local file in front of what went wrong with it; one that is none, such as a whole picture in
+    base64, is cut."""
     try:
         yield
     except ImageError as error:
-        raise ImageError(f"{path}: {error.message}", code=error.code) from None
+        name = str(path) if len(str(path)) <= LONGEST_NAME else f"{str(path)[:SHOWN]}…"
+        raise ImageError(f"{name}: {error.message}", code=error.code) from None
 
 
 def _decode_data_url(url: str, max_bytes: int) -> bytes:

@@ -17,16 +17,16 @@ from typing_extensions import TypedDict
 
 from siglane.errors import UserError
 from siglane.families.report import ImageReport
+from siglane.image.decode import format_in_base64
 from siglane.media.item import MediaItem
 from siglane.media.messages import url_item
-from siglane.server.fields import WHOLE, not_both, one_of
+from siglane.server.fields import WHOLE, RequestModel, not_both, one_of
 from siglane.server.protocol import (
     TEXTS,
     ImageUrl,
     ImageUrlPart,
     Parts,
     PlainText,
-    RequestModel,
     TextPart,
     content_tag,
     of_types,
@@ -238,9 +238,11 @@ def _bare(text: str, param: str, modality: Modality | None) -> Input:
 
 
 def _check_words(text: str, param: str, hint: str) -> None:
-    """UserError for the data URL of a picture that stands where a text is read: its letters mean nothing."""
+    """UserError for a picture's data URL, or its base64 alone, where a text is read: its letters mean nothing."""
     if DATA_URL.match(text):
         raise UserError(f"{param} is a data URL; {hint}", code="ambiguous_input", param=param)
+    if name := format_in_base64(text):
+        raise UserError(f"{param} is {name} in base64; {hint}", code="ambiguous_input", param=param)
 
 
 def _of_kind(read: Input, modality: Modality | None) -> Input:

@@ -6,7 +6,11 @@ import asyncio
 import contextlib
 import functools
 import logging
+import math
+import resource
 import signal
+import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +23,8 @@ import uvicorn
 from h11._connection import DEFAULT_MAX_INCOMPLETE_EVENT_SIZE
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from siglane.errors import SiglaneError, UserError
-from siglane.server.errors import error_body
+from siglane.errors import EngineError, SiglaneError, UserError
+from siglane.server.errors import error_body, overloaded
 from siglane.server.strict import StrictConnection
 from siglane.settings.server import ServerConfig
 
@@ -31,12 +35,23 @@ logger = logging.getLogger(__name__)
 
 BACKLOG = 4096
 CLOSING_SECONDS = 3  # for the last bytes of failed answers to leave
+SPARE_FILES = 256  # for what requests open (pictures, downloads, pipes), or half of all where there are few
+TOLD = 1 / 8  # of the connections that are served so many may wait beside them until their client has read why not
+OUT_OF_FILES = "socket.accept() out of system resource"  # asyncio's
+
+
+def most_connections() -> int:
+    """How many connections leave this process the files that requests need."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return files - min(SPARE_FILES, files // 2) if files != resource.RLIM_INFINITY else sys.maxsize
 
 
 def uvicorn_config(app: Any, config: ServerConfig) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=functools.partial(PatientProtocol, stall_timeout=config.stall_timeout),  # type: ignore[arg-type]
+        http=functools.partial(  # type: ignore[arg-type]
+            PatientProtocol, stall_timeout=config.stall_timeout, most=most_connections()
+        ),
         ws="none",
         lifespan="off" if config.data_dir is None else "on",  # of what runs beside the requests
         log_config=None,
@@ -85,6 +100,10 @@ class Server(uvicorn.Server):
         """What the first SIGTERM does."""
         self.handle_exit(signal.SIGTERM, None)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(_AcceptLog())
+        await super().startup(sockets=sockets)
+
     async def on_tick(self, counter: int) -> bool:
         if self._deadline is not None and not self.should_exit:
             late = time.monotonic() >= self._deadline
@@ -115,6 +134,21 @@ class Server(uvicorn.Server):
         threading.Thread(target=watch, name="engine-watch", daemon=True).start()
 
 
+class _AcceptLog:
+    """What an event loop calls for exceptions of its own. A process without files for one more connection gets
+    thousands a second, with a traceback each: it is told once a second, in a line."""
+
+    def __init__(self) -> None:
+        self._next = -math.inf
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if context.get("message") != OUT_OF_FILES:
+            loop.default_exception_handler(context)
+        elif time.monotonic() >= self._next:
+            self._next = time.monotonic() + 1
+            logger.error("no files are left for more connections; see `ulimit -n`")
+
+
 class _Transport:
     """A connection's transport whose `close` is the protocol's to decide."""
 
@@ -129,8 +163,9 @@ class PatientProtocol(H11Protocol):
     """HTTP/1.1 with deadlines for clients that connect and do not go on, or do not read what they asked for, and
     patience with those that are refused while they send."""
 
-    def __init__(self, *args: Any, stall_timeout: float, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, stall_timeout: float, most: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._most = most
         self.conn = StrictConnection(DEFAULT_MAX_INCOMPLETE_EVENT_SIZE)
         self._stall_timeout = stall_timeout
         self._idle_timer: asyncio.TimerHandle | None = None
@@ -142,6 +177,8 @@ class PatientProtocol(H11Protocol):
         self._socket = transport
         self.transport = cast(asyncio.Transport, _Transport(transport, self._close))
         self._watch_idle()
+        if len(self.connections) > self._most:
+            self._refuse_one_more()
 
     def data_received(self, data: bytes) -> None:
         if not self._refused:
@@ -176,8 +213,19 @@ class PatientProtocol(H11Protocol):
                 return
             self.cycle.disconnected = True  # whoever waits for the rest of the body waits no longer
             self.cycle.message_event.set()
-        body = orjson.dumps(error_body(UserError(msg, code="invalid_http")))
-        head = "HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-type: application/json"
+        self._say("400 Bad Request", UserError(msg, code="invalid_http"))
+
+    def _refuse_one_more(self) -> None:
+        """Before it has asked anything. Those that come in thousands are not told why: each would hold a file."""
+        if len(self.connections) > self._most * (1 + TOLD):
+            self._socket.abort()
+            return
+        message = "the server has as many connections as it has files for; try again, or open fewer"
+        self._say("503 Service Unavailable\r\nretry-after: 1", overloaded(message))
+
+    def _say(self, status: str, error: UserError | EngineError) -> None:
+        body = orjson.dumps(error_body(error))
+        head = f"HTTP/1.1 {status}\r\nconnection: close\r\ncontent-type: application/json"
         self._socket.write(f"{head}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
         self._linger()
 
@@ -192,8 +240,11 @@ class PatientProtocol(H11Protocol):
         """The rest is read and forgotten: closed over it, the connection would lose the answer too."""
         self._refused = True
         self.flow.resume_reading()
-        if self._socket.can_write_eof():
-            self._socket.write_eof()
+        try:
+            if self._socket.can_write_eof():
+                self._socket.write_eof()
+        except OSError:  # its client has left
+            self._socket.abort()
         self._watch_idle()
 
     @property

@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from siglane.config.reader import read_json
 from siglane.errors import UserError
 from siglane.server import logs
 from siglane.server.http import BACKLOG, Server, uvicorn_config
 from siglane.settings.server import ServerConfig
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
 from siglane.weights.demo import FOLDERS
-from siglane.weights.hub import ADAPTER_CONFIG
+from siglane.weights.hub import ADAPTER_CONFIG, without_config
 
 if TYPE_CHECKING:
     from siglane.engine.child import EngineSpec
@@ -60,14 +61,15 @@ def check_folder(data_dir: Path) -> None:
 
 
 def check_model_exists(model: str, param: str) -> None:
-    """UserError for a folder that is none, or holds no model."""
+    """UserError for a folder that is none, or holds no model; ConfigError for a config.json that cannot be read."""
     folder = Path(model).expanduser()
     if not folder.is_dir() and (folder.is_absolute() or folder.exists() or not REPOSITORY_ID.fullmatch(model)):
         message = f"there is no folder {model!r}; give a model's folder or its hub id (owner/name)"
         raise UserError(message, code="model_not_found", param=param)
     if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
-        message = f"{model} holds no config.json; give the folder of a model"
-        raise UserError(message, code="model_not_found", param=param)
+        raise UserError(without_config(folder), code="model_not_found", param=param)
+    if (folder / "config.json").is_file():
+        read_json(folder / "config.json")
 
 
 def listen(host: str, port: int) -> socket.socket:

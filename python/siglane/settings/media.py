@@ -23,6 +23,12 @@ class DecodeOptions:
     image_16bit: Literal["scale", "clip"] = field(
         default="scale", metadata={"help": "16-bit pictures: scale to 8 bit, or clip as Pillow's convert does"}
     )
+    image_decode: Literal["exact", "fast"] = field(
+        default="exact",
+        metadata={
+            "help": "JPEGs: decoded whole, or (fast) at a fraction of their size where the model sees them small"
+        },
+    )
     max_image_pixels: int = field(
         default=MAX_IMAGE_PIXELS, metadata={"help": "pixels of one image, and of one request to a server"}
     )
@@ -30,7 +36,13 @@ class DecodeOptions:
     @property
     def local(self) -> DecodeConfig:
         """The contract for pictures that a local caller names."""
-        return replace(LOCAL_DECODE, alpha=self.image_alpha, depth16=self.image_16bit, max_pixels=self.max_image_pixels)
+        return replace(
+            LOCAL_DECODE,
+            alpha=self.image_alpha,
+            depth16=self.image_16bit,
+            jpeg=self.image_decode,
+            max_pixels=self.max_image_pixels,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +89,7 @@ class MediaConfig(DecodeOptions):
         return DecodeConfig(
             alpha=self.image_alpha,
             depth16=self.image_16bit,
+            jpeg=self.image_decode,
             max_pixels=self.max_image_pixels,
             formats=self.image_formats,
             max_video_pixels=self.max_video_pixels,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,7 +29,20 @@ def read_labels(file: Path) -> tuple[str, ...]:
     lines = text.removesuffix("\n").split("\n")
     if lines == [""]:
         raise UserError(f"{file} holds no labels; write one per line", code="bad_labels")
+    if _is_json(text) or _is_json(lines[0]):
+        raise UserError(f"{file} holds JSON, whose letters are no labels; write one label per line", code="bad_labels")
     return check_labels(lines, [f"{file}, line {number}" for number in range(1, len(lines) + 1)])
+
+
+def _is_json(text: str) -> bool:
+    """Whether it is a JSON list or object: a label may begin with a bracket."""
+    if not text.lstrip().startswith(("[", "{")):
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def check_labels(labels: Sequence[str], places: Sequence[str] | None = None) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """The nouns every floor shares: images, layouts, prompts, requests, answers. All frozen, checked when built."""
 
+from siglane.types.constraint import Constraint
 from siglane.types.generation import (
     SAMPLING_BOUNDS,
     Finished,
@@ -18,6 +19,7 @@ from siglane.types.image import (
     ImagePatches,
     ImageTokens,
     PackedPatches,
+    ReducedImage,
     digest_of,
 )
 from siglane.types.layout import (
@@ -35,6 +37,7 @@ from siglane.types.layout import (
     Newline,
     Pad,
     Piece,
+    Region,
     Resample,
     Resize,
     Size,
@@ -55,6 +58,7 @@ __all__ = [
     "AttentionBackend",
     "BackendChoice",
     "Box",
+    "Constraint",
     "DecodedImage",
     "DecodedVideo",
     "Detail",
@@ -77,6 +81,8 @@ __all__ = [
     "Pad",
     "Piece",
     "Prompt",
+    "ReducedImage",
+    "Region",
     "Request",
     "Resample",
     "Resize",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from siglane.types.layout import Grid, ImageLayout, Size, VideoSize
+from siglane.types.layout import Grid, ImageLayout, Region, Size, VideoSize
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +48,26 @@ class DecodedImage:
     @property
     def size(self) -> Size:
         return Size(self.rgb.shape[1], self.rgb.shape[0])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReducedImage:
+    """An upright RGB picture that was decoded at a fraction of its size. rgb: u8 `[H, W, 3]`, contiguous; size: of the
+    whole picture; region: where in `rgb` it lies; digest: 32 bytes over all of them, of no `DecodedImage`."""
+
+    rgb: npt.NDArray[np.uint8]
+    size: Size
+    region: Region
+    digest: bytes
+
+    def __post_init__(self) -> None:
+        _check_digest(self.digest)
+
+    @classmethod
+    def from_rgb(cls, rgb: npt.NDArray[np.uint8], size: Size, region: Region) -> ReducedImage:
+        rgb = np.ascontiguousarray(rgb)
+        facts = repr((rgb.shape, tuple(size), tuple(region))).encode()
+        return cls(rgb, size, region, digest_of(b"siglane.reduced", facts, rgb.tobytes()))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -47,6 +47,15 @@ class Box(NamedTuple):
     bottom: int
 
 
+class Region(NamedTuple):
+    """A part of an image between pixels, in Pillow's order."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
 @dataclass(frozen=True, slots=True)
 class Resize:
     """The picture at `size`. in_float: as a float32 tensor with antialiasing, the way torchvision resizes tensors,

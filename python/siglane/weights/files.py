@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from siglane.weights.hub import ADAPTER_WEIGHTS, Checkpoint
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth")
+SHARD = re.compile(r"(\d{5})-of-(\d{5})")
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -23,6 +26,7 @@ def weight_files(folder: Checkpoint) -> list[Path]:
     if folder.has(INDEX):
         return _indexed_files(folder)
     if found := sorted(path for path in folder.root.glob("*.safetensors") if path.name != ADAPTER_WEIGHTS):
+        _check_complete(folder.root, found)
         return found
     if pickles := sorted(path.name for pattern in PICKLES for path in folder.root.glob(pattern)):
         raise WeightError(
@@ -30,6 +34,15 @@ def weight_files(folder: Checkpoint) -> list[Path]:
             "with `safetensors.torch.save_file(torch.load(file, weights_only=True), 'model.safetensors')`"
         )
     raise WeightError(f"{folder.root} holds no *.safetensors file; was the model downloaded completely?")
+
+
+def _check_complete(root: Path, files: Sequence[Path]) -> None:
+    """WeightError for shards without an index of which one is missing, as their own names tell."""
+    for shard in filter(None, (SHARD.search(file.name) for file in files)):
+        number, total = shard.groups()
+        every = [shard.string.replace(f"{number}-of", f"{one:0{len(number)}}-of") for one in range(1, int(total) + 1)]
+        if missing := [name for name in every if not (root / name).exists()]:
+            raise WeightError(f"{root} holds {shard.string}, but not {missing[0]}; download the model again")
 
 
 def _indexed_files(folder: Checkpoint) -> list[Path]:

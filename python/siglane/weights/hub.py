@@ -17,6 +17,15 @@ FILE_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*merges.txt",
 TOKENIZER_PATTERNS = ("*token*.json", "vocab.json", "*.jinja", "*.model", "*merges.txt", "*vocab.txt")
 REPOSITORY_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
+DEEPER = ("checkpoint-*", "snapshots/*")  # where a trainer and the hub's cache keep models
+FOREIGN = {
+    "open_clip_config.json": "OpenCLIP's layout",
+    "*.gguf": "llama.cpp's format",
+    "*.npz": "big_vision's layout",
+    "*.onnx": "ONNX",
+    "params.json": "the layout of Meta's and Mistral's own code",
+    "*.ckpt": "a trainer's own state",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +109,21 @@ def open_checkpoint(
     if described and is_adapter_alone(found):
         return replace(found, root=_base(found, patterns), adapter=found.root)
     return found
+
+
+def without_config(folder: Path) -> str:
+    """Why a folder without config.json is no model to siglane: what lies there instead, and what to do."""
+    inside = [path.parent for pattern in DEEPER for path in folder.glob(f"{pattern}/config.json")]
+    if inside:
+        newest = max(inside, key=lambda path: (path.stat().st_mtime, path.name))
+        return f"{folder} has no config.json; models lie deeper in it: give {newest}"
+    for pattern, layout in FOREIGN.items():
+        if found := next(folder.glob(pattern), None):
+            return (
+                f"{folder} has no config.json; {found.name} is {layout}, which siglane does not read; give the folder "
+                "that transformers saves, or that the hub has for transformers"
+            )
+    return f"{folder} has no config.json; give the folder of a model"
 
 
 def is_adapter_alone(folder: Checkpoint) -> bool:

@@ -8,6 +8,7 @@ the attribute that holds its model. What is known without them is taken without 
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 # no model has submodules called so
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "module")
+UNMERGED = re.compile(r"\.(base_layer|original_module|modules_to_save|lora_\w+)\.")  # PEFT's names inside a model
 MOST_PREFIX = 3  # segments in front of all names that are tried to be left out
 
 Reading = Callable[[str], str]
@@ -89,6 +91,11 @@ def _check(place: str, keys: Sequence[str], names: Sequence[str], plan: WeightPl
             f"{place}: tensors are called {example!r} and so on; {prefix!r} is what a training's wrapper "
             f"(torch.compile, DataParallel, FSDP) leaves, and without it the rest is not known to this model; save the "
             "state_dict of the model inside the wrapper"
+        )
+    if left := next((key for key, name in pairs if UNMERGED.search(key) and not plan.find(name)), None):
+        raise WeightError(
+            f"{place}: tensor {left!r} is an adapter's that was not merged before the model was saved; save it again "
+            "after PEFT's merge_and_unload(), or save base and adapter apart"
         )
     changed = [(key, name) for key, name in pairs if not name.endswith(key)]
     counts = Counter(names)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from siglane.verify.references.adapter import tensors_of
 from siglane.verify.references.decoder import Decoder, load_tokenizer, rendered
-from siglane.verify.references.files import read_json
+from siglane.verify.references.files import classes_in, read_json
 from siglane.verify.references.reference import ReferenceFamily
 from siglane.verify.stages import Trace
 
@@ -29,7 +29,9 @@ class CausalLm:
 
 
 def _matches(folder: Path) -> bool:
-    return not ARCHITECTURES.isdisjoint(read_json(folder / "config.json").get("architectures") or [])
+    config = read_json(folder / "config.json")
+    named = classes_in(config)
+    return not ARCHITECTURES.isdisjoint(named) if named else config.get("model_type") in ("qwen2", "qwen3", "llama")
 
 
 FAMILY = ReferenceFamily(name="causal_lm", speaks=True, matches=_matches, load=CausalLm)

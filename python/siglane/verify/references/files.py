@@ -41,6 +41,11 @@ def read_json(path: Path) -> Raw:
     return found
 
 
+def classes_in(config: Raw) -> list[str]:
+    """The names in `architectures`; sharding by FSDP puts its own in front of them."""
+    return [re.sub("^FSDP", "", name) for name in config.get("architectures") or []]
+
+
 def processor_json(folder: Path) -> Raw:
     """processor_config.json's picture part, which transformers 5 prefers, else preprocessor_config.json; {} without."""
     nested = read_json(folder / "processor_config.json").get("image_processor")

@@ -17,7 +17,7 @@ from torch import nn
 from siglane.errors import ConfigError
 from siglane.verify.references.adapter import tensors_of
 from siglane.verify.references.decoder import CHATML, Decoder, filled, load_tokenizer, rendered
-from siglane.verify.references.files import Raw, Tensors, processor_json, read_json, ready
+from siglane.verify.references.files import Raw, Tensors, classes_in, processor_json, read_json, ready
 from siglane.verify.references.pixels import siglip_processing, squares_of
 from siglane.verify.references.reference import ReferenceFamily, Seen, VisionLanguageReference
 from siglane.verify.references.tower import SiglipTower
@@ -67,7 +67,7 @@ class Nvila(VisionLanguageReference):
         self.projector = build_projector(self.flags.projector, channels, self.language.model.config.hidden_size)
         weights = tensors["mm_projector"]
         ready(self.projector, weights.under("layers.") if weights.readers else weights, device, dtype)
-        self.processing = siglip_processing(processor_json(vision), self.tower.side)
+        self.processing = siglip_processing(processor_json(vision) or processor_json(folder), self.tower.side)
         self.side = self.flags.scales[0] if self.flags.scales else self.processing.width
         self.tokenizer, self.text_folder, self.by_processor = load_tokenizer(text, IMAGE), text, not in_folders
 
@@ -224,7 +224,7 @@ def _part(folder: Path, part: str, in_folders: bool, adapter: Path | None) -> Te
 
 def _flags(folder: Path, root: Raw, vision: Raw) -> Flags:
     side = vision.get("image_size", 224)
-    for architecture in root.get("architectures") or []:
+    for architecture in classes_in(root):
         if architecture in HARD_CODED:
             projector, aspect, tiles = HARD_CODED[architecture]
             return Flags(projector, aspect, tuple(side * many for many in tiles), -2, 1, 12)
@@ -245,7 +245,7 @@ def _flags(folder: Path, root: Raw, vision: Raw) -> Flags:
 
 def _matches(folder: Path) -> bool:
     root = read_json(folder / "config.json")
-    announced = {*(root.get("architectures") or []), root.get("model_type")}
+    announced = {*classes_in(root), root.get("model_type")}
     known = {*HARD_CODED, "VILAForConditionalGeneration", "vila"}
     return bool(root) and (bool(announced & known) or all((folder / part).is_dir() for part in PARTS))
 

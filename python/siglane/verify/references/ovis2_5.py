@@ -22,7 +22,7 @@ from transformers.models.siglip.modeling_siglip import SiglipAttention
 
 from siglane.verify.references.adapter import tensors_of
 from siglane.verify.references.decoder import CHATML, PLACE, Decoder, load_tokenizer, rendered
-from siglane.verify.references.files import Raw, processor_json, read_json, ready
+from siglane.verify.references.files import Raw, classes_in, processor_json, read_json, ready
 from siglane.verify.references.pixels import Processing
 from siglane.verify.references.reference import ReferenceFamily, Seen, VisionLanguageReference
 from siglane.verify.references.tapping import tapping
@@ -217,7 +217,7 @@ def _in_blocks(raster: torch.Tensor, side: int) -> torch.Tensor:
 
 def _matches(folder: Path) -> bool:
     root = read_json(folder / "config.json")
-    named = "Ovis2_5" in (root.get("architectures") or [])
+    named = "Ovis2_5" in classes_in(root)
     return named or (root.get("model_type") in ("ovis", "ovis2_5") and "vit_config" in root)
 
 
