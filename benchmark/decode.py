@@ -92,7 +92,8 @@ BARS = (
 
 
 def models(quick: bool) -> list[Model]:
-    from decode_models import Shape, write_random, write_smollm2
+    from decode_models import write_smollm2
+    from random_decoder import Shape, write_random
 
     if quick:
         tiny = Shape(2, 64, 128, 4, 2, 512)

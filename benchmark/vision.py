@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import openvino_tower
 import torch
 from machine import description, gemm_rate, onednn_rate
 from torch import nn
@@ -115,26 +116,10 @@ def fixed_model(shape: Shape) -> nn.Module:
 
 
 def openvino_run(model: nn.Module, pixels: torch.Tensor) -> Run | None:
-    try:
-        import openvino
-    except ImportError:
+    if not openvino_tower.installed("openvino"):
         return None
-
-    class ImagePlaceholder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-            features: torch.Tensor = self.model(pixel_values).last_hidden_state
-            return features
-
-    converted = openvino.convert_model(ImagePlaceholder(), example_input=pixels)
-    compiled = openvino.Core().compile_model(
-        converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-    )
-    values = pixels.numpy()
-    return lambda: compiled(values)
+    run, values = openvino_tower.run_of(openvino_tower.converted(model, pixels), openvino_tower.FLOAT32), pixels.numpy()
+    return lambda: run(values)
 
 
 @torch.inference_mode()
@@ -222,13 +207,13 @@ def fixed(shape: Shape, repeats: int, batch: int) -> dict[str, Any]:
 def peak_bytes(which: str, shape: Shape) -> int:
     """Growth of the resident memory at its highest during one forward, in a process of its own."""
     job = json.dumps({"which": which, **{name: getattr(shape, name) for name in Shape.__slots__}})
-    done = subprocess.run(
-        [sys.executable, __file__, "--peak-of", job],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(__file__).parent,
-    )
+    return printed_number(__file__, "--peak-of", job)
+
+
+def printed_number(script: str, *arguments: str) -> int:
+    """The last word of a benchmark's own process."""
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parent)
     return int(done.stdout.split()[-1])
 
 
@@ -240,10 +225,19 @@ def print_peak(job: dict[str, Any]) -> None:
         run = packed_run(siglane(shape, Grid(16, 16), "channel_last", "bilinear_antialias"), MIXED)
     else:
         run = padded_run(padded_model(shape), MIXED)
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest resident size so far
-    before = _status("VmRSS")
+    before = resident_bytes()
+    print(highest_bytes(run) - before)
+
+
+def resident_bytes() -> int:
+    return _status("VmRSS")
+
+
+def highest_bytes(run: Run) -> int:
+    """The resident memory at its highest while `run` runs."""
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest so far
     run()
-    print(_status("VmHWM") - before)
+    return _status("VmHWM")
 
 
 def _status(key: str) -> int:

@@ -3,17 +3,34 @@ option comes from the environment of whoever runs the tests."""
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-torch.set_num_threads(1)
 for _name in [name for name in os.environ if name.startswith("SIGLANE_")]:
     del os.environ[_name]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What a hundred files import stays to the end: no collector looks for garbage in it, now or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    import torch  # not above: whoever only hands tests out to workers does without
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

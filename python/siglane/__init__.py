@@ -12,11 +12,12 @@ if TYPE_CHECKING:
     from siglane.errors import EngineError, SiglaneError, UserError
     from siglane.llm import LLM, Generation, VisionEncoder
     from siglane.tagging.tagger import Tag, Tagged, Tagger
-    from siglane.types import SamplingParams
+    from siglane.types import Constraint, SamplingParams
     from siglane.vision.packed import convert_from_packing_format, convert_to_packing_format, encode_packed
 
 __all__ = [
     "LLM",
+    "Constraint",
     "EngineError",
     "Generation",
     "SamplingParams",
@@ -36,6 +37,7 @@ _HOMES = {
     "LLM": "siglane.llm",
     "Generation": "siglane.llm",
     "VisionEncoder": "siglane.llm",
+    "Constraint": "siglane.types",
     "SamplingParams": "siglane.types",
     "Tag": "siglane.tagging.tagger",
     "Tagged": "siglane.tagging.tagger",

@@ -26,6 +26,7 @@ def train(model: nn.Module, folder: Path, *, seed: int = 5, **lora: Any) -> Peft
             for parameter in adapted.parameters():
                 if parameter.requires_grad:
                     parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        adapted.create_or_update_model_card = lambda _: None  # a page of text that takes longer than the weights
         adapted.save_pretrained(str(folder))
     return adapted
 

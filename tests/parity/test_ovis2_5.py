@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from checkpoints import Written
 from ovis2_5_checkpoint import LARGE, write_ovis2_5_checkpoint
 from parity_kit import Pair, ask, assert_parity, build, generated, greedy, logits, patches_of, picture, spliced
 from PIL import Image
+from ranks import start_ranks
 from safetensors.torch import load_file, save_file
-from torch.multiprocessing.spawn import start_processes
 from transformers import SiglipVisionModel
 
 from siglane.cli.main import main
@@ -354,8 +353,7 @@ def test_every_rank_gives_the_references_rows_and_tokens(tmp_path: Path, size: i
     images = [picture(*one, seed=number) for number, one in enumerate(SIZES[:2])]
     patches = patches_of(pair.processor, images)
     prompt = ask(pair.processor, patches, "What is it?")
-    multiprocessing.set_forkserver_preload(["siglane.llm", "siglane.cli.main", "siglane.verify.references.ovis2_5"])
-    start_processes(be_a_rank, (size, str(tmp_path), patches, prompt), nprocs=size, start_method="forkserver")
+    start_ranks(be_a_rank, (size, str(tmp_path), patches, prompt), size)
 
     seen = pair.see(images)
     theirs = pair.reference.embeds(chatml("<image>\n<image>\nWhat is it?"), seen)

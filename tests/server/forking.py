@@ -34,7 +34,7 @@ def serve() -> None:
     import siglane.server.local  # noqa: F401
     from siglane.engine import process
 
-    process._context()
+    process.child_context()
     server = forkserver._forkserver
     server.ensure_running()
     server.ensure_running = lambda: None  # of a fork it is no child that could be asked whether it runs

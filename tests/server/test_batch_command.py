@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -110,14 +111,19 @@ def test_a_full_server_is_waited_for(local: Served) -> None:
 def test_rows_reach_the_engine_in_order(local: Served, engine: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long each takes to be prepared, and whoever is refused; not behind one that takes too long."""
     prompt, submit, seen = ChatModel.prompt, EngineProcess.submit, list[int]()
+    others_gone = threading.Event()
 
     async def slow(self: ChatModel, *arguments: Any) -> Prompt:
         number = arguments[0][0].characters
-        await asyncio.sleep(4 if number == 5 else 0.05 * (number % 3))
+        if number == 5:
+            await asyncio.to_thread(others_gone.wait, 30)
+        await asyncio.sleep(0.05 * (number % 3))
         return await prompt(self, *arguments)
 
     def note(self: EngineProcess, requests: Sequence[Request], on_delta: Any) -> None:
         seen.append(requests[0].max_tokens)
+        if len(seen) == 8:
+            others_gone.set()
         submit(self, requests, on_delta)
 
     monkeypatch.setattr(ChatModel, "prompt", slow)

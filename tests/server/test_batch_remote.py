@@ -73,7 +73,8 @@ def standing(reply: Callable[[str, bytes, Mapping[str, str]], Reply | None]) -> 
             pass
 
     web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=web.serve_forever, daemon=True)
+    looks_every = 0.01  # seconds, whether it is to end
+    thread = threading.Thread(target=web.serve_forever, args=(looks_every,), daemon=True)
     thread.start()
     door.url = f"http://127.0.0.1:{web.server_address[1]}/v1"
     try:

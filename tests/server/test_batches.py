@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -21,6 +21,7 @@ import httpx2
 import pytest
 from openai import APIStatusError, OpenAI
 from openai.types import Batch as ClientBatch
+from ports import free_port
 from serving import (
     CHAT,
     LEAKS,
@@ -42,7 +43,6 @@ from siglane.errors import UserError
 from siglane.families.processor import Processor
 from siglane.server import batch_runner
 from siglane.server.file_replies import BatchRequest
-from siglane.server.launch import listen
 from siglane.server.local import LocalServer
 from siglane.server.store import Batch, Store, StoredFile, new_id
 from siglane.types import Request
@@ -586,8 +586,7 @@ def test_killed_it_goes_on(nvila_folder: Path, tmp_path: Path) -> None:
     lines = [line(number, max_tokens=30, ignore_eos=True, model=None) for number in range(40)]
     batch_id, output, before = "", Path(), b""
     for killed in (True, True, False):
-        with closing(listen("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
         with subprocess.Popen([*command, str(port)], stderr=subprocess.DEVNULL) as process:
             try:

@@ -108,7 +108,7 @@ def answered(
     def ask(case: Case) -> None:
         if positive:
             with_ids(case, server)
-        response = case.call()
+        response = case.call(timeout=60)
         found["200" if response.status_code == 200 else response.json()["error"]["message"]] += 1
         case.validate_response(response, checks=checks)
 

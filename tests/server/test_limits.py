@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx2
@@ -37,7 +38,9 @@ from serving import (
 
 from siglane.engine.process import EngineProcess
 from siglane.families.processor import Processor
+from siglane.media.policy import MediaPolicy
 from siglane.server import http
+from siglane.server.media import MediaLoader
 from siglane.settings.server import ServerConfig
 
 LONG = chat("x", max_tokens=3000, ignore_eos=True, stream=True)
@@ -152,8 +155,8 @@ def test_a_flood_is_admitted_up_to_the_limit_and_nobody_goes_unanswered(
     """Every request is answered and counted once: a 200, or a 503 that says when to come back."""
 
     async def flood(server: RunningServer) -> list[httpx2.Response]:
-        limits = httpx2.Limits(max_connections=None)
-        async with httpx2.AsyncClient(base_url=server.url, timeout=60, limits=limits, trust_env=False) as client:
+        options: dict[str, Any] = {"limits": httpx2.Limits(max_connections=None), "trust_env": False, "verify": False}
+        async with httpx2.AsyncClient(base_url=server.url, timeout=60, **options) as client:
             bodies = [chat(f"question {number}", max_tokens=20) for number in range(200)]
             return list(await asyncio.gather(*(client.post(CHAT, json=body) for body in bodies)))
 
@@ -238,9 +241,11 @@ def test_a_process_without_files_says_so_once_a_second(caplog: pytest.LogCapture
 
 
 def test_a_client_that_does_not_read_is_dropped_and_others_go_on(processor: Processor, engine: EngineProcess) -> None:
-    """The answer is far larger than what sockets buffer."""
+    """The answer is far larger than what sockets buffer, which is little here."""
     with running(processor, engine, stall_timeout=0.5) as server:
         alone = ask_good(server)
+        for listener in server.server.servers[0].sockets:  # its connections inherit it
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         body = json.dumps({**LONG, "logprobs": True, "top_logprobs": 20, "max_tokens": 4000}).encode()
 
         def stall() -> None:
@@ -260,10 +265,12 @@ def engine_is_idle(engine: EngineProcess) -> bool:
 
 
 class Picture:
-    """A web server for pictures on loopback that counts who comes."""
+    """A web server for pictures on loopback that counts who comes, and answers while it is open."""
 
     def __init__(self, seconds: float, answer: bytes) -> None:
         self.hits, self.seconds, self.answer = 0, seconds, answer
+        self.open = threading.Event()
+        self.open.set()
         self._listener = socket.create_server((HOST, 0))
         self.url = f"http://{HOST}:{self._listener.getsockname()[1]}/picture.png?secret=token"
         threading.Thread(target=self._accept, daemon=True).start()
@@ -281,6 +288,7 @@ class Picture:
         with connection:
             connection.recv(65536)
             time.sleep(self.seconds)
+            self.open.wait(60)
             connection.sendall(self.answer)
 
     def close(self) -> None:
@@ -310,17 +318,30 @@ def test_private_addresses_are_never_connected_to(server: RunningServer) -> None
         assert site.hits == 0
 
 
-def test_a_url_is_fetched_once_for_a_burst(processor: Processor, engine: EngineProcess) -> None:
+def test_a_url_is_fetched_once_for_a_burst(
+    processor: Processor, engine: EngineProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Requests that want one picture at the same time share one fetch, tenants do not share theirs."""
-    picture_site = web(http_ok(picture(seed=5)), seconds=1.5)
-    with running(processor, engine, allow_private_addresses=True) as server, picture_site as site:
-        answers: list[httpx2.Response] = []
+    fly, wanted = MediaLoader._fly, list[str]()
+
+    async def noted(self: MediaLoader, url: str, policy: MediaPolicy, tenant: str) -> bytes:
+        wanted.append(tenant)
+        return await fly(self, url, policy, tenant)
+
+    def at_the_same_time(server: RunningServer, site: Picture, bodies: list[dict[str, Any]]) -> list[httpx2.Response]:
+        """The site answers once all pictures are wanted, two by each request."""
+        wanted.clear()
+        site.open.clear()
+        with ThreadPoolExecutor(len(bodies)) as clients:
+            answers = [clients.submit(server.post, body) for body in bodies]
+            eventually(lambda: len(wanted) == 2 * len(bodies), 60)
+            site.open.set()
+            return [answer.result() for answer in answers]
+
+    monkeypatch.setattr(MediaLoader, "_fly", noted)
+    with running(processor, engine, allow_private_addresses=True) as server, web(http_ok(picture(seed=5))) as site:
         body = chat(image_url(site.url), image_url(site.url), "x")
-        threads = [threading.Thread(target=lambda: answers.append(server.post(body))) for _ in range(12)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        answers = at_the_same_time(server, site, [body] * 12)
         assert [answer.status_code for answer in answers] == [200] * 12
         assert site.hits == 1
         inline = server.post(chat(image_part(picture(seed=5)), image_part(picture(seed=5)), "x"))
@@ -330,16 +351,8 @@ def test_a_url_is_fetched_once_for_a_burst(processor: Processor, engine: EngineP
         other_tenant = {**body, "cache_salt": "other"}
         assert server.post(other_tenant).status_code == 200
         assert site.hits == 2
-        tenants = ["one", "two", "three"] * 2  # at the same time
-        threads = [
-            threading.Thread(target=lambda tenant=tenant: answers.append(server.post({**body, "cache_salt": tenant})))
-            for tenant in tenants
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert {answer.status_code for answer in answers} == {200}
+        tenants = [{**body, "cache_salt": tenant} for tenant in ["one", "two", "three"] * 2]
+        assert {answer.status_code for answer in at_the_same_time(server, site, tenants)} == {200}
         assert site.hits == 5
 
 

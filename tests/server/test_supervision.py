@@ -24,6 +24,7 @@ from typing import Any
 import httpx2
 import numpy as np
 import pytest
+from ports import free_port
 from serving import (
     CHAT,
     HOST,
@@ -187,8 +188,7 @@ class Process:
 
 @contextmanager
 def server_of(folder: Path, tmp_path: Path, *flags: str) -> Iterator[Process]:
-    with socket.create_server((HOST, 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, str(tmp_path / "program.py"), "serve", str(folder), "--port", str(port), *flags]
     with (tmp_path / "log").open("wb") as log:

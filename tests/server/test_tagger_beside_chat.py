@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,12 @@ from serving import (
 from two_tower_checkpoint import write_two_tower_checkpoint
 
 from siglane.engine.child import EngineSpec
-from siglane.engine.load import load_engine, load_with_tagger
+from siglane.engine.load import load_engine, load_tagger, load_with_tagger
 from siglane.engine.process import EngineProcess
 from siglane.errors import EngineError, UserError
+from siglane.families.codes_folder import write_folder
 from siglane.families.processor import load_processor
-from siglane.families.two_tower import load_two_tower, read_two_tower
+from siglane.families.two_tower import TwoTowerModel, load_two_tower, read_two_tower
 from siglane.server.launch import preflight, serve, serving
 from siglane.server.text_cache import TextCache
 from siglane.settings.engine import EngineConfig
@@ -140,6 +141,38 @@ def test_a_tower_that_differs_is_loaded_beside(folders: Folders) -> None:
     tower = engine.runner.model.vision.encoder.tower
     assert not any(one is other for one, other in zip(two_tower.vision.tower.blocks, tower.blocks, strict=False))
     assert answers(engine, folders) == answers(load_engine(str(folders.chat), config), folders)
+
+
+@torch.inference_mode()
+def vectors_of(two_tower: TwoTowerModel) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return two_tower.embed_texts(torch.randint(0, 40, (3, 64), generator=generator))
+
+
+@pytest.mark.parametrize("few", ["both", "the chat model's folder", "the tagger's folder"])
+def test_fewer_bits_are_not_shared(folders: Folders, few: str, tmp_path: Path) -> None:
+    """Each is what it is alone; of a folder of codes and one of floats, each keeps its bits."""
+    config, chat, tagger = (
+        EngineConfig(device="cpu", threads=1, kv_tokens=2048),
+        str(folders.chat),
+        str(folders.two_tower),
+    )
+    if few == "both":
+        config = replace(config, quantization="8bit")
+    elif few == "the chat model's folder":
+        write_folder(open_checkpoint(folders.chat), tmp_path / "small", "8bit")
+        chat = str(tmp_path / "small")
+    else:
+        write_folder(open_checkpoint(folders.two_tower), tmp_path / "small", "4bit")
+        tagger = str(tmp_path / "small")
+    engine, (two_tower, _, _, not_shared_because) = load_with_tagger(chat, tagger, config)
+    assert not_shared_because == "layers of fewer bits are not shared"
+    assert answers(engine, folders) == answers(load_engine(chat, config), folders)
+    assert torch.equal(vectors_of(two_tower), vectors_of(load_tagger(tagger, config).model))
+    if few != "both":
+        other = "4bit" if chat.endswith("small") else "8bit"
+        with pytest.raises(UserError, match=f"for {other} give the original model"):
+            load_with_tagger(chat, tagger, replace(config, quantization=other))
 
 
 @pytest.mark.parametrize("facts", [{"layer_norm_eps": 1e-3}, {"hidden_act": "gelu"}])

@@ -29,7 +29,10 @@ def knows(file: Path, name: str) -> bool:
     """Whether it is called after the family, imports its module or holds its name as a string."""
     if file.stem == name:
         return True
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    source = file.read_text(encoding="utf-8")
+    if name not in source:
+        return False
+    for node in ast.walk(ast.parse(source)):
         match node:
             case ast.ImportFrom(module=str(module), names=names):
                 if name in module.split(".") or name in {alias.name for alias in names}:

@@ -114,7 +114,7 @@ SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
 
 class TestStopStrings:
     @given(STOPPABLE, STOPS, SIZES)
-    @settings(deadline=None, max_examples=300)
+    @settings(deadline=None, max_examples=150)
     def test_the_text_ends_exactly_before_the_first_stop_however_tokens_fall(
         self, text: str, stop: tuple[str, ...], sizes: tuple[int, ...]
     ) -> None:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Collection, Iterator, Mapping
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -57,6 +58,12 @@ EXTRAS = (
 HTTP_CLIENT = "httpx2"  # huggingface_hub has it too, so only the vision stack proper can do without
 
 
+@cache
+def parsed(source: str) -> ast.Module:
+    """Several tests read every file."""
+    return ast.parse(source)
+
+
 def room_of(path: PurePosixPath) -> str:
     """`nn/linear.py` -> nn, `llm.py` -> llm."""
     return path.parts[0].removesuffix(".py")
@@ -83,7 +90,7 @@ def violations(source: str, path: PurePosixPath) -> list[str]:
     room, found = room_of(path), []
     if room not in FLOORS:
         return [f"{path}: room {room!r} stands on no floor"]
-    for line, name in imported_names(ast.parse(source), path):
+    for line, name in imported_names(parsed(source), path):
         top, *rest = name.split(".")
         if top == "sglang" and not path.is_relative_to(SGLANG_HOST):
             found.append(f"{path}:{line}: only {SGLANG_HOST} imports sglang")
@@ -169,7 +176,7 @@ def test_an_allowed_import_is_not(path: str, source: str) -> None:
 def imported_files(path: PurePosixPath, source: str, known: Collection[PurePosixPath]) -> set[PurePosixPath]:
     """The files of the package that the file at `path` imports, wherever the import stands."""
     found = set()
-    for _, name in imported_names(ast.parse(source), path):
+    for _, name in imported_names(parsed(source), path):
         parts = name.split(".")
         if parts[0] != "siglane":
             continue
@@ -215,7 +222,7 @@ def test_files_and_functions_fit_in_the_eye() -> None:
         source = path.read_text(encoding="utf-8")
         lines = len(source.splitlines())
         long += [f"{relative(path)}: {lines} lines"] if lines > LONGEST_FILE else []
-        for node in ast.walk(ast.parse(source)):
+        for node in ast.walk(parsed(source)):
             if isinstance(node, kinds) and node.end_lineno and node.end_lineno - node.lineno >= LONGEST_FUNCTION:
                 long.append(f"{relative(path)}: {node.name} has more than {LONGEST_FUNCTION} lines")
     assert not long, "\n".join(long)

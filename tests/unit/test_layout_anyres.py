@@ -26,7 +26,7 @@ from siglane.tiling.anyres import AnyResTiling, best_pinpoint, fitted, shrunk, u
 from siglane.tiling.rule import ImageBudget, ImageContext, PatchGeometry
 from siglane.types import AnyRes, Box, Detail, Grid, ImageLayout, Newline, Pad, Resize, Size, VideoSize
 
-MANY = settings(max_examples=1000, deadline=None, database=None)
+MANY = settings(max_examples=300, deadline=None, database=None)
 SOME = settings(max_examples=60, deadline=None, database=None)
 
 SIZES = st.builds(Size, st.integers(1, 6000), st.integers(1, 6000))

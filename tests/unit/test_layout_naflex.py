@@ -42,7 +42,7 @@ def test_vectors(height: int, width: int, resized: tuple[int, int], grid: tuple[
     assert tile.box == Box(0, 0, resized[1], resized[0])
 
 
-@settings(max_examples=1000, deadline=None, database=None)
+@settings(max_examples=300, deadline=None, database=None)
 @given(size=SIZES, patch=st.sampled_from([14, 16, 32]), most=st.integers(1, 2048))
 @example(size=Size(1, 8000), patch=16, most=16)
 @example(size=Size(8000, 1), patch=16, most=1)
@@ -51,7 +51,7 @@ def test_the_search_is_the_references(size: Size, patch: int, most: int) -> None
     assert fitted(size, patch, most) == Size(width, height)
 
 
-@settings(max_examples=300, deadline=None, database=None)
+@settings(max_examples=150, deadline=None, database=None)
 @given(size=SIZES, most=st.integers(1, 2048))
 def test_a_picture_never_has_more_patches_than_allowed(size: Size, most: int) -> None:
     for budget in (ImageBudget(max_num_patches=most), ImageBudget(max_num_patches=most, detail="original")):

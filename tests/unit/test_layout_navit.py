@@ -15,7 +15,7 @@ from siglane.tiling.navit import NativeResolution, smart_resize
 from siglane.tiling.rule import ImageBudget, ImageContext, PatchGeometry
 from siglane.types import Box, Grid, ImageLayout, ImagePlaceholder, Indicator, Resize, Size, VideoSize
 
-MANY = settings(max_examples=1000, deadline=None, database=None)
+MANY = settings(max_examples=300, deadline=None, database=None)
 
 FACTOR = 32
 LEAST, MOST = 448**2, 1792**2

@@ -38,7 +38,7 @@ from siglane.types import (
     VideoSize,
 )
 
-MANY = settings(max_examples=1000, deadline=None, database=None)
+MANY = settings(max_examples=300, deadline=None, database=None)
 SOME = settings(max_examples=150, deadline=None, database=None)
 
 SIZES = st.builds(Size, st.integers(1, 6000), st.integers(1, 6000))

@@ -149,7 +149,7 @@ GROUPED = [*((heads, heads, head_dim) for heads, head_dim in HEADS), (4, 2, 8), 
 
 
 class TestAttention:
-    @pytest.mark.parametrize("backend", ["sdpa", "onednn"])
+    @pytest.mark.parametrize("backend", ["eager", "sdpa", "onednn"])
     @pytest.mark.parametrize(("heads", "head_dim"), HEADS)
     @pytest.mark.parametrize("lengths", LENGTHS)
     def test_a_backend_is_the_dense_masked_attention(

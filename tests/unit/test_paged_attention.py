@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from engine_kit import prompt
 
 from siglane.config.language import LanguageConfig
-from siglane.engine.attention import FEW_RUNS, TorchPagedAttention
+from siglane.engine.attention import FEW_RUNS, EagerPagedAttention, TorchPagedAttention
 from siglane.engine.batch import Chunk, PageRun, Sequence, StepBatch
 from siglane.engine.kv import PagedKV
 from siglane.types import SamplingParams
@@ -39,12 +39,17 @@ def decoding(pages: list[int], length: int) -> Chunk:
     return Chunk(sequence, length - 1, length)
 
 
-def attend(chunks: list[Chunk], queries: dict[int, torch.Tensor]) -> tuple[list[torch.Tensor], PagedKV]:
-    """Each chunk's row; stale pages hold NaN. queries: q, k and v of the new token, by first page."""
+def filled_cache() -> PagedKV:
     kv = PagedKV(language(), KV_HEADS, pages=PAGES, page_size=PAGE, dtype=torch.float32, device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     kv.keys.copy_(torch.randn(kv.keys.shape, generator=generator))
     kv.values.copy_(torch.randn(kv.values.shape, generator=generator))
+    return kv
+
+
+def attend(chunks: list[Chunk], queries: dict[int, torch.Tensor]) -> tuple[list[torch.Tensor], PagedKV]:
+    """Each chunk's row; stale pages hold NaN. queries: q, k and v of the new token, by first page."""
+    kv = filled_cache()
     taken = {page for chunk in chunks for page in chunk.sequence.block_table}
     stale = [page for page in range(PAGES) if page not in taken]
     kv.keys[:, stale] = kv.values[:, stale] = torch.nan
@@ -69,6 +74,25 @@ def test_a_decoding_row_attends_to_its_own_tokens(short: int) -> None:
         )
         assert torch.allclose(row, expected[:, 0].float(), atol=1e-6), name
         assert len(chunk.sequence.runs()) > FEW_RUNS or name != "backwards"
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 9])
+def test_plain_attention_is_the_same(tokens: int) -> None:
+    """Of several tokens of one sequence, which see each other up to themselves; and of one beside others."""
+    generator = torch.Generator().manual_seed(1)
+    chunks = []
+    for pages in LAYOUTS.values():
+        chunk = decoding(pages, len(pages) * PAGE - 1)
+        start = max(0, chunk.stop - tokens)
+        chunk.sequence.computed = start
+        chunks.append(Chunk(chunk.sequence, start, chunk.stop))
+    q, k, v = (
+        torch.randn(sum(chunk.tokens for chunk in chunks), heads, HEAD_DIM, generator=generator)
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    )
+    step = StepBatch(tuple(chunks))
+    fused, plain = (kind(filled_cache(), step)(0, q, k, v) for kind in (TorchPagedAttention, EagerPagedAttention))
+    torch.testing.assert_close(plain, fused, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("pages", [[7, 8, 9], [7, 9, 12]])

@@ -5,7 +5,6 @@ The ranks are processes that talk through gloo. One set of them is started per g
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -15,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import start_ranks
 from torch import nn
-from torch.multiprocessing.spawn import start_processes
 
 from siglane.config.language import LanguageConfig
 from siglane.config.projector import (
@@ -90,7 +89,7 @@ def ask_projector(projector: Projector) -> Answers:
 def ask_language_model(model: QwenModel) -> Answers:
     ids = torch.arange(5, 14)
     answers: Answers = {}
-    for _ in range(12):
+    for _ in range(6):
         hidden = model(model.embed(ids), torch.arange(len(ids)), SegmentAttention([len(ids)]))
         logits = model.logits(hidden)
         answers.setdefault("logits", logits)
@@ -213,11 +212,10 @@ def be_a_rank(rank: int, size: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Told]]:
     """What every rank of every group says."""
-    multiprocessing.set_forkserver_preload(["torch"])  # imported once, not once per rank
     groups = {}
     for size in SIZES:
         folder = tmp_path_factory.mktemp(f"ranks{size}")
-        start_processes(be_a_rank, (size, str(folder)), nprocs=size, start_method="forkserver")
+        start_ranks(be_a_rank, (size, str(folder)), size)
         groups[size] = [torch.load(folder / str(rank), weights_only=False) for rank in range(size)]
     return groups
 

@@ -5,7 +5,6 @@ The ranks are processes that talk through gloo. One set of them is started per g
 
 from __future__ import annotations
 
-import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from hypothesis import strategies as st
 from llava_onevision_checkpoint import write_llava_onevision_checkpoint
 from nanovlm_checkpoint import write_nanovlm_checkpoint
 from ovis2_5_checkpoint import write_ovis2_5_checkpoint
-from torch.multiprocessing.spawn import start_processes
+from ranks import start_ranks
 
 from siglane.config.images import ImageFacts
 from siglane.config.vlm import VlmConfig
@@ -44,13 +43,6 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 }
 WISHES: tuple[EncoderParallel, ...] = get_args(EncoderParallel)
 RANKS = (2, 3)
-PRELOADED = [
-    "siglane.families.parallel", "siglane.families.registry",
-    "transformers.models.llava_onevision.modeling_llava_onevision",
-    "transformers.models.llava_onevision.processing_llava_onevision",
-    "transformers.models.llava_onevision.image_processing_pil_llava_onevision",
-    "transformers.models.siglip.modeling_siglip",
-]  # fmt: skip
 SIZES = ((90, 50), (20, 30), (1, 1), (200, 40), (64, 64), (64, 64), (33, 170))
 # numbers of the images of one call
 CALLS: dict[str, tuple[int, ...]] = {
@@ -146,11 +138,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def told(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[Any, Told]]]:
     """What every rank of every group says."""
-    multiprocessing.set_forkserver_preload(PRELOADED)  # imported once, not once per rank
     groups = {}
     for size in RANKS:
         folder = tmp_path_factory.mktemp(f"ranks{size}")
-        start_processes(be_a_rank, (size, str(checkpoints), str(folder)), nprocs=size, start_method="forkserver")
+        start_ranks(be_a_rank, (size, str(checkpoints), str(folder)), size)
         groups[size] = [torch.load(folder / str(rank), weights_only=False) for rank in range(size)]
     return groups
 

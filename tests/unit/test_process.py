@@ -414,27 +414,26 @@ def never_load(signal_number: int | None) -> None:
     child._load = wait
 
 
-@pytest.mark.parametrize(
-    ("stop", "reason"),
-    [
-        (None, "the model does not load: nothing was computed or read for 2 seconds; see the log, load_timeout"),
-        (
-            signal.SIGSTOP,
-            "the engine process gave no sign of life for 2 seconds of loading and was ended; see load_timeout",
+def test_loads_that_stand_still_are_given_up(spec: EngineSpec) -> None:
+    """By a deadlock, and because the whole process is stopped; at the same time, for both take as long as the limit.
+    One sentence each, and no other try."""
+    reasons = {
+        None: "the model does not load: nothing was computed or read for 2 seconds; see the log, load_timeout",
+        signal.SIGSTOP: (
+            "the engine process gave no sign of life for 2 seconds of loading and was ended; see load_timeout"
         ),
-    ],
-    ids=["a deadlock", "a stopped process"],
-)
-def test_a_load_that_stands_still_is_given_up(spec: EngineSpec, stop: int | None, reason: str) -> None:
-    """One sentence, and no other try."""
-    config = replace(spec.config, load_timeout=2.0)
-    engine = EngineProcess(replace(spec, config=config), prepare=functools.partial(never_load, stop))
-    with pytest.raises(EngineError) as caught:
-        engine.start()
-    assert (caught.value.message, caught.value.code) == (reason, "engine_start")
-    assert engine.pid is not None
-    until(lambda: ended(engine.pid or 0))
-    engine.close()
+    }
+    spec = replace(spec, config=replace(spec.config, load_timeout=2.0))
+    engines = {stop: EngineProcess(spec, prepare=functools.partial(never_load, stop)) for stop in reasons}
+    for engine in engines.values():
+        engine.start(wait=False)
+    for stop, engine in engines.items():
+        with pytest.raises(EngineError) as caught:
+            engine.wait_ready()
+        assert (caught.value.message, caught.value.code) == (reasons[stop], "engine_start")
+        assert engine.pid is not None
+        until(lambda pid=engine.pid: ended(pid))  # type: ignore[misc]
+        engine.close()
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import importlib.util
 import pickle
 import subprocess
@@ -23,6 +24,7 @@ from siglane.families.model import load_vision
 from siglane.nn.act import activate
 from siglane.nn.attention import Segments
 from siglane.nn.cpu import int8 as quant
+from siglane.nn.cpu import int8_packing
 from siglane.nn.cpu.int8 import Int8Linear, row_codes
 from siglane.nn.cpu.int8_block import CodedNorm
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
@@ -285,7 +287,9 @@ def test_what_cannot_be_had_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         quantise(tower(), "4bit", "cpu")
     monkeypatch.setattr("siglane.nn.quantise.has_integer_products", lambda: False)
     for kind in ("8bit", "4bit"):
-        with pytest.raises(UserError, match=r"no exact 8-bit products \(VNNI or AMX\); use 'none'"):
+        with pytest.raises(
+            UserError, match=r"no exact 8-bit products \(VNNI or AMX\); use the original model in floats"
+        ):
             quantise(tower(), kind, "cpu")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for kind in ("8bit", "4bit"):
@@ -321,6 +325,34 @@ def test_weight_only_by_a_library(kind: quant.Bits) -> None:
     layer = quant._bitsandbytes_linear(kind, torch.device("cpu"), weight, bias)
     expected = F.linear(x, weight, bias)
     assert (layer(x) - expected).norm() / expected.norm() < {"8bit": 0.02, "4bit": 0.15}[kind]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(1, 1), (3, 588), (64, 64), (100, 30), (896, 320), (5000, 70)])
+def test_codes_are_packed_as_onednn_packs_them(shape: tuple[int, int]) -> None:
+    """The first weight of a shape by oneDNN, the next by ourselves, of any place in memory."""
+    drawn_codes = [torch.randint(-127, 128, shape, dtype=torch.int8) for _ in range(2)]
+    first = int8_packing.pack_codes(drawn_codes[0])
+    codes = torch.cat((torch.zeros(1, dtype=torch.int8), drawn_codes[1].flatten()))[1:].view(shape)
+    assert int8_packing._known[shape] is first, "oneDNN keeps weights in another order here"
+    ours, theirs = int8_packing.pack_codes(codes), torch.ops.onednn.qlinear_prepack(codes, None)
+    assert bytes_of(ours) == bytes_of(theirs)
+    assert torch.equal(int8_packing.sums(ours, *shape), codes.sum(1, dtype=torch.int32))
+    assert int8_packing.holds(ours, codes)
+    assert not int8_packing.holds(ours, drawn_codes[0]) or torch.equal(codes, drawn_codes[0])
+
+
+def bytes_of(packed: torch.Tensor) -> bytes:
+    return ctypes.string_at(torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed))
+
+
+def test_an_order_that_is_not_known_is_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_packing, "holds", lambda packed, codes: False)
+    weight = drawn(70, 130)
+    for _ in range(2):
+        layer = Int8Linear(weight, None)
+        assert torch.equal(layer.stored.codes, quant.int8_codes(weight).codes)
+    assert (70, 130) not in int8_packing._known
 
 
 def rows_of_all_sizes() -> torch.Tensor:

@@ -90,7 +90,7 @@ SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=4)
 
 
 @given(ANSWERS, SIZES, st.booleans())
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=150)
 def test_any_grouping_gives_the_split_of_the_whole(ids: list[int], sizes: list[int], opened: bool) -> None:
     expected = split(ids, opened)
     for groups in (sizes, [len(ids) or 1]):
@@ -120,7 +120,7 @@ STOPS = st.lists(
 
 
 @given(ANSWERS, SIZES, st.booleans(), STOPS)
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 def test_stop_strings_cut_the_stripped_answer_and_not_the_reasoning(
     ids: list[int], sizes: list[int], opened: bool, stop: list[str]
 ) -> None:

@@ -114,7 +114,7 @@ class TestFilters:
         top_p=st.sampled_from([0.0, 0.1, 0.5, 0.93, 1.0]),
         min_p=st.sampled_from([0.0, 0.05, 0.4, 1.0]),
     )
-    @settings(deadline=None, max_examples=200)
+    @settings(deadline=None, max_examples=100)
     def test_any_mix_of_filters_keeps_what_the_definition_keeps(
         self, counts: list[int], temperature: float, top_k: int, top_p: float, min_p: float
     ) -> None:
@@ -173,7 +173,7 @@ class TestDistribution:
     def test_tokens_come_as_often_as_their_probability_says(self, params: dict[str, float]) -> None:
         whole = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **params}
         expected = defined(LOGITS.tolist(), **whole)  # type: ignore[arg-type]
-        draws = 4000
+        draws = 2000
         asked = SamplingParams(**whole)  # type: ignore[arg-type]
         counts = Counter(draw(LOGITS, asked, noise_key(7, place)) for place in range(draws))
         assert set(counts) <= set(expected)
@@ -235,7 +235,7 @@ class TestAdjustments:
         min_tokens=st.integers(0, 4),
         stops=st.lists(st.integers(0, TOKENS - 1), max_size=2),
     )
-    @settings(deadline=None, max_examples=200)
+    @settings(deadline=None, max_examples=100)
     def test_penalties_bias_and_minimum_length_add_up_as_defined(
         self,
         answered: list[int],

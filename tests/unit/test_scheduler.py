@@ -447,7 +447,7 @@ class TestRandomWorkloads:
         prefix_cache=st.booleans(),
         feature_bytes=st.sampled_from([0, 60, 1 << 20]),
     )
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=75, deadline=None)
     def test_everyone_gets_the_right_answer_and_every_page_comes_back(
         self, plans: list[Plan], spare: int, **options: int
     ) -> None:

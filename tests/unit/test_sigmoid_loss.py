@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import subprocess
 import sys
 from datetime import timedelta
@@ -11,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import start_processes
+from ranks import start_ranks
 
+from siglane.engine.process import child_context
 from siglane.settings.training import INITIAL_BIAS
 from siglane.training.sigmoid import INITIAL_LOG_SCALE, chunked_sigmoid_loss, sigmoid_loss
 
@@ -122,11 +122,9 @@ def ask_rank(rank: int, ranks: int, store: str, answers: Any) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_give_the_plain_loss_and_gradients(ranks: int, tmp_path) -> None:
-    multiprocessing.set_forkserver_preload(["torch"])  # imported once, not once per rank
-    context = multiprocessing.get_context("forkserver")
-    answers = context.Queue()
+    answers = child_context().Queue()
     store = f"file://{tmp_path / 'store'}"
-    running = start_processes(ask_rank, (ranks, store, answers), ranks, join=False, start_method="forkserver")
+    running = start_ranks(ask_rank, (ranks, store, answers), ranks, join=False)
     wanted = ranks * 2 * len(SHARES[ranks])
     found = [answers.get(timeout=120) for _ in range(wanted)]
     while not running.join():

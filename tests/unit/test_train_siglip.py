@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import sys
 import tarfile
 from dataclasses import replace
@@ -17,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch.multiprocessing.spawn import start_processes
+from ranks import start_ranks
 
 from recipes.demo import siglip as demo_siglip
 from recipes.demo.siglip import LABELS, PaintedPairs
@@ -334,8 +333,7 @@ def rank(number: int, ranks: int, folder: Path) -> None:
 def test_two_ranks_train_the_model_of_one(tmp_path: Path) -> None:
     write_config(tmp_path)
     lines = write_lines(tmp_path)
-    multiprocessing.set_forkserver_preload(["torch"])  # imported once, not once per rank
-    running = start_processes(rank, (2, tmp_path), 2, join=False, start_method="forkserver")
+    running = start_ranks(rank, (2, tmp_path), 2, join=False)
     config = replace(CONFIG, precision="float32", batch_size=5, steps=3)
     run(lines, tmp_path / "config.json", tmp_path / "alone", config)
     while not running.join():

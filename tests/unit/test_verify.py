@@ -18,11 +18,14 @@ from safetensors.torch import load_file, save_file
 import siglane.verify
 from siglane.cli.main import main
 from siglane.verify import Report, verify
+from siglane.verify.bars import Thresholds
 from siglane.verify.golden import FORMAT, load_golden
 from siglane.verify.pictures import SHAPES, draw_pictures
 from siglane.verify.report import html
-from siglane.verify.stages import Comparison, compare, compare_traces, packing, place, summary
+from siglane.verify.stages import Bars, Comparison, compare, compare_traces, packing, place, summary
 
+FLOATS = Thresholds(0.99).of
+NEAR = FLOATS("features")
 REFERENCES = Path(siglane.verify.__file__).parent / "references"
 Change = Callable[[torch.Tensor], torch.Tensor]
 
@@ -54,7 +57,7 @@ def rows(seed: int = 0) -> torch.Tensor:
 
 class TestCompare:
     def test_equal_rows(self) -> None:
-        found = compare("image.0", "features", rows(), rows(), 0.99)
+        found = compare("image.0", "features", rows(), rows(), NEAR)
         assert (found.ok, found.max_abs_error, found.shape, found.note) == (True, 0.0, (6, 32), "")
         assert found.min_cosine == pytest.approx(1)
         assert found.scale == pytest.approx(1)
@@ -73,42 +76,42 @@ class TestCompare:
         ids=["other order", "one row turned round", "too large", "too small", "nothing", "a row missing", "infinite"],
     )
     def test_what_differs_is_not_ok(self, change: Change, note: str) -> None:
-        found = compare("image.0", "features", change(rows()), rows(), 0.99)
+        found = compare("image.0", "features", change(rows()), rows(), NEAR)
         assert not found.ok
         assert found.note == note
 
     def test_a_reference_that_is_broken_is_named(self) -> None:
-        found = compare("image.0", "features", rows(), rows() * torch.nan, 0.99)
+        found = compare("image.0", "features", rows(), rows() * torch.nan, NEAR)
         assert found.note == "the reference gives values that are not finite"
 
     def test_the_bar_is_the_worst_row(self) -> None:
         ours = rows()
         ours[3] += 0.3 * rows(1)[3]
-        found = compare("image.0", "features", ours, rows(), 0.99)
+        found = compare("image.0", "features", ours, rows(), NEAR)
         expected = torch.cosine_similarity(ours.double(), rows().double())
         assert found.min_cosine == pytest.approx(expected.min().item())
         assert found.mean_cosine == pytest.approx(expected.mean().item())
         assert not found.ok
-        assert compare("image.0", "features", ours, rows(), 0.8).ok
+        assert compare("image.0", "features", ours, rows(), Bars(0.8, 0.8, 0.8)).ok
 
     def test_rows_of_almost_nothing_have_no_direction(self) -> None:
         """Black patches where nothing is normalised: 0 here, 1e-9 there."""
         ours, reference = rows(), rows()
         ours[2], reference[2] = 0.0, 1e-9
-        assert compare("image.0", "preprocessing", ours, reference, 0.99).ok
-        assert compare("image.0", "preprocessing", torch.zeros(2, 4), torch.zeros(2, 4), 0.99).ok
+        assert compare("image.0", "preprocessing", ours, reference, NEAR).ok
+        assert compare("image.0", "preprocessing", torch.zeros(2, 4), torch.zeros(2, 4), NEAR).ok
 
     def test_tokens_are_equal_or_not(self) -> None:
         ours, reference = torch.tensor([1, 2, 3]), torch.tensor([1, 2, 4])
-        (found,) = compare_traces("together", {"tokens": ours}, {"tokens": reference}, 0.99)
+        (found,) = compare_traces("together", {"tokens": ours}, {"tokens": reference}, FLOATS)
         assert (found.ok, found.note) == (False, "[1, 2, 3] instead of [1, 2, 4]")
-        (found,) = compare_traces("together", {"tokens": ours}, {"tokens": ours}, 0.99)
+        (found,) = compare_traces("together", {"tokens": ours}, {"tokens": ours}, FLOATS)
         assert (found.ok, found.note, found.min_cosine) == (True, "", None)
 
     def test_tokens_may_part_in_half_precision(self) -> None:
         logits = rows().bfloat16()
         ours = {"logits": logits, "tokens": torch.tensor([1])}
-        found = compare_traces("image.0", ours, ours | {"tokens": torch.tensor([2])}, 0.99)
+        found = compare_traces("image.0", ours, ours | {"tokens": torch.tensor([2])}, FLOATS)
         assert [one.ok for one in found] == [True, True]
         assert found[1].note == "[1] instead of [2]"
 
@@ -119,23 +122,23 @@ class TestCompare:
 
     def test_a_stage_of_one_side(self) -> None:
         both = {"features": rows(), "block.0": rows()}
-        found = compare_traces("image.0", both, both | {"block.1": rows()}, 0.99)
+        found = compare_traces("image.0", both, both | {"block.1": rows()}, FLOATS)
         assert [(one.stage, one.ok) for one in found] == [("block.0", True), ("block.1", True), ("features", True)]
         assert found[1].note == "only the reference has it"
-        found = compare_traces("image.0", both | {"pooled": rows()}, both, 0.99)
+        found = compare_traces("image.0", both | {"pooled": rows()}, both, FLOATS)
         assert [(one.stage, one.ok) for one in found][-1] == ("pooled", False)
 
     def test_packing_finds_the_stage_where_pictures_touch(self) -> None:
         alone = [{"positions": rows(seed), "block.0": rows(seed + 9)} for seed in (0, 1)]
         packed = {stage: torch.cat([trace[stage] for trace in alone]) for stage in alone[0]}
-        assert packing(alone, packed, 0.99).ok
+        assert packing(alone, packed, NEAR).ok
         packed["block.0"] = packed["block.0"].roll(1, 0)
-        found = packing(alone, packed, 0.99)
+        found = packing(alone, packed, NEAR)
         assert (found.stage, found.ok, found.note) == ("packing", False, "first at block.0")
 
     def test_a_summary_is_the_worst_of_its_cases(self) -> None:
-        good = compare("image.0", "features", rows(), rows(), 0.99)
-        bad = compare("image.1", "features", rows()[:4].flip(0), rows()[:4], 0.99)
+        good = compare("image.0", "features", rows(), rows(), NEAR)
+        bad = compare("image.1", "features", rows()[:4].flip(0), rows()[:4], NEAR)
         found = summary([good, bad])
         assert (found.case, found.ok, found.shape) == ("image.1", False, (10, 32))
         assert found.min_cosine == bad.min_cosine
@@ -153,19 +156,19 @@ def report_of(*comparisons: Comparison, dtype: str = "float32") -> Report:
 
 
 def test_the_first_stage_that_is_not_ok_is_named() -> None:
-    first = compare("image.0", "positions", rows(), rows(), 0.99)
-    second = compare("image.0", "block.0", rows(1), rows(), 0.99)
-    third = compare("image.0", "features", rows(2), rows(), 0.99)
+    first = compare("image.0", "positions", rows(), rows(), NEAR)
+    second = compare("image.0", "block.0", rows(1), rows(), NEAR)
+    third = compare("image.0", "features", rows(2), rows(), NEAR)
     assert report_of(first).ok
     assert report_of(first, second, third).first_diverging == "block.0"
 
 
 def test_a_stage_that_passes_but_is_not_exact_is_named_in_float32() -> None:
-    near = compare("image.0", "block.0", rows() + 0.003 * rows(1), rows(), 0.99)
+    near = compare("image.0", "block.0", rows() + 0.003 * rows(1), rows(), NEAR)
     assert near.ok
     assert report_of(near).first_inexact == "block.0"
     assert report_of(near, dtype="bfloat16").first_inexact is None
-    assert report_of(compare("image.0", "block.0", rows(), rows(), 0.99)).first_inexact is None
+    assert report_of(compare("image.0", "block.0", rows(), rows(), NEAR)).first_inexact is None
 
 
 class Page(HTMLParser):
@@ -199,8 +202,8 @@ class Page(HTMLParser):
 
 
 def test_the_page_holds_everything_and_needs_nothing_else() -> None:
-    good = compare("image.0", "positions", rows(), rows(), 0.99)
-    bad = compare("image.0", "lm.block.0", rows(1), rows(), 0.99)
+    good = compare("image.0", "positions", rows(), rows(), NEAR)
+    bad = compare("image.0", "lm.block.0", rows(1), rows(), NEAR)
     text = html(report_of(good, bad))
     page = Page(text)
     assert page.elements.count("svg") == 1
@@ -214,8 +217,10 @@ def test_the_page_holds_everything_and_needs_nothing_else() -> None:
 
 
 def test_the_page_of_odd_reports_is_well_formed() -> None:
-    shapes = compare("image.0", "features", rows()[:3], rows(), 0.99)
-    (tokens,) = compare_traces("image.0", {"tokens": torch.tensor([1])}, {"tokens": torch.tensor([2])}, 0.99)
+    shapes = compare("image.0", "features", rows()[:3], rows(), NEAR)
+    (tokens,) = compare_traces(
+        "image.0", {"tokens": torch.tensor([1])}, {"tokens": torch.tensor([2])}, Thresholds(0.99)
+    )
     for report in (report_of(shapes, tokens), report_of(tokens), report_of()):
         assert "svg" in Page(html(report)).elements
 
@@ -255,12 +260,13 @@ def test_the_json_document(turned: str, model: str, capsys: pytest.CaptureFixtur
     assert run(turned, "--random", "2", "--reference", model, "--steps", "3", "--json") == 1
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {
-        "model", "family", "reference", "device", "dtype", "threshold", "ok", "first_diverging_stage",
-        "first_inexact_stage", "prompt", "images", "stages", "cases",
+        "model", "family", "reference", "device", "dtype", "threshold", "quantization", "ok",
+        "first_diverging_stage", "first_inexact_stage", "prompt", "images", "stages", "cases",
     }  # fmt: skip
     assert (found["ok"], found["first_diverging_stage"], found["family"]) == (False, "positions", "nvila")
     assert [image["width"] for image in found["images"]] == [317, 97]
     numbers = {"stage", "shape", "reference_shape", "max_abs_error", "mean_cosine", "min_cosine", "scale", "ok", "note"}
+    numbers |= {"mean_threshold", "min_threshold"}
     assert all(set(row) == numbers for row in found["stages"])
     names = ["preprocessing", "patch_embedding", "positions", "block.0", "block.1", "features", "projector", "packing"]
     names += ["spliced", "lm.block.0", "lm.block.1", "logits", "tokens"]

@@ -35,6 +35,7 @@ COMMANDS = {
     "tag": "say which of many labels fit pictures",
     "tokens": "count the prompt tokens of pictures from their headers",
     "verify": "compare a model, stage by stage, with its reference implementation",
+    "quantize": "write a model's folder in 8 or 4 bits, which loads in seconds",
     "train": "train a SigLIP on image-text pairs",
     "look": "draw what the model sees of a picture",
     "doctor": "check this machine",

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from siglane.errors import WeightError
-from siglane.families.model import check_model, check_tower, model_files
+from siglane.families.model import check_codes, check_model, check_tower, model_files
 from siglane.families.processor import load_processor
 from siglane.families.registry import is_vision_only
 from siglane.families.two_tower import check_two_tower, has_both_towers
 from siglane.weights.checksum import SUMS, Stated, compare, digest_of, stated, stated_by_hub, write_sums
 from siglane.weights.hub import Checkpoint
+from siglane.weights.quantised import codes_format
 
 
 class Finding(NamedTuple):
@@ -39,10 +40,12 @@ def examine(checkpoint: Checkpoint) -> Iterator[Finding]:
             yield _compared(_name(file, checkpoint.root), file, expected, digest)
     yield from _written(checkpoint.root, fresh)
     unchecked = replace(checkpoint, verify=False)  # just done
-    if not is_vision_only(checkpoint):
-        check_model(unchecked, load_processor(checkpoint).config)
-    elif has_both_towers(checkpoint):
+    if has_both_towers(checkpoint):
         check_two_tower(unchecked)
+    elif codes_format(checkpoint) is not None:
+        check_codes(unchecked, load_processor(checkpoint).config)
+    elif not is_vision_only(checkpoint):
+        check_model(unchecked, load_processor(checkpoint).config)
     else:
         check_tower(unchecked)
     yield Finding("tensors", "ok", "names and shapes are the configuration's")

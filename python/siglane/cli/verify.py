@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
 from siglane.cli.common import MODEL, MODEL_ARGUMENT, ModelOptions, check_writable, checkpoint_of, emit_json, writing
+from siglane.settings.engine import Quantization
 from siglane.settings.flags import OptionGroup, read_options
 from siglane.settings.options import CommandOptions
 
@@ -24,7 +25,13 @@ class VerifyOptions(CommandOptions):
     random: int | None = field(
         default=None, metadata={"help": "draw that many pictures of awkward shapes; 3 when no images are given"}
     )
-    threshold: float = field(default=0.99, metadata={"help": "every row's cosine with the reference must be above it"})
+    threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "every row's cosine with the reference must be above it; 0.99 when not given, with fewer bits each "
+            "kind of stage then has its own"
+        },
+    )
     reference: str = field(
         default="transformers",
         metadata={
@@ -40,6 +47,9 @@ class VerifyOptions(CommandOptions):
     device: str = field(default="cpu", metadata={"help": "auto, cpu, cuda or cuda:N"})
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="float32", metadata={"help": "of both sides: float32, bfloat16 or float16"}
+    )
+    quantization: Quantization = field(
+        default="none", metadata={"help": "bits that siglane's side keeps weights of linear layers in"}
     )
     json: bool = field(default=False, metadata={"help": "print the numbers as one JSON object"})
     report: Path | None = field(default=None, metadata={"help": "write an HTML page with plots and pictures"})
@@ -69,6 +79,7 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
         steps=options.steps,
         device=options.device,
         dtype=options.dtype,
+        quantization=options.quantization,
         **asdict(read_options(ModelOptions, arguments)),
         save=options.save_golden,
     )
@@ -87,14 +98,18 @@ def _table(report: Report) -> list[str]:
     from siglane.verify.stages import summary
 
     rows = [summary(cases) for _, cases in report.stages()]
-    head = f"{'stage':<16} {'shape':>17} {'max abs error':>13} {'mean cosine':>12} {'min cosine':>12}  ok"
-    return [head, *map(_line, rows)]
+    few = report.quantization is not None
+    head = f"{'stage':<16} {'shape':>17} {'max abs error':>13} {'mean cosine':>12} {'min cosine':>12}"
+    head += f" {'mean above':>10} {'min above':>10}" if few else ""
+    return [f"{head}  ok", *(_line(one, few) for one in rows)]
 
 
-def _line(one: Comparison) -> str:
+def _line(one: Comparison, few: bool) -> str:
     from siglane.verify.report import number, shape
 
     numbers = f"{number(one.max_abs_error, '.2e'):>13} {number(one.mean_cosine, '.8f'):>12}"
     numbers += f" {number(one.min_cosine, '.8f'):>12}"
+    if few:
+        numbers += f" {number(one.mean_threshold, 'g'):>10} {number(one.min_threshold, 'g'):>10}"
     note = f"  {one.note}" if one.note and one.stage != "packing" else ""
     return f"{one.stage:<16} {shape(one):>17} {numbers}  {'yes' if one.ok else 'NO'}{note}"

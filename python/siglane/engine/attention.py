@@ -13,10 +13,13 @@ from siglane.engine.batch import Chunk, StepBatch
 from siglane.engine.kv import PagedKV
 from siglane.errors import ConfigError
 from siglane.lm.attention import LayerAttention
+from siglane.nn.attention import eager
 
 
 def paged_attention(kv: PagedKV, batch: StepBatch, backend: str) -> LayerAttention:
-    """The attention of one step. backend: "torch" or "flashinfer" (`choose_paged_backend`)."""
+    """The attention of one step. backend: "torch", "eager" or "flashinfer" (`choose_paged_backend`)."""
+    if backend == "eager":
+        return EagerPagedAttention(kv, batch)
     if backend == "flashinfer":
         from siglane.engine.attention_flashinfer import FlashInferPagedAttention
 
@@ -33,6 +36,8 @@ def choose_paged_backend(choice: str, device: torch.device, dtype: torch.dtype) 
     )
     if choice == "flashinfer" and not usable:
         raise ConfigError(f"paged_backend flashinfer needs the package, CUDA and half precision, not {device} {dtype}")
+    if choice == "eager":
+        return choice
     return "flashinfer" if usable and choice != "torch" else "torch"
 
 
@@ -161,6 +166,32 @@ class TorchPagedAttention:
         bias = torch.zeros(beyond.shape, dtype=self.kv.keys.dtype, device=device).masked_fill_(beyond, -torch.inf)
         rows = torch.tensor([row for row, _ in decoding], device=device)
         return Decodes(rows, torch.tensor(pages, device=device), bias[:, None, None])
+
+
+class EagerPagedAttention:
+    """Plain products and a softmax over the tokens of each sequence, copied together, for who debugs numbers."""
+
+    def __init__(self, kv: PagedKV, batch: StepBatch) -> None:
+        self.kv, device = kv, kv.keys.device
+        self.slots = torch.tensor(batch.slots(kv.page_size), device=device)
+        self.chunks: list[tuple[slice, torch.Tensor, torch.Tensor]] = []
+        row = 0
+        for chunk in batch.chunks:
+            stretches = [torch.arange(first, first + length) for first, length in _token_runs(chunk, kv.page_size)]
+            seen = torch.ones(chunk.tokens, chunk.stop, dtype=torch.bool, device=device).tril(chunk.start)
+            self.chunks.append((slice(row, row + chunk.tokens), torch.cat(stretches).to(device), seen))
+            row += chunk.tokens
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        keys, values = self.kv.slots[layer]
+        keys.index_copy_(0, self.slots, k)
+        values.index_copy_(0, self.slots, v)
+        scale = q.shape[-1] ** -0.5
+        attended = [
+            eager(q[rows][None], keys[slots][None], values[slots][None], scale=scale, mask=seen)[0]
+            for rows, slots, seen in self.chunks
+        ]
+        return torch.cat(attended)
 
 
 def _token_runs(chunk: Chunk, page_size: int) -> tuple[Run, ...]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from siglane.engine.constraint import Constrained
 from siglane.engine.edits import Tally
 from siglane.engine.features import FeatureKey
 from siglane.engine.lookup import Lookup
@@ -29,7 +30,8 @@ class Sequence:
     """One request on its way. `computed` tokens are in the KV cache, in the pages of `block_table`, the first of
     them shared by locked `prefix_nodes`; `page_runs` are for `runs` alone.
 
-    seed: of all its noise; lookup: None where nothing is guessed; features: rows of the images that the rest of the
+    seed: of all its noise; constrained: its place in the grammar that its answer has to match; lookup: None where
+    nothing is guessed; features: rows of the images that the rest of the
     prompt still needs, by image number; yields: to sequences that do not, as a batch's do until they were passed over
     for long.
     """
@@ -42,6 +44,7 @@ class Sequence:
     seed: int
     thinking_budget: ThinkingBudget | None = None
     tally: Tally | None = None
+    constrained: Constrained | None = None
     lookup: Lookup | None = None
     yields: bool = False
     computed: int = 0
@@ -63,12 +66,14 @@ class Sequence:
         order: int,
         seed: int,
         thinking_budget: ThinkingBudget | None = None,
+        constrained: Constrained | None = None,
         lookup: Lookup | None = None,
     ) -> Sequence:
         token_ids, cache_ids = list(request.prompt.token_ids), list(request.cache_ids())
         spans = image_rows(request.prompt)
         tally = Tally.wanted(request.sampling, token_ids)
-        return cls(request, order, token_ids, cache_ids, spans, seed, thinking_budget, tally, lookup, request.batch)
+        chosen_by = seed, thinking_budget, tally, constrained, lookup
+        return cls(request, order, token_ids, cache_ids, spans, *chosen_by, request.batch)
 
     @property
     def prompt_length(self) -> int:
@@ -89,7 +94,8 @@ class Sequence:
         if guesses and tally is not None:
             tally = tally.with_more(guesses)
         forced_id = None if budget is None else budget.forced_id([*self.output_ids, *guesses])
-        return NextToken(self.request, self.seed, self.answered + len(guesses), forced_id, tally)
+        answered = self.answered + len(guesses)
+        return NextToken(self.request, self.seed, answered, forced_id, tally, self.constrained, guesses)
 
     @property
     def remaining(self) -> int:
@@ -118,6 +124,8 @@ class Sequence:
         self.cache_ids.append(token_id)
         if self.tally is not None:
             self.tally.add(token_id)
+        if self.constrained is not None:
+            self.constrained.append(token_id)
 
     def drop_used_features(self) -> None:
         """Features of images whose last row has been computed are not needed again."""
@@ -138,7 +146,8 @@ class Sequence:
 class NextToken(NamedTuple):
     """What of a request its next token depends on, beside the logits.
 
-    answered: tokens of the answer before it; forced_id: where a spent thinking budget decides it; tally: read at once.
+    answered: tokens of the answer before it, the last of them `guesses`; forced_id: where a spent thinking budget
+    decides it; tally, constrained: read at once.
     """
 
     request: Request
@@ -146,6 +155,8 @@ class NextToken(NamedTuple):
     answered: int
     forced_id: int | None
     tally: Tally | None
+    constrained: Constrained | None = None
+    guesses: tuple[int, ...] = ()
 
 
 class Chunk(NamedTuple):

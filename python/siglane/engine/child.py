@@ -114,6 +114,7 @@ def _run(channel: Channel, spec: EngineSpec, engine: Engine | None, two_tower: L
     pulse.follow(models)
     worker = None if two_tower is None else EmbedWorker(two_tower.model, spec.config)
     if engine is not None:
+        engine.warm_up()
         channel.send(frame("stats", engine.stats()))
     channel.send(frame("ready", _facts(engine, two_tower)))
     with Watch(pulse.moves, limit, functools.partial(_end_hung, threading.get_ident(), limit)):

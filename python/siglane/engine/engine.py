@@ -14,6 +14,7 @@ import torch
 from siglane.config.vlm import Thinking
 from siglane.engine.attention import choose_paged_backend
 from siglane.engine.batch import Chunk, Sequence, StepBatch
+from siglane.engine.constraint import Constrained, Grammars
 from siglane.engine.features import FeatureCache, FeatureKey
 from siglane.engine.kv import PageAllocator, PagedKV
 from siglane.engine.lookup import Lookup
@@ -22,7 +23,7 @@ from siglane.engine.runner import Runner
 from siglane.engine.sampler import SampledToken, sample
 from siglane.engine.sampling import check_for_model
 from siglane.engine.scheduler import Scheduler, StepBudget
-from siglane.engine.thinking import thinking_budget
+from siglane.engine.thinking import thinking_budget, thinking_start
 from siglane.errors import EngineError, UserError
 from siglane.families.model import VisionLanguageModel
 from siglane.settings.engine import EngineConfig
@@ -70,7 +71,8 @@ class Engine:
     """Continuous batching over a paged cache. A request that fails ends alone, with an "error" delta.
 
     thinking: how the model marks its reasoning, None for one that does not reason. context_length: tokens of a prompt
-    and its answer together, the model's or the fewer that the KV cache holds.
+    and its answer together, the model's or the fewer that the KV cache holds. grammars: that answers can be held to,
+    None for none.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Engine:
         config: EngineConfig,
         eos_token_ids: tuple[int, ...],
         thinking: Thinking | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         language = model.language
         parameter = language.norm.weight
@@ -88,6 +91,7 @@ class Engine:
             language.config, language.kv_heads, pages=pages, page_size=config.page_size, dtype=dtype, device=device
         )
         self.config, self.eos_token_ids, self.thinking = config, frozenset(eos_token_ids), thinking
+        self._grammars = grammars
         self.allocator = PageAllocator(pages)
         self.prefix_cache = PrefixCache(self.allocator, config.page_size) if config.prefix_cache else None
         self.features = FeatureCache(config.feature_cache_bytes)
@@ -98,7 +102,7 @@ class Engine:
             guessing=STEP_GUESSING[device.type],
         )
         self.scheduler = Scheduler(budget, self.allocator, self.prefix_cache, self.features, config.page_size)
-        paged_backend = choose_paged_backend(config.paged_backend, device, dtype)
+        paged_backend = choose_paged_backend(config.resolve_paged_backend(), device, dtype)
         self.runner = Runner(model, kv, paged_backend, packing=config.enable_packing)
         positions, capacity = language.config.max_position_embeddings, self.scheduler.capacity
         self.context_length = min(positions, capacity)
@@ -135,10 +139,28 @@ class Engine:
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         guessed = sampling.num_speculative_tokens
         most = self.config.num_speculative_tokens if guessed is None else guessed
-        sequence = Sequence.of(request, self._arrivals, seed, budget, Lookup(most) if most else None)
+        lookup = Lookup(most) if most else None
+        sequence = Sequence.of(request, self._arrivals, seed, budget, self._constrained(request), lookup)
         self._arrivals += 1
         self._sequences[request.request_id] = sequence
         self.scheduler.add(sequence)
+
+    def warm_up(self) -> None:
+        """What only a first request would find missing."""
+        if self._grammars is not None:
+            self._grammars.warm_up()
+
+    def _constrained(self, request: Request) -> Constrained | None:
+        constraint = request.sampling.constraint
+        if constraint is None:
+            return None
+        if self._grammars is None:
+            raise UserError(
+                "this engine knows no tokenizer, so it holds no answer to a grammar", code="unsupported_field"
+            )
+        prompt_ids, thinking = request.prompt.token_ids, self.thinking
+        start = "closed" if thinking is None else thinking_start(prompt_ids, thinking, self.eos_token_ids)
+        return self._grammars.start(constraint, thinking, start)
 
     def abort(self, request_id: str) -> TokenDelta | None:
         """Ends a request now and frees its pages. None when it has already ended."""
@@ -272,7 +294,8 @@ class Engine:
     def _end_reason(self, sequence: Sequence) -> FinishReason | None:
         """Whether its last token ends an answer."""
         request, params, token_id = sequence.request, sequence.request.sampling, sequence.token_ids[-1]
-        if (token_id in self.eos_token_ids and not params.ignore_eos) or token_id in params.stop_token_ids:
+        ends = token_id in self.eos_token_ids and not (params.ignore_eos and params.constraint is None)
+        if ends or token_id in params.stop_token_ids:
             return "stop"
         full = sequence.answered >= request.max_tokens or len(sequence.token_ids) >= self.context_length
         return "length" if full else None

@@ -7,18 +7,18 @@ import time
 
 import torch
 
+from siglane.engine.constraint import Grammars
 from siglane.engine.engine import Engine
-from siglane.errors import UserError
 from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import Processor, load_processor
 from siglane.families.two_tower import LoadedTwoTower, load_two_tower
 from siglane.nn.attention import choose_backend
 from siglane.nn.cpu.optimise import optimise
-from siglane.nn.quantise import quantise
 from siglane.settings.engine import EngineConfig
 from siglane.vision.tower import SiglipVisionModel
 from siglane.weights.demo import opened
 from siglane.weights.hub import Checkpoint
+from siglane.weights.quantised import codes_format
 
 logger = logging.getLogger(__name__)
 
@@ -38,15 +38,15 @@ def load_with_tagger(
     model: str | Checkpoint, tagger: str | Checkpoint, config: EngineConfig
 ) -> tuple[Engine, LoadedTwoTower]:
     """`load_engine`, and both towers of the SigLIP `tagger`: its image tower is the chat model's own where their
-    weights are equal."""
-    if config.quantization != "none":
-        message = "a model of fewer bits shares no layers with a tagger; leave out one of the two"
-        raise UserError(message, code="unsupported_quantization", param="quantization")
+    weights are equal. Layers of fewer bits are never shared, because codes do not tell whether they are."""
     checkpoint, siglip = opened(model), opened(tagger)
     processor = load_processor(checkpoint)
     loaded = _load(checkpoint, processor, config)
-    shared = None if loaded.vision is None else loaded.vision.encoder.tower
+    fewer_bits = config.bits is not None or any(map(codes_format, (checkpoint, siglip)))
+    shared = None if loaded.vision is None or fewer_bits else loaded.vision.encoder.tower
     two_tower = _load_towers(siglip, config, shared)
+    if fewer_bits:
+        two_tower = two_tower._replace(not_shared_because="layers of fewer bits are not shared")
     engine = _started(loaded, processor, config)  # optimises it, after which its layers can no longer be loaded into
     optimise(two_tower.model)
     return engine, two_tower
@@ -57,8 +57,6 @@ def load_tagger(model: str | Checkpoint, config: EngineConfig) -> LoadedTwoTower
     if config.threads:
         torch.set_num_threads(config.threads)
     two_tower = _load_towers(opened(model), config)
-    if config.quantization != "none":
-        quantise(two_tower.model, config.quantization, placement(config)[0])
     optimise(two_tower.model)
     return two_tower
 
@@ -68,8 +66,14 @@ def _load_towers(
 ) -> LoadedTwoTower:
     begin = time.monotonic()
     device, _, dtype = placement(config)
-    backend = config.attention_backend
-    two_tower = load_two_tower(checkpoint, device=device, dtype=dtype, attention_backend=backend, tower=tower)
+    two_tower = load_two_tower(
+        checkpoint,
+        device=device,
+        dtype=dtype,
+        attention_backend=config.attention_backend,
+        tower=tower,
+        quantization=config.bits,
+    )
     logger.info("loaded %s in %.1f s (%s, %s)", checkpoint.root.name, time.monotonic() - begin, device, dtype)
     return two_tower
 
@@ -86,7 +90,7 @@ def _load(checkpoint: Checkpoint, processor: Processor, config: EngineConfig) ->
         dtype=dtype,
         vision_dtype=vision_dtype,
         attention_backend=config.attention_backend,
-        quantization=None if config.quantization == "none" else config.quantization,
+        quantization=config.bits,
     )
     logger.info("loaded %s in %.1f s (%s, %s)", checkpoint.root.name, time.monotonic() - begin, device, dtype)
     return model
@@ -94,7 +98,8 @@ def _load(checkpoint: Checkpoint, processor: Processor, config: EngineConfig) ->
 
 def _started(model: VisionLanguageModel, processor: Processor, config: EngineConfig) -> Engine:
     optimise(model)
-    return Engine(model, config, processor.eos_token_ids, processor.config.thinking)
+    grammars = Grammars(processor.tokenizer, processor.config.language.vocab_size, processor.eos_token_ids)
+    return Engine(model, config, processor.eos_token_ids, processor.config.thinking, grammars)
 
 
 def placement(config: EngineConfig) -> tuple[torch.device, torch.dtype, torch.dtype]:

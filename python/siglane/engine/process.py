@@ -60,7 +60,7 @@ class EngineProcess:
         self.spec, self._restarts_allowed, self._prepare = spec, restarts_allowed, prepare
         self.state: State = "starting"
         self.failure: SiglaneError | None = None
-        self._context = _context()
+        self._context = child_context()
         self._lock = threading.Lock()
         self.facts: EngineFacts | None = None  # once all is loaded
         self._pending: dict[str, OnDelta] = {}
@@ -319,7 +319,7 @@ class EngineProcess:
             self._changed.notify_all()
 
 
-def _context() -> ForkServerContext | SpawnContext:
+def child_context() -> ForkServerContext | SpawnContext:
     """Where children come from: a process that has imported all they need, so that a restart does not wait for imports.
 
     Elsewhere than on Linux system libraries may break in a process that is forked after they were loaded.

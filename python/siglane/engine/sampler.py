@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from siglane.engine.batch import NextToken
+from siglane.engine.constraint import Bits
 from siglane.engine.edits import Edits
 from siglane.engine.noise import MOST_NOISE, gumbel_noise, noise_key
 from siglane.errors import EngineError
@@ -58,6 +59,8 @@ def _choose_isolated(
         return EngineError("the model gave NaN or infinite logits", code="engine_nan")
     try:
         return _choose(logits, next_token, eos_token_ids)
+    except EngineError as error:
+        return error
     except Exception as error:
         logger.exception("choosing a token failed", extra=next_token.request.log_fields)
         return EngineError(f"the next token could not be chosen ({type(error).__name__})")
@@ -68,8 +71,20 @@ def _choose(logits: torch.Tensor, next_token: NextToken, eos_token_ids: frozense
     if token_id is None:
         edits = Edits.of(params, next_token.answered, next_token.tally, eos_token_ids)
         scores = logits if edits is None else edits.applied(logits)
+        if next_token.constrained is not None:
+            scores = _matching(scores, logits, next_token.constrained.allowed(next_token.guesses))
         token_id = draw(scores, params, noise_key(next_token.seed, next_token.answered))
     return SampledToken(token_id, None if params.logprobs is None else _report(logits, token_id, params.logprobs))
+
+
+def _matching(scores: torch.Tensor, logits: torch.Tensor, allowed: Bits | None) -> torch.Tensor:
+    """Scores of the tokens that a grammar allows; their logits where what the request adds leaves none, as min_tokens
+    does where the grammar has come to its end."""
+    if allowed is None:
+        return scores
+    kept = torch.from_numpy(allowed)
+    found = scores.where(kept, -torch.inf)
+    return found if found.max() > -torch.inf else logits.where(kept, -torch.inf)
 
 
 def draw(scores: torch.Tensor, params: SamplingParams, key: tuple[int, int]) -> int:

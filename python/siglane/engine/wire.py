@@ -56,7 +56,15 @@ class EngineFacts(NamedTuple):
 
 TYPES: tuple[type[Any], ...] = (
     # a request and its images
-    *(types.Request, types.Prompt, types.ImageSpan, types.SamplingParams, types.ImagePatches, types.ImageLayout),
+    *(
+        types.Request,
+        types.Prompt,
+        types.ImageSpan,
+        types.SamplingParams,
+        types.Constraint,
+        types.ImagePatches,
+        types.ImageLayout,
+    ),
     *(types.Tile, types.Resize, types.Pad, types.Size, types.Grid, types.Box),
     *(types.ImagePlaceholder, types.Indicator, types.Token, types.Marker),
     *(types.MergedScales, types.AnyRes, types.Newline),

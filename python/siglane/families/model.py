@@ -6,6 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -16,6 +17,7 @@ from torch import nn
 from siglane.config.images import ImageFacts
 from siglane.config.vlm import VlmConfig
 from siglane.errors import ConfigError, WeightError
+from siglane.families.codes import OWN_HEAD, CodesReader
 from siglane.families.processor import ImageProcessor, load_processor
 from siglane.families.quantise import Quantiser
 from siglane.families.registry import is_vision_only, tower_family, unknown, vlm_family
@@ -28,6 +30,7 @@ from siglane.nn.plan import WeightPlan
 from siglane.nn.quantise import Bits
 from siglane.types import BackendChoice, ImagePatches, ImageTokens
 from siglane.vision.tower import Taps
+from siglane.weights.checksum import check_files
 from siglane.weights.hub import ADAPTER_WEIGHTS, Checkpoint, Source
 from siglane.weights.load import (
     NO_STAGES,
@@ -40,6 +43,7 @@ from siglane.weights.load import (
     stored_tensors,
 )
 from siglane.weights.merge import adapters_of
+from siglane.weights.quantised import CodesFile, CodesFormat, agreed_format, codes_format
 
 logger = logging.getLogger(__name__)
 
@@ -79,10 +83,13 @@ def load_model(
     """The whole model on `device` in eval mode, without gradients.
 
     dtype: of the language model, and of tower and projector unless `vision_dtype` says otherwise. quantization: bits of
-    the linear layers' weights; on CPUs no two blocks are whole in memory at a time. ConfigError or WeightError, before
-    anything is allocated, when configuration and tensors do not belong together; UserError for bits that have no kernel
-    here.
+    the linear layers' weights; on CPUs no two blocks are whole in memory at a time. None: as the files have them, which
+    in a folder of codes are fewer. ConfigError or WeightError, before anything is allocated, when configuration and
+    tensors do not belong together; UserError for bits that have no kernel here.
     """
+    if (stated := codes_format(checkpoint)) is not None:
+        agreed_format(checkpoint, stated, quantization, torch.device(device), 1 if tp is None else tp.size)
+        return _read_codes(checkpoint, stated, config, dtype, vision_dtype or dtype, attention_backend)
     model, weights = _rehearsed_whole(checkpoint, config, tp, attention_backend)
     device, vision_dtype = torch.device(device), vision_dtype or dtype
     quantiser = None
@@ -98,6 +105,24 @@ def load_model(
     return filled
 
 
+def _read_codes(
+    checkpoint: Checkpoint,
+    stated: CodesFormat,
+    config: VlmConfig,
+    dtype: torch.dtype,
+    vision_dtype: torch.dtype,
+    attention_backend: BackendChoice,
+) -> VisionLanguageModel:
+    """`load_model` of a folder of codes."""
+    file, model = _rehearsed_codes(checkpoint, config, attention_backend)
+    reader = CodesReader(file, model, stated)
+    check_files(checkpoint, [file.path])
+    reader.language(model.language, stated.bits, dtype)
+    if model.vision is not None:
+        reader.encoders(model.vision, "8bit", vision_dtype)  # as `Quantiser` has it
+    return model.eval().requires_grad_(False)
+
+
 def model_tensors(checkpoint: Checkpoint) -> tuple[StoredTensor, ...]:
     """All tensors of a vision-language checkpoint, known by their files' headers. WeightError as `stored_tensors`."""
     return stored_tensors(model_sources(checkpoint))
@@ -106,6 +131,8 @@ def model_tensors(checkpoint: Checkpoint) -> tuple[StoredTensor, ...]:
 def model_files(checkpoint: Checkpoint) -> tuple[Path, ...]:
     """The files that hold the tensors of any checkpoint, those of its adapters among them. WeightError as
     `stored_tensors`."""
+    if codes_format(checkpoint) is not None:
+        return (CodesFile(checkpoint).path,)
     plain = is_vision_only(checkpoint)
     sources = (Source(checkpoint),) if plain else model_sources(checkpoint)
     adapters = (adapter.root / ADAPTER_WEIGHTS for adapter in adapters_of(checkpoint, sources))
@@ -127,6 +154,13 @@ def check_model(checkpoint: Checkpoint, config: VlmConfig) -> ModelWeights:
     ConfigError or WeightError as `load_model`, for a host that fills the language model by itself.
     """
     return _rehearsed_whole(checkpoint, config)[1]
+
+
+def check_codes(checkpoint: Checkpoint, config: VlmConfig) -> None:
+    """The same for a folder of codes."""
+    stated = codes_format(checkpoint)
+    assert stated is not None
+    CodesReader(*_rehearsed_codes(checkpoint, config), stated)
 
 
 def load_vision(
@@ -179,9 +213,23 @@ def _rehearsed_whole(
     attention_backend: BackendChoice = "auto",
 ) -> tuple[VisionLanguageModel, ModelWeights]:
     weights = model_weights(checkpoint, config)
-    layers = max(config.language.num_hidden_layers, config.images.vision.num_hidden_layers if config.images else 0)
     build = partial(VisionLanguageModel, weights.config, tp, attention_backend)
-    return _rehearsed(build, weights.plan, weights.tensors, layers), weights
+    return _rehearsed(build, weights.plan, weights.tensors, _depth(config)), weights
+
+
+def _depth(config: VlmConfig) -> int:
+    """Layers of the deeper half."""
+    return max(config.language.num_hidden_layers, config.images.vision.num_hidden_layers if config.images else 0)
+
+
+def _rehearsed_codes(
+    checkpoint: Checkpoint, config: VlmConfig, attention_backend: BackendChoice = "auto"
+) -> tuple[CodesFile, VisionLanguageModel]:
+    """The file of a folder of codes, and the model on the meta device."""
+    file = CodesFile(checkpoint)
+    language = replace(config.language, tie_embeddings=OWN_HEAD not in file.tensors)
+    build = partial(VisionLanguageModel, replace(config, language=language), None, attention_backend)
+    return file, _built(build, len(file.tensors), _depth(config))
 
 
 def _rehearsed_tower(
@@ -197,19 +245,25 @@ def _rehearsed_tower(
 
 
 def _rehearsed(build: Callable[[], M], plan: WeightPlan, tensors: Sequence[StoredTensor], layers: int) -> M:
-    """The model on the meta device, its names and shapes compared with the files' headers. layers: of its deeper half.
+    """The model on the meta device, its names and shapes compared with the files' headers. layers: of its deeper
+    half."""
+    model = _built(build, len(tensors), layers)
+    rehearse(model, plan, tensors)
+    return model
+
+
+def _built(build: Callable[[], M], tensors: int, layers: int) -> M:
+    """The model on the meta device.
 
     A layer holds at least one tensor. Building a million layers to find that out would take the memory we guard.
     """
-    if layers > len(tensors):
-        raise ConfigError(f"num_hidden_layers {layers}: the weights hold only {len(tensors)} tensors")
+    if layers > tensors:
+        raise ConfigError(f"num_hidden_layers {layers}: the weights hold only {tensors} tensors")
     try:
         with torch.device("meta"):
-            model = build()
+            return build()
     except (RuntimeError, OverflowError) as error:
         raise ConfigError(f"the configuration's sizes are no model's: {error}") from error
-    rehearse(model, plan, tensors)
-    return model
 
 
 def _filled(model: M, plan: WeightPlan, tensors: Sequence[StoredTensor], stages: Mapping[str, Stage] = NO_STAGES) -> M:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from siglane.config.two_tower import TextTowerConfig, TwoTowerConfig
 from siglane.config.vision import VisionConfig
 from siglane.errors import ConfigError, OtherWeights
+from siglane.families.codes import CodesReader
 from siglane.families.model import stored_dtype
 from siglane.families.processor import ImageProcessor
 from siglane.families.registry import is_vlm, tower_family, unknown
@@ -21,14 +23,18 @@ from siglane.families.stack import VisionEncoderModel
 from siglane.families.stated import log_contradictions
 from siglane.families.text_rule import read_tokens
 from siglane.families.weights import tower_weights
+from siglane.nn.cpu.memory import return_freed
 from siglane.nn.parallel import TensorParallel
 from siglane.nn.plan import Rule, WeightPlan
+from siglane.nn.quantise import Bits, has_float_layers, kernel, quantise
 from siglane.text.tokens import TextTokens
 from siglane.text.tower import TEXT_TOWER_PLAN, SiglipTextModel
 from siglane.types import BackendChoice, ImagePatches
 from siglane.vision.tower import SiglipVisionModel, tower_plan
+from siglane.weights.checksum import check_files
 from siglane.weights.hub import Checkpoint, Source
-from siglane.weights.load import allocate, fill, rehearse
+from siglane.weights.load import Stage, allocate, fill, rehearse
+from siglane.weights.quantised import CodesFile, CodesFormat, agreed_format, codes_format
 
 BOTH_TOWERS = ("siglip", "siglip2")
 MODULES = "modules.json"  # of sentence-transformers; these of its modules leave the towers' vectors as they are
@@ -126,44 +132,107 @@ def load_two_tower(
     tp: TensorParallel | None = None,
     attention_backend: BackendChoice = "auto",
     tower: SiglipVisionModel | None = None,
+    quantization: Bits | None = None,
 ) -> LoadedTwoTower:
     """dtype: of both towers, None for the stored one; scale and bias are float32 whatever it is, in bfloat16 a logit
     would be wrong by tenths. ConfigError or WeightError before anything is allocated.
 
     tower: a chat model's, on the same device and in the same dtype. Where the checkpoint holds the same numbers its
-    layers are used and only what it leaves out, such as the head, is loaded.
+    layers are used and only what it leaves out, such as the head, is loaded. quantization: as of `load_model`, without
+    `tower`; UserError for bits that have no kernel here.
     """
     log_contradictions([checkpoint])
     config, texts = read_two_tower(checkpoint)
+    if (stated := codes_format(checkpoint)) is not None:
+        agreed_format(checkpoint, stated, quantization, torch.device(device), 1 if tp is None else tp.size)
+        model = _read_codes(checkpoint, stated, config, dtype or torch.float32, attention_backend)
+        return LoadedTwoTower(model, ImageProcessor(config.images), texts)
+    dtype = dtype or stored_dtype(checkpoint)
+    load = partial(_load_floats, checkpoint, config, torch.device(device), dtype, tp, attention_backend, quantization)
+    if tower is not None and not _same_layers(tower.config, config.images.vision):
+        tower, reason = None, "the towers' configurations differ"
+    else:
+        reason = None
+    try:
+        model = load(tower)
+    except OtherWeights as error:
+        model, reason = load(None), error.message
+    return LoadedTwoTower(model, ImageProcessor(config.images), texts, reason)
+
+
+def _load_floats(
+    checkpoint: Checkpoint,
+    config: TwoTowerConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    tp: TensorParallel | None,
+    attention_backend: BackendChoice,
+    quantization: Bits | None,
+    tower: SiglipVisionModel | None,
+) -> TwoTowerModel:
+    """OtherWeights where `tower` has other weights than the checkpoint."""
     plan = two_tower_plan(config)
     tensors = tower_weights(checkpoint, [Source(checkpoint)], plan)
-    device, dtype = torch.device(device), dtype or stored_dtype(checkpoint)
+    with torch.device("meta"):
+        model = TwoTowerModel(config, tp, attention_backend)
+    rehearse(model, plan, tensors)
+    if tower is not None:
+        _stand_on(model.vision.tower, tower)
+    held = [name for name, parameter in model.named_parameters() if not parameter.is_meta]
+    blocks = {} if quantization is None else _stages(model, quantization, device, dtype)
+    allocate(model, device, dtype, [model.get_submodule(path) for path in blocks])
+    _allocate_scalars(model, device)
+    fill(model, plan, tensors, held, blocks)
+    if quantization is not None and has_float_layers(model):
+        quantise(model, quantization, device)
+    return model.eval().requires_grad_(False)
 
-    def load(tower: SiglipVisionModel | None, not_shared_because: str | None = None) -> LoadedTwoTower:
-        with torch.device("meta"):
-            model = TwoTowerModel(config, tp, attention_backend)
-        rehearse(model, plan, tensors)
-        if tower is not None:
-            _stand_on(model.vision.tower, tower)
-        held = [name for name, parameter in model.named_parameters() if not parameter.is_meta]
-        allocate(model, device, dtype)
-        model.logit_scale, model.logit_bias = (nn.Parameter(torch.empty(1, device=device)) for _ in range(2))
-        fill(model, plan, tensors, held)
-        model.eval().requires_grad_(False)
-        return LoadedTwoTower(model, ImageProcessor(config.images), texts, not_shared_because)
 
-    if tower is not None and not _same_layers(tower.config, config.images.vision):
-        return load(None, "the towers' configurations differ")
-    try:
-        return load(tower)
-    except OtherWeights as error:
-        return load(None, error.message)
+def _stages(model: TwoTowerModel, bits: Bits, device: torch.device, dtype: torch.dtype) -> dict[str, Stage]:
+    """On CPUs no two blocks are whole in memory at a time. UserError when there is no kernel here."""
+    kernel(bits, device)
+    if device.type != "cpu":
+        return {}
+
+    def replace(block: nn.Module) -> None:
+        quantise(block, bits, device)
+        return_freed()
+
+    towers = {"vision.tower.blocks": model.vision.tower.blocks, "text.blocks": model.text.blocks}
+    stage = Stage(partial(allocate, device=device, dtype=dtype), replace)
+    return {f"{path}.{number}": stage for path, blocks in towers.items() for number in range(len(blocks))}
+
+
+def _allocate_scalars(model: TwoTowerModel, device: torch.device) -> None:
+    model.logit_scale, model.logit_bias = (nn.Parameter(torch.empty(1, device=device)) for _ in range(2))
+
+
+def _read_codes(
+    checkpoint: Checkpoint,
+    stated: CodesFormat,
+    config: TwoTowerConfig,
+    dtype: torch.dtype,
+    attention_backend: BackendChoice = "auto",
+) -> TwoTowerModel:
+    """The model of a folder of codes."""
+    file = CodesFile(checkpoint)
+    with torch.device("meta"):
+        model = TwoTowerModel(config, None, attention_backend)
+    reader = CodesReader(file, model, stated)
+    check_files(checkpoint, [file.path])
+    _allocate_scalars(model, torch.device("cpu"))
+    reader.encoders(model, stated.bits, dtype)
+    return model.eval().requires_grad_(False)
 
 
 def check_two_tower(checkpoint: Checkpoint) -> None:
     """Compares names and shapes of all tensors with the configuration. ConfigError or WeightError as `load_two_tower`,
     before which it allocates nothing."""
     config, _ = read_two_tower(checkpoint)
+    if (stated := codes_format(checkpoint)) is not None:
+        with torch.device("meta"):
+            CodesReader(CodesFile(checkpoint), TwoTowerModel(config), stated)
+        return
     plan = two_tower_plan(config)
     with torch.device("meta"):
         model = TwoTowerModel(config)

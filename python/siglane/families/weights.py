@@ -16,6 +16,7 @@ from siglane.weights.hub import ADAPTER_WEIGHTS, Checkpoint, Source
 from siglane.weights.load import StoredTensor, stored_tensors
 from siglane.weights.merge import Adapter, adapted, adapters_of
 from siglane.weights.names import known_names
+from siglane.weights.quantised import refuse_codes
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,8 @@ def model_weights(checkpoint: Checkpoint, config: VlmConfig) -> ModelWeights:
 
 
 def model_sources(checkpoint: Checkpoint) -> tuple[Source, ...]:
-    """The folders that hold the tensors of a model that answers."""
+    """The folders that hold the tensors of a model that answers. UserError for a folder of codes."""
+    refuse_codes(checkpoint)
     family = vlm_family(checkpoint)
     return tuple(dict.fromkeys((*family.vision_sources(checkpoint), *family.language_sources(checkpoint))))
 
@@ -72,8 +74,10 @@ def read_weights(
 ) -> tuple[tuple[StoredTensor, ...], tuple[Adapter, ...]]:
     """The tensors of `sources` under names that `plan` knows, not yet merged with the adapters beside them.
 
-    Their files are compared with their checksums as `checkpoint` asks. WeightError as `model_weights`.
+    Their files are compared with their checksums as `checkpoint` asks. WeightError as `model_weights`; UserError for a
+    folder of codes.
     """
+    refuse_codes(checkpoint)
     tensors, adapters = stored_tensors(sources), adapters_of(checkpoint, sources)
     files = [*dict.fromkeys(tensor.file for tensor in tensors), *(one.root / ADAPTER_WEIGHTS for one in adapters)]
     check_files(checkpoint, files)

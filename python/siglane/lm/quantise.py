@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -15,7 +16,10 @@ from siglane.nn.cpu.int4 import GROUP_SIZE, Int4Linear
 from siglane.nn.cpu.int8 import CentredInt8Linear, Int8Codes, WideInt8Linear, int8_codes
 from siglane.nn.cpu.memory import return_freed
 from siglane.nn.embedding import VocabTable
-from siglane.nn.quantise import Bits, MakeLinear, kernel, quantised
+from siglane.nn.quantise import Bits, Given, MakeLinear, kernel, own, quantised
+
+FOUR_BITS = ("attention.o_proj", "mlp.gate_up", "mlp.down_proj")  # of a block, the layers that `4bit` means
+ABSORBED = ("input_norm", "post_attention_norm")  # of a block, what goes into the layers behind it
 
 
 class LanguageQuantiser:
@@ -59,8 +63,8 @@ class LanguageQuantiser:
     def finish(self, model: QwenModel) -> None:
         """Once all is loaded."""
         dtype = model.norm.weight.dtype
-        basis = self._basis.to(dtype)
-        model.basis = basis.T.contiguous()
+        model.basis = self._basis.T.to(dtype).contiguous()
+        basis = model.basis.T  # a view: `restore` has the same, and layouts decide the last bit of a product
         gain = (self._basis.T * model.norm.weight.double()) @ self._basis
         turn = head_turn(model.norm, self._basis)
         if self._tied is not None:
@@ -71,13 +75,40 @@ class LanguageQuantiser:
             model.lm_head = QuantisedHead(CentredInt8Linear(self._head.take(), None, turn), self._head.tp)
 
 
-def _quantise_block(block: DecoderBlock, kind: Bits, group_size: int) -> None:
-    """The norms, which have no gain any more, become scales of the layers behind them."""
+def restore(model: QwenModel, kind: Bits, given: Given, values: Callable[[str], torch.Tensor]) -> None:
+    """What `LanguageQuantiser` leaves of `model`, made of the codes that it made. given: those of each layer and table,
+    which are then its own; values: `basis` and, where the table is its own head, `gain`, in the model's dtype.
+
+    UserError when there is no kernel here.
+    """
+    kernel(kind, torch.device("cpu"))
+    table, head = model.embed_tokens, model.lm_head
+    model.basis = values("basis")
+    columns = model.basis.T
+    codes = _table_codes(given, table)
+    if isinstance(head, VocabTable):
+        model.embed_tokens = QuantisedTable(table, codes.codes.clone(), codes.scale, columns)  # no view of a file
+        model.lm_head = QuantisedHead(CentredInt8Linear(_table_codes(given, head), None), head.tp)
+    else:
+        model.embed_tokens = TiedTable(table, TiedCodes(codes), columns, values("gain"))
+    for block in model.blocks:
+        assert isinstance(block, DecoderBlock)
+        _quantise_block(block, kind, GROUP_SIZE, given)
+
+
+def _table_codes(given: Given, table: nn.Module) -> Int8Codes:
+    codes, _ = given(table)
+    assert isinstance(codes, Int8Codes)
+    return codes
+
+
+def _quantise_block(block: DecoderBlock, kind: Bits, group_size: int, given: Given = own) -> None:
+    """The norms, which have no gain any more, become scales of the layers behind them. given: as of `quantise`."""
     attention, mlp = block.attention, block.mlp
     assert isinstance(attention, DecoderAttention)
     assert isinstance(mlp, DecoderMLP)
     small = partial(Int4Linear, group_size=group_size)
-    centred, wide = (CentredInt8Linear, WideInt8Linear) if kind == "8bit" else (small, small)  # but for q, k and v
+    centred, wide = (CentredInt8Linear, WideInt8Linear) if kind == "8bit" else (small, small)  # FOUR_BITS
     layers: tuple[tuple[nn.Module, str, MakeLinear], ...] = (
         (attention, "qkv", partial(CentredInt8Linear, eps=block.input_norm.eps)),
         (attention, "o_proj", centred),
@@ -85,7 +116,7 @@ def _quantise_block(block: DecoderBlock, kind: Bits, group_size: int) -> None:
         (mlp, "down_proj", wide),
     )
     for parent, name, make in layers:
-        setattr(parent, name, quantised(getattr(parent, name), make))
+        setattr(parent, name, quantised(getattr(parent, name), make, given))
         return_freed()
-    for name in ("input_norm", "post_attention_norm"):
+    for name in ABSORBED:
         setattr(block, name, nn.Identity())

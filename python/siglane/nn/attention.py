@@ -62,6 +62,8 @@ def packed_attention(
 ) -> torch.Tensor:
     """q, k and v `[N, heads, head_dim]` -> `[N, heads, head_dim]`: segment by segment softmax(q k^T * scale) v."""
     match backend:
+        case "eager":
+            return by_runs(partial(eager, scale=scale), q, k, v, segments)
         case "sdpa":
             return by_runs(partial(sdpa, scale=scale), q, k, v, segments)
         case "onednn":
@@ -111,6 +113,26 @@ def sdpa(
     grouped = q.shape[1] != k.shape[1]
     attended = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
     return attended.transpose(1, 2)
+
+
+def eager(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`sdpa` by two plain products and a float32 softmax between them, as transformers' `eager_attention_forward` has
+    it: every number can be looked at, and no kernel chooses another order."""
+    repeats = q.shape[2] // k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(repeats, 1) for x in (k, v))
+    scores = (q @ k.transpose(2, 3)) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+    return (weights @ v).transpose(1, 2)
 
 
 def _onednn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float) -> torch.Tensor:
@@ -174,7 +196,8 @@ def choose_backend(choice: BackendChoice, device: torch.device, dtype: torch.dty
 
     Kernels for half precision on CUDA are preferred in the order flash-attn, torch; float32 on CPUs takes oneDNN's
     products. Everything else, GPUs older than Ampere among it, for which the kernels are not built, takes SDPA, one
-    call per run of equal lengths. ConfigError when an explicit choice cannot run here.
+    call per run of equal lengths; "eager" is for who debugs numbers. ConfigError when an explicit choice cannot run
+    here.
     """
     half_on_cuda = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
     kernels_run = half_on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -185,6 +208,7 @@ def choose_backend(choice: BackendChoice, device: torch.device, dtype: torch.dty
         "flashinfer": kernels_run and importlib.util.find_spec("flashinfer") is not None,
         "onednn": float_on_cpu and torch.backends.mkldnn.is_available(),
         "sdpa": True,
+        "eager": True,
     }
     if choice == "auto":
         order: tuple[AttentionBackend, ...] = ("flash_attn", "torch_varlen", "onednn", "sdpa")

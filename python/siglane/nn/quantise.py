@@ -17,33 +17,44 @@ from torch import nn
 
 from siglane.errors import ConfigError, UserError
 from siglane.nn.act import activate
-from siglane.nn.cpu.int4 import Int4Linear, has_packed_products
-from siglane.nn.cpu.int8 import LEAST, Int8Linear, has_integer_products
+from siglane.nn.cpu.int4 import Int4Codes, Int4Linear, has_packed_products
+from siglane.nn.cpu.int8 import LEAST, Int8Codes, Int8Linear, has_integer_products
 from siglane.nn.cpu.int8_block import CodedMLP, CodedNorm, CodedRows, attention_dtype, coded_product, consume_centred
 from siglane.nn.encoder import EncoderBlock
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from siglane.types import Activation
 
 Bits = Literal["8bit", "4bit"]
-MakeLinear = Callable[[torch.Tensor, torch.Tensor | None], nn.Module]  # weight [N, K], bias [N] -> x W^T + b
+LAYERS = (ColumnParallelLinear, RowParallelLinear, QKVParallelLinear)  # that have a quantised form
+Weight = torch.Tensor | Int8Codes | Int4Codes  # [N, K]
+MakeLinear = Callable[[Any, torch.Tensor | None], nn.Module]  # `Weight`, bias [N] -> x W^T + b
+Given = Callable[[nn.Module], tuple[Weight, torch.Tensor | None]]  # a layer or table -> its weight and bias
 
 
-def quantise(model: nn.Module, kind: Bits, device: torch.device | str) -> nn.Module:
+def own(layer: nn.Module) -> tuple[Weight, torch.Tensor | None]:
+    """What a checkpoint filled `layer` with."""
+    bias = layer.bias
+    assert bias is None or isinstance(bias, torch.Tensor)
+    return layer.get_parameter("weight"), bias
+
+
+def quantise(model: nn.Module, kind: Bits, device: torch.device | str, given: Given = own) -> nn.Module:
     """`model` itself, the linear layers of its blocks and projector replaced; weights are loaded before, on `device`.
 
     Embeddings, norms and the pooling heads stay as they are: a head is about one block's work and has no successor that
-    could even out its errors. UserError when there is no kernel for it here, ConfigError when there is nothing to
-    replace, because the model has no such layers or they were replaced before.
+    could even out its errors. given: the codes of each layer where they were made before, of weights that this function
+    had prepared; the layers' own weights are then not read. UserError when there is no kernel for it here, ConfigError
+    when there is nothing to replace, because the model has no such layers or they were replaced before.
     """
     device = torch.device(device)
     make = kernel(kind, device)
     layers = _float_layers(model)
     if not layers:
         raise ConfigError(f"there is nothing to quantise to {kind}: the model has no float linear layers in its blocks")
-    if device.type == "cpu":
+    if device.type == "cpu" and given is own:
         _balance(model)
     for parent, name, layer in layers:
-        setattr(parent, name, quantised(layer, make))
+        setattr(parent, name, quantised(layer, make, given))
     if device.type == "cpu" and kind == "8bit":  # weights of 4 bits are unpacked for all rows at once
         _code(model)
     return model
@@ -60,7 +71,7 @@ def _float_layers(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
         (parent, name, layer)
         for parent in model.modules()
         for name, layer in parent.named_children()
-        if isinstance(layer, ColumnParallelLinear | RowParallelLinear | QKVParallelLinear)
+        if isinstance(layer, LAYERS)
     ]
 
 
@@ -100,12 +111,12 @@ def _code(model: nn.Module) -> None:
 
 
 class QuantisedColumn(nn.Module):
-    """`ColumnParallelLinear` of quantised weights."""
+    """`ColumnParallelLinear` whose product is `linear`'s."""
 
-    def __init__(self, layer: ColumnParallelLinear, make: MakeLinear) -> None:
+    def __init__(self, layer: ColumnParallelLinear, linear: nn.Module) -> None:
         super().__init__()
         self.tp, self.gather_output = layer.tp, layer.gather_output
-        self.linear = make(layer.weight, layer.bias)
+        self.linear = linear
 
     def forward(self, x: torch.Tensor, activation: Activation | None = None) -> torch.Tensor:
         y: torch.Tensor = self.linear(x)
@@ -115,14 +126,14 @@ class QuantisedColumn(nn.Module):
 
 
 class QuantisedRow(nn.Module):
-    """`RowParallelLinear` of quantised weights. Every rank has the scales of its own columns."""
+    """`RowParallelLinear` whose product is `linear`'s, which adds the bias where the layer is whole. Every rank has the
+    scales of its own columns."""
 
-    def __init__(self, layer: RowParallelLinear, make: MakeLinear) -> None:
+    def __init__(self, layer: RowParallelLinear, linear: nn.Module) -> None:
         super().__init__()
         self.tp = layer.tp
-        alone = layer.tp.size == 1
-        self.linear = make(layer.weight, layer.bias if alone else None)
-        self.bias = None if alone else layer.bias
+        self.linear = linear
+        self.bias = None if layer.tp.size == 1 else layer.bias
         self.dtype: torch.dtype | None = None  # of results, where rows may be written to and have another one
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -137,12 +148,12 @@ class QuantisedRow(nn.Module):
 
 
 class QuantisedQKV(nn.Module):
-    """`QKVParallelLinear` of quantised weights."""
+    """`QKVParallelLinear` whose product is `linear`'s."""
 
-    def __init__(self, layer: QKVParallelLinear, make: MakeLinear) -> None:
+    def __init__(self, layer: QKVParallelLinear, linear: nn.Module) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = layer.heads, layer.kv_heads, layer.head_dim
-        self.linear = make(layer.weight, layer.bias)
+        self.linear = linear
 
     def forward(self, x: torch.Tensor | CodedRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if isinstance(x, CodedRows):
@@ -155,14 +166,15 @@ class QuantisedQKV(nn.Module):
         return q, k, v
 
 
-def quantised(layer: nn.Module, make: MakeLinear) -> nn.Module:
-    """What computes as the float `layer` does, its products by `make`."""
+def quantised(layer: nn.Module, make: MakeLinear, given: Given = own) -> nn.Module:
+    """What computes as the float `layer` does, its products by `make`. given: as of `quantise`."""
+    weight, bias = given(layer)
     if isinstance(layer, ColumnParallelLinear):
-        return QuantisedColumn(layer, make)
+        return QuantisedColumn(layer, make(weight, bias))
     if isinstance(layer, RowParallelLinear):
-        return QuantisedRow(layer, make)
+        return QuantisedRow(layer, make(weight, bias if layer.tp.size == 1 else None))
     assert isinstance(layer, QKVParallelLinear)
-    return QuantisedQKV(layer, make)
+    return QuantisedQKV(layer, make(weight, bias))
 
 
 def _unsupported(kind: Bits, message: str) -> UserError:
@@ -176,7 +188,9 @@ def kernel(kind: Bits, device: torch.device) -> MakeLinear:
     if device.type != "cpu":
         return _on_cuda(kind, device)
     if not has_integer_products():
-        raise _unsupported(kind, "this processor has no exact 8-bit products (VNNI or AMX); use 'none'")
+        raise _unsupported(
+            kind, "this processor has no exact 8-bit products (VNNI or AMX); use the original model in floats"
+        )
     if kind == "8bit":
         return Int8Linear
     if not has_packed_products():

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from siglane.engine.answer import Answer
 from siglane.engine.sampling import check_for_model
-from siglane.errors import UserError
+from siglane.errors import UserError, blaming
 from siglane.families.pipeline import report_image
 from siglane.families.report import ImageReport
 from siglane.media.messages import read_messages
@@ -38,6 +38,9 @@ async def prepare(body: ChatCompletionRequest, context: RequestContext, model: C
     messages, media = read_messages(plain(body.messages))
     model.media.admit(media)
     sampling = sampling_of(body, model)
+    if (asked := body.asked_constraint) is not None:
+        with blaming(asked.param):
+            await model.check_constraint(asked.constraint)
     check_length(messages, model)
     salt = body.cache_salt or ""
     watch = Stopwatch()

@@ -20,14 +20,13 @@ from siglane.families.report import ImageReport
 from siglane.image.decode import format_in_base64
 from siglane.media.item import MediaItem
 from siglane.media.messages import url_item
-from siglane.server.fields import WHOLE, not_both, one_of
+from siglane.server.fields import WHOLE, RequestModel, not_both, one_of
 from siglane.server.protocol import (
     TEXTS,
     ImageUrl,
     ImageUrlPart,
     Parts,
     PlainText,
-    RequestModel,
     TextPart,
     content_tag,
     of_types,

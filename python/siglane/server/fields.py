@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, WithJsonSchema
 
 from siglane.errors import UserError
 
@@ -14,6 +14,11 @@ MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_TEMPLATE_KWARGS = 16
+
+
+class RequestModel(BaseModel):
+    # strict: true is not 1 and "1" is not 1; extra: unknown fields are reported, see ignored_fields
+    model_config = ConfigDict(strict=True, extra="allow")
 
 
 def _whole(value: Any) -> Any:

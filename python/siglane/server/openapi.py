@@ -52,6 +52,8 @@ def chat_examples(model: str, sees: bool) -> dict[str, Any]:
     bodies = {"a_question": ask(text), "a_stream": ask(text, stream=True, stream_options={"include_usage": True})}
     if sees:
         bodies["a_picture"] = ask({"type": "image_url", "image_url": {"url": RED}}, text)
+    answers = {"enum": ["yes", "no"]}
+    bodies["a_schema"] = ask(text, response_format={"type": "json_schema", "json_schema": {"schema": answers}})
     earlier = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
     earlier += [{"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "What can you do?"}]
     bodies["a_conversation"] = {"model": model, "messages": earlier, "max_tokens": 16, "temperature": 0}

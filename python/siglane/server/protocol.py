@@ -15,9 +15,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from siglane.errors import UserError
-from siglane.server.fields import WHOLE, LogitBias, StopStrings, TemplateKwargs, needs
+from siglane.server.constraints import AskedConstraint, ResponseFormat, StructuredOutputs, asked_constraint
+from siglane.server.fields import WHOLE, LogitBias, RequestModel, StopStrings, TemplateKwargs, needs, not_both
 from siglane.server.refused import has_no_effect, refuse_fields
-from siglane.types import SAMPLING_BOUNDS, Detail, SamplingParams
+from siglane.types import SAMPLING_BOUNDS, Constraint, Detail, SamplingParams
 
 MAX_MESSAGES = 2048
 MAX_PARTS = 1024
@@ -29,11 +30,6 @@ MAX_REPORTED_FIELDS = 20
 MAX_LIMIT = (1 << 32) - 1
 MAX_PINPOINTS = 256
 MAX_PINPOINT_SIDE = 1 << 14
-
-
-class RequestModel(BaseModel):
-    # strict: true is not 1 and "1" is not 1; extra: unknown fields are reported, see ignored_fields
-    model_config = ConfigDict(strict=True, extra="allow")
 
 
 def plain(value: Any) -> Any:
@@ -238,7 +234,10 @@ class StreamOptions(RequestModel):
 class ChatCompletionRequest(RequestModel):
     """Null means absent."""
 
-    model_config = ConfigDict(json_schema_extra=needs(stream_options="stream", top_logprobs="logprobs"))
+    model_config = ConfigDict(
+        json_schema_extra=needs(stream_options="stream", top_logprobs="logprobs")
+        | not_both("response_format", "structured_outputs")
+    )
 
     model: str | None = None
     messages: Annotated[list[AnyMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -262,6 +261,8 @@ class ChatCompletionRequest(RequestModel):
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0), WHOLE]], Field(max_length=MAX_STOP_IDS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     chat_template_kwargs: TemplateKwargs = None
     thinking_budget: Annotated[int, _bounds("thinking_budget"), WHOLE] | None = None
     thinking_token_budget: Annotated[int, _bounds("thinking_budget"), WHOLE] | None = None  # vLLM's name for it
@@ -289,7 +290,16 @@ class ChatCompletionRequest(RequestModel):
         if self.thinking_budget is not None and self.thinking_token_budget is not None:
             message = "thinking_budget and thinking_token_budget are the same; send one"
             raise UserError(message, code="invalid_value", param="thinking_token_budget")
+        _ = self.asked_constraint
         return self
+
+    @property
+    def asked_constraint(self) -> AskedConstraint | None:
+        return asked_constraint(self.response_format, self.structured_outputs, self.model_extra or {})
+
+    @property
+    def constraint(self) -> Constraint | None:
+        return None if (asked := self.asked_constraint) is None else asked.constraint
 
     @property
     def requested_tokens(self) -> int | None:

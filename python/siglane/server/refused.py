@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from siglane.errors import UserError
+from siglane.server.constraints import OTHER_NAMES
 
 # Fields that change the answer in other servers and are not served here, with the values that ask for nothing.
 # None, False and empty values ask for nothing in any of them.
@@ -20,18 +21,12 @@ REFUSED: Mapping[str, tuple[object, ...]] = {
     "continue_final_message": (),
     "custom_logit_processor": (),
     "documents": (),
-    "ebnf": (),
     "echo": (),
     "function_call": ("none", "auto"),
     "functions": (),
     "grammar": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "include_stop_str_in_output": (),
     "input_ids": (),
-    "json_schema": (),
     "length_penalty": (1, 1.0),
     "logits_processors": (),
     "lora_path": (),
@@ -43,14 +38,11 @@ REFUSED: Mapping[str, tuple[object, ...]] = {
     "prediction": (),
     "prompt_embeds": (),
     "prompt_logprobs": (),
-    "regex": (),
-    "response_format": ({"type": "text"},),
     "return_hidden_states": (),
     "return_token_ids": (),
     "return_tokens_as_token_ids": (),
     "stop_regex": (),
     "structural_tag": (),
-    "structured_outputs": (),
     "suffix": (),
     "tool_choice": ("none", "auto"),
     "tools": (),
@@ -74,4 +66,4 @@ def refuse_fields(extra: Mapping[str, Any]) -> None:
 
 def has_no_effect(name: str, value: object) -> bool:
     """Whether a field that `refuse_fields` lets pass is one to tell the client of."""
-    return value is not None and name not in REFUSED and name not in ALWAYS_ON
+    return value is not None and not {name} & {*REFUSED, *ALWAYS_ON, *OTHER_NAMES}

@@ -14,6 +14,7 @@ from typing import Any
 from siglane.config.images import ImageFacts
 from siglane.config.two_tower import TwoTowerConfig
 from siglane.engine.answer import Answer
+from siglane.engine.constraint import check_constraint
 from siglane.engine.embed_worker import Embedding, Item
 from siglane.engine.process import EngineProcess
 from siglane.engine.sampling import sampling_defaults
@@ -33,7 +34,7 @@ from siglane.server.text_cache import TextCache
 from siglane.settings.server import ServerConfig
 from siglane.text.tokens import TextTokens
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
-from siglane.types import ImageLayout, Message, Prompt, Request, SamplingParams
+from siglane.types import Constraint, ImageLayout, Message, Prompt, Request, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,10 @@ class ChatModel(ServedModel):
         it."""
         write = functools.partial(self.processor.prompt, messages, layouts, arguments)
         return await asyncio.get_running_loop().run_in_executor(self._prompts, write)
+
+    async def check_constraint(self, constraint: Constraint) -> None:
+        """UserError where no answer can match it; on the threads of prompts, as compiling takes some milliseconds."""
+        await asyncio.get_running_loop().run_in_executor(self._prompts, check_constraint, constraint)
 
     async def ask(self, requests: Sequence[Request]) -> Choices:
         """Hands one client's requests (its n choices) to the engine. The caller ends with `release`. EngineError (503)

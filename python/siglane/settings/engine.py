@@ -14,9 +14,10 @@ if TYPE_CHECKING:  # flags are read and wrong ones reported before torch's secon
     import torch
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-QUANTIZATION_HELP = "bits that the weights of linear layers are kept in"
+QUANTIZATION_HELP = "bits that the weights of linear layers are kept in; none: as the model's files have them"
 Quantization = Literal["none", "8bit", "4bit"]
 DTYPE_HELP = "dtype of the weights and what is computed with them; auto: float32, on CUDA bfloat16"
+PAGED_BACKENDS = ("auto", "torch", "flashinfer", "eager")
 KV_BYTES_ON_CPU = 1 << 30
 KV_SHARE_OF_FREE_GPU = 0.8
 ENGINE_TIMEOUT = {"cpu": 60.0, "cuda": 300.0}  # a first step on CUDA may compile kernels
@@ -30,10 +31,13 @@ class EngineConfig:
     quantization: Quantization = field(default="none", metadata={"help": QUANTIZATION_HELP})
     attention_backend: BackendChoice = field(
         default="auto",
-        metadata={"help": "packed vision attention: auto, sdpa, onednn, torch_varlen, flash_attn, flashinfer"},
+        metadata={
+            "help": "packed vision attention: auto, sdpa, onednn, torch_varlen, flash_attn, flashinfer; eager: plain "
+            "products and a softmax, also in the language model, for who debugs numbers"
+        },
     )
     paged_backend: str = field(
-        default="auto", metadata={"help": "paged attention of the language model: auto, torch or flashinfer"}
+        default="auto", metadata={"help": "paged attention of the language model: auto, torch, flashinfer or eager"}
     )
     page_size: int = field(default=16, metadata={"help": "tokens per KV page"})
     kv_tokens: int = field(default=0, metadata={"help": "tokens the KV cache holds; 0 sizes it by the free memory"})
@@ -93,8 +97,9 @@ class EngineConfig:
         if self.quantization not in get_args(Quantization):
             known = ", ".join(get_args(Quantization))
             raise ConfigError(f"quantization {self.quantization!r} is not known; use {known}")
-        if self.paged_backend not in ("auto", "torch", "flashinfer"):
-            raise ConfigError(f"paged_backend {self.paged_backend!r} is not known; use auto, torch or flashinfer")
+        if self.paged_backend not in PAGED_BACKENDS:
+            known = ", ".join(PAGED_BACKENDS)
+            raise ConfigError(f"paged_backend {self.paged_backend!r} is not known; use {known}")
 
     def resolve_device(self) -> torch.device:
         """ConfigError when the device is not known or not there."""
@@ -108,6 +113,15 @@ class EngineConfig:
 
         language = resolve_dtype(self.dtype, device)
         return language, language if self.vision_dtype == "auto" else resolve_dtype(self.vision_dtype, device)
+
+    @property
+    def bits(self) -> Literal["8bit", "4bit"] | None:
+        """What `quantization` asks for."""
+        return None if self.quantization == "none" else self.quantization
+
+    def resolve_paged_backend(self) -> str:
+        """Plain attention in the tower means plain attention in the language model, unless that is told apart."""
+        return "eager" if (self.attention_backend, self.paged_backend) == ("eager", "auto") else self.paged_backend
 
     def resolve_timeout(self, device_type: str) -> float:
         """Seconds without progress after which an engine on this kind of device counts as hung."""

@@ -25,7 +25,6 @@ from siglane.media.policy import LOCAL_MEDIA, MediaPolicy
 from siglane.nn.attention import choose_backend
 from siglane.nn.cpu.optimise import optimise
 from siglane.nn.device import resolve_device, resolve_dtype
-from siglane.nn.quantise import quantise
 from siglane.settings.engine import Dtype, Quantization
 from siglane.settings.tagging import (
     CONFIDENCE_THRESHOLD,
@@ -56,7 +55,7 @@ MANY_TEXTS = 1000  # so many take long enough for a progress bar
 BACKENDS: dict[Attention, BackendChoice] = {
     "auto": "auto",
     "sdpa": "sdpa",
-    "eager": "sdpa",
+    "eager": "eager",
     "flash_attention_2": "flash_attn",
 }
 
@@ -125,10 +124,9 @@ class Tagger:
         chosen = resolve_dtype(dtype, on)
         backend = _backend(attention, on, chosen)
         checkpoint = opened(model, revision, adapter=adapter, verify_weights=verify_weights)
-        loaded = load_two_tower(checkpoint, device=on, dtype=chosen, attention_backend=backend)
+        bits = None if quantization == "none" else quantization
+        loaded = load_two_tower(checkpoint, device=on, dtype=chosen, attention_backend=backend, quantization=bits)
         self._model = loaded.model
-        if quantization != "none":
-            quantise(self._model, quantization, on)
         optimise(self._model)
         self._tokens = loaded.texts
         self._media = MediaPipeline(loaded.images.facts, ImageBudget(max_num_patches=max_num_patches), media, decode)

@@ -26,7 +26,9 @@ class SiglipTextModel(nn.Module):
         self.config, self.attention_backend = config, attention_backend
         self._backends: dict[tuple[torch.device, torch.dtype], AttentionBackend] = {}
         self.token_embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
-        self.position_embedding = nn.Embedding(config.length, config.hidden_size)
+        # not filled: what fills weights that are on no device takes torch seconds to import
+        positions = torch.empty(config.length, config.hidden_size)
+        self.position_embedding = nn.Embedding.from_pretrained(positions, freeze=False)
         self.blocks = nn.ModuleList(EncoderBlock(config, tp) for _ in range(config.num_hidden_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.projection_size)

@@ -36,6 +36,7 @@ from siglane.training.pairs import Batch, Pairs, batch_indices, loaded_ahead
 from siglane.training.report import Skipped
 from siglane.training.sigmoid import INITIAL_LOG_SCALE, Group
 from siglane.weights.hub import Checkpoint
+from siglane.weights.quantised import refuse_codes
 
 CHECKPOINT, MODEL, LOG, LOCKED = "checkpoint.pt", "model", "log.jsonl", "images.safetensors"
 CAPTIONS = 4096  # of pairs without an end, for the tokenizer
@@ -67,6 +68,8 @@ def open_run(
     source: a model to go on from, or the configuration file of one to begin from scratch. UserError when `out` holds a
     run that is not to be resumed, or one with other settings; ConfigError or WeightError for a source of no use.
     """
+    if isinstance(source, Checkpoint):
+        refuse_codes(source)
     group = world()
     checkpoint, folder = out / CHECKPOINT, out / MODEL
     if checkpoint.exists() and not resume:

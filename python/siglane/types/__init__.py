@@ -1,5 +1,6 @@
 """The nouns every floor shares: images, layouts, prompts, requests, answers. All frozen, checked when built."""
 
+from siglane.types.constraint import Constraint
 from siglane.types.generation import (
     SAMPLING_BOUNDS,
     Finished,
@@ -57,6 +58,7 @@ __all__ = [
     "AttentionBackend",
     "BackendChoice",
     "Box",
+    "Constraint",
     "DecodedImage",
     "DecodedVideo",
     "Detail",

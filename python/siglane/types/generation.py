@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Literal
 
+from siglane.types.constraint import Constraint
 from siglane.types.image import ImagePatches
 from siglane.types.prompt import Prompt
 
@@ -53,6 +54,8 @@ class SamplingParams:
     thinking_budget: tokens a reasoning model may think before it is made to answer, None for no limit.
     num_speculative_tokens: tokens that one step may guess from what was said before; guesses are checked and change no
         answer. None: as the engine is set.
+    constraint: what the answer has to match, which ends where that does, whatever ignore_eos and min_tokens say; None
+        for nothing.
     """
 
     max_tokens: int | None = None
@@ -73,6 +76,7 @@ class SamplingParams:
     n: int = 1
     thinking_budget: int | None = None
     num_speculative_tokens: int | None = None
+    constraint: Constraint | None = None
 
     def complaint(self) -> tuple[str, str] | None:
         """The first field whose value no sampler can honour, and what is wrong with it; None when all can be."""

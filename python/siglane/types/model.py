@@ -7,9 +7,9 @@ from typing import Literal
 
 Activation = Literal["gelu_tanh", "gelu_erf", "quick_gelu", "silu"]
 
-AttentionBackend = Literal["sdpa", "onednn", "torch_varlen", "flash_attn", "flashinfer"]
+AttentionBackend = Literal["eager", "sdpa", "onednn", "torch_varlen", "flash_attn", "flashinfer"]
 
-BackendChoice = Literal["auto", "sdpa", "onednn", "torch_varlen", "flash_attn", "flashinfer"]
+BackendChoice = Literal["auto", "eager", "sdpa", "onednn", "torch_varlen", "flash_attn", "flashinfer"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from base64 import b64encode
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 from siglane.verify.pictures import thumbnail
 from siglane.verify.stages import Comparison, Picture, Report, summary
@@ -75,9 +75,12 @@ def verdict(report: Report) -> str:
     failed = report.first_diverging
     if failed is not None:
         first = summary(next(cases for stage, cases in stages if stage == failed))
-        reason = first.note or f"min cosine {first.min_cosine:.6f}"
+        reason = first.note or f"mean cosine {first.mean_cosine:.6f}, min {first.min_cosine:.6f}"
         return f"diverges at {failed} ({first.case}): {reason}"
-    text = f"all {len(stages)} stages agree with {report.reference} (min cosine above {report.threshold:g})"
+    bar = f"min cosine above {report.threshold:g}"
+    if any(one.min_threshold not in (None, report.threshold) for one in report.comparisons):
+        bar = f"each above the thresholds of its kind for {report.quantization}"
+    text = f"all {len(stages)} stages agree with {report.reference} ({bar})"
     if report.first_inexact is not None:
         text += f"; {report.first_inexact} is the first that is not exact in float32, a cause may be worth finding"
     return text
@@ -139,13 +142,14 @@ def plot(report: Report) -> str:
     step = (width - LEFT - RIGHT) / max(1, len(stages))
     places = {stage: LEFT + (index + 0.5) * step for index, stage in enumerate(stages)}
     legend, top = _legend(cases, width)
-    measures: tuple[tuple[str, Callable[[Comparison], float | None], float | None], ...] = (
-        ("max abs error", lambda one: one.max_abs_error, None),
-        ("1 − min cosine", lambda one: None if one.min_cosine is None else 1 - one.min_cosine, 1 - report.threshold),
+    bars = {one.stage: 1 - one.min_threshold for one in report.comparisons if one.min_threshold is not None}
+    measures: tuple[tuple[str, Callable[[Comparison], float | None], dict[str, float]], ...] = (
+        ("max abs error", lambda one: one.max_abs_error, {}),
+        ("1 − min cosine", lambda one: None if one.min_cosine is None else 1 - one.min_cosine, bars),
     )
     parts = [legend]
-    for index, (title, measure, bar) in enumerate(measures):
-        parts.append(_panel(report, places, cases, title, measure, bar, top + index * (PANEL + GAP), width))
+    for index, (title, measure, limits) in enumerate(measures):
+        parts.append(_panel(report, places, cases, title, measure, limits, top + index * (PANEL + GAP), width))
     bottom = top + 2 * PANEL + GAP
     parts += [_label(report, stage, x, bottom + 14) for stage, x in places.items()]
     return (
@@ -161,14 +165,14 @@ def _panel(
     cases: Sequence[str],
     title: str,
     measure: Callable[[Comparison], float | None],
-    bar: float | None,
+    limits: dict[str, float],
     top: float,
     width: float,
 ) -> str:
     floor = SMALLEST[title]
     measured = {(one.case, one.stage): measure(one) for one in report.comparisons}
     values = {key: max(floor, value) for key, value in measured.items() if value is not None}
-    logs = [math.log10(value) for value in [*values.values(), *([bar] if bar else [])]] or [0.0]
+    logs = [math.log10(value) for value in [*values.values(), *limits.values()]] or [0.0]
     low, high = math.floor(min(logs)), max(math.ceil(max(logs)), math.floor(min(logs)) + 1)
 
     def y(value: float) -> float:
@@ -181,16 +185,29 @@ def _panel(
         below = "≤" if 10.0**exponent <= floor else ""
         parts.append(f'<line x1="{LEFT}" x2="{width - RIGHT}" y1="{line:.1f}" y2="{line:.1f}" {FAINT}/>')
         parts.append(f'<text x="{LEFT - 8}" y="{line + 4:.1f}" text-anchor="end">{below}1e{exponent}</text>')
-    if bar:
-        parts.append(
-            f'<line x1="{LEFT}" x2="{width - RIGHT}" y1="{y(bar):.1f}" y2="{y(bar):.1f}" stroke="{BAD}" '
-            f'stroke-dasharray="5 4"/><text x="{LEFT + 4}" y="{y(bar) - 5:.1f}" '
-            f'fill="{BAD}">threshold {report.threshold:g}</text>'
-        )
+    parts += _bars(limits, places, y, width)
     for index, case in enumerate(cases):
         points = [(places[stage], y(value), stage, value) for (of, stage), value in values.items() if of == case]
         parts.append(_line(report, points, case, COLOURS[index % len(COLOURS)], title))
     return "".join(parts)
+
+
+def _bars(
+    limits: dict[str, float], places: dict[str, float], y: Callable[[float], float], width: float
+) -> Iterator[str]:
+    """The thresholds of neighbouring stages, one line where they are equal."""
+    half, text = (width - LEFT - RIGHT) / max(1, len(places)) / 2, ""
+    for limit, stages in groupby(places, limits.get):
+        if limit is not None:
+            xs = [places[stage] for stage in stages]
+            title = f"threshold {1 - limit:g}"
+            yield (
+                f'<line x1="{xs[0] - half:.1f}" x2="{xs[-1] + half:.1f}" y1="{y(limit):.1f}" y2="{y(limit):.1f}" '
+                f'stroke="{BAD}" stroke-dasharray="5 4"/>'
+            )
+            if title != text:
+                yield f'<text x="{xs[0] - half + 4:.1f}" y="{y(limit) - 5:.1f}" fill="{BAD}">{title}</text>'
+            text = title
 
 
 def _line(

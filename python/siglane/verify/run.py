@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,8 +16,11 @@ from transformers.utils import logging as transformers_logging
 from siglane.errors import ConfigError, SiglaneError, UserError
 from siglane.families.registry import tower_family, vlm_family
 from siglane.nn.device import DTYPES, resolve_device
+from siglane.nn.quantise import Bits
+from siglane.settings.engine import Quantization
 from siglane.tiling.rule import no_images
 from siglane.types import DecodedImage
+from siglane.verify.bars import Thresholds
 from siglane.verify.golden import Golden, load_golden, save_golden
 from siglane.verify.pictures import ImageSource, decode_picture, draw_pictures, read_pictures
 from siglane.verify.references.pixels import open_picture
@@ -24,9 +28,10 @@ from siglane.verify.references.reference import ReferenceFamily
 from siglane.verify.references.registry import family_of
 from siglane.verify.references.text_tower import load_text_tower
 from siglane.verify.runner import SiglaneRunner
-from siglane.verify.stages import TEXTS, Comparison, Picture, Report, compare_traces, packing, place
+from siglane.verify.stages import PACKING, TEXTS, Comparison, Picture, Report, compare_traces, packing, place
 from siglane.weights.demo import open_model
 from siglane.weights.hub import Checkpoint
+from siglane.weights.quantised import refuse_codes
 
 T = TypeVar("T")
 
@@ -34,6 +39,7 @@ PROMPT = "What is in the picture?"
 TRANSFORMERS = "transformers"
 TOGETHER, TEXT, TEXT_TOWER = "together", "text", "texts"
 STEPS = 8
+THRESHOLD = 0.99
 MOST_PICTURES, MOST_STEPS = 64, 256
 
 
@@ -42,12 +48,13 @@ def verify(
     images: Sequence[ImageSource] | None = None,
     *,
     random: int | None = None,
-    threshold: float = 0.99,
+    threshold: float | None = None,
     reference: str | Path = TRANSFORMERS,
     prompt: str | None = None,
     steps: int | None = None,
     device: str = "cpu",
     dtype: str = "float32",
+    quantization: Quantization = "none",
     revision: str | None = None,
     adapter: str | Path | None = None,
     verify_weights: bool | None = None,
@@ -58,11 +65,14 @@ def verify(
     images: paths, URLs, bytes or Pillow images; without them `random` drawn ones (3), none for a language model alone.
     reference: "transformers" (its modules with `model`'s own tensors), the folder of another checkpoint of the family
     for the same modules, or a file of golden values, which brings its own pictures and questions. prompt, steps: what
-    a language model is asked and how many greedy tokens are compared (8). adapter, verify_weights: as of `LLM`; save: a
-    file for the reference's values. UserError and its kinds when something given cannot be used.
+    a language model is asked and how many greedy tokens are compared (8). quantization: of siglane's side, not
+    the reference's. threshold: of every row's cosine, 0.99; with fewer bits, where it is not given, each kind of stage
+    has its own (`bars.py`). adapter, verify_weights: as of `LLM`; save: a file for the reference's values.
+    UserError and its kinds when something given cannot be used.
     """
     checkpoint = open_model(model, revision, adapter=adapter, verify_weights=verify_weights)
     precision, place_of, sees = _precision(threshold, dtype), resolve_device(device), _sees(checkpoint)
+    bits = None if quantization == "none" else quantization
     if Path(reference).suffix == ".safetensors":
         given = (images, random, prompt, steps, save)
         expected = _stored(checkpoint, Path(reference), free=all(one is None for one in given))
@@ -77,22 +87,32 @@ def verify(
         family=expected.family,
         device=str(place_of),
         dtype=dtype,
-        threshold=threshold,
+        threshold=THRESHOLD if threshold is None else threshold,
+        quantization=bits,
         prompt=expected.prompt,
         pictures=expected.pictures,
-        comparisons=_compared(_runner(checkpoint, expected, place_of, precision), expected, threshold),
+        comparisons=_compared(
+            _runner(checkpoint, expected, place_of, precision, bits), expected, _thresholds(threshold, bits, expected)
+        ),
     )
+
+
+def _thresholds(threshold: float | None, bits: Bits | None, expected: Golden) -> Thresholds:
+    if threshold is not None:
+        return Thresholds(threshold)
+    return Thresholds(THRESHOLD, bits, speaks=expected.prompt is not None)
 
 
 def _sees(checkpoint: Checkpoint) -> bool:
     """Whether the model reads pictures. A configuration that siglane refuses is refused here, before the reference has
-    run."""
+    run, and so is a folder of codes."""
+    refuse_codes(checkpoint)
     return (tower_family(checkpoint) or vlm_family(checkpoint)).images(checkpoint) is not None
 
 
-def _precision(threshold: float, dtype: str) -> torch.dtype:
+def _precision(threshold: float | None, dtype: str) -> torch.dtype:
     """The dtype called `dtype`. UserError when it, or the threshold, cannot be."""
-    if not 0 <= threshold < 1:
+    if threshold is not None and not 0 <= threshold < 1:
         raise UserError(f"threshold must be at least 0 and below 1, got {threshold}", code="bad_option")
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not known; use {', '.join(DTYPES)}", code="bad_option")
@@ -164,6 +184,7 @@ def _computed(
 ) -> Golden:
     """What the reference gives for each picture alone, and for all in one request when there are several."""
     other = checkpoint if reference == TRANSFORMERS else open_model(reference)
+    refuse_codes(other)
     family = _family(checkpoint, other.root)
     opened = [open_picture(picture.data, picture.name) for picture in pictures]
     loaded = _loaded(family.load, other, device, dtype)
@@ -207,35 +228,38 @@ def _quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
 
 
-def _runner(checkpoint: Checkpoint, expected: Golden, device: torch.device, dtype: torch.dtype) -> SiglaneRunner:
-    return SiglaneRunner(checkpoint, device, dtype, with_texts=TEXT_TOWER in expected.traces)
+def _runner(
+    checkpoint: Checkpoint, expected: Golden, device: torch.device, dtype: torch.dtype, bits: Bits | None
+) -> SiglaneRunner:
+    return SiglaneRunner(checkpoint, device, dtype, with_texts=TEXT_TOWER in expected.traces, quantization=bits)
 
 
-def _compared(ours: SiglaneRunner, expected: Golden, threshold: float) -> tuple[Comparison, ...]:
+def _compared(ours: SiglaneRunner, expected: Golden, thresholds: Thresholds) -> tuple[Comparison, ...]:
     """In the order of the forward."""
     decoded = [decode_picture(picture.name, picture.data) for picture in expected.pictures]
     requests = _requests(decoded)
+    against = partial(compare_traces, bars_of=thresholds.of, rounded=thresholds.bits is not None)
     found: list[Comparison] = []
     for case, reference in expected.traces.items():
         if case == TEXT_TOWER:
-            found += compare_traces(case, ours.read(TEXTS), reference, threshold)
+            found += against(case, ours.read(TEXTS), reference)
             continue
         if case not in requests:
             raise UserError(f"the golden values hold case {case!r}, which siglane does not know", code="bad_reference")
         trace = ours.run(ours.patches(requests[case]), expected.prompt or "", expected.steps)
         if "projector_input" not in reference:  # then it is the features, which the reference names once
             trace.pop("projector_input", None)
-        found += compare_traces(case, trace, reference, threshold)
+        found += against(case, trace, reference)
     if decoded:
-        found.append(_packing(ours, decoded, threshold))
+        found.append(_packing(ours, decoded, thresholds))
     return tuple(sorted(found, key=lambda one: place(one.stage)))
 
 
-def _packing(ours: SiglaneRunner, images: Sequence[DecodedImage], threshold: float) -> Comparison:
+def _packing(ours: SiglaneRunner, images: Sequence[DecodedImage], thresholds: Thresholds) -> Comparison:
     """Requests of one picture each, alone and in one packed call; a single picture is packed with itself."""
     patches = [ours.patches([image])[0] for image in images]
     patches = patches if len(patches) > 1 else patches * 2
-    return packing([ours.see([one]) for one in patches], ours.see(patches), threshold)
+    return packing([ours.see([one]) for one in patches], ours.see(patches), thresholds.of(PACKING))
 
 
 def _family(checkpoint: Checkpoint, folder: Path) -> ReferenceFamily:

@@ -15,6 +15,7 @@ from siglane.families.two_tower import LoadedTwoTower, load_two_tower
 from siglane.lm.attention import Past, SegmentAttention
 from siglane.lm.qwen import QwenModel
 from siglane.nn.cpu.optimise import optimise
+from siglane.nn.quantise import Bits, quantise
 from siglane.types import DecodedImage, ImagePart, ImagePatches, Message
 from siglane.verify.references.tapping import tapping
 from siglane.verify.stages import LOGIT_ROWS, TOKENS, Trace
@@ -24,11 +25,17 @@ TAPPED_AS = {"projected": "projector"}  # a tap is named after what it holds, a 
 
 
 class SiglaneRunner:
-    """One checkpoint as siglane runs it. with_texts: a SigLIP's text tower too. ConfigError or WeightError as the
-    loaders'."""
+    """One checkpoint as siglane runs it. with_texts: a SigLIP's text tower too; quantization: as of `load_model`.
+    ConfigError, WeightError or UserError as the loaders'."""
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, with_texts: bool = False
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        with_texts: bool = False,
+        quantization: Bits | None = None,
     ) -> None:
         self.device = device
         self.encoder: VisionEncoderModel | None
@@ -37,17 +44,21 @@ class SiglaneRunner:
         self.prompts: Processor | None = None
         self.two_tower: LoadedTwoTower | None = None
         if with_texts:
-            self.two_tower = load_two_tower(checkpoint, device=device, dtype=dtype)
+            self.two_tower = load_two_tower(checkpoint, device=device, dtype=dtype, quantization=quantization)
             self.encoder, self.processor = self.two_tower.model.vision, self.two_tower.images
             optimise(self.two_tower.model)
         elif is_vision_only(checkpoint):
             encoder, self.processor = load_vision(checkpoint, device=device, dtype=dtype, head=True)
             assert isinstance(encoder, VisionEncoderModel)
             self.encoder = encoder
+            if quantization is not None:
+                quantise(encoder, quantization, device)
             optimise(encoder)
         else:
             self.prompts = self.processor = load_processor(checkpoint)
-            self.model = load_model(checkpoint, self.prompts.config, device=device, dtype=dtype)
+            self.model = load_model(
+                checkpoint, self.prompts.config, device=device, dtype=dtype, quantization=quantization
+            )
             self.encoder = None if self.model.vision is None else self.model.vision.encoder
             optimise(self.model)
 

@@ -29,11 +29,11 @@ Of a SigLIP with both towers, in a case of its own:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -53,11 +53,20 @@ EXACT = 1 - 1e-9
 SAME_ROW = 4  # times the dtype's epsilon of the mean row norm: closer rows are equal, whatever their directions
 
 
+class Bars(NamedTuple):
+    """least: of every row's cosine; mean: of their mean; scale: how close to 1 the norm of the whole is."""
+
+    least: float
+    mean: float
+    scale: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
     """One stage of one case ("image.0": the first picture alone, "together": all in one request).
 
-    scale: norm of siglane's tensor over the reference's, which a cosine cannot see. The numbers are None where shapes
+    scale: norm of siglane's tensor over the reference's, which a cosine cannot see; mean_threshold, min_threshold: what
+    the mean of the rows' cosines and every one of them have to be above. The numbers are None where shapes
     differ, values are not finite or (tokens) there is nothing to measure; note says what a reader should know.
     """
 
@@ -69,6 +78,8 @@ class Comparison:
     mean_cosine: float | None = None
     min_cosine: float | None = None
     scale: float | None = None
+    mean_threshold: float | None = None
+    min_threshold: float | None = None
     ok: bool
     note: str = ""
 
@@ -79,24 +90,26 @@ def place(stage: str) -> tuple[int, int]:
     return (ORDER.index(kind), int(number)) if number.isdigit() else (ORDER.index(stage), 0)
 
 
-def compare_traces(case: str, ours: Trace, reference: Trace, threshold: float) -> list[Comparison]:
-    """Every stage of either trace, in the order of the forward."""
-    halved = "logits" in reference and reference["logits"].dtype.itemsize < 4
+def compare_traces(
+    case: str, ours: Trace, reference: Trace, bars_of: Callable[[str], Bars], *, rounded: bool = False
+) -> list[Comparison]:
+    """Every stage of either trace, in the order of the forward. rounded: whether ours has fewer bits."""
+    rounded = rounded or ("logits" in reference and reference["logits"].dtype.itemsize < 4)
     found = []
     for stage in sorted({*ours, *reference}, key=place):
         if stage not in ours or stage not in reference:
             found.append(_one_sided(case, stage, ours.get(stage), reference.get(stage)))
         elif stage == TOKENS:
-            found.append(_compare_tokens(case, ours[stage], reference[stage], halved=halved))
+            found.append(_compare_tokens(case, ours[stage], reference[stage], rounded=rounded))
         elif stage == TEXT_IDS:
             found.append(_compare_ids(case, ours[stage], reference[stage]))
         else:
-            found.append(compare(case, stage, ours[stage], reference[stage], threshold))
+            found.append(compare(case, stage, ours[stage], reference[stage], bars_of(stage)))
     return found
 
 
-def compare(case: str, stage: str, ours: torch.Tensor, reference: torch.Tensor, threshold: float) -> Comparison:
-    """ok: shapes are equal, all values finite, every row's cosine above `threshold`, the scale as close to 1."""
+def compare(case: str, stage: str, ours: torch.Tensor, reference: torch.Tensor, bars: Bars) -> Comparison:
+    """ok: shapes are equal, all values finite, cosines and scale above `bars`."""
     found = _compared(case, stage, ours, reference)
     if ours.shape != reference.shape:
         return found(ok=False, note=f"the reference has shape {list(reference.shape)}")
@@ -105,23 +118,27 @@ def compare(case: str, stage: str, ours: torch.Tensor, reference: torch.Tensor, 
         side = "siglane" if b.isfinite().all() else "the reference"
         return found(ok=False, note=f"{side} gives values that are not finite")
     cosines = _cosines(a, b, SAME_ROW * torch.finfo(reference.dtype).eps)
-    lowest, scale = cosines.min().item(), _scale(a, b)
-    alike, well_scaled = lowest > threshold, threshold < scale and scale * threshold < 1
+    lowest, mean, scale = cosines.min().item(), cosines.mean().item(), _scale(a, b)
+    alike = lowest > bars.least and mean > bars.mean
+    well_scaled = bars.scale < scale and scale * bars.scale < 1
     return found(
         max_abs_error=(a - b).abs().max().item(),
-        mean_cosine=cosines.mean().item(),
+        mean_cosine=mean,
         min_cosine=lowest,
+        mean_threshold=bars.mean,
+        min_threshold=bars.least,
         scale=scale if math.isfinite(scale) else None,
         ok=alike and well_scaled,
         note="" if well_scaled or not alike else f"siglane's values are {scale:.3g} times the reference's",
     )
 
 
-def _compare_tokens(case: str, ours: torch.Tensor, reference: torch.Tensor, *, halved: bool) -> Comparison:
-    """Greedy ids are equal in float32; in half precision two right answers part where two logits nearly tie."""
+def _compare_tokens(case: str, ours: torch.Tensor, reference: torch.Tensor, *, rounded: bool) -> Comparison:
+    """Greedy ids are equal in float32; in half precision, and of fewer bits, two right answers part where two logits
+    nearly tie."""
     same = torch.equal(ours, reference)
     note = "" if same else f"{ours.tolist()} instead of {reference.tolist()}"
-    return _compared(case, TOKENS, ours, reference)(ok=same or halved, note=note)
+    return _compared(case, TOKENS, ours, reference)(ok=same or rounded, note=note)
 
 
 def _compare_ids(case: str, ours: torch.Tensor, reference: torch.Tensor) -> Comparison:
@@ -161,12 +178,12 @@ def _compared(
     return partial(Comparison, case=case, stage=stage, shape=shape, reference_shape=reference_shape)
 
 
-def packing(alone: Sequence[Trace], packed: Trace, threshold: float) -> Comparison:
+def packing(alone: Sequence[Trace], packed: Trace, bars: Bars) -> Comparison:
     """Traces of pictures alone against the one of all in a single call, both siglane's: the worst stage."""
     found = []
     for stage in alone[0]:
         rows = torch.cat([trace[stage] for trace in alone])
-        found.append(compare("packed", stage, packed[stage], rows, threshold))
+        found.append(compare("packed", stage, packed[stage], rows, bars))
     failed = [one for one in found if not one.ok]
     worst = failed[0] if failed else min(found, key=lambda one: one.min_cosine or 0.0)
     return replace(
@@ -197,6 +214,7 @@ class Report:
     device: str
     dtype: str
     threshold: float
+    quantization: str | None = None
     prompt: str | None
     pictures: tuple[Picture, ...]
     comparisons: tuple[Comparison, ...]
@@ -213,7 +231,7 @@ class Report:
     @property
     def first_inexact(self) -> str | None:
         """In float32, the first stage that passed but is further off than rounding explains."""
-        if self.dtype != "float32":
+        if self.dtype != "float32" or self.quantization is not None:
             return None
         passed = (one for one in self.comparisons if one.ok and one.min_cosine is not None)
         return next((one.stage for one in passed if (one.min_cosine or 0.0) < EXACT), None)
@@ -232,6 +250,7 @@ class Report:
             "device": self.device,
             "dtype": self.dtype,
             "threshold": self.threshold,
+            "quantization": self.quantization,
             "ok": self.ok,
             "first_diverging_stage": self.first_diverging,
             "first_inexact_stage": self.first_inexact,

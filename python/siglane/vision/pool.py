@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from siglane.config.vision import VisionConfig
 from siglane.nn.act import activate
-from siglane.nn.attention import runs_of
+from siglane.nn.attention import eager, runs_of, sdpa
 from siglane.nn.cpu.product import linear
 from siglane.nn.plan import Rule, WeightPlan
+from siglane.types import AttentionBackend
 
 
 class MapHead(nn.Module):
@@ -34,7 +34,11 @@ class MapHead(nn.Module):
         self.fc1 = nn.Linear(hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, hidden_size)
 
-    def forward(self, features: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    def forward(
+        self, features: torch.Tensor, lengths: Sequence[int], backend: AttentionBackend = "sdpa"
+    ) -> torch.Tensor:
+        """backend: "eager" or any other, which are one kernel for a single query."""
+        attend, scale = (eager if backend == "eager" else sdpa), (features.shape[-1] // self.heads) ** -0.5
         wq, wk, wv = self.in_proj_weight.chunk(3)
         bq, bk, bv = self.in_proj_bias.chunk(3)
         q = linear(self.probe[0], wq, bq).unflatten(-1, (self.heads, -1))
@@ -43,9 +47,8 @@ class MapHead(nn.Module):
         pooled, runs = [], runs_of(lengths)
         rows = [length * count for length, count in runs]
         for keys, values, (length, count) in zip(k.split(rows), v.split(rows), runs, strict=True):
-            ks, vs = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (keys, values))
-            qs = q.transpose(0, 1).expand(count, -1, -1, -1)
-            pooled.append(F.scaled_dot_product_attention(qs, ks, vs).transpose(1, 2).flatten(1))
+            ks, vs = (x.unflatten(0, (count, length)) for x in (keys, values))
+            pooled.append(attend(q.expand(count, -1, -1, -1), ks, vs, scale=scale).flatten(1))
         attended = self.out_proj(torch.cat(pooled))
         return attended + self.fc2(activate(self.fc1(self.norm(attended)), self.activation))
 

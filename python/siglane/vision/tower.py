@@ -63,7 +63,7 @@ class SiglipVisionModel(nn.Module):
         """The image embeddings `[B, hidden_size]` of features `[N, hidden_size]`. ValueError without a MAP head."""
         if self.head is None:
             raise ValueError("this checkpoint has no pooling head (vision_use_head is false)")
-        pooled: torch.Tensor = self.head(features, [grid.area for grid in grids])
+        pooled: torch.Tensor = self.head(features, [grid.area for grid in grids], self._backend(features))
         return pooled
 
     def _rotary(self, grids: Sequence[Grid], device: torch.device) -> Rotary | None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,8 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
+
+from ports import free_port
 
 START_SECONDS = 180.0
 ANSWER_SECONDS = 120.0
@@ -212,10 +213,3 @@ def flags(options: Mapping[str, Any]) -> list[str]:
         if value is not True:
             words.append(str(value))
     return words
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from siglane.nn.act import activate
+from siglane.nn.cpu.int8_packing import pack_codes, sums
 from siglane.nn.cpu.product import FUSED
 from siglane.nn.cpu.sealed import Sealed
 from siglane.types import Activation
@@ -74,10 +75,8 @@ class Int8Weight(Sealed):
         super().__init__()
         codes, self.scale = weight if isinstance(weight, Int8Codes) else int8_codes(weight, turn)
         self.outputs, self.inputs = codes.shape
-        # some at a time, because they are widened first
-        sums = [rows.sum(1, dtype=torch.int32) for rows in codes.split(max(1, WEIGHT_VALUES // self.inputs))]
-        self.sums = torch.cat(sums) * self.scale
-        self.packed: torch.Tensor = torch.ops.onednn.qlinear_prepack(codes, None)
+        self.packed = pack_codes(codes)
+        self.sums = sums(self.packed, self.outputs, self.inputs) * self.scale
         self.zero_points = torch.zeros(self.outputs, dtype=torch.int64)
         self.bias = None if bias is None else bias.detach().float()
 

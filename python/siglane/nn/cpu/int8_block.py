@@ -70,7 +70,8 @@ class CodedNorm(nn.LayerNorm):
         if len(others) == 0:
             return CodedRows(codes, tuple(groups), None, x.dtype)
         others = _filled(others)
-        return CodedRows(codes, tuple(groups), (others, super().forward(rows[others])), x.dtype)
+        values = F.layer_norm(rows[others], self.normalized_shape, gain, self.bias.float(), self.eps)
+        return CodedRows(codes, tuple(groups), (others, values), x.dtype)
 
     def _whole(self, rows: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
         """Whole numbers around WHOLE + MIDDLE, f32."""

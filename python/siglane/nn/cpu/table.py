@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 
 from siglane.nn.cpu.int8 import Int8Weight
-
-# outputs and inputs of a block, as oneDNN lays weights out for processors with VNNI: four inputs of one output lie
-# together, then the same four of the next output
-OUTPUTS, INPUTS, TOGETHER = 64, 64, 4
-CHECKED = 1024  # rows that are compared at a time
+from siglane.nn.cpu.int8_packing import OUTPUTS, blocks, holds
 
 
 class PackedRows:
@@ -23,10 +17,9 @@ class PackedRows:
 
     def __init__(self, layer: Int8Weight, codes: torch.Tensor) -> None:
         self._layer = layer  # whose memory is read
-        self._blocks = _blocks(layer.packed, layer.outputs, layer.inputs)
-        self._copy: torch.Tensor | None = None
-        if not all(torch.equal(self[ids], codes[ids]) for ids in torch.arange(layer.outputs).split(CHECKED)):
-            self._copy = codes
+        self._copy = None if holds(layer.packed, codes) else codes.clone()  # which may be a view of a file
+        if self._copy is None:
+            self._blocks = blocks(layer.packed, layer.outputs, layer.inputs)
 
     def __getitem__(self, ids: torch.Tensor) -> torch.Tensor:
         if self._copy is not None:
@@ -37,14 +30,3 @@ class PackedRows:
     def nbytes(self) -> int:
         """What it holds in memory beside the layer."""
         return 0 if self._copy is None else self._copy.nbytes
-
-
-def _blocks(packed: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
-    """The bytes of `packed` as `[outputs / OUTPUTS, inputs / TOGETHER, OUTPUTS, TOGETHER]`, zeros where they are too
-    few. It is a view and does not keep them."""
-    blocks, inside = -(-outputs // OUTPUTS), -(-inputs // INPUTS) * INPUTS
-    shape = (blocks, inside // TOGETHER, OUTPUTS, TOGETHER)
-    if torch.ops.mkldnn._nbytes(packed) < blocks * OUTPUTS * inside:
-        return torch.zeros(1, dtype=torch.int8).expand(shape)
-    memory = (ctypes.c_char * (blocks * OUTPUTS * inside)).from_address(torch.ops.mkldnn.data_ptr(packed))
-    return torch.frombuffer(memory, dtype=torch.int8).view(shape)

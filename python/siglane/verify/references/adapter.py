@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,7 @@ def _target(key: str, names: Mapping[str, Any], prefix: str) -> str | None:
     return found[0] if found else None
 
 
+@lru_cache(1 << 14)  # every name of the model, for each of the adapter's
 def _core(name: str) -> str:
     """Without optional levels, a level that is repeated once; the attention of a pooling head has its own leaf."""
     levels = [level for level in name.split(".") if level not in OPTIONAL]

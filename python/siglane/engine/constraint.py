@@ -1,0 +1,244 @@
+"""Answers that have to match a JSON schema, a regular expression or a grammar: which tokens may come next.
+
+The automaton is llguidance's (github.com/guidance-ai/llguidance). It compiles what a client sends without backtracking
+and by an allowance of steps, not of seconds (`LIMITS`), so that the same text is refused on every machine, and no text
+keeps a thread for longer than some hundredths of a second.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedTokenizerFast
+
+from siglane.config.vlm import Thinking
+from siglane.engine.json_schema import ignored_keyword, never_ends
+from siglane.engine.thinking import ThinkingStart
+from siglane.errors import EngineError, UserError
+from siglane.types import Constraint
+from siglane.types.constraint import ConstraintKind
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+MOST_CHARACTERS = 1 << 18
+MOST_TRANSLATED = 1 << 14  # in Python, some microseconds a character
+MOST_GRAMMARS = 32  # compiled ones that are kept
+LIMITS = {
+    "initial_lexer_fuel": 1_000_000,  # some 20 ms
+    "step_lexer_fuel": 200_000,  # some 15 ms a token
+    "step_max_items": 50_000,
+    "max_lexer_states": 20_000,  # of 1 to 2 kB
+    "max_grammar_size": 500_000,
+}
+CODES: dict[ConstraintKind, str] = {
+    "json_schema": "invalid_json_schema",
+    "regex": "invalid_regex",
+    "lark": "invalid_grammar",
+}
+WORDS: dict[ConstraintKind, str] = {
+    "json_schema": "JSON schema",
+    "regex": "regular expression",
+    "lark": "grammar",
+}
+# a model that may write any white space between two tokens of JSON may write it for ever: as much as a layout needs
+JSON_OPTIONS = {
+    "lenient": False,  # a keyword that is not honoured is refused by its name
+    "coerce_one_of": False,
+    "item_separator": ",",
+    "key_separator": ":",
+    "whitespace_flexible": True,
+    "whitespace_pattern": r"[ \t]|\r?\n[ \t]{0,48}",
+}
+DEAD_END = "NoExtension"  # how llguidance says that nothing may follow
+MATCHED_BY_NONE = "is matched by no answer"
+Bits = npt.NDArray[np.bool_]
+
+
+def check_constraint(constraint: Constraint) -> None:
+    """UserError for what cannot be matched by any answer, or not be honoured; some milliseconds."""
+    _compiled(constraint, _bytes_as_tokens())
+
+
+class Grammars:
+    """What a model's answers may be asked to match. Compiles by need and keeps the last ones."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self._tokenizer, self._vocab_size, self._eos_token_ids = tokenizer, vocab_size, list(eos_token_ids)
+        self._compiled: OrderedDict[Constraint, LLMatcher] = OrderedDict()
+
+    def start(self, constraint: Constraint, thinking: Thinking | None, start: ThinkingStart) -> Constrained:
+        """An answer's way through it from the beginning. start: of a model that reasons. UserError as
+        `check_constraint`."""
+        matcher = self._compiled.pop(constraint, None) or _compiled(constraint, self._tokens)
+        self._compiled[constraint] = matcher
+        if len(self._compiled) > MOST_GRAMMARS:
+            self._compiled.popitem(last=False)
+        return Constrained(matcher.deep_copy(), self._vocab_size, thinking, start)
+
+    def warm_up(self) -> None:
+        """Reads the vocabulary, a second for 150,000 tokens that the first answer would wait for, and all beside it."""
+        with suppress(UserError):  # said to who asks for a grammar
+            _ = self._tokens
+
+    @cached_property
+    def _tokens(self) -> LLTokenizer:
+        llguidance = _llguidance()
+        backend = self._tokenizer.backend_tokenizer
+        facts = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
+        known = max(self._vocab_size, backend.get_vocab_size(with_added_tokens=True))  # media may lie above the model's
+        try:
+            return llguidance.LLTokenizer(json.dumps(facts), n_vocab=known, eos_token=self._eos_token_ids)
+        except Exception as error:
+            message = f"this model's tokenizer cannot be held to a grammar ({error})"
+            raise UserError(message, code="unsupported_field") from error
+
+
+class Constrained:
+    """One answer's place in its grammar."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int, thinking: Thinking | None, start: ThinkingStart) -> None:
+        self._matcher, self._vocab_size, self._thinking = matcher, vocab_size, thinking
+        self._part: Literal["free", "thinking", "answer"] = "answer"
+        if thinking is not None and start != "closed":
+            self._part = "thinking" if start == "opened" else "free"
+
+    def append(self, token_id: int) -> None:
+        """A token that was chosen. An end of the answer leaves the place as it is."""
+        written, self._part = self._step(self._part, token_id)
+        if written:
+            self._matcher.try_consume_tokens([token_id])
+
+    def allowed(self, guesses: Sequence[int] = ()) -> Bits | None:
+        """bool `[vocab_size]`: which tokens may follow the answer, were `guesses` its last ones. None where all may: in
+        its thinking, and behind guesses that may not follow themselves, which nobody will choose.
+
+        EngineError when the grammar needs more than its allowance.
+        """
+        part, consumed = self._part, 0
+        try:
+            for guess in guesses:
+                written, part = self._step(part, guess)
+                if written:
+                    if not self._matcher.try_consume_tokens([guess]):
+                        return None
+                    consumed += 1
+            if part == "thinking":
+                return None
+            bits = self._bits()
+        finally:
+            if consumed:
+                self._matcher.rollback(consumed)
+        if part == "free" and self._thinking is not None:
+            bits[self._thinking.start] = True
+        return bits
+
+    def _bits(self) -> Bits:
+        packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        if self._matcher.is_error():
+            message = f"the answer's grammar is too complex ({_first_line(self._matcher.get_error())})"
+            raise EngineError(message, code="grammar_too_complex", status=400)
+        return np.unpackbits(packed, count=self._vocab_size, bitorder="little").view(np.bool_)
+
+    def _step(self, part: str, token_id: int) -> tuple[bool, Literal["thinking", "answer"]]:
+        """Whether a token belongs to the answer's text, and the part that the next one is in."""
+        thinking = self._thinking
+        if thinking is not None and part == "thinking":
+            return False, "answer" if token_id == thinking.end else "thinking"
+        if thinking is not None and part == "free" and token_id == thinking.start:
+            return False, "thinking"
+        return True, "answer"
+
+
+def _compiled(constraint: Constraint, tokens: LLTokenizer) -> LLMatcher:
+    kind, text = constraint.kind, constraint.text
+    if len(text) > MOST_CHARACTERS:
+        raise _refused(kind, f"has {len(text)} characters; at most {MOST_CHARACTERS} are read")
+    if "\0" in text or "\\u0000" in text:
+        raise _refused(kind, "holds a NUL; no answer does")
+    llguidance = _llguidance()
+    matcher = llguidance.LLMatcher(tokens, _grammar(constraint), log_level=0, limits=_limits())
+    if matcher.is_error():
+        raise _refused(kind, f"cannot be used: {_first_line(matcher.get_error())}")
+    matcher.compute_bitmask()
+    if matcher.is_error():
+        why = _first_line(matcher.get_error())
+        raise _refused(kind, MATCHED_BY_NONE if why.startswith(DEAD_END) else f"cannot be used: {why}")
+    return matcher
+
+
+def _grammar(constraint: Constraint) -> str:
+    matcher = _llguidance().LLMatcher
+    if constraint.kind == "regex":
+        return matcher.grammar_from_regex(constraint.text)
+    if constraint.kind == "lark":
+        return matcher.grammar_from_lark(_lark(constraint.text))
+    try:
+        schema = json.loads(constraint.text)
+    except (ValueError, RecursionError) as error:
+        raise _refused("json_schema", f"is no JSON ({error})") from None
+    if schema is True:
+        schema = {}
+    if not isinstance(schema, dict):
+        raise _refused("json_schema", "must be an object")
+    if ignored := ignored_keyword(schema):
+        raise _refused("json_schema", f"has the keyword {ignored!r}, which is not supported")
+    if never_ends(schema):
+        raise _refused("json_schema", MATCHED_BY_NONE)
+    try:
+        return matcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)
+    except (ValueError, RecursionError) as error:
+        raise _refused("json_schema", f"cannot be used: {_first_line(str(error))}") from None
+
+
+def _lark(text: str) -> str:
+    """A grammar as it is, or one of llama.cpp's notation (GBNF, SGLang's EBNF: `root ::= ...`) translated."""
+    if "::=" not in text:
+        return text
+    if len(text) > MOST_TRANSLATED:
+        raise _refused("lark", f"has {len(text)} characters; with ::= at most {MOST_TRANSLATED} are read")
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    try:
+        return any_to_lark(text)
+    except Exception as error:
+        raise _refused("lark", f"cannot be used: {_first_line(str(error))}") from None
+
+
+def _refused(kind: ConstraintKind, why: str) -> UserError:
+    return UserError(f"the {WORDS[kind]} {why}", code=CODES[kind])
+
+
+def _first_line(message: str) -> str:
+    """What a client may read of llguidance's message: the reason, without its state."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    reasons = [line for line in lines if line.startswith("error:")]
+    return (reasons or lines or ["nothing more can follow"])[0][:200]
+
+
+@cache
+def _llguidance() -> Any:
+    try:
+        import llguidance
+    except ImportError as error:
+        message = "answers that match a grammar need llguidance; pip install 'siglane[grammar]'"
+        raise UserError(message, code="missing_extra") from error
+    return llguidance
+
+
+@cache
+def _limits() -> LLParserLimits:
+    return _llguidance().LLParserLimits(**LIMITS)
+
+
+@cache
+def _bytes_as_tokens() -> LLTokenizer:
+    """Enough to compile for, where no answer is written."""
+    return _llguidance().LLTokenizer("byte")
