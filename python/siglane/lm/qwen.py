@@ -10,7 +10,7 @@ from torch import nn
 
 from siglane.config.language import LanguageConfig
 from siglane.lm.attention import LayerAttention
-from siglane.nn.act import activate
+from siglane.nn.act import swiglu
 from siglane.nn.cpu.product import linear
 from siglane.nn.embedding import VocabParallelEmbedding, VocabTable
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear, attention_parallel
@@ -40,11 +40,13 @@ class DecoderAttention(nn.Module):
         self.k_norm = norm(head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x: torch.Tensor, rotary: Rotary, attention: LayerAttention) -> torch.Tensor:
-        q, k, v = self.qkv(x)
+        heads, kv_heads = self.qkv.heads, self.qkv.kv_heads
+        turning, v = self.qkv.together(x).split([heads + kv_heads, kv_heads], 1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        attended = attention(self.layer, rotate(q, *rotary), rotate(k, *rotary), v)
-        return self.o_proj(attended.flatten(1))
+            q, k = turning.split([heads, kv_heads], 1)
+            turning = torch.cat((self.q_norm(q), self.k_norm(k)), 1)
+        q, k = rotate(turning, *rotary).split([heads, kv_heads], 1)
+        return self.o_proj(attention(self.layer, q, k, v).flatten(1))
 
 
 class DecoderMLP(nn.Module):
@@ -57,8 +59,7 @@ class DecoderMLP(nn.Module):
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias, tp=tp)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down_proj(activate(gate, "silu") * up)
+        return self.down_proj(swiglu(self.gate_up(x)))
 
 
 class DecoderBlock(nn.Module):
