@@ -106,7 +106,9 @@ class TorchPagedAttention:
             else:
                 scattered.append((row, chunk))
             row += chunk.tokens
-        self.only_in_place = row == len(self.in_place)
+        # keys and values of every row by layer, where all rows decode sequences that lie in one run each
+        whole = [one.runs[0] for one in self.in_place if len(one.runs) == 1]
+        self.whole = list(zip(*(zip(*views, strict=True) for views in whole), strict=True)) if len(whole) == row else []
         self._clear_new_pages(batch)
         self.decodes = self._decodes(scattered, device) if scattered else None
 
@@ -114,9 +116,8 @@ class TorchPagedAttention:
         keys, values = self.kv.slots[layer]
         keys.index_copy_(0, self.slots, k)
         values.index_copy_(0, self.slots, v)
-        if self.only_in_place:
-            parts = [_decode_in_place(layer, *one) for one in zip(q.unbind(), self.in_place, strict=True)]
-            return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(q.shape)
+        if self.whole:
+            return _decode_whole(q, keys.shape[1], self.whole[layer])
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for prefill in self.prefills:
             rows = slice(prefill.first, prefill.last)
@@ -182,6 +183,13 @@ def _token_runs(chunk: Chunk, page_size: int) -> tuple[Run, ...]:
             runs.append(Run(first * page_size, length))
         left -= length
     return tuple(runs)
+
+
+def _decode_whole(q: torch.Tensor, kv_heads: int, views: tuple[tuple[torch.Tensor, torch.Tensor], ...]) -> torch.Tensor:
+    """q `[B, heads, head_dim]` of one token each; views: keys and values of each, `[1, kv_heads, length, head_dim]`."""
+    grouped = q.view(len(views), 1, kv_heads, -1, q.shape[-1]).unbind()
+    attended = [F.scaled_dot_product_attention(x, k, v) for x, (k, v) in zip(grouped, views, strict=True)]
+    return (attended[0] if len(views) == 1 else torch.cat(attended)).reshape(q.shape)
 
 
 def _decode_in_place(layer: int, q: torch.Tensor, one: InPlace) -> torch.Tensor:
