@@ -1,6 +1,6 @@
 """How long a model of fewer bits takes to load, and how much memory: `python benchmark/codes_folder.py MODEL`.
 
-python benchmark/codes_folder.py MODEL [--quantization 8bit] [--repeats 5] [--threads 2]
+python benchmark/codes_folder.py MODEL [--quantization 8bit] [--repeats 5] [--threads 1]
 
 MODEL (a folder, a hub id, or `random`: text-only of Qwen2.5-0.5B's shape) is written as a folder of codes; then the
 original with `--quantization` and that folder are loaded in turn, each in a process of its own whose files are in the
@@ -88,7 +88,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("model")
     parser.add_argument("--quantization", choices=("8bit", "4bit"))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 

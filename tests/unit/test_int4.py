@@ -24,6 +24,12 @@ def values(codes: Int4Codes) -> torch.Tensor:
     return weights.flatten(1)[: codes.outputs, : codes.inputs]
 
 
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 32), (640, 96), (1024, 32)])
+def test_codes_are_packed_as_torch_packs_them(outputs: int, inputs: int) -> None:
+    codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8)
+    assert torch.equal(int4.pack_pairs(int4.paired(codes)), int4.pack_codes(codes))
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     outputs=st.integers(1, 200),

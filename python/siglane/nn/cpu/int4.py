@@ -99,7 +99,7 @@ class Int4Linear(Sealed):
         self.bias = None if bias is None else bias.detach().float()
         self.codes = torch.empty_like(made.pairs)
         for pairs, into in zip(made.pairs.split(PACKED_ROWS), self.codes.split(PACKED_ROWS), strict=True):
-            into.copy_(pack_codes(pair_codes(pairs)))
+            into.copy_(pack_pairs(pairs))
         scale, zero = made.scale.T, made.zero.T
         self.scales = torch.stack((scale, (MIDDLE - zero.bfloat16()) * scale), -1)  # [groups, N, 2]
 
@@ -184,6 +184,17 @@ def pack_codes(codes: torch.Tensor) -> torch.Tensor:
     """Codes u8 `[N, K]`, N a multiple of BLOCK -> as the kernel reads them, u8 `[N, K / 2]`."""
     packed: torch.Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
     return packed
+
+
+def pack_pairs(pairs: torch.Tensor) -> torch.Tensor:
+    """The same of `paired` codes, u8 `[N, K / 2]`, without widening them: the reverse of `unpack_codes`."""
+    if not (run := _run()):
+        return pack_codes(pair_codes(pairs))
+    low, high = pairs.view(-1, 2, run, pairs.shape[1]).unbind(1)  # [blocks, run, K / 2], two inputs in a byte
+    packed = pairs.new_empty(len(low), pairs.shape[1], 2, run)
+    packed[:, :, 0] = (low & TOP | high << 4).transpose(1, 2)
+    packed[:, :, 1] = (low >> 4 | high & TOP << 4).transpose(1, 2)
+    return packed.view(pairs.shape)
 
 
 def unpack_codes(packed: torch.Tensor, run: int | None = None) -> torch.Tensor:
