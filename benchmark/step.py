@@ -93,11 +93,13 @@ def calls_of(engine: Engine) -> dict[str, Callable[[], object]]:
     q = torch.randn(batch, config.num_attention_heads, config.head_dim)
     k = torch.randn(batch, config.num_key_value_heads, config.head_dim)
     logits = runner.forward(chunks)
+    hidden = torch.randn(batch, config.hidden_size)
     next_tokens = [next_token for chunk in chunks.chunks for next_token in chunk.next_tokens]
     parts: dict[str, Callable[[], object]] = {
         "step": engine.step,
         "forward": lambda: runner.forward(chunks),
         "attention": lambda: [attention(layer, q, k, k) for layer in range(config.num_hidden_layers)],
+        "head": lambda: language.logits(hidden),
         "sampling": lambda: sample(logits, next_tokens, frozenset()),
     }
     if layers:
