@@ -42,6 +42,10 @@ class PagedKV:
         self.by_head = tuple((k.transpose(0, 1)[None], v.transpose(0, 1)[None]) for k, v in self.slots)
         self.page_size = page_size
 
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.keys[:, 0, 0].nbytes
+
 
 class PageAllocator:
     """Hands out page numbers, in an order that repeats; a sequence's pages lie one after another where they can.
