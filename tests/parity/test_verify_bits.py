@@ -81,10 +81,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([*words, "--report", str(page)]) == 0
     head, *lines, last = capsys.readouterr().out.splitlines()
     assert head.split()[-5:] == ["mean", "above", "min", "above", "ok"]
-    assert next(line for line in lines if line.startswith("block.0")).split()[-3:] == ["0.998", "0.95", "yes"]
+    assert next(line for line in lines if line.startswith("block.0")).split()[-3:] == ["0.995", "0.9", "yes"]
     assert last.startswith("ok: all ")
     HTMLParser().feed(page.read_text())
-    assert "threshold 0.95<" in page.read_text()
+    assert "threshold 0.9<" in page.read_text()
     assert "threshold 0.99<" in page.read_text()
     assert main([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["quantization"] == "8bit"

@@ -15,10 +15,12 @@ import torch
 from checkpoints import write_nvila_checkpoint, write_siglip_checkpoint
 from parity_kit import noise as picture
 from PIL import Image
+from two_tower_checkpoint import write_two_tower_checkpoint
 
 import siglane
 from siglane.errors import EngineError, UserError
 from siglane.llm import LLM, PREPARE_AHEAD, Generation, VisionEncoder
+from siglane.tagging.tagger import Tagger
 from siglane.types import SamplingParams
 
 SHORT = SamplingParams(max_tokens=6, ignore_eos=True)
@@ -299,3 +301,19 @@ def test_importing_siglane_loads_nothing() -> None:
     assert set(siglane.__all__) <= set(dir(siglane))
     with pytest.raises(AttributeError, match="no attribute 'Llm'"):
         siglane.Llm  # noqa: B018
+
+
+def test_one_picture_is_not_a_list_of_letters(tmp_path: Path) -> None:
+    """Of a path every letter would be a file that is missing."""
+    write_two_tower_checkpoint(tmp_path)
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (40, 30), "red").save(picture)
+    tagger, encoder = Tagger(tmp_path, device="cpu"), VisionEncoder(tmp_path, device="cpu")
+    for alone in (picture, str(picture), picture.read_bytes(), Image.open(picture), {"image": picture}):
+        for call in (lambda one: tagger.tag(one, ["a cat"]), encoder.encode):
+            with pytest.raises(
+                UserError, match=r"images must be a list of images, got \w+; put a single one in a list"
+            ):
+                call(alone)
+    assert tagger.tag([picture], ["a cat"])[0].error is None
+    assert len(encoder.encode(one for one in [picture])) == 1

@@ -182,3 +182,11 @@ def test_a_file_url_names_bytes(folder: Path) -> None:
     data = (folder / os.fsdecode(b"caf\xe9.png")).read_bytes()
     assert read_local(url, MediaPolicy()) == data
     assert fetch(url, MediaPolicy(allowed_local_root=folder)) == data
+
+
+@pytest.mark.slow
+def test_stdout_on_a_full_disk(model: str) -> None:
+    answer = run(["tokens", model, "--sizes", "9x9"], ">/dev/full")
+    assert answer.returncode == 1
+    message = b"the output cannot be written: No space left on device; make room, or write somewhere else"
+    assert answer.stderr == b"siglane: error: " + message + b"\n"

@@ -118,6 +118,18 @@ def test_eight_bits_stay_close(kind: dict[str, Any]) -> None:
 
 
 @EVERY_KIND
+@torch.no_grad()
+def test_rows_need_not_be_turned_back_and_forth(kind: dict[str, Any]) -> None:
+    ids, attention = torch.tensor([5, -300, 210, 211, 7]), [SegmentAttention([5]) for _ in range(3)]
+    for model in (language(kind), quantised(language(kind))):
+        embeds = model.embed(ids)
+        torch.testing.assert_close(model.embed_turned(ids), model.turned(embeds), rtol=1e-5, atol=1e-5)
+        expected = model(embeds, torch.arange(5), attention[0])
+        torch.testing.assert_close(model.decode(model.turned(embeds), torch.arange(5), attention[1]), expected)
+    assert not torch.allclose(model.embed_turned(ids), embeds, atol=0.1)
+
+
+@EVERY_KIND
 def test_four_bits_stay_near(kind: dict[str, Any]) -> None:
     plain, small = language(kind), quantised(language(kind), "4bit")
     assert F.cosine_similarity(logits(small), logits(plain)).mean() > 0.98

@@ -67,7 +67,7 @@ class TreeMachine(RuleBasedStateMachine):
         one.computed = min(len(one.ids), one.computed + count)
         for number in range(len(one.nodes), one.computed // PAGE_SIZE):
             self.memory[one.pages[number]] = (one.salt, tuple(one.ids[: (number + 1) * PAGE_SIZE]))
-        one.nodes = self.tree.insert(one.ids[: one.computed], one.pages, one.salt, one.nodes)
+        self.tree.insert(one.ids, one.pages, one.salt, one.nodes, one.computed)
         assert [node.page for node in one.nodes] == one.pages[: len(one.nodes)]
 
     @precondition(lambda self: self.readers)
@@ -126,7 +126,8 @@ class Tree:
         self.cache.lock(nodes)
         pages = [node.page for node in nodes]
         pages += self.allocator.take(len(ids) // 2 - len(nodes))
-        return self.cache.insert(ids, pages, salt, nodes)
+        self.cache.insert(ids, pages, salt, nodes, len(ids))
+        return nodes
 
     def add(self, *ids: int, salt: str = "") -> None:
         self.cache.unlock(self.read(*ids, salt=salt))
@@ -171,7 +172,7 @@ def test_equal_text_with_another_image_shares_only_what_comes_before_the_image(
     allocator = PageAllocator(32)
     tree = PrefixCache(allocator, page_size)
     ids = ask(1)
-    tree.insert(ids, allocator.take(len(ids) // page_size), "", [])
+    tree.insert(ids, allocator.take(len(ids) // page_size), "", [], len(ids))
     same, other = tree.match(ask(1), "")[0], tree.match(ask(2), "")[0]
     assert len(same) == (len(ids) - 1) // page_size
     assert len(other) == start // page_size
@@ -224,7 +225,9 @@ def test_a_page_computed_twice_stays_with_its_second_computer(times: int) -> Non
     tree.read(1, 1)
     for _ in range(times):
         pages = tree.allocator.take(1)
-        assert tree.cache.insert([1, 1], pages, "", []) == []
+        nodes: list[Node] = []
+        tree.cache.insert([1, 1], pages, "", nodes, 2)
+        assert nodes == []
         tree.allocator.give(pages)  # not the tree's
     assert tree.cache.pages == 1
 

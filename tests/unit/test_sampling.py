@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from checkpoints import write_nvila_checkpoint
 
-from siglane.engine.sampling import check_for_model, check_sampling, sampling_defaults
+from siglane.engine.sampling import check_for_model, check_sampling, in_plain_shapes, sampling_defaults
 from siglane.errors import ConfigError, UserError
 from siglane.families.files import stated_sampling
 from siglane.families.processor import load_processor
@@ -59,6 +59,46 @@ def test_what_a_model_cannot_do_is_refused() -> None:
         with pytest.raises(UserError) as caught:
             check_for_model(SamplingParams(**params), 10, None)  # type: ignore[arg-type]
         assert caught.value.param == next(iter(params))
+
+
+@pytest.mark.parametrize(
+    ("params", "plain"),
+    [
+        ({"stop": "END"}, {"stop": ("END",)}),  # not E, N and D
+        ({"stop": ["a", "b"]}, {"stop": ("a", "b")}),
+        ({"stop": None, "stop_token_ids": None}, {}),
+        ({"stop_token_ids": [3, 4]}, {"stop_token_ids": (3, 4)}),
+        ({"logit_bias": {3: 1.5, 4: -2}}, {"logit_bias": ((3, 1.5), (4, -2))}),
+        ({"logit_bias": {"3": 1.5}}, {"logit_bias": ((3, 1.5),)}),  # as JSON has it
+    ],
+)
+def test_shapes_of_other_apis_mean_what_they_mean_there(params: dict[str, Any], plain: dict[str, Any]) -> None:
+    found = in_plain_shapes(SamplingParams(**params))
+    assert found == SamplingParams(**plain)
+    check_for_model(found, 10, None)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"logprobs": True}, "logprobs must be a whole number, got True"),
+        ({"max_tokens": 2.5}, "max_tokens must be a whole number, got 2.5"),
+        ({"temperature": "warm"}, "temperature must be a number, got 'warm'"),
+        ({"stop": (1,)}, r"stop must be a text or a list of texts, got \(1,\)"),
+        ({"stop": 5}, "stop must be a text or a list of texts, got 5"),
+        ({"stop_token_ids": 3}, "stop_token_ids must be a list of token ids, got 3"),
+        ({"stop_token_ids": ("a",)}, "stop_token_ids must be a list of token ids"),
+        ({"stop_token_ids": (10,)}, "stop_token_ids holds 10; the model's token ids are below 10"),
+        ({"logit_bias": {"cat": 1}}, "logit_bias must give biases by token id"),
+        ({"logit_bias": {1: "x"}}, "logit_bias must give biases by token id"),
+        ({"logit_bias": (5,)}, "logit_bias must give biases by token id"),
+        ({"logit_bias": 5}, "logit_bias must give biases by token id"),
+    ],
+)
+def test_other_types_are_named(params: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        check_for_model(in_plain_shapes(SamplingParams(**params)), 10, None)
+    assert caught.value.param == next(iter(params))
 
 
 def test_each_choice_has_a_seed_of_its_own() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
 import io
 import logging
@@ -24,6 +25,7 @@ from siglane.cli.common import COMMON, CommonOptions, emit_line
 from siglane.errors import SiglaneError, UserError
 from siglane.settings.flags import OptionGroup, Parser, add_options, named, read_file, read_options
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk, a quota or a limit says
 COMMANDS = {
     "generate": "ask a model one question about pictures",
     "serve": "serve a model over the OpenAI API",
@@ -137,7 +139,10 @@ def _reader_is_gone(out: TextIO) -> bool:
 def _report(error: Exception, debug: bool) -> int:
     """The one line about `error`, and the exit code it stands for."""
     message = str(error)
-    if not isinstance(error, SiglaneError):
+    if isinstance(error, OSError) and error.errno in FULL:
+        place = error.filename or "the output"
+        message = f"{place} cannot be written: {error.strerror}; make room, or write somewhere else"
+    elif not isinstance(error, SiglaneError):
         message = f"{type(error).__name__}: {message}".removesuffix(": ")
         message += "" if debug else " (this is a bug or a broken machine; --debug shows where)"
     emit_line(f"siglane: error: {' '.join(message.split())}", sys.stderr)

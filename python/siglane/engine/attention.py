@@ -41,6 +41,8 @@ def choose_paged_backend(choice: str, device: torch.device, dtype: torch.dtype) 
     return "flashinfer" if usable and choice != "torch" else "torch"
 
 
+Views = tuple[torch.Tensor, ...]
+
 FEW_RUNS = 4  # of a sequence's pages: for so many a call each costs less than to copy them together
 
 
@@ -64,12 +66,19 @@ class Run(NamedTuple):
     length: int
 
 
-class InPlace(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class InPlace:
     """One token, row `row` of the step, of a sequence that lies in few runs: a prefix that others read too, and its own
-    part."""
+    part. runs: keys and values of each, by layer, `[1, kv_heads, length, head_dim]`."""
 
     row: int
-    runs: tuple[Run, ...]
+    runs: tuple[tuple[Views, Views], ...]
+
+    @classmethod
+    def of(cls, row: int, runs: tuple[Run, ...], kv: PagedKV) -> InPlace:
+        """All views at once: a step has many calls, and each takes its microseconds."""
+        keys, values = kv.all_by_head
+        return cls(row, tuple((keys.narrow(3, *run).unbind(), values.narrow(3, *run).unbind()) for run in runs))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,11 +107,13 @@ class TorchPagedAttention:
             if chunk.tokens > 1 or chunk.start == 0:
                 self.prefills.append(self._prefill(row, chunk, device))
             elif device.type == "cpu" and len(runs := _token_runs(chunk, kv.page_size)) <= FEW_RUNS:
-                self.in_place.append(InPlace(row, runs))  # elsewhere a call costs more
+                self.in_place.append(InPlace.of(row, runs, kv))  # elsewhere a call costs more
             else:
                 scattered.append((row, chunk))
             row += chunk.tokens
-        self.alone = self.in_place[0].runs if row == len(self.in_place) == 1 else None
+        # keys and values of every row by layer, where all rows decode sequences that lie in one run each
+        whole = [one.runs[0] for one in self.in_place if len(one.runs) == 1]
+        self.whole = list(zip(*(zip(*views, strict=True) for views in whole), strict=True)) if len(whole) == row else []
         self._clear_new_pages(batch)
         self.decodes = self._decodes(scattered, device) if scattered else None
 
@@ -110,14 +121,14 @@ class TorchPagedAttention:
         keys, values = self.kv.slots[layer]
         keys.index_copy_(0, self.slots, k)
         values.index_copy_(0, self.slots, v)
-        if self.alone is not None:
-            return _decode_in_place(q, *self.kv.by_head[layer], self.alone)
-        out = torch.empty_like(q)
+        if self.whole:
+            return _decode_whole(q, keys.shape[1], self.whole[layer])
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for prefill in self.prefills:
             rows = slice(prefill.first, prefill.last)
             out[rows] = self._attend(layer, prefill, q[rows], k[rows], v[rows])
-        for row, runs in self.in_place:
-            out[row] = _decode_in_place(q[row], *self.kv.by_head[layer], runs)
+        for one in self.in_place:
+            out[one.row] = _decode_in_place(layer, q[one.row], one).reshape(q.shape[1:])
         if self.decodes is not None:
             out[self.decodes.rows] = _decode(
                 q[self.decodes.rows], self.kv.keys[layer], self.kv.values[layer], self.decodes
@@ -205,17 +216,24 @@ def _token_runs(chunk: Chunk, page_size: int) -> tuple[Run, ...]:
     return tuple(runs)
 
 
-def _decode_in_place(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, runs: tuple[Run, ...]) -> torch.Tensor:
-    """q `[..., heads, head_dim]` of one token -> the same shape. keys and values as `PagedKV.by_head` has them. Several
-    runs are joined by the sums of their exponentials (arXiv:2112.05682 section 2)."""
-    grouped = q.view(1, keys.shape[1], -1, q.shape[-1])
-    if len(runs) == 1:
-        ks, vs = (x.narrow(2, *runs[0]) for x in (keys, values))
-        return F.scaled_dot_product_attention(grouped, ks, vs).view(q.shape)
-    parts = [_flash(grouped, *(x.narrow(2, *run) for x in (keys, values))) for run in runs]
+def _decode_whole(q: torch.Tensor, kv_heads: int, views: tuple[tuple[torch.Tensor, torch.Tensor], ...]) -> torch.Tensor:
+    """q `[B, heads, head_dim]` of one token each; views: keys and values of each, `[1, kv_heads, length, head_dim]`."""
+    grouped = q.view(len(views), 1, kv_heads, -1, q.shape[-1]).unbind()
+    attended = [F.scaled_dot_product_attention(x, k, v) for x, (k, v) in zip(grouped, views, strict=True)]
+    return (attended[0] if len(views) == 1 else torch.cat(attended)).reshape(q.shape)
+
+
+def _decode_in_place(layer: int, q: torch.Tensor, one: InPlace) -> torch.Tensor:
+    """q `[heads, head_dim]` of one token -> `[1, kv_heads, heads / kv_heads, head_dim]`. Several runs are joined by the
+    sums of their exponentials (arXiv:2112.05682 section 2)."""
+    keys, values = one.runs[0]
+    grouped = q.view(1, keys[layer].shape[1], -1, q.shape[-1])
+    if len(one.runs) == 1:
+        return F.scaled_dot_product_attention(grouped, keys[layer], values[layer])
+    parts = [_flash(grouped, keys[layer], values[layer]) for keys, values in one.runs]
     shares = torch.stack([logsumexp for _, logsumexp in parts]).softmax(0)
     attended = torch.stack([part for part, _ in parts])
-    return (attended * shares[..., None]).sum(0).to(q.dtype).view(q.shape)
+    return (attended * shares[..., None]).sum(0).to(q.dtype)
 
 
 def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

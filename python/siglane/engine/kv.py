@@ -17,8 +17,8 @@ FREE = re.compile(rb"\x00+")
 class PagedKV:
     """keys and values: `[layers, pages, page_size, kv_heads, head_dim]`. Which token lies where is told per step.
 
-    slots: keys and values of each layer, `[pages * page_size, kv_heads, head_dim]`; by_head: the same, `[1, kv_heads,
-    pages * page_size, head_dim]`. UserError when this device has not so much memory.
+    slots: keys and values of each layer, `[pages * page_size, kv_heads, head_dim]`; all_by_head: of all layers,
+    `[layers, 1, kv_heads, pages * page_size, head_dim]`. UserError when this device has not so much memory.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class PagedKV:
             self.keys = torch.zeros(shape, dtype=dtype, device=device)
             self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.slots = tuple((k.flatten(0, 1), v.flatten(0, 1)) for k, v in zip(self.keys, self.values, strict=True))
-        self.by_head = tuple((k.transpose(0, 1)[None], v.transpose(0, 1)[None]) for k, v in self.slots)
+        self.all_by_head = tuple(x.flatten(1, 2).transpose(1, 2)[:, None] for x in (self.keys, self.values))
         self.page_size = page_size
 
     @property

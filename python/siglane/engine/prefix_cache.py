@@ -89,16 +89,17 @@ class PrefixCache:
                 self._locked -= 1
                 self._note_idle(node)
 
-    def insert(self, cache_ids: Sequence[int], pages: Sequence[int], salt: str, held: Sequence[Node]) -> list[Node]:
-        """Offers the full pages of a computed prefix to the tree; `held` are the caller's locked nodes at its start.
+    def insert(
+        self, cache_ids: Sequence[int], pages: Sequence[int], salt: str, nodes: list[Node], computed: int
+    ) -> None:
+        """Offers the full pages of the first `computed` ids to the tree. nodes: the caller's locked ones at their
+        start, which are not looked at again, and to which what the tree takes is added.
 
-        Returns the caller's locked nodes after it: pages that the tree did not know become its property, locked for
-        the caller. Where the tree already has an equal page of another request, insertion ends: the caller keeps its
-        own pages from there on.
+        Pages that the tree did not know become its property, locked for the caller. Where the tree already has an equal
+        page of another request, insertion ends: the caller keeps its own pages from there on.
         """
-        nodes = list(held)
         node = nodes[-1] if nodes else self._root
-        for number in range(len(nodes), len(cache_ids) // self.page_size):
+        for number in range(len(nodes), computed // self.page_size):
             key = self._key(cache_ids, number, salt)
             if key in node.children:
                 break
@@ -107,7 +108,6 @@ class PrefixCache:
             self._locked += 1
             nodes.append(child)
             node = child
-        return nodes
 
     def evict(self, count: int) -> int:
         """Frees up to `count` pages that nobody uses; returns how many."""

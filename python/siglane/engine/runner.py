@@ -21,9 +21,11 @@ class Runner:
         self.vocab_size = model.language.config.vocab_size
 
     def encode(self, images: Sequence[ImagePatches]) -> tuple[torch.Tensor, ...]:
-        """All images in one packed forward, or each in its own -> each image's rows `[layout.rows, hidden_size]`."""
+        """All images in one packed forward, or each in its own -> each image's rows `[layout.rows, hidden_size]`, in
+        the basis of the language model's blocks."""
         groups = [images] if self.packing else [[image] for image in images]
-        return tuple(rows.to(self.dtype) for group in groups for rows in self.model.see(group).split())
+        found = (rows.to(self.dtype) for group in groups for rows in self.model.see(group).split())
+        return tuple(self.model.language.turned(rows) for rows in found)
 
     def forward(self, batch: StepBatch) -> torch.Tensor:
         """Computes the batch, writes its keys and values, and returns logits `[B, vocab_size]`, one row for every
@@ -31,7 +33,7 @@ class Runner:
         language = self.model.language
         ids = [i for chunk in batch.chunks for i in chunk.token_ids]
         places = [position for chunk in batch.chunks for position in range(chunk.start, chunk.stop)]
-        embeds = language.embed(torch.tensor(ids, device=self.device))
+        embeds = language.embed_turned(torch.tensor(ids, device=self.device))
         spans: list[ImageRows] = []
         rows: list[torch.Tensor] = []
         offset = 0
@@ -45,5 +47,7 @@ class Runner:
                 choosing_rows += range(offset - 1 - len(chunk.guesses), offset)
         embeds = splice(embeds, spans, rows)
         attention = paged_attention(self.kv, batch, self.paged_backend)
-        hidden = language(embeds, torch.tensor(places, device=self.device), attention)
+        hidden = language.decode(embeds, torch.tensor(places, device=self.device), attention)
+        if len(choosing_rows) == len(hidden):
+            return language.logits(hidden)
         return language.logits(hidden[torch.tensor(choosing_rows, dtype=torch.long, device=self.device)])

@@ -326,9 +326,12 @@ class Scheduler:
 
     def _share(self, sequence: Sequence) -> None:
         if self.prefix_cache is not None:
-            known = sequence.cache_ids[: sequence.computed]
-            sequence.prefix_nodes = self.prefix_cache.insert(
-                known, sequence.block_table, sequence.request.cache_salt, sequence.prefix_nodes
+            self.prefix_cache.insert(
+                sequence.cache_ids,
+                sequence.block_table,
+                sequence.request.cache_salt,
+                sequence.prefix_nodes,
+                sequence.computed,
             )
 
     def _release(self, sequence: Sequence) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,8 +74,8 @@ def _loaded(checkpoint: Checkpoint, family: VlmFamily | None, bits: Bits) -> nn.
 def _beside(output: Path) -> Iterator[Path]:
     """A folder that becomes `output` at the end, and goes when that does not come."""
     try:
-        part = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".part", dir=output.parent))
-        part.chmod(0o755)  # mkdtemp's is for nobody else
+        part = output.absolute().parent / f".{output.name}.{secrets.token_hex(4)}.part"
+        part.mkdir()
     except OSError as error:
         raise _unwritable(output, error) from error
     try:

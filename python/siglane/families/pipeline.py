@@ -11,10 +11,11 @@ plain functions of the items: threads, and the bytes that they hold, are the cal
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 
@@ -31,6 +32,8 @@ from siglane.media.source import fetch, local_path, naming, open_file, read_loca
 from siglane.settings.media import MediaConfig
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget, lay_out, no_images, no_video
 from siglane.types import DecodedImage, DecodedVideo, Medium, ReducedImage, Size, VideoSize
+
+T = TypeVar("T")
 
 VIDEO_BYTES = 1 << 30  # of a video's file from a web server, for a local caller
 
@@ -247,6 +250,14 @@ class MediaPipeline:
         assert isinstance(picture.file, bytes)
         with self.at(picture):
             return decode(picture.file, self._decode_config)
+
+
+def several(images: Iterable[T]) -> Iterable[T]:
+    """UserError for one image in place of several: of a text every letter would be a path."""
+    if isinstance(images, str | bytes | Path | Mapping | Image.Image) or not isinstance(images, Iterable):
+        message = f"images must be a list of images, got {type(images).__name__}; put a single one in a list"
+        raise UserError(message, code="invalid_prompt", param="images")
+    return images
 
 
 def report_image(item: MediaItem) -> ImageReport:

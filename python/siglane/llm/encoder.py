@@ -14,7 +14,7 @@ from siglane.engine.load import placement
 from siglane.errors import UserError
 from siglane.families.ahead import ahead
 from siglane.families.model import load_vision
-from siglane.families.pipeline import MediaPipeline
+from siglane.families.pipeline import MediaPipeline, several
 from siglane.families.stack import Encoded, VisionStack
 from siglane.media.item import ImageSource
 from siglane.media.messages import image_item, video_item
@@ -105,7 +105,7 @@ class VisionEncoder:
     def stream(self, images: Iterable[EncoderSource], *, project: bool = True) -> Iterator[Encoded | UserError]:
         """`run` that goes on behind an image that cannot be used: its error stands in its place."""
         group: list[ImagePatches] = []
-        for prepared in ahead(self._prepare, images):
+        for prepared in ahead(self._prepare, several(images)):
             if isinstance(prepared, UserError):
                 yield from self._encode(group, project)
                 group = []

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
 from siglane.engine.answer import Answer
 from siglane.engine.load import build_engine
-from siglane.engine.sampling import check_for_model, sampling_defaults
+from siglane.engine.sampling import check_for_model, in_plain_shapes, sampling_defaults
 from siglane.families.ahead import PREPARE_AHEAD, PREPARE_THREADS
 from siglane.families.pipeline import MediaPipeline, report_image
 from siglane.families.processor import Processor, load_processor
@@ -140,7 +140,10 @@ class LLM:
             shown = "an unknown number of" if total is None else total
             raise ValueError(f"there are {len(params)} params for {shown} prompts")
         each = enumerate(zip(rows, params_of_each, strict=False))
-        return (_Job(number, row, read, sampling, on_text, template or {}) for number, (row, sampling) in each)
+        return (
+            _Job(number, row, read, in_plain_shapes(sampling), on_text, template or {})
+            for number, (row, sampling) in each
+        )
 
     def _answer(
         self, jobs: Iterator[_Job], total: int | None, errors: Errors, progress: bool | None

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from siglane.config.language import LanguageConfig
 from siglane.lm.attention import LayerAttention
-from siglane.nn.act import activate
+from siglane.nn.act import swiglu
 from siglane.nn.cpu.product import linear
 from siglane.nn.embedding import VocabParallelEmbedding, VocabTable
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear, attention_parallel
@@ -24,6 +24,13 @@ class OutputHead(Protocol):
     """Hidden states `[T, hidden_size]` -> logits `[T, vocab_size]`."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
+
+
+@runtime_checkable
+class TurnedTable(Protocol):
+    """An embedding table whose rows are kept in the basis of the blocks."""
+
+    def turned(self, ids: torch.Tensor) -> torch.Tensor: ...
 
 
 class DecoderAttention(nn.Module):
@@ -40,11 +47,13 @@ class DecoderAttention(nn.Module):
         self.k_norm = norm(head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x: torch.Tensor, rotary: Rotary, attention: LayerAttention) -> torch.Tensor:
-        q, k, v = self.qkv(x)
+        heads, kv_heads = self.qkv.heads, self.qkv.kv_heads
+        turning, v = self.qkv.together(x).split([heads + kv_heads, kv_heads], 1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        attended = attention(self.layer, rotate(q, *rotary), rotate(k, *rotary), v)
-        return self.o_proj(attended.flatten(1))
+            q, k = turning.split([heads, kv_heads], 1)
+            turning = torch.cat((self.q_norm(q), self.k_norm(k)), 1)
+        q, k = rotate(turning, *rotary).split([heads, kv_heads], 1)
+        return self.o_proj(attention(self.layer, q, k, v).flatten(1))
 
 
 class DecoderMLP(nn.Module):
@@ -57,8 +66,7 @@ class DecoderMLP(nn.Module):
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias, tp=tp)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down_proj(activate(gate, "silu") * up)
+        return self.down_proj(swiglu(self.gate_up(x)))
 
 
 class DecoderBlock(nn.Module):
@@ -103,9 +111,23 @@ class QwenModel(nn.Module):
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """`[T]` -> `[T, hidden_size]`. Ids outside the table (placeholders of some families) read row 0."""
-        inside = (token_ids >= 0) & (token_ids < self.config.vocab_size)
-        rows: torch.Tensor = self.embed_tokens(torch.where(inside, token_ids, 0))
+        rows: torch.Tensor = self.embed_tokens(self._inside(token_ids))
         return rows
+
+    def embed_turned(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """`turned(embed(token_ids))`, without turning rows back and forth."""
+        if self.basis is None:
+            return self.embed(token_ids)
+        assert isinstance(self.embed_tokens, TurnedTable)
+        return self.embed_tokens.turned(self._inside(token_ids))
+
+    def turned(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[T, hidden_size]`, embeddings or image rows -> the same in the basis of the blocks."""
+        return rows if self.basis is None else linear(rows, self.basis)
+
+    def _inside(self, token_ids: torch.Tensor) -> torch.Tensor:
+        inside = (token_ids >= 0) & (token_ids < self.config.vocab_size)
+        return torch.where(inside, token_ids, 0)
 
     def forward(
         self,
@@ -115,9 +137,18 @@ class QwenModel(nn.Module):
         taps: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """embeds `[T, hidden_size]`, positions i64 `[T]` -> normalised hidden states `[T, hidden_size]`."""
+        return self.decode(self.turned(embeds), positions, attention, taps)
+
+    def decode(
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        attention: LayerAttention,
+        taps: dict[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """`forward` of rows that are `turned` already."""
         config = self.config
-        rotary = rotary_tables(positions, config.head_dim, config.rope_theta, embeds.dtype, config.rope_scaling)
-        x = embeds if self.basis is None else linear(embeds, self.basis)
+        rotary = rotary_tables(positions, config.head_dim, config.rope_theta, x.dtype, config.rope_scaling)
         for number, block in enumerate(self.blocks):
             x = block(x, rotary, attention)
             if taps is not None:

@@ -52,8 +52,14 @@ class QuantisedTable(VocabTable):
         self.codes, self.scale, self.basis = codes, scale, basis
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        turned = self.codes[ids].float().mul_(self.scale[ids, None]).to(self.basis.dtype)
-        return linear(turned, self.basis)
+        return linear(self._turned_rows(ids), self.basis)
+
+    def turned(self, ids: torch.Tensor) -> torch.Tensor:
+        """`forward` in the basis of the blocks: as the rows are kept."""
+        return self.from_all_ranks(ids, self._turned_rows)
+
+    def _turned_rows(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.codes[ids].float().mul_(self.scale[ids, None]).to(self.basis.dtype)
 
 
 class TiedTable(QuantisedTable):

@@ -23,3 +23,11 @@ def activate(x: torch.Tensor, activation: Activation) -> torch.Tensor:
             return F.silu(x)
         case _:
             assert_never(activation)
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """`silu(gate) * up`: `[..., 2 * N]`, gate first -> `[..., N]`. Without gradients `gate_up` is written to."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    if torch.is_grad_enabled():
+        return F.silu(gate) * up
+    return F.silu(gate, inplace=True).mul_(up)

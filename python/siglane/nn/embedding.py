@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -31,12 +33,16 @@ class VocabTable(ShardedModule):
         raise NotImplementedError
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.from_all_ranks(ids, self.rows)
+
+    def from_all_ranks(self, ids: torch.Tensor, rows: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """rows: as `self.rows`."""
         if self.tp.size == 1:
-            return self.rows(ids)
+            return rows(ids)
         share = self.vocab_size // self.tp.size
         local = ids - self.tp.rank * share
         mine = (local >= 0) & (local < share)
-        return self.tp.all_reduce(self.rows(local.clamp(0, share - 1)) * mine.unsqueeze(-1))
+        return self.tp.all_reduce(rows(local.clamp(0, share - 1)) * mine.unsqueeze(-1))
 
 
 class VocabParallelEmbedding(VocabTable):

@@ -144,9 +144,12 @@ class QKVParallelLinear(ShardedModule):
         self.bias = nn.Parameter(torch.empty(local)) if bias else None
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        qkv = linear(x, self.weight, self.bias).unflatten(-1, (-1, self.head_dim))
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=-2)
+        q, k, v = self.together(x).split([self.heads, self.kv_heads, self.kv_heads], dim=-2)
         return q, k, v
+
+    def together(self, x: torch.Tensor) -> torch.Tensor:
+        """The heads of q, of k and of v in one: `[T, heads + 2 * kv_heads, head_dim]`."""
+        return linear(x, self.weight, self.bias).unflatten(-1, (-1, self.head_dim))
 
     def parts(self, name: str) -> tuple[str, ...]:
         return ("q", "k", "v")

@@ -17,8 +17,9 @@ from torch import nn
 
 from siglane.errors import ConfigError, UserError
 from siglane.nn.act import activate
+from siglane.nn.cpu.few_rows import LEAST
 from siglane.nn.cpu.int4 import Int4Codes, Int4Linear, has_packed_products
-from siglane.nn.cpu.int8 import LEAST, Int8Codes, Int8Linear, has_integer_products
+from siglane.nn.cpu.int8 import Int8Codes, Int8Linear, has_integer_products
 from siglane.nn.cpu.int8_block import CodedMLP, CodedNorm, CodedRows, attention_dtype, coded_product, consume_centred
 from siglane.nn.encoder import EncoderBlock
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
@@ -156,14 +157,16 @@ class QuantisedQKV(nn.Module):
         self.linear = linear
 
     def forward(self, x: torch.Tensor | CodedRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q, k, v = self.together(x).split([self.heads, self.kv_heads, self.kv_heads], dim=-2)
+        return q, k, v
+
+    def together(self, x: torch.Tensor | CodedRows) -> torch.Tensor:
         if isinstance(x, CodedRows):
             assert isinstance(self.linear, Int8Linear)
             y = coded_product(self.linear, x, attention_dtype(x.dtype))
         else:
             y = self.linear(x)
-        qkv = y.unflatten(-1, (-1, self.head_dim))
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=-2)
-        return q, k, v
+        return y.unflatten(-1, (-1, self.head_dim))
 
 
 def quantised(layer: nn.Module, make: MakeLinear, given: Given = own) -> nn.Module:

@@ -66,7 +66,8 @@ def rotary_tables_2d(grids: Sequence[Grid], head_dim: int, theta: float, device:
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x: `[T, heads, head_dim]`; pairs are (i, i + head_dim / 2), cos and sin as in `Rotary`."""
-    other = x.roll(x.shape[-1] // 2, -1)
+    first, second = x.chunk(2, -1)
+    other = torch.cat((second, first), -1)
     if x.dtype == torch.float32:
         return torch.addcmul(x * cos, other, sin)
     return x * cos + other * sin  # half precision rounds both products, as the models' own code does

@@ -16,7 +16,7 @@ from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
 from siglane.config.two_tower import TextRule
 from siglane.errors import ConfigError, ImageError, UserError
 from siglane.families.ahead import PREPARE_AHEAD, ahead
-from siglane.families.pipeline import MediaPipeline
+from siglane.families.pipeline import MediaPipeline, several
 from siglane.families.registry import image_facts
 from siglane.families.two_tower import TEXTS_PER_FORWARD, load_two_tower
 from siglane.media.item import ImageSource
@@ -242,7 +242,7 @@ class Tagger:
 
     def _batches(self, images: Iterable[TaggedSource]) -> Iterator[_Batch]:
         """The readable images of a batch share one packed forward; the next ones are prepared meanwhile."""
-        prepared = ahead(self._prepare, images, max(PREPARE_AHEAD, 2 * self._batch_size))
+        prepared = ahead(self._prepare, several(images), max(PREPARE_AHEAD, 2 * self._batch_size))
         while group := list(islice(prepared, self._batch_size)):
             patches = [one for one in group if isinstance(one, ImagePatches)]
             yield _Batch([one if isinstance(one, UserError) else None for one in group], self._embed(patches))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Literal
 
@@ -30,6 +31,17 @@ SAMPLING_BOUNDS: Mapping[str, tuple[float, float]] = MappingProxyType(
         "num_speculative_tokens": (0, 32),
     }
 )
+
+
+INTEGERS = {"max_tokens", "min_tokens", "top_k", "logprobs", "n", "thinking_budget", "num_speculative_tokens"}
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_bias(pair: object) -> bool:
+    return isinstance(pair, tuple) and len(pair) == 2 and _is_id(pair[0]) and isinstance(pair[1], Real)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,11 +82,26 @@ class SamplingParams:
         """The first field whose value no sampler can honour, and what is wrong with it; None when all can be."""
         for name, (low, high) in SAMPLING_BOUNDS.items():
             value = getattr(self, name)
-            if value is not None and not low <= value <= high:
+            kind = Integral if name in INTEGERS else Real
+            if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+                return name, f"{name} must be {'a whole number' if kind is Integral else 'a number'}, got {value!r}"
+            if value is not None and not low <= float(value) <= high:
                 limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
                 hint = "; enable_thinking=false turns thinking off" if name == "thinking_budget" else ""
                 return name, f"{name} must be {limits}, got {value}{hint}"
-        return None if all(self.stop) else ("stop", "a stop string must not be empty")
+        return self._complaint_of_lists()
+
+    def _complaint_of_lists(self) -> tuple[str, str] | None:
+        if not isinstance(self.stop, tuple) or not all(isinstance(one, str) for one in self.stop):
+            return "stop", f"stop must be a text or a list of texts, got {self.stop!r}"
+        if not all(self.stop):
+            return "stop", "a stop string must not be empty"
+        if not isinstance(self.stop_token_ids, tuple) or not all(map(_is_id, self.stop_token_ids)):
+            return "stop_token_ids", f"stop_token_ids must be a list of token ids, got {self.stop_token_ids!r}"
+        pairs = self.logit_bias if isinstance(self.logit_bias, tuple) else (None,)
+        if not all(map(_is_bias, pairs)):
+            return "logit_bias", f"logit_bias must give biases by token id, got {self.logit_bias!r}"
+        return None
 
     def choice(self, index: int) -> SamplingParams:
         """The parameters of answer number `index` of the n: where there is a seed, each has its own."""

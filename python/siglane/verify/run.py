@@ -63,16 +63,14 @@ def verify(
     """Runs `model` and its reference on the same pictures, each alone and all in one request, and compares them.
 
     images: paths, URLs, bytes or Pillow images; without them `random` drawn ones (3), none for a language model alone.
-    reference: "transformers" (its modules with `model`'s own tensors), the folder of another checkpoint of the family
-    for the same modules, or a file of golden values, which brings its own pictures and questions. prompt, steps: what
-    a language model is asked and how many greedy tokens are compared (8). quantization: of siglane's side, not
-    the reference's. threshold: of every row's cosine, 0.99; with fewer bits, where it is not given, each kind of stage
-    has its own (`bars.py`). adapter, verify_weights: as of `LLM`; save: a file for the reference's values.
-    UserError and its kinds when something given cannot be used.
+    threshold: of every row's cosine (0.99); with fewer bits each kind of stage has its own (`bars.py`) unless it is
+    given. reference: "transformers" (its modules with `model`'s own tensors), the folder of another checkpoint of the
+    family for the same modules, or a file of golden values, which brings its own pictures and questions. prompt, steps:
+    what a language model is asked and how many greedy tokens are compared (8). quantization: of siglane's side alone.
+    adapter, verify_weights: as of `LLM`; save: a file for the reference's values. UserError for what cannot be used.
     """
     checkpoint = open_model(model, revision, adapter=adapter, verify_weights=verify_weights)
     precision, place_of, sees = _precision(threshold, dtype), resolve_device(device), _sees(checkpoint)
-    bits = None if quantization == "none" else quantization
     if Path(reference).suffix == ".safetensors":
         given = (images, random, prompt, steps, save)
         expected = _stored(checkpoint, Path(reference), free=all(one is None for one in given))
@@ -81,26 +79,31 @@ def verify(
         expected = _computed(checkpoint, str(reference), pictures, *_question(prompt, steps), place_of, precision)
         if save is not None:
             save_golden(expected, save)
+    thresholds = _thresholds(threshold, quantization, expected)
+    ours = _runner(checkpoint, expected, place_of, precision, thresholds.bits)
+    return _report(str(model), dtype, ours, expected, thresholds)
+
+
+def _report(model: str, dtype: str, ours: SiglaneRunner, expected: Golden, thresholds: Thresholds) -> Report:
     return Report(
-        model=str(model),
+        model=model,
         reference=expected.reference,
         family=expected.family,
-        device=str(place_of),
+        device=str(ours.device),
         dtype=dtype,
-        threshold=THRESHOLD if threshold is None else threshold,
-        quantization=bits,
+        threshold=thresholds.exact,
+        quantization=thresholds.bits,
         prompt=expected.prompt,
         pictures=expected.pictures,
-        comparisons=_compared(
-            _runner(checkpoint, expected, place_of, precision, bits), expected, _thresholds(threshold, bits, expected)
-        ),
+        comparisons=_compared(ours, expected, thresholds),
     )
 
 
-def _thresholds(threshold: float | None, bits: Bits | None, expected: Golden) -> Thresholds:
-    if threshold is not None:
-        return Thresholds(threshold)
-    return Thresholds(THRESHOLD, bits, speaks=expected.prompt is not None)
+def _thresholds(threshold: float | None, quantization: Quantization, expected: Golden) -> Thresholds:
+    """One that is given holds for every stage."""
+    bits = None if quantization == "none" else quantization
+    exact = THRESHOLD if threshold is None else threshold
+    return Thresholds(exact, bits, speaks=expected.prompt is not None, everywhere=threshold is not None)
 
 
 def _sees(checkpoint: Checkpoint) -> bool:

@@ -31,6 +31,7 @@ from siglane.families.processor import Processor, load_processor
 from siglane.hosts.sglang.config import ARCHITECTURE, SiglaneConfig, text_config
 from siglane.hosts.sglang.settings import host_config
 from siglane.weights.hub import FILE_PATTERNS, REPOSITORY_ID, Checkpoint, open_checkpoint
+from siglane.weights.quantised import refuse_codes
 
 # architectures for which SGLang 0.5.23 has classes of its own, by siglane's family
 BUILT_IN = {"nvila": ("NVILAForConditionalGeneration", "NVILALiteForConditionalGeneration")}
@@ -62,6 +63,7 @@ def view_of(model: str, revision: str | None = None) -> Path | None:
             code="bad_environment",
             param="SIGLANE_SGLANG_OVERRIDE",
         )
+    refuse_codes(found)
     built_in = set(found.json("config.json").get("architectures") or []) & set(BUILT_IN.get(family.name, ()))
     if built_in and family.name not in config.sglang_override:
         return None

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from siglane.nn.cpu.int8 import LEAST, Turn
+from siglane.nn.cpu.few_rows import LEAST
+from siglane.nn.cpu.int8 import Turn
 from siglane.nn.cpu.sealed import Sealed
 
 GROUP_SIZES = (32, 64, 128)

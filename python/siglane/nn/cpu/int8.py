@@ -14,9 +14,11 @@ import platform
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from siglane.nn.act import activate
+from siglane.nn.cpu.few_rows import FEW, LEAST, WHOLE, offset, peak_of, scratch_of
 from siglane.nn.cpu.int8_packing import pack_codes, sums
 from siglane.nn.cpu.product import FUSED
 from siglane.nn.cpu.sealed import Sealed
@@ -24,12 +26,8 @@ from siglane.types import Activation
 
 LEVELS = 127  # codes on either side of zero
 STEPS = 254  # of a row between its least and its greatest value; one code is left for rounding
-# from 2^23 on float32 holds whole numbers only: adding it rounds, and the low bytes of the sum are the code; the 2^8 of
-# `row_codes` keeps what is just below zero above 2^23
-WHOLE = float(2**23)
 MIDDLE = 128  # the code of zero where codes lie on both sides of it
 WIDE_LEVELS = 2**15 - 1 - MIDDLE  # on either side of zero in two bytes, each with its own MIDDLE
-LEAST = 1e-30  # of what is divided by
 WEIGHT_VALUES = 1 << 18  # that are rounded at a time
 ROWS = 256  # of one product: what passes between its steps then stays in the cache
 
@@ -97,7 +95,7 @@ class Int8Weight(Sealed):
         rows = x if plain else x.reshape(-1, self.inputs).float()
         count = rows.shape[0]
         if count <= ROWS:
-            y = self._multiply_one(rows) if count == 1 else self._multiply(rows)
+            y = self._multiply_few(rows) if count <= FEW else self._multiply(rows)
         else:
             y = torch.empty(count, self.outputs)
             for part, into in zip(rows.split(ROWS), y.split(ROWS), strict=True):
@@ -108,8 +106,8 @@ class Int8Weight(Sealed):
         """float32 `[M, K]` -> `[M, N]`."""
         raise NotImplementedError
 
-    def _multiply_one(self, x: torch.Tensor) -> torch.Tensor:
-        """The same for a single row, where each call counts more than what it computes."""
+    def _multiply_few(self, x: torch.Tensor) -> torch.Tensor:
+        """The same for few rows, where each call counts more than what it computes."""
         return self._multiply(x)
 
     def _product(
@@ -187,13 +185,25 @@ class CentredInt8Linear(Int8Weight):
             scale /= length.square_().div_(self.inputs).add_(self.eps).sqrt_()
         return self._scaled(self._product(codes, MIDDLE, 1 / LEVELS), scale)
 
+    def _multiply_few(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) == 1:
+            return self._multiply_one(x)
+        scratch = scratch_of(x.shape)
+        scale = scratch.peaks(x)
+        codes = scratch.codes.copy_(scratch.whole(x, LEVELS / scale, MIDDLE))
+        if self.eps is not None:
+            length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            scale *= length.square_().add_(self.eps * self.inputs).rsqrt_()
+        share = 1 if self.eps is None else math.sqrt(self.inputs)
+        return self._scaled(self._product(codes, MIDDLE, share / LEVELS), scale)
+
     def _multiply_one(self, x: torch.Tensor) -> torch.Tensor:
-        peak = _peak(x)
-        codes = _whole_of_one(x, LEVELS / peak, MIDDLE).to(torch.uint8)
+        scratch, peak = scratch_of(x.shape), peak_of(x)
+        codes = scratch.codes.copy_(scratch.whole_of_one(x, LEVELS / peak, MIDDLE))
         scale = peak / LEVELS
         if self.eps is not None:
-            row = x[0]
-            scale /= math.sqrt(float(torch.dot(row, row)) / self.inputs + self.eps)
+            row = x.numpy()[0]
+            scale /= math.sqrt(float(np.dot(row, row)) / self.inputs + self.eps)
         return self._product(codes, MIDDLE, scale, self.bias)
 
 
@@ -208,30 +218,23 @@ class WideInt8Linear(Int8Weight):
         high, low = product.chunk(2)
         return self._scaled(low.add_(high, alpha=256), scale)
 
-    def _multiply_one(self, x: torch.Tensor) -> torch.Tensor:
-        peak = _peak(x)
-        codes = _whole_of_one(x, WIDE_LEVELS / peak, MIDDLE * 256 + MIDDLE)
-        high, low = self._product(torch.cat((codes >> 8, codes)).to(torch.uint8), MIDDLE, peak / WIDE_LEVELS).chunk(2)
-        y = low.add_(high, alpha=256)
-        return y if self.bias is None else y.add_(self.bias)
-
-
-def _peak(row: torch.Tensor) -> float:
-    return max(float(row.abs().max()), LEAST)
+    def _multiply_few(self, x: torch.Tensor) -> torch.Tensor:
+        scratch = scratch_of(x.shape)
+        if len(x) == 1:
+            peak = peak_of(x)
+            whole = scratch.whole_of_one(x, WIDE_LEVELS / peak, MIDDLE * 256 + MIDDLE)
+            high, low = self._product(scratch.bytes(whole), MIDDLE, peak / WIDE_LEVELS).chunk(2)
+            y = low.add_(high, alpha=256)
+            return y if self.bias is None else y.add_(self.bias)
+        scale = scratch.peaks(x)
+        whole = scratch.whole(x, WIDE_LEVELS / scale, MIDDLE * 256 + MIDDLE)
+        high, low = self._product(scratch.bytes(whole), MIDDLE, 1 / WIDE_LEVELS).chunk(2)
+        return self._scaled(low.add_(high, alpha=256), scale)
 
 
 def _whole(x: torch.Tensor, steps: torch.Tensor, zero: int, levels: int) -> torch.Tensor:
     """`x * steps * levels + zero`, rounded, between 0 and 2^16: i32 whose low bytes are the code."""
-    return torch.addcmul(_offset(zero), x, steps, value=levels).view(torch.int32)
-
-
-def _whole_of_one(x: torch.Tensor, steps: float, zero: int) -> torch.Tensor:
-    return torch.add(_offset(zero), x, alpha=steps).view(torch.int32)
-
-
-@functools.cache
-def _offset(zero: int) -> torch.Tensor:
-    return torch.tensor(WHOLE + zero)
+    return torch.addcmul(offset(zero), x, steps, value=levels).view(torch.int32)
 
 
 def row_codes(x: torch.Tensor, scratch: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
