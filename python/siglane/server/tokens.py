@@ -166,6 +166,9 @@ class PictureSize(Budgets):
         return size if self.num_frames is None else VideoSize(size, self.num_frames)
 
 
+Url = Annotated[str, Field(json_schema_extra={"format": "uri"})]
+
+
 def _as_url(value: Any) -> Any:
     return {"url": value} if isinstance(value, str) else value
 
@@ -177,7 +180,7 @@ def _tag(value: Any) -> str:
 Picture = Annotated[
     Annotated[ImageUrl, Tag("#url")] | Annotated[PictureSize, Tag("#size")],
     Discriminator(_tag),
-    BeforeValidator(_as_url, json_schema_input_type=str | ImageUrl | PictureSize),
+    BeforeValidator(_as_url, json_schema_input_type=Url | ImageUrl | PictureSize),
 ]
 
 
