@@ -115,6 +115,12 @@ BAD: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "image_too_large",
         "images[0]",
     ),
+    "billions of frames": (
+        "/v1/images/tokens",
+        {"images": [{"width": 64, "height": 48, "num_frames": 2**32 - 1}]},
+        "invalid_num_frames",
+        "images[0]",
+    ),
     "a million": ("/v1/images/tokens", {"images": ["a"] * (MAX_PICTURES + 1)}, "invalid_value", "images"),
 }
 

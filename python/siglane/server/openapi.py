@@ -154,7 +154,10 @@ def _state_chat(schemas: Mapping[str, Any], chat: ChatModel) -> None:
     if facts.images is not None and facts.images.video is not None:
         limits = (facts.images.video.most_frames, chat.config.max_video_frames)
         most = min(limit for limit in limits if limit is not None)
-        schemas["VideoUrl"]["properties"]["num_frames"]["anyOf"][0]["maximum"] = most
+        for kind in ("VideoUrl", "PictureSize"):
+            schemas[kind]["properties"]["num_frames"]["anyOf"][0]["maximum"] = most
+    else:
+        del schemas["PictureSize"]["properties"]["num_frames"]
     if facts.thinking is None:
         for name in ("thinking_budget", "thinking_token_budget"):
             del fields[name]

@@ -24,7 +24,7 @@ from siglane.server.protocol import MAX_SALT_CHARACTERS, Budgets, ImageUrl, Limi
 from siglane.server.refused import refuse_fields
 from siglane.server.served import ChatModel
 from siglane.server.stopwatch import Stopwatch
-from siglane.types import Medium, Size, VideoSize
+from siglane.types import Size, VideoSize
 
 MAX_TEXTS = 1024
 MAX_IDS = 1 << 20
@@ -160,11 +160,6 @@ class PictureSize(Budgets):
     height: Side
     num_frames: Limit | None = None
 
-    @property
-    def medium(self) -> Medium:
-        size = Size(self.width, self.height)
-        return size if self.num_frames is None else VideoSize(size, self.num_frames)
-
 
 Url = Annotated[str, Field(json_schema_extra={"format": "uri"})]
 
@@ -204,6 +199,10 @@ async def image_tokens(body: ImageTokensRequest, context: RequestContext, model:
     requests = [items] if body.together else [[item] for item in items]
     for request in requests:
         model.media.admit(request)
+    for item, picture in zip(items, body.images, strict=True):
+        if isinstance(picture, PictureSize):  # of a video as many frames as are shown, whatever was asked for
+            size = Size(picture.width, picture.height)
+            item.size = VideoSize(size, item.frames) if item.frames else size
     await model.media.fetch([item for item in items if item.size is None], "", context.lease)
     await asyncio.gather(*(model.media.lay_out(request) for request in requests))
     reports = list(map(report_image, items))
@@ -215,4 +214,4 @@ def _item(picture: ImageUrl | PictureSize, param: str) -> MediaItem:
     if isinstance(picture, ImageUrl):
         return url_item(fields, param)
     video = picture.num_frames is not None
-    return MediaItem(None, param, read_limits(fields, param), video, picture.num_frames, size=picture.medium)
+    return MediaItem(None, param, read_limits(fields, param), video, picture.num_frames)
