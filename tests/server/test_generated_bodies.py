@@ -32,6 +32,9 @@ LEAST_ANSWERED = {
     "POST /v1/chat/completions": 0.6,
     "POST /v1/embeddings": 0.5,
     "POST /v1/classify": 0.75,
+    "POST /tokenize": 0.6,
+    "POST /detokenize": 0.4,
+    "POST /v1/images/tokens": 0.4,
     "POST /v1/files": 1.0,
     "POST /v1/batches": 1.0,
 }

@@ -123,10 +123,11 @@ def _run(channel: Channel, spec: EngineSpec, engine: Engine | None, two_tower: L
 
 def _facts(engine: Engine | None, two_tower: LoadedTwoTower | None) -> EngineFacts:
     context_length = None if engine is None else engine.context_length
+    kv_bytes = None if engine is None else engine.runner.kv.bytes_per_token
     if two_tower is None:
-        return EngineFacts(context_length)
+        return EngineFacts(context_length, kv_bytes_per_token=kv_bytes)
     calibration = Calibration(*(number.detach().cpu() for number in two_tower.model.calibration))
-    return EngineFacts(context_length, calibration, two_tower.not_shared_because)
+    return EngineFacts(context_length, calibration, two_tower.not_shared_because, kv_bytes)
 
 
 def _serve(channel: Channel, engine: Engine | None, worker: EmbedWorker | None, pulse: Pulse) -> None:

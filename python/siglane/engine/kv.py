@@ -42,6 +42,10 @@ class PagedKV:
         self.all_by_head = tuple(x.flatten(1, 2).transpose(1, 2)[:, None] for x in (self.keys, self.values))
         self.page_size = page_size
 
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.keys[:, 0, 0].nbytes
+
 
 class PageAllocator:
     """Hands out page numbers, in an order that repeats; a sequence's pages lie one after another where they can.

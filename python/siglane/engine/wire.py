@@ -52,6 +52,7 @@ class EngineFacts(NamedTuple):
     context_length: int | None  # tokens of prompt and answer together, None where no model chats
     calibration: Calibration | None = None  # of the towers, on the host, None without them
     not_shared_because: str | None = None  # of `LoadedTwoTower`
+    kv_bytes_per_token: int | None = None  # where a model chats
 
 
 TYPES: tuple[type[Any], ...] = (

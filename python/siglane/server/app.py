@@ -48,10 +48,24 @@ from siglane.server.replies import ChatCompletion, Health, ModelCard, ModelList,
 from siglane.server.served import ChatModel, EmbedModel, Served
 from siglane.server.store import Store
 from siglane.server.stream import ChatStream
+from siglane.server.tokens import (
+    DetokenizedText,
+    DetokenizeRequest,
+    ImageTokens,
+    ImageTokensRequest,
+    TokenizeRequest,
+    TokenList,
+    detokenize,
+    image_tokens,
+    tokenize,
+)
 
 logger = logging.getLogger(__name__)
 
 IGNORED_FIELDS = "x-siglane-ignored-fields"
+TOKENIZE, DETOKENIZE = ("/v1/tokenize", "/tokenize"), ("/v1/detokenize", "/detokenize")  # SGLang's, and everybody's
+IMAGE_TOKENS = "/v1/images/tokens"
+TOKENS = (*TOKENIZE, *DETOKENIZE, IMAGE_TOKENS)
 
 Responses = dict[int | str, dict[str, Any]]
 
@@ -87,8 +101,10 @@ def create_app(served: Served) -> FastAPI:
     _add_models(app, served)
     if served.chat is not None:
         _add_chat(app, served, served.chat)
+        _add_tokens(app, served, served.chat)
     else:
         _add_refusals(app, (CHAT,), f"{served.name!r} embeds and classifies; a chat needs a vision-language model")
+        _add_refusals(app, TOKENS, f"{served.name!r} embeds and classifies; its prompts are single texts")
     if served.embed is not None:
         _add_embeddings(app, served, served.embed)
     else:
@@ -107,7 +123,7 @@ def create_app(served: Served) -> FastAPI:
 def _add_middleware(app: FastAPI, served: Served) -> None:
     config = served.config
     gate = Gate(config.max_queue, served.refusal, served.metrics)
-    paths = {CHAT} if served.chat is not None else set()
+    paths = {CHAT, *TOKENS} if served.chat is not None else set()
     paths |= {EMBEDDINGS, CLASSIFY} if served.embed is not None else set()
     paths |= {BATCHES} if config.data_dir is not None else set()
     # the last one added is the outermost
@@ -205,6 +221,42 @@ def _add_chat(app: FastAPI, served: Served, model: ChatModel) -> None:
             return JsonResponse(await complete(body, context, model), headers=headers)
         prepared = await prepare(body, context, model)
         return ChatStream(body, prepared, context, model, headers)
+
+
+def _add_tokens(app: FastAPI, served: Served, model: ChatModel) -> None:
+    note_ignored = _ignored_noter()
+
+    async def count_tokens(body: TokenizeRequest, request: Request) -> Response:
+        headers = note_ignored(body)
+        served.check_name(body.model, model)
+        return JsonResponse(await tokenize(body, context_of(request.scope), model), headers=headers)
+
+    async def join_tokens(body: DetokenizeRequest) -> Response:
+        headers = note_ignored(body)
+        served.check_name(body.model, model)
+        return JsonResponse(await detokenize(body, model), headers=headers)
+
+    async def count_image_tokens(body: ImageTokensRequest, request: Request) -> Response:
+        headers = note_ignored(body)
+        served.check_name(body.model, model)
+        return JsonResponse(await image_tokens(body, context_of(request.scope), model), headers=headers)
+
+    routes: dict[Callable[..., Any], tuple[Any, Sequence[str]]] = {
+        count_tokens: (TokenList, TOKENIZE),
+        join_tokens: (DetokenizedText, DETOKENIZE),
+        count_image_tokens: (ImageTokens, (IMAGE_TOKENS,)),
+    }
+    for route, (answer, paths) in routes.items():
+        responses: Responses = {200: {"model": answer}, **failures(*OF_A_BODY)}
+        for path in paths:
+            app.add_api_route(
+                path,
+                route,
+                methods=["POST"],
+                responses=responses,
+                response_model=None,
+                include_in_schema=path == paths[-1],
+            )
 
 
 def _add_embeddings(app: FastAPI, served: Served, model: EmbedModel) -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from siglane.engine.answer import Answer
 from siglane.engine.sampling import check_for_model
 from siglane.errors import UserError, blaming
 from siglane.families.pipeline import report_image
 from siglane.families.report import ImageReport
+from siglane.media.item import MediaItem
 from siglane.media.messages import read_messages
 from siglane.server.choices import Choices, finish_reason
 from siglane.server.context import RequestContext
-from siglane.server.protocol import ChatCompletionRequest, plain
+from siglane.server.protocol import AnyMessage, ChatCompletionRequest, plain
 from siglane.server.replies import ChatCompletion, Choice, ReplyMessage, SiglaneReport, UsageReply
 from siglane.server.served import ChatModel
 from siglane.server.stopwatch import Stopwatch
@@ -35,21 +37,13 @@ class Prepared:
 
 async def prepare(body: ChatCompletionRequest, context: RequestContext, model: ChatModel) -> Prepared:
     """Everything before the engine. Raises UserError for a request that cannot be served, cheapest checks first."""
-    messages, media = read_messages(plain(body.messages))
-    model.media.admit(media)
     sampling = sampling_of(body, model)
     if (asked := body.asked_constraint) is not None:
         with blaming(asked.param):
             await model.check_constraint(asked.constraint)
-    check_length(messages, model)
-    salt = body.cache_salt or ""
-    watch = Stopwatch()
-    await model.media.fetch(media, salt, context.lease)
-    watch.note("fetch")
-    await model.media.lay_out(media)
+    salt, watch = body.cache_salt or "", Stopwatch()
+    prompt, media = await lay_out_prompt(body.messages, body.chat_template_kwargs, salt, context, model, watch)
     # of the images only the headers were read so far: what is too long is never decoded
-    layouts = [item.layout for item in media]
-    prompt = await model.prompt(messages, layouts, body.chat_template_kwargs)
     max_tokens = resolve_max_tokens(body, sampling, prompt, model)
     watch.note("prepare")
     await model.media.preprocess(media, salt, context.lease)
@@ -71,6 +65,24 @@ async def prepare(body: ChatCompletionRequest, context: RequestContext, model: C
         for index in range(sampling.n)
     )
     return Prepared(request_id, prompt, requests, list(map(report_image, media)), watch.seconds)
+
+
+async def lay_out_prompt(
+    messages: Sequence[AnyMessage],
+    arguments: Mapping[str, Any] | None,
+    salt: str,
+    context: RequestContext,
+    model: ChatModel,
+    watch: Stopwatch,
+) -> tuple[Prompt, Sequence[MediaItem]]:
+    """The prompt of a conversation, and its media, of which only the headers were read. arguments: of the template."""
+    turns, media = read_messages(plain(list(messages)))
+    model.media.admit(media)
+    check_length(turns, model)
+    await model.media.fetch(media, salt, context.lease)
+    watch.note("fetch")
+    await model.media.lay_out(media)
+    return await model.prompt(turns, [item.layout for item in media], arguments), media
 
 
 def check_length(messages: Sequence[Message], model: ChatModel) -> None:

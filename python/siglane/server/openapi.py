@@ -25,6 +25,8 @@ REASONS = {
     507: "the disk is full",
     503: "the server is starting, full or shutting down; try again",
 }
+OF_CHAT = ("ChatCompletionRequest", "TokenizeRequest", "DetokenizeRequest", "ImageTokensRequest")
+OF_TOWERS = ("EmbeddingRequest", "ClassificationRequest")
 PLACE = "#/components/schemas/"
 OF_A_BODY = (400, 401, 404, 408, 413, 415, 500, 503)
 
@@ -111,8 +113,8 @@ def document(app: FastAPI, served: Served, open_paths: frozenset[str]) -> Callab
 def _state_limits(found: Mapping[str, Any], served: Served) -> None:
     """The names that are served, and what these models can take."""
     schemas = found["components"]["schemas"]
-    of_requests = {"ChatCompletionRequest": served.chat, "EmbeddingRequest": served.embed}
-    for title, model in {**of_requests, "ClassificationRequest": served.embed}.items():
+    of_requests = dict.fromkeys(OF_CHAT, served.chat) | dict.fromkeys(OF_TOWERS, served.embed)
+    for title, model in of_requests.items():
         if model is not None:
             names = {model.name, served.models[0].name, *served.config.model_aliases}
             schemas[title]["properties"]["model"] = {"enum": [*sorted(names), None]}
@@ -127,7 +129,7 @@ def _state_limits(found: Mapping[str, Any], served: Served) -> None:
             )
             several["maxItems"] = min(several["maxItems"], served.config.max_images)
     if served.chat is not None:
-        for kind in ("ImageUrl", "VideoUrl"):
+        for kind in ("ImageUrl", "VideoUrl", "PictureSize"):
             _state_limits_of_images(schemas, kind, served.chat)
         _state_chat(schemas, served.chat)
 
@@ -146,10 +148,16 @@ def _state_chat(schemas: Mapping[str, Any], chat: ChatModel) -> None:
     for name in ("max_tokens", "max_completion_tokens", "min_tokens"):
         fields[name]["anyOf"][0]["maximum"] = chat.context_length
     fields["stop_token_ids"]["anyOf"][0]["items"]["maximum"] = facts.language.vocab_size - 1
+    ids, lists = schemas["DetokenizeRequest"]["properties"]["tokens"]["anyOf"]
+    for one in (ids, lists["items"]):
+        one["items"]["maximum"] = len(chat.processor.tokenizer) - 1
     if facts.images is not None and facts.images.video is not None:
         limits = (facts.images.video.most_frames, chat.config.max_video_frames)
         most = min(limit for limit in limits if limit is not None)
-        schemas["VideoUrl"]["properties"]["num_frames"]["anyOf"][0]["maximum"] = most
+        for kind in ("VideoUrl", "PictureSize"):
+            schemas[kind]["properties"]["num_frames"]["anyOf"][0]["maximum"] = most
+    else:
+        del schemas["PictureSize"]["properties"]["num_frames"]
     if facts.thinking is None:
         for name in ("thinking_budget", "thinking_token_budget"):
             del fields[name]

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from siglane.errors import UserError
 from siglane.server.constraints import AskedConstraint, ResponseFormat, StructuredOutputs, asked_constraint
@@ -45,16 +45,19 @@ Side = Annotated[int, Field(ge=1, le=MAX_PINPOINT_SIDE), WHOLE]
 Pinpoint = Annotated[list[Side], Field(min_length=2, max_length=2)]  # height, width
 
 
-class ImageUrl(RequestModel):
-    """A URL beside the fields of `ImageBudget`: wishes, which the server lowers to its own limits."""
+class Budgets(RequestModel):
+    """The fields of `ImageBudget`: wishes, which the server lowers to its own limits."""
 
-    url: Annotated[str, Field(json_schema_extra={"format": "uri"})]
     detail: Detail | None = None
     max_pixels: Limit | None = None
     min_pixels: Limit | None = None
     max_num_patches: Limit | None = None
     max_tiles: Limit | None = None
     grid_pinpoints: Annotated[list[Pinpoint], Field(min_length=1, max_length=MAX_PINPOINTS)] | None = None
+
+
+class ImageUrl(Budgets):
+    url: Annotated[str, Field(json_schema_extra={"format": "uri"})]
 
 
 class VideoUrl(ImageUrl):
@@ -221,6 +224,16 @@ AnyMessage = Annotated[
 ]
 
 
+def _of_length(value: Any) -> Any:
+    """Before the items: a list of a million is refused for its length, not walked through."""
+    if isinstance(value, list) and len(value) > MAX_MESSAGES:
+        raise UserError(f"at most {MAX_MESSAGES} items are accepted", code="invalid_value")
+    return value
+
+
+Messages = Annotated[list[AnyMessage], Field(min_length=1, max_length=MAX_MESSAGES), BeforeValidator(_of_length)]
+
+
 def _bounds(name: str) -> Any:
     low, high = SAMPLING_BOUNDS[name]
     return Field(ge=low, le=None if math.isinf(high) else high)
@@ -240,7 +253,7 @@ class ChatCompletionRequest(RequestModel):
     )
 
     model: str | None = None
-    messages: Annotated[list[AnyMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Messages
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
@@ -258,7 +271,10 @@ class ChatCompletionRequest(RequestModel):
     logit_bias: LogitBias = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63), WHOLE] | None = None
     stop: StopStrings = None
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0), WHOLE]], Field(max_length=MAX_STOP_IDS)] | None = None
+    stop_token_ids: (
+        Annotated[list[Annotated[int, Field(ge=0), WHOLE]], Field(max_length=MAX_STOP_IDS), BeforeValidator(_of_length)]
+        | None
+    ) = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = None
     response_format: ResponseFormat | None = None
@@ -269,14 +285,6 @@ class ChatCompletionRequest(RequestModel):
     num_speculative_tokens: Annotated[int, _bounds("num_speculative_tokens"), WHOLE] | None = None
     cache_salt: Annotated[str, Field(max_length=MAX_SALT_CHARACTERS)] | None = None
     include_timings: bool | None = None
-
-    @field_validator("messages", "stop_token_ids", mode="before")
-    @classmethod
-    def _check_length(cls, value: Any) -> Any:
-        # before the items: a list of a million is refused for its length, not walked through
-        if isinstance(value, list) and len(value) > MAX_MESSAGES:
-            raise UserError(f"at most {MAX_MESSAGES} items are accepted", code="invalid_value")
-        return value
 
     @model_validator(mode="after")
     def _check(self) -> ChatCompletionRequest:

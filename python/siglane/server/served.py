@@ -6,10 +6,10 @@ import asyncio
 import functools
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from siglane.config.images import ImageFacts
 from siglane.config.two_tower import TwoTowerConfig
@@ -35,6 +35,8 @@ from siglane.settings.server import ServerConfig
 from siglane.text.tokens import TextTokens
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
 from siglane.types import Constraint, ImageLayout, Message, Prompt, Request, SamplingParams
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +103,25 @@ class ChatModel(ServedModel):
         pages = settings.stated_pages
         return positions if pages is None else min(positions, pages * settings.page_size)
 
+    @property
+    def kv_bytes_per_token(self) -> int | None:
+        """What the engine keeps of a token; None before it is ready."""
+        return None if self._engine.facts is None else self._engine.facts.kv_bytes_per_token
+
     async def prompt(
         self, messages: Sequence[Message], layouts: Sequence[ImageLayout], arguments: Mapping[str, Any] | None
     ) -> Prompt:
         """`Processor.prompt`, on threads of its own: a chat template may take its time, and pixels do not wait for
         it."""
-        write = functools.partial(self.processor.prompt, messages, layouts, arguments)
-        return await asyncio.get_running_loop().run_in_executor(self._prompts, write)
+        return await self.aside(functools.partial(self.processor.prompt, messages, layouts, arguments))
+
+    async def aside(self, function: Callable[[], T]) -> T:
+        """`function` on a thread of those that work with texts."""
+        return await asyncio.get_running_loop().run_in_executor(self._prompts, function)
 
     async def check_constraint(self, constraint: Constraint) -> None:
         """UserError where no answer can match it; on the threads of prompts, as compiling takes some milliseconds."""
-        await asyncio.get_running_loop().run_in_executor(self._prompts, check_constraint, constraint)
+        await self.aside(functools.partial(check_constraint, constraint))
 
     async def ask(self, requests: Sequence[Request]) -> Choices:
         """Hands one client's requests (its n choices) to the engine. The caller ends with `release`. EngineError (503)
