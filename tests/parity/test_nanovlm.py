@@ -321,7 +321,7 @@ class TestFacts:
             load_processor(open_checkpoint(tmp_path))
 
     def test_another_familys_config_is_not_nanovlm(self, tmp_path: Path) -> None:
-        write_nanovlm_checkpoint(tmp_path, flags={"model_type": "llama"})
+        write_nanovlm_checkpoint(tmp_path, flags={"model_type": "mamba"})
         with pytest.raises(ConfigError, match="nanoVLM"):
             vlm_family(open_checkpoint(tmp_path))
 
