@@ -26,7 +26,6 @@ from siglane.server.protocol import (
     ImageUrl,
     ImageUrlPart,
     Parts,
-    PlainText,
     TextPart,
     content_tag,
     of_types,
@@ -58,6 +57,9 @@ def _as_url(value: Any) -> Any:
     return {"url": value} if isinstance(value, str) else value
 
 
+Words = Annotated[str, Field(json_schema_extra={"minLength": 1})]  # with modality "image" it may be a URL of any length
+
+
 class InputUrl(ImageUrl):
     """The limits of an image are this model's, which may stand beside one that chats."""
 
@@ -76,7 +78,7 @@ InputPart = Annotated[
     of_types(*TEXTS, "image_url", others={"video_url": "videos are not embedded"}),
 ]
 InputContent = Annotated[
-    PlainText | Annotated[list[InputPart], Parts, Tag("#parts")],
+    Annotated[Words, Tag("#string")] | Annotated[list[InputPart], Parts, Tag("#parts")],
     Discriminator(content_tag),
 ]
 
@@ -84,7 +86,7 @@ InputContent = Annotated[
 class InputItem(RequestModel):
     model_config = ConfigDict(json_schema_extra=one_of("text", "image", "content"))
 
-    text: Annotated[str, Field(max_length=MAX_CHARACTERS)] | None = None
+    text: Annotated[Words, Field(max_length=MAX_CHARACTERS)] | None = None
     image: Image | None = None
     content: InputContent | None = None
 
@@ -114,7 +116,6 @@ def _as_list(value: Any) -> Any:
     return values
 
 
-Words = Annotated[str, Field(json_schema_extra={"minLength": 1})]  # with modality "image" it may be a URL of any length
 Item = Annotated[Annotated[Words, Tag("#text")] | Annotated[InputItem, Tag("#item")], Discriminator(_input_tag)]
 Several = Annotated[list[Item], Field(min_length=1, max_length=MAX_INPUTS)]
 Inputs = Annotated[list[Item], BeforeValidator(_as_list, json_schema_input_type=Item | Several)]
