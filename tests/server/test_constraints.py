@@ -145,6 +145,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "nothing": ({"structured_outputs": {}}, "invalid_value", "structured_outputs"),
     "two at once": ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "invalid_value", "structured_outputs"),
     "two fields": ({"regex": "a", "structured_outputs": {"choice": ["a"]}}, "invalid_value", "regex"),
+    "a chain of schemas": (
+        schema_of({"$ref": "#/$defs/0", "$defs": {str(n): {"$ref": f"#/$defs/{n + 1}"} for n in range(6000)}}),
+        "invalid_json_schema",
+        SCHEMA_FIELD,
+    ),
+    "brackets": ({"regex": "(" * 50_000 + ")" * 50_000}, "invalid_regex", "regex"),
     "white space": (
         {"structured_outputs": {"json": {}, "disable_any_whitespace": True}},
         "unsupported_field",

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from siglane import LLM, Constraint, SamplingParams, UserError
 from siglane.config.vlm import Thinking
+from siglane.engine import constraint
 from siglane.engine.constraint import MOST_CHARACTERS, MOST_GRAMMARS, Constrained, Grammars, check_constraint
 from siglane.engine.thinking import ThinkingStart
 from siglane.errors import EngineError
@@ -195,11 +196,11 @@ def _ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 def check_schema(schema: dict[str, Any], grammars: Grammars, processor: Processor, seeds: range) -> None:
-    constraint = Constraint.json_schema(schema)
-    check_constraint(constraint)
+    asked = Constraint.json_schema(schema)
+    check_constraint(asked)
     validator = jsonschema_rs.validator_for({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema})
     for seed in seeds:
-        text = written(constraint, grammars, processor, seed)
+        text = written(asked, grammars, processor, seed)
         assert validator.is_valid(json.loads(text, parse_float=finite)), (schema, text)
 
 
@@ -351,6 +352,43 @@ REFUSED: dict[str, tuple[Constraint, str, str]] = {
     "half of the other notation": (Constraint("lark", "root ::= ("), "invalid_grammar", "grammar"),
     "long in the other notation": (Constraint("lark", "root ::= " + '"a" ' * 9999), "invalid_grammar", "characters"),
 }
+
+
+CHAIN = [*range(6000)]
+DEEP: dict[str, Constraint] = {
+    "schemas that name each other": Constraint.json_schema(
+        {
+            "$defs": {f"a{n}": {"$ref": f"#/$defs/a{n + 1}"} for n in CHAIN} | {"a6000": {"type": "string"}},
+            "$ref": "#/$defs/a0",
+        }
+    ),
+    "rules that name each other": Constraint(
+        "lark", "start: a0\n" + "\n".join(f"a{n}: a{n + 1}" for n in CHAIN) + '\na6000: "x"'
+    ),
+    "brackets in an expression": Constraint("regex", "(" * 50_000 + "a" + ")" * 50_000),
+    "brackets in a grammar": Constraint("lark", "start: " + "(" * 50_000 + '"a"' + ")" * 50_000),
+    "brackets in the other notation": Constraint("lark", "root ::= " + "(" * 5000 + '"a"' + ")" * 5000),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_what_nests_too_deep_ends_no_process_of_ours(name: str) -> None:
+    """Some are compiled by a process whose stack they overrun; the next one is answered by another."""
+    with pytest.raises(UserError) as refused:
+        check_constraint(DEEP[name])
+    assert refused.value.code.startswith("invalid_")
+    check_constraint(Constraint("regex", "a+"))
+
+
+def test_what_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constraint, "TRIAL_SECONDS", 1e-6)
+    with pytest.raises(UserError) as refused:
+        check_constraint(Constraint.json_schema({"enum": [f"value {number}" for number in range(10_000)]}))
+    assert refused.value.code == "grammar_timeout"
+
+
+def test_a_place_that_is_no_schema_is_not_said_to_be_endless() -> None:
+    check_constraint(Constraint.json_schema({"$ref": "#/shared/one", "shared": {"one": {"type": "integer"}}}))
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -1,13 +1,16 @@
 """Answers that have to match a JSON schema, a regular expression or a grammar: which tokens may come next.
 
 The automaton is llguidance's (github.com/guidance-ai/llguidance). It compiles what a client sends without backtracking
-and by an allowance of steps, not of seconds (`LIMITS`), so that the same text is refused on every machine, and no text
-keeps a thread for longer than some hundredths of a second.
+and by an allowance of steps (`LIMITS`), so that the same text is refused on every machine. What nests too deep would
+overrun its stack and end the process, so every text is compiled in one of its own first (`grammar_trial.py`).
 """
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
+import signal
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,6 +25,7 @@ from siglane.config.vlm import Thinking
 from siglane.engine.json_schema import ignored_keyword, never_ends
 from siglane.engine.thinking import ThinkingStart
 from siglane.errors import EngineError, UserError
+from siglane.families.prompt.programs import Programs
 from siglane.types import Constraint
 from siglane.types.constraint import ConstraintKind
 
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
 
 MOST_CHARACTERS = 1 << 18
 MOST_TRANSLATED = 1 << 14  # in Python, some microseconds a character
+TRIAL_SECONDS = 5.0
+MOST_TRIALS = 2  # at a time
 MOST_GRAMMARS = 32  # compiled ones that are kept
 LIMITS = {
     "initial_lexer_fuel": 1_000_000,  # some 20 ms
@@ -63,8 +69,23 @@ Bits = npt.NDArray[np.bool_]
 
 
 def check_constraint(constraint: Constraint) -> None:
-    """UserError for what cannot be matched by any answer, or not be honoured; some milliseconds."""
-    _compiled(constraint, _bytes_as_tokens())
+    """UserError for what cannot be matched by any answer, or not be honoured; `Grammars` takes nothing else. Some
+    milliseconds, at most `TRIAL_SECONDS`, in a process that may end."""
+    kind, text = constraint.kind, constraint.text
+    if len(text) > MOST_CHARACTERS:
+        raise _refused(kind, f"has {len(text)} characters; at most {MOST_CHARACTERS} are read")
+    if "\0" in text or "\\u0000" in text:
+        raise _refused(kind, "holds a NUL; no answer does")
+    if kind == "json_schema":
+        _check_schema(_schema_of(text))
+    found = _trials(os.getpid()).ask(json.dumps([TRIAL_SECONDS, _grammar(constraint), LIMITS]).encode())
+    if found == -signal.SIGALRM:
+        raise UserError(f"the {WORDS[kind]} takes more than {TRIAL_SECONDS:g} s to compile", code="grammar_timeout")
+    if isinstance(found, int):
+        raise _refused(kind, "nests too deep to be compiled")
+    if error := json.loads(found)["error"]:
+        why = _first_line(error)
+        raise _refused(kind, MATCHED_BY_NONE if why.startswith(DEAD_END) else f"cannot be used: {why}")
 
 
 class Grammars:
@@ -75,13 +96,19 @@ class Grammars:
         self._compiled: OrderedDict[Constraint, LLMatcher] = OrderedDict()
 
     def start(self, constraint: Constraint, thinking: Thinking | None, start: ThinkingStart) -> Constrained:
-        """An answer's way through it from the beginning. start: of a model that reasons. UserError as
-        `check_constraint`."""
-        matcher = self._compiled.pop(constraint, None) or _compiled(constraint, self._tokens)
+        """An answer's way through one that `check_constraint` lets pass, from the beginning. start: of a model that
+        reasons."""
+        matcher = self._compiled.pop(constraint, None) or self._compile(constraint)
         self._compiled[constraint] = matcher
         if len(self._compiled) > MOST_GRAMMARS:
             self._compiled.popitem(last=False)
         return Constrained(matcher.deep_copy(), self._vocab_size, thinking, start)
+
+    def _compile(self, constraint: Constraint) -> LLMatcher:
+        matcher: LLMatcher = _llguidance().LLMatcher(self._tokens, _grammar(constraint), log_level=0, limits=_limits())
+        if matcher.is_error():
+            raise _refused(constraint.kind, f"cannot be used: {_first_line(matcher.get_error())}")
+        return matcher
 
     def warm_up(self) -> None:
         """Reads the vocabulary, a second for 150,000 tokens that the first answer would wait for, and all beside it."""
@@ -157,43 +184,34 @@ class Constrained:
         return True, "answer"
 
 
-def _compiled(constraint: Constraint, tokens: LLTokenizer) -> LLMatcher:
-    kind, text = constraint.kind, constraint.text
-    if len(text) > MOST_CHARACTERS:
-        raise _refused(kind, f"has {len(text)} characters; at most {MOST_CHARACTERS} are read")
-    if "\0" in text or "\\u0000" in text:
-        raise _refused(kind, "holds a NUL; no answer does")
-    llguidance = _llguidance()
-    matcher = llguidance.LLMatcher(tokens, _grammar(constraint), log_level=0, limits=_limits())
-    if matcher.is_error():
-        raise _refused(kind, f"cannot be used: {_first_line(matcher.get_error())}")
-    matcher.compute_bitmask()
-    if matcher.is_error():
-        why = _first_line(matcher.get_error())
-        raise _refused(kind, MATCHED_BY_NONE if why.startswith(DEAD_END) else f"cannot be used: {why}")
-    return matcher
-
-
-def _grammar(constraint: Constraint) -> str:
-    matcher = _llguidance().LLMatcher
-    if constraint.kind == "regex":
-        return matcher.grammar_from_regex(constraint.text)
-    if constraint.kind == "lark":
-        return matcher.grammar_from_lark(_lark(constraint.text))
-    try:
-        schema = json.loads(constraint.text)
-    except (ValueError, RecursionError) as error:
-        raise _refused("json_schema", f"is no JSON ({error})") from None
-    if schema is True:
-        schema = {}
-    if not isinstance(schema, dict):
-        raise _refused("json_schema", "must be an object")
+def _check_schema(schema: dict[str, Any]) -> None:
     if ignored := ignored_keyword(schema):
         raise _refused("json_schema", f"has the keyword {ignored!r}, which is not supported")
     if never_ends(schema):
         raise _refused("json_schema", MATCHED_BY_NONE)
+
+
+def _schema_of(text: str) -> dict[str, Any]:
     try:
-        return matcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _refused("json_schema", f"is no JSON ({error})") from None
+    if schema is True:
+        return {}
+    if not isinstance(schema, dict):
+        raise _refused("json_schema", "must be an object")
+    return schema
+
+
+def _grammar(constraint: Constraint) -> str:
+    """What llguidance compiles."""
+    matcher = _llguidance().LLMatcher
+    if constraint.kind == "regex":
+        return str(matcher.grammar_from_regex(constraint.text))
+    if constraint.kind == "lark":
+        return str(matcher.grammar_from_lark(_lark(constraint.text)))
+    try:
+        return str(matcher.grammar_from_json_schema(_schema_of(constraint.text), overrides=JSON_OPTIONS))
     except (ValueError, RecursionError) as error:
         raise _refused("json_schema", f"cannot be used: {_first_line(str(error))}") from None
 
@@ -239,6 +257,10 @@ def _limits() -> LLParserLimits:
 
 
 @cache
-def _bytes_as_tokens() -> LLTokenizer:
-    """Enough to compile for, where no answer is written."""
-    return _llguidance().LLTokenizer("byte")
+def _trials(pid: int) -> Programs:
+    """pid: a fork must not talk through its parent's pipes."""
+    from siglane.engine import grammar_trial
+
+    found = Programs(grammar_trial.__file__, MOST_TRIALS)
+    atexit.register(found.close)
+    return found

@@ -10,7 +10,6 @@ IGNORED_KEYWORDS = frozenset({"additionalItems", "disallow", "divisibleBy", "ext
 BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
 LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 SINGLE = ("items", "additionalProperties", "contains", "not", "propertyNames", "if", "then", "else")
-MOST_PASSES = 64
 
 
 def ignored_keyword(schema: dict[str, Any]) -> str | None:
@@ -36,22 +35,29 @@ def subschemas(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def never_ends(schema: dict[str, Any]) -> bool:
-    """Whether every answer would have to hold another one that matches the same schema, and so on."""
-    unknown = list(subschemas(schema))[::-1]  # what is inside comes first
-    ending: set[int] = set()
+    """Whether every answer would have to hold another one that matches the same schema, and so on.
 
-    def ends(one: Any) -> bool:
-        return not isinstance(one, dict) or id(one) in ending
-
-    for _ in range(MOST_PASSES):
-        before = len(unknown)
-        for one in unknown:
-            if all(map(ends, _needed(one, schema))) and all(any(map(ends, way)) for way in _ways(one)):
-                ending.add(id(one))
-        unknown = [one for one in unknown if id(one) not in ending]
-        if len(unknown) == before:
-            return id(schema) not in ending
-    return False
+    A schema ends when of each of its conditions one schema does; from those without conditions this is handed on.
+    """
+    every = {id(one): one for one in subschemas(schema)}
+    waiting: dict[int, list[tuple[int, int]]] = {}  # a schema's place: whose condition, and which one, it meets
+    open_conditions: dict[int, set[int]] = {}
+    for place, one in every.items():
+        conditions = [[needed] for needed in _needed(one, schema)] + _ways(one)
+        open_conditions[place] = set()
+        for number, ways in enumerate(conditions):
+            if all(id(way) in every for way in ways):  # elsewhere nothing is known of an end
+                open_conditions[place].add(number)
+                for way in ways:
+                    waiting.setdefault(id(way), []).append((place, number))
+    ended = [place for place, left in open_conditions.items() if not left]
+    for place in ended:
+        for other, number in waiting.get(place, ()):
+            if number in open_conditions[other]:
+                open_conditions[other].remove(number)
+                if not open_conditions[other]:
+                    ended.append(other)
+    return bool(open_conditions[id(schema)])
 
 
 def _needed(one: dict[str, Any], whole: dict[str, Any]) -> list[Any]:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
 from siglane.engine.answer import Answer
+from siglane.engine.constraint import check_constraint
 from siglane.engine.load import build_engine
 from siglane.engine.sampling import check_for_model, in_plain_shapes, sampling_defaults
 from siglane.families.ahead import PREPARE_AHEAD, PREPARE_THREADS
@@ -187,6 +188,8 @@ class LLM:
         """Runs in a thread of the pool: everything between the caller's row and the engine."""
         facts = self.processor.config
         check_for_model(job.params, facts.language.vocab_size, facts.thinking)
+        if job.params.constraint is not None:
+            check_constraint(job.params.constraint)
         messages, media = job.read(job.row)
         self._media.prepare(media)
         prompt = self.processor.prompt(messages, [item.layout for item in media], job.template)

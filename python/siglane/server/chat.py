@@ -122,10 +122,6 @@ def sampling_of(body: ChatCompletionRequest, model: ChatModel) -> SamplingParams
     sampling = replace(model.sampling_defaults, **body.sampling)
     language = model.processor.config.language
     check_for_model(sampling, language.vocab_size, model.processor.config.thinking)
-    for token_id in sampling.stop_token_ids:
-        if token_id >= language.vocab_size:
-            message = f"stop_token_ids names token {token_id}; the vocabulary ends at {language.vocab_size - 1}"
-            raise UserError(message, code="invalid_value", param="stop_token_ids")
     return sampling
 
 

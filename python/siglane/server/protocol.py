@@ -10,6 +10,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -301,7 +302,7 @@ class ChatCompletionRequest(RequestModel):
         _ = self.asked_constraint
         return self
 
-    @property
+    @cached_property
     def asked_constraint(self) -> AskedConstraint | None:
         return asked_constraint(self.response_format, self.structured_outputs, self.model_extra or {})
 

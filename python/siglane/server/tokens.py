@@ -99,7 +99,7 @@ async def tokenize(body: TokenizeRequest, context: RequestContext, model: ChatMo
             raise UserError(message, code="context_length_exceeded", param="prompt")
     special = body.add_special_tokens is not False
     lists = await model.aside(lambda: [_ids(model, text, special) for text in texts])
-    words = [_texts_of(model, ids) for ids in lists] if body.return_token_strs else None
+    words = await model.aside(lambda: [_texts_of(model, ids) for ids in lists]) if body.return_token_strs else None
     if isinstance(given, str):
         return _listed(len(lists[0]), lists[0], words and words[0], model)
     return _listed([len(ids) for ids in lists], lists, words, model)
@@ -111,7 +111,7 @@ async def _conversation(body: TokenizeRequest, context: RequestContext, model: C
     salt, watch = body.cache_salt or "", Stopwatch()
     prompt, media = await lay_out_prompt(body.messages, body.chat_template_kwargs, salt, context, model, watch)
     ids = list(prompt.token_ids)
-    words = _texts_of(model, ids) if body.return_token_strs else None
+    words = await model.aside(lambda: _texts_of(model, ids)) if body.return_token_strs else None
     bytes_each = model.kv_bytes_per_token
     return {
         **_listed(len(ids), ids, words, model),
