@@ -64,10 +64,12 @@ def choose_kernels(choice: str, kv: PagedKV) -> Kernels:
 
 
 class StepPlan(NamedTuple):
-    """One step as the host knows it. chunks: the first `decodes` are a row each; bucket: rows of a step that only
-    decodes and is padded to so many; spans, images: what images fill of the step's rows, and all rows of each."""
+    """One step as the host knows it. chunks: the first `decodes` are a row each; batch: the same in the order in which
+    they were planned; bucket: rows of a step that only decodes and is padded to so many; spans, images: what images
+    fill of the step's rows, and all rows of each."""
 
     chunks: tuple[Chunk, ...]
+    batch: tuple[Chunk, ...]
     decodes: int
     bucket: int | None
     written: Written
@@ -78,17 +80,19 @@ class StepPlan(NamedTuple):
 class Pending:
     """A step under way. logits `[N, vocab_size]`: a row for every token that its chunks choose, in order."""
 
-    def __init__(self, chunks: tuple[Chunk, ...], logits: torch.Tensor, eos_token_ids: frozenset[int]) -> None:
-        self._chunks, self._logits, self._eos_token_ids = chunks, logits, eos_token_ids
+    def __init__(self, plan: StepPlan, logits: torch.Tensor, eos_token_ids: frozenset[int]) -> None:
+        self._plan, self._logits, self._eos_token_ids = plan, logits, eos_token_ids
 
     def result(self) -> list[tuple[Chunk, list[SampledToken | EngineError]]]:
-        """Every chunk with what was chosen behind it."""
-        wanted = [chunk.next_tokens for chunk in self._chunks]
+        """Every chunk of the batch with what was chosen behind it."""
+        chunks = self._plan.chunks
+        wanted = [chunk.next_tokens for chunk in chunks]
         every = list(itertools.chain.from_iterable(wanted))
         choices = iter(sample(self._logits, every, self._eos_token_ids) if every else [])
-        return [
-            (chunk, list(itertools.islice(choices, len(own)))) for chunk, own in zip(self._chunks, wanted, strict=True)
-        ]
+        chosen = {
+            one.sequence: list(itertools.islice(choices, len(own))) for one, own in zip(chunks, wanted, strict=True)
+        }
+        return [(chunk, chosen[chunk.sequence]) for chunk in self._plan.batch]
 
 
 class Device:
@@ -146,11 +150,11 @@ class Device:
         bucket = next((size for size in self.buckets if size >= decodes), None) if padded else None
         written = next(self._turns)
         written.write(self._numbers(chunks, decodes, 0 if bucket is None else bucket - decodes))
-        return StepPlan(chunks, decodes, bucket, written, spans, images)
+        return StepPlan(chunks, batch.chunks, decodes, bucket, written, spans, images)
 
     def __call__(self, plan: StepPlan) -> Pending:
         """Enqueues the step. Running the same plan again gives the same."""
-        return Pending(plan.chunks, self.forward(plan), self.eos_token_ids)
+        return Pending(plan, self.forward(plan), self.eos_token_ids)
 
     def forward(self, plan: StepPlan) -> torch.Tensor:
         """Writes the step's keys and values, and returns logits `[N, vocab_size]`, one row for every token that its
