@@ -33,7 +33,7 @@ class Sequence:
     seed: of all its noise; constrained: its place in the grammar that its answer has to match; lookup: None where
     nothing is guessed; features: rows of the images that the rest of the
     prompt still needs, by image number; yields: to sequences that do not, as a batch's do until they were passed over
-    for long.
+    for long; table_row: of the device's table of pages, no other's while it runs.
     """
 
     request: Request
@@ -51,6 +51,7 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     page_runs: list[PageRun] = field(default_factory=list)
     prefix_nodes: list[Node] = field(default_factory=list)
+    table_row: int = 0
     features: dict[int, torch.Tensor] = field(default_factory=dict)
     cached_tokens: int = 0
     encoded_images: int = 0

@@ -12,30 +12,28 @@ from dataclasses import dataclass
 import torch
 
 from siglane.config.vlm import Thinking
-from siglane.engine.attention import choose_paged_backend
 from siglane.engine.batch import Chunk, Sequence, StepBatch
 from siglane.engine.constraint import Constrained, Grammars
+from siglane.engine.device import build_device
 from siglane.engine.features import FeatureCache, FeatureKey
-from siglane.engine.kv import PageAllocator, PagedKV
+from siglane.engine.images import Encoded, encode_isolated, finite
+from siglane.engine.kv import SCRATCH_PAGES, PageAllocator
+from siglane.engine.limits import step_budget
 from siglane.engine.lookup import Lookup
 from siglane.engine.prefix_cache import PrefixCache
-from siglane.engine.runner import Runner
-from siglane.engine.sampler import SampledToken, sample
+from siglane.engine.sampler import SampledToken
 from siglane.engine.sampling import check_for_model
-from siglane.engine.scheduler import Scheduler, StepBudget
+from siglane.engine.scheduler import Scheduler
 from siglane.engine.thinking import thinking_budget, thinking_start
 from siglane.errors import EngineError, UserError
 from siglane.families.model import VisionLanguageModel
 from siglane.settings.engine import EngineConfig
-from siglane.types import Finished, FinishReason, ImagePatches, Request, TokenDelta
+from siglane.types import Finished, FinishReason, Request, TokenDelta
 
 logger = logging.getLogger(__name__)
 
-# what one step may cost where the configuration says 0: a CPU gains nothing from larger steps and makes others wait
-STEP_TOKENS = {"cpu": 512, "cuda": 4096}
-STEP_PATCHES = {"cpu": 1024, "cuda": 16384}
-# rows up to which answers are guessed ahead: what a step reads of the weights is the most of its time until there
-STEP_GUESSING = {"cpu": 16, "cuda": 64}
+# a chunk, and what was chosen behind it
+Chosen = tuple[Chunk, list[SampledToken | EngineError]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,28 +81,15 @@ class Engine:
         thinking: Thinking | None = None,
         grammars: Grammars | None = None,
     ) -> None:
-        language = model.language
-        parameter = language.norm.weight
-        device, dtype = parameter.device, parameter.dtype
-        pages = config.resolve_pages(language.config, language.kv_heads, dtype, device)
-        kv = PagedKV(
-            language.config, language.kv_heads, pages=pages, page_size=config.page_size, dtype=dtype, device=device
-        )
         self.config, self.eos_token_ids, self.thinking = config, frozenset(eos_token_ids), thinking
         self._grammars = grammars
-        self.allocator = PageAllocator(pages)
+        budget = step_budget(config, model.language.norm.weight.device.type)
+        self.runner = build_device(model, config, budget, self.eos_token_ids)
+        self.allocator = PageAllocator(self.runner.kv.tokens // config.page_size, SCRATCH_PAGES)
         self.prefix_cache = PrefixCache(self.allocator, config.page_size) if config.prefix_cache else None
         self.features = FeatureCache(config.feature_cache_bytes)
-        budget = StepBudget(
-            tokens=config.max_batch_tokens or STEP_TOKENS[device.type],
-            patches=config.max_batch_patches or STEP_PATCHES[device.type],
-            running=config.max_running,
-            guessing=STEP_GUESSING[device.type],
-        )
         self.scheduler = Scheduler(budget, self.allocator, self.prefix_cache, self.features, config.page_size)
-        paged_backend = choose_paged_backend(config.resolve_paged_backend(), device, dtype)
-        self.runner = Runner(model, kv, paged_backend, packing=config.enable_packing)
-        positions, capacity = language.config.max_position_embeddings, self.scheduler.capacity
+        positions, capacity = model.language.config.max_position_embeddings, self.scheduler.capacity
         self.context_length = min(positions, capacity)
         if capacity < positions:
             message = "the KV cache holds %d tokens, fewer than the model's %d; see kv_tokens"
@@ -172,16 +157,16 @@ class Engine:
         """One forward: what it adds to each request, in the order of the batch."""
         step = self.scheduler.plan()
         self._note_start(step.chunks)
-        deltas = self._encode(step.images_to_encode)
-        chunks = [chunk for chunk in step.chunks if chunk.sequence.request.request_id in self._sequences]
-        computed, logits, failed = self._forward(chunks)
-        next_tokens = [next_token for chunk in computed for next_token in chunk.next_tokens]
-        choices = iter(sample(logits, next_tokens, self.eos_token_ids) if next_tokens else [])
-        grown = [self._grow(chunk, list(itertools.islice(choices, len(chunk.next_tokens)))) for chunk in computed]
+        encoded, deltas = self._encode(step.images_to_encode)
+        all_finite = finite(encoded)
+        computed, failed = self._compute([chunk for chunk in step.chunks if self._is_alive(chunk)])
+        deltas += failed + self._settle(encoded, all_finite.tolist())
+        alive = [(chunk, choices) for chunk, choices in computed if self._is_alive(chunk)]
+        grown = [self._grow(chunk, choices) for chunk, choices in alive]
         self.scheduler.commit(one.chunk for one in grown if one.error is None)  # nobody reuses NaN
-        self._computed_tokens += sum(chunk.tokens for chunk in computed)
+        self._computed_tokens += sum(chunk.tokens for chunk, _ in alive)
         self._steps += 1
-        return deltas + failed + [delta for one in grown for delta in self._deltas(one)]
+        return deltas + [delta for one in grown for delta in self._deltas(one)]
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -199,6 +184,9 @@ class Engine:
             steps=self._steps,
         )
 
+    def _is_alive(self, chunk: Chunk) -> bool:
+        return chunk.sequence.request.request_id in self._sequences
+
     def _note_start(self, chunks: list[Chunk]) -> None:
         now = time.monotonic()
         for chunk in chunks:
@@ -207,71 +195,77 @@ class Engine:
                 chunk.sequence.cached_tokens = chunk.start
                 self._cached_tokens += chunk.start
 
-    def _encode(self, images_to_encode: dict[FeatureKey, list[tuple[Sequence, int]]]) -> list[TokenDelta]:
-        """Gives every miss its features; returns the deltas of requests whose image cannot be encoded."""
+    def _encode(
+        self, images_to_encode: dict[FeatureKey, list[tuple[Sequence, int]]]
+    ) -> tuple[list[Encoded], list[TokenDelta]]:
+        """Gives every miss its features; those, and the deltas of requests whose image cannot be encoded."""
         if not images_to_encode:
-            return []
+            return [], []
         begin = time.monotonic()
         images = [wanting[0][0].request.images[wanting[0][1]] for wanting in images_to_encode.values()]
-        encoded = self._encode_isolated(images)
+        found = encode_isolated(self.runner.encode, images)
         seconds = time.monotonic() - begin
         for sequence in {sequence for wanting in images_to_encode.values() for sequence, _ in wanting}:
             # one that still waits has no part in it; again after a preemption it is a part of its decode time
             if sequence.started and not sequence.prefilled:
                 sequence.encode_seconds += seconds
-        failed: list[TokenDelta] = []
-        for (key, wanting), rows in zip(images_to_encode.items(), encoded, strict=True):
-            if isinstance(rows, torch.Tensor):
-                self.features.put(key, rows)
-                self._encoded_images += 1
-                wanting[0][0].encoded_images += 1
+        encoded, failed = list[Encoded](), list[TokenDelta]()
+        for (key, wanting), rows in zip(images_to_encode.items(), found, strict=True):
+            if isinstance(rows, EngineError):
+                failed += self._fail(wanting, rows)
+                continue
+            encoded.append(Encoded(key, wanting, rows))
             for sequence, image in wanting:
-                if isinstance(rows, torch.Tensor):
-                    sequence.features[image] = rows
-                elif sequence.request.request_id in self._sequences:
-                    logger.error("a request failed: %s", rows, extra=sequence.request.log_fields)
-                    failed.append(self._end(sequence, "error", error=rows))
+                sequence.features[image] = rows
+        return encoded, failed
+
+    def _settle(self, encoded: list[Encoded], finite: list[bool]) -> list[TokenDelta]:
+        """Keeps the images whose rows are finite for others, and ends the requests of all others."""
+        failed = list[TokenDelta]()
+        for one, good in zip(encoded, finite, strict=True):
+            if good:
+                self.features.put(one.key, one.rows)
+                self._encoded_images += 1
+                one.wanting[0][0].encoded_images += 1
+            else:
+                message = "the vision tower gave NaN or infinite features for an image"
+                failed += self._fail(one.wanting, EngineError(message, code="engine_nan"))
         return failed
 
-    def _encode_isolated(self, images: list[ImagePatches]) -> list[torch.Tensor | EngineError]:
-        """All images together; when that raises, each alone, so that one image never takes others with it."""
-        try:
-            return [_finite(rows) for rows in self.runner.encode(images)]
-        except torch.AcceleratorError:  # the device is lost for this process: end it, its supervisor starts another
-            raise
-        except Exception as error:
-            message = "encoding %d images failed (%s); trying each alone"
-            logger.warning(message, len(images), type(error).__name__, exc_info=len(images) > 1)
-        encoded: list[torch.Tensor | EngineError] = []
-        for image in images:
-            try:
-                encoded.append(_finite(self.runner.encode([image])[0]))
-            except Exception as error:
-                logger.exception("encoding one image failed")
-                encoded.append(EngineError(f"an image could not be encoded ({type(error).__name__})"))
-        return encoded
+    def _fail(self, wanting: list[tuple[Sequence, int]], error: EngineError) -> list[TokenDelta]:
+        """Ends who wants an image that is none."""
+        failed = list[TokenDelta]()
+        for sequence, _ in wanting:
+            if sequence.request.request_id in self._sequences:
+                logger.error("a request failed: %s", error, extra=sequence.request.log_fields)
+                failed.append(self._end(sequence, "error", error=error))
+        return failed
 
-    def _forward(self, chunks: list[Chunk]) -> tuple[list[Chunk], torch.Tensor, list[TokenDelta]]:
-        """The chunks that were computed, their logits, and the deltas of requests that failed."""
+    def _compute(self, chunks: list[Chunk]) -> tuple[list[Chosen], list[TokenDelta]]:
+        """The chunks that were computed, and the deltas of requests that failed."""
         if not chunks:
-            return [], torch.empty(0), []
+            return [], []
         try:
-            return chunks, self.runner.forward(StepBatch(tuple(chunks))), []
+            return self._run(chunks), []
         except torch.AcceleratorError:
             raise
         except Exception as error:
             message = "a step of %d requests failed (%s); trying each alone"
             logger.warning(message, len(chunks), type(error).__name__, exc_info=len(chunks) > 1)
-        computed, logits, failed = [], [], []
+        computed, failed = list[Chosen](), []
         for chunk in chunks:
             try:
-                logits.append(self.runner.forward(StepBatch((chunk,))))
-                computed.append(chunk)
+                computed += self._run([chunk])
+            except torch.AcceleratorError:
+                raise
             except Exception as error:
                 logger.exception("a request failed", extra=chunk.sequence.request.log_fields)
                 reason = EngineError(f"the request could not be computed ({type(error).__name__})")
                 failed.append(self._end(chunk.sequence, "error", error=reason))
-        return computed, torch.cat(logits) if logits else torch.empty(0), failed
+        return computed, failed
+
+    def _run(self, chunks: list[Chunk]) -> list[Chosen]:
+        return self.runner(self.runner.plan(StepBatch(tuple(chunks)))).result()
 
     def _grow(self, chunk: Chunk, choices: list[SampledToken | EngineError]) -> Grown:
         """Adds to a sequence what was chosen behind it, as long as that is what was guessed, and one more."""
@@ -330,10 +324,3 @@ class Engine:
             timings=sequence.timings(time.monotonic()),
         )
         return TokenDelta(request_id, last and last.token_id, last and last.logprob, finished)
-
-
-def _finite(rows: torch.Tensor) -> torch.Tensor | EngineError:
-    """NaN features are an error of their image and are never cached."""
-    if bool(torch.isfinite(rows).all()):
-        return rows
-    return EngineError("the vision tower gave NaN or infinite features for an image", code="engine_nan")

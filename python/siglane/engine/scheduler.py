@@ -246,6 +246,8 @@ class Scheduler:
                 self._give_pages(sequence)
                 return False
             self.waiting.remove(sequence)
+            taken = {one.table_row for one in self.running}
+            sequence.table_row = next(row for row in range(self.budget.running) if row not in taken)
             self.running.append(sequence)
             if following is not None:
                 under_way.add(following)
