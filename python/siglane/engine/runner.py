@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
 from siglane.engine.attention import paged_attention
-from siglane.engine.batch import StepBatch
+from siglane.engine.batch import Chunk, StepBatch
 from siglane.engine.kv import PagedKV
+from siglane.engine.sampler import likeliest
 from siglane.families.model import VisionLanguageModel
 from siglane.families.splice import ImageRows, splice
-from siglane.types import ImagePatches
+from siglane.types import ImagePatches, Read, Readout
+
+READ_ROWS = 64  # whose logits are held at one time: those of a whole chunk would take hundreds of megabytes
+
+
+class Computed(NamedTuple):
+    """What a forward gives. logits `[B, vocab_size]`: a row for every token that its chunks choose, in order; readouts:
+    of each chunk."""
+
+    logits: torch.Tensor
+    readouts: list[tuple[Readout, ...]]
 
 
 class Runner:
@@ -27,9 +40,8 @@ class Runner:
         found = (rows.to(self.dtype) for group in groups for rows in self.model.see(group).split())
         return tuple(self.model.language.turned(rows) for rows in found)
 
-    def forward(self, batch: StepBatch) -> torch.Tensor:
-        """Computes the batch, writes its keys and values, and returns logits `[B, vocab_size]`, one row for every
-        token that its chunks choose, in order. Running the same batch again gives the same."""
+    def forward(self, batch: StepBatch) -> Computed:
+        """Computes the batch and writes its keys and values. Running the same batch again gives the same."""
         language = self.model.language
         ids = [i for chunk in batch.chunks for i in chunk.token_ids]
         places = [position for chunk in batch.chunks for position in range(chunk.start, chunk.stop)]
@@ -48,6 +60,40 @@ class Runner:
         embeds = splice(embeds, spans, rows)
         attention = paged_attention(self.kv, batch, self.paged_backend)
         hidden = language.decode(embeds, torch.tensor(places, device=self.device), attention)
+        readouts = self._read(hidden, batch.chunks)
         if len(choosing_rows) == len(hidden):
-            return language.logits(hidden)
-        return language.logits(hidden[torch.tensor(choosing_rows, dtype=torch.long, device=self.device)])
+            return Computed(language.logits(hidden), readouts)
+        chosen = hidden[torch.tensor(choosing_rows, dtype=torch.long, device=self.device)]
+        return Computed(language.logits(chosen), readouts)
+
+    def _read(self, hidden: torch.Tensor, chunks: Sequence[Chunk]) -> list[tuple[Readout, ...]]:
+        """hidden `[T, hidden_size]`, of all chunks."""
+        wanted: list[tuple[int, Read]] = []
+        row = 0
+        for chunk in chunks:
+            wanted += [(row + read.position - chunk.start, read) for read in chunk.wanted]
+            row += chunk.tokens
+        found: Iterator[Readout] = iter(
+            [
+                readout
+                for first in range(0, len(wanted), READ_ROWS)
+                for readout in self._readouts(hidden, wanted[first : first + READ_ROWS])
+            ]
+        )
+        return [tuple(itertools.islice(found, len(chunk.wanted))) for chunk in chunks]
+
+    def _readouts(self, hidden: torch.Tensor, wanted: Sequence[tuple[int, Read]]) -> list[Readout]:
+        """wanted: rows of `hidden`, and what to tell of each."""
+        rows = torch.tensor([row for row, _ in wanted], device=self.device)
+        logprobs = self.model.language.logits(hidden[rows]).float().cpu().log_softmax(-1)
+        return [_readout(row, read) for row, (_, read) in zip(logprobs, wanted, strict=True)]
+
+
+def _readout(logprobs: torch.Tensor, read: Read) -> Readout:
+    """logprobs float32 `[vocab_size]`."""
+    asked = tuple(logprobs[list(read.token_ids)].tolist())
+    if not read.top:
+        return Readout(read.position, asked)
+    top = likeliest(logprobs, read.top)
+    pairs = zip(top.token_ids[: read.top].tolist(), top.scores[: read.top].tolist(), strict=True)
+    return Readout(read.position, asked, tuple(pairs))

@@ -16,9 +16,11 @@ from pydantic import BaseModel, ValidationError
 
 from siglane.batch.form import Answer
 from siglane.batch.pool import EngineDied
-from siglane.batch.row import CHAT, CLASSIFY, EMBEDDINGS
+from siglane.batch.row import CHAT, CLASSIFY, COMPLETIONS, EMBEDDINGS, OF_CHAT
 from siglane.errors import UserError
 from siglane.server.chat import complete
+from siglane.server.completion import complete_texts
+from siglane.server.completion_protocol import CompletionRequest
 from siglane.server.context import ByteLease, InflightShare, RequestContext
 from siglane.server.embedding import classify, embed
 from siglane.server.embedding_protocol import ClassificationRequest, EmbeddingRequest
@@ -124,7 +126,7 @@ class LocalServer:
                     if reason is not error:
                         logger.error("a request failed", exc_info=error, extra={"request_id": context.request_id})
                     code = reason.code if reason.status == 503 else None
-                    if code in LOST and (place.passed or url != CHAT):
+                    if code in LOST and (place.passed or url not in OF_CHAT):
                         raise EngineDied(alone=self._served.engine.lost <= 1, life=life) from error
                     if code == DOWN:
                         raise
@@ -148,11 +150,15 @@ class LocalServer:
             asked = _read(ChatCompletionRequest, given)
             served.check_name(asked.model, chat)
             return Answer(200, dict(await complete(asked, context, chat)), tuple(ignored_fields(asked)))
+        if url == COMPLETIONS and chat is not None:
+            texts = _read(CompletionRequest, given)
+            served.check_name(texts.model, chat)
+            return Answer(200, dict(await complete_texts(texts, context, chat)), tuple(ignored_fields(texts)))
         if url == EMBEDDINGS and towers is not None:
-            texts = _read(EmbeddingRequest, given)
-            served.check_name(texts.model, towers)
-            found = orjson.loads(orjson.dumps(await embed(texts, context, towers)))  # vectors are written out already
-            return Answer(200, found, tuple(ignored_fields(texts)))
+            inputs = _read(EmbeddingRequest, given)
+            served.check_name(inputs.model, towers)
+            found = orjson.loads(orjson.dumps(await embed(inputs, context, towers)))  # vectors are written out already
+            return Answer(200, found, tuple(ignored_fields(inputs)))
         if url == CLASSIFY and towers is not None:
             labels = _read(ClassificationRequest, given)
             served.check_name(labels.model, towers)

@@ -25,7 +25,8 @@ REASONS = {
     507: "the disk is full",
     503: "the server is starting, full or shutting down; try again",
 }
-OF_CHAT = ("ChatCompletionRequest", "TokenizeRequest", "DetokenizeRequest", "ImageTokensRequest")
+GENERATING = ("ChatCompletionRequest", "CompletionRequest")
+OF_CHAT = (*GENERATING, "TokenizeRequest", "DetokenizeRequest", "ImageTokensRequest")
 OF_TOWERS = ("EmbeddingRequest", "ClassificationRequest")
 PLACE = "#/components/schemas/"
 OF_A_BODY = (400, 401, 404, 408, 413, 415, 500, 503)
@@ -60,6 +61,12 @@ def chat_examples(model: str, sees: bool) -> dict[str, Any]:
     earlier += [{"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "What can you do?"}]
     bodies["a_conversation"] = {"model": model, "messages": earlier, "max_tokens": 16, "temperature": 0}
     return examples(**bodies)
+
+
+def completion_examples(model: str) -> dict[str, Any]:
+    text = {"model": model, "prompt": "A red", "max_tokens": 8, "temperature": 0}
+    scored = {"model": model, "prompt": ["A red square", "A blue square"], "max_tokens": 0, "echo": True, "logprobs": 1}
+    return examples(a_text=text, a_stream=text | {"stream": True}, probabilities_of_prompts=scored)
 
 
 def embedding_examples(model: str) -> dict[str, Any]:
@@ -144,10 +151,14 @@ def _state_limits_of_images(schemas: Mapping[str, Any], kind: str, model: Served
 
 
 def _state_chat(schemas: Mapping[str, Any], chat: ChatModel) -> None:
-    fields, facts = schemas["ChatCompletionRequest"]["properties"], chat.processor.config
-    for name in ("max_tokens", "max_completion_tokens", "min_tokens"):
-        fields[name]["anyOf"][0]["maximum"] = chat.context_length
-    fields["stop_token_ids"]["anyOf"][0]["items"]["maximum"] = facts.language.vocab_size - 1
+    facts, vocabulary = chat.processor.config, chat.processor.config.language.vocab_size
+    for fields in (schemas[title]["properties"] for title in reversed(GENERATING)):
+        for name in {"max_tokens", "max_completion_tokens", "min_tokens"} & fields.keys():
+            fields[name]["anyOf"][0]["maximum"] = chat.context_length
+        fields["stop_token_ids"]["anyOf"][0]["items"]["maximum"] = vocabulary - 1
+    _text, _texts, one, several = schemas["CompletionRequest"]["properties"]["prompt"]["oneOf"]
+    for ids in (one, several["items"]):
+        ids["items"]["maximum"] = vocabulary - 1
     ids, lists = schemas["DetokenizeRequest"]["properties"]["tokens"]["anyOf"]
     for one in (ids, lists["items"]):
         one["items"]["maximum"] = len(chat.processor.tokenizer) - 1
