@@ -109,10 +109,14 @@ def test_a_stream_says_the_same(server: RunningServer) -> None:
     for index, expected in enumerate(whole["choices"]):
         parts = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
         assert "".join(part["text"] for part in parts) == expected["text"]
-        for name, column in expected["logprobs"].items():
-            assert [value for part in parts for value in part["logprobs"][name]] == pytest.approx(column, nan_ok=True) or (
-                [value for part in parts for value in part["logprobs"][name]] == column
-            )
+        told = {name: [one for part in parts for one in part["logprobs"][name]] for name in expected["logprobs"]}
+        first, *values = told.pop("token_logprobs")
+        assert [first, *values] == [None, *(pytest.approx(one) for one in expected["logprobs"]["token_logprobs"][1:])]
+        assert told["tokens"] == expected["logprobs"]["tokens"]
+        assert told["text_offset"] == expected["logprobs"]["text_offset"]
+        assert [top and [*top] for top in told["top_logprobs"]] == [
+            top and [*top] for top in expected["logprobs"]["top_logprobs"]
+        ]
         assert [part["finish_reason"] for part in parts] == [None] * (len(parts) - 1) + ["length"]
 
 
@@ -130,7 +134,9 @@ def test_with_openais_client(server: RunningServer) -> None:
     columns = found.choices[0].logprobs
     assert columns is not None
     assert columns.tokens is not None
-    assert columns.top_logprobs == [{token: value} for token, value in zip(columns.tokens, columns.token_logprobs or ())]
+    assert columns.top_logprobs == [
+        {token: value} for token, value in zip(columns.tokens, columns.token_logprobs or (), strict=True)
+    ]
     events = list(client.completions.create(model=MODEL, prompt="a", max_tokens=4, temperature=0, stream=True))
     assert "".join(event.choices[0].text for event in events) == found.choices[0].text
     with pytest.raises(openai.BadRequestError) as refused:
@@ -178,14 +184,14 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "logprobs as a chat's": ({"prompt": "a", "logprobs": True}, "invalid_value", "logprobs"),
     "too many logprobs": ({"prompt": "a", "logprobs": 21}, "invalid_value", "logprobs"),
     "too much to tell": (
-        {"prompt": ["word " * 2000] * 8, "echo": True, "logprobs": 20, "n": 4},
+        {"prompt": ["word " * 200] * 8, "echo": True, "logprobs": 20, "n": 8, "max_tokens": 1},
         "invalid_value",
         "logprobs",
     ),
     "stream_options alone": ({"prompt": "a", "stream_options": {}}, "invalid_value", "stream_options"),
     "a schema that no text matches": (
         {"prompt": "a", "structured_outputs": {"regex": "("}},
-        "invalid_value",
+        "invalid_regex",
         "structured_outputs.regex",
     ),
     "another model": ({"prompt": "a", "model": "other"}, "model_not_found", "model"),

@@ -876,7 +876,7 @@ class TestReads:
         return language.logits(hidden).log_softmax(-1)
 
     def reading(self, name: str, asked: Asked, every: int = 1, max_tokens: int = 0) -> Request:
-        ids = asked.token_ids
+        ids = [min(token_id, 300) for token_id in asked.token_ids]  # placeholders have no probability
         reads = tuple(Read(at, (ids[(at + 1) % len(ids)], 5), 3) for at in range(len(ids) - 1, -1, -every))[::-1]
         return replace(greedy(name, asked, max_tokens), reads=reads)
 

@@ -48,7 +48,7 @@ from siglane.server.replies import ChatCompletion, Health, ModelCard, ModelList,
 from siglane.server.served import ChatModel, EmbedModel, Served
 from siglane.server.store import Store
 from siglane.server.stream import ChatStream
-from siglane.server.text_routes import add_completions
+from siglane.server.text_routes import add_completions, add_decisions, add_scores
 from siglane.server.tokens import (
     DetokenizedText,
     DetokenizeRequest,
@@ -103,6 +103,8 @@ def create_app(served: Served) -> FastAPI:
     if served.chat is not None:
         _add_chat(app, served, served.chat)
         add_completions(app, served, served.chat, _ignored_noter())
+        add_decisions(app, served, served.chat, _ignored_noter())
+        add_scores(app, served, served.chat, _ignored_noter())
         _add_tokens(app, served, served.chat)
     else:
         _add_refusals(app, OF_CHAT, f"{served.name!r} embeds and classifies; a chat needs a vision-language model")

@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from siglane.engine.answer import Answer
 from siglane.engine.sampling import check_for_model
@@ -23,6 +23,13 @@ from siglane.server.replies import ChatCompletion, Choice, ReplyMessage, Siglane
 from siglane.server.served import ChatModel
 from siglane.server.stopwatch import Stopwatch
 from siglane.types import Message, Prompt, Request, SamplingParams, Usage
+
+
+class Reported(Protocol):
+    """A request of any kind, in what its report depends on."""
+
+    @property
+    def include_timings(self) -> bool | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +85,24 @@ async def lay_out_prompt(
 ) -> tuple[Prompt, Sequence[MediaItem]]:
     """The prompt of a conversation, and its media, of which only the headers were read. arguments: of the template."""
     turns, media = read_messages(plain(list(messages)))
+    await lay_out_media(turns, media, salt, context, model, watch)
+    return await model.prompt(turns, [item.layout for item in media], arguments), media
+
+
+async def lay_out_media(
+    turns: Sequence[Message],
+    media: Sequence[MediaItem],
+    salt: str,
+    context: RequestContext,
+    model: ChatModel,
+    watch: Stopwatch,
+) -> None:
+    """Fetches what a conversation that may fit refers to, and reads the headers."""
     model.media.admit(media)
     check_length(turns, model)
     await model.media.fetch(media, salt, context.lease)
     watch.note("fetch")
     await model.media.lay_out(media)
-    return await model.prompt(turns, [item.layout for item in media], arguments), media
 
 
 def check_length(messages: Sequence[Message], model: ChatModel) -> None:
@@ -187,7 +206,7 @@ def usage_reply(usage: Usage) -> UsageReply:
     }
 
 
-def siglane_report(body: GenerationRequest, prepared: Prepared, choices: Choices) -> SiglaneReport:
+def siglane_report(body: Reported, prepared: Prepared, choices: Choices) -> SiglaneReport:
     report: SiglaneReport = {"images": prepared.images}
     if body.include_timings:
         report["timings"] = {stage: round(value, 6) for stage, value in {**prepared.seconds, **choices.stages}.items()}

@@ -103,9 +103,6 @@ def check_ids(ids: Sequence[int], model: ChatModel, param: str) -> None:
     if len(ids) > model.context_length:
         message = f"the prompt has {len(ids)} tokens; the model reads at most {model.context_length}"
         raise UserError(message, code="context_length_exceeded", param=param)
-    if (largest := max(ids)) >= facts.language.vocab_size:
-        message = f"the prompt has token {largest}; the model's ids are below {facts.language.vocab_size}"
-        raise UserError(message, code="invalid_value", param=param)
     for name in () if facts.images is None else _placeholders(model):
         if name in ids:
             word = model.processor.tokenizer.decode([name])
@@ -113,6 +110,9 @@ def check_ids(ids: Sequence[int], model: ChatModel, param: str) -> None:
                 f"the prompt has the placeholder {word!r} and no image comes with it; /v1/chat/completions reads them"
             )
             raise UserError(message, code="unsupported_content_type", param=param)
+    if (largest := max(ids)) >= facts.language.vocab_size:
+        message = f"the prompt has token {largest}; the model's ids are below {facts.language.vocab_size}"
+        raise UserError(message, code="invalid_value", param=param)
 
 
 def _placeholders(model: ChatModel) -> set[int]:

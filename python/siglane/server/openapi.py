@@ -26,7 +26,14 @@ REASONS = {
     503: "the server is starting, full or shutting down; try again",
 }
 GENERATING = ("ChatCompletionRequest", "CompletionRequest")
-OF_CHAT = (*GENERATING, "TokenizeRequest", "DetokenizeRequest", "ImageTokensRequest")
+OF_CHAT = (
+    *GENERATING,
+    "DecisionRequest",
+    "SystemOneRequest",
+    "TokenizeRequest",
+    "DetokenizeRequest",
+    "ImageTokensRequest",
+)
 OF_TOWERS = ("EmbeddingRequest", "ClassificationRequest")
 PLACE = "#/components/schemas/"
 OF_A_BODY = (400, 401, 404, 408, 413, 415, 500, 503)
@@ -67,6 +74,30 @@ def completion_examples(model: str) -> dict[str, Any]:
     text = {"model": model, "prompt": "A red", "max_tokens": 8, "temperature": 0}
     scored = {"model": model, "prompt": ["A red square", "A blue square"], "max_tokens": 0, "echo": True, "logprobs": 1}
     return examples(a_text=text, a_stream=text | {"stream": True}, probabilities_of_prompts=scored)
+
+
+def decision_examples(model: str, sees: bool) -> dict[str, Any]:
+    about: dict[str, Any] = {"model": model, "input": "The sea is blue today."} | ({"images": [RED]} if sees else {})
+    yes_no = {"id": "sea", "type": "yes_no", "question": "Is it about the sea?"}
+    choice = {"id": "colour", "type": "choice", "question": "Which?", "options": [{"name": "red"}, {"name": "blue"}]}
+    score = {"id": "good", "type": "score", "question": "How good?", "levels": ["bad", "fair", "good"]}
+    labels = {"id": "words", "type": "labels", "question": "What do you see?", "labels": ["a red square", "a sign"]}
+    predicate = {"name": "sea", "type": "predicate", "instructions": "It is about the sea."}
+    return examples(
+        typed_questions=about | {"questions": [yes_no, choice, score]},
+        labels_as_they_stand=about | {"questions": [labels]},
+        as_openai_asks=about | {"questions": [predicate]},
+    )
+
+
+def system_one_examples(model: str, sees: bool) -> dict[str, Any]:
+    about: dict[str, Any] = {"model": model, "state": {"weather": "sunny"}} | ({"images": [RED]} if sees else {})
+    questions = {
+        "rain": {"type": "noul", "instructions": "It rains."},
+        "wear": {"type": "choice", "instructions": "What to wear?", "criteria": {"coat": "when cold", "hat": None}},
+        "warm": {"type": "score", "instructions": "How warm?", "criteria": ["cold", "mild", "hot"]},
+    }
+    return examples(questions=about | {"questions": questions})
 
 
 def embedding_examples(model: str) -> dict[str, Any]:

@@ -86,7 +86,12 @@ class Decision:
     def mass(self) -> float:
         """The sum of the labels' probabilities among all that the model might write: how far it keeps to them. A label
         that begins another one holds that one's too."""
-        return math.fsum(map(math.exp, self.logprobs))
+        return math.fsum(self.powers)
+
+    @property
+    def powers(self) -> list[float]:
+        """The probability of each label among all that the model might write."""
+        return [math.exp(logprob) for logprob in self.logprobs]
 
     def shares(self, temperature: float = 1.0) -> list[float]:
         """The softmax of `logprobs` over `temperature`."""
