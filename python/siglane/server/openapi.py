@@ -26,14 +26,8 @@ REASONS = {
     503: "the server is starting, full or shutting down; try again",
 }
 GENERATING = ("ChatCompletionRequest", "CompletionRequest")
-OF_CHAT = (
-    *GENERATING,
-    "DecisionRequest",
-    "SystemOneRequest",
-    "TokenizeRequest",
-    "DetokenizeRequest",
-    "ImageTokensRequest",
-)
+DECIDING = ("DecisionRequest", "SystemOneRequest", "ScoreRequest")
+OF_CHAT = (*GENERATING, *DECIDING, "TokenizeRequest", "DetokenizeRequest", "ImageTokensRequest")
 OF_TOWERS = ("EmbeddingRequest", "ClassificationRequest")
 PLACE = "#/components/schemas/"
 OF_A_BODY = (400, 401, 404, 408, 413, 415, 500, 503)
@@ -98,6 +92,12 @@ def system_one_examples(model: str, sees: bool) -> dict[str, Any]:
         "warm": {"type": "score", "instructions": "How warm?", "criteria": ["cold", "mild", "hot"]},
     }
     return examples(questions=about | {"questions": questions})
+
+
+def score_examples(model: str) -> dict[str, Any]:
+    pairs = {"model": model, "query": "Is this true? ", "items": ["The sea is wet.", "Ice is hot."]}
+    labels = {"labels": ["yes", "no"], "apply_softmax": True}
+    return examples(labels=pairs | labels, tokens=pairs | {"label_token_ids": [5, 6]})
 
 
 def embedding_examples(model: str) -> dict[str, Any]:
