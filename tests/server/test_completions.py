@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 import torch
-from serving import MODEL, RunningServer, Told, assert_error, assert_unharmed, eventually, read_events, running
+from serving import MODEL, RunningServer, Told, assert_error, assert_unharmed, read_events, run_batch, running
 
 from siglane.engine.process import EngineProcess
 from siglane.families.model import VisionLanguageModel, load_model
@@ -221,21 +221,8 @@ def stored(
 
 
 def test_rows_of_a_batch(stored: RunningServer) -> None:
-    client = stored.openai()
-    bodies = [{"prompt": "a", "max_tokens": 5, "temperature": 0}, {"prompt": "a"}, {"prompt": "a", "suffix": "b"}]
-    rows = [
-        {"custom_id": str(number), "method": "POST", "url": COMPLETIONS, "body": body}
-        for number, body in enumerate(bodies)
-    ]
-    lines = "\n".join(map(json.dumps, rows)).encode()
-    file = client.files.create(file=("a.jsonl", lines), purpose="batch")
-    batch = client.batches.create(input_file_id=file.id, endpoint=COMPLETIONS, completion_window="24h")
-    eventually(lambda: client.batches.retrieve(batch.id).status == "completed", 30)
-    done = client.batches.retrieve(batch.id)
-    assert done.output_file_id is not None
-    assert done.error_file_id is not None
-    found = [json.loads(line) for line in client.files.content(done.output_file_id).text.splitlines()]
-    by_id = {row["custom_id"]: row["response"]["body"] for row in found}
-    assert by_id["0"]["choices"][0]["text"] == asked(stored, prompt="a", max_tokens=5)["choices"][0]["text"]
-    assert by_id.keys() == {"0", "1"}
-    assert "suffix" in client.files.content(done.error_file_id).text
+    first = {"prompt": "a", "max_tokens": 5, "temperature": 0}
+    done = run_batch(stored.openai(), COMPLETIONS, [first, {"prompt": "a"}, {"prompt": "a", "suffix": "b"}])
+    assert done.answers.keys() == {"0", "1"}
+    assert done.answers["0"]["choices"][0]["text"] == asked(stored, prompt="a", max_tokens=5)["choices"][0]["text"]
+    assert "suffix" in done.errors

@@ -62,7 +62,7 @@ class CompletionRequest(GenerationRequest):
     @property
     def prompts(self) -> list[str] | list[list[int]]:
         one = not isinstance(self.prompt, list) or isinstance(self.prompt[0], int)
-        return [self.prompt] if one else self.prompt  # type: ignore[list-item, return-value]
+        return [self.prompt] if one else self.prompt  # type: ignore[return-value]
 
     @property
     def sampling(self) -> dict[str, Any]:

@@ -118,7 +118,7 @@ class EventStream(StreamingResponse):
             chunk["usage"] = None
         if choices.finished and not self._options.include_usage:
             chunk["siglane"] = siglane_report(self._request, self._prepared, choices)
-        return chunk  # type: ignore[no-any-return]
+        return chunk
 
 
 class ChatStream(EventStream):
