@@ -2,9 +2,9 @@
 
     python benchmark/decide.py [--repeats 7] [--threads 0] [--out benchmark/results/decide.json]
 
-SigLIP-base at 384 pixels and a Qwen2 of hidden 512 (`serving_model.py`, random weights). One and ten yes-or-no questions
-in turn, each time about a picture that was never seen; beside them ten requests of one question each, in turn, about one
-picture. Exits with 1 when ten cost more than 1.6 times one.
+SigLIP-base at 384 pixels and a Qwen2 of hidden 512 (`serving_model.py`, random weights). One and ten yes-or-no
+questions in turn, each time about a picture that was never seen; beside them ten calls of one question each about one
+picture. Exits with 1 when ten questions cost more than 1.6 times one.
 """
 
 from __future__ import annotations

@@ -85,7 +85,8 @@ def test_probabilities_of_labels(family: Family) -> None:
         shares = [power / math.fsum(powers) for power in powers]
         assert list(decision.probabilities.values()) == pytest.approx(shares, abs=1e-5)
         assert decision.names == question.meanings
-    assert [one.cached_tokens > 0 for one in decisions] == [False, *[True] * (len(QUESTIONS) - 1)]
+    if family.sees:  # a text of a few tokens fills no page
+        assert [one.cached_tokens > 0 for one in decisions] == [False, *[True] * (len(QUESTIONS) - 1)]
 
 
 def test_what_cannot_be_decided(family: Family) -> None:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from siglane.batch.form import Answer
 from siglane.batch.pool import EngineDied
-from siglane.batch.row import CHAT, CLASSIFY, COMPLETIONS, DECISIONS, EMBEDDINGS, OF_CHAT, SCORE, SYSTEMONE
+from siglane.batch.row import CHAT, CLASSIFY, COMPLETIONS, DECISIONS, EMBEDDINGS, OF_CHAT, PAIRS, SCORE, SYSTEMONE
 from siglane.errors import UserError
 from siglane.server.chat import complete
 from siglane.server.completion import complete_texts
@@ -24,9 +24,10 @@ from siglane.server.completion_protocol import CompletionRequest
 from siglane.server.context import ByteLease, InflightShare, RequestContext
 from siglane.server.decision_protocol import DecisionRequest
 from siglane.server.decisions import decide, decide_system_one
-from siglane.server.embedding import classify, embed
+from siglane.server.embedding import classify, embed, score_pairs
 from siglane.server.embedding_protocol import ClassificationRequest, EmbeddingRequest
 from siglane.server.errors import as_api_error, error_body, from_validation
+from siglane.server.pairs_protocol import PairsRequest
 from siglane.server.protocol import ChatCompletionRequest, ignored_fields
 from siglane.server.score import ScoreRequest, score
 from siglane.server.served import Served
@@ -50,6 +51,7 @@ ASKED: Mapping[str, tuple[Any, Any]] = {
     SCORE: (ScoreRequest, score),
     EMBEDDINGS: (EmbeddingRequest, embed),
     CLASSIFY: (ClassificationRequest, classify),
+    PAIRS: (PairsRequest, score_pairs),
 }
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -161,6 +163,8 @@ class LocalServer:
         served, chat, towers = self._served, self._served.chat, self._served.embed
         if given.get("stream"):
             raise UserError("a batch streams nothing; leave stream out", code="unsupported_field", param="stream")
+        if url == SCORE and chat is None:
+            url = PAIRS
         model, (kind, ask) = (chat, ASKED[url]) if url in OF_CHAT else (towers, ASKED.get(url, (None, None)))
         if model is None or kind is None:
             raise UserError(f"{served.name!r} does not answer {url}", code="not_found", status=404)

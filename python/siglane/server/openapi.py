@@ -28,7 +28,7 @@ REASONS = {
 GENERATING = ("ChatCompletionRequest", "CompletionRequest")
 DECIDING = ("DecisionRequest", "SystemOneRequest", "ScoreRequest")
 OF_CHAT = (*GENERATING, *DECIDING, "TokenizeRequest", "DetokenizeRequest", "ImageTokensRequest")
-OF_TOWERS = ("EmbeddingRequest", "ClassificationRequest")
+OF_TOWERS = ("EmbeddingRequest", "ClassificationRequest", "PairsRequest")
 PLACE = "#/components/schemas/"
 OF_A_BODY = (400, 401, 404, 408, 413, 415, 500, 503)
 
@@ -98,6 +98,12 @@ def score_examples(model: str) -> dict[str, Any]:
     pairs = {"model": model, "query": "Is this true? ", "items": ["The sea is wet.", "Ice is hot."]}
     labels = {"labels": ["yes", "no"], "apply_softmax": True}
     return examples(labels=pairs | labels, tokens=pairs | {"label_token_ids": [5, 6]})
+
+
+def pair_examples(model: str) -> dict[str, Any]:
+    picture = {"content": [{"type": "image_url", "image_url": {"url": RED}}]}
+    one = {"model": model, "text_1": picture, "text_2": ["a red square", "the sea at night"]}
+    return examples(a_picture_and_texts=one, texts={"model": model, "queries": "a cat", "documents": ["a dog"]})
 
 
 def embedding_examples(model: str) -> dict[str, Any]:
