@@ -220,7 +220,12 @@ BAD: dict[str, tuple[str, dict[str, Any], str, str]] = {
     ),
     "no questions": (DECISIONS, {"input": "x", "questions": []}, "invalid_value", "questions"),
     "too many questions": (DECISIONS, {"input": "x", "questions": [PREDICATE] * 65}, "invalid_value", "questions"),
-    "questions of both kinds": (DECISIONS, {"input": "x", "questions": [YES, PREDICATE]}, "invalid_value", "questions"),
+    "questions of both kinds": (
+        DECISIONS,
+        {"input": "x", "questions": [YES, PREDICATE]},
+        "invalid_value",
+        "questions[1].type",
+    ),
     "equal ids": (DECISIONS, {"input": "x", "questions": [YES, YES]}, "invalid_value", "questions"),
     "a type that is none": (
         DECISIONS,

@@ -350,15 +350,15 @@ def test_pairs_are_scored_as_vllm_does(fixed: RunningServer, path: str) -> None:
     image = {"content": [{"type": "image_url", "image_url": {"url": PICTURE}}]}
     texts = vectors(fixed.post_to("/v1/embeddings", input=TEXTS))
     (seen,) = vectors(fixed.post_to("/v1/embeddings", input=[{"image": PICTURE}]))
-    tags = fixed.post_to("/v1/classify", images=[PICTURE], labels=TEXTS, template="{label}", max_tags=3).json()
+    tags = fixed.post_to("/v1/classify", images=[PICTURE], labels=TEXTS, template="{label}", threshold=0).json()
     chances = {tag["label"]: tag["confidence"] for tag in tags["data"][0]["tags"]}
     found = fixed.post_to(path, model=MODEL, text_1=image, text_2=TEXTS).json()
     assert found["object"] == "list"
     for number, (one, text) in enumerate(zip(found["data"], TEXTS, strict=True)):
         assert (one["index"], one["object"]) == (number, "score")
         assert one["score"] == pytest.approx(float(seen @ texts[number]), abs=1e-5)
-        assert one["probability"] == pytest.approx(chances.get(text, one["probability"]), abs=1e-5)
-    assert chances
+        assert one["probability"] == pytest.approx(chances[text], abs=1e-5)
+    assert chances.keys() == {*TEXTS}
     alike = fixed.post_to(path, queries=TEXTS[:2], documents=[TEXTS[0], image]).json()["data"]
     assert alike[0]["score"] == pytest.approx(1.0, abs=1e-5)
     assert "probability" not in alike[0]

@@ -110,9 +110,9 @@ class Sequence:
         return self.request.reads[self.reads_told :]
 
     @property
-    def reusable_ids(self) -> list[int]:
-        """`cache_ids` up to the first place that must be computed, whatever a cache has: the next read, or the end."""
-        return self.cache_ids[: self.open_reads[0].position + 1] if self.open_reads else self.cache_ids
+    def next_read(self) -> int | None:
+        """The first place that must be computed, whatever a cache has."""
+        return self.request.reads[self.reads_told].position if self.reads_told < len(self.request.reads) else None
 
     def images_in(self, start: int, stop: int) -> list[int]:
         """Images with rows in positions `start..stop`, in order."""

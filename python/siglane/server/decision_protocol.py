@@ -135,11 +135,8 @@ def _instructions(value: Any) -> Any:
     return [{"type": "input_text", "text": value}] if isinstance(value, str) else value
 
 
-Instructions = Annotated[
-    list[TextInput],
-    Field(min_length=1, max_length=64),
-    BeforeValidator(_instructions, json_schema_input_type=str | list[TextInput]),
-]
+TextInputs = Annotated[list[TextInput], Field(min_length=1, max_length=64)]
+Instructions = Annotated[TextInputs, BeforeValidator(_instructions, json_schema_input_type=str | TextInputs)]
 
 
 class _Instructed(RequestModel):
@@ -197,13 +194,6 @@ class LevelsQuestion(_Instructed):
         return Question.score(self.text, named)
 
 
-OfSglang = YesNoQuestion | ChoiceQuestion | ScoreQuestion | LabelsQuestion
-OfOpenai = PredicateQuestion | ValuesQuestion | LevelsQuestion
-NAMES = {"yes_no": "YesNoQuestion", "choice": "ChoiceQuestion", "score": "ScoreQuestion"}
-NAMES |= {"labels": "LabelsQuestion", "predicate": "PredicateQuestion"}
-INSTRUCTED = {"choice": "ValuesQuestion", "score": "LevelsQuestion"}
-
-
 def of_type(*kinds: str) -> BeforeValidator:
     """UserError for an object of another type, before its fields are looked at."""
 
@@ -215,24 +205,45 @@ def of_type(*kinds: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-def _tag(question: Any) -> str:
-    if isinstance(question, RequestModel):
-        return f"#{type(question).__name__}"
-    given = question if isinstance(question, dict) else {}
-    kind = str(given.get("type"))
-    return "#" + ((INSTRUCTED.get(kind) if "instructions" in given else None) or NAMES.get(kind, "YesNoQuestion"))
+def by_type(*kinds: str) -> Discriminator:
+    """A question's tag is its type; the first one's where it has none."""
+
+    def tag(question: Any) -> str:
+        kind = question.get("type") if isinstance(question, dict) else getattr(question, "type", None)
+        return f"#{kind if kind in kinds else kinds[0]}"
+
+    return Discriminator(tag)
 
 
-AnyQuestion = Annotated[
-    Annotated[YesNoQuestion, Tag("#YesNoQuestion")]
-    | Annotated[ChoiceQuestion, Tag("#ChoiceQuestion")]
-    | Annotated[ScoreQuestion, Tag("#ScoreQuestion")]
-    | Annotated[LabelsQuestion, Tag("#LabelsQuestion")]
-    | Annotated[PredicateQuestion, Tag("#PredicateQuestion")]
-    | Annotated[ValuesQuestion, Tag("#ValuesQuestion")]
-    | Annotated[LevelsQuestion, Tag("#LevelsQuestion")],
-    Discriminator(_tag),
-    of_type(*NAMES),
+SGLANG, OPENAI = ("yes_no", "choice", "score", "labels"), ("predicate", "choice", "score")
+SglangQuestion = Annotated[
+    Annotated[YesNoQuestion, Tag("#yes_no")]
+    | Annotated[ChoiceQuestion, Tag("#choice")]
+    | Annotated[ScoreQuestion, Tag("#score")]
+    | Annotated[LabelsQuestion, Tag("#labels")],
+    by_type(*SGLANG),
+    of_type(*SGLANG),
+]
+OpenaiQuestion = Annotated[
+    Annotated[PredicateQuestion, Tag("#predicate")]
+    | Annotated[ValuesQuestion, Tag("#choice")]
+    | Annotated[LevelsQuestion, Tag("#score")],
+    by_type(*OPENAI),
+    of_type(*OPENAI),
+]
+Several = Field(min_length=1, max_length=MAX_QUESTIONS)
+
+
+def _asks_as(questions: Any) -> str:
+    """The first question says it for all of them."""
+    first = questions[0] if isinstance(questions, list) and questions else None
+    instructed = isinstance(first, _Instructed) or (isinstance(first, dict) and "instructions" in first)
+    return "#openai" if instructed else "#sglang"
+
+
+Questions = Annotated[
+    Annotated[list[SglangQuestion], Several, Tag("#sglang")] | Annotated[list[OpenaiQuestion], Several, Tag("#openai")],
+    Discriminator(_asks_as),
 ]
 
 
@@ -272,7 +283,7 @@ class DecisionRequest(Decisions):
     """input: what the questions are about; a list is OpenAI's messages where the questions are OpenAI's, else JSON."""
 
     input: Filled
-    questions: Annotated[list[AnyQuestion], Field(min_length=1, max_length=MAX_QUESTIONS)]
+    questions: Questions
     temperature: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     prompt_format_version: int | None = None
     return_prompt_token_ids: bool | None = None
@@ -280,10 +291,6 @@ class DecisionRequest(Decisions):
     @model_validator(mode="after")
     def _check(self) -> DecisionRequest:
         self.check_extra()
-        kinds = {isinstance(question, _Instructed) for question in self.questions}
-        if len(kinds) > 1:
-            message = "questions have either id and question, or instructions, all of a request the same"
-            raise UserError(message, code="invalid_value", param="questions")
         if self.prompt_format_version not in (None, FORMAT_VERSION):
             message = f"prompt_format_version {self.prompt_format_version} is not served; this is {FORMAT_VERSION}"
             raise UserError(message, code="invalid_value", param="prompt_format_version")

@@ -14,8 +14,8 @@ from siglane.server.context import RequestContext
 from siglane.server.served import ChatModel
 from siglane.types import Decision, ImagePatches, Prompt, Request, SamplingParams, Usage
 
-MAX_READS = 512  # requests of the engine that one client's becomes
-MAX_TOKENS = 1 << 20  # of all their prompts
+MAX_READS = 256  # requests of the engine that one client's becomes
+MAX_TOKENS = 1 << 18  # of all their prompts
 
 
 class Put(NamedTuple):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, Tag, model_validator
 
 from siglane.engine.labels import MOST_LABELS
 from siglane.errors import UserError
@@ -14,6 +14,7 @@ from siglane.server.decision_protocol import (
     Content,
     Decisions,
     Filled,
+    by_type,
     check_options,
     checked,
     of_type,
@@ -66,16 +67,11 @@ class RatingQuestion(RequestModel):
         return Question.score(rendered(self.instructions), [rendered(level) for level in self.criteria])
 
 
-def _one_tag(question: Any) -> str:
-    kind = question.get("type") if isinstance(question, dict) else getattr(question, "type", None)
-    return f"#{kind}" if kind in TYPES else "#noul"
-
-
 OneQuestion = Annotated[
     Annotated[NoulQuestion, Tag("#noul")]
     | Annotated[OptionsQuestion, Tag("#choice")]
     | Annotated[RatingQuestion, Tag("#score")],
-    Discriminator(_one_tag),
+    by_type(*TYPES),
     of_type(*TYPES),
 ]
 
