@@ -237,7 +237,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "no object": (DECISIONS, {"input": "x", "questions": ["Why?"]}, "invalid_value", "questions[0]"),
     "one option": (DECISIONS, options("a"), "invalid_value", "questions[0].options"),
     "equal options": (DECISIONS, options("a", " A"), "invalid_value", "questions[0]"),
-    "an option of two lines": (DECISIONS, options("a", "b\nc"), "invalid_value", "questions[0]"),
+    "an option of two lines": (DECISIONS, options("a", "b\nc"), "invalid_value", "questions[0].options[1].name"),
     "equal labels": (DECISIONS, labels("a", "b", "a"), "invalid_value", "questions[0]"),
     "an empty label": (DECISIONS, labels("a", ""), "invalid_value", "questions[0].labels[1]"),
     "a long label": (DECISIONS, labels("a", "word " * 200), "invalid_value", "questions[0]"),

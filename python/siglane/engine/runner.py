@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -68,18 +68,15 @@ class Runner:
 
     def _read(self, hidden: torch.Tensor, chunks: Sequence[Chunk]) -> list[tuple[Readout, ...]]:
         """hidden `[T, hidden_size]`, of all chunks."""
+        if not any(chunk.sequence.open_reads for chunk in chunks):
+            return [()] * len(chunks)
         wanted: list[tuple[int, Read]] = []
         row = 0
         for chunk in chunks:
             wanted += [(row + read.position - chunk.start, read) for read in chunk.wanted]
             row += chunk.tokens
-        found: Iterator[Readout] = iter(
-            [
-                readout
-                for first in range(0, len(wanted), READ_ROWS)
-                for readout in self._readouts(hidden, wanted[first : first + READ_ROWS])
-            ]
-        )
+        some = (wanted[first : first + READ_ROWS] for first in range(0, len(wanted), READ_ROWS))
+        found = itertools.chain.from_iterable(self._readouts(hidden, one) for one in some)
         return [tuple(itertools.islice(found, len(chunk.wanted))) for chunk in chunks]
 
     def _readouts(self, hidden: torch.Tensor, wanted: Sequence[tuple[int, Read]]) -> list[Readout]:

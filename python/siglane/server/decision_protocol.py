@@ -14,12 +14,11 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, WithJsonSchema,
 
 from siglane.engine.labels import MOST_LABELS
 from siglane.errors import UserError, blaming
-from siglane.server.fields import RequestModel, TemplateKwargs
+from siglane.server.fields import WHOLE, RequestModel, TemplateKwargs
 from siglane.server.generation_fields import CacheSalt
 from siglane.server.protocol import ImageUrl
 from siglane.server.refused import refuse_fields
 from siglane.types import Question
-from siglane.types.decision import FORMAT_VERSION
 
 MAX_QUESTIONS = 64
 MAX_IMAGES = 2048
@@ -57,6 +56,8 @@ _SOME = {
 Content = Annotated[Any, BeforeValidator(_content), WithJsonSchema({"type": [*_ANY["type"], "null"]})]
 Filled = Annotated[Any, BeforeValidator(_filled), WithJsonSchema(_SOME)]
 Name = Annotated[str, Field(pattern=r"\S", max_length=MAX_NAME)]
+_BREAK = r"\x00-\x1f\x7f-\x9f\u2028\u2029"
+Line = Annotated[str, Field(pattern=rf"^[^{_BREAK}]*[^\s{_BREAK}][^{_BREAK}]*$", max_length=MAX_NAME)]
 
 
 def check_options(names: Iterable[str]) -> None:
@@ -72,7 +73,7 @@ def check_options(names: Iterable[str]) -> None:
 
 
 class Option(RequestModel):
-    name: Name
+    name: Line
     description: Content = None
 
 
@@ -157,7 +158,7 @@ class PredicateQuestion(_Instructed):
 
 
 class ChoiceValue(RequestModel):
-    value: Name | bool
+    value: Line | bool
     description: str | None = None
 
     @property
@@ -178,7 +179,7 @@ class ValuesQuestion(_Instructed):
 
 
 class Level(RequestModel):
-    label: Name
+    label: Line
     description: str | None = None
 
 
@@ -285,15 +286,12 @@ class DecisionRequest(Decisions):
     input: Filled
     questions: Questions
     temperature: Annotated[float, Field(gt=0, le=1e6)] = 1.0
-    prompt_format_version: int | None = None
+    prompt_format_version: Annotated[Literal[1], WHOLE] | None = None
     return_prompt_token_ids: bool | None = None
 
     @model_validator(mode="after")
     def _check(self) -> DecisionRequest:
         self.check_extra()
-        if self.prompt_format_version not in (None, FORMAT_VERSION):
-            message = f"prompt_format_version {self.prompt_format_version} is not served; this is {FORMAT_VERSION}"
-            raise UserError(message, code="invalid_value", param="prompt_format_version")
         if not self.is_openai:
             ids = [question.id for question in self.questions if isinstance(question, _WithId)]
             if len({*ids}) < len(ids):

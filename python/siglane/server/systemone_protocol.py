@@ -14,6 +14,7 @@ from siglane.server.decision_protocol import (
     Content,
     Decisions,
     Filled,
+    Line,
     by_type,
     check_options,
     checked,
@@ -48,7 +49,7 @@ class NoulQuestion(RequestModel):
 class OptionsQuestion(RequestModel):
     type: Literal["choice"]
     instructions: Content = None
-    criteria: Annotated[dict[str, Content], Field(min_length=1, max_length=MOST_LABELS)]
+    criteria: Annotated[dict[Line, Content], Field(min_length=1, max_length=MOST_LABELS)]
 
     @property
     def asked(self) -> Question:
