@@ -10,12 +10,14 @@ from typing import Any
 import openai
 import pytest
 import torch
+from openai.types.completion_create_params import CompletionCreateParamsBase, CompletionCreateParamsNonStreaming
 from serving import MODEL, RunningServer, Told, assert_error, assert_unharmed, read_events, run_batch, running
 
 from siglane.engine.process import EngineProcess
 from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import Processor
 from siglane.lm.attention import SegmentAttention
+from siglane.server.completion_protocol import CompletionRequest
 from siglane.weights.hub import open_checkpoint
 
 COMPLETIONS = "/v1/completions"
@@ -226,3 +228,9 @@ def test_rows_of_a_batch(stored: RunningServer) -> None:
     assert done.answers.keys() == {"0", "1"}
     assert done.answers["0"]["choices"][0]["text"] == asked(stored, prompt="a", max_tokens=5)["choices"][0]["text"]
     assert "suffix" in done.errors
+
+
+def test_every_field_of_openais_is_honoured_or_refused() -> None:
+    """`user` is told back as every field that has no effect."""
+    theirs = {*CompletionCreateParamsNonStreaming.__annotations__, *CompletionCreateParamsBase.__annotations__}
+    assert theirs - {*CompletionRequest.model_fields} == {"best_of", "suffix", "user"}

@@ -241,6 +241,19 @@ BAD: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "equal labels": (DECISIONS, labels("a", "b", "a"), "invalid_value", "questions[0]"),
     "an empty label": (DECISIONS, labels("a", ""), "invalid_value", "questions[0].labels[1]"),
     "a long label": (DECISIONS, labels("a", "word " * 200), "invalid_value", "questions[0]"),
+    "a label that is a book": (DECISIONS, labels("x" * 10_000_000), "invalid_value", "questions[0]"),
+    "a question that is a book": (
+        DECISIONS,
+        {"input": "x", "questions": [YES | {"question": "x" * 10_000_000}]},
+        "context_length_exceeded",
+        "questions[0]",
+    ),
+    "too many pictures": (
+        DECISIONS,
+        {"input": "x", "images": [IMAGE] * 40, "questions": [YES]},
+        "too_many_images",
+        "input",
+    ),
     "too many labels": (DECISIONS, labels(*map(str, range(256))), "invalid_value", "questions[0].labels"),
     "eleven levels": (
         DECISIONS,
@@ -258,7 +271,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "questions",
     ),
     "too long": (DECISIONS, {"input": "word " * 9_000, "questions": [YES]}, "context_length_exceeded", "questions[0]"),
-    "far too long": (DECISIONS, {"input": "x" * 10_000_000, "questions": [YES]}, "context_length_exceeded", "messages"),
+    "far too long": (DECISIONS, {"input": "x" * 10_000_000, "questions": [YES]}, "context_length_exceeded", "input"),
     "a picture that is none": (
         DECISIONS,
         {"input": "x", "images": [IMAGE, "data:image/png;base64,AAAA"], "questions": [YES]},

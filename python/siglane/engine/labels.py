@@ -19,7 +19,7 @@ from siglane.families.processor import Processor
 from siglane.types import Prompt, Question, Read, Readout
 
 MOST_LABELS = 255  # as System One has it
-MOST_LABEL_TOKENS = 64
+MOST_LABEL_TOKENS, MOST_LABEL_LETTERS = 64, 4096
 Ids = tuple[int, ...]
 
 
@@ -40,7 +40,11 @@ def label_ids(question: Question, processor: Processor) -> tuple[Ids, ...]:
         raise UserError(message, code="invalid_value", param="labels")
     found: dict[Ids, str] = {}
     for number, label in enumerate(question.labels):
-        ids, param = processor.text_ids(label), f"labels[{number}]"
+        param = f"labels[{number}]"
+        if len(label) > MOST_LABEL_LETTERS:
+            message = f"a label has at most {MOST_LABEL_LETTERS} letters, this one has {len(label)}"
+            raise UserError(message, code="invalid_value", param=param)
+        ids = processor.text_ids(label)
         if not ids:
             raise UserError("a label must not be empty", code="invalid_value", param=param)
         if ids in found:

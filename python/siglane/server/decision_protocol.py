@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import orjson
 from pydantic import BeforeValidator, Discriminator, Field, Tag, WithJsonSchema, model_validator
@@ -257,6 +257,10 @@ Image = Annotated[ImageUrl, BeforeValidator(_as_url, json_schema_input_type=Url 
 
 
 class Decisions(RequestModel):
+    """about_field: what holds what the questions are about."""
+
+    about_field: ClassVar[str]
+
     model: str | None = None
     images: Annotated[list[Image], Field(max_length=MAX_IMAGES)] | None = None
     chat_template_kwargs: TemplateKwargs = None
@@ -282,6 +286,8 @@ def checked(questions: Sequence[Any]) -> tuple[Question, ...]:
 
 class DecisionRequest(Decisions):
     """input: what the questions are about; a list is OpenAI's messages where the questions are OpenAI's, else JSON."""
+
+    about_field = "input"
 
     input: Filled
     questions: Questions

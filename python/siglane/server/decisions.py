@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from siglane.errors import UserError, blaming
 from siglane.families.pipeline import report_image
 from siglane.families.prompt.questions import asked_behind
 from siglane.media.messages import Conversation, url_item
-from siglane.server.chat import Prepared, lay_out_media, siglane_report, usage_reply
+from siglane.server.chat import Prepared, check_length, lay_out_media, siglane_report, usage_reply
 from siglane.server.context import RequestContext
 from siglane.server.decision_input import read_input
 from siglane.server.decision_protocol import (
@@ -125,7 +126,10 @@ async def _prepare(
 ) -> tuple[Prepared, list[Put]]:
     """Everything before the engine; of the images only the headers are read before all prompts are known to fit."""
     salt, watch = body.cache_salt or "", Stopwatch()
-    await lay_out_media(about.messages, about.media, salt, context, model, watch)
+    try:
+        await lay_out_media(about.messages, about.media, salt, context, model, watch)
+    except UserError as error:  # of all of it together, a chat's messages are blamed
+        raise (error.at(body.about_field) if error.param == "messages" else error) from None
     puts = [await _put(number, one, about, body.chat_template_kwargs, model) for number, one in enumerate(questions)]
     check_size(puts, "questions")
     watch.note("prepare")
@@ -141,10 +145,12 @@ async def _put(
     number: int, question: Question, about: Conversation, arguments: Mapping[str, Any] | None, model: ChatModel
 ) -> Put:
     processor, param = model.processor, f"questions[{number}]"
+    turns = asked_behind(about.messages, question)
     with blaming(param):
-        labels = label_ids(question, processor)
+        check_length(turns, model)
+        labels = await model.aside(functools.partial(label_ids, question, processor))
     template = closed_template(processor.config.thinking, arguments)
-    prompt = await model.prompt(asked_behind(about.messages, question), [item.layout for item in about.media], template)
+    prompt = await model.prompt(turns, [item.layout for item in about.media], template)
     check_closed(prompt, processor)
     return Put.of(prompt, labels, question.meanings, model, param)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 from typing import Annotated, Any, Literal
 
@@ -144,7 +145,7 @@ async def _puts(body: ScoreRequest, model: ChatModel) -> list[Put]:
     else:
         given, lists = body.query, [item for item in body.items if isinstance(item, list)]
         lists = [[*item, *given] if body.item_first else [*given, *item] for item in lists]
-    labels = _labels(body, model)
+    labels = await model.aside(functools.partial(_labels, body, model))
     puts = []
     for number, ids in enumerate(lists):
         param = f"items[{number}]"

@@ -80,6 +80,8 @@ OneQuestion = Annotated[
 class SystemOneRequest(Decisions):
     """state: what the questions are about; questions: by the names under which they are answered."""
 
+    about_field = "state"
+
     state: Content
     questions: Annotated[dict[str, OneQuestion], Field(min_length=1, max_length=MAX_QUESTIONS)]
 
