@@ -318,6 +318,18 @@ BAD: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "unsupported_field",
         "temperature",
     ),
+    "a name that is no name": (
+        SYSTEMONE,
+        {"state": "x", "questions": {"a\n" + "b" * 10_000: {"type": "score"}}},
+        "missing_field",
+        "questions.a?" + "b" * 62 + ".criteria",
+    ),
+    "an option that is no line": (
+        SYSTEMONE,
+        {"state": "x", "questions": {"a": {"type": "choice", "criteria": {"b\nc": None}}}},
+        "invalid_value",
+        "questions[0]",
+    ),
     "a noul about nothing": (
         SYSTEMONE,
         {"state": "x", "questions": {"a": {"type": "noul"}}},

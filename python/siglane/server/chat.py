@@ -17,8 +17,7 @@ from siglane.media.item import MediaItem
 from siglane.media.messages import read_messages
 from siglane.server.choices import Choices, finish_reason
 from siglane.server.context import RequestContext
-from siglane.server.generation_fields import GenerationRequest
-from siglane.server.protocol import AnyMessage, ChatCompletionRequest, plain
+from siglane.server.protocol import AnyMessage, ChatCompletionRequest, GenerationRequest, plain
 from siglane.server.replies import ChatCompletion, Choice, ReplyMessage, SiglaneReport, UsageReply
 from siglane.server.served import ChatModel
 from siglane.server.stopwatch import Stopwatch

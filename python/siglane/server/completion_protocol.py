@@ -9,7 +9,8 @@ from typing_extensions import TypedDict  # pydantic reads no other on Python 3.1
 
 from siglane.errors import UserError
 from siglane.server.fields import WHOLE
-from siglane.server.generation_fields import MAX_TOP_LOGPROBS, GenerationRequest, TokenId
+from siglane.server.generation_fields import MAX_TOP_LOGPROBS, TokenId
+from siglane.server.protocol import GenerationRequest
 from siglane.server.replies import FinishReason, SiglaneReport, UsageReply
 
 MAX_PROMPTS = 64

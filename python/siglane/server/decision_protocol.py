@@ -57,7 +57,8 @@ Content = Annotated[Any, BeforeValidator(_content), WithJsonSchema({"type": [*_A
 Filled = Annotated[Any, BeforeValidator(_filled), WithJsonSchema(_SOME)]
 Name = Annotated[str, Field(pattern=r"\S", max_length=MAX_NAME)]
 _BREAK = r"\x00-\x1f\x7f-\x9f\u2028\u2029"
-Line = Annotated[str, Field(pattern=rf"^[^{_BREAK}]*[^\s{_BREAK}][^{_BREAK}]*$", max_length=MAX_NAME)]
+LINE = rf"^[^{_BREAK}]*[^\s{_BREAK}][^{_BREAK}]*$"
+Line = Annotated[str, Field(pattern=LINE, max_length=MAX_NAME)]
 
 
 def check_options(names: Iterable[str]) -> None:
@@ -65,8 +66,13 @@ def check_options(names: Iterable[str]) -> None:
     seen: set[str] = set()
     for name in names:
         alike = name.strip().casefold()
-        if not alike or any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name):
-            raise UserError("an option's name must be one line that is not empty", code="invalid_value")
+        if (
+            not alike
+            or len(name) > MAX_NAME
+            or any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name)
+        ):
+            message = f"an option's name must be one line of 1 to {MAX_NAME} letters"
+            raise UserError(message, code="invalid_value")
         if alike in seen:
             raise UserError(f"the option {name[:40]!r} is there twice", code="invalid_value")
         seen.add(alike)

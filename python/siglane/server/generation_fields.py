@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from functools import cached_property
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from siglane.errors import UserError
-from siglane.server.constraints import AskedConstraint, ResponseFormat, StructuredOutputs, asked_constraint
-from siglane.server.fields import WHOLE, LogitBias, RequestModel, StopStrings, needs, not_both
-from siglane.server.refused import refuse_fields
-from siglane.types import SAMPLING_BOUNDS, Constraint, SamplingParams
+from siglane.server.constraints import ResponseFormat, StructuredOutputs
+from siglane.server.fields import WHOLE, LogitBias, RequestModel, StopStrings
+from siglane.types import SAMPLING_BOUNDS
 
 MAX_ITEMS = 2048
 MAX_CHOICES = 8
@@ -43,13 +40,8 @@ class StreamOptions(RequestModel):
     continuous_usage_stats: bool | None = None
 
 
-class GenerationRequest(RequestModel):
-    """Null means absent. prompt_field: what holds the prompt."""
-
-    prompt_field: ClassVar[str]
-    model_config = ConfigDict(
-        json_schema_extra=needs(stream_options="stream") | not_both("response_format", "structured_outputs")
-    )
+class GenerationFields(RequestModel):
+    """Null means absent."""
 
     model: str | None = None
     stream: bool | None = None
@@ -74,43 +66,3 @@ class GenerationRequest(RequestModel):
     num_speculative_tokens: Annotated[int, bounds("num_speculative_tokens"), WHOLE] | None = None
     cache_salt: CacheSalt | None = None
     include_timings: bool | None = None
-
-    @model_validator(mode="after")
-    def _check_generation(self) -> GenerationRequest:
-        refuse_fields(self.model_extra or {})
-        if self.stream_options is not None and not self.stream:
-            message = "stream_options is only accepted together with stream"
-            raise UserError(message, code="invalid_value", param="stream_options")
-        _ = self.asked_constraint
-        return self
-
-    @cached_property
-    def asked_constraint(self) -> AskedConstraint | None:
-        return asked_constraint(self.response_format, self.structured_outputs, self.model_extra or {})
-
-    @property
-    def constraint(self) -> Constraint | None:
-        return None if (asked := self.asked_constraint) is None else asked.constraint
-
-    @property
-    def requested_tokens(self) -> int | None:
-        """The client's bound on generated tokens."""
-        return self.max_tokens
-
-    @property
-    def tokens_field(self) -> str:
-        """What holds it."""
-        return "max_tokens"
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """The fields of `SamplingParams` that the client names."""
-        known = {*type(self).model_fields, "constraint"}
-        fields = (field.name for field in dataclasses.fields(SamplingParams) if field.name in known)
-        named = {name: found for name in fields if (found := getattr(self, name)) is not None}
-        named["logit_bias"] = tuple((int(key), float(value)) for key, value in (self.logit_bias or {}).items())
-        for name in ("stop", "stop_token_ids"):
-            named[name] = tuple(named.get(name, ()))
-        if self.requested_tokens is not None:
-            named["max_tokens"] = self.requested_tokens
-        return named

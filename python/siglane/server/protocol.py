@@ -6,17 +6,20 @@ that names it (`REFUSED`), or reported back as ignored (`ignored_fields`); none 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from functools import cached_property
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from siglane.errors import UserError
+from siglane.server.constraints import AskedConstraint, asked_constraint
 from siglane.server.fields import WHOLE, RequestModel, TemplateKwargs, needs, not_both
-from siglane.server.generation_fields import MAX_ITEMS, MAX_TOP_LOGPROBS, GenerationRequest, bounds, of_length
-from siglane.server.refused import has_no_effect
-from siglane.types import Detail
+from siglane.server.generation_fields import MAX_ITEMS, MAX_TOP_LOGPROBS, GenerationFields, bounds, of_length
+from siglane.server.refused import has_no_effect, refuse_fields
+from siglane.types import Constraint, Detail, SamplingParams
 
 MAX_PARTS = 1024
 MAX_REPORTED_FIELDS = 20
@@ -218,6 +221,55 @@ AnyMessage = Annotated[
 
 
 Messages = Annotated[list[AnyMessage], Field(min_length=1, max_length=MAX_ITEMS), BeforeValidator(of_length)]
+
+
+class GenerationRequest(GenerationFields):
+    """What a chat's and a completion's request say alike. prompt_field: what holds the prompt."""
+
+    prompt_field: ClassVar[str]
+    model_config = ConfigDict(
+        json_schema_extra=needs(stream_options="stream") | not_both("response_format", "structured_outputs")
+    )
+
+    @model_validator(mode="after")
+    def _check_generation(self) -> GenerationRequest:
+        refuse_fields(self.model_extra or {})
+        if self.stream_options is not None and not self.stream:
+            message = "stream_options is only accepted together with stream"
+            raise UserError(message, code="invalid_value", param="stream_options")
+        _ = self.asked_constraint
+        return self
+
+    @cached_property
+    def asked_constraint(self) -> AskedConstraint | None:
+        return asked_constraint(self.response_format, self.structured_outputs, self.model_extra or {})
+
+    @property
+    def constraint(self) -> Constraint | None:
+        return None if (asked := self.asked_constraint) is None else asked.constraint
+
+    @property
+    def requested_tokens(self) -> int | None:
+        """The client's bound on generated tokens."""
+        return self.max_tokens
+
+    @property
+    def tokens_field(self) -> str:
+        """What holds it."""
+        return "max_tokens"
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The fields of `SamplingParams` that the client names."""
+        known = {*type(self).model_fields, "constraint"}
+        fields = (field.name for field in dataclasses.fields(SamplingParams) if field.name in known)
+        named = {name: found for name in fields if (found := getattr(self, name)) is not None}
+        named["logit_bias"] = tuple((int(key), float(value)) for key, value in (self.logit_bias or {}).items())
+        for name in ("stop", "stop_token_ids"):
+            named[name] = tuple(named.get(name, ()))
+        if self.requested_tokens is not None:
+            named["max_tokens"] = self.requested_tokens
+        return named
 
 
 class ChatCompletionRequest(GenerationRequest):

@@ -26,7 +26,8 @@ from siglane.server.chat import Prepared, note_answer, siglane_report, usage_rep
 from siglane.server.choices import ChoiceDelta, Choices
 from siglane.server.context import RequestContext
 from siglane.server.errors import as_api_error, error_body
-from siglane.server.generation_fields import GenerationRequest, StreamOptions
+from siglane.server.generation_fields import StreamOptions
+from siglane.server.protocol import GenerationRequest
 from siglane.server.replies import ChatCompletionChunk, ChunkChoice
 from siglane.server.served import ChatModel
 

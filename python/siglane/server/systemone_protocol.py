@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, Tag, model_validator
 
 from siglane.engine.labels import MOST_LABELS
 from siglane.errors import UserError
 from siglane.server.decision_protocol import (
+    LINE,
     MAX_LEVELS,
+    MAX_NAME,
     MAX_QUESTIONS,
     Content,
     Decisions,
     Filled,
-    Line,
     by_type,
     check_options,
     checked,
@@ -25,6 +26,7 @@ from siglane.server.fields import RequestModel
 from siglane.types import Question
 
 TYPES = ("noul", "choice", "score")
+NAMES: dict[str, Any] = {"propertyNames": {"pattern": LINE, "maxLength": MAX_NAME}}
 
 
 class NoulCriteria(RequestModel):
@@ -49,7 +51,7 @@ class NoulQuestion(RequestModel):
 class OptionsQuestion(RequestModel):
     type: Literal["choice"]
     instructions: Content = None
-    criteria: Annotated[dict[Line, Content], Field(min_length=1, max_length=MOST_LABELS)]
+    criteria: Annotated[dict[str, Content], Field(min_length=1, max_length=MOST_LABELS, json_schema_extra=NAMES)]
 
     @property
     def asked(self) -> Question:
