@@ -92,7 +92,7 @@ def calls_of(engine: Engine) -> dict[str, Callable[[], object]]:
     config = language.config
     q = torch.randn(batch, config.num_attention_heads, config.head_dim)
     k = torch.randn(batch, config.num_key_value_heads, config.head_dim)
-    logits = runner.forward(runner.plan(step))
+    logits = runner.forward(runner.plan(step)).logits
     hidden = torch.randn(batch, config.hidden_size)
     next_tokens = [next_token for chunk in step.chunks for next_token in chunk.next_tokens]
     parts: dict[str, Callable[[], object]] = {

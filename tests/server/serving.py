@@ -11,7 +11,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -159,6 +159,31 @@ def image_part(data: bytes, **fields: Any) -> dict[str, Any]:
 def video_part(data: bytes, **fields: Any) -> dict[str, Any]:
     url = f"data:video/mp4;base64,{base64.b64encode(data).decode()}"
     return {"type": "video_url", "video_url": {"url": url, **fields}}
+
+
+@dataclass
+class DoneBatch:
+    """answers: bodies by custom_id; errors: the whole file of those that have none."""
+
+    answers: dict[str, Any]
+    errors: str
+    usage: Any
+
+
+def run_batch(client: OpenAI, url: str, bodies: Sequence[dict[str, Any]]) -> DoneBatch:
+    """A batch of `bodies`, numbered from "0" on, of which at least one is answered and one is not."""
+    rows = [
+        {"custom_id": str(number), "method": "POST", "url": url, "body": body} for number, body in enumerate(bodies)
+    ]
+    file = client.files.create(file=("rows.jsonl", "\n".join(map(json.dumps, rows)).encode()), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint=url, completion_window="24h")  # type: ignore[arg-type]
+    eventually(lambda: client.batches.retrieve(batch.id).status == "completed", 30)
+    done = client.batches.retrieve(batch.id)
+    assert done.output_file_id is not None
+    assert done.error_file_id is not None
+    found = [json.loads(line) for line in client.files.content(done.output_file_id).text.splitlines()]
+    answers = {row["custom_id"]: row["response"]["body"] for row in found}
+    return DoneBatch(answers, client.files.content(done.error_file_id).text, done.usage)
 
 
 def picture(width: int = 60, height: int = 40, seed: int = 0, format: str = "PNG", **options: Any) -> bytes:

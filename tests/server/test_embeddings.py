@@ -345,6 +345,30 @@ def test_scores_are_transformers(siglip: RunningServer, folder: Path, kind: Kind
     assert [len(row["tags"]) for row in some] == (expected >= bar).sum(1).tolist()
 
 
+@pytest.mark.parametrize("path", ["/score", "/v1/score"])
+def test_pairs_are_scored_as_vllm_does(fixed: RunningServer, path: str) -> None:
+    image = {"content": [{"type": "image_url", "image_url": {"url": PICTURE}}]}
+    texts = vectors(fixed.post_to("/v1/embeddings", input=TEXTS))
+    (seen,) = vectors(fixed.post_to("/v1/embeddings", input=[{"image": PICTURE}]))
+    tags = fixed.post_to("/v1/classify", images=[PICTURE], labels=TEXTS, template="{label}", threshold=0).json()
+    chances = {tag["label"]: tag["confidence"] for tag in tags["data"][0]["tags"]}
+    found = fixed.post_to(path, model=MODEL, text_1=image, text_2=TEXTS).json()
+    assert found["object"] == "list"
+    for number, (one, text) in enumerate(zip(found["data"], TEXTS, strict=True)):
+        assert (one["index"], one["object"]) == (number, "score")
+        assert one["score"] == pytest.approx(float(seen @ texts[number]), abs=1e-5)
+        assert one["probability"] == pytest.approx(chances[text], abs=1e-5)
+    assert chances.keys() == {*TEXTS}
+    alike = fixed.post_to(path, queries=TEXTS[:2], documents=[TEXTS[0], image]).json()["data"]
+    assert alike[0]["score"] == pytest.approx(1.0, abs=1e-5)
+    assert "probability" not in alike[0]
+    assert alike[1]["score"] == pytest.approx(float(seen @ texts[1]), abs=1e-5)
+    assert_error(fixed.post_to(path, text_1="a"), 400, "missing_field", "text_2")
+    assert_error(fixed.post_to(path, text_1="a", documents=["b"]), 400, "missing_field", "text_1")
+    assert_error(fixed.post_to(path, queries=["a", "b"], documents=["c"]), 400, "invalid_value", "documents")
+    assert_error(fixed.post_to(path, data_1="a", data_2=[PICTURE]), 400, "ambiguous_input", "data_2[0]")
+
+
 def test_templates_and_other_names(fixed: RunningServer) -> None:
     body = {"labels": LABELS, "threshold": 0}
     plain = fixed.post_to("/v1/classify", images=PICTURE, template="{label}", **body).json()

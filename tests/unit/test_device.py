@@ -15,7 +15,7 @@ from test_engine import WIDE, Tiny, greedy, run, tokens
 from siglane.engine.attention import TorchKernels
 from siglane.engine.attention_runs import RunKernels
 from siglane.engine.batch import Chunk
-from siglane.engine.device import Device, StepPlan
+from siglane.engine.device import Computed, Device, StepPlan
 from siglane.engine.engine import Engine
 from siglane.engine.graphs import Recording
 from siglane.engine.kernels import Kernels
@@ -109,17 +109,18 @@ def watch(engine: Engine, dynamic: Dynamic, poison: bool) -> list[int | None]:
     device, buckets = engine.runner, []
     forward = device.forward
 
-    def compared(plan: StepPlan) -> torch.Tensor:
+    def compared(plan: StepPlan) -> Computed:
         if poison:
             free = [page for page, taken in enumerate(engine.allocator._taken) if not taken]
             for cache in (device.kv.keys, device.kv.values):
                 cache[:, [*range(SCRATCH_PAGES), *free]] = torch.nan
-        logits, expected = forward(plan), dynamic.logits(plan.chunks)
+        computed = forward(plan)
+        logits, expected = computed.logits, dynamic.logits(plan.chunks)
         buckets.append(plan.bucket)
         alike = all(len(chunk.sequence.runs()) == 1 for chunk in plan.chunks) and not device.kernels.records
         if not (torch.equal(logits, expected) if alike else torch.allclose(logits, expected, atol=1e-5)):
             raise torch.AcceleratorError("other bits")  # which no retry hides
-        return logits
+        return computed
 
     device.forward = compared  # type: ignore[method-assign]
     return buckets

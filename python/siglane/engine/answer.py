@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from siglane.engine.reasoning import AnswerStream, TextDelta
 from siglane.families.processor import Processor
-from siglane.types import Finished, FinishReason, Prompt, SamplingParams, TokenDelta, TokenLogprob, Usage
+from siglane.types import Finished, FinishReason, Prompt, Readout, SamplingParams, TokenDelta, TokenLogprob, Usage
 
 
 class Answer:
     """What one request has been answered so far. It sees none of the request's images: answers may wait for long.
 
-    token_ids, logprobs: of every token up to the one that completed a stop string; finished: how the engine ended it.
+    token_ids, logprobs: of every token up to the one that completed a stop string; readouts: of the prompt's places
+    that were asked for; finished: how the engine ended it.
     """
 
     def __init__(self, request_id: str, prompt: Prompt, stream: AnswerStream) -> None:
         self.request_id = request_id
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
+        self.readouts: list[Readout] = []
         self.finished: Finished | None = None
         self._prompt_tokens, self._image_tokens = len(prompt.token_ids), prompt.image_tokens
         self._stream = stream
@@ -26,9 +28,15 @@ class Answer:
     def of(cls, request_id: str, prompt: Prompt, sampling: SamplingParams, processor: Processor) -> Answer:
         return cls(request_id, prompt, AnswerStream.of(prompt, sampling, processor))
 
+    @classmethod
+    def raw(cls, request_id: str, prompt: Prompt, sampling: SamplingParams, processor: Processor) -> Answer:
+        """Of a text that is continued: no part of it is told apart."""
+        return cls(request_id, prompt, AnswerStream(processor.tokenizer, sampling.stop, min_tokens=sampling.min_tokens))
+
     def take(self, delta: TokenDelta) -> TextDelta:
         """What `delta` adds to the text: nothing once a stop string was met, of which the engine does not know."""
         self.finished = delta.finished
+        self.readouts += delta.readouts
         if self.stop_string is not None:
             return TextDelta()
         shown: tuple[int, ...] = ()

@@ -21,6 +21,7 @@ from siglane.engine.kernels import DecodeRows, Kernels, PrefillRows, StepAttenti
 from siglane.engine.kv import PagedKV
 from siglane.engine.limits import StepLimits
 from siglane.engine.memory import LargestStep, kv_bytes
+from siglane.engine.readouts import Readouts, read
 from siglane.engine.sampler import SampledToken, sample
 from siglane.engine.scheduler import StepBudget
 from siglane.engine.words import PageTable, Written
@@ -77,22 +78,39 @@ class StepPlan(NamedTuple):
     images: list[torch.Tensor]
 
 
+class Computed(NamedTuple):
+    """What a forward gives. logits `[N, vocab_size]`: a row for every token that its chunks choose, in order; readouts:
+    of each chunk what it wants of its own prompt."""
+
+    logits: torch.Tensor
+    readouts: list[Readouts]
+
+
+class Result(NamedTuple):
+    """What a step gives one of its chunks: what was chosen behind it, and what it was told of its prompt."""
+
+    chunk: Chunk
+    choices: list[SampledToken | EngineError]
+    readouts: Readouts
+
+
 class Pending:
-    """A step under way. logits `[N, vocab_size]`: a row for every token that its chunks choose, in order."""
+    """A step under way."""
 
-    def __init__(self, plan: StepPlan, logits: torch.Tensor, eos_token_ids: frozenset[int]) -> None:
-        self._plan, self._logits, self._eos_token_ids = plan, logits, eos_token_ids
+    def __init__(self, plan: StepPlan, computed: Computed, eos_token_ids: frozenset[int]) -> None:
+        self._plan, self._computed, self._eos_token_ids = plan, computed, eos_token_ids
 
-    def result(self) -> list[tuple[Chunk, list[SampledToken | EngineError]]]:
-        """Every chunk of the batch with what was chosen behind it."""
+    def result(self) -> list[Result]:
+        """In the order of the batch."""
         chunks = self._plan.chunks
         wanted = [chunk.next_tokens for chunk in chunks]
         every = list(itertools.chain.from_iterable(wanted))
-        choices = iter(sample(self._logits, every, self._eos_token_ids) if every else [])
-        chosen = {
-            one.sequence: list(itertools.islice(choices, len(own))) for one, own in zip(chunks, wanted, strict=True)
+        choices = iter(sample(self._computed.logits, every, self._eos_token_ids) if every else [])
+        found = {
+            chunk.sequence: Result(chunk, list(itertools.islice(choices, len(own))), readouts)
+            for chunk, own, readouts in zip(chunks, wanted, self._computed.readouts, strict=True)
         }
-        return [(chunk, chosen[chunk.sequence]) for chunk in self._plan.batch]
+        return [found[chunk.sequence] for chunk in self._plan.batch]
 
 
 class Device:
@@ -146,7 +164,7 @@ class Device:
                 spans.append(span.moved(first))
                 images.append(chunk.rows(span.image))
             first += chunk.tokens
-        padded = decodes == len(chunks) and not spans
+        padded = decodes == len(chunks) and not spans and not any(chunk.wanted for chunk in chunks)
         bucket = next((size for size in self.buckets if size >= decodes), None) if padded else None
         written = next(self._turns)
         written.write(self._numbers(chunks, decodes, 0 if bucket is None else bucket - decodes))
@@ -156,16 +174,15 @@ class Device:
         """Enqueues the step. Running the same plan again gives the same."""
         return Pending(plan, self.forward(plan), self.eos_token_ids)
 
-    def forward(self, plan: StepPlan) -> torch.Tensor:
-        """Writes the step's keys and values, and returns logits `[N, vocab_size]`, one row for every token that its
-        chunks choose, in order."""
+    def forward(self, plan: StepPlan) -> Computed:
+        """Writes the step's keys and values."""
         tokens, positions, slots, rows, lengths, chosen, *others = plan.written.copy_to(self._words)
         prefill_rows, cu_seqlens_q, cu_seqlens_k, *news = others
         self._table.put(*news)
         if plan.bucket is not None:
             replay = self._replays.get(plan.bucket)
             logits = self._padded_logits(plan.bucket, plan.chunks) if replay is None else replay()
-            return _rows(logits, chosen, len(plan.chunks))
+            return Computed(_rows(logits, chosen, len(plan.chunks)), [()] * len(plan.chunks))
         table, decodes, prefills = self._table.pages, None, None
         if plan.decodes:
             decodes = DecodeRows(table, rows, lengths, plan.chunks[: plan.decodes])
@@ -174,7 +191,8 @@ class Device:
             prefills = PrefillRows(table, prefill_rows, cu_seqlens_q.int(), cu_seqlens_k.int(), chunks)
         embeds = splice(self.model.language.embed_turned(tokens), plan.spans, plan.images)
         hidden = self._hidden(embeds, positions, slots, decodes, prefills)
-        return self.model.language.logits(_rows(hidden, chosen, len(hidden)))
+        readouts = read(self.model.language, hidden, plan.chunks)
+        return Computed(self.model.language.logits(_rows(hidden, chosen, len(hidden))), readouts)
 
     def _padded_logits(self, bucket: int, chunks: tuple[Chunk, ...] = ()) -> torch.Tensor:
         """`[bucket, vocab_size]` of a step that only decodes, from what lies at the beginning of the words."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import secrets
 import time
 from dataclasses import dataclass
@@ -14,26 +15,23 @@ import torch
 from siglane.config.vlm import Thinking
 from siglane.engine.batch import Chunk, Sequence, StepBatch
 from siglane.engine.constraint import Constrained, Grammars
-from siglane.engine.device import build_device
+from siglane.engine.device import Result, build_device
 from siglane.engine.features import FeatureCache, FeatureKey
 from siglane.engine.images import Encoded, encode_isolated, finite
 from siglane.engine.kv import SCRATCH_PAGES, PageAllocator
 from siglane.engine.limits import step_budget
 from siglane.engine.lookup import Lookup
 from siglane.engine.prefix_cache import PrefixCache
-from siglane.engine.sampler import SampledToken
+from siglane.engine.sampler import SampledToken, bad_logits
 from siglane.engine.sampling import check_for_model
 from siglane.engine.scheduler import Scheduler
 from siglane.engine.thinking import thinking_budget, thinking_start
 from siglane.errors import EngineError, UserError
 from siglane.families.model import VisionLanguageModel
 from siglane.settings.engine import EngineConfig
-from siglane.types import Finished, FinishReason, Request, TokenDelta
+from siglane.types import Finished, FinishReason, Readout, Request, TokenDelta
 
 logger = logging.getLogger(__name__)
-
-# a chunk, and what was chosen behind it
-Chosen = tuple[Chunk, list[SampledToken | EngineError]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +54,12 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class Grown:
-    """What a step did for one sequence. chunk: what of it remains; tokens: those it was given; reason: why the last of
-    them ends the answer; error: why the sequence ends after them."""
+    """What a step did for one sequence. chunk: what of it remains; tokens: those it was given; readouts: what it was
+    told of its prompt; reason: why the answer ends; error: why the sequence ends after them."""
 
     chunk: Chunk
     tokens: list[SampledToken]
+    readouts: tuple[Readout, ...] = ()
     reason: FinishReason | None = None
     error: EngineError | None = None
 
@@ -114,12 +113,14 @@ class Engine:
             raise ValueError(f"request id {request.request_id!r} is in use")
         if length == 0:
             raise UserError("the prompt is empty; give it at least one token", code="empty_prompt")
-        if length >= self.context_length:
+        if length + min(1, request.max_tokens) > self.context_length:
             raise UserError(
                 f"the prompt has {length} tokens, the context holds {self.context_length}; shorten it",
                 code="context_length_exceeded",
             )
         check_for_model(sampling, self.runner.vocab_size, self.thinking)
+        if not all(0 <= token_id < self.runner.vocab_size for read in request.reads for token_id in read.token_ids):
+            raise UserError(f"token ids are below {self.runner.vocab_size}", code="invalid_value")
         budget = thinking_budget(sampling, request.prompt.token_ids, self.thinking, self.eos_token_ids)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         guessed = sampling.num_speculative_tokens
@@ -143,7 +144,7 @@ class Engine:
             raise UserError(
                 "this engine knows no tokenizer, so it holds no answer to a grammar", code="unsupported_field"
             )
-        prompt_ids, thinking = request.prompt.token_ids, self.thinking
+        prompt_ids, thinking = request.prompt.token_ids, None if request.raw else self.thinking
         start = "closed" if thinking is None else thinking_start(prompt_ids, thinking, self.eos_token_ids)
         return self._grammars.start(constraint, thinking, start)
 
@@ -161,10 +162,10 @@ class Engine:
         all_finite = finite(encoded)
         computed, failed = self._compute([chunk for chunk in step.chunks if self._is_alive(chunk)])
         deltas += failed + self._settle(encoded, all_finite.tolist())
-        alive = [(chunk, choices) for chunk, choices in computed if self._is_alive(chunk)]
-        grown = [self._grow(chunk, choices) for chunk, choices in alive]
+        alive = [one for one in computed if self._is_alive(one.chunk)]
+        grown = [self._grow(one) for one in alive]
         self.scheduler.commit(one.chunk for one in grown if one.error is None)  # nobody reuses NaN
-        self._computed_tokens += sum(chunk.tokens for chunk, _ in alive)
+        self._computed_tokens += sum(one.chunk.tokens for one in alive)
         self._steps += 1
         return deltas + [delta for one in grown for delta in self._deltas(one)]
 
@@ -241,7 +242,7 @@ class Engine:
                 failed.append(self._end(sequence, "error", error=error))
         return failed
 
-    def _compute(self, chunks: list[Chunk]) -> tuple[list[Chosen], list[TokenDelta]]:
+    def _compute(self, chunks: list[Chunk]) -> tuple[list[Result], list[TokenDelta]]:
         """The chunks that were computed, and the deltas of requests that failed."""
         if not chunks:
             return [], []
@@ -252,7 +253,7 @@ class Engine:
         except Exception as error:
             message = "a step of %d requests failed (%s); trying each alone"
             logger.warning(message, len(chunks), type(error).__name__, exc_info=len(chunks) > 1)
-        computed, failed = list[Chosen](), []
+        computed, failed = list[Result](), []
         for chunk in chunks:
             try:
                 computed += self._run([chunk])
@@ -264,17 +265,22 @@ class Engine:
                 failed.append(self._end(chunk.sequence, "error", error=reason))
         return computed, failed
 
-    def _run(self, chunks: list[Chunk]) -> list[Chosen]:
+    def _run(self, chunks: list[Chunk]) -> list[Result]:
         return self.runner(self.runner.plan(StepBatch(tuple(chunks)))).result()
 
-    def _grow(self, chunk: Chunk, choices: list[SampledToken | EngineError]) -> Grown:
+    def _grow(self, result: Result) -> Grown:
         """Adds to a sequence what was chosen behind it, as long as that is what was guessed, and one more."""
-        sequence, tokens, reason = chunk.sequence, list[SampledToken](), None
-        if choices and not sequence.prefilled and not isinstance(choices[0], EngineError):
+        chunk, choices, readouts = result
+        sequence, tokens = chunk.sequence, list[SampledToken]()
+        if any(math.isnan(logprob) for readout in readouts for logprob in readout.logprobs):
+            return Grown(chunk, tokens, error=bad_logits())
+        sequence.reads_told += len(readouts)
+        if chunk.ends and not sequence.prefilled:
             sequence.prefilled = time.monotonic()
+        reason: FinishReason | None = None if choices or not chunk.ends else "length"  # there, of no tokens
         for guess, choice in itertools.zip_longest(chunk.guesses, choices):
             if isinstance(choice, EngineError):
-                return Grown(chunk, tokens, error=choice)
+                return Grown(chunk, tokens, readouts, error=choice)
             sequence.append(choice.token_id)
             tokens.append(choice)
             reason = self._end_reason(sequence)
@@ -283,7 +289,7 @@ class Engine:
         right = sum(token.token_id == guess for token, guess in zip(tokens, chunk.guesses, strict=False))
         if sequence.lookup is not None and chunk.guesses:
             sequence.lookup.note(len(chunk.guesses), right)
-        return Grown(chunk.kept(right), tokens, reason)
+        return Grown(chunk.kept(right), tokens, readouts, reason)
 
     def _end_reason(self, sequence: Sequence) -> FinishReason | None:
         """Whether its last token ends an answer."""
@@ -295,13 +301,14 @@ class Engine:
         return "length" if full else None
 
     def _deltas(self, grown: Grown) -> list[TokenDelta]:
-        sequence, tokens = grown.chunk.sequence, grown.tokens
-        request_id = sequence.request.request_id
+        sequence, tokens, request_id = grown.chunk.sequence, grown.tokens, grown.chunk.sequence.request.request_id
         plain = tokens[:-1] if grown.reason else tokens
-        deltas = [TokenDelta(request_id, token.token_id, token.logprob) for token in plain]
+        deltas = [TokenDelta(request_id, readouts=grown.readouts)] if grown.readouts else []
+        deltas += [TokenDelta(request_id, token.token_id, token.logprob) for token in plain]
         if grown.error is not None:
             return [*deltas, self._end(sequence, "error", error=grown.error)]
-        return deltas if grown.reason is None else [*deltas, self._end(sequence, grown.reason, tokens[-1])]
+        last = tokens[-1] if tokens else None
+        return deltas if grown.reason is None else [*deltas, self._end(sequence, grown.reason, last)]
 
     def _end(
         self,

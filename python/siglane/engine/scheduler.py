@@ -269,7 +269,7 @@ class Scheduler:
         """Takes the cached prefix of a waiting sequence; returns the page it has to compute first."""
         if self.prefix_cache is None:
             return None
-        nodes, following = self.prefix_cache.match(sequence.cache_ids, sequence.request.cache_salt)
+        nodes, following = self.prefix_cache.match(sequence.cache_ids, sequence.request.cache_salt, sequence.next_read)
         self.prefix_cache.lock(nodes)
         sequence.prefix_nodes = nodes
         sequence.block_table = [node.page for node in nodes]

@@ -99,6 +99,10 @@ class Processor(ImageProcessor):
         """
         return self._readable(self._prompts.chat(messages, layouts, chat_template_kwargs or {}))
 
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        """The tokens of a text behind others, none of which is special."""
+        return self._prompts.text_ids(text)
+
     def chat_template(self) -> str:
         """One Jinja template for engines that render it themselves; `rendered_prompt` takes what it writes."""
         return self._prompts.template()

@@ -18,12 +18,16 @@ from tqdm import tqdm
 from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
 from siglane.engine.answer import Answer
 from siglane.engine.constraint import check_constraint
+from siglane.engine.labels import check_closed, closed_template, label_ids
 from siglane.engine.load import build_engine
 from siglane.engine.sampling import check_for_model, in_plain_shapes, sampling_defaults
+from siglane.errors import blaming
 from siglane.families.ahead import PREPARE_AHEAD, PREPARE_THREADS
 from siglane.families.pipeline import MediaPipeline, report_image
 from siglane.families.processor import Processor, load_processor
+from siglane.families.prompt.questions import asked_behind
 from siglane.families.report import ImageReport
+from siglane.llm.decide import Asked, decide
 from siglane.llm.generation import Generation, OnText, Row, blamed
 from siglane.llm.prompts import PromptLike, one_message
 from siglane.llm.stepper import Stepper
@@ -32,7 +36,7 @@ from siglane.media.policy import LOCAL_MEDIA, MediaPolicy
 from siglane.settings.engine import EngineConfig
 from siglane.settings.options import options_of
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
-from siglane.types import ImagePatches, Prompt, Request, SamplingParams, TokenDelta
+from siglane.types import Decision, ImagePatches, Prompt, Question, Request, SamplingParams, TokenDelta
 from siglane.weights.demo import opened
 from siglane.weights.hub import Checkpoint
 
@@ -123,6 +127,33 @@ class LLM:
         rows: Iterable[Any] = [messages] if single else messages
         jobs = self._jobs(rows, read_messages, params, on_text, chat_template_kwargs)
         return self._answer(jobs, _length(rows), errors or ("raise" if single else "return"), progress)
+
+    def decide(
+        self,
+        prompt: PromptLike,
+        questions: Sequence[Question],
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[Decision]:
+        """How likely the labels of each question are as the answer to it, without a token generated.
+
+        prompt: what the questions are about, as in `generate`; its images are encoded once, and every question is put
+        behind it. Thinking is closed where the model reasons. UserError for labels that are empty or equal, EngineError
+        when a question fails.
+        """
+        messages, media = one_message(prompt)
+        self._media.prepare(media)
+        template = closed_template(self.processor.config.thinking, chat_template_kwargs)
+        asked = []
+        for number, question in enumerate(questions):
+            with blaming(f"questions[{number}]"):
+                labels = label_ids(question, self.processor)
+            turns = asked_behind(messages, question)
+            found = self.processor.prompt(turns, [item.layout for item in media], template)
+            check_closed(found, self.processor)
+            asked.append(Asked(question, found, labels, found.in_order([item.patches for item in media])))
+        with self._one_caller:
+            return decide(asked, self._engine, self._stepper, self._request_ids)
 
     def _jobs(
         self,

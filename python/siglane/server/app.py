@@ -17,7 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
 
-from siglane.batch.row import CHAT, CLASSIFY, EMBEDDINGS
+from siglane.batch.row import CHAT, CLASSIFY, EMBEDDINGS, OF_CHAT, PAIRS, SCORE
 from siglane.errors import EngineError, UserError
 from siglane.server.batch_runner import BatchRunner
 from siglane.server.batches import BATCHES, add_batches
@@ -48,6 +48,7 @@ from siglane.server.replies import ChatCompletion, Health, ModelCard, ModelList,
 from siglane.server.served import ChatModel, EmbedModel, Served
 from siglane.server.store import Store
 from siglane.server.stream import ChatStream
+from siglane.server.text_routes import add_completions, add_decisions, add_pairs, add_scores
 from siglane.server.tokens import (
     DetokenizedText,
     DetokenizeRequest,
@@ -101,12 +102,17 @@ def create_app(served: Served) -> FastAPI:
     _add_models(app, served)
     if served.chat is not None:
         _add_chat(app, served, served.chat)
+        add_completions(app, served, served.chat, _ignored_noter())
+        add_decisions(app, served, served.chat, _ignored_noter())
+        add_scores(app, served, served.chat, _ignored_noter())
         _add_tokens(app, served, served.chat)
     else:
-        _add_refusals(app, (CHAT,), f"{served.name!r} embeds and classifies; a chat needs a vision-language model")
+        paths = [path for path in OF_CHAT if path != SCORE]
+        _add_refusals(app, paths, f"{served.name!r} embeds and classifies; a chat needs a vision-language model")
         _add_refusals(app, TOKENS, f"{served.name!r} embeds and classifies; its prompts are single texts")
     if served.embed is not None:
         _add_embeddings(app, served, served.embed)
+        add_pairs(app, served, served.embed, _ignored_noter())
     else:
         reason = f"{served.name!r} chats; embeddings need a SigLIP with both towers beside it (siglane serve --tagger)"
         _add_refusals(app, (EMBEDDINGS, CLASSIFY), reason)
@@ -123,8 +129,8 @@ def create_app(served: Served) -> FastAPI:
 def _add_middleware(app: FastAPI, served: Served) -> None:
     config = served.config
     gate = Gate(config.max_queue, served.refusal, served.metrics)
-    paths = {CHAT, *TOKENS} if served.chat is not None else set()
-    paths |= {EMBEDDINGS, CLASSIFY} if served.embed is not None else set()
+    paths = {PAIRS} | ({*OF_CHAT, *TOKENS} if served.chat is not None else set())
+    paths |= {EMBEDDINGS, CLASSIFY, SCORE} if served.embed is not None else set()
     paths |= {BATCHES} if config.data_dir is not None else set()
     # the last one added is the outermost
     app.add_middleware(

@@ -17,7 +17,7 @@ from siglane.batch.form import Answer
 from siglane.batch.output import Output, Stopped
 from siglane.batch.pool import EngineDied
 from siglane.batch.requests import open_requests
-from siglane.batch.row import CHAT, BadRow, Row, Source
+from siglane.batch.row import OF_CHAT, BadRow, Row, Source
 from siglane.batch.rows import CannotWrite
 from siglane.batch.run import Plan, run_batch
 from siglane.engine.process import RESTART_WINDOW_SECONDS
@@ -250,7 +250,7 @@ class BatchRunner:
                 del self._stops[batch.id]
 
     def _server_for(self, batch: Batch) -> _OnItsLoop:
-        slots = self._served.engine.spec.config.max_running if batch.endpoint == CHAT else EMBEDDING_SLOTS
+        slots = self._served.engine.spec.config.max_running if batch.endpoint in OF_CHAT else EMBEDDING_SLOTS
         server = LocalServer(self._served, slots, self._inflight, self._turns)
         return _OnItsLoop(server, self._loop, lambda: self._ends, lambda: self._rest(batch), self._deaths.note)
 

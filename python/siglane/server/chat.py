@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from siglane.engine.answer import Answer
 from siglane.engine.sampling import check_for_model
@@ -17,11 +17,18 @@ from siglane.media.item import MediaItem
 from siglane.media.messages import read_messages
 from siglane.server.choices import Choices, finish_reason
 from siglane.server.context import RequestContext
-from siglane.server.protocol import AnyMessage, ChatCompletionRequest, plain
+from siglane.server.protocol import AnyMessage, ChatCompletionRequest, GenerationRequest, plain
 from siglane.server.replies import ChatCompletion, Choice, ReplyMessage, SiglaneReport, UsageReply
 from siglane.server.served import ChatModel
 from siglane.server.stopwatch import Stopwatch
 from siglane.types import Message, Prompt, Request, SamplingParams, Usage
+
+
+class Reported(Protocol):
+    """A request of any kind, in what its report depends on."""
+
+    @property
+    def include_timings(self) -> bool | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +84,24 @@ async def lay_out_prompt(
 ) -> tuple[Prompt, Sequence[MediaItem]]:
     """The prompt of a conversation, and its media, of which only the headers were read. arguments: of the template."""
     turns, media = read_messages(plain(list(messages)))
+    await lay_out_media(turns, media, salt, context, model, watch)
+    return await model.prompt(turns, [item.layout for item in media], arguments), media
+
+
+async def lay_out_media(
+    turns: Sequence[Message],
+    media: Sequence[MediaItem],
+    salt: str,
+    context: RequestContext,
+    model: ChatModel,
+    watch: Stopwatch,
+) -> None:
+    """Fetches what a conversation that may fit refers to, and reads the headers."""
     model.media.admit(media)
     check_length(turns, model)
     await model.media.fetch(media, salt, context.lease)
     watch.note("fetch")
     await model.media.lay_out(media)
-    return await model.prompt(turns, [item.layout for item in media], arguments), media
 
 
 def check_length(messages: Sequence[Message], model: ChatModel) -> None:
@@ -92,24 +111,24 @@ def check_length(messages: Sequence[Message], model: ChatModel) -> None:
         raise too_long(least, f"at least {least}", model)
 
 
-def too_long(tokens: int, shown: str, model: ChatModel) -> UserError:
+def too_long(tokens: int, shown: str, model: ChatModel, param: str = "messages") -> UserError:
     message = f"the prompt has {shown} tokens; the model reads at most {model.context_length}"
-    return UserError(message, code="context_length_exceeded", param="messages")
+    return UserError(message, code="context_length_exceeded", param=param)
 
 
-def resolve_max_tokens(body: ChatCompletionRequest, sampling: SamplingParams, prompt: Prompt, model: ChatModel) -> int:
+def resolve_max_tokens(body: GenerationRequest, sampling: SamplingParams, prompt: Prompt, model: ChatModel) -> int:
     """The client's bound when there is room for it; where it names none the checkpoint's, or all the room."""
     length, longest = len(prompt.token_ids), model.context_length
     room = longest - length
     if room < 1:
-        raise too_long(length, f"{length} ({prompt.image_tokens} of them for images)", model)
+        raise too_long(length, f"{length} ({prompt.image_tokens} of them for images)", model, body.prompt_field)
     wanted = body.requested_tokens
     if wanted is not None and wanted > room:
         raise UserError(
             f"the prompt has {length} tokens ({prompt.image_tokens} of them for images) and {wanted} are to be "
             f"generated; the context holds {longest}",
             code="context_length_exceeded",
-            param="max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens",
+            param=body.tokens_field,
         )
     max_tokens = min(sampling.max_tokens or room, room)
     if sampling.min_tokens > max_tokens:
@@ -117,7 +136,7 @@ def resolve_max_tokens(body: ChatCompletionRequest, sampling: SamplingParams, pr
     return max_tokens
 
 
-def sampling_of(body: ChatCompletionRequest, model: ChatModel) -> SamplingParams:
+def sampling_of(body: GenerationRequest, model: ChatModel) -> SamplingParams:
     """What the client names, and the server's defaults for the rest."""
     sampling = replace(model.sampling_defaults, **body.sampling)
     language = model.processor.config.language
@@ -186,7 +205,7 @@ def usage_reply(usage: Usage) -> UsageReply:
     }
 
 
-def siglane_report(body: ChatCompletionRequest, prepared: Prepared, choices: Choices) -> SiglaneReport:
+def siglane_report(body: Reported, prepared: Prepared, choices: Choices) -> SiglaneReport:
     report: SiglaneReport = {"images": prepared.images}
     if body.include_timings:
         report["timings"] = {stage: round(value, 6) for stage, value in {**prepared.seconds, **choices.stages}.items()}

@@ -34,8 +34,9 @@ class Choices:
     What waits to be read is bounded by the tokens that the request may generate.
     """
 
-    def __init__(self, answers: Sequence[Answer], engine: EngineProcess, commands: Executor) -> None:
-        self.answers = answers
+    def __init__(self, answers: Sequence[Answer], engine: EngineProcess, commands: Executor, prompts: int = 1) -> None:
+        """prompts: that the answers are of, each has as many of them, one after the other."""
+        self.answers, self._prompts = answers, prompts
         self._indices = {answer.request_id: index for index, answer in enumerate(answers)}
         self._engine, self._commands = engine, commands
         self._loop = asyncio.get_running_loop()
@@ -68,12 +69,16 @@ class Choices:
 
     @property
     def usage(self) -> Usage:
-        """The prompt counts once; what was cached is what every choice found cached."""
+        """A prompt counts once; what was cached of it is what every choice found cached."""
         every = [answer.usage for answer in self.answers]
+        each = len(every) // self._prompts
+        of_prompts = [every[first : first + each] for first in range(0, len(every), each)]
         return replace(
             every[0],
+            prompt_tokens=sum(usages[0].prompt_tokens for usages in of_prompts),
+            image_tokens=sum(usages[0].image_tokens for usages in of_prompts),
+            cached_tokens=sum(min(usage.cached_tokens for usage in usages) for usages in of_prompts),
             completion_tokens=sum(usage.completion_tokens for usage in every),
-            cached_tokens=min(usage.cached_tokens for usage in every),
             reasoning_tokens=sum(usage.reasoning_tokens for usage in every),
             accepted_prediction_tokens=sum(usage.accepted_prediction_tokens for usage in every),
             rejected_prediction_tokens=sum(usage.rejected_prediction_tokens for usage in every),

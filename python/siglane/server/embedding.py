@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -27,9 +29,11 @@ from siglane.server.embedding_protocol import (
     EmbeddingRequest,
     EncoderReport,
     EncoderUsage,
+    Input,
     PromptDetails,
     TextInput,
 )
+from siglane.server.pairs_protocol import PairScore, PairScores, PairsRequest
 from siglane.server.served import EmbedModel
 from siglane.server.stopwatch import Stopwatch
 from siglane.server.text_cache import Vector
@@ -65,18 +69,55 @@ async def embed(body: EmbeddingRequest, context: RequestContext, model: EmbedMod
         message = f"the vectors of {model.name!r} have {model.width} dimensions; leave dimensions out"
         raise UserError(message, code="invalid_value", param="dimensions")
     inputs = list(body.inputs())
-    images = [one for one in inputs if isinstance(one, MediaItem)]
-    texts = [one for one in inputs if isinstance(one, TextInput)]
-    found = await _embed(images, texts, context, model)
-    of_images, of_texts = iter(found.images), iter(found.texts)
-    vectors = [next(of_texts if isinstance(one, TextInput) else of_images) for one in inputs]
+    found, vectors = await _embed_all(inputs, context, model)
     return {
         "object": "list",
         "model": model.name,
         "data": await model.media.run(_rows, vectors, body.encoding_format == "base64"),
         "usage": _usage(found, model),
-        "siglane": _report(found, texts, model),
+        "siglane": _report(found, _texts_of(inputs), model),
     }
+
+
+async def score_pairs(body: PairsRequest, context: RequestContext, model: EmbedModel) -> PairScores:
+    """How alike the two of each pair are."""
+    firsts, seconds = body.inputs()
+    inputs = [*firsts, *seconds]
+    found, vectors = await _embed_all(inputs, context, model)
+    pairs = [(0 if len(firsts) == 1 else number, len(firsts) + number) for number in range(len(seconds))]
+    return {
+        "id": f"score-{secrets.token_hex(12)}",
+        "object": "list",
+        "created": int(time.time()),
+        "model": model.name,
+        "data": [_score(number, pair, inputs, vectors, model) for number, pair in enumerate(pairs)],
+        "usage": _usage(found, model),
+        "siglane": _report(found, _texts_of(inputs), model),
+    }
+
+
+def _score(
+    index: int, pair: tuple[int, int], inputs: Sequence[Input], vectors: Sequence[Vector], model: EmbedModel
+) -> PairScore:
+    first, second = (torch.from_numpy(vectors[number].vector)[None] for number in pair)
+    score: PairScore = {"index": index, "object": "score", "score": float((first * second).sum())}
+    if isinstance(inputs[pair[0]], TextInput) != isinstance(inputs[pair[1]], TextInput):
+        score["probability"] = float(sigmoid_scores(first, second, model.calibration))
+    return score
+
+
+def _texts_of(inputs: Sequence[Input]) -> list[TextInput]:
+    return [one for one in inputs if isinstance(one, TextInput)]
+
+
+async def _embed_all(
+    inputs: Sequence[Input], context: RequestContext, model: EmbedModel
+) -> tuple[_Embedded, list[Vector]]:
+    """The vectors in the order of the inputs too."""
+    images = [one for one in inputs if isinstance(one, MediaItem)]
+    found = await _embed(images, _texts_of(inputs), context, model)
+    of_images, of_texts = iter(found.images), iter(found.texts)
+    return found, [next(of_texts if isinstance(one, TextInput) else of_images) for one in inputs]
 
 
 async def classify(body: ClassificationRequest, context: RequestContext, model: EmbedModel) -> ClassificationList:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -93,5 +94,6 @@ def param_of(loc: Sequence[int | str]) -> str | None:
         if isinstance(step, int):
             param += f"[{step}]"
         elif not step.startswith("#"):
-            param += f".{step}" if param else step
+            name = re.sub(r"[^\w-]", "?", step[:64])  # a client's own, where names are its own to choose
+            param += f".{name}" if param else name
     return param or None

@@ -16,15 +16,22 @@ from pydantic import BaseModel, ValidationError
 
 from siglane.batch.form import Answer
 from siglane.batch.pool import EngineDied
-from siglane.batch.row import CHAT, CLASSIFY, EMBEDDINGS
+from siglane.batch.row import CHAT, CLASSIFY, COMPLETIONS, DECISIONS, EMBEDDINGS, OF_CHAT, PAIRS, SCORE, SYSTEMONE
 from siglane.errors import UserError
 from siglane.server.chat import complete
+from siglane.server.completion import complete_texts
+from siglane.server.completion_protocol import CompletionRequest
 from siglane.server.context import ByteLease, InflightShare, RequestContext
-from siglane.server.embedding import classify, embed
+from siglane.server.decision_protocol import DecisionRequest
+from siglane.server.decisions import decide, decide_system_one
+from siglane.server.embedding import classify, embed, score_pairs
 from siglane.server.embedding_protocol import ClassificationRequest, EmbeddingRequest
 from siglane.server.errors import as_api_error, error_body, from_validation
+from siglane.server.pairs_protocol import PairsRequest
 from siglane.server.protocol import ChatCompletionRequest, ignored_fields
+from siglane.server.score import ScoreRequest, score
 from siglane.server.served import Served
+from siglane.server.systemone_protocol import SystemOneRequest
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +41,18 @@ FULL = "server_overloaded"
 PATIENCE = 0.05  # seconds between tries while the engine starts, or others hold all the memory
 PREPARED = 8  # rows beside the running ones, so that the engine never waits for the next
 STRAGGLER_SECONDS = 2.0  # that a row which is ready waits for those before it
+
+# how a body is read and answered
+ASKED: Mapping[str, tuple[Any, Any]] = {
+    CHAT: (ChatCompletionRequest, complete),
+    COMPLETIONS: (CompletionRequest, complete_texts),
+    DECISIONS: (DecisionRequest, decide),
+    SYSTEMONE: (SystemOneRequest, decide_system_one),
+    SCORE: (ScoreRequest, score),
+    EMBEDDINGS: (EmbeddingRequest, embed),
+    CLASSIFY: (ClassificationRequest, classify),
+    PAIRS: (PairsRequest, score_pairs),
+}
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -124,7 +143,7 @@ class LocalServer:
                     if reason is not error:
                         logger.error("a request failed", exc_info=error, extra={"request_id": context.request_id})
                     code = reason.code if reason.status == 503 else None
-                    if code in LOST and (place.passed or url != CHAT):
+                    if code in LOST and (place.passed or url not in OF_CHAT):
                         raise EngineDied(alone=self._served.engine.lost <= 1, life=life) from error
                     if code == DOWN:
                         raise
@@ -144,20 +163,17 @@ class LocalServer:
         served, chat, towers = self._served, self._served.chat, self._served.embed
         if given.get("stream"):
             raise UserError("a batch streams nothing; leave stream out", code="unsupported_field", param="stream")
-        if url == CHAT and chat is not None:
-            asked = _read(ChatCompletionRequest, given)
-            served.check_name(asked.model, chat)
-            return Answer(200, dict(await complete(asked, context, chat)), tuple(ignored_fields(asked)))
-        if url == EMBEDDINGS and towers is not None:
-            texts = _read(EmbeddingRequest, given)
-            served.check_name(texts.model, towers)
-            found = orjson.loads(orjson.dumps(await embed(texts, context, towers)))  # vectors are written out already
-            return Answer(200, found, tuple(ignored_fields(texts)))
-        if url == CLASSIFY and towers is not None:
-            labels = _read(ClassificationRequest, given)
-            served.check_name(labels.model, towers)
-            return Answer(200, dict(await classify(labels, context, towers)), tuple(ignored_fields(labels)))
-        raise UserError(f"{served.name!r} does not answer {url}", code="not_found", status=404)
+        if url == SCORE and chat is None:
+            url = PAIRS
+        model, (kind, ask) = (chat, ASKED[url]) if url in OF_CHAT else (towers, ASKED.get(url, (None, None)))
+        if model is None or kind is None:
+            raise UserError(f"{served.name!r} does not answer {url}", code="not_found", status=404)
+        asked = _read(kind, given)
+        served.check_name(asked.model, model)
+        found = await ask(asked, context, model)
+        if url == EMBEDDINGS:
+            found = orjson.loads(orjson.dumps(found))  # vectors are written out already
+        return Answer(200, dict(found), tuple(ignored_fields(asked)))
 
 
 def _read(kind: type[Body], given: Mapping[str, Any]) -> Body:

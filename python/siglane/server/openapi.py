@@ -25,8 +25,10 @@ REASONS = {
     507: "the disk is full",
     503: "the server is starting, full or shutting down; try again",
 }
-OF_CHAT = ("ChatCompletionRequest", "TokenizeRequest", "DetokenizeRequest", "ImageTokensRequest")
-OF_TOWERS = ("EmbeddingRequest", "ClassificationRequest")
+GENERATING = ("ChatCompletionRequest", "CompletionRequest")
+DECIDING = ("DecisionRequest", "SystemOneRequest", "ScoreRequest")
+OF_CHAT = (*GENERATING, *DECIDING, "TokenizeRequest", "DetokenizeRequest", "ImageTokensRequest")
+OF_TOWERS = ("EmbeddingRequest", "ClassificationRequest", "PairsRequest")
 PLACE = "#/components/schemas/"
 OF_A_BODY = (400, 401, 404, 408, 413, 415, 500, 503)
 
@@ -60,6 +62,48 @@ def chat_examples(model: str, sees: bool) -> dict[str, Any]:
     earlier += [{"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "What can you do?"}]
     bodies["a_conversation"] = {"model": model, "messages": earlier, "max_tokens": 16, "temperature": 0}
     return examples(**bodies)
+
+
+def completion_examples(model: str) -> dict[str, Any]:
+    text = {"model": model, "prompt": "A red", "max_tokens": 8, "temperature": 0}
+    scored = {"model": model, "prompt": ["A red square", "A blue square"], "max_tokens": 0, "echo": True, "logprobs": 1}
+    return examples(a_text=text, a_stream=text | {"stream": True}, probabilities_of_prompts=scored)
+
+
+def decision_examples(model: str, sees: bool) -> dict[str, Any]:
+    about: dict[str, Any] = {"model": model, "input": "The sea is blue today."} | ({"images": [RED]} if sees else {})
+    yes_no = {"id": "sea", "type": "yes_no", "question": "Is it about the sea?"}
+    choice = {"id": "colour", "type": "choice", "question": "Which?", "options": [{"name": "red"}, {"name": "blue"}]}
+    score = {"id": "good", "type": "score", "question": "How good?", "levels": ["bad", "fair", "good"]}
+    labels = {"id": "words", "type": "labels", "question": "What do you see?", "labels": ["a red square", "a sign"]}
+    predicate = {"name": "sea", "type": "predicate", "instructions": "It is about the sea."}
+    return examples(
+        typed_questions=about | {"questions": [yes_no, choice, score]},
+        labels_as_they_stand=about | {"questions": [labels]},
+        as_openai_asks=about | {"questions": [predicate]},
+    )
+
+
+def system_one_examples(model: str, sees: bool) -> dict[str, Any]:
+    about: dict[str, Any] = {"model": model, "state": {"weather": "sunny"}} | ({"images": [RED]} if sees else {})
+    questions = {
+        "rain": {"type": "noul", "instructions": "It rains."},
+        "wear": {"type": "choice", "instructions": "What to wear?", "criteria": {"coat": "when cold", "hat": None}},
+        "warm": {"type": "score", "instructions": "How warm?", "criteria": ["cold", "mild", "hot"]},
+    }
+    return examples(questions=about | {"questions": questions})
+
+
+def score_examples(model: str) -> dict[str, Any]:
+    pairs = {"model": model, "query": "Is this true? ", "items": ["The sea is wet.", "Ice is hot."]}
+    labels = {"labels": ["yes", "no"], "apply_softmax": True}
+    return examples(labels=pairs | labels, tokens=pairs | {"label_token_ids": [5, 6]})
+
+
+def pair_examples(model: str) -> dict[str, Any]:
+    picture = {"content": [{"type": "image_url", "image_url": {"url": RED}}]}
+    one = {"model": model, "text_1": picture, "text_2": ["a red square", "the sea at night"]}
+    return examples(a_picture_and_texts=one, texts={"model": model, "queries": "a cat", "documents": ["a dog"]})
 
 
 def embedding_examples(model: str) -> dict[str, Any]:
@@ -144,10 +188,14 @@ def _state_limits_of_images(schemas: Mapping[str, Any], kind: str, model: Served
 
 
 def _state_chat(schemas: Mapping[str, Any], chat: ChatModel) -> None:
-    fields, facts = schemas["ChatCompletionRequest"]["properties"], chat.processor.config
-    for name in ("max_tokens", "max_completion_tokens", "min_tokens"):
-        fields[name]["anyOf"][0]["maximum"] = chat.context_length
-    fields["stop_token_ids"]["anyOf"][0]["items"]["maximum"] = facts.language.vocab_size - 1
+    facts, vocabulary = chat.processor.config, chat.processor.config.language.vocab_size
+    for fields in (schemas[title]["properties"] for title in reversed(GENERATING)):
+        for name in {"max_tokens", "max_completion_tokens", "min_tokens"} & fields.keys():
+            fields[name]["anyOf"][0]["maximum"] = chat.context_length
+        fields["stop_token_ids"]["anyOf"][0]["items"]["maximum"] = vocabulary - 1
+    _text, _texts, one, several = schemas["CompletionRequest"]["properties"]["prompt"]["oneOf"]
+    for ids in (one, several["items"]):
+        ids["items"]["maximum"] = vocabulary - 1
     ids, lists = schemas["DetokenizeRequest"]["properties"]["tokens"]["anyOf"]
     for one in (ids, lists["items"]):
         one["items"]["maximum"] = len(chat.processor.tokenizer) - 1

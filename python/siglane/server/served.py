@@ -124,10 +124,13 @@ class ChatModel(ServedModel):
         await self.aside(functools.partial(check_constraint, constraint))
 
     async def ask(self, requests: Sequence[Request]) -> Choices:
-        """Hands one client's requests (its n choices) to the engine. The caller ends with `release`. EngineError (503)
-        when the engine is not ready."""
-        answers = [Answer.of(one.request_id, one.prompt, one.sampling, self.processor) for one in requests]
-        choices = Choices(answers, self._engine, self._commands)
+        """Hands one client's requests to the engine: n choices for each prompt, one prompt after the other. The caller
+        ends with `release`. EngineError (503) when the engine is not ready."""
+        answers = [
+            (Answer.raw if one.raw else Answer.of)(one.request_id, one.prompt, one.sampling, self.processor)
+            for one in requests
+        ]
+        choices = Choices(answers, self._engine, self._commands, len({id(one.prompt) for one in requests}))
         self._asked.add(choices)
         try:
             if self._ended:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping
+from typing import Any
 
 import orjson
 from starlette.responses import StreamingResponse
@@ -25,7 +26,8 @@ from siglane.server.chat import Prepared, note_answer, siglane_report, usage_rep
 from siglane.server.choices import ChoiceDelta, Choices
 from siglane.server.context import RequestContext
 from siglane.server.errors import as_api_error, error_body
-from siglane.server.protocol import ChatCompletionRequest, StreamOptions
+from siglane.server.generation_fields import StreamOptions
+from siglane.server.protocol import GenerationRequest
 from siglane.server.replies import ChatCompletionChunk, ChunkChoice
 from siglane.server.served import ChatModel
 
@@ -44,12 +46,13 @@ def event(content: object) -> bytes:
     return b"data: " + orjson.dumps(content) + b"\n\n"
 
 
-class ChatStream(StreamingResponse):
-    """A response that puts a prepared request to the engine and sends its answer as it comes."""
+class EventStream(StreamingResponse):
+    """A response that puts a prepared request to the engine and sends its answer as it comes; what an event looks like
+    is its subclass's."""
 
     def __init__(
         self,
-        request: ChatCompletionRequest,
+        request: GenerationRequest,
         prepared: Prepared,
         context: RequestContext,
         model: ChatModel,
@@ -99,11 +102,33 @@ class ChatStream(StreamingResponse):
         return event(error_body(reason)) + DONE
 
     def _says_something(self, delta: ChoiceDelta) -> bool:
+        raise NotImplementedError
+
+    def _chunk(self, delta: ChoiceDelta, choices: Choices) -> Mapping[str, object]:
+        raise NotImplementedError
+
+    def _frame(self, choices: list[Any]) -> Any:
+        """A chunk around `choices`."""
+        raise NotImplementedError
+
+    def _with_report(self, chunk: Any, choices: Choices) -> Mapping[str, object]:
+        """What the request asked to be told beside the text."""
+        if self._options.continuous_usage_stats:
+            chunk["usage"] = usage_reply(choices.usage)
+        elif self._options.include_usage:
+            chunk["usage"] = None
+        if choices.finished and not self._options.include_usage:
+            chunk["siglane"] = siglane_report(self._request, self._prepared, choices)
+        return chunk
+
+
+class ChatStream(EventStream):
+    def _says_something(self, delta: ChoiceDelta) -> bool:
         first = delta.index not in self._spoken
         said = delta.text or delta.reasoning
         return bool(first or said or delta.finish_reason or delta.logprob)
 
-    def _chunk(self, delta: ChoiceDelta, choices: Choices) -> ChatCompletionChunk:
+    def _chunk(self, delta: ChoiceDelta, choices: Choices) -> Mapping[str, object]:
         choice: ChunkChoice = {
             "index": delta.index,
             "delta": {},
@@ -121,14 +146,7 @@ class ChatStream(StreamingResponse):
             choice["logprobs"] = self._model.token_texts.report([delta.logprob])
         if delta.finish_reason is not None:
             choice["matched_stop"] = choices.answers[delta.index].matched_stop
-        chunk = self._frame([choice])
-        if self._options.continuous_usage_stats:
-            chunk["usage"] = usage_reply(choices.usage)
-        elif self._options.include_usage:
-            chunk["usage"] = None
-        if choices.finished and not self._options.include_usage:
-            chunk["siglane"] = siglane_report(self._request, self._prepared, choices)
-        return chunk
+        return self._with_report(self._frame([choice]), choices)
 
     def _frame(self, choices: list[ChunkChoice]) -> ChatCompletionChunk:
         return {

@@ -20,7 +20,8 @@ from siglane.media.messages import read_limits, url_item
 from siglane.server.chat import lay_out_prompt
 from siglane.server.context import RequestContext
 from siglane.server.fields import WHOLE, RequestModel, TemplateKwargs, one_of
-from siglane.server.protocol import MAX_SALT_CHARACTERS, Budgets, ImageUrl, Limit, Messages, plain
+from siglane.server.generation_fields import CacheSalt, TokenId
+from siglane.server.protocol import Budgets, ImageUrl, Limit, Messages, plain
 from siglane.server.refused import refuse_fields
 from siglane.server.served import ChatModel
 from siglane.server.stopwatch import Stopwatch
@@ -32,7 +33,6 @@ MAX_PICTURES = 2048
 MAX_SIDE = 1 << 24
 
 Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_TEXTS)]
-TokenId = Annotated[int, Field(ge=0), WHOLE]
 Ids = Annotated[list[TokenId], Field(max_length=MAX_IDS)]
 IdLists = Annotated[list[Ids], Field(min_length=1, max_length=MAX_TEXTS)]
 
@@ -49,7 +49,7 @@ class TokenizeRequest(RequestModel):
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
     chat_template_kwargs: TemplateKwargs = None
-    cache_salt: Annotated[str, Field(max_length=MAX_SALT_CHARACTERS)] | None = None
+    cache_salt: CacheSalt | None = None
 
     @model_validator(mode="after")
     def _check(self) -> TokenizeRequest:
@@ -91,14 +91,7 @@ async def tokenize(body: TokenizeRequest, context: RequestContext, model: ChatMo
         return await _conversation(body, context, model)
     given = body.content if body.prompt is None else body.prompt
     assert given is not None
-    texts = [given] if isinstance(given, str) else given
-    room = model.context_length * model.longest_token
-    for text in texts:
-        if len(text) > room:
-            message = f"a text has {len(text)} characters, more than any that the model could read"
-            raise UserError(message, code="context_length_exceeded", param="prompt")
-    special = body.add_special_tokens is not False
-    lists = await model.aside(lambda: [_ids(model, text, special) for text in texts])
+    lists = await ids_of([given] if isinstance(given, str) else given, body.add_special_tokens is not False, model)
     words = await model.aside(lambda: [_texts_of(model, ids) for ids in lists]) if body.return_token_strs else None
     if isinstance(given, str):
         return _listed(len(lists[0]), lists[0], words and words[0], model)
@@ -125,9 +118,16 @@ def _listed(count: int | list[int], tokens: Any, words: Any, model: ChatModel) -
     return {"count": count, "max_model_len": model.context_length, "tokens": tokens, "token_strs": words}
 
 
-def _ids(model: ChatModel, text: str, special: bool) -> list[int]:
-    found: list[int] = model.processor.tokenizer(text, add_special_tokens=special).input_ids
-    return found
+async def ids_of(texts: Sequence[str], special: bool, model: ChatModel, param: str = "prompt") -> list[list[int]]:
+    """Of texts as they stand, special tokens written in them counted as such. special: whether the tokenizer adds its
+    own. UserError for a text that no context has room for, before it is read."""
+    room = model.context_length * model.longest_token
+    for text in texts:
+        if len(text) > room:
+            message = f"a text has {len(text)} characters, more than any that the model could read"
+            raise UserError(message, code="context_length_exceeded", param=param)
+    tokenizer = model.processor.tokenizer
+    return await model.aside(lambda: [tokenizer(text, add_special_tokens=special).input_ids for text in texts])
 
 
 def _texts_of(model: ChatModel, ids: Sequence[int]) -> list[str]:

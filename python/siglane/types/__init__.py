@@ -1,6 +1,7 @@
 """The nouns every floor shares: images, layouts, prompts, requests, answers. All frozen, checked when built."""
 
 from siglane.types.constraint import Constraint
+from siglane.types.decision import Decision, Question
 from siglane.types.generation import (
     SAMPLING_BOUNDS,
     Finished,
@@ -48,6 +49,7 @@ from siglane.types.layout import (
 )
 from siglane.types.model import Activation, AttentionBackend, BackendChoice, RopeScaling
 from siglane.types.prompt import ImagePart, ImageSpan, Message, Prompt, Role, ToolCall
+from siglane.types.reading import Read, Readout
 
 __all__ = [
     "DIGEST_BYTES",
@@ -59,6 +61,7 @@ __all__ = [
     "BackendChoice",
     "Box",
     "Constraint",
+    "Decision",
     "DecodedImage",
     "DecodedVideo",
     "Detail",
@@ -81,6 +84,9 @@ __all__ = [
     "Pad",
     "Piece",
     "Prompt",
+    "Question",
+    "Read",
+    "Readout",
     "ReducedImage",
     "Region",
     "Request",

@@ -90,6 +90,10 @@ class PromptBuilder:
         ending = {part.image for part in endings if isinstance(part, ImagePart)}
         return self._written(fragments, self._images_at(fragments, placeholders, order), layouts, ending)
 
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        """Of text behind other text, however it reads never a special token."""
+        return tuple(self._plain.ids(text, first=False))
+
     def template(self) -> str:
         """The checkpoint's chat template for engines that render it themselves (`families/prompt/template.py`)."""
         video = None if self._video is None else self._video.token
