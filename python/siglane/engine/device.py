@@ -7,6 +7,7 @@ the only one that waits.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -30,6 +31,8 @@ from siglane.families.model import VisionLanguageModel
 from siglane.families.splice import ImageRows, splice
 from siglane.settings.engine import EngineConfig
 from siglane.types import ImagePatches
+
+logger = logging.getLogger(__name__)
 
 
 def build_device(
@@ -154,6 +157,26 @@ class Device:
         found = (rows.to(self.dtype) for group in groups for rows in self.model.see(group).split())
         return tuple(self.model.language.turned(rows) for rows in found)
 
+    def encode_isolated(self, images: Sequence[ImagePatches]) -> list[torch.Tensor | EngineError]:
+        """All images together; when that raises, each alone, so that one image never takes others with it."""
+        try:
+            return list(self.encode(images))
+        except torch.AcceleratorError:  # the device is lost for this process: end it, its supervisor starts another
+            raise
+        except Exception as error:
+            message = "encoding %d images failed (%s); trying each alone"
+            logger.warning(message, len(images), type(error).__name__, exc_info=len(images) > 1)
+        encoded: list[torch.Tensor | EngineError] = []
+        for image in images:
+            try:
+                encoded.append(self.encode([image])[0])
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:
+                logger.exception("encoding one image failed")
+                encoded.append(EngineError(f"an image could not be encoded ({type(error).__name__})"))
+        return encoded
+
     def plan(self, batch: StepBatch) -> StepPlan:
         """RuntimeError when an image has other rows than its layout says."""
         chunks = tuple(sorted(batch.chunks, key=lambda chunk: chunk.tokens > 1))
@@ -257,6 +280,11 @@ def _choosing(chunks: Sequence[Chunk]) -> list[int]:
         if chunk.samples:
             rows += range(end - 1 - len(chunk.guesses), end)
     return rows
+
+
+def finite(encoded: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Of each image whether all of its rows are, bool `[B]` where they lie: to be read with the step's result."""
+    return torch.stack([rows.isfinite().all() for rows in encoded]) if encoded else torch.empty(0)
 
 
 def _rows(rows: torch.Tensor, chosen: torch.Tensor, count: int) -> torch.Tensor:

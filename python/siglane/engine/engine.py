@@ -9,15 +9,15 @@ import math
 import secrets
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from siglane.config.vlm import Thinking
 from siglane.engine.batch import Chunk, Sequence, StepBatch
 from siglane.engine.constraint import Constrained, Grammars
-from siglane.engine.device import Result, build_device
+from siglane.engine.device import Result, build_device, finite
 from siglane.engine.features import FeatureCache, FeatureKey
-from siglane.engine.images import Encoded, encode_isolated, finite
 from siglane.engine.kv import SCRATCH_PAGES, PageAllocator
 from siglane.engine.limits import step_budget
 from siglane.engine.lookup import Lookup
@@ -50,6 +50,14 @@ class EngineStats:
     cached_tokens: int
     computed_tokens: int
     steps: int
+
+
+class Encoded(NamedTuple):
+    """An image behind the tower, which may have given NaN. wanting: who has it, and under which number."""
+
+    key: FeatureKey
+    wanting: list[tuple[Sequence, int]]
+    rows: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +167,7 @@ class Engine:
         step = self.scheduler.plan()
         self._note_start(step.chunks)
         encoded, deltas = self._encode(step.images_to_encode)
-        all_finite = finite(encoded)
+        all_finite = finite([one.rows for one in encoded])
         computed, failed = self._compute([chunk for chunk in step.chunks if self._is_alive(chunk)])
         deltas += failed + self._settle(encoded, all_finite.tolist())
         alive = [one for one in computed if self._is_alive(one.chunk)]
@@ -204,7 +212,7 @@ class Engine:
             return [], []
         begin = time.monotonic()
         images = [wanting[0][0].request.images[wanting[0][1]] for wanting in images_to_encode.values()]
-        found = encode_isolated(self.runner.encode, images)
+        found = self.runner.encode_isolated(images)
         seconds = time.monotonic() - begin
         for sequence in {sequence for wanting in images_to_encode.values() for sequence, _ in wanting}:
             # one that still waits has no part in it; again after a preemption it is a part of its decode time
