@@ -145,6 +145,12 @@ def test_as_system_one_asks(server: RunningServer, llm: LLM) -> None:
     assert found["usage"]["input_tokens"] == sum(one.prompt_tokens for one in expected)
 
 
+def test_what_has_no_effect_is_told(server: RunningServer) -> None:
+    rain = {"type": "noul", "instructions": "It rains.", "why": "so"}
+    answer = server.post_to(SYSTEMONE, state="x", questions={"rain": rain}, user="me")
+    assert answer.headers["x-siglane-ignored-fields"] == "user,questions.why"
+
+
 def test_the_prompt_that_was_read(server: RunningServer, processor: Processor) -> None:
     question = {"id": "a", "type": "labels", "question": "What do you see?", "labels": LABELS}
     found = asked(server, DECISIONS, input="Look.", questions=[question], return_prompt_token_ids=True)["answers"]["a"]

@@ -33,7 +33,7 @@ LEAST_ANSWERED = {
     "POST /v1/completions": 0.6,
     "POST /v1/decisions": 0.2,  # what it generates is often longer than CONTEXT
     "POST /v1/systemone": 0.2,
-    "POST /v1/score": 0.4,
+    "POST /v1/score": 0.2,
     "POST /score": 0.2,
     "POST /v1/embeddings": 0.4,
     "POST /v1/classify": 0.75,

@@ -193,9 +193,9 @@ def _state_chat(schemas: Mapping[str, Any], chat: ChatModel) -> None:
         for name in {"max_tokens", "max_completion_tokens", "min_tokens"} & fields.keys():
             fields[name]["anyOf"][0]["maximum"] = chat.context_length
         fields["stop_token_ids"]["anyOf"][0]["items"]["maximum"] = vocabulary - 1
-    _text, _texts, one, several = schemas["CompletionRequest"]["properties"]["prompt"]["oneOf"]
-    for ids in (one, several["items"]):
-        ids["items"]["maximum"] = vocabulary - 1
+    for title, names in (("CompletionRequest", ("prompt",)), ("ScoreRequest", ("query", "items", "label_token_ids"))):
+        for name in names:
+            _state_largest(schemas[title]["properties"][name], vocabulary - 1)
     ids, lists = schemas["DetokenizeRequest"]["properties"]["tokens"]["anyOf"]
     for one in (ids, lists["items"]):
         one["items"]["maximum"] = len(chat.processor.tokenizer) - 1
@@ -210,6 +210,17 @@ def _state_chat(schemas: Mapping[str, Any], chat: ChatModel) -> None:
         for name in ("thinking_budget", "thinking_token_budget"):
             del fields[name]
     _state_messages(schemas, chat)
+
+
+def _state_largest(node: Any, most: int) -> None:
+    """Of the token ids in a schema, which are its only integers."""
+    if isinstance(node, list):
+        for one in node:
+            _state_largest(one, most)
+    elif isinstance(node, dict):
+        if node.get("type") == "integer":
+            node["maximum"] = most
+        _state_largest([*node.values()], most)
 
 
 def _state_messages(schemas: Mapping[str, Any], chat: ChatModel) -> None:

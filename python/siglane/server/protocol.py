@@ -328,6 +328,7 @@ def _collect_ignored(model: BaseModel, prefix: str, found: dict[str, None]) -> N
             found[prefix + re.sub(r"[^A-Za-z0-9_-]", "?", name[:64])] = None
     for name in type(model).model_fields:
         value = getattr(model, name)
-        for item in value if isinstance(value, list) else (value,):
+        several = value.values() if isinstance(value, dict) else value
+        for item in several if isinstance(value, list | dict) else (value,):
             if isinstance(item, BaseModel):
                 _collect_ignored(item, f"{prefix}{name}.", found)

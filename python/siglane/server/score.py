@@ -51,7 +51,7 @@ Items = Annotated[
     ],
     Discriminator(lambda given: "#lists" if prompt_tag(given) == "#lists" else "#texts"),
 ]
-OneSet = Annotated[list[TokenId], Field(min_length=1, max_length=MOST_LABELS)]
+OneSet = Annotated[list[TokenId], Field(min_length=1, max_length=MOST_LABELS, json_schema_extra={"uniqueItems": True})]
 LabelIds = Annotated[
     Annotated[OneSet, Tag("#ids")] | Annotated[list[OneSet], Field(min_length=1, max_length=MAX_READS), Tag("#lists")],
     Discriminator(lambda given: "#lists" if prompt_tag(given) == "#lists" else "#ids"),
