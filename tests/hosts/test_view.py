@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import write_nvila_checkpoint, write_siglip_checkpoint
-from llava_onevision_checkpoint import write_llava_onevision_checkpoint
+from llava_onevision_checkpoint import write_llava_onevision_checkpoint, write_relative
 from nanovlm_checkpoint import ERAS, write_nanovlm_checkpoint
 from ovis2_5_checkpoint import write_ovis2_5_checkpoint
 from safetensors import safe_open
@@ -68,6 +68,8 @@ CASES = {
     "llava_onevision in memory": Case(
         partial(write_llava_onevision_checkpoint, names="memory", head_stored=False), whole_model
     ),
+    "r_4b": Case(partial(write_relative, name="r_4b"), whole_model),
+    "varco": Case(partial(write_relative, name="varco, tied"), whole_model),
     "ovis2_5": Case(write_ovis2_5_checkpoint),
     "ovis2_5, tied": Case(partial(write_ovis2_5_checkpoint, tied=True, head_stored=False)),
     **{f"nanovlm {era}": Case(partial(write_nanovlm_checkpoint, era=era)) for era in ERAS},

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from llava_onevision_checkpoint import HUB_TEMPLATE, PATCH, LlavaOnevision, write_llava_onevision_checkpoint
+from llava_onevision_checkpoint import HUB_TEMPLATE, LlavaOnevision, write_llava_onevision_checkpoint
 from parity_kit import Pair, ask, assert_parity, build, greedy, logits, patches_of, picture, spliced
 from PIL import Image
 from safetensors.torch import load_file
@@ -89,7 +89,9 @@ def check_whole_path(pair: LlavaPair, images: list[Image.Image]) -> None:
 def check_vision(pair: LlavaPair, patches: list[ImagePatches], theirs: Any) -> None:
     counts = [len(one.layout.tiles) for one in patches]
     tiles = torch.cat([image[:count] for image, count in zip(theirs.pixel_values, counts, strict=True)])
-    assert_parity("pixels", pair.model.vision.encoder.pack(patches).pixels, pixels.patches_of(tiles, PATCH))
+    assert_parity(
+        "pixels", pair.model.vision.encoder.pack(patches).pixels, pixels.patches_of(tiles, pair.written.patch)
+    )
     taps: dict[str, torch.Tensor] = {}
     tokens = pair.model.vision(patches, taps)
     states = pair.written.model.model.vision_tower(tiles, output_hidden_states=True).hidden_states

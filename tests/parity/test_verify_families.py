@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import write_nvila_checkpoint, write_siglip_checkpoint
-from llava_onevision_checkpoint import HUB_TEMPLATE, write_llava_onevision_checkpoint
+from llava_onevision_checkpoint import HUB_TEMPLATE, write_llava_onevision_checkpoint, write_relative
 from nanovlm_checkpoint import write_nanovlm_checkpoint
 from ovis2_5_checkpoint import LARGE, write_ovis2_5_checkpoint
 from parity_kit import picture
@@ -68,6 +68,9 @@ CHECKPOINTS: dict[str, Write] = {
         write_llava_onevision_checkpoint, names="memory", tied=False, chat_template=HUB_TEMPLATE
     ),
     "llava-onevision, an earlier layer": written(write_llava_onevision_checkpoint, keys={"vision_feature_layer": -2}),
+    "r-4b": written(write_relative, name="r_4b"),
+    "bee, without a template": written(write_relative, name="bee", chat_template=None),
+    "varco-vision": written(write_relative, name="varco of patches of 16"),
     "nanovlm 0.1": written(write_nanovlm_checkpoint, era="0.1"),
     "nanovlm 0.2": written(write_nanovlm_checkpoint, era="0.2"),
     "nanovlm of tiles": written(write_nanovlm_checkpoint, era="grid"),
@@ -169,6 +172,9 @@ FAULTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
         "llava-onevision",
         set_key("preprocessor_config.json", "image_mean", value=[0.48145466, 0.4578275, 0.40821073]),
         "preprocessing",
+    ),
+    "r-4b: the norm in front of the projector": (
+        "r-4b", set_tensor("multi_modal_projector.pre_norm.bias", torch.neg), "projector",
     ),
     "nanovlm: k for q": (
         "nanovlm of tiles",

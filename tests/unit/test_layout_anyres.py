@@ -32,7 +32,7 @@ SOME = settings(max_examples=60, deadline=None, database=None)
 SIZES = st.builds(Size, st.integers(1, 6000), st.integers(1, 6000))
 PINPOINTS = tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7))
 PROJECTOR = llava_projector(input_size=4, output_size=4)
-GEOMETRY = PatchGeometry(14, PROJECTOR)
+GEOMETRY, GEOMETRY_16 = PatchGeometry(14, PROJECTOR), PatchGeometry(16, PROJECTOR)
 
 RULE = AnyResTiling(
     tile=Size(384, 384), resample="bicubic", frame_resample="bilinear", fill=(127, 127, 127), pinpoints=PINPOINTS,
@@ -49,10 +49,10 @@ def layout_of(size: Size, rule: AnyResTiling = RULE, *, images: int = 1) -> Imag
 class TheirCount(LlavaOnevisionProcessor):
     """transformers' own counting, which reads nothing but these."""
 
-    def __init__(self, rule: AnyResTiling) -> None:
+    def __init__(self, rule: AnyResTiling, patch: int = 14) -> None:
         pinpoints: Any = [list(pinpoint) for pinpoint in rule.pinpoints]
         self.image_processor = SimpleNamespace(image_grid_pinpoints=pinpoints)
-        self.num_image_tokens = (rule.tile.height // 14) ** 2
+        self.num_image_tokens = (rule.tile.height // patch) ** 2
         self.vision_aspect_ratio = f"anyres_max_{rule.max_maps}"
 
     def of(self, size: Size, rule: AnyResTiling) -> int:
@@ -77,6 +77,34 @@ def test_vectors(height: int, width: int, grid: tuple[int, int], rows: tuple[int
     crop = layout.assembly.crop
     assert (layout.assembly.resized or (crop.bottom - crop.top, crop.right - crop.left)) == rows
     assert layout.image_tokens == layout.rows == tokens == TheirCount(RULE).of(Size(width, height), RULE)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "tokens", "of_patch_14"),
+    [
+        (640, 480, 2340, 2929),
+        (800, 600, 3696, 4725),
+        (1000, 1000, 5832, 7371),
+        (1920, 1080, 5760, 7269),
+        (333, 1024, 2376, 2997),
+        (2000, 300, 3766, 4804),
+    ],
+)
+def test_vectors_of_patches_of_16(width: int, height: int, tokens: int, of_patch_14: int) -> None:
+    """formats.md section 6.1."""
+    size = Size(width, height)
+    assert RULE.image(size, GEOMETRY_16, ImageContext()).image_tokens == tokens == TheirCount(RULE, 16).of(size, RULE)
+    assert layout_of(size).image_tokens == of_patch_14
+
+
+def test_ten_thousand_sizes_are_counted_as_transformers_counts_them() -> None:
+    numbers = np.random.default_rng(0).integers(1, 5000, (10_000, 2)).tolist()
+    for patch, geometry in ((14, GEOMETRY), (16, GEOMETRY_16)):
+        theirs = TheirCount(RULE, patch)
+        sizes = [Size(*pair) for pair in numbers[patch == 16 :: 2]]
+        assert [RULE.image(size, geometry, ImageContext()).image_tokens for size in sizes] == [
+            theirs.of(size, RULE) for size in sizes
+        ]
 
 
 @MANY

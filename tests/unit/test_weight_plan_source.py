@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import write_nvila_checkpoint
-from llava_onevision_checkpoint import write_llava_onevision_checkpoint
+from llava_onevision_checkpoint import write_llava_onevision_checkpoint, write_relative
 from nanovlm_checkpoint import ERAS, write_nanovlm_checkpoint
 from ovis2_5_checkpoint import write_ovis2_5_checkpoint
 
@@ -38,6 +38,7 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
         for names in ("hub", "saved", "memory")
         for tied in (False, True)
     },
+    "bee": partial(write_relative, name="bee"),
     **{f"ovis2_5{' tied' * tied}": partial(write_ovis2_5_checkpoint, tied=tied) for tied in (False, True)},
     **{f"nanovlm {era}": partial(write_nanovlm_checkpoint, era=era) for era in ERAS},
     **{

@@ -30,6 +30,8 @@ TEMPLATE = (
 
 
 class LlavaOnevision(VisionLanguageReference):
+    template = TEMPLATE  # of folders without one
+
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, adapter: Path | None = None) -> None:
         raw, processor = read_json(folder / "config.json"), processor_json(folder)
         config: Any = LlavaOnevisionConfig
@@ -39,13 +41,17 @@ class LlavaOnevision(VisionLanguageReference):
         stored = [tensors[name] for name in tensors.readers if name.endswith(("lm_head.weight", "embed_tokens.weight"))]
         if len(stored) == 2 and not torch.equal(*stored):  # then each is used, tied or not
             self.config.tie_word_embeddings = self.config.text_config.tie_word_embeddings = False
-        self.model: Any = LlavaOnevisionForConditionalGeneration(self.config)
+        self.model = self.built()
         ready(self.model, _named(self.model, tensors), device, dtype)
         self.language = Decoder(self.model, self.model.model.language_model.layers)
         self.processing = Processing.of(processor, 384, Image.Resampling.BICUBIC, mean=CLIP_MEAN, std=CLIP_STD)
         self.pinpoints: list[list[int]] = processor.get("image_grid_pinpoints", self.config.image_grid_pinpoints)
         self.folder, self.image = folder, media_token(folder, "image_token", IMAGE)
         self.tokenizer = load_tokenizer(folder, self.image)
+
+    def built(self) -> Any:
+        """The model, not yet filled."""
+        return LlavaOnevisionForConditionalGeneration(self.config)
 
     def run(self, pictures: Sequence[Image.Image], prompt: str, steps: int) -> Trace:
         """transformers' class cuts, encodes and splices by itself, a second time."""
@@ -66,7 +72,7 @@ class LlavaOnevision(VisionLanguageReference):
 
     def text(self, prompt: str, seen: Seen) -> str:
         images = [self.image] * len(seen.images)
-        return rendered(self.folder, self.tokenizer, images, prompt, TEMPLATE, by_processor=True)
+        return rendered(self.folder, self.tokenizer, images, prompt, self.template, by_processor=True)
 
     def ids(self, text: str, seen: Seen) -> list[int]:
         return filled(self.tokenizer(text).input_ids, self.tokenizer.convert_tokens_to_ids(self.image), seen.blocks)

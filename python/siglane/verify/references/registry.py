@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from siglane.verify.references import causal_lm, llava_onevision, nanovlm, nvila, ovis2_5, siglip, siglip2
+from siglane.verify.references import (
+    bee,
+    causal_lm,
+    llava_onevision,
+    nanovlm,
+    nvila,
+    ovis2_5,
+    r_4b,
+    siglip,
+    siglip2,
+)
 from siglane.verify.references.reference import ReferenceFamily
 
 FAMILIES: tuple[ReferenceFamily, ...] = (
@@ -14,6 +24,8 @@ FAMILIES: tuple[ReferenceFamily, ...] = (
     ovis2_5.FAMILY,
     llava_onevision.FAMILY,
     nanovlm.FAMILY,
+    r_4b.FAMILY,
+    bee.FAMILY,
     causal_lm.FAMILY,
 )
 
