@@ -21,6 +21,7 @@ import pytest
 import torch
 from checkpoints import write_nvila_checkpoint, write_siglip_checkpoint
 from llava_onevision_checkpoint import write_llava_onevision_checkpoint, write_relative
+from llava_qwen_checkpoint import write_llava_qwen_checkpoint
 from nanovlm_checkpoint import ERAS, write_nanovlm_checkpoint
 from ovis2_5_checkpoint import write_ovis2_5_checkpoint
 from safetensors import safe_open
@@ -70,13 +71,14 @@ CASES = {
     ),
     "r_4b": Case(partial(write_relative, name="r_4b"), whole_model),
     "varco": Case(partial(write_relative, name="varco, tied"), whole_model),
+    "llava_qwen, tower beside it": Case(partial(write_llava_qwen_checkpoint, tower="beside"), whole_model),
     "ovis2_5": Case(write_ovis2_5_checkpoint),
     "ovis2_5, tied": Case(partial(write_ovis2_5_checkpoint, tied=True, head_stored=False)),
     **{f"nanovlm {era}": Case(partial(write_nanovlm_checkpoint, era=era)) for era in ERAS},
     "nanovlm, both names": Case(partial(write_nanovlm_checkpoint, names="both", own_tokenizer=False)),
     "nanovlm, untied": Case(partial(write_nanovlm_checkpoint, names="untied")),
 }
-TAKEN = [name for name in CASES if not name.startswith("nvila hf")]
+TAKEN = [name for name in CASES if not name.startswith(("nvila hf", "llava_qwen"))]
 
 # what makes one of transformers' language models compute what it computes
 FACTS = (

@@ -15,6 +15,7 @@ import pytest
 import torch
 from checkpoints import write_nvila_checkpoint, write_siglip_checkpoint
 from llava_onevision_checkpoint import HUB_TEMPLATE, write_llava_onevision_checkpoint, write_relative
+from llava_qwen_checkpoint import write_llava_qwen_checkpoint
 from nanovlm_checkpoint import write_nanovlm_checkpoint
 from ovis2_5_checkpoint import LARGE, write_ovis2_5_checkpoint
 from parity_kit import picture
@@ -71,6 +72,8 @@ CHECKPOINTS: dict[str, Write] = {
     "r-4b": written(write_relative, name="r_4b"),
     "bee, without a template": written(write_relative, name="bee", chat_template=None),
     "varco-vision": written(write_relative, name="varco of patches of 16"),
+    "llava original": written(write_llava_qwen_checkpoint),
+    "llava original, its tower beside it": written(write_llava_qwen_checkpoint, tower="beside", tied=False),
     "nanovlm 0.1": written(write_nanovlm_checkpoint, era="0.1"),
     "nanovlm 0.2": written(write_nanovlm_checkpoint, era="0.2"),
     "nanovlm of tiles": written(write_nanovlm_checkpoint, era="grid"),
@@ -175,6 +178,9 @@ FAULTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
     ),
     "r-4b: the norm in front of the projector": (
         "r-4b", set_tensor("multi_modal_projector.pre_norm.bias", torch.neg), "projector",
+    ),
+    "llava original: a block more of the tower": (
+        "llava original", set_key("google-siglip/config.json", "num_hidden_layers", value=3), "features",
     ),
     "nanovlm: k for q": (
         "nanovlm of tiles",

@@ -24,7 +24,20 @@ from siglane.image.tile import render_tiles
 from siglane.projector.assemble import assemble
 from siglane.tiling.anyres import AnyResTiling, best_pinpoint, fitted, shrunk, unpadded
 from siglane.tiling.rule import ImageBudget, ImageContext, PatchGeometry
-from siglane.types import AnyRes, Box, Detail, Grid, ImageLayout, Newline, Pad, Resize, Size, VideoSize
+from siglane.types import (
+    AnyRes,
+    Box,
+    Detail,
+    Grid,
+    ImageLayout,
+    Newline,
+    NewlinePlace,
+    Pad,
+    Pooling,
+    Resize,
+    Size,
+    VideoSize,
+)
 
 MANY = settings(max_examples=300, deadline=None, database=None)
 SOME = settings(max_examples=60, deadline=None, database=None)
@@ -77,6 +90,61 @@ def test_vectors(height: int, width: int, grid: tuple[int, int], rows: tuple[int
     crop = layout.assembly.crop
     assert (layout.assembly.resized or (crop.bottom - crop.top, crop.right - crop.left)) == rows
     assert layout.image_tokens == layout.rows == tokens == TheirCount(RULE).of(Size(width, height), RULE)
+
+
+ORIGINAL = replace(RULE, digits=None)
+ALL_ROWS = replace(ORIGINAL, max_maps=None)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "grid", "tokens", "all_rows"),
+    [
+        (640, 480, (2, 2), 2929, 2929),
+        (800, 600, (2, 3), 4725, 4725),
+        (1000, 1000, (3, 3), 7371, 7371),
+        (1920, 1080, (3, 5), 7269, 10929),
+        (2000, 300, (1, 6), 4804, 4804),
+        (333, 1024, (3, 1), 2997, 2997),
+        (1872, 832, (3, 5), 7248, None),  # transformers has 7263
+        (1323, 98, (1, 4), 1492, None),  # and here 1710
+    ],
+)
+def test_vectors_of_the_original_code(
+    width: int, height: int, grid: tuple[int, int], tokens: int, all_rows: int | None
+) -> None:
+    """formats.md section 6.2."""
+    layout = layout_of(Size(width, height), ORIGINAL)
+    assert (layout.arrangement, layout.image_tokens) == (grid, tokens)
+    if all_rows is None:
+        assert layout_of(Size(width, height)).image_tokens == {1872: 7263, 1323: 1710}[width]
+    else:
+        assert layout_of(Size(width, height), ALL_ROWS).image_tokens == all_rows
+
+
+def test_pictures_that_are_always_padded_are_one_tile() -> None:
+    padded = replace(ORIGINAL, always_padded=True)
+    alone, one_of_two = (layout_of(Size(640, 480), padded, images=images) for images in (1, 2))
+    assert alone == one_of_two == layout_of(Size(640, 480), images=2)
+    assert alone.image_tokens == 730
+    assert padded.within(ImageBudget(detail="high")) == (padded, "auto")
+
+
+@pytest.mark.parametrize(
+    ("pooling", "counts"),
+    [
+        ("bilinear", {"end": 1569, "row": 1680, "tile": 1576, "nowhere": 1568}),
+        ("average", {"end": 1353, "row": 1456, "tile": 1360, "nowhere": 1352}),
+        ("max", {"end": 1353, "row": 1456, "tile": 1360, "nowhere": 1352}),
+    ],
+)
+def test_eight_frames(pooling: Pooling, counts: dict[NewlinePlace, int]) -> None:
+    """formats.md section 6.2."""
+    rules = {place: replace(ORIGINAL, pooling=pooling, newlines=place) for place in counts}
+    video = VideoSize(Size(640, 360), 8)
+    layouts = {place: rule.video(video, GEOMETRY) for place, rule in rules.items()}
+    assert {place: layout.image_tokens for place, layout in layouts.items()} == counts
+    rows = torch.rand(8 * 729, 3)
+    assert {place: len(assemble(rows, layout, torch.ones(3))) for place, layout in layouts.items()} == counts
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pytest
 from checkpoints import write_nvila_checkpoint, write_siglip_checkpoint
 from llava_onevision_checkpoint import write_llava_onevision_checkpoint
+from llava_qwen_checkpoint import write_llava_qwen_checkpoint
 from nanovlm_checkpoint import write_nanovlm_checkpoint
 from ovis2_5_checkpoint import write_ovis2_5_checkpoint
 from PIL import Image
@@ -122,7 +123,9 @@ def thumbnail(size: Size) -> ImageLayout:
 def video(size: Size, frames: int) -> ImageLayout:
     tiles = [cut(1, 1, 64, [Resize(Size(64, 64), "bicubic")], frame)[0] for frame in range(frames)]
     pieces = (ImagePlaceholder(4 * frames + 1),)
-    return ImageLayout(size, tuple(tiles), pieces, Grid(1, 1), Newline(Grid(2, 2)), frames, projected=())
+    return ImageLayout(
+        size, tuple(tiles), pieces, Grid(1, 1), Newline(Grid(2, 2)), frames, projected=(Grid(4, 4),) * frames
+    )
 
 
 def film(size: Size, frames: int, grid: Grid) -> ImageLayout:
@@ -279,6 +282,7 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "nvila s2": lambda folder: write_nvila_checkpoint(folder, lite=False),
     "ovis2.5": write_ovis2_5_checkpoint,
     "llava-onevision": write_llava_onevision_checkpoint,
+    "llava original": write_llava_qwen_checkpoint,
     "nanovlm": write_nanovlm_checkpoint,
 }
 

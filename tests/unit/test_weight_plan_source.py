@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoints import write_nvila_checkpoint
 from llava_onevision_checkpoint import write_llava_onevision_checkpoint, write_relative
+from llava_qwen_checkpoint import write_llava_qwen_checkpoint
 from nanovlm_checkpoint import ERAS, write_nanovlm_checkpoint
 from ovis2_5_checkpoint import write_ovis2_5_checkpoint
 
@@ -39,6 +40,7 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
         for tied in (False, True)
     },
     "bee": partial(write_relative, name="bee"),
+    "llava_qwen": partial(write_llava_qwen_checkpoint, tied=False),
     **{f"ovis2_5{' tied' * tied}": partial(write_ovis2_5_checkpoint, tied=tied) for tied in (False, True)},
     **{f"nanovlm {era}": partial(write_nanovlm_checkpoint, era=era) for era in ERAS},
     **{

@@ -170,7 +170,7 @@ def _preprocess(checkpoint: Checkpoint, root: ConfigReader, side: int) -> tuple[
         frame_resample=frames.resample,
         fill=pictures.fill,
         pinpoints=pinpoints,
-        max_maps=_max_maps(root),
+        max_maps=max_maps(root, "vision_aspect_ratio"),
     )
     return PreprocessConfig.of(rule, pictures), _video(checkpoint, video_file) if alike else None
 
@@ -201,9 +201,10 @@ def _is_pair(found: Any) -> bool:
     return isinstance(found, list) and len(found) == 2 and all(type(side) is int for side in found)
 
 
-def _max_maps(root: ConfigReader) -> int:
-    ratio = root.value("vision_aspect_ratio", str, "anyres_max_9")
+def max_maps(root: ConfigReader, key: str, others: str = "") -> int:
+    """N of `anyres_max_<N>`. others: what else is known, for messages."""
+    ratio = root.value(key, str, "anyres_max_9")
     most = re.fullmatch(r"anyres_max_([1-9]\d{0,3})", ratio)
     if most is None:
-        raise ConfigError(f"config.json: vision_aspect_ratio {ratio!r} is not known; siglane knows anyres_max_<N>")
+        raise ConfigError(f"{root.name}: {key} {ratio!r} is not known; siglane knows anyres_max_<N>{others}")
     return int(most[1])

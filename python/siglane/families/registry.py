@@ -11,6 +11,7 @@ from siglane.families.bee import Bee
 from siglane.families.causal_lm import CausalLm
 from siglane.families.family import Family, TowerFamily, VlmFamily
 from siglane.families.llava_onevision import LlavaOnevision
+from siglane.families.llava_qwen import LlavaQwen
 from siglane.families.nanovlm import NanoVlm
 from siglane.families.nvila import Nvila
 from siglane.families.ovis2_5 import Ovis2_5
@@ -22,7 +23,7 @@ from siglane.weights.hub import Checkpoint, without_config
 
 F = TypeVar("F", bound=Family)
 
-VLM_FAMILIES: tuple[VlmFamily, ...] = (Nvila(), LlavaOnevision(), Ovis2_5(), NanoVlm(), R4B(), Bee())
+VLM_FAMILIES: tuple[VlmFamily, ...] = (Nvila(), LlavaOnevision(), Ovis2_5(), NanoVlm(), R4B(), Bee(), LlavaQwen())
 CHAT_FAMILIES: tuple[VlmFamily, ...] = (*VLM_FAMILIES, CausalLm())
 TOWER_FAMILIES: tuple[TowerFamily, ...] = (Siglip(), Siglip2())
 

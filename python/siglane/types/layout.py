@@ -9,6 +9,9 @@ Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"
 
 Detail = Literal["auto", "low", "high", "original"]
 
+Pooling = Literal["bilinear", "average", "max"]
+NewlinePlace = Literal["end", "tile", "row", "nowhere"]
+
 
 class Grid(NamedTuple):
     """A rectangle of patches: `h` rows of `w`."""
@@ -154,9 +157,16 @@ class AnyRes:
 @dataclass(frozen=True, slots=True)
 class Newline:
     """LLaVA-OneVision: the rows of all tiles, each tile's map first brought to `pooled` when that is given, then the
-    learned newline once."""
+    learned newline once. pooling: how, of 2x2 neighbours where it is not bilinear; place: where the newline stands,
+    behind everything, every tile, every row of a tile's map, or nowhere (LLaVA-Video)."""
 
     pooled: Grid | None
+    pooling: Pooling = "bilinear"
+    place: NewlinePlace = "end"
+
+    def count(self, tiles: int, projected: Grid) -> int:
+        """How many newlines there are. projected: of each of `tiles`, before pooling."""
+        return {"end": 1, "tile": tiles, "row": tiles * (self.pooled or projected).h, "nowhere": 0}[self.place]
 
 
 Assembly = MergedScales | AnyRes | Newline

@@ -88,21 +88,25 @@ class LlavaOnevision(VisionLanguageReference):
     def prepared(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
         """f32 `[tiles, 3, side, side]` of one request."""
         alone = len(pictures) == 1
-        tiles = self._anyres(pictures[0]) if alone else [self.processing.squared(picture) for picture in pictures]
+        if alone:
+            tiles = anyres_tiles(pictures[0], self.pinpoints, self.processing)
+        else:
+            tiles = [self.processing.squared(picture) for picture in pictures]
         return torch.stack([self.processing.normalised(tile) for tile in tiles])
 
-    def _anyres(self, picture: Image.Image) -> list[Image.Image]:
-        """The whole picture squashed, then the tiles of the pinpoint that shows most of it."""
-        height, width = select_best_resolution((picture.height, picture.width), self.pinpoints)
-        scale_w, scale_h = width / picture.width, height / picture.height
-        if scale_w < scale_h:
-            size = (width, min(math.ceil(picture.height * scale_w), height))
-        else:
-            size = (min(math.ceil(picture.width * scale_h), width), height)
-        canvas = Image.new("RGB", (width, height))
-        resized = picture.resize(size, self.processing.resample)
-        canvas.paste(resized, ((width - size[0]) // 2, (height - size[1]) // 2))
-        return [self.processing.resized(picture), *squares_of(canvas, self.processing.height)]
+
+def anyres_tiles(picture: Image.Image, pinpoints: Sequence[Sequence[int]], processing: Processing) -> list[Image.Image]:
+    """The whole picture squashed, then the tiles of the pinpoint (height, width) that shows most of it."""
+    height, width = select_best_resolution((picture.height, picture.width), pinpoints)
+    scale_w, scale_h = width / picture.width, height / picture.height
+    if scale_w < scale_h:
+        size = (width, min(math.ceil(picture.height * scale_w), height))
+    else:
+        size = (min(math.ceil(picture.width * scale_h), width), height)
+    canvas = Image.new("RGB", (width, height))
+    resized = picture.resize(size, processing.resample)
+    canvas.paste(resized, ((width - size[0]) // 2, (height - size[1]) // 2))
+    return [processing.resized(picture), *squares_of(canvas, processing.height)]
 
 
 def _named(model: Any, tensors: Tensors) -> Tensors:

@@ -8,6 +8,7 @@ from siglane.verify.references import (
     bee,
     causal_lm,
     llava_onevision,
+    llava_qwen,
     nanovlm,
     nvila,
     ovis2_5,
@@ -26,6 +27,7 @@ FAMILIES: tuple[ReferenceFamily, ...] = (
     nanovlm.FAMILY,
     r_4b.FAMILY,
     bee.FAMILY,
+    llava_qwen.FAMILY,
     causal_lm.FAMILY,
 )
 
