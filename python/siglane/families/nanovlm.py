@@ -143,6 +143,7 @@ class NanoVlm(VlmFamily):
             norm_dtype="input",
             tie_embeddings=root.value("lm_tie_weights", bool, True),
             rope_scaling=None,
+            experts=None,
         )
 
     def image_token(self, checkpoint: Checkpoint) -> str:
