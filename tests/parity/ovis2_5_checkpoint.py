@@ -15,6 +15,7 @@ from checkpoints import (
     merged,
     preprocessor_of,
     randomise,
+    saved_experts,
     tower_of,
     write_checkpoint,
 )
@@ -47,16 +48,19 @@ def write_ovis2_5_checkpoint(
     bounds_stated: bool = True,
     flags: Mapping[str, Any] | None = None,
     vit_flags: Mapping[str, Any] | None = None,
+    language_kind: str = "qwen3",
+    language_facts: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Written:
     """head_stored: whether a tied model's file holds `llm.lm_head.weight` too;
     bounds_stated: whether preprocessor_config.json has them, which no released one has;
-    flags, vit_flags: keys to add to, or (None) to take from, config.json and its vit_config."""
+    language_kind, language_facts: model_type of the decoder, and keys of its configuration; flags, vit_flags: keys to
+    add to, or (None) to take from, config.json and its vit_config."""
     tokenizer = _tokenizer(thinking, chat_template)
     tower = tower_of(seed, patch_size=PATCH, image_size=position_side * PATCH, vision_use_head=False)
     language = decoder_of(
-        "qwen3", seed + 1, vocab_size=len(tokenizer) + 7, head_dim=16, max_position_embeddings=8192,
-        tie_word_embeddings=tied, rope_theta=1e6,
+        language_kind, seed + 1, vocab_size=len(tokenizer) + 7, head_dim=16, max_position_embeddings=8192,
+        tie_word_embeddings=tied, rope_theta=1e6, **(language_facts or {}),
     )  # fmt: skip
     words = visual_vocabulary - INDICATORS
     head = nn.Sequential(nn.Linear(32 * STRIDE**2, words, bias=False), nn.LayerNorm(words))
@@ -66,7 +70,8 @@ def write_ovis2_5_checkpoint(
 
     state = {f"visual_tokenizer.vit.vision_model.{key}": value for key, value in tower.state_dict().items()}
     state |= {f"visual_tokenizer.head.{key}": value for key, value in head.state_dict().items()}
-    state |= {f"llm.{key}": value for key, value in language.state_dict().items() if key != "lm_head.weight"}
+    spoken = saved_experts(language.state_dict())
+    state |= {f"llm.{key}": value for key, value in spoken.items() if key != "lm_head.weight"}
     if head_stored:
         state["llm.lm_head.weight"] = language.lm_head.weight
     state["vte.weight"] = vte

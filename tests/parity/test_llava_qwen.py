@@ -158,9 +158,9 @@ class TestTheTower:
     def test_a_tower_that_cannot_be_had(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         write_llava_qwen_checkpoint(tmp_path, tower="beside")
-        change_config(tmp_path, mm_vision_tower="nobody/siglip-so400m-patch14-384")
+        named, pinpoints = "nobody/siglip-so400m-patch14-384", "(1x1),...,(2x2)"
+        change_config(tmp_path, mm_vision_tower=named, mm_hidden_size=None, image_grid_pinpoints=pinpoints)
         assert image_facts(Checkpoint(tmp_path)).vision.depth == 26  # counting needs no weights
-        change_config(tmp_path, mm_hidden_size=None)
         with pytest.raises(ConfigError, match="needs the tower that its mm_vision_tower names, which cannot be had"):
             load(tmp_path)
         change_config(tmp_path, mm_vision_tower="nobody/other-siglip")

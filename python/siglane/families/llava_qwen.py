@@ -95,9 +95,9 @@ class LlavaQwen(VlmFamily):
         inside, beside = (tower.under(place, "encoder.tower.") for place in (INSIDE, BESIDE))
         projector = projector_plan(images.projector).under("model.mm_projector.", "projector.")
         texts = "a SigLIP's text tower and scores, which a language model does not need"
-        others = [Rule("model.image_newline", "newline")]
-        others += [Ignore(f"{BESIDE}{name}", texts) for name in ("text_model.{rest}", "logit_scale", "logit_bias")]
-        return inside + projector + WeightPlan(tuple(others)) + beside
+        unused = (Ignore(f"{BESIDE}{name}", texts) for name in ("text_model.{rest}", "logit_scale", "logit_bias"))
+        newline = Rule("model.image_newline", "newline")
+        return inside + projector + WeightPlan((newline, *unused)) + beside
 
     def vision_sources(self, checkpoint: Checkpoint) -> tuple[Source, ...]:
         """The checkpoint, and the tower's own folder where the checkpoint does not hold the tower."""

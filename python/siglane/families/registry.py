@@ -15,6 +15,7 @@ from siglane.families.llava_qwen import LlavaQwen
 from siglane.families.nanovlm import NanoVlm
 from siglane.families.nvila import Nvila
 from siglane.families.ovis2_5 import Ovis2_5
+from siglane.families.ovis2_6 import Ovis2_6
 from siglane.families.r_4b import R4B
 from siglane.families.siglip import Siglip
 from siglane.families.siglip2 import Siglip2
@@ -23,7 +24,16 @@ from siglane.weights.hub import Checkpoint, without_config
 
 F = TypeVar("F", bound=Family)
 
-VLM_FAMILIES: tuple[VlmFamily, ...] = (Nvila(), LlavaOnevision(), Ovis2_5(), NanoVlm(), R4B(), Bee(), LlavaQwen())
+VLM_FAMILIES: tuple[VlmFamily, ...] = (
+    Nvila(),
+    LlavaOnevision(),
+    Ovis2_5(),
+    NanoVlm(),
+    R4B(),
+    Bee(),
+    LlavaQwen(),
+    Ovis2_6(),
+)
 CHAT_FAMILIES: tuple[VlmFamily, ...] = (*VLM_FAMILIES, CausalLm())
 TOWER_FAMILIES: tuple[TowerFamily, ...] = (Siglip(), Siglip2())
 

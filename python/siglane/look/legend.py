@@ -114,8 +114,8 @@ def token_lines(layout: ImageLayout) -> list[str]:
             )
         case Newline() as ends:
             newlines = ends.count(tiles, layout.projected[0])
-            beside = f" + {'a newline' if newlines == 1 else f'{newlines:,} newlines'}" if newlines else ""
-            text = f"{parts} x {(total - newlines) // tiles:,}{beside} = {total:,}"
+            added = f" + {'a newline' if newlines == 1 else f'{newlines:,} newlines'}" if newlines else ""
+            text = f"{parts} x {(total - newlines) // tiles:,}{added} = {total:,}"
         case _:
             same = tiles > 1 and len(set(features)) == 1 and (len(features) == tiles or tiles == layout.frames)
             text = f"{parts} x {total // tiles:,} = {total:,}" if same else f"{total:,}"

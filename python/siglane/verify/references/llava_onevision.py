@@ -35,7 +35,7 @@ class LlavaOnevision(VisionLanguageReference):
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, adapter: Path | None = None) -> None:
         raw, processor = read_json(folder / "config.json"), processor_json(folder)
         config: Any = LlavaOnevisionConfig
-        self.config: Any = config.from_dict(raw)
+        self.config: Any = config.from_dict({**raw, "model_type": "llava_onevision"})  # relatives have their own
         self.device, self.dtype = device, dtype
         tensors = tensors_of(folder, adapter)
         stored = [tensors[name] for name in tensors.readers if name.endswith(("lm_head.weight", "embed_tokens.weight"))]
@@ -95,7 +95,7 @@ class LlavaOnevision(VisionLanguageReference):
         return torch.stack([self.processing.normalised(tile) for tile in tiles])
 
 
-def anyres_tiles(picture: Image.Image, pinpoints: Sequence[Sequence[int]], processing: Processing) -> list[Image.Image]:
+def anyres_tiles(picture: Image.Image, pinpoints: list[list[int]], processing: Processing) -> list[Image.Image]:
     """The whole picture squashed, then the tiles of the pinpoint (height, width) that shows most of it."""
     height, width = select_best_resolution((picture.height, picture.width), pinpoints)
     scale_w, scale_h = width / picture.width, height / picture.height

@@ -12,6 +12,7 @@ from siglane.verify.references import (
     nanovlm,
     nvila,
     ovis2_5,
+    ovis2_6,
     r_4b,
     siglip,
     siglip2,
@@ -28,6 +29,7 @@ FAMILIES: tuple[ReferenceFamily, ...] = (
     r_4b.FAMILY,
     bee.FAMILY,
     llava_qwen.FAMILY,
+    ovis2_6.FAMILY,
     causal_lm.FAMILY,
 )
 
