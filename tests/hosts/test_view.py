@@ -23,7 +23,7 @@ from checkpoints import write_nvila_checkpoint, write_siglip_checkpoint
 from llava_onevision_checkpoint import write_llava_onevision_checkpoint, write_relative
 from llava_qwen_checkpoint import write_llava_qwen_checkpoint
 from nanovlm_checkpoint import ERAS, write_nanovlm_checkpoint
-from ovis2_5_checkpoint import write_ovis2_5_checkpoint
+from ovis2_5_checkpoint import write_ovis2_5_checkpoint, write_ovis2_6_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from siglip2_checkpoint import write_siglip2_checkpoint
@@ -74,6 +74,7 @@ CASES = {
     "llava_qwen, tower beside it": Case(partial(write_llava_qwen_checkpoint, tower="beside"), whole_model),
     "ovis2_5": Case(write_ovis2_5_checkpoint),
     "ovis2_5, tied": Case(partial(write_ovis2_5_checkpoint, tied=True, head_stored=False)),
+    "ovis2_6": Case(write_ovis2_6_checkpoint),
     **{f"nanovlm {era}": Case(partial(write_nanovlm_checkpoint, era=era)) for era in ERAS},
     "nanovlm, both names": Case(partial(write_nanovlm_checkpoint, names="both", own_tokenizer=False)),
     "nanovlm, untied": Case(partial(write_nanovlm_checkpoint, names="untied")),

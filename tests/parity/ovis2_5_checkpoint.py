@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from checkpoints import (
     saved_experts,
     tower_of,
     write_checkpoint,
+    write_json,
 )
 from tokenizers import AddedToken
 from torch import nn
@@ -86,6 +88,33 @@ def write_ovis2_5_checkpoint(
     )  # fmt: skip
     write_checkpoint(folder, root, state, tokenizer, preprocessor=preprocessor, generation=generation, dtype=dtype)
     return Written(folder, tower, head, language, tokenizer)
+
+
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True,
+}  # fmt: skip
+
+
+def write_ovis2_6_checkpoint(
+    folder: Path,
+    *,
+    moe: bool = False,
+    section: str = "text_config",
+    flags: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> Written:
+    """Ovis2.6: 2B's dense language model, or 30B-A3B's with experts. section: of the language model in config.json;
+    more: options of `write_ovis2_5_checkpoint`."""
+    kind = {"language_kind": "qwen3_moe", "language_facts": EXPERTS} if moe else {}
+    named = {
+        "architectures": [f"Ovis2_6{'_Moe' * moe}ForCausalLM"],
+        "model_type": f"ovis2_6{'_moe' * moe}",
+    }
+    written = write_ovis2_5_checkpoint(folder, flags={**named, **(flags or {})}, **kind, **more)
+    raw = json.loads((folder / "config.json").read_text())
+    raw[section] = raw.pop("llm_config")
+    write_json(folder / "config.json", raw)
+    return written
 
 
 def _tokenizer(thinking: bool, chat_template: str | None) -> PreTrainedTokenizerFast:

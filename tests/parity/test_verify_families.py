@@ -17,7 +17,7 @@ from checkpoints import write_nvila_checkpoint, write_siglip_checkpoint
 from llava_onevision_checkpoint import HUB_TEMPLATE, write_llava_onevision_checkpoint, write_relative
 from llava_qwen_checkpoint import write_llava_qwen_checkpoint
 from nanovlm_checkpoint import write_nanovlm_checkpoint
-from ovis2_5_checkpoint import LARGE, write_ovis2_5_checkpoint
+from ovis2_5_checkpoint import LARGE, write_ovis2_5_checkpoint, write_ovis2_6_checkpoint
 from parity_kit import picture
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -72,6 +72,8 @@ CHECKPOINTS: dict[str, Write] = {
     "r-4b": written(write_relative, name="r_4b"),
     "bee, without a template": written(write_relative, name="bee", chat_template=None),
     "varco-vision": written(write_relative, name="varco of patches of 16"),
+    "ovis2.6": written(write_ovis2_6_checkpoint),
+    "ovis2.6 with experts": written(write_ovis2_6_checkpoint, moe=True),
     "llava original": written(write_llava_qwen_checkpoint),
     "llava original, its tower beside it": written(write_llava_qwen_checkpoint, tower="beside", tied=False),
     "nanovlm 0.1": written(write_nanovlm_checkpoint, era="0.1"),

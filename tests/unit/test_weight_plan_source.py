@@ -13,7 +13,7 @@ from checkpoints import write_nvila_checkpoint
 from llava_onevision_checkpoint import write_llava_onevision_checkpoint, write_relative
 from llava_qwen_checkpoint import write_llava_qwen_checkpoint
 from nanovlm_checkpoint import ERAS, write_nanovlm_checkpoint
-from ovis2_5_checkpoint import write_ovis2_5_checkpoint
+from ovis2_5_checkpoint import write_ovis2_5_checkpoint, write_ovis2_6_checkpoint
 
 from siglane.config.language import LanguageConfig
 from siglane.families.model import VisionLanguageModel, load_model, model_tensors
@@ -42,6 +42,7 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "bee": partial(write_relative, name="bee"),
     "llava_qwen": partial(write_llava_qwen_checkpoint, tied=False),
     **{f"ovis2_5{' tied' * tied}": partial(write_ovis2_5_checkpoint, tied=tied) for tied in (False, True)},
+    "ovis2_6": write_ovis2_6_checkpoint,
     **{f"nanovlm {era}": partial(write_nanovlm_checkpoint, era=era) for era in ERAS},
     **{
         f"nanovlm, {names}": partial(write_nanovlm_checkpoint, names=names) for names in ("embedding", "both", "untied")

@@ -94,11 +94,12 @@ class Ovis2_5(VlmFamily):
     def language(self, checkpoint: Checkpoint) -> LanguageConfig:
         """Its section is called `text_config` where vLLM or transformers wrote it."""
         root = checkpoint.reader()
-        section = root.section("text_config" if root.has("text_config") else "llm_config")
+        named = "text_config" if root.has("text_config") else "llm_config"
+        section = root.section(named)
         language = LanguageConfig.from_hf(section.raw, section.name)
         if root.has("hidden_size") and root.size("hidden_size") != language.hidden_size:
             raise ConfigError(
-                f"config.json: hidden_size {root.size('hidden_size')} is not {section.name}'s {language.hidden_size}"
+                f"config.json: hidden_size {root.size('hidden_size')} is not {named}'s {language.hidden_size}"
             )
         return language
 

@@ -24,16 +24,8 @@ from siglane.weights.hub import Checkpoint, without_config
 
 F = TypeVar("F", bound=Family)
 
-VLM_FAMILIES: tuple[VlmFamily, ...] = (
-    Nvila(),
-    LlavaOnevision(),
-    Ovis2_5(),
-    NanoVlm(),
-    R4B(),
-    Bee(),
-    LlavaQwen(),
-    Ovis2_6(),
-)
+RELATIVES: tuple[VlmFamily, ...] = (R4B(), Bee(), LlavaQwen(), Ovis2_6())  # asked first: they state more
+VLM_FAMILIES: tuple[VlmFamily, ...] = (*RELATIVES, Nvila(), LlavaOnevision(), Ovis2_5(), NanoVlm())
 CHAT_FAMILIES: tuple[VlmFamily, ...] = (*VLM_FAMILIES, CausalLm())
 TOWER_FAMILIES: tuple[TowerFamily, ...] = (Siglip(), Siglip2())
 

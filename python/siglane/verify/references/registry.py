@@ -20,16 +20,16 @@ from siglane.verify.references import (
 from siglane.verify.references.reference import ReferenceFamily
 
 FAMILIES: tuple[ReferenceFamily, ...] = (
+    r_4b.FAMILY,
+    bee.FAMILY,
+    llava_qwen.FAMILY,
+    ovis2_6.FAMILY,
     siglip.FAMILY,
     siglip2.FAMILY,
     nvila.FAMILY,
     ovis2_5.FAMILY,
     llava_onevision.FAMILY,
     nanovlm.FAMILY,
-    r_4b.FAMILY,
-    bee.FAMILY,
-    llava_qwen.FAMILY,
-    ovis2_6.FAMILY,
     causal_lm.FAMILY,
 )
 
