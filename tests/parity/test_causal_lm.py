@@ -35,8 +35,9 @@ VARIANTS: dict[str, tuple[Kind, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 16}),
     "qwen3 tied, biased": ("qwen3", {"head_dim": 16, "tied": True, "attention_bias": True}),
     "qwen3 moe": ("qwen3_moe", EXPERTS),
-    "qwen3 moe, every second layer": (
-        "qwen3_moe", EXPERTS | {"norm_topk_prob": False, "mlp_only_layers": [], "decoder_sparse_step": 2, "tied": True},
+    "qwen3 moe, every third layer": (
+        "qwen3_moe",
+        EXPERTS | {"norm_topk_prob": False, "mlp_only_layers": [0], "decoder_sparse_step": 3, "tied": True},
     ),
     "llama": ("llama", {}),
     "llama tied, biased": ("llama", {"tied": True, "attention_bias": True, "mlp_bias": True}),

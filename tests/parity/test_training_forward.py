@@ -17,9 +17,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoints import State, write_nvila_checkpoint
-from llava_onevision_checkpoint import write_llava_onevision_checkpoint
+from llava_onevision_checkpoint import write_llava_onevision_checkpoint, write_relative
+from llava_qwen_checkpoint import write_llava_qwen_checkpoint
 from nanovlm_checkpoint import stored, write_nanovlm_checkpoint
-from ovis2_5_checkpoint import write_ovis2_5_checkpoint
+from ovis2_5_checkpoint import write_ovis2_5_checkpoint, write_ovis2_6_checkpoint
 from parity_kit import ask, load, patches_of, picture
 from PIL import Image
 from torch import nn
@@ -29,7 +30,9 @@ from siglane.families.registry import vlm_family
 from siglane.lm.attention import SegmentAttention
 from siglane.training.forward import IGNORED, PARTS, Example, Part, answer_loss, part_of, spliced, unfreeze
 from siglane.types import Prompt
+from siglane.verify.references.bee import Bee
 from siglane.verify.references.llava_onevision import LlavaOnevision
+from siglane.verify.references.llava_qwen import LlavaQwen
 from siglane.verify.references.nanovlm import NanoVlm
 from siglane.verify.references.nvila import Nvila
 from siglane.verify.references.ovis2_5 import Ovis2_5
@@ -89,6 +92,15 @@ def ovis_parts(reference: Ovis2_5) -> Parts:
     }
 
 
+def llava_qwen_parts(reference: LlavaQwen) -> Parts:
+    return {
+        "model.vision_tower.vision_tower.vision_model.": reference.tower.model,
+        "model.mm_projector.": reference.projector,
+        "model.image_newline": reference.newline,
+        "": reference.language.model,
+    }
+
+
 def gradients_of(parts: Parts) -> State:
     """By the names of the checkpoint's tensors; zeros for parameters that nothing used."""
     named: dict[str, torch.Tensor] = {}
@@ -120,6 +132,7 @@ WRITERS: dict[str, Write] = {
     "nvila": partial(write_nvila_checkpoint, lite=False, tied=True, qwen3=True),
     "llava onevision": write_llava_onevision_checkpoint,
     "ovis 2.5": write_ovis2_5_checkpoint,
+    "ovis 2.6 with experts": partial(write_ovis2_6_checkpoint, moe=True),
 }
 REFERENCES: dict[str, tuple[Write, Callable[..., Any], Callable[[Any], Parts]]] = {
     "nanovlm": (write_nanovlm_checkpoint, NanoVlm, nanovlm_parts),
@@ -129,6 +142,9 @@ REFERENCES: dict[str, tuple[Write, Callable[..., Any], Callable[[Any], Parts]]] 
     "nvila": (partial(write_nvila_checkpoint, lite=False), Nvila, nvila_parts),
     "llava onevision": (write_llava_onevision_checkpoint, LlavaOnevision, llava_parts),
     "ovis 2.5": (write_ovis2_5_checkpoint, Ovis2_5, ovis_parts),
+    "ovis 2.6 with experts": (partial(write_ovis2_6_checkpoint, moe=True), Ovis2_5, ovis_parts),
+    "bee": (partial(write_relative, name="bee"), Bee, llava_parts),
+    "llava original": (partial(write_llava_qwen_checkpoint, tied=False), LlavaQwen, llava_qwen_parts),
     "ovis 2.5, tied": (partial(write_ovis2_5_checkpoint, tied=True), Ovis2_5, ovis_parts),
 }
 EVERY_FAMILY = pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
