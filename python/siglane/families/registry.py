@@ -9,6 +9,7 @@ from siglane.config.images import ImageFacts
 from siglane.errors import ConfigError
 from siglane.families.causal_lm import CausalLm
 from siglane.families.family import Family, TowerFamily, VlmFamily
+from siglane.families.idefics3 import Idefics3
 from siglane.families.llava_onevision import LlavaOnevision
 from siglane.families.nanovlm import NanoVlm
 from siglane.families.nvila import Nvila
@@ -20,7 +21,7 @@ from siglane.weights.hub import Checkpoint, without_config
 
 F = TypeVar("F", bound=Family)
 
-VLM_FAMILIES: tuple[VlmFamily, ...] = (Nvila(), LlavaOnevision(), Ovis2_5(), NanoVlm())
+VLM_FAMILIES: tuple[VlmFamily, ...] = (Nvila(), LlavaOnevision(), Ovis2_5(), NanoVlm(), Idefics3())
 CHAT_FAMILIES: tuple[VlmFamily, ...] = (*VLM_FAMILIES, CausalLm())
 TOWER_FAMILIES: tuple[TowerFamily, ...] = (Siglip(), Siglip2())
 
