@@ -18,7 +18,9 @@ def in_words(number: int) -> str:
     if number < 1000:
         return f"{ONES[number // 100]} hundred" + (f" and {in_words(number % 100)}" if number % 100 else "")
     rest = number % 1000
-    return f"{in_words(number // 1000)} thousand" + (f"{' and' if rest < 100 else ','} {in_words(rest)}" if rest else "")
+    return f"{in_words(number // 1000)} thousand" + (
+        f"{' and' if rest < 100 else ','} {in_words(rest)}" if rest else ""
+    )
 
 
 def minutes(seconds: float) -> str:

@@ -95,8 +95,9 @@ class SamplingParams:
         return self._complaint_of_lists()
 
     def _complaint_of_lists(self) -> tuple[str, str] | None:
-        if not isinstance(self.skip_special_tokens, bool | None):
-            return "skip_special_tokens", f"skip_special_tokens must be true or false, got {self.skip_special_tokens!r}"
+        skip: object = self.skip_special_tokens
+        if not isinstance(skip, bool | None):
+            return "skip_special_tokens", f"skip_special_tokens must be true or false, got {skip!r}"
         if not isinstance(self.stop, tuple) or not all(isinstance(one, str) for one in self.stop):
             return "stop", f"stop must be a text or a list of texts, got {self.stop!r}"
         if not all(self.stop):

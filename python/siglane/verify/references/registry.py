@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from siglane.verify.references import causal_lm, llava_onevision, nanovlm, nvila, ovis2_5, siglip, siglip2
+from siglane.verify.references import causal_lm, idefics3, llava_onevision, nanovlm, nvila, ovis2_5, siglip, siglip2
 from siglane.verify.references.reference import ReferenceFamily
 
 FAMILIES: tuple[ReferenceFamily, ...] = (
@@ -14,6 +14,7 @@ FAMILIES: tuple[ReferenceFamily, ...] = (
     ovis2_5.FAMILY,
     llava_onevision.FAMILY,
     nanovlm.FAMILY,
+    idefics3.FAMILY,
     causal_lm.FAMILY,
 )
 
