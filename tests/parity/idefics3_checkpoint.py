@@ -1,5 +1,5 @@
-"""Tiny random Idefics3 and SmolVLM checkpoints with transformers' own model behind them, as the hub and transformers 5 have
-their files, and of tokenizers with and without the tokens beside tiles."""
+"""Tiny random Idefics3 and SmolVLM checkpoints with transformers' own model behind them: files as on the hub and as of
+transformers 5, tokenizers with and without the tokens beside tiles."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def write_idefics3_checkpoint(
 ) -> Idefics3:
     """tied: as config.json states at its top (docling: true); head_stored: a tied head has a tensor too;
     in_memory: tensors without `model.`; nested: transformers 5's processor_config.json instead of
-    preprocessor_config.json; template: None for no chat template anywhere; keys, processor: added to config.json and the
-    image processor's file, None takes a key out."""
+    preprocessor_config.json; template: None for no chat template anywhere; keys, processor: added to config.json and
+    the image processor's file, None takes a key out."""
     tied = kind == "docling" if tied is None else tied
     tokenizer = _tokenizer(kind)
     template = (DOCLING_TEMPLATE if kind == "docling" else SMOLVLM_TEMPLATE) if template == "" else template

@@ -17,10 +17,9 @@ def in_words(number: int) -> str:
         return TENS[number // 10 - 2] + (f"-{ONES[number % 10]}" if number % 10 else "")
     if number < 1000:
         return f"{ONES[number // 100]} hundred" + (f" and {in_words(number % 100)}" if number % 100 else "")
-    rest = number % 1000
-    return f"{in_words(number // 1000)} thousand" + (
-        f"{' and' if rest < 100 else ','} {in_words(rest)}" if rest else ""
-    )
+    thousands, rest = divmod(number, 1000)
+    joint = " and" if rest < 100 else ","
+    return f"{in_words(thousands)} thousand" + (f"{joint} {in_words(rest)}" if rest else "")
 
 
 def minutes(seconds: float) -> str:

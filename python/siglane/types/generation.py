@@ -54,8 +54,8 @@ class SamplingParams:
     thinking_budget: tokens a reasoning model may think before it is made to answer, None for no limit.
     num_speculative_tokens: tokens that one step may guess from what was said before; guesses are checked and change no
         answer. None: as the engine is set.
-    skip_special_tokens: whether special tokens of an answer have no text, None for what the model is used for: documents
-        are written in tags that are special tokens. What ends the answer is never shown.
+    skip_special_tokens: whether special tokens of an answer have no text, as ever the one that ends it; None: as the
+        model is used, whose tags of a document may be special tokens.
     constraint: what the answer has to match, which ends where that does, whatever ignore_eos and min_tokens say; None
         for nothing.
     """

@@ -93,9 +93,8 @@ class Idefics3(VisionLanguageReference):
         """f32 `[tiles, 3, side, side]` of one request, and rows and columns of each picture's tiles, 0 and 0 of one
         that is not cut."""
         cut = [self._tiles(picture) for picture in pictures]
-        return torch.stack([self.processing.normalised(tile) for tiles, _ in cut for tile in tiles]), [
-            g for _, g in cut
-        ]
+        pixels = torch.stack([self.processing.normalised(tile) for tiles, _ in cut for tile in tiles])
+        return pixels, [grid for _, grid in cut]
 
     def _tiles(self, picture: Image.Image) -> tuple[list[Image.Image], tuple[int, int]]:
         side, resample = self.processing.width, self.processing.resample
@@ -105,10 +104,8 @@ class Idefics3(VisionLanguageReference):
         picture = picture.resize(_whole_squares(*picture.size, side), resample)
         if picture.size == (side, side):
             return [picture], (0, 0)
-        return [*squares_of(picture, side), self.processing.resized(picture)], (
-            picture.height // side,
-            picture.width // side,
-        )
+        tiles = [*squares_of(picture, side), self.processing.resized(picture)]
+        return tiles, (picture.height // side, picture.width // side)
 
     def _edge(self, key: str, default: int) -> int:
         found: Raw = self.picture.get(key) or {}
