@@ -66,8 +66,8 @@ def _no_gradients() -> Iterator[None]:
 
 
 def check_whole_path(pair: SmolPair, images: list[Image.Image], steps: int = 32) -> None:
-    """Pixels, every block of tower and language model, projected rows, ids, logits and greedy tokens; pixels and ids are
-    transformers' own processor's."""
+    """Pixels, every block of tower and language model, projected rows, ids, logits and greedy tokens; pixels and ids
+    are transformers' own processor's."""
     written, model = pair.written, pair.model
     content = [*([{"type": "image"}] * len(images)), {"type": "text", "text": QUESTION}]
     turns = [{"role": "user", "content": content}]

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 # FFmpeg has hundreds of decoders, most of them for formats nobody sends
 CODECS = ("h264", "hevc", "av1", "vp8", "vp9", "mpeg4", "mpeg2video", "mjpeg")
+SLOWEST = 1e-3  # frames a second; a file that states fewer is damaged
 ACCEPTED = "MP4, MOV, WebM, Matroska, AVI, GIF, WebP"
 
 
@@ -122,7 +123,8 @@ class _Film:
     """
 
     def __init__(self, stream: VideoStream, packets: Sequence[Packet[VideoStream]], config: DecodeConfig) -> None:
-        self.rate = float(stream.average_rate or 0) or None  # frames a second, None where the file does not say
+        rate = float(stream.average_rate or 0)
+        self.rate = rate if rate >= SLOWEST else None  # frames a second, None where the file does not say
         self._codec, self._packets, self._config = stream.codec_context, packets, config
         shown = [packet.pts for packet in packets if not packet.is_discard]
         stamps = sorted({stamp for stamp in shown if stamp is not None})
