@@ -115,7 +115,7 @@ def test_times_and_pace_are_those_of_the_file(data: bytes) -> None:
 
 
 def test_an_animation_that_does_not_say_how_long() -> None:
-    data = re.sub(rb"(\x21\xf9\x04.)\x0a\x00", rb"\1\x00\x00", animation(3))
+    data = re.sub(rb"(\x21\xf9\x04.)\x0a", b"\\1\0", animation(3))
     assert read_video_size(data, TIMED, 8, CONFIG) == VideoSize(Size(64, 48), 3)
 
 

@@ -63,7 +63,7 @@ def image_processor(folder: Checkpoint) -> ConfigReader | None:
 def required_image_processor(folder: Checkpoint) -> ConfigReader:
     """The same for a model whose own defaults nobody knows. ConfigError without any."""
     if (found := image_processor(folder)) is None:
-        raise ConfigError(f"{folder.root} has no {PREPROCESSOR}, which says how pictures are cut and normalised")
+        raise ConfigError(f"{folder.root} has no {PREPROCESSOR}, which says how pictures are normalised")
     return found
 
 
