@@ -136,7 +136,7 @@ def _config(kind: Kind, tokenizer: PreTrainedTokenizerFast, tied: bool, keys: Ma
             "model_type": "llama", "vocab_size": math.ceil(len(tokenizer) / 8) * 8, "hidden_size": 48,
             "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
             "head_dim": 12, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
-            "rope_theta": 273768.0 if odd else 100000.0, "tie_word_embeddings": False, "qk_layer_norms": False,
+            "rope_theta": 273768.0 if odd else 100000.0, "tie_word_embeddings": tied, "qk_layer_norms": False,
         },
         "scale_factor": 3 if odd else 2, "image_token_id": tokenizer.get_vocab()["<image>"],
         "tie_word_embeddings": tied, "pad_token_id": 0,

@@ -57,12 +57,11 @@ class Idefics3(VlmFamily):
             tower.raw, feature_layer=-1, post_norm=True, head=False, defaults=IDEFICS3_SIZES,
             position_resize="bucketised", name=tower.name,
         )  # fmt: skip
-        preprocess, tile, video = _pictures(checkpoint)
+        preprocess, tile, video = _pictures(checkpoint, videos=root.raw["model_type"] == "smolvlm")
         counts = ConfigReader(checkpoint.optional(PROCESSOR), PROCESSOR)
         check_rows(tile // vision.patch_size, factor, "config.json: scale_factor", counts, "image_seq_len")
         width, name = self.language(checkpoint).hidden_size, "modality_projection.proj"
         projector = pixel_shuffle_projector(factor, input_size=vision.hidden_size, output_size=width, name=name)
-        video = video if root.raw["model_type"] == "smolvlm" else None
         return ImageFacts(vision=vision, projector=projector, preprocess=preprocess, newline=False, video=video)
 
     def language(self, checkpoint: Checkpoint) -> LanguageConfig:
@@ -98,7 +97,7 @@ class Idefics3(VlmFamily):
         return qwen_plan(language, decoder="[model.]text_model.")
 
 
-def _pictures(checkpoint: Checkpoint) -> tuple[PreprocessConfig, int, VideoRule | None]:
+def _pictures(checkpoint: Checkpoint, *, videos: bool) -> tuple[PreprocessConfig, int, VideoRule | None]:
     """How pictures and frames are prepared, pixels of a tile's side, how frames are chosen."""
     file = required_image_processor(checkpoint)
     frames = video_processor(checkpoint) or file
@@ -106,20 +105,19 @@ def _pictures(checkpoint: Checkpoint) -> tuple[PreprocessConfig, int, VideoRule 
     tile = longest_edge(file, "max_image_size", SIDE)
     if (of_frames, longest_edge(frames, "max_image_size", SIDE)) != (processor, tile):
         raise ConfigError(f"{frames.name}: tiles or normalisation of frames differ from those of pictures")
-    chosen = frames.section("video_sampling").raw if frames.has("video_sampling") else {}
-    sampling = ConfigReader({**frames.raw, **chosen}, frames.name)
+    sampling = frames.section("video_sampling") if frames.has("video_sampling") else frames
     rule = LongestEdge(
         longest=longest_edge(file, "size", 4 * SIDE),
         tile=Size(tile, tile),
         splits=file.value("do_image_splitting", bool, True),
         resample=processor.resample,
-        frame_longest=longest_edge(frames, "size", longest_edge(sampling, "video_size", 4 * SIDE)),
+        frame_longest=longest_edge(frames, "size", longest_edge(sampling, "video_size", 4 * SIDE)) if videos else None,
         around=media_token(checkpoint, "fake_image_token", "<fake_token_around_image>"),
         whole=media_token(checkpoint, "global_image_token", "<global-img>"),
     )
-    most = sampling.size("max_frames", sampling.size("num_frames", FRAMES))
+    most = sampling.size("max_frames", frames.size("num_frames", FRAMES))
     video = VideoRule(
         media_token(checkpoint, "video_token", "<video>"), most, max(most, FRAMES), spread="paced", with_images=False,
-        fps=sampling.value("fps", float, FPS), timed=True,
+        fps=sampling.value("fps", float, frames.value("fps", float, FPS)), timed=True,
     )  # fmt: skip
-    return PreprocessConfig.of(rule, processor), tile, video
+    return PreprocessConfig.of(rule, processor), tile, video if videos else None

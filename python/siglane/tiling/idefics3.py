@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 
 from siglane.errors import ConfigError
-from siglane.tiling.rule import ImageContext, PatchGeometry, TiledRule, split
+from siglane.tiling.rule import ImageContext, PatchGeometry, TiledRule, no_video, split
 from siglane.tiling.spoken import in_words, minutes
 from siglane.types import Grid, ImageLayout, ImagePlaceholder, Marker, Piece, Resample, Resize, Size, Token, VideoSize
 
@@ -21,20 +21,20 @@ UNKNOWN_RATE = 24  # frames a second of a video that does not say
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LongestEdge(TiledRule):
-    """longest: pixels of the longer side of a picture before it is cut, less by whole tiles where they are more than
-    `most`, as the models' cards say to do; tile: a square; splits: whether pictures are cut at all; frame_longest:
-    `longest` of frames, which are not; around, whole: what stands around a tile's rows, in front of the whole one's."""
+    """longest: pixels of the longer side of a picture before it is cut into squares (tile) where `splits`, less by whole
+    tiles where they are more than `most`, as the models' cards say to do; frame_longest: of frames, which are not cut,
+    None without videos; around, whole: what stands around a tile's rows, and in front of the whole picture's."""
 
     longest: int
     tile: Size
     splits: bool
     resample: Resample
-    frame_longest: int
+    frame_longest: int | None
     around: str
     whole: str
 
     def __post_init__(self) -> None:
-        if (longest := max(self.longest, self.frame_longest)) > LONGEST:
+        if (longest := max(self.longest, self.frame_longest or 0)) > LONGEST:
             raise ConfigError(f"pictures of {longest} pixels; at most {LONGEST} are possible")
         self.check_squares(math.ceil(longest / self.tile.width))
 
@@ -59,13 +59,15 @@ class LongestEdge(TiledRule):
 
     def video(self, video: VideoSize, geometry: PatchGeometry) -> ImageLayout:
         """Every frame is a picture of one tile behind its time."""
+        if self.frame_longest is None:
+            raise no_video()
         seconds = video.seconds or tuple(frame / UNKNOWN_RATE for frame in range(video.frames))
         count, length = in_words(video.frames), timedelta(seconds=int(video.duration or seconds[-1]))
         words = f"You are provided the following series of {count} frames from a {length} [H:MM:SS] video.\n"
         pieces: list[Piece] = [Marker(words, isolated=False)]
         for second in seconds:
-            words = f"\nFrame from {minutes(second)}:"
-            pieces += [Marker(words, isolated=False), *self._block(geometry, self.whole)]
+            pieces.append(Marker(f"\nFrame from {minutes(second)}:", isolated=False))
+            pieces += self._block(geometry, self.whole)
         pieces.append(Marker("\n\n", isolated=False))
         before = (Resize(_fitted(video.size, self.frame_longest), self.resample),)
         (whole,) = split(Grid(1, 1), self.tile, geometry, self.resample, before)

@@ -195,7 +195,7 @@ class PromptBuilder:
             {"type": "text", "text": self._reserved.broken(part, mark)}
             if isinstance(part, str)
             else {"type": "image" if placeholders[part.image] == self._image_token else "video"}
-            for part in parts
+            for part in parts or ("",)  # templates look at the first part
         ]
 
     def _variables(self, arguments: Mapping[str, Any], mark: str) -> dict[str, Any]:

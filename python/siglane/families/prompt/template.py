@@ -87,7 +87,7 @@ def self_contained(
         + _thoughts(rules.thinking_end)
         + (_MEDIA_FIRST if rules.images_first else "")
         + (_stripped("lstrip()") + _stripped("rstrip()", " | reverse | list") if rules.strip_messages else "")
-        + "{%- set siglane.content = siglane.parts -%}"
+        + "{%- set siglane.content = siglane.parts or [{'type': 'text', 'text': ''}] -%}"
         + ("" if set(roles_with_parts) >= ROLES else _joined(roles_with_parts, rules.joint, image_token, video_token))
         + "{%- set siglane.messages = siglane.messages + [dict(message, content=siglane.content)] -%}"
         "{%- endfor -%}"
