@@ -1,6 +1,6 @@
 """Idefics3, SmolVLM, SmolVLM2, SmolDocling and granite-docling: a SigLIP tower, pixel shuffle, one layer and a Llama.
 
-Source: transformers 5.19 `models/idefics3` and `models/smolvlm`, which differ in videos and names alone; formats.md 10.
+Source: transformers 5.19 `models/idefics3` and `models/smolvlm`, which differ in videos and names alone; formats.md 11.
 """
 
 from __future__ import annotations

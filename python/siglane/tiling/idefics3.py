@@ -1,4 +1,4 @@
-"""Idefics3's tiles: every picture at one length, then at whole squares, cut row by row, all of it last (formats.md 10).
+"""Idefics3's tiles: every picture at one length, then at whole squares, cut row by row, all of it last (formats.md 11).
 
 Source: transformers 5.19 `models/idefics3/image_processing_pil_idefics3.py`, `models/smolvlm/processing_smolvlm.py`.
 The quotients are floats there and here: their rounding decides how many tiles a picture has.
@@ -21,9 +21,9 @@ UNKNOWN_RATE = 24  # frames a second of a video that does not say
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LongestEdge(TiledRule):
-    """longest: pixels of the longer side of a picture before it is cut into squares (tile) where `splits`, less by whole
-    tiles where they are more than `most`, as the models' cards say to do; frame_longest: of frames, which are not cut,
-    None without videos; around, whole: what stands around a tile's rows, and in front of the whole picture's."""
+    """longest: pixels of the longer side of a picture before it is cut into squares (tile) where `splits`, less by
+    whole tiles where they are more than `most`, as the models' cards say to do; frame_longest: of frames, which are not
+    cut, None without videos; around, whole: what stands around a tile's rows, and in front of the whole picture's."""
 
     longest: int
     tile: Size

@@ -1,5 +1,5 @@
 """Idefics3 and SmolVLM: transformers' own classes, the pictures prepared on Pillow as their processors do (formats.md
-10)."""
+11)."""
 
 from __future__ import annotations
 
