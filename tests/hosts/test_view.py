@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import write_nvila_checkpoint, write_siglip_checkpoint
+from idefics3_checkpoint import KINDS, write_idefics3_checkpoint
 from llava_onevision_checkpoint import write_llava_onevision_checkpoint, write_relative
 from llava_qwen_checkpoint import write_llava_qwen_checkpoint
 from nanovlm_checkpoint import ERAS, write_nanovlm_checkpoint
@@ -77,6 +78,7 @@ CASES = {
     "ovis2_6": Case(write_ovis2_6_checkpoint),
     **{f"nanovlm {era}": Case(partial(write_nanovlm_checkpoint, era=era)) for era in ERAS},
     "nanovlm, both names": Case(partial(write_nanovlm_checkpoint, names="both", own_tokenizer=False)),
+    **{f"idefics3 {kind}": Case(partial(write_idefics3_checkpoint, kind=kind), whole_model) for kind in KINDS},
     "nanovlm, untied": Case(partial(write_nanovlm_checkpoint, names="untied")),
 }
 TAKEN = [name for name in CASES if not name.startswith(("nvila hf", "llava_qwen"))]
@@ -210,7 +212,7 @@ class TestWhatIsTaken:
         with pytest.raises(UserError, match="SIGLANE_SGLANG_OVERRIDE names 'internvl'") as caught:
             view_of(str(viewed("ovis2_5").checkpoint.root))
         assert caught.value.param == OVERRIDE
-        assert "nvila, llava_onevision, ovis2_5, nanovlm" in caught.value.message
+        assert "nvila, llava_onevision, ovis2_5, nanovlm, idefics3" in caught.value.message
 
     def test_a_bad_setting_is_an_error(self, viewed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("SIGLANE_ENCODER_PARALLEL", "pipeline")

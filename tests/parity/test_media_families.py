@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from checkpoints import write_nvila_checkpoint
+from idefics3_checkpoint import write_idefics3_checkpoint
 from llava_onevision_checkpoint import write_llava_onevision_checkpoint
 from llava_qwen_checkpoint import write_llava_qwen_checkpoint
 from nanovlm_checkpoint import write_nanovlm_checkpoint
@@ -27,8 +28,9 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "llava_qwen": write_llava_qwen_checkpoint,
     "ovis2_5": write_ovis2_5_checkpoint,
     "nanovlm": write_nanovlm_checkpoint,
+    "smolvlm2": write_idefics3_checkpoint,
 }
-VIDEO = ("nvila", "llava_onevision", "llava_qwen", "ovis2_5")
+VIDEO = ("nvila", "llava_onevision", "llava_qwen", "ovis2_5", "smolvlm2")
 # a limit that makes SIZE cheaper
 LIMITS: dict[str, dict[str, Any]] = {
     "nvila": {"max_tiles": 1},
@@ -36,6 +38,7 @@ LIMITS: dict[str, dict[str, Any]] = {
     "llava_qwen": {"grid_pinpoints": [[60, 60]]},
     "ovis2_5": {"max_pixels": 60 * 60, "min_pixels": 40 * 40},
     "nanovlm": {"max_tiles": 2},
+    "smolvlm2": {"max_tiles": 2},
 }
 
 
@@ -81,7 +84,7 @@ def test_videos_beside_images_where_the_family_has_them(models: dict[str, LLM], 
         return
     with pytest.raises(UserError) as caught:
         ask(models[name], **row)
-    assert caught.value.code == ("mixed_media" if name == "ovis2_5" else "video_unsupported")
+    assert caught.value.code == ("mixed_media" if name in VIDEO else "video_unsupported")
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoints import State, write_nvila_checkpoint
+from idefics3_checkpoint import write_idefics3_checkpoint
 from llava_onevision_checkpoint import write_llava_onevision_checkpoint, write_relative
 from llava_qwen_checkpoint import write_llava_qwen_checkpoint
 from nanovlm_checkpoint import stored, write_nanovlm_checkpoint
@@ -31,6 +32,7 @@ from siglane.lm.attention import SegmentAttention
 from siglane.training.forward import IGNORED, PARTS, Example, Part, answer_loss, part_of, spliced, unfreeze
 from siglane.types import Prompt
 from siglane.verify.references.bee import Bee
+from siglane.verify.references.idefics3 import Idefics3
 from siglane.verify.references.llava_onevision import LlavaOnevision
 from siglane.verify.references.llava_qwen import LlavaQwen
 from siglane.verify.references.nanovlm import NanoVlm
@@ -79,7 +81,7 @@ def nvila_parts(reference: Nvila) -> Parts:
     return dict(zip(("vision_tower.", "mm_projector.layers.", "llm."), modules, strict=True))
 
 
-def llava_parts(reference: LlavaOnevision) -> Parts:
+def whole_model(reference: LlavaOnevision | Idefics3) -> Parts:
     return {"": reference.model}
 
 
@@ -133,6 +135,7 @@ WRITERS: dict[str, Write] = {
     "llava onevision": write_llava_onevision_checkpoint,
     "ovis 2.5": write_ovis2_5_checkpoint,
     "ovis 2.6 with experts": partial(write_ovis2_6_checkpoint, moe=True),
+    "smolvlm": write_idefics3_checkpoint,
 }
 REFERENCES: dict[str, tuple[Write, Callable[..., Any], Callable[[Any], Parts]]] = {
     "nanovlm": (write_nanovlm_checkpoint, NanoVlm, nanovlm_parts),
@@ -140,7 +143,9 @@ REFERENCES: dict[str, tuple[Write, Callable[..., Any], Callable[[Any], Parts]]] 
     "nvila lite": (write_nvila_checkpoint, Nvila, nvila_parts),
     "nvila lite, tied": (partial(write_nvila_checkpoint, tied=True, layout="hf"), Nvila, nvila_parts),
     "nvila": (partial(write_nvila_checkpoint, lite=False), Nvila, nvila_parts),
-    "llava onevision": (write_llava_onevision_checkpoint, LlavaOnevision, llava_parts),
+    "llava onevision": (write_llava_onevision_checkpoint, LlavaOnevision, whole_model),
+    "smolvlm": (write_idefics3_checkpoint, Idefics3, whole_model),
+    "docling": (partial(write_idefics3_checkpoint, kind="docling"), Idefics3, whole_model),
     "ovis 2.5": (write_ovis2_5_checkpoint, Ovis2_5, ovis_parts),
     "ovis 2.6 with experts": (partial(write_ovis2_6_checkpoint, moe=True), Ovis2_5, ovis_parts),
     "bee": (partial(write_relative, name="bee"), Bee, llava_parts),

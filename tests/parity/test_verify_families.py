@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import write_nvila_checkpoint, write_siglip_checkpoint
+from idefics3_checkpoint import write_idefics3_checkpoint
 from llava_onevision_checkpoint import HUB_TEMPLATE, write_llava_onevision_checkpoint, write_relative
 from llava_qwen_checkpoint import write_llava_qwen_checkpoint
 from nanovlm_checkpoint import write_nanovlm_checkpoint
@@ -80,6 +81,11 @@ CHECKPOINTS: dict[str, Write] = {
     "nanovlm 0.2": written(write_nanovlm_checkpoint, era="0.2"),
     "nanovlm of tiles": written(write_nanovlm_checkpoint, era="grid"),
     "nanovlm": written(write_nanovlm_checkpoint, enlarge=True, own_tokenizer=False, names="untied", factor=4),
+    "smolvlm": written(write_idefics3_checkpoint, kind="smolvlm"),
+    "smolvlm2, saved": written(write_idefics3_checkpoint, nested=True, in_memory=True, template=None),
+    "smolvlm2, not cut": written(write_idefics3_checkpoint, processor={"do_image_splitting": False}),
+    "smolvlm without tokens for tiles": written(write_idefics3_checkpoint, kind="2.2b"),
+    "docling": written(write_idefics3_checkpoint, kind="docling"),
     "nanovlm without a template": written(
         write_nanovlm_checkpoint, flags={"lm_chat_template": None}, names="embedding"
     ),
@@ -192,6 +198,20 @@ FAULTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "nanovlm: channels of the shuffle": (
         "nanovlm of tiles", set_tensor("MP.proj.weight", lambda w: w.unflatten(1, (4, 32)).transpose(1, 2).flatten(1)),
         "projector",
+    ),
+    "smolvlm: fewer tiles": (
+        "smolvlm", set_key("preprocessor_config.json", "size", "longest_edge", value=96), "preprocessing",
+    ),
+    "smolvlm: channels of the shuffle": (
+        "smolvlm",
+        set_tensor(
+            "model.connector.modality_projection.proj.weight",
+            lambda w: w.unflatten(1, (4, 32)).transpose(1, 2).flatten(1),
+        ),
+        "projector",
+    ),
+    "smolvlm: without the last norm": (
+        "smolvlm", set_tensor("model.vision_model.post_layernorm.weight", torch.ones_like), "features",
     ),
     "nanovlm: rotary base": ("nanovlm of tiles", set_key("config.json", "lm_re_base", value=3), "lm.block.0"),
 }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from checkpoints import write_nvila_checkpoint, write_siglip_checkpoint
+from idefics3_checkpoint import write_idefics3_checkpoint
 from llava_onevision_checkpoint import write_llava_onevision_checkpoint
 from llava_qwen_checkpoint import write_llava_qwen_checkpoint
 from nanovlm_checkpoint import write_nanovlm_checkpoint
@@ -284,6 +286,7 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "llava-onevision": write_llava_onevision_checkpoint,
     "llava original": write_llava_qwen_checkpoint,
     "nanovlm": write_nanovlm_checkpoint,
+    "smolvlm2": partial(write_idefics3_checkpoint, processor={"video_sampling": {"fps": 10, "max_frames": 12}}),
 }
 
 
@@ -300,7 +303,7 @@ def test_every_family_looks_at_a_strip(
     assert Image.open(tmp_path / "view.png").width > 1000
 
 
-@pytest.mark.parametrize(("name", "frames"), [("ovis2.5", 8), ("llava-onevision", 12), ("nvila", 8)])
+@pytest.mark.parametrize(("name", "frames"), [("ovis2.5", 8), ("llava-onevision", 12), ("nvila", 8), ("smolvlm2", 12)])
 def test_a_video_is_looked_at_as_the_model_sees_it(
     name: str, frames: int, film_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

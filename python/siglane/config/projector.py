@@ -22,7 +22,7 @@ class ProjectorConfig:
     table (Ovis, `projector/visual_vocabulary.py`).
     merge: "none" keeps every patch; "blocks" concatenates `factor` x `factor` patches in channel order
     (row, column, channel), zero-padding odd grids at the bottom and right; "pixel_shuffle" is the same but refuses
-    odd grids (nanoVLM).
+    odd grids (nanoVLM, Idefics3).
     column_major: output rows run down the columns (VILA checkpoints from before December 2024, formats.md 5.3).
     layers: see `projector/mlp.py`; widths in the order of the forward pass.
     """
@@ -153,7 +153,7 @@ def llava_projector(
 
 
 def pixel_shuffle_projector(factor: int, *, input_size: int, output_size: int, name: str = "proj") -> ProjectorConfig:
-    """nanoVLM's: pixel shuffle by `factor`, then one linear layer without bias."""
+    """nanoVLM's and Idefics3's: pixel shuffle by `factor`, then one linear layer without bias."""
     layers = (LinearLayer(name, input_size * factor * factor, output_size, bias=False),)
     return ProjectorConfig(
         merge="pixel_shuffle", factor=factor, column_major=False, layers=layers,

@@ -22,7 +22,7 @@ from siglane.config.vlm import Thinking
 from siglane.errors import ConfigError
 from siglane.families.family import PromptRules, VlmFamily
 from siglane.families.files import llava_tower, thinking_of
-from siglane.families.stated import PREPROCESSOR, image_processor, media_tokens, video_processor, video_processors
+from siglane.families.stated import media_token, required_image_processor, video_processor, video_processors
 from siglane.lm.qwen import qwen_plan
 from siglane.nn.plan import Rule, WeightPlan
 from siglane.projector.build import projector_plan
@@ -116,7 +116,7 @@ class LlavaOnevision(VlmFamily):
         return root.value("image_token_index", int, self.image_token_default)
 
     def image_token(self, checkpoint: Checkpoint) -> str:
-        return _media_token(checkpoint, "image_token", super().image_token(checkpoint))
+        return media_token(checkpoint, "image_token", super().image_token(checkpoint))
 
     def thinking(self, tokenizer: PreTrainedTokenizerFast) -> Thinking | None:
         return thinking_of(tokenizer)
@@ -139,15 +139,9 @@ class LlavaOnevision(VlmFamily):
         return super().language_plan(language) + qwen_plan(language, decoder="model.language_model.")
 
 
-def _media_token(checkpoint: Checkpoint, name: str, default: str) -> str:
-    return next((str(found.value) for found in media_tokens(checkpoint, name)), default)
-
-
 def _preprocess(checkpoint: Checkpoint, root: ConfigReader, side: int) -> tuple[PreprocessConfig, VideoRule | None]:
     """side: pixels of the pictures that the tower takes."""
-    file = image_processor(checkpoint)
-    if file is None:
-        raise ConfigError(f"{checkpoint.root} has no {PREPROCESSOR}, which says how pictures are normalised")
+    file = required_image_processor(checkpoint)
     video_file = video_processor(checkpoint) or file
     pictures, frames = _processor(file), _processor(video_file)
     if pictures.size != (side, side):
@@ -184,7 +178,7 @@ def _video(checkpoint: Checkpoint, file: ConfigReader) -> VideoRule:
     if file.value("do_sample_frames", bool, False) and file.value("fps", float, 0.0) > 0:
         raise ConfigError(f"{file.name}: fps {file.raw['fps']} is not supported; siglane knows num_frames")
     frames = file.size("num_frames", FRAMES)
-    token = _media_token(checkpoint, "video_token", VIDEO_TOKEN)
+    token = media_token(checkpoint, "video_token", VIDEO_TOKEN)
     return VideoRule(token, frames=frames, most_frames=max(frames, MOST_FRAMES), spread="floored")
 
 

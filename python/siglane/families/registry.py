@@ -10,6 +10,7 @@ from siglane.errors import ConfigError
 from siglane.families.bee import Bee
 from siglane.families.causal_lm import CausalLm
 from siglane.families.family import Family, TowerFamily, VlmFamily
+from siglane.families.idefics3 import Idefics3
 from siglane.families.llava_onevision import LlavaOnevision
 from siglane.families.llava_qwen import LlavaQwen
 from siglane.families.nanovlm import NanoVlm
@@ -25,7 +26,7 @@ from siglane.weights.hub import Checkpoint, without_config
 F = TypeVar("F", bound=Family)
 
 RELATIVES: tuple[VlmFamily, ...] = (R4B(), Bee(), LlavaQwen(), Ovis2_6())  # asked first: they state more
-VLM_FAMILIES: tuple[VlmFamily, ...] = (*RELATIVES, Nvila(), LlavaOnevision(), Ovis2_5(), NanoVlm())
+VLM_FAMILIES: tuple[VlmFamily, ...] = (*RELATIVES, Nvila(), LlavaOnevision(), Ovis2_5(), NanoVlm(), Idefics3())
 CHAT_FAMILIES: tuple[VlmFamily, ...] = (*VLM_FAMILIES, CausalLm())
 TOWER_FAMILIES: tuple[TowerFamily, ...] = (Siglip(), Siglip2())
 

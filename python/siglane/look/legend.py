@@ -47,6 +47,7 @@ RESIZES: dict[PositionResize, str] = {
     "never": "as they are",
     "bilinear_antialias": "bilinear, antialiased",
     "bicubic": "bicubic",
+    "bucketised": "each the learned one at its place",
 }
 
 

@@ -284,6 +284,7 @@ class ChatCompletionRequest(RequestModel):
     thinking_budget: Annotated[int, _bounds("thinking_budget"), WHOLE] | None = None
     thinking_token_budget: Annotated[int, _bounds("thinking_budget"), WHOLE] | None = None  # vLLM's name for it
     num_speculative_tokens: Annotated[int, _bounds("num_speculative_tokens"), WHOLE] | None = None
+    skip_special_tokens: bool | None = None
     cache_salt: Annotated[str, Field(max_length=MAX_SALT_CHARACTERS)] | None = None
     include_timings: bool | None = None
 

@@ -32,10 +32,16 @@ class Size(NamedTuple):
 
 
 class VideoSize(NamedTuple):
-    """A video as a request brings it: the pixels of its first frame and how many frames the model is shown."""
+    """A video as a request brings it: the pixels of its first frame and how many frames the model is shown.
+
+    For models that are told the time (`VideoRule.timed`), seconds: when each of them is shown, () where nobody knows;
+    duration: of the whole video in seconds, or 0.
+    """
 
     size: Size
     frames: int
+    seconds: tuple[float, ...] = ()
+    duration: float = 0.0
 
 
 Medium = Size | VideoSize
@@ -114,9 +120,11 @@ class Indicator:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """An added token of the tokenizer stands here (nanoVLM's `<row_1_col_1>`)."""
+    """An added token of the tokenizer stands here (nanoVLM's `<row_1_col_1>`). or_text: its letters where the tokenizer
+    has none, joined with the text around it."""
 
     text: str
+    or_text: bool = False
 
 
 @dataclass(frozen=True, slots=True)

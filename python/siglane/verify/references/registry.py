@@ -7,6 +7,7 @@ from pathlib import Path
 from siglane.verify.references import (
     bee,
     causal_lm,
+    idefics3,
     llava_onevision,
     llava_qwen,
     nanovlm,
@@ -30,6 +31,7 @@ FAMILIES: tuple[ReferenceFamily, ...] = (
     ovis2_5.FAMILY,
     llava_onevision.FAMILY,
     nanovlm.FAMILY,
+    idefics3.FAMILY,
     causal_lm.FAMILY,
 )
 
