@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_llava_onevision import check_vision, their_inputs
 
+from siglane.config.preprocess import LOCAL_DECODE
 from siglane.errors import ConfigError, WeightError
 from siglane.families.processor import load_processor
 from siglane.families.registry import image_facts
+from siglane.image.video import read_video_size
 from siglane.tiling.rule import ImageBudget
-from siglane.types import DecodedImage, DecodedVideo, ImagePart, Message, Newline, Size
+from siglane.types import DecodedImage, DecodedVideo, ImagePart, Message, Newline, Size, VideoSize
 from siglane.verify.references import llava_qwen
 from siglane.weights.hub import Checkpoint, open_checkpoint
 
@@ -134,6 +137,25 @@ def test_a_video_beside_a_picture(pair: QwenPair) -> None:
     layouts = pair.processor.layouts([decoded.size, clip.size])
     patches = [pair.processor.patches(*medium) for medium in zip((decoded, clip), layouts, strict=True)]
     assert_parity("both", pair.model.vision(patches).embeds, torch.cat(pair.see([image, frames]).blocks))
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_the_times_of_frames_are_told_as_in_training(tmp_path: Path, told: bool) -> None:
+    written = write_llava_qwen_checkpoint(tmp_path, keys={"add_time_instruction": told})
+    processor, film = load_processor(open_checkpoint(tmp_path)), BytesIO()
+    first, *others = (picture(40, 30, seed=seed) for seed in range(20))
+    first.save(film, "GIF", save_all=True, append_images=others, duration=100)
+    assert processor.facts.video is not None
+    size = read_video_size(film.getvalue(), processor.facts.video, 4, LOCAL_DECODE)
+    prompt = processor.prompt([Message("user", (ImagePart(0), QUESTION))], processor.layouts([size]))
+    sentence = (
+        "\nThe video lasts for 2.00 seconds, and 4 frames are uniformly sampled from it. These frames are located at "
+        "0.00s,0.60s,1.20s,1.90s.Please answer the following questions related to this video."
+    )
+    behind = written.tokenizer.decode(prompt.token_ids[prompt.spans[-1].stop :])
+    assert behind == f"{sentence * told}\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+    unknown = processor.layouts([VideoSize(Size(40, 30), 4)])
+    assert len(unknown[0].pieces) == 1  # frames that a caller gives one by one have no times
 
 
 class TestTheTower:

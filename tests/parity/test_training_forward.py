@@ -148,7 +148,7 @@ REFERENCES: dict[str, tuple[Write, Callable[..., Any], Callable[[Any], Parts]]] 
     "docling": (partial(write_idefics3_checkpoint, kind="docling"), Idefics3, whole_model),
     "ovis 2.5": (write_ovis2_5_checkpoint, Ovis2_5, ovis_parts),
     "ovis 2.6 with experts": (partial(write_ovis2_6_checkpoint, moe=True), Ovis2_5, ovis_parts),
-    "bee": (partial(write_relative, name="bee"), Bee, llava_parts),
+    "bee": (partial(write_relative, name="bee"), Bee, whole_model),
     "llava original": (partial(write_llava_qwen_checkpoint, tied=False), LlavaQwen, llava_qwen_parts),
     "ovis 2.5, tied": (partial(write_ovis2_5_checkpoint, tied=True), Ovis2_5, ovis_parts),
 }

@@ -160,6 +160,7 @@ def _rule(root: ConfigReader, side: int) -> tuple[AnyResTiling, ImageProcessorCo
         digits=None,
         pooling=root.choice("mm_spatial_pool_mode", POOLINGS, "bilinear"),
         newlines=root.choice("mm_newline_position", NEWLINES, "one_token"),
+        timed=root.value("add_time_instruction", bool, False),
     )
     return rule, processor
 
@@ -185,4 +186,5 @@ def _video(root: ConfigReader) -> VideoRule | None:
     """None where no file says how frames are pooled: then the code fails too."""
     if not root.has("mm_spatial_pool_mode"):
         return None
-    return VideoRule(VIDEO_TOKEN, frames=FRAMES, most_frames=MOST_FRAMES, spread="floored")
+    timed = root.value("add_time_instruction", bool, False)
+    return VideoRule(VIDEO_TOKEN, frames=FRAMES, most_frames=MOST_FRAMES, spread="floored", timed=timed)

@@ -20,9 +20,11 @@ from siglane.types import (
     Grid,
     ImageLayout,
     ImagePlaceholder,
+    Marker,
     Newline,
     NewlinePlace,
     Pad,
+    Piece,
     Pooling,
     Resample,
     Resize,
@@ -44,7 +46,8 @@ class AnyResTiling(LayoutRule):
     the first one of equals wins; max_maps: the tiles together keep about as many rows as so many tiles have (the number
     in `anyres_max_9`), None: all they have; base_only: a picture is one tile even when it is alone (detail "low");
     always_padded: so it is, and padded as others are; digits: to which the length of a picture on its map is rounded
-    before it is cut to an integer, None: not at all; pooling, newlines: of a video's frames."""
+    before it is cut to an integer, None: not at all; pooling, newlines: of a video's frames; timed: a sentence behind
+    them says when each is shown (LLaVA-Video), where that is known."""
 
     tile: Size
     resample: Resample
@@ -57,6 +60,7 @@ class AnyResTiling(LayoutRule):
     digits: int | None = 7
     pooling: Pooling = "bilinear"
     newlines: NewlinePlace = "end"
+    timed: bool = False
 
     def __post_init__(self) -> None:
         if self.tile.width != self.tile.height:
@@ -83,7 +87,9 @@ class AnyResTiling(LayoutRule):
         up = int(self.pooling == "bilinear")  # the others leave out what is over
         pooled = Grid((rows.h + up) // 2, (rows.w + up) // 2)
         assembly, projected = Newline(pooled, self.pooling, self.newlines), (rows,) * video.frames
-        pieces = (ImagePlaceholder(video.frames * pooled.area + assembly.count(video.frames, rows)),)
+        pieces: tuple[Piece, ...] = (ImagePlaceholder(video.frames * pooled.area + assembly.count(video.frames, rows)),)
+        if self.timed and video.seconds:
+            pieces += (Marker(in_time(video), isolated=False),)
         return ImageLayout(video.size, tiles, pieces, Grid(1, 1), assembly, video.frames, projected=projected)
 
     def within(self, budget: ImageBudget) -> Budgeted:
@@ -135,6 +141,15 @@ class AnyResTiling(LayoutRule):
             if self._tiles((height, width)) > most:
                 return f"{height}x{width} are {self._tiles((height, width))} tiles, at most {most} are possible"
         return None
+
+
+def in_time(video: VideoSize) -> str:
+    """What LLaVA-Video was told in training, between the placeholder's line feed and the question's."""
+    places = ",".join(f"{second:.2f}s" for second in video.seconds)
+    return (
+        f"\nThe video lasts for {video.duration:.2f} seconds, and {video.frames} frames are uniformly sampled from it. "
+        f"These frames are located at {places}.Please answer the following questions related to this video."
+    )
 
 
 def best_pinpoint(size: Size, pinpoints: Sequence[Pinpoint]) -> Pinpoint:
