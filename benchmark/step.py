@@ -36,6 +36,7 @@ BASE = LanguageConfig(
     hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
     head_dim=64, vocab_size=151_936, max_position_embeddings=32_768, rms_norm_eps=1e-6, rope_theta=1e6, qkv_bias=True,
     output_bias=False, mlp_bias=False, qk_norm=False, norm_dtype="float32", tie_embeddings=True, rope_scaling=None,
+    experts=None,
 )  # fmt: skip
 SHAPES = {
     "qwen2.5-0.5b": BASE,

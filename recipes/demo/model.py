@@ -59,6 +59,7 @@ LANGUAGE = LanguageConfig(
     norm_dtype="float32",
     tie_embeddings=True,
     rope_scaling=None,
+    experts=None,
 )
 
 

@@ -20,9 +20,11 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import write_nvila_checkpoint, write_siglip_checkpoint
-from llava_onevision_checkpoint import write_llava_onevision_checkpoint
+from idefics3_checkpoint import KINDS, write_idefics3_checkpoint
+from llava_onevision_checkpoint import write_llava_onevision_checkpoint, write_relative
+from llava_qwen_checkpoint import write_llava_qwen_checkpoint
 from nanovlm_checkpoint import ERAS, write_nanovlm_checkpoint
-from ovis2_5_checkpoint import write_ovis2_5_checkpoint
+from ovis2_5_checkpoint import write_ovis2_5_checkpoint, write_ovis2_6_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from siglip2_checkpoint import write_siglip2_checkpoint
@@ -68,13 +70,18 @@ CASES = {
     "llava_onevision in memory": Case(
         partial(write_llava_onevision_checkpoint, names="memory", head_stored=False), whole_model
     ),
+    "r_4b": Case(partial(write_relative, name="r_4b"), whole_model),
+    "varco": Case(partial(write_relative, name="varco, tied"), whole_model),
+    "llava_qwen, tower beside it": Case(partial(write_llava_qwen_checkpoint, tower="beside"), whole_model),
     "ovis2_5": Case(write_ovis2_5_checkpoint),
     "ovis2_5, tied": Case(partial(write_ovis2_5_checkpoint, tied=True, head_stored=False)),
+    "ovis2_6": Case(write_ovis2_6_checkpoint),
     **{f"nanovlm {era}": Case(partial(write_nanovlm_checkpoint, era=era)) for era in ERAS},
     "nanovlm, both names": Case(partial(write_nanovlm_checkpoint, names="both", own_tokenizer=False)),
+    **{f"idefics3 {kind}": Case(partial(write_idefics3_checkpoint, kind=kind), whole_model) for kind in KINDS},
     "nanovlm, untied": Case(partial(write_nanovlm_checkpoint, names="untied")),
 }
-TAKEN = [name for name in CASES if not name.startswith("nvila hf")]
+TAKEN = [name for name in CASES if not name.startswith(("nvila hf", "llava_qwen"))]
 
 # what makes one of transformers' language models compute what it computes
 FACTS = (
@@ -205,7 +212,7 @@ class TestWhatIsTaken:
         with pytest.raises(UserError, match="SIGLANE_SGLANG_OVERRIDE names 'internvl'") as caught:
             view_of(str(viewed("ovis2_5").checkpoint.root))
         assert caught.value.param == OVERRIDE
-        assert "nvila, llava_onevision, ovis2_5, nanovlm" in caught.value.message
+        assert "nvila, llava_onevision, ovis2_5, nanovlm, idefics3" in caught.value.message
 
     def test_a_bad_setting_is_an_error(self, viewed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("SIGLANE_ENCODER_PARALLEL", "pipeline")

@@ -1,4 +1,4 @@
-"""Tiny random Qwen2, Qwen3 and Llama checkpoints without eyes, as transformers saves them."""
+"""Tiny random Qwen2, Qwen3, Qwen3-MoE and Llama checkpoints without eyes, as transformers saves them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
-Kind = Literal["qwen2", "qwen3", "llama"]
+Kind = Literal["qwen2", "qwen3", "qwen3_moe", "llama"]
 CLASSES: dict[Kind, tuple[Any, Any]] = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
 }
 SIZES: dict[str, Any] = {
@@ -37,6 +40,10 @@ SIZES: dict[str, Any] = {
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
+}  # fmt: skip
+EXPERTS: dict[str, Any] = {
+    "head_dim": 16, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True,
+    "mlp_only_layers": [1],
 }  # fmt: skip
 TEMPLATE = (
     "{{ bos_token or '' }}"

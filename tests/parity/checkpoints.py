@@ -144,6 +144,21 @@ def decoder_of(kind: str, seed: int, **facts: Any) -> Any:
     return decoder
 
 
+def saved_experts(state: State) -> State:
+    """Tensors of transformers' class in memory, experts stacked, under the names that it saves: one for each expert."""
+    found: State = {}
+    for name, tensor in state.items():
+        layer, _, kind = name.rpartition(".experts.")
+        halves = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(kind, ())
+        if not layer or not halves:
+            found[name] = tensor
+            continue
+        for number, expert in enumerate(tensor):
+            for half, part in zip(halves, expert.chunk(len(halves)), strict=True):
+                found[f"{layer}.experts.{number}.{half}.weight"] = part
+    return found
+
+
 def randomise(module: nn.Module, seed: int, *, by_width: bool = False) -> None:
     """Every parameter random, norms around one, everything large enough to matter. by_width: no layer is louder than
     its input, however wide."""

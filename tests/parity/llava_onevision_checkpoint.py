@@ -1,5 +1,5 @@
 """Tiny random LLaVA-OneVision checkpoints with transformers' own model behind them, under each of the names that its
-tensors go by: the hub's, those that transformers 5 saves, and those that it has in memory."""
+tensors go by: the hub's, those that transformers 5 saves, and those that it has in memory; of its relatives too."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from typing import Any, Literal
 import torch
 from checkpoints import State, build_tokenizer, merged, preprocessor_of, randomise, write_checkpoint, write_json
 from PIL import Image
+from tokenizers import AddedToken
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
+from siglane.verify.references.r_4b import PreNormProjector
+
 Names = Literal["hub", "saved", "memory"]
 
 MEDIA = ("<image>", "<video>")
+THINKING = ("<think>", "</think>")
 PATCH = 14
 
 # the hub's file: every image, then every video, then the texts (transformers' conversion script writes it)
@@ -32,6 +36,23 @@ HUB_TEMPLATE = (
     "{% generation %}{{ content['text'] }}{% endgeneration %}{% endfor %}{% endif %}"
     "{{'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+QWEN3 = {"model_type": "qwen3", "head_dim": 16}
+R_4B_TEMPLATE = (  # stands for R-4B's own, which takes this variable
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for p in m['content'] %}"
+    "{{ '<image>' if p['type'] == 'image' else p['text'] }}{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    "{% if thinking_mode is defined and thinking_mode == 'long' %}{{ '<think>\n' }}{% endif %}"
+)
+RELATIVES: dict[str, dict[str, Any]] = {
+    "r_4b": {"relative": ("RForConditionalGeneration", 1), "text": QWEN3, "chat_template": R_4B_TEMPLATE},
+    "bee": {
+        "relative": ("BeeForConditionalGeneration", 4), "text": QWEN3, "names": "memory", "tied": False,
+        "chat_template": HUB_TEMPLATE,
+    },
+    "varco": {"text": QWEN3, "tied": False},
+    "varco, tied": {"text": QWEN3, "head_stored": False},
+    "varco of patches of 16": {"text": QWEN3, "patch": 16, "image_size": 72},
+}  # fmt: skip
 
 
 class Processor(LlavaOnevisionProcessor):
@@ -49,6 +70,12 @@ class LlavaOnevision:
     model: Any
     processor: Any
     tokenizer: PreTrainedTokenizerFast
+
+    @property
+    def patch(self) -> int:
+        size = self.model.config.vision_config.patch_size
+        assert isinstance(size, int)
+        return size
 
     @property
     def side(self) -> int:
@@ -83,14 +110,22 @@ def write_llava_onevision_checkpoint(
     seed: int = 0,
     keys: Mapping[str, Any] | None = None,
     processor: Mapping[str, Any] | None = None,
+    patch: int = PATCH,
+    text: Mapping[str, Any] | None = None,
+    relative: tuple[str, int] | None = None,
 ) -> LlavaOnevision:
-    """image_size: pixels of a tile, the last few of 60 are read by no patch; most: pinpoints of 1..most tiles along
-    each side; head_stored: a tied head has a tensor too; nested: processor_config.json instead of
-    preprocessor_config.json; keys, processor: added to config.json and the processor's file, None takes a key out."""
+    """text: keys of text_config; relative: class and widening of one with a norm in front of its projector; image_size:
+    pixels of a tile, the last few of 60 are read by no patch; most: pinpoints of 1..most tiles along each side;
+    head_stored: a tied head has a tensor too; nested: processor_config.json instead of preprocessor_config.json; keys,
+    processor: added to config.json and the processor's file, None takes a key out."""
     tokenizer = build_tokenizer(MEDIA)
+    if text is not None and text["model_type"] == "qwen3":  # not special in Qwen3's tokenizer either
+        tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in THINKING])
     pinpoints = [[image_size * i, image_size * j] for i in range(1, most + 1) for j in range(1, most + 1)]
-    config = _config(tokenizer, image_size, pinpoints, tied=tied, bias=bias, keys=keys or {})
+    config = _config(tokenizer, image_size, pinpoints, patch, text or {}, tied=tied, bias=bias, keys=keys or {})
     model: Any = LlavaOnevisionForConditionalGeneration(config).eval()
+    if relative is not None:
+        model.model.multi_modal_projector = PreNormProjector(config, relative[1])
     randomise(model, seed)
     pictures = merged(
         preprocessor_of(
@@ -99,13 +134,17 @@ def write_llava_onevision_checkpoint(
         ),
         processor,
     )  # fmt: skip
-    side = image_size // PATCH
+    side = image_size // patch
     facts = {"num_image_tokens": side * side, "vision_feature_select_strategy": "full"}
     facts["vision_aspect_ratio"] = config.vision_aspect_ratio
     whole = {"processor_class": "LlavaOnevisionProcessor", **facts}
     tokenizer.chat_template = chat_template
     generation = {"eos_token_id": [tokenizer.eos_token_id]}
-    stated = {"tie_word_embeddings": False}  # as on the hub, where only text_config says that the head is tied
+    stated: dict[str, Any] = {
+        "tie_word_embeddings": False
+    }  # as on the hub, where only text_config says that the head is tied
+    if relative is not None:
+        stated |= {"architectures": [relative[0]], "model_type": relative[0].partition("For")[0]}
     write_checkpoint(
         folder, merged(config.to_dict() | stated, keys),
         _renamed(model.state_dict(), names, head=head_stored or not tied), tokenizer,
@@ -125,10 +164,17 @@ def write_llava_onevision_checkpoint(
     return LlavaOnevision(folder, model, reference, tokenizer)
 
 
+def write_relative(folder: Path, name: str, **more: Any) -> LlavaOnevision:
+    """One of RELATIVES. more: options of `write_llava_onevision_checkpoint`."""
+    return write_llava_onevision_checkpoint(folder, **{**RELATIVES[name], **more})
+
+
 def _config(
     tokenizer: PreTrainedTokenizerFast,
     image_size: int,
     pinpoints: list[list[int]],
+    patch: int,
+    text: Mapping[str, Any],
     *,
     tied: bool,
     bias: bool,
@@ -138,12 +184,13 @@ def _config(
     raw: dict[str, Any] = {
         "vision_config": {
             "model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3,
-            "num_attention_heads": 2, "image_size": image_size, "patch_size": PATCH, "vision_use_head": False,
+            "num_attention_heads": 2, "image_size": image_size, "patch_size": patch, "vision_use_head": False,
         },
         "text_config": {
             "model_type": "qwen2", "vocab_size": math.ceil(len(known) / 8) * 8, "hidden_size": 48,
             "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
             "max_position_embeddings": 4096, "tie_word_embeddings": tied, "rope_theta": 10000.0,
+            **text,
         },
         "image_token_index": known["<image>"], "video_token_index": known["<video>"], "projector_hidden_act": "gelu",
         "vision_feature_layer": -1, "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_2",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from checkpoints import (
     merged,
     preprocessor_of,
     randomise,
+    saved_experts,
     tower_of,
     write_checkpoint,
+    write_json,
 )
 from tokenizers import AddedToken
 from torch import nn
@@ -47,16 +50,19 @@ def write_ovis2_5_checkpoint(
     bounds_stated: bool = True,
     flags: Mapping[str, Any] | None = None,
     vit_flags: Mapping[str, Any] | None = None,
+    language_kind: str = "qwen3",
+    language_facts: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Written:
     """head_stored: whether a tied model's file holds `llm.lm_head.weight` too;
     bounds_stated: whether preprocessor_config.json has them, which no released one has;
-    flags, vit_flags: keys to add to, or (None) to take from, config.json and its vit_config."""
+    language_kind, language_facts: model_type of the decoder, and keys of its configuration; flags, vit_flags: keys to
+    add to, or (None) to take from, config.json and its vit_config."""
     tokenizer = _tokenizer(thinking, chat_template)
     tower = tower_of(seed, patch_size=PATCH, image_size=position_side * PATCH, vision_use_head=False)
     language = decoder_of(
-        "qwen3", seed + 1, vocab_size=len(tokenizer) + 7, head_dim=16, max_position_embeddings=8192,
-        tie_word_embeddings=tied, rope_theta=1e6,
+        language_kind, seed + 1, vocab_size=len(tokenizer) + 7, head_dim=16, max_position_embeddings=8192,
+        tie_word_embeddings=tied, rope_theta=1e6, **(language_facts or {}),
     )  # fmt: skip
     words = visual_vocabulary - INDICATORS
     head = nn.Sequential(nn.Linear(32 * STRIDE**2, words, bias=False), nn.LayerNorm(words))
@@ -66,7 +72,8 @@ def write_ovis2_5_checkpoint(
 
     state = {f"visual_tokenizer.vit.vision_model.{key}": value for key, value in tower.state_dict().items()}
     state |= {f"visual_tokenizer.head.{key}": value for key, value in head.state_dict().items()}
-    state |= {f"llm.{key}": value for key, value in language.state_dict().items() if key != "lm_head.weight"}
+    spoken = saved_experts(language.state_dict())
+    state |= {f"llm.{key}": value for key, value in spoken.items() if key != "lm_head.weight"}
     if head_stored:
         state["llm.lm_head.weight"] = language.lm_head.weight
     state["vte.weight"] = vte
@@ -81,6 +88,33 @@ def write_ovis2_5_checkpoint(
     )  # fmt: skip
     write_checkpoint(folder, root, state, tokenizer, preprocessor=preprocessor, generation=generation, dtype=dtype)
     return Written(folder, tower, head, language, tokenizer)
+
+
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True,
+}  # fmt: skip
+
+
+def write_ovis2_6_checkpoint(
+    folder: Path,
+    *,
+    moe: bool = False,
+    section: str = "text_config",
+    flags: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> Written:
+    """Ovis2.6: 2B's dense language model, or 30B-A3B's with experts. section: of the language model in config.json;
+    more: options of `write_ovis2_5_checkpoint`."""
+    kind = {"language_kind": "qwen3_moe", "language_facts": EXPERTS} if moe else {}
+    named = {
+        "architectures": [f"Ovis2_6{'_Moe' * moe}ForCausalLM"],
+        "model_type": f"ovis2_6{'_moe' * moe}",
+    }
+    written = write_ovis2_5_checkpoint(folder, flags={**named, **(flags or {})}, **kind, **more)
+    raw = json.loads((folder / "config.json").read_text())
+    raw[section] = raw.pop("llm_config")
+    write_json(folder / "config.json", raw)
+    return written
 
 
 def _tokenizer(thinking: bool, chat_template: str | None) -> PreTrainedTokenizerFast:

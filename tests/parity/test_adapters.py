@@ -14,6 +14,7 @@ import torch
 from adapter_kit import module_tree, named, train, write_merged
 from causal_lm_checkpoint import write_causal_lm_checkpoint
 from checkpoints import write_nvila_checkpoint, write_siglip_checkpoint
+from idefics3_checkpoint import write_idefics3_checkpoint
 from llava_onevision_checkpoint import write_llava_onevision_checkpoint
 from nanovlm_checkpoint import write_nanovlm_checkpoint
 from ovis2_5_checkpoint import write_ovis2_5_checkpoint
@@ -48,6 +49,7 @@ FAMILIES: dict[str, tuple[Callable[[Path], Any], Mapping[str, str]]] = {
     "LLaVA-OneVision, hub's names": (partial(write_llava_onevision_checkpoint, names="hub", tied=False), {}),
     "LLaVA-OneVision, names in memory": (partial(write_llava_onevision_checkpoint, names="memory", tied=False), {}),
     "nanoVLM, fused qkv": (partial(write_nanovlm_checkpoint, names="untied"), {}),
+    "SmolVLM2": (write_idefics3_checkpoint, {}),
     "Ovis2.5": (write_ovis2_5_checkpoint, {}),
     "Qwen2 alone": (write_causal_lm_checkpoint, {}),
     "Llama alone": (partial(write_causal_lm_checkpoint, kind="llama"), {}),

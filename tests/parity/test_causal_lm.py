@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from causal_lm_checkpoint import LLAMA3, Kind, Written, write_causal_lm_checkpoint
+from causal_lm_checkpoint import EXPERTS, LLAMA3, Kind, Written, write_causal_lm_checkpoint
 from checkpoints import CORPUS, write_nvila_checkpoint
 from parity_kit import assert_parity
 from PIL import Image
@@ -34,10 +34,15 @@ VARIANTS: dict[str, tuple[Kind, dict[str, Any]]] = {
     "qwen2 tied": ("qwen2", {"tied": True}),
     "qwen3": ("qwen3", {"head_dim": 16}),
     "qwen3 tied, biased": ("qwen3", {"head_dim": 16, "tied": True, "attention_bias": True}),
+    "qwen3 moe": ("qwen3_moe", EXPERTS),
+    "qwen3 moe, every third layer": (
+        "qwen3_moe",
+        EXPERTS | {"norm_topk_prob": False, "mlp_only_layers": [0], "decoder_sparse_step": 3, "tied": True},
+    ),
     "llama": ("llama", {}),
     "llama tied, biased": ("llama", {"tied": True, "attention_bias": True, "mlp_bias": True}),
     "llama 3": ("llama", {"rope_parameters": LLAMA3, "head_dim": 16}),
-}
+}  # fmt: skip
 EVERY_VARIANT = pytest.mark.parametrize("name", VARIANTS)
 
 
@@ -139,6 +144,13 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("name", "keys", "message"),
         [
+            (
+                "qwen3 moe",
+                {"use_sliding_window": True, "sliding_window": 64},
+                "use_sliding_window true is not supported",
+            ),
+            ("qwen3 moe", {"num_experts_per_tok": 6}, "num_experts_per_tok 6 is more than the 5 experts"),
+            ("qwen3 moe", {"mlp_only_layers": [1.5]}, "mlp_only_layers must be a list of layers"),
             ("qwen2", {"use_sliding_window": True, "sliding_window": 64}, "use_sliding_window true is not supported"),
             ("qwen3", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types"),
             ("qwen2", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn' is not supported"),

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 from checkpoints import write_nvila_checkpoint
+from idefics3_checkpoint import write_idefics3_checkpoint
 from llava_onevision_checkpoint import write_llava_onevision_checkpoint
+from llava_qwen_checkpoint import write_llava_qwen_checkpoint
 from nanovlm_checkpoint import write_nanovlm_checkpoint
 from ovis2_5_checkpoint import write_ovis2_5_checkpoint
 from parity_kit import noise
@@ -23,16 +25,20 @@ SIZE = (150, 70)
 WRITERS: dict[str, Callable[[Path], object]] = {
     "nvila": write_nvila_checkpoint,
     "llava_onevision": write_llava_onevision_checkpoint,
+    "llava_qwen": write_llava_qwen_checkpoint,
     "ovis2_5": write_ovis2_5_checkpoint,
     "nanovlm": write_nanovlm_checkpoint,
+    "smolvlm2": write_idefics3_checkpoint,
 }
-VIDEO = ("nvila", "llava_onevision", "ovis2_5")
+VIDEO = ("nvila", "llava_onevision", "llava_qwen", "ovis2_5", "smolvlm2")
 # a limit that makes SIZE cheaper
 LIMITS: dict[str, dict[str, Any]] = {
     "nvila": {"max_tiles": 1},
     "llava_onevision": {"grid_pinpoints": [[60, 60]]},
+    "llava_qwen": {"grid_pinpoints": [[60, 60]]},
     "ovis2_5": {"max_pixels": 60 * 60, "min_pixels": 40 * 40},
     "nanovlm": {"max_tiles": 2},
+    "smolvlm2": {"max_tiles": 2},
 }
 
 
@@ -71,14 +77,14 @@ def test_a_video_is_read_and_counted(models: dict[str, LLM], name: str) -> None:
 @pytest.mark.parametrize("name", WRITERS)
 def test_videos_beside_images_where_the_family_has_them(models: dict[str, LLM], name: str) -> None:
     row = {"images": [picture(1)], "videos": [[picture(2), picture(3)]]}
-    if name in ("nvila", "llava_onevision"):
+    if name in ("nvila", "llava_onevision", "llava_qwen"):
         both = ask(models[name], **row)
         assert both.images[0] == ask(models[name], images=[picture(1)]).images[0]
         assert both.images[1]["frames"] == 2
         return
     with pytest.raises(UserError) as caught:
         ask(models[name], **row)
-    assert caught.value.code == ("mixed_media" if name == "ovis2_5" else "video_unsupported")
+    assert caught.value.code == ("mixed_media" if name in VIDEO else "video_unsupported")
 
 
 @pytest.mark.parametrize("name", WRITERS)

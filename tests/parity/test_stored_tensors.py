@@ -13,6 +13,7 @@ import pytest
 import torch
 from causal_lm_checkpoint import write_causal_lm_checkpoint
 from checkpoints import write_nvila_checkpoint, write_siglip_checkpoint
+from idefics3_checkpoint import write_idefics3_checkpoint
 from llava_onevision_checkpoint import write_llava_onevision_checkpoint
 from nanovlm_checkpoint import write_nanovlm_checkpoint
 from ovis2_5_checkpoint import write_ovis2_5_checkpoint
@@ -269,6 +270,7 @@ class TestBuffers:
 WRITERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     **{name: (write, file) for name, (write, file, _, _) in TIED.items()},
     "nanoVLM": (write_nanovlm_checkpoint, "model.safetensors"),
+    "SmolVLM2": (write_idefics3_checkpoint, "model.safetensors"),
     "SigLIP, both towers": (write_two_tower_checkpoint, "model.safetensors"),
     "NaFlex, both towers": (partial(write_two_tower_checkpoint, kind="naflex"), "model.safetensors"),
 }
@@ -292,7 +294,9 @@ PREFIXES = {
 
 class TestNames:
     @pytest.mark.parametrize("prefix", PREFIXES)
-    @pytest.mark.parametrize("family", ["Qwen2", "NVILA, folders", "LLaVA-OneVision", "SigLIP, both towers", "nanoVLM"])
+    @pytest.mark.parametrize(
+        "family", ["Qwen2", "NVILA, folders", "LLaVA-OneVision", "SigLIP, both towers", "nanoVLM", "SmolVLM2"]
+    )
     def test_without_a_wrapper(
         self, family: str, prefix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:

@@ -17,9 +17,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoints import State, write_nvila_checkpoint
-from llava_onevision_checkpoint import write_llava_onevision_checkpoint
+from idefics3_checkpoint import write_idefics3_checkpoint
+from llava_onevision_checkpoint import write_llava_onevision_checkpoint, write_relative
+from llava_qwen_checkpoint import write_llava_qwen_checkpoint
 from nanovlm_checkpoint import stored, write_nanovlm_checkpoint
-from ovis2_5_checkpoint import write_ovis2_5_checkpoint
+from ovis2_5_checkpoint import write_ovis2_5_checkpoint, write_ovis2_6_checkpoint
 from parity_kit import ask, load, patches_of, picture
 from PIL import Image
 from torch import nn
@@ -29,7 +31,10 @@ from siglane.families.registry import vlm_family
 from siglane.lm.attention import SegmentAttention
 from siglane.training.forward import IGNORED, PARTS, Example, Part, answer_loss, part_of, spliced, unfreeze
 from siglane.types import Prompt
+from siglane.verify.references.bee import Bee
+from siglane.verify.references.idefics3 import Idefics3
 from siglane.verify.references.llava_onevision import LlavaOnevision
+from siglane.verify.references.llava_qwen import LlavaQwen
 from siglane.verify.references.nanovlm import NanoVlm
 from siglane.verify.references.nvila import Nvila
 from siglane.verify.references.ovis2_5 import Ovis2_5
@@ -76,7 +81,7 @@ def nvila_parts(reference: Nvila) -> Parts:
     return dict(zip(("vision_tower.", "mm_projector.layers.", "llm."), modules, strict=True))
 
 
-def llava_parts(reference: LlavaOnevision) -> Parts:
+def whole_model(reference: LlavaOnevision | Idefics3) -> Parts:
     return {"": reference.model}
 
 
@@ -86,6 +91,15 @@ def ovis_parts(reference: Ovis2_5) -> Parts:
         "visual_tokenizer.head.": reference.head,
         "llm.": reference.language.model,
         "vte.weight": reference.table,
+    }
+
+
+def llava_qwen_parts(reference: LlavaQwen) -> Parts:
+    return {
+        "model.vision_tower.vision_tower.vision_model.": reference.tower.model,
+        "model.mm_projector.": reference.projector,
+        "model.image_newline": reference.newline,
+        "": reference.language.model,
     }
 
 
@@ -120,6 +134,8 @@ WRITERS: dict[str, Write] = {
     "nvila": partial(write_nvila_checkpoint, lite=False, tied=True, qwen3=True),
     "llava onevision": write_llava_onevision_checkpoint,
     "ovis 2.5": write_ovis2_5_checkpoint,
+    "ovis 2.6 with experts": partial(write_ovis2_6_checkpoint, moe=True),
+    "smolvlm": write_idefics3_checkpoint,
 }
 REFERENCES: dict[str, tuple[Write, Callable[..., Any], Callable[[Any], Parts]]] = {
     "nanovlm": (write_nanovlm_checkpoint, NanoVlm, nanovlm_parts),
@@ -127,8 +143,13 @@ REFERENCES: dict[str, tuple[Write, Callable[..., Any], Callable[[Any], Parts]]] 
     "nvila lite": (write_nvila_checkpoint, Nvila, nvila_parts),
     "nvila lite, tied": (partial(write_nvila_checkpoint, tied=True, layout="hf"), Nvila, nvila_parts),
     "nvila": (partial(write_nvila_checkpoint, lite=False), Nvila, nvila_parts),
-    "llava onevision": (write_llava_onevision_checkpoint, LlavaOnevision, llava_parts),
+    "llava onevision": (write_llava_onevision_checkpoint, LlavaOnevision, whole_model),
+    "smolvlm": (write_idefics3_checkpoint, Idefics3, whole_model),
+    "docling": (partial(write_idefics3_checkpoint, kind="docling"), Idefics3, whole_model),
     "ovis 2.5": (write_ovis2_5_checkpoint, Ovis2_5, ovis_parts),
+    "ovis 2.6 with experts": (partial(write_ovis2_6_checkpoint, moe=True), Ovis2_5, ovis_parts),
+    "bee": (partial(write_relative, name="bee"), Bee, whole_model),
+    "llava original": (partial(write_llava_qwen_checkpoint, tied=False), LlavaQwen, llava_qwen_parts),
     "ovis 2.5, tied": (partial(write_ovis2_5_checkpoint, tied=True), Ovis2_5, ovis_parts),
 }
 EVERY_FAMILY = pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import write_nvila_checkpoint, write_siglip_checkpoint
-from llava_onevision_checkpoint import HUB_TEMPLATE, write_llava_onevision_checkpoint
+from idefics3_checkpoint import write_idefics3_checkpoint
+from llava_onevision_checkpoint import HUB_TEMPLATE, write_llava_onevision_checkpoint, write_relative
+from llava_qwen_checkpoint import write_llava_qwen_checkpoint
 from nanovlm_checkpoint import write_nanovlm_checkpoint
-from ovis2_5_checkpoint import LARGE, write_ovis2_5_checkpoint
+from ovis2_5_checkpoint import LARGE, write_ovis2_5_checkpoint, write_ovis2_6_checkpoint
 from parity_kit import picture
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -68,10 +70,22 @@ CHECKPOINTS: dict[str, Write] = {
         write_llava_onevision_checkpoint, names="memory", tied=False, chat_template=HUB_TEMPLATE
     ),
     "llava-onevision, an earlier layer": written(write_llava_onevision_checkpoint, keys={"vision_feature_layer": -2}),
+    "r-4b": written(write_relative, name="r_4b"),
+    "bee, without a template": written(write_relative, name="bee", chat_template=None),
+    "varco-vision": written(write_relative, name="varco of patches of 16"),
+    "ovis2.6": written(write_ovis2_6_checkpoint),
+    "ovis2.6 with experts": written(write_ovis2_6_checkpoint, moe=True),
+    "llava original": written(write_llava_qwen_checkpoint),
+    "llava original, its tower beside it": written(write_llava_qwen_checkpoint, tower="beside", tied=False),
     "nanovlm 0.1": written(write_nanovlm_checkpoint, era="0.1"),
     "nanovlm 0.2": written(write_nanovlm_checkpoint, era="0.2"),
     "nanovlm of tiles": written(write_nanovlm_checkpoint, era="grid"),
     "nanovlm": written(write_nanovlm_checkpoint, enlarge=True, own_tokenizer=False, names="untied", factor=4),
+    "smolvlm": written(write_idefics3_checkpoint, kind="smolvlm"),
+    "smolvlm2, saved": written(write_idefics3_checkpoint, nested=True, in_memory=True, template=None),
+    "smolvlm2, not cut": written(write_idefics3_checkpoint, processor={"do_image_splitting": False}),
+    "smolvlm without tokens for tiles": written(write_idefics3_checkpoint, kind="2.2b"),
+    "docling": written(write_idefics3_checkpoint, kind="docling"),
     "nanovlm without a template": written(
         write_nanovlm_checkpoint, flags={"lm_chat_template": None}, names="embedding"
     ),
@@ -170,6 +184,12 @@ FAULTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
         set_key("preprocessor_config.json", "image_mean", value=[0.48145466, 0.4578275, 0.40821073]),
         "preprocessing",
     ),
+    "r-4b: the norm in front of the projector": (
+        "r-4b", set_tensor("multi_modal_projector.pre_norm.bias", torch.neg), "projector",
+    ),
+    "llava original: a block more of the tower": (
+        "llava original", set_key("google-siglip/config.json", "num_hidden_layers", value=3), "features",
+    ),
     "nanovlm: k for q": (
         "nanovlm of tiles",
         set_tensor("vision_encoder.blocks.0.attn.qkv_proj.weight", lambda w: w.roll(32, 0)),
@@ -178,6 +198,20 @@ FAULTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "nanovlm: channels of the shuffle": (
         "nanovlm of tiles", set_tensor("MP.proj.weight", lambda w: w.unflatten(1, (4, 32)).transpose(1, 2).flatten(1)),
         "projector",
+    ),
+    "smolvlm: fewer tiles": (
+        "smolvlm", set_key("preprocessor_config.json", "size", "longest_edge", value=96), "preprocessing",
+    ),
+    "smolvlm: channels of the shuffle": (
+        "smolvlm",
+        set_tensor(
+            "model.connector.modality_projection.proj.weight",
+            lambda w: w.unflatten(1, (4, 32)).transpose(1, 2).flatten(1),
+        ),
+        "projector",
+    ),
+    "smolvlm: without the last norm": (
+        "smolvlm", set_tensor("model.vision_model.post_layernorm.weight", torch.ones_like), "features",
     ),
     "nanovlm: rotary base": ("nanovlm of tiles", set_key("config.json", "lm_re_base", value=3), "lm.block.0"),
 }  # fmt: skip

@@ -159,7 +159,7 @@ def test_what_others_honour_and_would_change_the_answer_is_refused(server: Runni
 
 
 def test_what_others_do_unless_told_not_to_cannot_be_turned_off(server: RunningServer) -> None:
-    for field in ("add_generation_prompt", "include_reasoning", "separate_reasoning", "skip_special_tokens"):
+    for field in ("add_generation_prompt", "include_reasoning", "separate_reasoning"):
         response = server.post(chat("x", max_tokens=1, **{field: True}))
         assert response.status_code == 200
         assert "x-siglane-ignored-fields" not in response.headers
@@ -170,6 +170,21 @@ def forced(processor: Processor, *texts: str) -> dict[str, float]:
     """Leaves a model these tokens alone; the first has the largest bias."""
     ids = [processor.tokenizer.convert_tokens_to_ids(text) for text in texts]
     return {str(one): 100 - 50 * place for place, one in enumerate(ids)}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_special_tokens_are_shown_where_a_request_says_so(
+    server: RunningServer, processor: Processor, streamed: bool
+) -> None:
+    for skip, shown in ((None, ""), (True, ""), (False, SPECIAL * 3)):
+        body = chat("x", max_tokens=3, logit_bias=forced(processor, SPECIAL), skip_special_tokens=skip)
+        if streamed:
+            assert stream(server, body).text == shown
+            continue
+        response = server.post(body)
+        assert response.json()["choices"][0]["message"]["content"] == shown
+        assert "x-siglane-ignored-fields" not in response.headers
+    assert_error(server.post(chat("x", skip_special_tokens="no")), 400, "invalid_value", "skip_special_tokens")
 
 
 @pytest.mark.parametrize("streamed", [False, True])

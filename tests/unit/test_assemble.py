@@ -23,6 +23,8 @@ from siglane.types import (
     ImagePlaceholder,
     MergedScales,
     Newline,
+    NewlinePlace,
+    Pooling,
     Resize,
     Size,
     Tile,
@@ -142,6 +144,22 @@ class TestNewline:
         layout = layout_of((grid,) * tiles, Grid(1, 1), Newline(pooled), len(expected))
         found = assemble(rows, layout, NEWLINE)
         torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("place", ["end", "tile", "row", "nowhere"])
+    @pytest.mark.parametrize("pooling", ["average", "max"])
+    def test_of_two_by_two_neighbours(self, place: NewlinePlace, pooling: Pooling) -> None:
+        """Of odd maps the last row and column are left out."""
+        rows, grid, pooled = rows_of(2 * 20), Grid(5, 4), Grid(2, 2)
+        expected: list[torch.Tensor] = []
+        for own in rows.split(grid.area):
+            for y, x in product(range(pooled.h), range(pooled.w)):
+                four = torch.stack([own[(2 * y + dy) * grid.w + 2 * x + dx] for dy in (0, 1) for dx in (0, 1)])
+                expected.append(four.mean(0) if pooling == "average" else four.amax(0))
+                expected += [NEWLINE] if place == "row" and x == pooled.w - 1 else []
+            expected += [NEWLINE] if place == "tile" else []
+        expected += [NEWLINE] if place == "end" else []
+        layout = layout_of((grid,) * 2, Grid(1, 1), Newline(pooled, pooling, place), len(expected))
+        torch.testing.assert_close(assemble(rows, layout, NEWLINE), torch.stack(expected), atol=1e-6, rtol=0)
 
     def test_without_pooling_tiles_may_differ(self) -> None:
         rows = rows_of(6 + 4)

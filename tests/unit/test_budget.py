@@ -15,6 +15,7 @@ from siglane.families.pipeline import MediaPipeline, report_image
 from siglane.families.registry import image_facts
 from siglane.media.item import MediaItem
 from siglane.tiling.anyres import AnyResTiling
+from siglane.tiling.idefics3 import LongestEdge
 from siglane.tiling.naflex import NaFlex
 from siglane.tiling.nanovlm import WholeTiles
 from siglane.tiling.navit import NativeResolution
@@ -43,6 +44,9 @@ ANYRES = AnyResTiling(
 NANOVLM = WholeTiles(
     side=512, longest=4, enlarge=True, global_token="<g>", tile_tokens=tuple(("<t>",) * 4 for _ in range(4))
 )
+IDEFICS3 = LongestEdge(
+    longest=2048, tile=Size(512, 512), splits=True, resample="lanczos", frame_longest=512, around="<a>", whole="<w>"
+)
 NATIVE = NativeResolution(factor=28, min_pixels=448 * 448, max_pixels=1792 * 1792, resample="bicubic")
 
 # every rule, with a projector that fits it, and the limits that mean something to it
@@ -55,6 +59,7 @@ RULES: dict[str, tuple[LayoutRule, ProjectorConfig, tuple[str, ...]]] = {
     "anyres": (ANYRES, ONE_TO_ONE, ("max_tiles", "grid_pinpoints")),
     "naflex": (NaFlex(patch_size=14, max_num_patches=256, resample="bilinear"), ONE_TO_ONE, ("max_num_patches",)),
     "whole tiles": (NANOVLM, ONE_TO_ONE, ("max_tiles",)),
+    "longest edge": (IDEFICS3, ONE_TO_ONE, ("max_tiles",)),
     "native": (NATIVE, BLOCK_PROJECTOR, ("max_pixels", "min_pixels")),
 }  # fmt: skip
 A_LIMIT = {

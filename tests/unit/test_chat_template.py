@@ -14,6 +14,7 @@ import pytest
 from checkpoints import build_tokenizer, write_nvila_checkpoint
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from idefics3_checkpoint import KINDS, write_idefics3_checkpoint
 from llava_onevision_checkpoint import HUB_TEMPLATE, write_llava_onevision_checkpoint
 from nanovlm_checkpoint import ERAS, write_nanovlm_checkpoint
 from ovis2_5_checkpoint import write_ovis2_5_checkpoint
@@ -67,6 +68,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "ovis2_5 that does not think": partial(write_ovis2_5_checkpoint, thinking=False),
     "ovis2_5, parts": partial(write_ovis2_5_checkpoint, chat_template=parts_template("<image>", "<video>")),
     **{f"nanovlm {era}": partial(write_nanovlm_checkpoint, era=era) for era in ERAS},
+    **{f"idefics3 {kind}": partial(write_idefics3_checkpoint, kind=kind) for kind in KINDS},
     "nanovlm, parts": partial(
         write_nanovlm_checkpoint, flags={"lm_chat_template": parts_template("<|image|>", "<|video|>")}
     ),

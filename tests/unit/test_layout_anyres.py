@@ -24,7 +24,20 @@ from siglane.image.tile import render_tiles
 from siglane.projector.assemble import assemble
 from siglane.tiling.anyres import AnyResTiling, best_pinpoint, fitted, shrunk, unpadded
 from siglane.tiling.rule import ImageBudget, ImageContext, PatchGeometry
-from siglane.types import AnyRes, Box, Detail, Grid, ImageLayout, Newline, Pad, Resize, Size, VideoSize
+from siglane.types import (
+    AnyRes,
+    Box,
+    Detail,
+    Grid,
+    ImageLayout,
+    Newline,
+    NewlinePlace,
+    Pad,
+    Pooling,
+    Resize,
+    Size,
+    VideoSize,
+)
 
 MANY = settings(max_examples=300, deadline=None, database=None)
 SOME = settings(max_examples=60, deadline=None, database=None)
@@ -32,7 +45,7 @@ SOME = settings(max_examples=60, deadline=None, database=None)
 SIZES = st.builds(Size, st.integers(1, 6000), st.integers(1, 6000))
 PINPOINTS = tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7))
 PROJECTOR = llava_projector(input_size=4, output_size=4)
-GEOMETRY = PatchGeometry(14, PROJECTOR)
+GEOMETRY, GEOMETRY_16 = PatchGeometry(14, PROJECTOR), PatchGeometry(16, PROJECTOR)
 
 RULE = AnyResTiling(
     tile=Size(384, 384), resample="bicubic", frame_resample="bilinear", fill=(127, 127, 127), pinpoints=PINPOINTS,
@@ -49,10 +62,10 @@ def layout_of(size: Size, rule: AnyResTiling = RULE, *, images: int = 1) -> Imag
 class TheirCount(LlavaOnevisionProcessor):
     """transformers' own counting, which reads nothing but these."""
 
-    def __init__(self, rule: AnyResTiling) -> None:
+    def __init__(self, rule: AnyResTiling, patch: int = 14) -> None:
         pinpoints: Any = [list(pinpoint) for pinpoint in rule.pinpoints]
         self.image_processor = SimpleNamespace(image_grid_pinpoints=pinpoints)
-        self.num_image_tokens = (rule.tile.height // 14) ** 2
+        self.num_image_tokens = (rule.tile.height // patch) ** 2
         self.vision_aspect_ratio = f"anyres_max_{rule.max_maps}"
 
     def of(self, size: Size, rule: AnyResTiling) -> int:
@@ -77,6 +90,89 @@ def test_vectors(height: int, width: int, grid: tuple[int, int], rows: tuple[int
     crop = layout.assembly.crop
     assert (layout.assembly.resized or (crop.bottom - crop.top, crop.right - crop.left)) == rows
     assert layout.image_tokens == layout.rows == tokens == TheirCount(RULE).of(Size(width, height), RULE)
+
+
+ORIGINAL = replace(RULE, digits=None)
+ALL_ROWS = replace(ORIGINAL, max_maps=None)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "grid", "tokens", "all_rows"),
+    [
+        (640, 480, (2, 2), 2929, 2929),
+        (800, 600, (2, 3), 4725, 4725),
+        (1000, 1000, (3, 3), 7371, 7371),
+        (1920, 1080, (3, 5), 7269, 10929),
+        (2000, 300, (1, 6), 4804, 4804),
+        (333, 1024, (3, 1), 2997, 2997),
+        (1872, 832, (3, 5), 7248, None),  # transformers has 7263
+        (1323, 98, (1, 4), 1492, None),  # and here 1710
+    ],
+)
+def test_vectors_of_the_original_code(
+    width: int, height: int, grid: tuple[int, int], tokens: int, all_rows: int | None
+) -> None:
+    """formats.md section 6.2."""
+    layout = layout_of(Size(width, height), ORIGINAL)
+    assert (layout.arrangement, layout.image_tokens) == (grid, tokens)
+    if all_rows is None:
+        assert layout_of(Size(width, height)).image_tokens == {1872: 7263, 1323: 1710}[width]
+    else:
+        assert layout_of(Size(width, height), ALL_ROWS).image_tokens == all_rows
+
+
+def test_pictures_that_are_always_padded_are_one_tile() -> None:
+    padded = replace(ORIGINAL, always_padded=True)
+    alone, one_of_two = (layout_of(Size(640, 480), padded, images=images) for images in (1, 2))
+    assert alone == one_of_two == layout_of(Size(640, 480), images=2)
+    assert alone.image_tokens == 730
+    assert padded.within(ImageBudget(detail="high")) == (padded, "auto")
+
+
+@pytest.mark.parametrize(
+    ("pooling", "counts"),
+    [
+        ("bilinear", {"end": 1569, "row": 1680, "tile": 1576, "nowhere": 1568}),
+        ("average", {"end": 1353, "row": 1456, "tile": 1360, "nowhere": 1352}),
+        ("max", {"end": 1353, "row": 1456, "tile": 1360, "nowhere": 1352}),
+    ],
+)
+def test_eight_frames(pooling: Pooling, counts: dict[NewlinePlace, int]) -> None:
+    """formats.md section 6.2."""
+    rules = {place: replace(ORIGINAL, pooling=pooling, newlines=place) for place in counts}
+    video = VideoSize(Size(640, 360), 8)
+    layouts = {place: rule.video(video, GEOMETRY) for place, rule in rules.items()}
+    assert {place: layout.image_tokens for place, layout in layouts.items()} == counts
+    rows = torch.rand(8 * 729, 3)
+    assert {place: len(assemble(rows, layout, torch.ones(3))) for place, layout in layouts.items()} == counts
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "tokens", "of_patch_14"),
+    [
+        (640, 480, 2340, 2929),
+        (800, 600, 3696, 4725),
+        (1000, 1000, 5832, 7371),
+        (1920, 1080, 5760, 7269),
+        (333, 1024, 2376, 2997),
+        (2000, 300, 3766, 4804),
+    ],
+)
+def test_vectors_of_patches_of_16(width: int, height: int, tokens: int, of_patch_14: int) -> None:
+    """formats.md section 6.1."""
+    size = Size(width, height)
+    assert RULE.image(size, GEOMETRY_16, ImageContext()).image_tokens == tokens == TheirCount(RULE, 16).of(size, RULE)
+    assert layout_of(size).image_tokens == of_patch_14
+
+
+def test_ten_thousand_sizes_are_counted_as_transformers_counts_them() -> None:
+    numbers = np.random.default_rng(0).integers(1, 5000, (10_000, 2)).tolist()
+    for patch, geometry in ((14, GEOMETRY), (16, GEOMETRY_16)):
+        theirs = TheirCount(RULE, patch)
+        sizes = [Size(*pair) for pair in numbers[patch == 16 :: 2]]
+        assert [RULE.image(size, geometry, ImageContext()).image_tokens for size in sizes] == [
+            theirs.of(size, RULE) for size in sizes
+        ]
 
 
 @MANY

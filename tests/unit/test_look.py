@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from checkpoints import write_nvila_checkpoint, write_siglip_checkpoint
+from idefics3_checkpoint import write_idefics3_checkpoint
 from llava_onevision_checkpoint import write_llava_onevision_checkpoint
+from llava_qwen_checkpoint import write_llava_qwen_checkpoint
 from nanovlm_checkpoint import write_nanovlm_checkpoint
 from ovis2_5_checkpoint import write_ovis2_5_checkpoint
 from PIL import Image
@@ -122,7 +125,9 @@ def thumbnail(size: Size) -> ImageLayout:
 def video(size: Size, frames: int) -> ImageLayout:
     tiles = [cut(1, 1, 64, [Resize(Size(64, 64), "bicubic")], frame)[0] for frame in range(frames)]
     pieces = (ImagePlaceholder(4 * frames + 1),)
-    return ImageLayout(size, tuple(tiles), pieces, Grid(1, 1), Newline(Grid(2, 2)), frames, projected=())
+    return ImageLayout(
+        size, tuple(tiles), pieces, Grid(1, 1), Newline(Grid(2, 2)), frames, projected=(Grid(4, 4),) * frames
+    )
 
 
 def film(size: Size, frames: int, grid: Grid) -> ImageLayout:
@@ -279,7 +284,9 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "nvila s2": lambda folder: write_nvila_checkpoint(folder, lite=False),
     "ovis2.5": write_ovis2_5_checkpoint,
     "llava-onevision": write_llava_onevision_checkpoint,
+    "llava original": write_llava_qwen_checkpoint,
     "nanovlm": write_nanovlm_checkpoint,
+    "smolvlm2": partial(write_idefics3_checkpoint, processor={"video_sampling": {"fps": 10, "max_frames": 12}}),
 }
 
 
@@ -296,7 +303,7 @@ def test_every_family_looks_at_a_strip(
     assert Image.open(tmp_path / "view.png").width > 1000
 
 
-@pytest.mark.parametrize(("name", "frames"), [("ovis2.5", 8), ("llava-onevision", 12), ("nvila", 8)])
+@pytest.mark.parametrize(("name", "frames"), [("ovis2.5", 8), ("llava-onevision", 12), ("nvila", 8), ("smolvlm2", 12)])
 def test_a_video_is_looked_at_as_the_model_sees_it(
     name: str, frames: int, film_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

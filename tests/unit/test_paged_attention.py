@@ -31,7 +31,7 @@ def language() -> LanguageConfig:
         hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM, vocab_size=100, max_position_embeddings=999,
         rms_norm_eps=1e-6, rope_theta=1e4, qkv_bias=True, output_bias=False, mlp_bias=False, qk_norm=False,
-        norm_dtype="float32", tie_embeddings=True, rope_scaling=None,
+        norm_dtype="float32", tie_embeddings=True, rope_scaling=None, experts=None,
     )  # fmt: skip
 
 

@@ -132,6 +132,7 @@ CASES = {
         vila_projector("mlp_downsample_3x3_s2_new", input_size=36, output_size=24)
     ),
     "llava": projector_case(llava_projector(input_size=12, output_size=24)),
+    "bee": projector_case(llava_projector(input_size=12, output_size=24, middle_size=96, pre_norm=1e-6)),
     "pixel shuffle": projector_case(pixel_shuffle_projector(2, input_size=12, output_size=24)),
     "visual vocabulary of 120 words": vocabulary_case(120),
     "visual vocabulary of 121 words": vocabulary_case(121),

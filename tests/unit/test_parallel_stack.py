@@ -19,6 +19,7 @@ import torch.distributed as dist
 from checkpoints import write_nvila_checkpoint
 from hypothesis import example, given
 from hypothesis import strategies as st
+from idefics3_checkpoint import write_idefics3_checkpoint
 from llava_onevision_checkpoint import write_llava_onevision_checkpoint
 from nanovlm_checkpoint import write_nanovlm_checkpoint
 from ovis2_5_checkpoint import write_ovis2_5_checkpoint
@@ -40,6 +41,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "llava_onevision": write_llava_onevision_checkpoint,
     "ovis2_5": write_ovis2_5_checkpoint,
     "nanovlm": write_nanovlm_checkpoint,
+    "smolvlm2": write_idefics3_checkpoint,
 }
 WISHES: tuple[EncoderParallel, ...] = get_args(EncoderParallel)
 RANKS = (2, 3)

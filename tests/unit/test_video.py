@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,6 +94,47 @@ def test_animations_are_videos_too(format: str) -> None:
     clip = decode_video(data, RULE, 4, CONFIG)
     assert numbers(clip) == list(RULE.indices(12, 4))
     assert clip.size == read_video_size(data, RULE, 4, CONFIG)
+
+
+TIMED = VideoRule("<video>", 8, 64, "paced", fps=2.0, timed=True)
+EVERY_FORMAT = {
+    **{f"{container} {codec}": video(25, container=container, codec=codec) for container, codec in FORMATS},
+    **{format: animation(25, format) for format in ("GIF", "WEBP")},
+}
+
+
+@pytest.mark.parametrize("data", EVERY_FORMAT.values(), ids=EVERY_FORMAT)
+def test_times_and_pace_are_those_of_the_file(data: bytes) -> None:
+    """Ten frames a second; two of each of its 2.5 seconds are shown."""
+    measured = read_video_size(data, TIMED, 8, CONFIG)
+    assert measured.frames == 5
+    assert measured.seconds == pytest.approx((0.0, 0.6, 1.2, 1.8, 2.4))
+    assert measured.duration == pytest.approx(2.5)
+    assert numbers(decode_video(data, TIMED, 8, CONFIG)) == [0, 6, 12, 18, 24]
+    assert numbers(decode_video(data, TIMED, 3, CONFIG)) == [0, 12, 24]
+
+
+def test_an_animation_that_does_not_say_how_long() -> None:
+    data = re.sub(rb"(\x21\xf9\x04.)\x0a", b"\\1\0", animation(3))
+    assert read_video_size(data, TIMED, 8, CONFIG) == VideoSize(Size(64, 48), 3)
+
+
+@pytest.mark.parametrize("rate", [None, 0, 1e-9])
+def test_a_rate_that_no_video_has_is_none(rate: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Film, "__init__", _with_rate(_Film.__init__, rate))
+    assert read_video_size(video(3), TIMED, 8, CONFIG) == VideoSize(Size(64, 48), 3)
+
+
+def _with_rate(init: Callable[..., None], rate: float | None) -> Callable[..., None]:
+    """A film of a stream that states another rate."""
+
+    class Stream:
+        average_rate = rate
+
+        def __init__(self, stream: Any) -> None:
+            self.codec_context = stream.codec_context
+
+    return lambda self, stream, packets, config: init(self, Stream(stream), packets, config)
 
 
 def test_a_short_file_has_fewer_frames() -> None:

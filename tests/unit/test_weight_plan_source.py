@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import write_nvila_checkpoint
-from llava_onevision_checkpoint import write_llava_onevision_checkpoint
+from idefics3_checkpoint import write_idefics3_checkpoint
+from llava_onevision_checkpoint import write_llava_onevision_checkpoint, write_relative
+from llava_qwen_checkpoint import write_llava_qwen_checkpoint
 from nanovlm_checkpoint import ERAS, write_nanovlm_checkpoint
-from ovis2_5_checkpoint import write_ovis2_5_checkpoint
+from ovis2_5_checkpoint import write_ovis2_5_checkpoint, write_ovis2_6_checkpoint
 
 from siglane.config.language import LanguageConfig
 from siglane.families.model import VisionLanguageModel, load_model, model_tensors
@@ -38,7 +40,15 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
         for names in ("hub", "saved", "memory")
         for tied in (False, True)
     },
+    "bee": partial(write_relative, name="bee"),
+    "llava_qwen": partial(write_llava_qwen_checkpoint, tied=False),
     **{f"ovis2_5{' tied' * tied}": partial(write_ovis2_5_checkpoint, tied=tied) for tied in (False, True)},
+    "ovis2_6": write_ovis2_6_checkpoint,
+    **{
+        f"idefics3 {kind}{' in memory' * in_memory}": partial(write_idefics3_checkpoint, kind=kind, in_memory=in_memory)
+        for kind in ("smolvlm2", "docling")
+        for in_memory in (False, True)
+    },
     **{f"nanovlm {era}": partial(write_nanovlm_checkpoint, era=era) for era in ERAS},
     **{
         f"nanovlm, {names}": partial(write_nanovlm_checkpoint, names=names) for names in ("embedding", "both", "untied")
@@ -50,15 +60,18 @@ def language_names(reference: Any) -> set[str]:
     """Of the language model's tensors in transformers' own class, a tied head left out."""
     if hasattr(reference, "language"):
         names, tied = set(reference.language.state_dict()), reference.language.config.tie_word_embeddings
-    else:  # LLaVA-OneVision's is a part of a whole
-        parts = {"model.language_model.": "model.", "lm_head.": "lm_head."}
+    else:  # LLaVA-OneVision's and Idefics3's are parts of a whole
+        parts = {"model.language_model.": "model.", "model.text_model.": "model.", "lm_head.": "lm_head."}
         names = {
             place + name.removeprefix(prefix)
             for name in reference.model.state_dict()
             for prefix, place in parts.items()
             if name.startswith(prefix)
         }
-        tied = reference.model.config.text_config.tie_word_embeddings
+        config = reference.model.config
+        tied = config.tie_word_embeddings or (
+            config.model_type == "llava_onevision" and config.text_config.tie_word_embeddings
+        )
     return names - {"lm_head.weight"} if tied else names
 
 

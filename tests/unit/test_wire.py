@@ -69,7 +69,7 @@ LAYOUTS = [
         dataclasses.replace(LAYOUT, assembly=assembly)
         for assembly in (
             *(MergedScales((1, 2), 3), AnyRes(Box(0, 0, 2, 2), Grid(1, 1)), AnyRes(Box(0, 0, 2, 2), None)),
-            *(Newline(None), Newline(Grid(3, 3))),
+            *(Newline(None), Newline(Grid(3, 3)), Newline(Grid(1, 1), "average", "row")),
         )
     ),
 ]

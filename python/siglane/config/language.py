@@ -1,4 +1,5 @@
-"""The facts of a Qwen2, Qwen3 or Llama language model: one architecture, its differences flags (formats.md 7.4, 8)."""
+"""The facts of a Qwen2, Qwen3, Qwen3-MoE or Llama language model: one architecture, its differences flags (formats.md
+7.4, 8)."""
 
 from __future__ import annotations
 
@@ -15,13 +16,62 @@ NormDtype = Literal["float32", "input"]
 ROPE_SECTIONS = ("rope_scaling", "rope_parameters")  # of transformers 4 and 5
 DEFAULT_ROPE_THETA = 10000.0
 
+# what transformers' classes take for absent keys
+QWEN_SIZES = {
+    "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 32, "vocab_size": 151936, "max_position_embeddings": 32768,
+}  # fmt: skip
+QWEN3_MOE_SIZES = QWEN_SIZES | {
+    "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24, "num_key_value_heads": 4,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsConfig:
+    """count: experts of a layer; per_token: how many each token goes through; size: width of one; normalised: the
+    weights of a token's experts add up to one; dense_layers: layers with an ordinary MLP, and so have those that are
+    not every `step`th."""
+
+    count: int
+    per_token: int
+    size: int
+    normalised: bool
+    step: int
+    dense_layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.per_token > self.count:
+            raise ConfigError(f"num_experts_per_tok {self.per_token} is more than the {self.count} experts")
+
+    def at(self, layer: int) -> bool:
+        """Whether layer number `layer` has experts."""
+        return layer not in self.dense_layers and (layer + 1) % self.step == 0
+
+    @classmethod
+    def from_hf(cls, reader: ConfigReader) -> ExpertsConfig | None:
+        """Of a `Qwen3MoeConfig`; None where it has no experts. transformers 5 writes `num_local_experts`."""
+        if reader.value("num_local_experts", int, reader.value("num_experts", int, 128)) == 0:
+            return None
+        dense = reader.raw.get("mlp_only_layers") or []
+        if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+            raise ConfigError(f"{reader.name}: mlp_only_layers must be a list of layers, got {dense!r}")
+        return cls(
+            count=reader.size("num_local_experts", reader.size("num_experts", 128)),
+            per_token=reader.size("num_experts_per_tok", 8),
+            size=reader.size("moe_intermediate_size", 768),
+            normalised=reader.value("norm_topk_prob", bool, False),
+            step=reader.size("decoder_sparse_step", 1),
+            dense_layers=tuple(dense),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LanguageConfig:
     """qkv_bias, output_bias: biases of the attention projections; qk_norm: RMSNorm over each head of q and k before
     the rotation (Qwen3); norm_dtype: what RMSNorm computes in, float32 or the dtype of its input (nanoVLM);
     tie_embeddings: the output head is the embedding table; mlp_bias: biases of the MLP's layers; rope_scaling: how
-    rotary frequencies were changed for a longer context, None where they were not."""
+    rotary frequencies were changed for a longer context, None where they were not; experts: of sparse layers, None
+    where every MLP is dense."""
 
     hidden_size: int
     intermediate_size: int
@@ -40,6 +90,7 @@ class LanguageConfig:
     norm_dtype: NormDtype
     tie_embeddings: bool
     rope_scaling: RopeScaling | None
+    experts: ExpertsConfig | None
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -53,12 +104,16 @@ class LanguageConfig:
 
     @classmethod
     def from_hf(cls, raw: RawConfig, name: str = "text_config") -> LanguageConfig:
-        """A `Qwen2Config` or `Qwen3Config` as transformers writes it (old `rope_theta` or new `rope_parameters`)."""
+        """A `Qwen2Config`, `Qwen3Config` or `Qwen3MoeConfig` as transformers writes it (old `rope_theta` or new
+        `rope_parameters`)."""
         reader = ConfigReader(raw, name)
-        qwen3 = reader.choice("model_type", {"qwen2": False, "qwen3": True})
-        heads = reader.size("num_attention_heads", 32)
-        hidden_size = reader.size("hidden_size", 4096)
-        if not qwen3 and not reader.has("head_dim") and hidden_size % heads:
+        kind = reader.choice("model_type", {kind: kind for kind in ("qwen2", "qwen3", "qwen3_moe")})
+        qwen3, sparse = kind != "qwen2", kind == "qwen3_moe"
+        sizes = QWEN3_MOE_SIZES if sparse else QWEN_SIZES
+        heads = reader.size("num_attention_heads", sizes["num_attention_heads"])
+        hidden_size = reader.size("hidden_size", sizes["hidden_size"])
+        own_head_dim = kind == "qwen3"  # for the others the class divides
+        if not own_head_dim and not reader.has("head_dim") and hidden_size % heads:
             raise ConfigError(f"{name}: hidden_size {hidden_size} does not divide by {heads} heads and has no head_dim")
         # an absent window is the class's 4096; only an explicit null attends to everything
         if reader.value("use_sliding_window", bool, False) and raw.get("sliding_window", 4096) is not None:
@@ -71,13 +126,15 @@ class LanguageConfig:
         _check_silu(reader)
         return cls(
             hidden_size=hidden_size,
-            intermediate_size=reader.size("intermediate_size", 22016),
-            num_hidden_layers=reader.size("num_hidden_layers", 32),
+            intermediate_size=reader.size("intermediate_size", sizes["intermediate_size"]),
+            num_hidden_layers=reader.size("num_hidden_layers", sizes["num_hidden_layers"]),
             num_attention_heads=heads,
-            num_key_value_heads=reader.size("num_key_value_heads", heads if "num_key_value_heads" in raw else 32),
-            head_dim=reader.size("head_dim", 128 if qwen3 else hidden_size // heads),
-            vocab_size=reader.size("vocab_size", 151936),
-            max_position_embeddings=reader.size("max_position_embeddings", 32768),
+            num_key_value_heads=reader.size(
+                "num_key_value_heads", heads if "num_key_value_heads" in raw else sizes["num_key_value_heads"]
+            ),
+            head_dim=reader.size("head_dim", 128 if own_head_dim else hidden_size // heads),
+            vocab_size=reader.size("vocab_size", sizes["vocab_size"]),
+            max_position_embeddings=reader.size("max_position_embeddings", sizes["max_position_embeddings"]),
             rms_norm_eps=reader.value("rms_norm_eps", float, 1e-6),
             rope_theta=_rope_theta(reader),
             qkv_bias=attention_bias if qwen3 else True,
@@ -87,6 +144,7 @@ class LanguageConfig:
             norm_dtype="float32",
             tie_embeddings=reader.value("tie_word_embeddings", bool, False),
             rope_scaling=_rope_scaling(reader),
+            experts=ExpertsConfig.from_hf(reader) if sparse else None,
         )
 
     @classmethod
@@ -116,6 +174,7 @@ class LanguageConfig:
             norm_dtype="float32",
             tie_embeddings=reader.value("tie_word_embeddings", bool, False),
             rope_scaling=_rope_scaling(reader, llama3=True),
+            experts=None,
         )
 
 

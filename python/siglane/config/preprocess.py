@@ -56,9 +56,9 @@ RESAMPLES: tuple[Resample, ...] = ("nearest", "lanczos", "bilinear", "bicubic", 
 class ProcessorClass:
     """What an image processor of transformers takes for keys that its file lacks.
 
-    name: without the suffixes `Fast` and `Pil` of its variants; resample: Pillow's number; size: pixels along a side,
-    not asked where every picture has its own (own_sizes); cuts_squares: pictures are square before they are resized, so
-    that a shortest edge is a side.
+    name: without the suffixes `Fast` and `Pil` of its variants; twin: another class of the same code, "" for none;
+    resample: Pillow's number; size: pixels along a side, not asked where every picture has its own (own_sizes);
+    cuts_squares: pictures are square before they are resized, so that a shortest edge is a side.
     """
 
     name: str
@@ -68,11 +68,12 @@ class ProcessorClass:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     cuts_squares: bool = False
     own_sizes: bool = False
+    twin: str = ""
 
     def check_class(self, reader: ConfigReader) -> None:
         """ConfigError for the file of another class that leaves one of the keys to that class' own defaults."""
         stated = reader.value("image_processor_type", str, self.name)
-        if stated.removesuffix("Fast").removesuffix("Pil") == self.name:
+        if stated.removesuffix("Fast").removesuffix("Pil") in (self.name, self.twin):
             return
         keys = ("resample", "image_mean", "image_std", "do_center_crop", *(() if self.own_sizes else ("size",)))
         if missing := [key for key in keys if not reader.has(key)]:
@@ -85,6 +86,7 @@ class ProcessorClass:
 SIGLIP = ProcessorClass(name="SiglipImageProcessor", resample=3)
 SIGLIP2 = ProcessorClass(name="Siglip2ImageProcessor", resample=2, own_sizes=True)
 OVIS = ProcessorClass(name="SiglipImageProcessor", resample=2, own_sizes=True)  # of the class only this is used
+IDEFICS3 = ProcessorClass(name="Idefics3ImageProcessor", twin="SmolVLMImageProcessor", resample=1, own_sizes=True)
 LLAVA_ONEVISION = ProcessorClass(
     name="LlavaOnevisionImageProcessor",
     resample=3,
@@ -158,6 +160,11 @@ class PreprocessConfig:
     @classmethod
     def of(cls, rule: LayoutRule, processor: ImageProcessorConfig) -> PreprocessConfig:
         return cls(rule=rule, mean=processor.mean, std=processor.std, rescale=processor.rescale)
+
+
+def longest_edge(reader: ConfigReader, key: str, default: int) -> int:
+    """Of a size that states nothing else: pixels of the longer side."""
+    return reader.section(key).size("longest_edge") if reader.has(key) else default
 
 
 def _size(reader: ConfigReader, key: str, defaults: ProcessorClass) -> Size:

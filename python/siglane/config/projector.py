@@ -22,7 +22,7 @@ class ProjectorConfig:
     table (Ovis, `projector/visual_vocabulary.py`).
     merge: "none" keeps every patch; "blocks" concatenates `factor` x `factor` patches in channel order
     (row, column, channel), zero-padding odd grids at the bottom and right; "pixel_shuffle" is the same but refuses
-    odd grids (nanoVLM).
+    odd grids (nanoVLM, Idefics3).
     column_major: output rows run down the columns (VILA checkpoints from before December 2024, formats.md 5.3).
     layers: see `projector/mlp.py`; widths in the order of the forward pass.
     """
@@ -131,13 +131,21 @@ def llava_projector(
     output_size: int,
     activation: Activation = "gelu_erf",
     bias: bool = True,
-    prefix: str = "linear_",
+    names: tuple[str, str] = ("linear_1", "linear_2"),
+    middle_size: int | None = None,
+    pre_norm: float | None = None,
 ) -> ProjectorConfig:
-    """LLaVA's two linear layers around an activation (transformers `LlavaOnevisionMultiModalProjector`)."""
+    """LLaVA's two linear layers around an activation (transformers `LlavaOnevisionMultiModalProjector`).
+
+    names: of the two in the checkpoint; middle_size: width between them, None: the output's; pre_norm: eps of a norm
+    in front of them (`pre_norm` of R-4B and Bee), None without one."""
+    first, second = names
+    middle = output_size if middle_size is None else middle_size
     layers = (
-        LinearLayer(f"{prefix}1", input_size, output_size, bias=bias),
+        *(() if pre_norm is None else (NormLayer("pre_norm", input_size, pre_norm),)),
+        LinearLayer(first, input_size, middle, bias=bias),
         ActivationLayer(activation),
-        LinearLayer(f"{prefix}2", output_size, output_size, bias=bias),
+        LinearLayer(second, middle, output_size, bias=bias),
     )
     return ProjectorConfig(
         merge="none", factor=1, column_major=False, layers=layers, input_size=input_size, output_size=output_size
@@ -145,7 +153,7 @@ def llava_projector(
 
 
 def pixel_shuffle_projector(factor: int, *, input_size: int, output_size: int, name: str = "proj") -> ProjectorConfig:
-    """nanoVLM's: pixel shuffle by `factor`, then one linear layer without bias."""
+    """nanoVLM's and Idefics3's: pixel shuffle by `factor`, then one linear layer without bias."""
     layers = (LinearLayer(name, input_size * factor * factor, output_size, bias=False),)
     return ProjectorConfig(
         merge="pixel_shuffle", factor=factor, column_major=False, layers=layers,

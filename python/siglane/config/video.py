@@ -7,10 +7,12 @@ from typing import Literal
 
 import numpy as np
 
-from siglane.errors import UserError
+from siglane.errors import ConfigError, UserError
 
 # how the frames shown are spread over those of a file, as the references do
-Spread = Literal["rounded", "floored", "centred"]
+Spread = Literal["rounded", "floored", "centred", "paced"]
+
+LEFT_OUT = 1  # seconds at both ends of a long video
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +21,9 @@ class VideoRule:
     when a request names no number; most_frames: a request may not ask for more.
 
     spread: "rounded" and "floored" count from the first frame to the last (VILA `round(linspace)`, LLaVA-NeXT
-    `linspace(dtype=int)`), "centred" takes the middle of each of `frames` equal parts (Ovis); with_images: whether one
-    request may hold videos and images.
+    `linspace(dtype=int)`), "centred" takes the middle of each of `frames` equal parts (Ovis), "paced" takes `fps` of
+    each second and `frames` at most (SmolVLM2); with_images: whether one request may hold videos and images; timed:
+    whether the model is told when each frame is shown.
     """
 
     token: str
@@ -28,6 +31,12 @@ class VideoRule:
     most_frames: int
     spread: Spread = "rounded"
     with_images: bool = True
+    fps: float = 1.0
+    timed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.fps <= 0:
+            raise ConfigError(f"{self.fps:g} frames of a video's second cannot be shown")
 
     def count(self, wanted: int | None, most: int | None = None) -> int:
         """How many frames of a video are shown. UserError `invalid_num_frames` for a wish that cannot be met.
@@ -42,16 +51,30 @@ class VideoRule:
             raise UserError(message, code="invalid_num_frames", param="num_frames")
         return wanted
 
-    def indices(self, total: int, frames: int) -> tuple[int, ...]:
-        """Which of the `total` frames of a file are shown, ascending: `frames` of them, or all of a shorter file."""
+    def indices(self, total: int, frames: int, rate: float | None = None) -> tuple[int, ...]:
+        """Which of the `total` frames of a file are shown, ascending: `frames` of them, or all of a shorter file; fewer
+        where they are "paced". rate: frames of the file in a second, None where nobody knows."""
+        if self.spread == "paced" and rate is not None:
+            return self._paced(total, frames, rate)
         if total <= frames:
             return tuple(range(total))
         match self.spread:
             case "rounded":
                 found = np.round(np.linspace(0, total - 1, frames))
-            case "floored":
+            case "floored" | "paced":
                 found = np.floor(np.linspace(0, total - 1, frames))
             case "centred":
                 borders = np.arange(frames + 1) * (total / frames)
                 found = np.floor((borders[:-1] + borders[1:]) / 2)
         return tuple(int(index) for index in found)
+
+    def _paced(self, total: int, frames: int, rate: float) -> tuple[int, ...]:
+        """transformers `SmolVLMVideoProcessor.sample_frames`, which compares seconds with `frames * fps`."""
+        seconds = total / rate
+        first, last = 0, total - 1
+        if seconds - 2 * LEFT_OUT > frames * self.fps:
+            first, last = int(LEFT_OUT * rate), min(int(total - LEFT_OUT * rate), last)
+        if first >= last:
+            first, last = 0, total - 1
+        wanted = max(1, min(round(self.fps * seconds), frames))
+        return tuple(int(index) for index in np.unique(np.linspace(first, last, wanted, dtype=int)))

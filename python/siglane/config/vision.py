@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,10 +36,12 @@ NAVIT_SIZES = SIGLIP_SIZES | {
     "num_attention_heads": 16,
 }
 
+IDEFICS3_SIZES = SIGLIP_SIZES | {"hidden_size": 1152, "num_attention_heads": 16, "patch_size": 32}
+
 NAVIT_ROPE_THETA = 10000.0  # a constant of Ovis' modeling_siglip2_navit.py
 
 PatchLayout = Literal["channel_first", "channel_last"]
-PositionResize = Literal["never", "bilinear_antialias", "bicubic"]
+PositionResize = Literal["never", "bilinear_antialias", "bicubic", "bucketised"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,15 +97,18 @@ class VisionConfig:
         feature_layer: int,
         post_norm: bool,
         head: bool = True,
+        defaults: Mapping[str, int] = SIGLIP_SIZES,
+        position_resize: PositionResize = "never",
         name: str = "vision_config",
     ) -> VisionConfig:
-        """A `SiglipVisionConfig` as transformers writes it; absent keys take that class's defaults.
+        """A `SiglipVisionConfig`, or one that is written like it, as transformers writes it; absent keys take
+        `defaults`, those of its class.
 
         feature_layer: index into transformers' `hidden_states` (-1: all blocks, -2: without the last); head: keep the
         pooling head where there is one.
         """
         reader = ConfigReader(raw, name)
-        sizes = {key: reader.size(key, default) for key, default in SIGLIP_SIZES.items()}
+        sizes = {key: reader.size(key, default) for key, default in defaults.items()}
         side = reader.size("image_size", 224) // sizes["patch_size"]
         if side == 0:
             raise ConfigError(f"{name}: image_size is smaller than patch_size {sizes['patch_size']}")
@@ -112,7 +118,7 @@ class VisionConfig:
             hidden_act=reader.choice("hidden_act", ACTIVATIONS, "gelu_pytorch_tanh"),
             layer_norm_eps=reader.value("layer_norm_eps", float, 1e-6),
             patch_layout="channel_first",
-            position_resize="never",
+            position_resize=position_resize,
             rope_theta=None,
             depth=resolve_layer(feature_layer, sizes["num_hidden_layers"], name),
             post_norm=post_norm,

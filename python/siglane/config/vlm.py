@@ -24,7 +24,8 @@ class Thinking:
 class VlmConfig:
     """family: name in `families/registry.py`; images: None for a model without eyes; image_token: an image's text in a
     chat template; image_token_id: what stands at every placeholder (may lie outside the embedding table, it is never
-    looked up); eos_token_ids: end an answer; thinking: how it marks its reasoning, None for one that does not."""
+    looked up); eos_token_ids: end an answer; thinking: how it marks its reasoning, None for one that does not;
+    special_tokens_are_text: whether answers show special tokens where a request does not say."""
 
     family: str
     images: ImageFacts | None
@@ -34,3 +35,4 @@ class VlmConfig:
     eos_token_ids: tuple[int, ...]
     thinking: Thinking | None
     sampling: Mapping[str, Any]  # the fields of `SamplingParams` that the checkpoint states, by name
+    special_tokens_are_text: bool = False

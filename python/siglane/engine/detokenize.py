@@ -18,12 +18,21 @@ class TextStream:
     Text is held back while it ends inside a UTF-8 character or could be the beginning of a stop string. After a stop
     string was met, `stopped` names it, the text before it has been returned, and nothing follows. A stop string that
     holds a special token is met by the token as by its letters, although the text never shows it.
-    strip: drop white space at the beginning, before stop strings are looked for, and at the end.
+    strip: drop white space at the beginning, before stop strings are looked for, and at the end; skip_special: special
+    tokens have no text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = (), *, strip: bool = False) -> None:
-        self._tokenizer, self._strip = tokenizer, strip
-        self._marks = _marks_of(tokenizer, stop)  # in the held text they stand for special tokens
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        stop: Sequence[str] = (),
+        *,
+        strip: bool = False,
+        skip_special: bool = True,
+    ) -> None:
+        self._tokenizer, self._strip, self._skip_special = tokenizer, strip, skip_special
+        # in the held text they stand for special tokens that it does not show
+        self._marks = _marks_of(tokenizer, stop) if skip_special else {}
         self._stop = _patterns(
             stop, {tokenizer.added_tokens_decoder[one].content: mark for one, mark in self._marks.items()}
         )
@@ -94,7 +103,7 @@ class TextStream:
         return self._read
 
     def _decode(self, ids: list[int]) -> str:
-        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        text = self._tokenizer.decode(ids, skip_special_tokens=self._skip_special)
         assert isinstance(text, str)  # a list only for a list of lists
         return text
 

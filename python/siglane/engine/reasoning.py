@@ -46,11 +46,12 @@ class AnswerStream:
         *,
         opened: bool = False,
         min_tokens: int = 0,
+        skip_special: bool = True,
     ) -> None:
         reasons = thinking is not None
         self._tokenizer, self._thinking = tokenizer, thinking
-        self._text = TextStream(tokenizer, stop, strip=reasons)
-        self._reasoning = TextStream(tokenizer, strip=reasons)
+        self._text = TextStream(tokenizer, stop, strip=reasons, skip_special=skip_special)
+        self._reasoning = TextStream(tokenizer, strip=reasons, skip_special=skip_special)
         self._part: Literal["unknown", "reasoning", "text"] = "reasoning" if opened else "unknown"
         self.reasoning_tokens = 0
         self._tokens, self._min_tokens = 0, min_tokens
@@ -60,7 +61,15 @@ class AnswerStream:
         """The stream of a prompt's answer."""
         thinking, ends = processor.config.thinking, processor.eos_token_ids
         opened = thinking is not None and thinking_start(prompt.token_ids, thinking, ends) == "opened"
-        return cls(processor.tokenizer, sampling.stop, thinking, opened=opened, min_tokens=sampling.min_tokens)
+        skip = sampling.skip_special_tokens
+        return cls(
+            processor.tokenizer,
+            sampling.stop,
+            thinking,
+            opened=opened,
+            min_tokens=sampling.min_tokens,
+            skip_special=not processor.config.special_tokens_are_text if skip is None else skip,
+        )
 
     @property
     def stopped(self) -> str | None:

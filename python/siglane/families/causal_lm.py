@@ -1,4 +1,4 @@
-"""Language models without eyes: Qwen2, Qwen3 and Llama in transformers' layout (formats.md section 8)."""
+"""Language models without eyes: Qwen2, Qwen3, Qwen3-MoE and Llama in transformers' layout (formats.md section 8)."""
 
 from __future__ import annotations
 
@@ -21,9 +21,16 @@ if TYPE_CHECKING:
 READERS: dict[str, Callable[[RawConfig, str], LanguageConfig]] = {
     "Qwen2ForCausalLM": LanguageConfig.from_hf,
     "Qwen3ForCausalLM": LanguageConfig.from_hf,
+    "Qwen3MoeForCausalLM": LanguageConfig.from_hf,
     "LlamaForCausalLM": LanguageConfig.from_llama,
 }
-MODEL_TYPES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+MODEL_TYPES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
+THINKING = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 
 
 def model_class(root: RawConfig) -> str | None:
@@ -57,7 +64,7 @@ class CausalLm(VlmFamily):
 
     def prompt_rules(self, checkpoint: Checkpoint) -> PromptRules:
         """The template is the tokenizer's: without one nobody knows how this model is spoken to."""
-        thinks = model_class(checkpoint.json("config.json")) == "Qwen3ForCausalLM"
+        thinks = model_class(checkpoint.json("config.json")) in THINKING
         return PromptRules(default_template="", strip_messages=False, thinking_end=THINK_END if thinks else "")
 
     def vision_plan(self, images: ImageFacts) -> WeightPlan:

@@ -11,7 +11,7 @@ from siglane.config.images import ImageFacts
 from siglane.config.language import LanguageConfig
 from siglane.config.reader import RawConfig
 from siglane.config.vlm import Thinking, VlmConfig
-from siglane.families.files import end_of_answer, stated_sampling
+from siglane.families.files import END_OF_DOCUMENT, end_of_answer, stated_sampling
 from siglane.lm.qwen import qwen_plan
 from siglane.nn.plan import WeightPlan
 from siglane.weights.hub import Checkpoint, Source
@@ -34,7 +34,8 @@ class PromptRules:
     """default_template: used when the tokenizer has none; template: used whatever the tokenizer has ("": its own or the
     default); images_first: a message's images stand in front of its text; strip_messages: white space around each whole
     message, its images written out, is dropped; joint: what stands between the parts of a message when the template
-    takes one text; thinking_end: of an assistant's turn only what follows it is kept ("": everything).
+    takes one text; thinking_end: of an assistant's turn only what follows it is kept ("": everything); video_template:
+    used for conversations with a video ("": the same as for all others).
     """
 
     default_template: str
@@ -43,6 +44,7 @@ class PromptRules:
     images_first: bool = False
     joint: str = ""
     thinking_end: str = ""
+    video_template: str = ""
 
 
 class Family(ABC):
@@ -75,11 +77,13 @@ class VlmFamily(Family):
     """Models that answer. What most families share is written here; a family states its difference.
 
     language_prefix: what the names of the language model's tensors start with; one_table: a tied head has no values of
-    its own in the original's code, so that a file in which it has is refused.
+    its own in the original's code, so that a file in which it has is refused; tied_at_root: `tie_word_embeddings` of a
+    section of config.json counts for nothing.
     """
 
     language_prefix: ClassVar[str]
     one_table: ClassVar[bool] = False
+    tied_at_root: ClassVar[bool] = False
 
     @abstractmethod
     def images(self, checkpoint: Checkpoint) -> ImageFacts | None:
@@ -114,6 +118,7 @@ class VlmFamily(Family):
             eos_token_ids=end_of_answer(self.language_folder(checkpoint), tokenizer, self.ends(tokenizer)),
             thinking=self.thinking(tokenizer),
             sampling=stated_sampling(self.language_folder(checkpoint)),
+            special_tokens_are_text=END_OF_DOCUMENT in tokenizer.get_vocab(),
         )
 
     def plan(self, config: VlmConfig) -> WeightPlan:

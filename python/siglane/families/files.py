@@ -35,6 +35,7 @@ UNREAD: Mapping[str, Any] = {
     "typical_p": 1.0,
 }  # fmt: skip
 TOWER_TYPE = "siglip_vision_model"
+END_OF_DOCUMENT = "</doctag>"  # the tags of a document that a model writes down are special tokens where it has them
 THINK_START, THINK_END = "<think>", "</think>"
 
 # what Qwen3 and Ovis2.5 are made to say when their thinking budget is spent
@@ -49,6 +50,16 @@ def llava_tower(reader: ConfigReader, feature_layer: int) -> VisionConfig:
     do. ConfigError for another tower."""
     reader.choice("model_type", {TOWER_TYPE: None}, TOWER_TYPE)
     return VisionConfig.from_hf(reader.raw, feature_layer=feature_layer, post_norm=False, head=False, name=reader.name)
+
+
+def check_rows(side: int, factor: int, place: str, stated: ConfigReader, key: str) -> None:
+    """ConfigError where pixel shuffle by `factor` does not divide a tile of side x side patches, or where `stated`
+    counts other rows of it. place: of the factor, for the message."""
+    if not side or side % factor:
+        raise ConfigError(f"{place} {factor} does not divide {side}x{side} patches")
+    rows = (side // factor) ** 2
+    if stated.size(key, rows) != rows:
+        raise ConfigError(f"{stated.name}: {key} {stated.size(key)} is not the {rows} rows that a tile has")
 
 
 def end_of_answer(

@@ -1,6 +1,7 @@
-"""LLaVA-OneVision in transformers' layout: a SigLIP tower, two linear layers and Qwen2, pictures by anyres.
+"""LLaVA-OneVision in transformers' layout: a SigLIP tower, two linear layers and Qwen2 or Qwen3, pictures by anyres.
 
-Sources: transformers 5.19 `models/llava_onevision` and its conversion script; formats.md section 6.
+Sources: transformers 5.19 `models/llava_onevision` and its conversion script; formats.md section 6. VARCO-VISION-2.0 is
+this model with Qwen3; relatives with code of their own derive from it (`families/r_4b.py`, `families/bee.py`).
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from siglane.config.images import ImageFacts
 from siglane.config.language import LanguageConfig
@@ -17,10 +18,11 @@ from siglane.config.projector import llava_projector
 from siglane.config.reader import ConfigReader, RawConfig
 from siglane.config.video import VideoRule
 from siglane.config.vision import ACTIVATIONS
+from siglane.config.vlm import Thinking
 from siglane.errors import ConfigError
 from siglane.families.family import PromptRules, VlmFamily
-from siglane.families.files import llava_tower
-from siglane.families.stated import PREPROCESSOR, image_processor, media_tokens, video_processor, video_processors
+from siglane.families.files import llava_tower, thinking_of
+from siglane.families.stated import media_token, required_image_processor, video_processor, video_processors
 from siglane.lm.qwen import qwen_plan
 from siglane.nn.plan import Rule, WeightPlan
 from siglane.projector.build import projector_plan
@@ -56,9 +58,18 @@ CHAT_TEMPLATE = (
 
 
 class LlavaOnevision(VlmFamily):
+    """text_defaults, image_token_default: what the class of its configuration takes for absent keys; reads_videos:
+    whether its processor does; pre_norm, widening: of the projector, the eps of a norm in front of it, and the width
+    between its layers as a multiple of the language model's."""
+
     name = MODEL_TYPE
     known_as = ("LlavaOnevisionForConditionalGeneration",)
     language_prefix = "language_model."
+    text_defaults: ClassVar[RawConfig] = {"model_type": "qwen2"}
+    image_token_default: ClassVar[int | None] = 151646
+    reads_videos: ClassVar[bool] = True
+    pre_norm: ClassVar[float | None] = None
+    widening: ClassVar[int] = 1
 
     def matches(self, root: RawConfig, checkpoint: Checkpoint) -> bool:
         return root.get("model_type") == MODEL_TYPE
@@ -73,23 +84,26 @@ class LlavaOnevision(VlmFamily):
         tower = root.section("vision_config")
         vision = llava_tower(tower, root.value("vision_feature_layer", int, -1))
         preprocess, video = _preprocess(checkpoint, root, tower.size("image_size", 224))
+        width = self.language(checkpoint).hidden_size
         return ImageFacts(
             vision=vision,
             projector=llava_projector(
                 input_size=vision.hidden_size,
-                output_size=self.language(checkpoint).hidden_size,
+                output_size=width,
                 activation=root.choice("projector_hidden_act", ACTIVATIONS, "gelu"),
                 bias=root.value("multimodal_projector_bias", bool, True),
+                middle_size=width * self.widening,
+                pre_norm=self.pre_norm,
             ),
             preprocess=preprocess,
             newline=True,
-            video=video,
+            video=video if self.reads_videos else None,
         )
 
     def language(self, checkpoint: Checkpoint) -> LanguageConfig:
         root = checkpoint.reader()
         section = root.section("text_config")
-        language = LanguageConfig.from_hf({"model_type": "qwen2", **section.raw}, section.name)
+        language = LanguageConfig.from_hf({**self.text_defaults, **section.raw}, section.name)
         tied = language.tie_embeddings or root.value("tie_word_embeddings", bool, False)
         return replace(language, tie_embeddings=tied)
 
@@ -97,10 +111,15 @@ class LlavaOnevision(VlmFamily):
         self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast, language: LanguageConfig
     ) -> int:
         root = checkpoint.reader()
-        return root.value("image_token_id", int, root.value("image_token_index", int, 151646))
+        if root.has("image_token_id"):
+            return root.value("image_token_id", int)
+        return root.value("image_token_index", int, self.image_token_default)
 
     def image_token(self, checkpoint: Checkpoint) -> str:
-        return _media_token(checkpoint, "image_token", super().image_token(checkpoint))
+        return media_token(checkpoint, "image_token", super().image_token(checkpoint))
+
+    def thinking(self, tokenizer: PreTrainedTokenizerFast) -> Thinking | None:
+        return thinking_of(tokenizer)
 
     def prompt_rules(self, checkpoint: Checkpoint) -> PromptRules:
         return PromptRules(default_template=CHAT_TEMPLATE, strip_messages=False)
@@ -116,19 +135,13 @@ class LlavaOnevision(VlmFamily):
         return (tower + projector + newline).under("[model.]", "")
 
     def language_plan(self, language: LanguageConfig) -> WeightPlan:
-        """`language_model.` in front of Qwen2's names on disk; `model.language_model.` and `lm_head.` in memory."""
+        """`language_model.` in front of Qwen's names on disk; `model.language_model.` and `lm_head.` in memory."""
         return super().language_plan(language) + qwen_plan(language, decoder="model.language_model.")
-
-
-def _media_token(checkpoint: Checkpoint, name: str, default: str) -> str:
-    return next((str(found.value) for found in media_tokens(checkpoint, name)), default)
 
 
 def _preprocess(checkpoint: Checkpoint, root: ConfigReader, side: int) -> tuple[PreprocessConfig, VideoRule | None]:
     """side: pixels of the pictures that the tower takes."""
-    file = image_processor(checkpoint)
-    if file is None:
-        raise ConfigError(f"{checkpoint.root} has no {PREPROCESSOR}, which says how pictures are normalised")
+    file = required_image_processor(checkpoint)
     video_file = video_processor(checkpoint) or file
     pictures, frames = _processor(file), _processor(video_file)
     if pictures.size != (side, side):
@@ -151,7 +164,7 @@ def _preprocess(checkpoint: Checkpoint, root: ConfigReader, side: int) -> tuple[
         frame_resample=frames.resample,
         fill=pictures.fill,
         pinpoints=pinpoints,
-        max_maps=_max_maps(root),
+        max_maps=max_maps(root, "vision_aspect_ratio"),
     )
     return PreprocessConfig.of(rule, pictures), _video(checkpoint, video_file) if alike else None
 
@@ -165,7 +178,7 @@ def _video(checkpoint: Checkpoint, file: ConfigReader) -> VideoRule:
     if file.value("do_sample_frames", bool, False) and file.value("fps", float, 0.0) > 0:
         raise ConfigError(f"{file.name}: fps {file.raw['fps']} is not supported; siglane knows num_frames")
     frames = file.size("num_frames", FRAMES)
-    token = _media_token(checkpoint, "video_token", VIDEO_TOKEN)
+    token = media_token(checkpoint, "video_token", VIDEO_TOKEN)
     return VideoRule(token, frames=frames, most_frames=max(frames, MOST_FRAMES), spread="floored")
 
 
@@ -182,9 +195,10 @@ def _is_pair(found: Any) -> bool:
     return isinstance(found, list) and len(found) == 2 and all(type(side) is int for side in found)
 
 
-def _max_maps(root: ConfigReader) -> int:
-    ratio = root.value("vision_aspect_ratio", str, "anyres_max_9")
+def max_maps(root: ConfigReader, key: str, others: str = "") -> int:
+    """N of `anyres_max_<N>`. others: what else is known, for messages."""
+    ratio = root.value(key, str, "anyres_max_9")
     most = re.fullmatch(r"anyres_max_([1-9]\d{0,3})", ratio)
     if most is None:
-        raise ConfigError(f"config.json: vision_aspect_ratio {ratio!r} is not known; siglane knows anyres_max_<N>")
+        raise ConfigError(f"{root.name}: {key} {ratio!r} is not known; siglane knows anyres_max_<N>{others}")
     return int(most[1])

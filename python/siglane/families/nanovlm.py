@@ -26,6 +26,7 @@ from siglane.config.reader import ConfigReader, RawConfig
 from siglane.config.vision import VisionConfig
 from siglane.errors import ConfigError, UserError
 from siglane.families.family import CHATML, PromptRules, VlmFamily
+from siglane.families.files import check_rows
 from siglane.nn.plan import Ignore, Rule, WeightPlan, parts
 from siglane.nn.rope import rotary_frequencies
 from siglane.projector.build import projector_plan
@@ -94,13 +95,9 @@ class NanoVlm(VlmFamily):
         root = checkpoint.reader()
         vision = _vision(root)
         factor = root.size("mp_pixel_shuffle_factor", 4 if "global_image_token" in _extra_tokens(root) else 2)
-        if vision.position_grid.h % factor:
-            side = vision.position_grid.h
-            raise ConfigError(f"config.json: mp_pixel_shuffle_factor {factor} does not divide {side}x{side} patches")
-        rows = (vision.position_grid.h // factor) ** 2
-        if root.size("mp_image_token_length", rows) != rows:
-            stated = root.size("mp_image_token_length")
-            raise ConfigError(f"config.json: mp_image_token_length {stated} is not the {rows} rows that a tile has")
+        check_rows(
+            vision.position_grid.h, factor, "config.json: mp_pixel_shuffle_factor", root, "mp_image_token_length"
+        )
         return ImageFacts(
             vision=vision,
             projector=pixel_shuffle_projector(
@@ -143,6 +140,7 @@ class NanoVlm(VlmFamily):
             norm_dtype="input",
             tie_embeddings=root.value("lm_tie_weights", bool, True),
             rope_scaling=None,
+            experts=None,
         )
 
     def image_token(self, checkpoint: Checkpoint) -> str:

@@ -5,7 +5,7 @@ Sources: AIDC-AI/Ovis (ovis/model, ovis/model/vit), vLLM 0.32 models/ovis2_5.py 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from siglane.config.images import ImageFacts
 from siglane.config.language import LanguageConfig
@@ -50,9 +50,12 @@ CHAT_TEMPLATE = CHATML + (
 
 
 class Ovis2_5(VlmFamily):
+    """max_pixels: of a picture, where no file states it; None: a file has to."""
+
     name = "ovis2_5"
-    known_as = (ARCHITECTURE,)
+    known_as: ClassVar[tuple[str, ...]] = (ARCHITECTURE,)
     language_prefix = "llm."
+    max_pixels: ClassVar[int | None] = MAX_PIXELS
 
     def matches(self, root: RawConfig, checkpoint: Checkpoint) -> bool:
         named = ARCHITECTURE in stated_classes(root)
@@ -77,7 +80,7 @@ class Ovis2_5(VlmFamily):
         rule = NativeResolution(
             factor=vision.patch_size * stride,
             min_pixels=bounds.size("min_pixels", MIN_PIXELS),
-            max_pixels=bounds.size("max_pixels", MAX_PIXELS),
+            max_pixels=bounds.size("max_pixels", self.max_pixels),
             resample=processor.resample,
         )
         return ImageFacts(
@@ -89,12 +92,14 @@ class Ovis2_5(VlmFamily):
         )
 
     def language(self, checkpoint: Checkpoint) -> LanguageConfig:
+        """Its section is called `text_config` where vLLM or transformers wrote it."""
         root = checkpoint.reader()
-        section = root.section("llm_config")
+        named = "text_config" if root.has("text_config") else "llm_config"
+        section = root.section(named)
         language = LanguageConfig.from_hf(section.raw, section.name)
         if root.has("hidden_size") and root.size("hidden_size") != language.hidden_size:
             raise ConfigError(
-                f"config.json: hidden_size {root.size('hidden_size')} is not llm_config's {language.hidden_size}"
+                f"config.json: hidden_size {root.size('hidden_size')} is not {named}'s {language.hidden_size}"
             )
         return language
 

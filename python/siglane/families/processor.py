@@ -142,7 +142,7 @@ def load_processor(checkpoint: Checkpoint, config: VlmConfig | None = None) -> P
     if adapter is not None and tokenizer.chat_template is None:  # then the base's is what it was trained with
         tokenizer.chat_template = load_tokenizer(folder, added, processor=processor).chat_template
     parts = [source.folder for source in (*family.vision_sources(checkpoint), *family.language_sources(checkpoint))]
-    log_contradictions([checkpoint, folder, *parts], processor=processor)
+    log_contradictions([checkpoint, folder, *parts], processor=processor, tied_at_root=family.tied_at_root)
     return Processor(config or family.config(checkpoint, tokenizer), tokenizer, family.prompt_rules(checkpoint))
 
 

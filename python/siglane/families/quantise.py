@@ -12,14 +12,14 @@ from siglane.families.stack import VisionStack
 from siglane.lm.quantise import LanguageQuantiser
 from siglane.lm.qwen import QwenModel
 from siglane.nn.cpu.memory import return_freed
-from siglane.nn.quantise import Bits, has_float_layers, quantise
+from siglane.nn.quantise import Bits, has_float_layers, quantise, unsupported
 from siglane.weights.load import Stage, allocate
 
 
 class Quantiser:
     """Of one model. `stages` of the load, by paths in it: none on CUDA, where everything is replaced at the end.
 
-    UserError when there is no kernel for `kind` here.
+    UserError when there is no kernel for `kind` here, or for a mixture of experts.
     """
 
     def __init__(
@@ -31,6 +31,8 @@ class Quantiser:
         dtype: torch.dtype,
         vision_dtype: torch.dtype,
     ) -> None:
+        if language.config.experts is not None:
+            raise unsupported(kind, "a mixture of experts has no form of fewer bits here; use the model in floats")
         self._vision, self._language, self._device, self._kind = vision, language, device, kind
         self.stages: dict[str, Stage] = {}
         if device.type != "cpu":

@@ -7,12 +7,17 @@ from typing import TypeVar
 
 from siglane.config.images import ImageFacts
 from siglane.errors import ConfigError
+from siglane.families.bee import Bee
 from siglane.families.causal_lm import CausalLm
 from siglane.families.family import Family, TowerFamily, VlmFamily
+from siglane.families.idefics3 import Idefics3
 from siglane.families.llava_onevision import LlavaOnevision
+from siglane.families.llava_qwen import LlavaQwen
 from siglane.families.nanovlm import NanoVlm
 from siglane.families.nvila import Nvila
 from siglane.families.ovis2_5 import Ovis2_5
+from siglane.families.ovis2_6 import Ovis2_6
+from siglane.families.r_4b import R4B
 from siglane.families.siglip import Siglip
 from siglane.families.siglip2 import Siglip2
 from siglane.tiling.rule import no_images
@@ -20,7 +25,8 @@ from siglane.weights.hub import Checkpoint, without_config
 
 F = TypeVar("F", bound=Family)
 
-VLM_FAMILIES: tuple[VlmFamily, ...] = (Nvila(), LlavaOnevision(), Ovis2_5(), NanoVlm())
+RELATIVES: tuple[VlmFamily, ...] = (R4B(), Bee(), LlavaQwen(), Ovis2_6())  # asked first: they state more
+VLM_FAMILIES: tuple[VlmFamily, ...] = (*RELATIVES, Nvila(), LlavaOnevision(), Ovis2_5(), NanoVlm(), Idefics3())
 CHAT_FAMILIES: tuple[VlmFamily, ...] = (*VLM_FAMILIES, CausalLm())
 TOWER_FAMILIES: tuple[TowerFamily, ...] = (Siglip(), Siglip2())
 

@@ -60,6 +60,13 @@ def image_processor(folder: Checkpoint) -> ConfigReader | None:
     return next((ConfigReader(found.value, found.place) for found in image_processors(folder)), None)
 
 
+def required_image_processor(folder: Checkpoint) -> ConfigReader:
+    """The same for a model whose own defaults nobody knows. ConfigError without any."""
+    if (found := image_processor(folder)) is None:
+        raise ConfigError(f"{folder.root} has no {PREPROCESSOR}, which says how pictures are normalised")
+    return found
+
+
 def video_processor(folder: Checkpoint) -> ConfigReader | None:
     """The winner of `video_processors`; else what stands in `PREPROCESSOR`, where transformers looks last."""
     for found in video_processors(folder):
@@ -129,15 +136,20 @@ def media_tokens(folder: Checkpoint, name: str) -> list[Stated]:
     return [Stated(f"{place}.{name}", raw[name]) for place, raw in places if isinstance(raw.get(name), str)]
 
 
-def log_contradictions(folders: Iterable[Checkpoint], *, processor: bool = False) -> None:
+def media_token(folder: Checkpoint, name: str, default: str) -> str:
+    """The winner of `media_tokens`."""
+    return next((str(found.value) for found in media_tokens(folder, name)), default)
+
+
+def log_contradictions(folders: Iterable[Checkpoint], *, processor: bool = False, tied_at_root: bool = False) -> None:
     """Warns of every place that is not used and says something else than the one that is. processor: as of
-    `chat_templates`."""
+    `chat_templates`; tied_at_root: as of `VlmFamily`."""
     for folder in dict.fromkeys(folders):
-        for sentence in contradictions(folder, processor=processor):
+        for sentence in contradictions(folder, processor=processor, tied_at_root=tied_at_root):
             logger.warning("%s: %s", folder.root, sentence)
 
 
-def contradictions(folder: Checkpoint, *, processor: bool = False) -> list[str]:
+def contradictions(folder: Checkpoint, *, processor: bool = False, tied_at_root: bool = False) -> list[str]:
     """A sentence for every such place of one folder."""
     root = folder.optional(CONFIG)
     ends = end_ids(folder)
@@ -153,7 +165,7 @@ def contradictions(folder: Checkpoint, *, processor: bool = False) -> list[str]:
         ("the image token's id", _present(root, CONFIG, "image_token_id", "image_token_index")),
         *((name, _aspects(folder, name)) for name in ("vision_aspect_ratio", "vision_feature_select_strategy")),
         *(("rope", places) for places in _rope(root)),
-        *(("tie_word_embeddings", places) for places in _tied(root)),
+        *(("tie_word_embeddings", places) for places in _tied(root, tied_at_root)),
     ]
     return [
         _sentence(fact, places[0], other) for fact, places in facts for other in places[1:] if _differ(places[0], other)
@@ -185,11 +197,14 @@ def _rope(root: Mapping[str, Any]) -> list[list[Stated]]:
     ]
 
 
-def _tied(root: Mapping[str, Any]) -> list[list[Stated]]:
-    """Whichever is true wins (transformers `LlavaOnevisionConfig`)."""
+def _tied(root: Mapping[str, Any], at_root: bool) -> list[list[Stated]]:
+    """Whichever is true wins (transformers `LlavaOnevisionConfig`), or what stands outside of sections does, which is
+    false where nothing does (`Idefics3Config`)."""
     key = "tie_word_embeddings"
     sections = [(f"{CONFIG}.{name}", root.get(name)) for name in LANGUAGE_SECTIONS]
     inner = [found for place, raw in sections if isinstance(raw, Mapping) for found in _present(raw, place, key)]
+    if at_root:
+        return [[Stated(f"{CONFIG}.{key}", root.get(key) or False), *inner]]
     return [sorted([*_present(root, CONFIG, key), *inner], key=lambda found: found.value is not True)]
 
 

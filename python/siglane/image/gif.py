@@ -30,7 +30,7 @@ _MOST_STRAYS = 4096  # bytes between blocks
 @dataclass(frozen=True, slots=True)
 class Frame:
     """left, top: where it is drawn; disposal: what is done with its place before the next one is; background: RGBA of
-    what shows where it was; data: a GIF file of this frame alone."""
+    what shows where it was; data: a GIF file of this frame alone; delay: hundredths of a second until the next one."""
 
     left: int
     top: int
@@ -38,12 +38,14 @@ class Frame:
     disposal: int
     background: tuple[int, int, int, int]
     data: bytes
+    delay: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Control:
     transparent: int | None = None
     disposal: int = 0
+    delay: int = 0
 
 
 def read_header(file: BinaryIO) -> Header:
@@ -106,8 +108,8 @@ def _read_extension(file: BinaryIO, control: _Control) -> _Control:
     kind, blocks = file.read(1), _read_blocks(file)
     if kind != bytes((_CONTROL,)) or blocks[0] != 4 or len(blocks) < 6:
         return control
-    flags, _, transparent = struct.unpack_from("<BHB", blocks, 1)
-    return _Control(transparent if flags & 1 else None, flags >> 2 & 7)
+    flags, delay, transparent = struct.unpack_from("<BHB", blocks, 1)
+    return _Control(transparent if flags & 1 else None, flags >> 2 & 7, delay)
 
 
 def _read_frame(file: BinaryIO, magic: bytes, palette: bytes, background: int, control: _Control) -> Frame:
@@ -122,7 +124,7 @@ def _read_frame(file: BinaryIO, magic: bytes, palette: bytes, background: int, c
     if control.transparent is not None:
         parts.append(struct.pack("<2sBBHBx", b"!\xf9", 4, 1, 0, control.transparent))
     parts += [b",", _IMAGE.pack(0, 0, width, height, flags & 0x40), file.read(1), _read_blocks(file), b";"]
-    return Frame(left, top, Size(width, height), control.disposal, shown, b"".join(parts))
+    return Frame(left, top, Size(width, height), control.disposal, shown, b"".join(parts), control.delay)
 
 
 def _read_blocks(file: BinaryIO) -> bytes:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 # FFmpeg has hundreds of decoders, most of them for formats nobody sends
 CODECS = ("h264", "hevc", "av1", "vp8", "vp9", "mpeg4", "mpeg2video", "mjpeg")
+SLOWEST = 1e-3  # frames a second; a file that states fewer is damaged
 ACCEPTED = "MP4, MOV, WebM, Matroska, AVI, GIF, WebP"
 
 
@@ -46,10 +47,11 @@ def read_video_size(data: bytes, rule: VideoRule, frames: int, config: DecodeCon
     """
     with _as_video_error():
         if (animation := _animation(data, config)) is not None:
-            return VideoSize(animation.header.upright, len(_chosen(animation.count, rule, frames, config)))
+            chosen = animation.chosen(rule, frames, config)
+            return _measured(animation.header.upright, chosen, animation.count, animation.rate, rule)
         with _film(data, config) as film:
-            times = film.times(rule, frames)
-            return VideoSize(film.size(len(times)), len(times))
+            chosen = film.chosen(rule, frames)
+            return _measured(film.size(len(chosen)), chosen, film.count, film.rate, rule)
 
 
 def decode_video(data: bytes, rule: VideoRule, frames: int, config: DecodeConfig) -> DecodedVideo:
@@ -62,9 +64,9 @@ def decode_video(data: bytes, rule: VideoRule, frames: int, config: DecodeConfig
         if (animation := _animation(data, config)) is not None:
             return _decode_animation(animation, rule, frames, config)
         with _film(data, config) as film:
-            times = film.times(rule, frames)
-            film.size(len(times))
-            return DecodedVideo.of([DecodedImage.from_rgb(film.picture(shown)) for shown in times])
+            chosen = film.chosen(rule, frames)
+            film.size(len(chosen))
+            return DecodedVideo.of([DecodedImage.from_rgb(film.picture(index)) for index in chosen])
 
 
 def chosen_pictures(pictures: Sequence[Any], rule: VideoRule, frames: int | None) -> list[Any]:
@@ -78,9 +80,16 @@ def chosen_pictures(pictures: Sequence[Any], rule: VideoRule, frames: int | None
     return [pictures[index] for index in rule.indices(len(pictures), count)]
 
 
-def _chosen(total: int, rule: VideoRule, frames: int, config: DecodeConfig) -> tuple[int, ...]:
+def _chosen(total: int, rate: float | None, rule: VideoRule, frames: int, config: DecodeConfig) -> tuple[int, ...]:
     _check_length(total, config)
-    return rule.indices(total, frames)
+    return rule.indices(total, frames, rate)
+
+
+def _measured(size: Size, chosen: Sequence[int], total: int, rate: float | None, rule: VideoRule) -> VideoSize:
+    """Times as if frames were shown equally long, as the references have them."""
+    if not rule.timed or rate is None:
+        return VideoSize(size, len(chosen))
+    return VideoSize(size, len(chosen), tuple(index / rate for index in chosen), total / rate)
 
 
 def _check_length(frames: int, config: DecodeConfig) -> None:
@@ -114,6 +123,8 @@ class _Film:
     """
 
     def __init__(self, stream: VideoStream, packets: Sequence[Packet[VideoStream]], config: DecodeConfig) -> None:
+        rate = float(stream.average_rate or 0)
+        self.rate = rate if rate >= SLOWEST else None  # frames a second, None where the file does not say
         self._codec, self._packets, self._config = stream.codec_context, packets, config
         shown = [packet.pts for packet in packets if not packet.is_discard]
         stamps = sorted({stamp for stamp in shown if stamp is not None})
@@ -126,11 +137,15 @@ class _Film:
         self._last: VideoFrame | None = None
         self._stored: Size | None = None
 
-    def times(self, rule: VideoRule, frames: int) -> list[int]:
-        """When the frames that are to be shown are."""
+    @property
+    def count(self) -> int:
+        return len(self._shown)
+
+    def chosen(self, rule: VideoRule, frames: int) -> tuple[int, ...]:
+        """Which of the frames are to be shown."""
         if not self._shown:
             raise _undecodable()
-        return [self._shown[index] for index in _chosen(len(self._shown), rule, frames, self._config)]
+        return _chosen(self.count, self.rate, rule, frames, self._config)
 
     def frame(self, shown: int) -> VideoFrame:
         """The first frame shown at or after `shown`, the last one where there is none. Times must not go back."""
@@ -151,9 +166,9 @@ class _Film:
                 return self._last
             self._decode_next()
 
-    def picture(self, shown: int) -> npt.NDArray[np.uint8]:
+    def picture(self, index: int) -> npt.NDArray[np.uint8]:
         """The upright frame as RGB u8 `[H, W, 3]`. A video keeps the size that its memory was checked for."""
-        frame = self.frame(shown)
+        frame = self.frame(self._shown[index])
         if (frame.width, frame.height) != self._stored:
             raise ImageError("the video changes its size, which is not supported", code="video_decode_failed")
         return _upright(frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False), _display_matrix(frame))
@@ -245,11 +260,22 @@ def _container_format(data: bytes) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Animation:
-    """pictures: the frames as they are shown, each valid until the next is asked for."""
+    """seconds: that all frames together are shown, 0 where nobody knows; pictures: the frames as they are shown, each
+    valid until the next is asked for."""
 
     header: Header
     count: int
+    seconds: float
     pictures: Iterator[Image.Image]
+
+    @property
+    def rate(self) -> float | None:
+        """Frames a second, None where nobody knows."""
+        return self.count / self.seconds if self.seconds else None
+
+    def chosen(self, rule: VideoRule, frames: int, config: DecodeConfig) -> tuple[int, ...]:
+        """Which of the frames are to be shown."""
+        return _chosen(self.count, self.rate, rule, frames, config)
 
 
 def _animation(data: bytes, config: DecodeConfig) -> _Animation | None:
@@ -257,17 +283,19 @@ def _animation(data: bytes, config: DecodeConfig) -> _Animation | None:
     if data.startswith(b"GIF8"):
         read_size(data, config)  # refuses what is too large or not allowed
         header, most = gif.read_header(BytesIO(data)), config.max_file_frames + 1
-        count = sum(1 for _ in islice(gif.read_frames(BytesIO(data)), most))
-        return _Animation(header, count, gif.draw(gif.read_frames(BytesIO(data)), header.stored))
+        delays = [frame.delay for frame in islice(gif.read_frames(BytesIO(data)), most)]
+        pictures = gif.draw(gif.read_frames(BytesIO(data)), header.stored)
+        return _Animation(header, len(delays), sum(delays) / 100, pictures)
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         read_size(data, config)
         image: Any = webp.open_image(BytesIO(data))
-        return _Animation(webp.read_header(BytesIO(data)), image.n_frames, ImageSequence.Iterator(image))
+        header, seconds = webp.read_header(BytesIO(data)), webp.duration(BytesIO(data))
+        return _Animation(header, image.n_frames, seconds, ImageSequence.Iterator(image))
     return None
 
 
 def _decode_animation(animation: _Animation, rule: VideoRule, frames: int, config: DecodeConfig) -> DecodedVideo:
-    chosen = _chosen(animation.count, rule, frames, config)
+    chosen = animation.chosen(rule, frames, config)
     _check_clip(animation.header.stored, len(chosen), config)
     begun, decoded = time.monotonic(), []
     for number, picture in enumerate(islice(animation.pictures, chosen[-1] + 1)):  # each is drawn over the one before

@@ -59,6 +59,12 @@ def open_image(file: BinaryIO) -> Image.Image:
     return Image.open(BytesIO(b"RIFF" + struct.pack("<I", len(body)) + body), formats=("WEBP",))
 
 
+def duration(file: BinaryIO) -> float:
+    """Seconds that an animation takes, 0 where it states none."""
+    frames = (file.read(15) for kind, _ in _chunks(file) if kind == b"ANMF")
+    return sum(int.from_bytes(head[12:15], "little") for head in frames) / 1000
+
+
 def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
     """Kind and length of each chunk up to the file's end; the file then stands at the chunk's body."""
     place = _HEAD_BYTES

@@ -1,4 +1,5 @@
-"""Qwen2, Qwen3 and Llama: one decoder, their differences are flags of `LanguageConfig` (formats.md section 8)."""
+"""Qwen2, Qwen3, Qwen3-MoE and Llama: one decoder, their differences are flags of `LanguageConfig` (formats.md section
+8)."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from siglane.config.language import LanguageConfig
 from siglane.lm.attention import LayerAttention
+from siglane.lm.experts import SparseMLP, experts_rules
 from siglane.nn.act import swiglu
 from siglane.nn.cpu.product import linear
 from siglane.nn.embedding import VocabParallelEmbedding, VocabTable
@@ -77,7 +79,10 @@ class DecoderBlock(nn.Module):
         self.input_norm = norm(config.hidden_size, config.rms_norm_eps)
         self.attention = DecoderAttention(config, layer, tp, norm)
         self.post_attention_norm = norm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = DecoderMLP(config, tp)
+        if config.experts is not None and config.experts.at(layer):
+            self.mlp: nn.Module = SparseMLP(config.hidden_size, config.experts, tp)
+        else:
+            self.mlp = DecoderMLP(config, tp)
 
     def forward(self, x: torch.Tensor, rotary: Rotary, attention: LayerAttention) -> torch.Tensor:
         x = x + self.attention(self.input_norm(x), rotary, attention)
@@ -169,8 +174,8 @@ class QwenModel(nn.Module):
 
 
 def qwen_plan(config: LanguageConfig, decoder: str = "model.") -> WeightPlan:
-    """transformers' `Qwen2ForCausalLM`, `Qwen3ForCausalLM` and `LlamaForCausalLM`. decoder: the prefix of all but the
-    output head."""
+    """transformers' `Qwen2ForCausalLM`, `Qwen3ForCausalLM`, `Qwen3MoeForCausalLM` and `LlamaForCausalLM`. decoder: the
+    prefix of all but the output head."""
     block = WeightPlan((
         Rule("input_layernorm.{leaf}", "input_norm.{leaf}"),
         *parts("self_attn.*_proj.{leaf}", "attention.qkv.{leaf}", "q k v"),
@@ -180,6 +185,7 @@ def qwen_plan(config: LanguageConfig, decoder: str = "model.") -> WeightPlan:
         Rule("post_attention_layernorm.{leaf}", "post_attention_norm.{leaf}"),
         *parts("mlp.*_proj.{leaf}", "mlp.gate_up.{leaf}", "gate up"),
         Rule("mlp.down_proj.{leaf}", "mlp.down_proj.{leaf}"),
+        *(WeightPlan(experts_rules(config.experts)).under("mlp.", "mlp.").entries if config.experts else ()),
     ))  # fmt: skip
     tied = config.tie_embeddings
     frequencies = partial(rotary_frequencies, theta=config.rope_theta, scaling=config.rope_scaling)

@@ -47,6 +47,7 @@ RESIZES: dict[PositionResize, str] = {
     "never": "as they are",
     "bilinear_antialias": "bilinear, antialiased",
     "bicubic": "bicubic",
+    "bucketised": "each the learned one at its place",
 }
 
 
@@ -112,8 +113,10 @@ def token_lines(layout: ImageLayout) -> list[str]:
             text = (
                 f"{total - tiled:,} of the whole picture + {map_rows.h} rows of {map_rows.w} and a newline = {total:,}"
             )
-        case Newline():
-            text = f"{parts} x {(total - 1) // tiles:,} + a newline = {total:,}"
+        case Newline() as ends:
+            newlines = ends.count(tiles, layout.projected[0])
+            added = f" + {'a newline' if newlines == 1 else f'{newlines:,} newlines'}" if newlines else ""
+            text = f"{parts} x {(total - newlines) // tiles:,}{added} = {total:,}"
         case _:
             same = tiles > 1 and len(set(features)) == 1 and (len(features) == tiles or tiles == layout.frames)
             text = f"{parts} x {total // tiles:,} = {total:,}" if same else f"{total:,}"

@@ -1,8 +1,9 @@
 """Which checkpoint tensor fills which parameter: renames, fusions and what is left out, as data.
 
-Patterns are tensor names in which `{i}` stands for a number, `{leaf}` for `weight` or `bias`, `{rest}` for anything,
-and `[...]` encloses text that may be absent. Targets repeat the pattern's `{i}` and `{leaf}`. Each module's file states
-its plan beside its parameters; a family joins those of its parts under its checkpoint's prefixes.
+Patterns are tensor names in which `{i}` and `{e}` stand for numbers, `{leaf}` for `weight` or `bias`, `{rest}` for
+anything, and `[...]` encloses text that may be absent. Targets and parts repeat the pattern's `{i}`, `{e}` and
+`{leaf}`. Each module's file states its plan beside its parameters; a family joins those of its parts under its
+checkpoint's prefixes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-PLACEHOLDERS = {"i": r"\d+", "leaf": "weight|bias", "rest": ".+"}
+PLACEHOLDERS = {"i": r"\d+", "e": r"\d+", "leaf": "weight|bias", "rest": ".+"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +81,19 @@ class WeightPlan:
             elif found := _compile(entry.pattern).fullmatch(name):
                 if isinstance(entry, Ignore):
                     return entry
-                return Destination(entry.target.format(**found.groupdict()), entry.part, entry.twin)
+                told = found.groupdict()
+                return Destination(entry.target.format(**told), entry.part.format(**told), entry.twin)
         return None
 
     def source(self, destination: Destination) -> str | None:
         """The tensor that fills `destination`, its optional text written out: the reverse of `find`. None when no rule
         does."""
-        rules = (entry for entry in self.entries if isinstance(entry, Rule) and entry.part == destination.part)
-        for rule in rules:
-            if found := _compile(rule.target).fullmatch(destination.parameter):
-                return rule.pattern.format(**found.groupdict()).replace("[", "").replace("]", "")
+        for rule in (entry for entry in self.entries if isinstance(entry, Rule)):
+            found = _compile(rule.target).fullmatch(destination.parameter)
+            part = _compile(rule.part).fullmatch(destination.part) if found else None
+            if found and part:
+                told = found.groupdict() | part.groupdict()
+                return rule.pattern.format(**told).replace("[", "").replace("]", "")
         return None
 
     def beginnings(self) -> tuple[str, ...]:
@@ -116,10 +120,10 @@ class WeightPlan:
         return WeightPlan(self.entries + other.entries)
 
 
-def parts(pattern: str, target: str, names: str) -> tuple[Rule, ...]:
-    """A rule for each part of a fused parameter whose parts the checkpoint stores apart: `*` of `pattern` is the part's
-    name, one of the words of `names`."""
-    return tuple(Rule(pattern.replace("*", name), target, name) for name in names.split())
+def parts(pattern: str, target: str, names: str, part: str = "*") -> tuple[Rule, ...]:
+    """A rule for each part of a fused parameter whose parts the checkpoint stores apart: `*` of `pattern` and `part` is
+    the part's name, one of the words of `names`."""
+    return tuple(Rule(pattern.replace("*", name), target, part.replace("*", name)) for name in names.split())
 
 
 def _moved(entry: Entry, source: str, target: str) -> Entry:

@@ -180,7 +180,8 @@ def quantised(layer: nn.Module, make: MakeLinear, given: Given = own) -> nn.Modu
     return QuantisedQKV(layer, make(weight, bias))
 
 
-def _unsupported(kind: Bits, message: str) -> UserError:
+def unsupported(kind: Bits, message: str) -> UserError:
+    """The error for bits that cannot be had. message: why, and what to do."""
     return UserError(f"quantization {kind!r}: {message}", code="unsupported_quantization", param="quantization")
 
 
@@ -191,13 +192,13 @@ def kernel(kind: Bits, device: torch.device) -> MakeLinear:
     if device.type != "cpu":
         return _on_cuda(kind, device)
     if not has_integer_products():
-        raise _unsupported(
+        raise unsupported(
             kind, "this processor has no exact 8-bit products (VNNI or AMX); use the original model in floats"
         )
     if kind == "8bit":
         return Int8Linear
     if not has_packed_products():
-        raise _unsupported(kind, "torch has no 4-bit products for this processor (it takes AVX2); use '8bit'")
+        raise unsupported(kind, "torch has no 4-bit products for this processor (it takes AVX2); use '8bit'")
     return Int4Linear
 
 
@@ -207,7 +208,7 @@ def _on_cuda(kind: Bits, device: torch.device) -> MakeLinear:
     if importlib.util.find_spec("bitsandbytes") is not None:
         return functools.partial(_bitsandbytes_linear, kind, device)
     wanted = "torchao or bitsandbytes" if kind == "8bit" else "bitsandbytes"
-    raise _unsupported(kind, f"{device} needs {wanted}; pip install {wanted.split()[-1]}, or use 'none'")
+    raise unsupported(kind, f"{device} needs {wanted}; pip install {wanted.split()[-1]}, or use 'none'")
 
 
 def _float_linear(weight: torch.Tensor, bias: torch.Tensor | None, device: torch.device) -> nn.Linear:

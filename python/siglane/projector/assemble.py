@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from siglane.types import AnyRes, Grid, ImageLayout, MergedScales, Newline
+from siglane.types import AnyRes, Grid, ImageLayout, MergedScales, Newline, Pooling
 
 
 def projector_input(features: torch.Tensor, layout: ImageLayout) -> torch.Tensor:
@@ -34,9 +34,11 @@ def assemble(rows: torch.Tensor, layout: ImageLayout, newline: torch.Tensor | No
             rows = tile_map(rows, layout.arrangement, grids[0]).flatten(0, 1)
         case AnyRes() as anyres:
             rows = _anyres(rows, grids, layout.arrangement, anyres, _required(newline))
-        case Newline(pooled):
-            rows = _pooled(rows, grids, pooled) if pooled else rows
-            rows = torch.cat((rows, _required(newline)[None]))
+        case Newline(pooled, pooling, place):
+            rows = _pooled(rows, grids, pooled, pooling) if pooled else rows
+            if place != "nowhere":
+                length = {"end": len(rows), "tile": len(rows) // len(grids), "row": (pooled or grids[0]).w}[place]
+                rows = _ended(rows.unflatten(0, (-1, length)), _required(newline))
     if rows.shape[0] != layout.image_tokens:
         raise RuntimeError(f"the projector gave {rows.shape[0]} rows, the layout says {layout.image_tokens}")
     return rows
@@ -80,14 +82,25 @@ def _anyres(
         channels_first = picture.permute(2, 0, 1)[None]
         resized = F.interpolate(channels_first, size=anyres.resized, mode="bilinear", align_corners=False)
         picture = resized[0].permute(1, 2, 0)
-    ends = newline.to(picture.dtype).expand(picture.shape[0], 1, -1)
-    return torch.cat((base, torch.cat((picture, ends), dim=1).flatten(0, 1)))
+    return torch.cat((base, _ended(picture, newline)))
 
 
-def _pooled(rows: torch.Tensor, grids: Sequence[Grid], target: Grid) -> torch.Tensor:
+def _ended(lines: torch.Tensor, newline: torch.Tensor) -> torch.Tensor:
+    """`[N, L, c]` -> `[N * (L + 1), c]`, the newline behind each line."""
+    ends = newline.to(lines.dtype).expand(lines.shape[0], 1, -1)
+    return torch.cat((lines, ends), dim=1).flatten(0, 1)
+
+
+def _pooled(rows: torch.Tensor, grids: Sequence[Grid], target: Grid, pooling: Pooling) -> torch.Tensor:
     """Each tile's map brought to `target` rows; all tiles have one grid."""
     maps = rows.unflatten(0, (len(grids), *grids[0])).permute(0, 3, 1, 2)
-    pooled = F.interpolate(maps, size=target, mode="bilinear", align_corners=False)
+    match pooling:
+        case "bilinear":
+            pooled = F.interpolate(maps, size=target, mode="bilinear", align_corners=False)
+        case "average":
+            pooled = F.avg_pool2d(maps, 2)
+        case "max":
+            pooled = F.max_pool2d(maps, 2)
     return pooled.permute(0, 2, 3, 1).flatten(0, 2)
 
 

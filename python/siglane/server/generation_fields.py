@@ -64,5 +64,6 @@ class GenerationFields(RequestModel):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     num_speculative_tokens: Annotated[int, bounds("num_speculative_tokens"), WHOLE] | None = None
+    skip_special_tokens: bool | None = None
     cache_salt: CacheSalt | None = None
     include_timings: bool | None = None

@@ -53,7 +53,7 @@ REFUSED: Mapping[str, tuple[object, ...]] = {
 
 
 # What other servers do unless they are told not to: here, always.
-ALWAYS_ON = frozenset({"add_generation_prompt", "include_reasoning", "separate_reasoning", "skip_special_tokens"})
+ALWAYS_ON = frozenset({"add_generation_prompt", "include_reasoning", "separate_reasoning"})
 
 
 def refuse_fields(extra: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""LLaVA-OneVision's anyres: the whole picture in one tile, then again in tiles of a fitting canvas (formats.md 6).
+"""LLaVA's anyres: the whole picture in one tile, then again in tiles of a fitting canvas (formats.md 6, 6.2).
 
 Sources: transformers `image_processing_pil_llava_onevision.py`, `image_processing_utils.py` (`select_best_resolution`,
 `get_patch_output_size`) and `LlavaOnevisionModel.pack_image_features`. The quotients are floats there and here: their
@@ -20,8 +20,12 @@ from siglane.types import (
     Grid,
     ImageLayout,
     ImagePlaceholder,
+    Marker,
     Newline,
+    NewlinePlace,
     Pad,
+    Piece,
+    Pooling,
     Resample,
     Resize,
     Size,
@@ -40,15 +44,23 @@ class AnyResTiling(LayoutRule):
     """tile: pixels of one square tile; resample: of pictures, frame_resample: of a video's frames; fill: the colour
     around a picture that shares its request with others; pinpoints: canvases (height, width) in pixels to choose from,
     the first one of equals wins; max_maps: the tiles together keep about as many rows as so many tiles have (the number
-    in `anyres_max_9`); base_only: a picture is one tile even when it is alone (detail "low")."""
+    in `anyres_max_9`), None: all they have; base_only: a picture is one tile even when it is alone (detail "low");
+    always_padded: so it is, and padded as others are; digits: to which the length of a picture on its map is rounded
+    before it is cut to an integer, None: not at all; pooling, newlines: of a video's frames; timed: a sentence behind
+    them says when each is shown (LLaVA-Video), where that is known."""
 
     tile: Size
     resample: Resample
     frame_resample: Resample
     fill: tuple[int, int, int]
     pinpoints: tuple[Pinpoint, ...]
-    max_maps: int
+    max_maps: int | None
     base_only: bool = False
+    always_padded: bool = False
+    digits: int | None = 7
+    pooling: Pooling = "bilinear"
+    newlines: NewlinePlace = "end"
+    timed: bool = False
 
     def __post_init__(self) -> None:
         if self.tile.width != self.tile.height:
@@ -58,27 +70,35 @@ class AnyResTiling(LayoutRule):
 
     def image(self, size: Size, geometry: PatchGeometry, context: ImageContext) -> ImageLayout:
         """The single picture of a request is tiled, any other is padded to a square and becomes one tile."""
-        if context.alone and not self.base_only:
+        alone = context.alone and not self.always_padded
+        if alone and not self.base_only:
             return self._tiled(size, geometry)
-        padding = () if context.alone or size.width == size.height else (square(size, self.fill),)
+        padding = () if alone or size.width == size.height else (square(size, self.fill),)
         whole = whole_tile(self.tile, self.resample, geometry, padding)
         rows = geometry.projected(whole.grid)
         pieces = (ImagePlaceholder(rows.area + 1),)
         return ImageLayout(size, (whole,), pieces, Grid(1, 1), Newline(None), projected=(rows,))
 
     def video(self, video: VideoSize, geometry: PatchGeometry) -> ImageLayout:
-        """Every frame is squashed to one tile and keeps a quarter of its rows; one newline ends them all."""
+        """Every frame is squashed to one tile and keeps a quarter of its rows; newlines end them as `newlines` says."""
         whole = whole_tile(self.tile, self.frame_resample, geometry)
         tiles = tuple(replace(whole, frame=frame) for frame in range(video.frames))
         rows = geometry.projected(whole.grid)
-        pooled = Grid(-(-rows.h // 2), -(-rows.w // 2))
-        pieces = (ImagePlaceholder(video.frames * pooled.area + 1),)
-        projected = (rows,) * video.frames
-        return ImageLayout(video.size, tiles, pieces, Grid(1, 1), Newline(pooled), video.frames, projected=projected)
+        up = int(self.pooling == "bilinear")  # the others leave out what is over
+        pooled = Grid((rows.h + up) // 2, (rows.w + up) // 2)
+        assembly, projected = Newline(pooled, self.pooling, self.newlines), (rows,) * video.frames
+        pieces: tuple[Piece, ...] = (ImagePlaceholder(video.frames * pooled.area + assembly.count(video.frames, rows)),)
+        if self.timed and video.seconds:
+            pieces += (Marker(in_time(video), isolated=False),)
+        return ImageLayout(video.size, tiles, pieces, Grid(1, 1), assembly, video.frames, projected=projected)
 
     def within(self, budget: ImageBudget) -> Budgeted:
         """`grid_pinpoints` replaces the canvases, `max_tiles` leaves out the larger ones but for the smallest; `low` is
-        the whole picture in one tile, every other detail the checkpoint's choice."""
+        the whole picture in one tile, every other detail the checkpoint's choice. Nothing of it means anything where
+        pictures are always padded."""
+        if self.always_padded:
+            budget.refuse_others()
+            return Budgeted(self, "auto")
         budget.refuse_others("max_tiles", "grid_pinpoints")
         if budget.detail == "low":
             return Budgeted(replace(self, base_only=True), "low")
@@ -99,9 +119,9 @@ class AnyResTiling(LayoutRule):
         boxes = (Box(x, y, x + side, y + side) for y in range(0, height, side) for x in range(0, width, side))
         tiles = (base, *(Tile(steps, box, base.grid) for box in boxes))
         arrangement, rows = Grid(height // side, width // side), geometry.projected(base.grid)
-        crop = unpadded(size, Grid(arrangement.h * rows.h, arrangement.w * rows.w))
+        crop = unpadded(size, Grid(arrangement.h * rows.h, arrangement.w * rows.w), self.digits)
         whole_map = Grid(crop.bottom - crop.top, crop.right - crop.left)
-        resized = shrunk(whole_map, self.max_maps * rows.area)
+        resized = None if self.max_maps is None else shrunk(whole_map, self.max_maps * rows.area)
         kept = resized or whole_map
         pieces = (ImagePlaceholder(rows.area + kept.h * (kept.w + 1)),)
         projected = (rows,) * len(tiles)
@@ -121,6 +141,15 @@ class AnyResTiling(LayoutRule):
             if self._tiles((height, width)) > most:
                 return f"{height}x{width} are {self._tiles((height, width))} tiles, at most {most} are possible"
         return None
+
+
+def in_time(video: VideoSize) -> str:
+    """What LLaVA-Video was told in training, between the placeholder's line feed and the question's."""
+    places = ",".join(f"{second:.2f}s" for second in video.seconds)
+    return (
+        f"\nThe video lasts for {video.duration:.2f} seconds, and {video.frames} frames are uniformly sampled from it. "
+        f"These frames are located at {places}.Please answer the following questions related to this video."
+    )
 
 
 def best_pinpoint(size: Size, pinpoints: Sequence[Pinpoint]) -> Pinpoint:
@@ -146,12 +175,15 @@ def fitted(size: Size, canvas: Size, resample: Resample) -> tuple[Step, ...]:
     return Resize(inside, resample), Pad(canvas, left, top, BLACK)
 
 
-def unpadded(size: Size, rows: Grid) -> Box:
-    """The part of a map of `rows` that shows the picture; a very flat one may have none."""
-    if size.width / size.height > rows.w / rows.h:
-        padding = (rows.h - int(round(size.height * (rows.w / size.width), 7))) // 2
+def unpadded(size: Size, rows: Grid, digits: int | None = 7) -> Box:
+    """The part of a map of `rows` that shows the picture; a very flat one may have none. digits: as of the rule."""
+    wide = size.width / size.height > rows.w / rows.h
+    length = size.height * (rows.w / size.width) if wide else size.width * (rows.h / size.height)
+    shown = int(length if digits is None else round(length, digits))
+    if wide:
+        padding = (rows.h - shown) // 2
         return Box(0, padding, rows.w, rows.h - padding)
-    padding = (rows.w - int(round(size.width * (rows.h / size.height), 7))) // 2
+    padding = (rows.w - shown) // 2
     return Box(padding, 0, rows.w - padding, rows.h)
 
 

@@ -8,17 +8,17 @@ tiles an image has. The pictures of its first two releases are `Squash`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from siglane.errors import ConfigError
-from siglane.tiling.rule import MOST_TILES, Budgeted, ImageBudget, ImageContext, LayoutRule, PatchGeometry, split
+from siglane.tiling.rule import ImageContext, PatchGeometry, TiledRule, split
 from siglane.types import Box, Grid, ImageLayout, ImagePlaceholder, Marker, Piece, Resize, Size, Tile, Token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WholeTiles(LayoutRule):
-    """side: pixels of a square tile; longest: tiles along the longer side of a picture, at most; enlarge: every picture
-    has so many (`resize_to_max_side_len`); most: tiles of a picture, None for no limit but `longest`.
+class WholeTiles(TiledRule):
+    """side: pixels of a square tile; longest: tiles along the longer side of a picture, at most, fewer where a picture
+    has more than `most`; enlarge: every picture has so many (`resize_to_max_side_len`).
 
     global_token: stands in front of the whole picture's rows, "" where the model is not shown it; tile_tokens: rows and
     columns of what stands in front of each tile's, none in the releases that had no such tokens.
@@ -29,11 +29,9 @@ class WholeTiles(LayoutRule):
     enlarge: bool
     global_token: str
     tile_tokens: tuple[tuple[str, ...], ...]
-    most: int | None = None
 
     def __post_init__(self) -> None:
-        if self.longest**2 > MOST_TILES:
-            raise ConfigError(f"pictures of {self.longest}x{self.longest} tiles; at most {MOST_TILES} are possible")
+        self.check_squares(self.longest)
         tokens = self.tile_tokens
         if tokens and (len(tokens) < self.longest or min(map(len, tokens)) < self.longest):
             raise ConfigError(
@@ -60,14 +58,6 @@ class WholeTiles(LayoutRule):
             for column in range(arrangement.w):
                 pieces += [Token(self.tile_tokens[row][column]), rows] if self.tile_tokens else [rows]
         return ImageLayout(size, tiles, tuple(pieces), arrangement, projected=(projected,) * len(tiles))
-
-    def within(self, budget: ImageBudget) -> Budgeted:
-        """`max_tiles` lowers `longest` tile by tile until there are few enough; `low` is the picture in one tile, every
-        other detail the checkpoint's choice."""
-        budget.refuse_others("max_tiles")
-        if budget.detail == "low":
-            return Budgeted(replace(self, longest=1), "low")
-        return Budgeted(replace(self, most=budget.max_tiles), "auto" if budget.detail == "auto" else "high")
 
     def arrangement(self, size: Size) -> Grid:
         """Rows and columns of tiles: those of the largest `longest` that is within `most`."""

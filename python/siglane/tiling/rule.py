@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
-from siglane.errors import UserError
+from siglane.errors import ConfigError, UserError
 from siglane.tiling.merge import PatchMerge, projected_grid
 from siglane.types import Box, Detail, Grid, ImageLayout, Medium, Resample, Resize, Size, Step, Tile, VideoSize
 
@@ -147,6 +147,25 @@ class LayoutRule(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TiledRule(LayoutRule):
+    """most: tiles of a picture, the whole one not counted; None for as many as the checkpoint says."""
+
+    most: int | None = None
+
+    def check_squares(self, along: int) -> None:
+        """ConfigError for pictures of so many tiles along each side that no model has them."""
+        if along**2 > MOST_TILES:
+            raise ConfigError(f"pictures of {along}x{along} tiles; at most {MOST_TILES} are possible")
+
+    def within(self, budget: ImageBudget) -> Budgeted:
+        """`max_tiles` is `most`; `low` is the picture in one tile, every other detail the checkpoint's choice."""
+        budget.refuse_others("max_tiles")
+        if budget.detail == "low":
+            return Budgeted(replace(self, most=1), "low")
+        return Budgeted(replace(self, most=budget.max_tiles), "auto" if budget.detail == "auto" else "high")
+
+
 def known_limits(rule: LayoutRule) -> list[str]:
     """The names of `ImageBudget`'s limits that apply to this family."""
     known, least = [], ImageBudget(max_pixels=1, min_pixels=1, max_num_patches=1, max_tiles=1, grid_pinpoints=((1, 1),))
@@ -165,11 +184,13 @@ def whole_tile(pixels: Size, resample: Resample, geometry: PatchGeometry, before
     return Tile((*before, Resize(pixels, resample)), Box(0, 0, pixels.width, pixels.height), geometry.grid(pixels))
 
 
-def split(arrangement: Grid, tile: Size, geometry: PatchGeometry, resample: Resample) -> tuple[Tile, ...]:
-    """The image resized to rows and columns of tiles of `tile` pixels, cut row by row."""
+def split(
+    arrangement: Grid, tile: Size, geometry: PatchGeometry, resample: Resample, before: tuple[Step, ...] = ()
+) -> tuple[Tile, ...]:
+    """The image resized to rows and columns of tiles of `tile` pixels, cut row by row. before: as of `whole_tile`."""
     canvas = Size(arrangement.w * tile.width, arrangement.h * tile.height)
     return tuple(
-        Tile((Resize(canvas, resample),), Box(x, y, x + tile.width, y + tile.height), geometry.grid(tile))
+        Tile((*before, Resize(canvas, resample)), Box(x, y, x + tile.width, y + tile.height), geometry.grid(tile))
         for y in range(0, canvas.height, tile.height)
         for x in range(0, canvas.width, tile.width)
     )

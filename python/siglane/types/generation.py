@@ -56,6 +56,8 @@ class SamplingParams:
     thinking_budget: tokens a reasoning model may think before it is made to answer, None for no limit.
     num_speculative_tokens: tokens that one step may guess from what was said before; guesses are checked and change no
         answer. None: as the engine is set.
+    skip_special_tokens: whether special tokens of an answer have no text, as ever the one that ends it; None: as the
+        model is used, whose tags of a document may be special tokens.
     constraint: what the answer has to match, which ends where that does, whatever ignore_eos and min_tokens say; None
         for nothing.
     """
@@ -78,6 +80,7 @@ class SamplingParams:
     n: int = 1
     thinking_budget: int | None = None
     num_speculative_tokens: int | None = None
+    skip_special_tokens: bool | None = None
     constraint: Constraint | None = None
 
     def complaint(self) -> tuple[str, str] | None:
@@ -94,6 +97,9 @@ class SamplingParams:
         return self._complaint_of_lists()
 
     def _complaint_of_lists(self) -> tuple[str, str] | None:
+        skip: object = self.skip_special_tokens
+        if not isinstance(skip, bool | None):
+            return "skip_special_tokens", f"skip_special_tokens must be true or false, got {skip!r}"
         if not isinstance(self.stop, tuple) or not all(isinstance(one, str) for one in self.stop):
             return "stop", f"stop must be a text or a list of texts, got {self.stop!r}"
         if not all(self.stop):

@@ -9,6 +9,9 @@ Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"
 
 Detail = Literal["auto", "low", "high", "original"]
 
+Pooling = Literal["bilinear", "average", "max"]
+NewlinePlace = Literal["end", "tile", "row", "nowhere"]
+
 
 class Grid(NamedTuple):
     """A rectangle of patches: `h` rows of `w`."""
@@ -29,10 +32,16 @@ class Size(NamedTuple):
 
 
 class VideoSize(NamedTuple):
-    """A video as a request brings it: the pixels of its first frame and how many frames the model is shown."""
+    """A video as a request brings it: the pixels of its first frame and how many frames the model is shown.
+
+    For models that are told the time (`VideoRule.timed`), seconds: when each of them is shown, () where nobody knows;
+    duration: of the whole video in seconds, or 0.
+    """
 
     size: Size
     frames: int
+    seconds: tuple[float, ...] = ()
+    duration: float = 0.0
 
 
 Medium = Size | VideoSize
@@ -111,9 +120,11 @@ class Indicator:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """An added token of the tokenizer stands here (nanoVLM's `<row_1_col_1>`)."""
+    """An added token of the tokenizer stands here (nanoVLM's `<row_1_col_1>`). or_text: its letters where the tokenizer
+    has none, joined with the text around it."""
 
     text: str
+    or_text: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +165,16 @@ class AnyRes:
 @dataclass(frozen=True, slots=True)
 class Newline:
     """LLaVA-OneVision: the rows of all tiles, each tile's map first brought to `pooled` when that is given, then the
-    learned newline once."""
+    learned newline once. pooling: how, of 2x2 neighbours where it is not bilinear; place: where the newline stands,
+    behind everything, every tile, every row of a tile's map, or nowhere (LLaVA-Video)."""
 
     pooled: Grid | None
+    pooling: Pooling = "bilinear"
+    place: NewlinePlace = "end"
+
+    def count(self, tiles: int, projected: Grid) -> int:
+        """How many newlines there are. projected: of each of `tiles`, before pooling."""
+        return {"end": 1, "tile": tiles, "row": tiles * (self.pooled or projected).h, "nowhere": 0}[self.place]
 
 
 Assembly = MergedScales | AnyRes | Newline

@@ -46,7 +46,7 @@ class PositionEmbedding(ShardedModule):
         frozen = not self.weight.requires_grad and not self.weight.is_inference()
         if not frozen or self._changed():
             self._tables.clear()
-        if grid == learned:
+        if grid == learned and rule != "bucketised":
             return self.weight
         if rule == "never":
             raise ValueError(f"this tower has positions for a grid of {learned.h}x{learned.w}, not {grid.h}x{grid.w}")
@@ -71,6 +71,8 @@ class PositionEmbedding(ShardedModule):
         return True
 
     def _resized(self, grid: Grid) -> torch.Tensor:
+        if self.config.position_resize == "bucketised":
+            return self.weight[bucketised(grid, self.config.position_grid).to(self.weight.device)]
         bilinear = self.config.position_resize == "bilinear_antialias"
         picture = self.weight.float().unflatten(0, self.config.position_grid).permute(2, 0, 1)[None]
         if bilinear and grid.w == 1:
@@ -84,3 +86,20 @@ class PositionEmbedding(ShardedModule):
 
     def load_part(self, name: str, part: str, tensor: torch.Tensor) -> None:
         copy_checked(self.weight, tensor.flatten(0, -2))
+
+
+def bucketised(grid: Grid, learned: Grid) -> torch.Tensor:
+    """Which learned position each patch of `grid` takes, `[h * w]`: the table is stretched over the picture (Idefics3).
+
+    Fractions of a side are compared in float32, the rounding of which decides: a grid of 19 x 19 does not get its own
+    19 x 19 positions one by one.
+    """
+    rows, columns = (_buckets(*sides) for sides in zip(grid, learned, strict=True))
+    return (rows[:, None] * learned.w + columns).flatten()
+
+
+def _buckets(length: int, learned: int) -> torch.Tensor:
+    """transformers `Idefics3VisionEmbeddings`."""
+    step = 1.0 / torch.tensor(length)
+    fractions = (torch.arange(length, dtype=torch.float32) * step).clamp(max=1 - 1e-6)
+    return torch.bucketize(fractions, torch.arange(1 / learned, 1.0, 1 / learned, dtype=torch.float32), right=True)

@@ -23,9 +23,8 @@ def checkpoint_tensors(module: nn.Module, plan: WeightPlan) -> dict[str, torch.T
                 f"{name} is a shard: rank {owner.tp.rank} of {owner.tp.size}; export a model that is whole"
             )
         stored = owner.stored_parts(leaf) if isinstance(owner, ShardedModule) else {"": parameter.detach()}
-        joined = "+".join(stored)
-        if len(stored) > 1 and plan.source(Destination(name, joined)) is not None:
-            stored = {joined: torch.cat(tuple(stored.values()))}
+        if len(stored) > 1 and plan.source(Destination(name, next(iter(stored)))) is None:
+            stored = {"+".join(stored): torch.cat(tuple(stored.values()))}
         for part, tensor in stored.items():
             source = plan.source(Destination(name, part))
             if source is None:

@@ -217,9 +217,11 @@ class StrictLoad:
             raise OtherWeights(f"{place} differs from {first}")
 
     def _pieces(self, parts: list[Destination], tensor: torch.Tensor, place: str) -> tuple[torch.Tensor, ...]:
-        """A tensor that holds several parts, cut along its first dimension."""
+        """A tensor that holds several parts, cut along its first dimension; a stack of matrices is one below the
+        other."""
         if len(parts) == 1:
             return (tensor,)
+        tensor = tensor.flatten(0, 1) if tensor.ndim == 3 else tensor
         owner, _ = self._owners[parts[0].parameter]
         assert isinstance(owner, ShardedModule)
         sizes = [owner.part_size(destination.part) for destination in parts]

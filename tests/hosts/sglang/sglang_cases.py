@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from checkpoints import write_nvila_checkpoint
+from idefics3_checkpoint import write_idefics3_checkpoint
 from llava_onevision_checkpoint import write_llava_onevision_checkpoint
 from nanovlm_checkpoint import write_nanovlm_checkpoint
 from ovis2_5_checkpoint import write_ovis2_5_checkpoint
@@ -126,6 +127,14 @@ FAMILIES = {
         seeds=(1, 4),
         larger={"token_embedding": 4.0, "decoder.blocks.0.attn.q_proj": 2.0, "decoder.head": 4.0},
         video=False,
+    ),
+    "smolvlm2": Family(
+        # ten frames a second, as the cases' videos have: all of them are shown
+        lambda folder, seed: write_idefics3_checkpoint(
+            folder, seed=seed, processor={"video_sampling": {"fps": 10, "max_frames": 6}}
+        ),
+        seeds=(11, 9),
+        larger={"embed_tokens": 4.0, "text_model.layers.0.self_attn.q_proj": 2.0, "lm_head": 4.0},
     ),
 }
 

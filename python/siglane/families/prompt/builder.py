@@ -25,7 +25,7 @@ from siglane.families.prompt.messages import Parts, parts_of, without_trailing_s
 from siglane.families.prompt.probe import roles_with_parts
 from siglane.families.prompt.renderers import renderers
 from siglane.families.prompt.reserved import ReservedStrings, new_mark
-from siglane.families.prompt.template import checkpoint_template, self_contained
+from siglane.families.prompt.template import checkpoint_template, self_contained, with_video
 from siglane.families.prompt.tools import ToolFormat, check_tools, tool_format
 from siglane.families.prompt.writer import PlainTokenizer, PromptWriter
 from siglane.tiling.rule import no_video
@@ -54,7 +54,8 @@ class PromptBuilder:
         self._special_ids = {token.content: number for number, token in added.items()}
         self._reserved = ReservedStrings(list(added.values()), *self._placeholders)
         self._plain = PlainTokenizer(tokenizer)
-        self._template = rules.template or checkpoint_template(tokenizer.chat_template, rules.default_template)
+        template = rules.template or checkpoint_template(tokenizer.chat_template, rules.default_template)
+        self._template = with_video(template, rules.video_template)
         self._roles_with_parts = roles_with_parts(lambda turns: self._render(turns, {}), image_token)
 
     def chat(self, messages: Sequence[Message], layouts: Sequence[ImageLayout], arguments: Mapping[str, Any]) -> Prompt:
@@ -198,7 +199,7 @@ class PromptBuilder:
             {"type": "text", "text": self._reserved.broken(part, mark)}
             if isinstance(part, str)
             else {"type": "image" if placeholders[part.image] == self._image_token else "video"}
-            for part in parts
+            for part in parts or ("",)  # templates look at the first part
         ]
 
     def _variables(self, arguments: Mapping[str, Any], mark: str) -> dict[str, Any]:

@@ -55,6 +55,23 @@ def checkpoint_template(found: str | dict[str, str] | None, default: str) -> str
     return found or default
 
 
+def with_video(template: str, video_template: str) -> str:
+    """`template`, but `video_template` for conversations with a video where there is one."""
+    if not video_template:
+        return template
+    return (
+        "{%- set siglane_media = namespace(video=false) -%}"
+        "{%- for message in messages if message['content'] is not string -%}"
+        "{%- if message['content'] | selectattr('type', 'equalto', 'video') | list -%}"
+        "{%- set siglane_media.video = true -%}"
+        "{%- endif -%}"
+        "{%- endfor -%}"
+        # Jinja drops one line feed behind a block and one at the end of a template
+        "{%- if siglane_media.video %}\n" + video_template.removesuffix("\n") + "{% else %}\n"
+        + template.removesuffix("\n") + "{% endif %}"
+    )  # fmt: skip
+
+
 def self_contained(
     template: str, rules: PromptRules, roles_with_parts: Collection[Role], image_token: str, video_token: str | None
 ) -> str:
@@ -70,7 +87,7 @@ def self_contained(
         + _thoughts(rules.thinking_end)
         + (_MEDIA_FIRST if rules.images_first else "")
         + (_stripped("lstrip()") + _stripped("rstrip()", " | reverse | list") if rules.strip_messages else "")
-        + "{%- set siglane.content = siglane.parts -%}"
+        + "{%- set siglane.content = siglane.parts or [{'type': 'text', 'text': ''}] -%}"
         + ("" if set(roles_with_parts) >= ROLES else _joined(roles_with_parts, rules.joint, image_token, video_token))
         + "{%- set siglane.messages = siglane.messages + [dict(message, content=siglane.content)] -%}"
         "{%- endfor -%}"

@@ -63,14 +63,14 @@ class PromptWriter:
                     self._rows(rows)
                 case Indicator():
                     self._rows(1)
-                case Token(text):
-                    if text not in self._special_ids:
-                        raise ConfigError(f"the tokenizer has no token {text!r}, which this model puts beside images")
+                case Token(text) if text in self._special_ids:
                     self.special(text)
+                case Token(text, or_text=False):
+                    raise ConfigError(f"the tokenizer has no token {text!r}, which this model puts beside images")
                 case Marker(text, isolated=True):
                     self._flush()
                     self._ids += self._encode(text)
-                case Marker(text):
+                case Marker(text) | Token(text):
                     self.text(text)
                 case _:
                     assert_never(piece)

@@ -26,15 +26,15 @@ class Asked:
     image_limits: tuple[ImageBudget, ...]
 
     def to_json(self) -> str:
-        media = [(*one.size, one.frames) if isinstance(one, VideoSize) else (*one, 0) for one in self.media]
+        media = [(*one.size, *one[1:]) if isinstance(one, VideoSize) else one for one in self.media]
         return json.dumps({"media": media, "image_limits": [asdict(limits) for limits in self.image_limits]})
 
     @classmethod
     def from_json(cls, text: str) -> Asked:
         found = json.loads(text)
         media = tuple(
-            VideoSize(Size(width, height), frames) if frames else Size(width, height)
-            for width, height, frames in found["media"]
+            VideoSize(Size(width, height), video[0], tuple(video[1]), video[2]) if video else Size(width, height)
+            for width, height, *video in found["media"]
         )
         return cls(media, tuple(_limits(fields) for fields in found["image_limits"]))
 

@@ -49,8 +49,9 @@ class SiglaneConfig(PretrainedConfig):
 
 def text_config(language: LanguageConfig, dtype: str) -> dict[str, Any]:
     """The facts of a language model under the names of the transformers class that has its architecture."""
+    dense = "qwen3" if language.qk_norm else "qwen2" if language.qkv_bias else "llama"
     facts: dict[str, Any] = {
-        "model_type": "qwen3" if language.qk_norm else "qwen2" if language.qkv_bias else "llama",
+        "model_type": dense if language.experts is None else "qwen3_moe",
         "hidden_act": "silu",
         "tie_word_embeddings": language.tie_embeddings,
         "rope_parameters": {"rope_type": "default", "rope_theta": language.rope_theta},
@@ -62,4 +63,14 @@ def text_config(language: LanguageConfig, dtype: str) -> dict[str, Any]:
         "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
         "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps",
     )  # fmt: skip
-    return facts | {name: getattr(language, name) for name in same}
+    facts |= {name: getattr(language, name) for name in same}
+    if (experts := language.experts) is None:
+        return facts
+    return facts | {
+        "num_experts": experts.count,
+        "num_experts_per_tok": experts.per_token,
+        "moe_intermediate_size": experts.size,
+        "norm_topk_prob": experts.normalised,
+        "decoder_sparse_step": experts.step,
+        "mlp_only_layers": list(experts.dense_layers),
+    }

@@ -34,7 +34,10 @@ from siglane.weights.hub import FILE_PATTERNS, REPOSITORY_ID, Checkpoint, open_c
 from siglane.weights.quantised import refuse_codes
 
 # architectures for which SGLang 0.5.23 has classes of its own, by siglane's family
-BUILT_IN = {"nvila": ("NVILAForConditionalGeneration", "NVILALiteForConditionalGeneration")}
+BUILT_IN = {
+    "nvila": ("NVILAForConditionalGeneration", "NVILALiteForConditionalGeneration"),
+    "llava_qwen": ("LlavaQwenForCausalLM",),
+}
 DESCRIPTIONS = ("*.json", "*/*.json", "*.jinja")
 IN_USE = ".in_use"
 # of the tokenizer's own file: what turns texts into ids and back, nothing that a host acts upon

@@ -14,7 +14,8 @@ from siglane.verify.references.files import classes_in, read_json
 from siglane.verify.references.reference import ReferenceFamily
 from siglane.verify.stages import Trace
 
-ARCHITECTURES = {"Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM"}
+ARCHITECTURES = {"Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "LlamaForCausalLM"}
+MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe", "llama")
 
 
 class CausalLm:
@@ -31,7 +32,7 @@ class CausalLm:
 def _matches(folder: Path) -> bool:
     config = read_json(folder / "config.json")
     named = classes_in(config)
-    return not ARCHITECTURES.isdisjoint(named) if named else config.get("model_type") in ("qwen2", "qwen3", "llama")
+    return not ARCHITECTURES.isdisjoint(named) if named else config.get("model_type") in MODEL_TYPES
 
 
 FAMILY = ReferenceFamily(name="causal_lm", speaks=True, matches=_matches, load=CausalLm)

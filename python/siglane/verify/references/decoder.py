@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Decoder:
                 tensors = Tensors({**tensors.readers, TABLE: tensors.reader(HEAD)})
         from_config: Any = AutoModelForCausalLM.from_config
         model = from_config(AutoConfig.for_model(raw["model_type"], **facts))
-        ready(model, tensors, device, dtype)
+        ready(model, _stacked(model, tensors), device, dtype)
         return cls(model, model.model.layers)
 
     def spliced(self, token_ids: Sequence[int], rows: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -85,6 +86,22 @@ class Decoder:
                 chosen.append(int(output.logits[0, -1].argmax()))
             taps[TOKENS] = torch.tensor(chosen)
         return taps
+
+
+def _stacked(model: Any, tensors: Tensors) -> Tensors:
+    """With the experts of a layer in one tensor, as transformers has them in memory; files hold one each."""
+    found = dict(tensors.readers)
+    for name, parameter in model.named_parameters():
+        layer, _, kind = name.rpartition(".experts.")
+        if layer and name not in found:
+            kinds = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+            names = [[f"{layer}.experts.{n}.{one}.weight" for one in kinds] for n in range(len(parameter))]
+            found[name] = partial(_stack, tensors, names)
+    return Tensors(found)
+
+
+def _stack(tensors: Tensors, names: Sequence[Sequence[str]]) -> torch.Tensor:
+    return torch.stack([torch.cat([tensors[name] for name in expert]) for expert in names])
 
 
 def filled(

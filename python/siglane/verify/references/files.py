@@ -25,6 +25,7 @@ WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_w
 PARTS = {
     "model", "lm_head", "llm", "language_model", "decoder", "vision_tower", "vision_model", "text_model",
     "vision_encoder", "visual_tokenizer", "vte", "multi_modal_projector", "mm_projector", "MP", "embeddings",
+    "connector",
 }  # fmt: skip
 
 

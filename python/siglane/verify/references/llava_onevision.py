@@ -30,22 +30,28 @@ TEMPLATE = (
 
 
 class LlavaOnevision(VisionLanguageReference):
+    template = TEMPLATE  # of folders without one
+
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, adapter: Path | None = None) -> None:
         raw, processor = read_json(folder / "config.json"), processor_json(folder)
         config: Any = LlavaOnevisionConfig
-        self.config: Any = config.from_dict(raw)
+        self.config: Any = config.from_dict({**raw, "model_type": "llava_onevision"})  # relatives have their own
         self.device, self.dtype = device, dtype
         tensors = tensors_of(folder, adapter)
         stored = [tensors[name] for name in tensors.readers if name.endswith(("lm_head.weight", "embed_tokens.weight"))]
         if len(stored) == 2 and not torch.equal(*stored):  # then each is used, tied or not
             self.config.tie_word_embeddings = self.config.text_config.tie_word_embeddings = False
-        self.model: Any = LlavaOnevisionForConditionalGeneration(self.config)
+        self.model = self.built()
         ready(self.model, _named(self.model, tensors), device, dtype)
         self.language = Decoder(self.model, self.model.model.language_model.layers)
         self.processing = Processing.of(processor, 384, Image.Resampling.BICUBIC, mean=CLIP_MEAN, std=CLIP_STD)
         self.pinpoints: list[list[int]] = processor.get("image_grid_pinpoints", self.config.image_grid_pinpoints)
         self.folder, self.image = folder, media_token(folder, "image_token", IMAGE)
         self.tokenizer = load_tokenizer(folder, self.image)
+
+    def built(self) -> Any:
+        """The model, not yet filled."""
+        return LlavaOnevisionForConditionalGeneration(self.config)
 
     def run(self, pictures: Sequence[Image.Image], prompt: str, steps: int) -> Trace:
         """transformers' class cuts, encodes and splices by itself, a second time."""
@@ -66,7 +72,7 @@ class LlavaOnevision(VisionLanguageReference):
 
     def text(self, prompt: str, seen: Seen) -> str:
         images = [self.image] * len(seen.images)
-        return rendered(self.folder, self.tokenizer, images, prompt, TEMPLATE, by_processor=True)
+        return rendered(self.folder, self.tokenizer, images, prompt, self.template, by_processor=True)
 
     def ids(self, text: str, seen: Seen) -> list[int]:
         return filled(self.tokenizer(text).input_ids, self.tokenizer.convert_tokens_to_ids(self.image), seen.blocks)
@@ -82,21 +88,25 @@ class LlavaOnevision(VisionLanguageReference):
     def prepared(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
         """f32 `[tiles, 3, side, side]` of one request."""
         alone = len(pictures) == 1
-        tiles = self._anyres(pictures[0]) if alone else [self.processing.squared(picture) for picture in pictures]
+        if alone:
+            tiles = anyres_tiles(pictures[0], self.pinpoints, self.processing)
+        else:
+            tiles = [self.processing.squared(picture) for picture in pictures]
         return torch.stack([self.processing.normalised(tile) for tile in tiles])
 
-    def _anyres(self, picture: Image.Image) -> list[Image.Image]:
-        """The whole picture squashed, then the tiles of the pinpoint that shows most of it."""
-        height, width = select_best_resolution((picture.height, picture.width), self.pinpoints)
-        scale_w, scale_h = width / picture.width, height / picture.height
-        if scale_w < scale_h:
-            size = (width, min(math.ceil(picture.height * scale_w), height))
-        else:
-            size = (min(math.ceil(picture.width * scale_h), width), height)
-        canvas = Image.new("RGB", (width, height))
-        resized = picture.resize(size, self.processing.resample)
-        canvas.paste(resized, ((width - size[0]) // 2, (height - size[1]) // 2))
-        return [self.processing.resized(picture), *squares_of(canvas, self.processing.height)]
+
+def anyres_tiles(picture: Image.Image, pinpoints: list[list[int]], processing: Processing) -> list[Image.Image]:
+    """The whole picture squashed, then the tiles of the pinpoint (height, width) that shows most of it."""
+    height, width = select_best_resolution((picture.height, picture.width), pinpoints)
+    scale_w, scale_h = width / picture.width, height / picture.height
+    if scale_w < scale_h:
+        size = (width, min(math.ceil(picture.height * scale_w), height))
+    else:
+        size = (min(math.ceil(picture.width * scale_h), width), height)
+    canvas = Image.new("RGB", (width, height))
+    resized = picture.resize(size, processing.resample)
+    canvas.paste(resized, ((width - size[0]) // 2, (height - size[1]) // 2))
+    return [processing.resized(picture), *squares_of(canvas, processing.height)]
 
 
 def _named(model: Any, tensors: Tensors) -> Tensors:

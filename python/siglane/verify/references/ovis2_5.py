@@ -93,7 +93,9 @@ class Ovis2_5(VisionLanguageReference):
         words = len(self.table) - INDICATORS
         self.head: Any = nn.Sequential(nn.Linear(merged, words, bias=False), nn.LayerNorm(words))
         ready(self.head, tensors.under("visual_tokenizer.head."), device, dtype)
-        self.language = Decoder.load(root["llm_config"], tensors.under("llm."), device, dtype)
+        self.language = Decoder.load(
+            root.get("text_config") or root["llm_config"], tensors.under("llm."), device, dtype
+        )
         processor = processor_json(folder)
         self.processing = Processing.of(processor | {"size": 1}, 1, Image.Resampling.BILINEAR)
         self.least = processor.get("min_pixels", MIN_PIXELS)

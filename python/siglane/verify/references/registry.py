@@ -4,16 +4,34 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from siglane.verify.references import causal_lm, llava_onevision, nanovlm, nvila, ovis2_5, siglip, siglip2
+from siglane.verify.references import (
+    bee,
+    causal_lm,
+    idefics3,
+    llava_onevision,
+    llava_qwen,
+    nanovlm,
+    nvila,
+    ovis2_5,
+    ovis2_6,
+    r_4b,
+    siglip,
+    siglip2,
+)
 from siglane.verify.references.reference import ReferenceFamily
 
 FAMILIES: tuple[ReferenceFamily, ...] = (
+    r_4b.FAMILY,
+    bee.FAMILY,
+    llava_qwen.FAMILY,
+    ovis2_6.FAMILY,
     siglip.FAMILY,
     siglip2.FAMILY,
     nvila.FAMILY,
     ovis2_5.FAMILY,
     llava_onevision.FAMILY,
     nanovlm.FAMILY,
+    idefics3.FAMILY,
     causal_lm.FAMILY,
 )
 
