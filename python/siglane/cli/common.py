@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommonOptions:
     config: Path | None = field(
-        default=None, metadata={"help": "a TOML file with settings of this command in a table of its name: [serve]"}
+        default=None,
+        metadata={"help": "a TOML or YAML file with settings of this command under its name: [serve]"},
     )
     debug: bool = field(default=False, metadata={"help": "log more, and show the traceback of an error"})
 
