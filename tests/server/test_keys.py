@@ -75,7 +75,8 @@ def test_requests_at_a_time(processor: Processor, engine: EngineProcess, tmp_pat
     file = key_file(tmp_path, 'key = "a"\nconcurrency = 1', 'key = "b"')
     with running(processor, engine, api_keys=file) as server, server.http() as client:
         with client.stream("POST", CHAT, json={**LONG, "stream": True}, headers=bearer("a")) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()
+            next(lines)
             assert_limited(server.post(chat("x"), headers=bearer("a")), "1 requests at a time", 1, 1)
             assert server.post(chat("x"), headers=bearer("b")).status_code == 200
         eventually(lambda: server.metric("siglane_requests_in_flight") == 0)
@@ -84,7 +85,13 @@ def test_requests_at_a_time(processor: Processor, engine: EngineProcess, tmp_pat
 
 def test_keys_share_no_cache(processor: Processor, engine: EngineProcess, tmp_path: Path) -> None:
     """Unless the operator says so; a request's own salt divides further, and never joins."""
-    file = key_file(tmp_path, 'key = "a"', 'key = "b"', 'key = "c"\ncache_salt = "s"', 'key = "d"\ncache_salt = "s"')
+    file = key_file(
+        tmp_path,
+        *(
+            f'key = "{key}"' + (f'\ncache_salt = "{key[0]}"' if key[0] == "w" else "")
+            for key in ("u1", "v", "w1", "w2")
+        ),
+    )
     body = chat("A prompt of many words, of which there is more than one page " * 4, max_tokens=1)
 
     def cached(server: RunningServer, key: str, **fields: str) -> bool:
@@ -92,9 +99,10 @@ def test_keys_share_no_cache(processor: Processor, engine: EngineProcess, tmp_pa
         return bool(usage["prompt_tokens_details"]["cached_tokens"])
 
     with running(processor, engine, api_keys=file) as server:
-        assert [cached(server, key) for key in "aabbcd"] == [False, True, False, True, False, True]
-        assert [cached(server, key, cache_salt="own") for key in "aab"] == [False, True, False]
-        assert not cached(server, "a", cache_salt="s")
+        found = [cached(server, key) for key in ("u1", "u1", "v", "v", "w1", "w2")]
+        assert found == [False, True, False, True, False, True]
+        assert [cached(server, key, cache_salt="own") for key in ("u1", "u1", "v")] == [False, True, False]
+        assert not cached(server, "u1", cache_salt="w")
 
 
 def abort(server: RunningServer, key: str, **body: object) -> dict[str, list[str]]:

@@ -60,8 +60,8 @@ class Client:
         )
 
     def salt(self, own: str | None) -> str:
-        """What separates a request in the caches: the key's, and within it the request's own."""
-        return f"{self._salt}\0{own}" if self._salt and own else self._salt or own or ""
+        """What separates a request in the caches: the key's, which has no NUL, and within it the request's own."""
+        return f"{self._salt}\0{own or ''}" if self.owner else own or ""
 
     def check(self) -> None:
         """Raises RateLimited when no further request may begin."""

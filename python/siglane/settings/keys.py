@@ -48,6 +48,8 @@ class ApiKey(KeyLimits):
             raise ConfigError("a key must be printable ASCII and not empty")
         if self.name is not None and not (self.name.isprintable() and 0 < len(self.name) <= MAX_NAME_CHARACTERS):
             raise ConfigError(f"name must be printable and of 1 to {MAX_NAME_CHARACTERS} characters")
+        if self.cache_salt is not None and not self.cache_salt.isprintable():
+            raise ConfigError("cache_salt must be printable")
         for option in options_of(KeyLimits):
             value = getattr(self, option.name)
             if value is not None:

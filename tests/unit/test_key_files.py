@@ -60,6 +60,7 @@ def test_a_table_for_each(tmp_path: Path) -> None:
         (f'[[keys]]\nkey = "{SECRET}"\nconcurrency = 0', "concurrency must be at least 1, got 0"),
         (f'[[keys]]\nkey = "{SECRET}"\nconcurrency = true', "concurrency must be int, got True"),
         (f'[[keys]]\nkey = "{SECRET}"\nname = ""', "name must be printable and of 1 to 64 characters"),
+        ('[[keys]]\nkey = "a"\ncache_salt = "a\\u0000b"', "cache_salt must be printable"),
         (f'[[keys]]\nkey = "{SECRET}\\n"', "a key must be printable ASCII and not empty"),
         ("[[keys]]\nkey = 123456789", "key must be there, a text in quotes"),
         ('[[keys]]\nname = "x"', "key must be there, a text in quotes"),
@@ -137,20 +138,22 @@ def test_patches_are_refused_after_those_that_were_too_many() -> None:
 def test_salts() -> None:
     """A request's own divides what its key has, and can never be another key's."""
     assert (Client().salt(None), Client().salt("own")) == ("", "own")
-    one, two = Client(salt="one"), Client(salt="two")
-    assert one.salt(None) == "one"
-    assert len({one.salt("x"), two.salt("x"), one.salt(None), two.salt("one"), Client().salt("one")}) == 5
+    one, two, bare = (Client(owner, salt=salt) for owner, salt in (("1", "one"), ("2", "two"), ("3", "")))
+    same = Client("4", salt="one")
+    assert same.salt("x") == one.salt("x")
+    own = (None, "x", "one", "one\0x", "two")
+    assert len({client.salt(text) for client in (one, two, bare) for text in own}) == 3 * len(own)
 
 
 def test_clients_of_a_server(tmp_path: Path) -> None:
     text = f'[[keys]]\nkey = "{SECRET}"\nname = "team"\ncache_salt = "s"\n[[keys]]\nkey = "b"\nconcurrency = 2\n'
     clients = Clients(ServerConfig(api_key="a", api_keys=write(tmp_path, text)))
     mine, team, other = (clients.by_key[key] for key in ("a", SECRET, "b"))
-    assert (mine.salt(None), team.salt(None), other.salt(None)) == ("", "s", owner_of("b"))
+    assert [one.salt(None) for one in (mine, team, other)] == ["\0", "s\0", owner_of("b") + "\0"]
     assert [mine.name, team.name] == [owner_of("a")[:8], "team"]
     assert clients.of_owner(owner_of("b")) is other
     assert isinstance(other.batch_places, asyncio.Semaphore)
     gone = clients.of_owner(owner_of("revoked"))
     assert gone is clients.of_owner(gone.owner)
-    assert gone.salt(None) == gone.owner
+    assert gone.salt(None) == gone.owner + "\0"
     assert clients.of_owner("") is clients.everybody
