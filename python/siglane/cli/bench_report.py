@@ -53,7 +53,7 @@ def _times(done: Sequence[Timed]) -> dict[str, list[float]]:
     return {
         "ttft": [one.first_token for one in done if one.first_token is not None],
         "itl": [later - earlier for one in done for earlier, later in zip(one.tokens, one.tokens[1:], strict=False)],
-        "tpot": [(one.tokens[-1] - one.tokens[0]) / (_tokens(one) - 1) for one in several],
+        "tpot": [(one.end - one.tokens[0]) / (_tokens(one) - 1) for one in several],
         "e2e": [one.end for one in done],
     }
 
