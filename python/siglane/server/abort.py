@@ -13,7 +13,7 @@ from siglane.errors import UserError
 from siglane.server.context import context_of
 from siglane.server.errors import JsonResponse
 from siglane.server.fields import RequestModel, one_of
-from siglane.server.openapi import OF_A_BODY, failures
+from siglane.server.openapi import OF_A_BODY, examples, failures
 from siglane.server.served import Served
 
 ABORT = ("/abort_request", "/abort_requests", "/abort")  # SGLang's, vLLM's, ours
@@ -64,6 +64,7 @@ def add_abort(app: FastAPI, served: Served) -> None:
         }
         return JsonResponse(found)
 
+    shown = examples(one={"request_id": "chatcmpl-0123"}, several={"request_ids": ["chatcmpl-0123", "mine"]})
     for path in ABORT:
         app.add_api_route(
             path,
@@ -71,5 +72,6 @@ def add_abort(app: FastAPI, served: Served) -> None:
             methods=["POST"],
             responses={200: {"model": Aborted}, **failures(*OF_A_BODY)},
             response_model=None,
+            openapi_extra=shown,
             include_in_schema=path == ABORT[-1],
         )

@@ -53,6 +53,8 @@ from siglane.server.openapi import (
     embedding_examples,
     failures,
 )
+from siglane.server.playground import PATH as PLAYGROUND
+from siglane.server.playground import add_playground
 from siglane.server.protocol import ChatCompletionRequest, ignored_fields
 from siglane.server.replies import ChatCompletion, Health, ModelCard, ModelList, Ready
 from siglane.server.served import ChatModel, EmbedModel, Served
@@ -70,6 +72,7 @@ from siglane.server.tokens import (
     tokenize,
 )
 from siglane.server.traces import Traces
+from siglane.server.view import IMAGE_VIEW, add_view
 
 logger = logging.getLogger(__name__)
 
@@ -111,12 +114,17 @@ def create_app(served: Served, traces: Traces | None = None) -> FastAPI:
     _add_probes(app, served)
     _add_models(app, served)
     add_abort(app, served)
+    if served.config.playground:
+        add_playground(app)
     if served.chat is not None:
         _add_chat(app, served, served.chat)
         _add_tokens(app, served, served.chat)
+        add_view(app, served, served.chat)
     else:
         _add_refusals(app, (CHAT,), f"{served.name!r} embeds and classifies; a chat needs a vision-language model")
-        _add_refusals(app, TOKENS, f"{served.name!r} embeds and classifies; its prompts are single texts")
+        _add_refusals(
+            app, (*TOKENS, IMAGE_VIEW), f"{served.name!r} embeds and classifies; its prompts are single texts"
+        )
     if served.embed is not None:
         _add_embeddings(app, served, served.embed)
     else:
@@ -135,7 +143,7 @@ def create_app(served: Served, traces: Traces | None = None) -> FastAPI:
 def _add_middleware(app: FastAPI, served: Served, traces: Traces | None) -> None:
     config = served.config
     gate = Gate(config.max_queue, served.refusal, served.metrics)
-    paths = {CHAT, *TOKENS} if served.chat is not None else set()
+    paths = {CHAT, *TOKENS, IMAGE_VIEW} if served.chat is not None else set()
     paths |= {EMBEDDINGS, CLASSIFY} if served.embed is not None else set()
     paths |= {BATCHES} if config.data_dir is not None else set()
     # the last one added is the outermost
@@ -148,7 +156,8 @@ def _add_middleware(app: FastAPI, served: Served, traces: Traces | None) -> None
         max_bytes=config.max_body_bytes,
         timeout=config.body_timeout,
     )
-    app.add_middleware(Authenticate, clients=served.clients)
+    open_paths = OPEN_PATHS | ({PLAYGROUND} if config.playground else set())
+    app.add_middleware(Authenticate, clients=served.clients, open_paths=open_paths)
     if config.cors_origins:  # outside the key: browsers send none when they ask whether they may call
         app.add_middleware(
             CORSMiddleware,

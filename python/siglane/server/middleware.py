@@ -107,18 +107,18 @@ def _noting(context: RequestContext, send: Send) -> Send:
 
 
 class Authenticate:
-    """Asks for the API key everywhere but on the paths that probes use.
+    """Asks for the API key everywhere but on open paths: those that probes use, and the page that has a field for it.
 
     Decides on the path that is routed (`scope["path"]`), never on one rebuilt from headers.
     """
 
-    def __init__(self, app: ASGIApp, clients: Clients) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, clients: Clients, open_paths: frozenset[str]) -> None:
+        self.app, self._open_paths = app, open_paths
         self._everybody = clients.everybody
         self._clients = {b"Bearer " + key.encode(): client for key, client in clients.by_key.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._allowed(scope):
+        if scope["type"] != "http" or scope["path"] in self._open_paths or self._allowed(scope):
             await self.app(scope, receive, send)
             return
         error = UserError("a valid API key is needed: 'Authorization: Bearer KEY'", code="invalid_api_key", status=401)

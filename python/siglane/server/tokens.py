@@ -164,7 +164,7 @@ class PictureSize(Budgets):
 Url = Annotated[str, Field(json_schema_extra={"format": "uri"})]
 
 
-def _as_url(value: Any) -> Any:
+def as_url(value: Any) -> Any:
     return {"url": value} if isinstance(value, str) else value
 
 
@@ -175,7 +175,7 @@ def _tag(value: Any) -> str:
 Picture = Annotated[
     Annotated[ImageUrl, Tag("#url")] | Annotated[PictureSize, Tag("#size")],
     Discriminator(_tag),
-    BeforeValidator(_as_url, json_schema_input_type=Url | ImageUrl | PictureSize),
+    BeforeValidator(as_url, json_schema_input_type=Url | ImageUrl | PictureSize),
 ]
 
 

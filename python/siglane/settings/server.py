@@ -55,6 +55,7 @@ class ServerConfig(MediaConfig):
             "is the chat model's own is loaded once"
         },
     )
+    playground: bool = field(default=True, metadata={"help": "a page at / to try the model; it asks no other server"})
     cors_origins: tuple[str, ...] = field(
         default=(), metadata={"help": "web origins whose pages may call the server; none by default"}
     )
