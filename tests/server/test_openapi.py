@@ -19,7 +19,7 @@ from siglane.server.launch import serving
 from siglane.settings.engine import EngineConfig
 
 PROBES = ("/health", "/ready", "/metrics")
-BODIES = (CHAT, "/v1/embeddings", "/v1/classify", "/abort")
+BODIES = (CHAT, "/v1/embeddings", "/v1/classify", "/v1/images/view", "/abort")
 
 
 @pytest.fixture(scope="module")

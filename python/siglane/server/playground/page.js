@@ -5,6 +5,7 @@ const ROOT = location.pathname.replace(/\/+$/, ""); // a proxy may show the page
 const messages = []; // of the API; pictures as data: URLs
 let pictures = []; // of the next message: {name, type, url, width, height}
 let asking = null; // AbortController of the running answer
+let idle = ""; // what is told while nothing happens
 let sighted = 0; // counts looks, so that an old one never overwrites a newer
 
 function element(tag, text = "", attributes = {}) {
@@ -44,7 +45,8 @@ async function connect() {
     $("sight").hidden = !paths["/v1/images/view"];
     $("tagging").hidden = !paths["/v1/classify"];
     $("tooling").hidden = !chat?.tools;
-    tell(chat ? `${data[0].max_model_len} tokens of context` : "tags pictures; it does not chat");
+    idle = chat ? `${data[0].max_model_len} tokens of context` : "tags pictures; it does not chat";
+    tell(idle);
   } catch (error) {
     tell(error.message, true);
   }
@@ -89,7 +91,7 @@ function showPictures() {
 
 async function look() {
   const mine = ++sighted;
-  showProgram();
+  $("program").value = ""; // it was another request's
   if ($("sight").hidden || !pictures.length) {
     $("counts").hidden = true;
     return;
@@ -176,7 +178,8 @@ function turn(text, shown) {
 
 function request(next) {
   const system = $("system").value.trim() ? [{ role: "system", content: $("system").value.trim() }] : [];
-  return { model: $("model").value, messages: [...system, ...messages, next], ...fields() };
+  const model = $("model").value ? { model: $("model").value } : {}; // the server may not have told yet
+  return { ...model, messages: [...system, ...messages, next], ...fields() };
 }
 
 // ---- the answer
@@ -269,7 +272,7 @@ function facts({ usage, siglane }) {
 function busy(is) {
   $("ask").disabled = is;
   $("stop").hidden = !is;
-  tell(is ? "answering" : "");
+  tell(is ? "answering" : idle);
 }
 
 // ---- tags
@@ -292,10 +295,6 @@ async function tag() {
 // ---- as a program
 
 const quoted = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
-
-function showProgram() {
-  $("program").value = "";
-}
 
 function asCurl(body) {
   let json = quoted(JSON.stringify(body));
