@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 from hashlib import sha256
 
@@ -109,10 +109,6 @@ class Clients:
         if not owner:
             return self.everybody
         return self._by_owner.setdefault(owner, Client(owner, owner[:8], owner))
-
-    @property
-    def names(self) -> Sequence[str]:
-        return [client.name for client in self.by_key.values()]
 
 
 def _client(key: ApiKey) -> Client:

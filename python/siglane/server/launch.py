@@ -181,7 +181,7 @@ def address_of(listener: socket.socket, config: ServerConfig) -> str:
     """For people."""
     scheme, end = "http" if config.ssl_certfile is None else "https", f"{config.root_path}/v1"
     if config.uds is not None:
-        return f"{scheme}+unix:{config.uds} {end}"
+        return f"{config.uds} ({scheme}, {end})"
     host, port = listener.getsockname()[:2]
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{end}"
 

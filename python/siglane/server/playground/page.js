@@ -4,6 +4,7 @@ const $ = (id) => document.getElementById(id);
 const ROOT = location.pathname.replace(/\/+$/, ""); // a proxy may show the page below a path
 const messages = []; // of the API; pictures as data: URLs
 let pictures = []; // of the next message: {name, type, url, width, height}
+let connected = null; // a promise
 let asking = null; // AbortController of the running answer
 let idle = ""; // what is told while nothing happens
 let sighted = 0; // counts looks, so that an old one never overwrites a newer
@@ -332,6 +333,7 @@ function asPython(body) {
 
 async function copy(write) {
   try {
+    await connected; // whose first answer names the model
     $("program").value = write(request(turn($("question").value.trim() || "What is in the picture?", pictures)));
     $("program").select();
     await navigator.clipboard.writeText($("program").value); // where the page is not safe enough for it, what is selected can be copied
@@ -379,8 +381,8 @@ document.ondrop = (event) => {
   add([...event.dataTransfer.files]);
 };
 $("detail").onchange = look;
-$("key").onchange = connect;
+$("key").onchange = () => (connected = connect());
 $("tag").onclick = tag;
 $("curl").onclick = () => copy(asCurl);
 $("python").onclick = () => copy(asPython);
-connect();
+connected = connect();
