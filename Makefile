@@ -14,6 +14,8 @@ SGLANG_PIP := $(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-
 VLLM := .venv-vllm
 VLLM_TESTS := tests/hosts/vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off --no-warn-conflicts
+PAGE := .venv-page
+PAGE_TESTS := tests/server/test_playground.py
 RAY := .venv-ray
 RAY_TESTS := tests/server/test_batch_ray.py
 
@@ -23,7 +25,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # what `make test-oldest` and `make test-newest` take to its end; the rest stays as in $(VENV)
 ENDS := transformers
 
-.PHONY: demo serve test test-slow test-oldest test-newest test-gpu test-sglang test-vllm test-ray lint bench
+.PHONY: demo serve test test-slow test-oldest test-newest test-gpu test-sglang test-vllm test-ray test-page lint bench
 .DEFAULT_GOAL := demo
 
 demo: $(READY)  ## ask the model that ships with siglane one question, through a real server
@@ -59,6 +61,9 @@ test-vllm: $(READY) $(VLLM)/.ready  ## siglane's answers against the real vLLM's
 
 test-ray: $(RAY)/.ready  ## batches on a Ray of this machine; an environment of its own on top of .venv, 250 MB
 	@$(RAY)/bin/python -m pytest -q -rs -m ray $(RAY_TESTS)
+
+test-page: $(PAGE)/.ready  ## the page at / in a Chromium of this machine; an environment of its own on top of .venv, 170 MB
+	@$(PAGE)/bin/python -m pytest -q -rs $(PAGE_TESTS)
 
 lint: $(READY)  ## style, format and types
 	@$(BIN)/ruff check .
@@ -96,6 +101,10 @@ $(READY): pyproject.toml constraints.txt
 
 $(RAY)/.ready: $(READY) tests/server/ray.txt
 	$(call build_on_top,$(RAY),-c constraints.txt -r tests/server/ray.txt)
+	@touch $@
+
+$(PAGE)/.ready: $(READY) tests/server/page.txt
+	$(call build_on_top,$(PAGE),-c constraints.txt -r tests/server/page.txt)
 	@touch $@
 
 $(SGLANG)/.ready: pyproject.toml constraints.txt $(SCHEMAS) $(SGLANG_TESTS)/requirements.txt $(SGLANG_TESTS)/no_deps.txt

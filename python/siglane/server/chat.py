@@ -33,13 +33,14 @@ class Reported(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A request that can run. seconds: of its stages so far."""
+    """A request that can run. seconds: of its stages so far; timings: whether a header asks for them."""
 
     request_id: str
     prompt: Prompt
     requests: tuple[Request, ...]
     images: list[ImageReport]
     seconds: dict[str, float]
+    timings: bool = False
 
 
 async def prepare(body: ChatCompletionRequest, context: RequestContext, model: ChatModel) -> Prepared:
@@ -48,16 +49,14 @@ async def prepare(body: ChatCompletionRequest, context: RequestContext, model: C
     if (asked := body.asked_constraint) is not None:
         with blaming(asked.param):
             await model.check_constraint(asked.constraint)
-    salt, watch = body.cache_salt or "", Stopwatch()
+    salt, watch = context.client.salt(body.cache_salt), context.watch
+    watch.start()
     prompt, media = await lay_out_prompt(body.messages, body.chat_template_kwargs, salt, context, model, watch)
     # of the images only the headers were read so far: what is too long is never decoded
     max_tokens = resolve_max_tokens(body, sampling, prompt, model)
-    watch.note("prepare")
-    await model.media.preprocess(media, salt, context.lease)
-    watch.add("decode", sum(item.decoding for item in media))
-    watch.add("prepare", sum(item.cutting for item in media))
+    await decode_media(media, salt, context, model)
     images = prompt.in_order([item.patches for item in media])
-    request_id = f"chatcmpl-{secrets.token_hex(12)}"
+    context.answer_id = request_id = f"chatcmpl-{secrets.token_hex(12)}"
     requests = tuple(
         Request(
             f"{request_id}-{index}",
@@ -71,7 +70,7 @@ async def prepare(body: ChatCompletionRequest, context: RequestContext, model: C
         )
         for index in range(sampling.n)
     )
-    return Prepared(request_id, prompt, requests, list(map(report_image, media)), watch.seconds)
+    return Prepared(request_id, prompt, requests, list(map(report_image, media)), watch.seconds, context.timings)
 
 
 async def lay_out_prompt(
@@ -102,6 +101,15 @@ async def lay_out_media(
     await model.media.fetch(media, salt, context.lease)
     watch.note("fetch")
     await model.media.lay_out(media)
+
+
+async def decode_media(media: Sequence[MediaItem], salt: str, context: RequestContext, model: ChatModel) -> None:
+    """Media that were laid out become patches. RateLimited where the client has had its share of them."""
+    context.client.take_patches(sum(item.layout.patches for item in media), context.batch)
+    context.watch.note("prepare")
+    await model.media.preprocess(media, salt, context.lease)
+    decoding, cutting = sum(item.decoding for item in media), sum(item.cutting for item in media)
+    context.watch.share({"decode": decoding, "prepare": cutting})
 
 
 def check_length(messages: Sequence[Message], model: ChatModel) -> None:
@@ -207,7 +215,7 @@ def usage_reply(usage: Usage) -> UsageReply:
 
 def siglane_report(body: Reported, prepared: Prepared, choices: Choices) -> SiglaneReport:
     report: SiglaneReport = {"images": prepared.images}
-    if body.include_timings:
+    if body.include_timings or prepared.timings:
         report["timings"] = {stage: round(value, 6) for stage, value in {**prepared.seconds, **choices.stages}.items()}
     return report
 
@@ -215,6 +223,7 @@ def siglane_report(body: Reported, prepared: Prepared, choices: Choices) -> Sigl
 def note_answer(choices: Choices, prepared: Prepared, context: RequestContext, model: ChatModel) -> None:
     """Counts an answer that was given in full."""
     usage, metrics = choices.usage, model.metrics
+    context.watch.follow(choices.stages, choices.asked)
     metrics.count_tokens(
         prompt=usage.prompt_tokens,
         cached=usage.cached_tokens,

@@ -42,6 +42,7 @@ class Choices:
         self._loop = asyncio.get_running_loop()
         self._arrived: asyncio.Queue[TokenDelta | Exception] = asyncio.Queue()
         self._unread: deque[ChoiceDelta] = deque()
+        self.asked = time.monotonic()
         self.first_token: float | None = None
 
     async def next(self, timeout: float | None = None) -> ChoiceDelta | None:

@@ -29,7 +29,6 @@ from siglane.server.completion_protocol import (
 from siglane.server.context import RequestContext
 from siglane.server.legacy_logprobs import Columns
 from siglane.server.served import ChatModel
-from siglane.server.stopwatch import Stopwatch
 from siglane.server.stream import EventStream
 from siglane.server.tokens import ids_of
 from siglane.types import Prompt, Read, Request
@@ -53,19 +52,20 @@ async def prepare_completion(
     if (asked := body.asked_constraint) is not None:
         with blaming(asked.param):
             await model.check_constraint(asked.constraint)
-    watch = Stopwatch()
+    salt, watch = context.client.salt(body.cache_salt), context.watch
+    watch.start()
     given = await read_prompts(body, model)
     rooms = [resolve_max_tokens(body, sampling, one.prompt, model) for one in given]
     _check_echoed(body, given)
     watch.note("prepare")
-    request_id = f"cmpl-{secrets.token_hex(12)}"
+    context.answer_id = request_id = f"cmpl-{secrets.token_hex(12)}"
     requests = [
         Request(
             f"{request_id}-{number * sampling.n + index}",
             one.prompt,
             sampling.choice(index),
             0 if body.max_tokens == 0 else room,
-            body.cache_salt or "",
+            salt,
             trace_id=context.request_id,
             batch=context.batch,
             reads=_reads(body, one.prompt),
@@ -74,7 +74,7 @@ async def prepare_completion(
         for number, (one, room) in enumerate(zip(given, rooms, strict=True))
         for index in range(sampling.n)
     ]
-    prepared = Prepared(request_id, given[0].prompt, tuple(requests), [], watch.seconds)
+    prepared = Prepared(request_id, given[0].prompt, tuple(requests), [], watch.seconds, context.timings)
     return prepared, given
 
 

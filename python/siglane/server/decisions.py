@@ -13,7 +13,7 @@ from siglane.errors import UserError, blaming
 from siglane.families.pipeline import report_image
 from siglane.families.prompt.questions import asked_behind
 from siglane.media.messages import Conversation, url_item
-from siglane.server.chat import Prepared, check_length, lay_out_media, siglane_report, usage_reply
+from siglane.server.chat import Prepared, check_length, decode_media, lay_out_media, siglane_report, usage_reply
 from siglane.server.context import RequestContext
 from siglane.server.decision_input import read_input
 from siglane.server.decision_protocol import (
@@ -37,7 +37,6 @@ from siglane.server.decision_replies import (
 from siglane.server.label_requests import Put, ask_all, check_size, decisions_of, requests_of, usage_of
 from siglane.server.protocol import plain
 from siglane.server.served import ChatModel
-from siglane.server.stopwatch import Stopwatch
 from siglane.server.systemone_protocol import RatingQuestion, SystemOneRequest
 from siglane.types import Decision, ImagePart, Message, Question, Usage
 from siglane.types.decision import FORMAT_VERSION
@@ -125,20 +124,19 @@ async def _prepare(
     about: Conversation, questions: Sequence[Question], body: Decisions, context: RequestContext, model: ChatModel
 ) -> tuple[Prepared, list[Put]]:
     """Everything before the engine; of the images only the headers are read before all prompts are known to fit."""
-    salt, watch = body.cache_salt or "", Stopwatch()
+    salt, watch = context.client.salt(body.cache_salt), context.watch
+    watch.start()
     try:
         await lay_out_media(about.messages, about.media, salt, context, model, watch)
     except UserError as error:  # of all of it together, a chat's messages are blamed
         raise (error.at(body.about_field) if error.param == "messages" else error) from None
     puts = [await _put(number, one, about, body.chat_template_kwargs, model) for number, one in enumerate(questions)]
     check_size(puts, "questions")
-    watch.note("prepare")
-    await model.media.preprocess(about.media, salt, context.lease)
-    watch.add("decode", sum(item.decoding for item in about.media))
-    watch.add("prepare", sum(item.cutting for item in about.media))
-    request_id = f"decision-{secrets.token_hex(12)}"
+    await decode_media(about.media, salt, context, model)
+    context.answer_id = request_id = f"decision-{secrets.token_hex(12)}"
     requests = requests_of(request_id, puts, [item.patches for item in about.media], salt, context)
-    return Prepared(request_id, puts[0].prompt, requests, list(map(report_image, about.media)), watch.seconds), puts
+    images = list(map(report_image, about.media))
+    return Prepared(request_id, puts[0].prompt, requests, images, watch.seconds, context.timings), puts
 
 
 async def _put(

@@ -56,11 +56,12 @@ class _ReadText(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Embedded:
-    """vectors: of the images, in their order, then of the texts."""
+    """Vectors of the images and of the texts, each in their order. seconds: by stage, where they are asked for."""
 
     images: list[Vector]
     texts: list[Vector]
     reports: list[ImageReport]
+    seconds: dict[str, float] | None
 
 
 async def embed(body: EmbeddingRequest, context: RequestContext, model: EmbedModel) -> EmbeddingList:
@@ -169,21 +170,22 @@ async def _embed(
     """Images are cut into patches and texts that are new into tokens, then the engine embeds them: the images and the
     first piece of the texts side by side, then one piece after the other, so that no request holds a thread or the
     event loop for as long as all of its texts take."""
-    watch = Stopwatch()
+    watch, salt = context.watch, context.client.salt(None)
+    watch.start()
     _admit(images, model)
-    await model.media.fetch(images, "", context.lease)
+    await model.media.fetch(images, salt, context.lease)
     watch.note("fetch")
     await model.media.lay_out(images)
-    await model.media.preprocess(images, "", context.lease)
-    watch.add("decode", sum(image.decoding for image in images))
-    watch.add("prepare", sum(image.cutting for image in images))
+    context.client.take_patches(sum(image.layout.patches for image in images), context.batch)
+    await model.media.preprocess(images, salt, context.lease)
+    watch.share({"decode": sum(one.decoding for one in images), "prepare": sum(one.cutting for one in images)})
     first, *others = _pieces(texts)
     of_images, of_texts = await _vectors(images, first, context, model, watch)
     for piece in others:
         of_texts += (await _vectors((), piece, context, model, watch))[1]
     model.metrics.observe_stages(watch.seconds)
     model.metrics.images.inc(len(images))
-    return _Embedded(of_images, of_texts, list(map(report_image, images)))
+    return _Embedded(of_images, of_texts, list(map(report_image, images)), watch.seconds if context.timings else None)
 
 
 def _pieces(texts: Sequence[TextInput]) -> list[list[TextInput]]:
@@ -214,6 +216,7 @@ async def _vectors(
     new = {text: param for text, param in params.items() if text not in known}
     read = await model.media.run(_read, list(new), model.tokens) if new else []
     items: list[Item] = [*(image.patches for image in images), *(text.ids for text in read)]
+    watch.start()
     found = await model.embed(items, context.batch)
     done = _computed(found, [*(image.param for image in images), *new.values()], watch)
     for text, ids, embedding in zip(new, read, done[len(images) :], strict=True):
@@ -247,8 +250,7 @@ def _computed(results: Sequence[Embedding | BaseException], params: Sequence[str
             raise result
         done.append(result)
     if done:
-        watch.add("queue", max(one.queue for one in done))
-        watch.add("encode", max(one.encode for one in done))
+        watch.share({"queue": max(one.queue for one in done), "encode": max(one.encode for one in done)})
     return done
 
 
@@ -263,6 +265,8 @@ def _usage(found: _Embedded, model: EmbedModel) -> EncoderUsage:
 def _report(found: _Embedded, texts: Sequence[TextInput], model: EmbedModel) -> EncoderReport:
     cut = list(dict.fromkeys(one.param for one, vector in zip(texts, found.texts, strict=True) if vector.cut))
     report: EncoderReport = {"images": found.reports, "texts": model.prepared_as}
+    if found.seconds is not None:
+        report["timings"] = {stage: round(value, 6) for stage, value in found.seconds.items()}
     return {**report, "cut": cut} if cut else report
 
 

@@ -308,10 +308,12 @@ class EmbeddingObject(TypedDict):
 
 
 class EncoderReport(TypedDict):
-    """texts: how they are prepared; cut: the texts that were longer than the model reads."""
+    """texts: how they are prepared; cut: the texts that were longer than the model reads; timings: seconds by
+    stage, when the header x-siglane-timings asks for them."""
 
     images: list[ImageReport]
     texts: str
+    timings: NotRequired[dict[str, float]]
     cut: NotRequired[list[str]]
 
 

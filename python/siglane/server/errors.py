@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,6 +34,14 @@ class JsonResponse(Response):
         return orjson.dumps(content)
 
 
+class RateLimited(UserError):
+    """A key has had its share for now. seconds: until it is worth another try."""
+
+    def __init__(self, message: str, seconds: float) -> None:
+        super().__init__(f"{message}; try again later", code="rate_limit_exceeded", status=429)
+        self.seconds = seconds
+
+
 def as_api_error(error: BaseException) -> UserError | EngineError:
     """`error` if it was raised on purpose; else a 500 that tells nothing about the server (the log has the rest)."""
     if isinstance(error, UserError | EngineError):
@@ -49,10 +58,13 @@ def error_body(error: UserError | EngineError) -> ErrorBody:
 
 
 def error_response(error: UserError | EngineError, headers: Mapping[str, str] | None = None) -> JsonResponse:
-    return JsonResponse(error_body(error), error.status, {**_headers(error.status), **(headers or {})})
+    return JsonResponse(error_body(error), error.status, {**_headers(error), **(headers or {})})
 
 
-def _headers(status: int) -> dict[str, str]:
+def _headers(error: UserError | EngineError) -> dict[str, str]:
+    status = error.status
+    if isinstance(error, RateLimited):
+        return {"retry-after": str(max(1, math.ceil(error.seconds)))}
     if status == 503:
         return {"retry-after": "1"}
     if status == 401:
@@ -67,6 +79,11 @@ def _headers(status: int) -> dict[str, str]:
 def overloaded(message: str, code: str = "server_overloaded") -> EngineError:
     """A 503 that is worth another try."""
     return EngineError(message, code=code, status=503)
+
+
+def aborted() -> UserError:
+    """499: the answer is not wanted any more, by its own client."""
+    return UserError("the request was aborted by its client", code="request_aborted", status=499)
 
 
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> UserError:

@@ -19,6 +19,7 @@ from siglane.batch.pool import EngineDied
 from siglane.batch.row import CHAT, CLASSIFY, COMPLETIONS, DECISIONS, EMBEDDINGS, OF_CHAT, PAIRS, SCORE, SYSTEMONE
 from siglane.errors import UserError
 from siglane.server.chat import complete
+from siglane.server.clients import Client
 from siglane.server.completion import complete_texts
 from siglane.server.completion_protocol import CompletionRequest
 from siglane.server.context import ByteLease, InflightShare, RequestContext
@@ -26,7 +27,7 @@ from siglane.server.decision_protocol import DecisionRequest
 from siglane.server.decisions import decide, decide_system_one
 from siglane.server.embedding import classify, embed, score_pairs
 from siglane.server.embedding_protocol import ClassificationRequest, EmbeddingRequest
-from siglane.server.errors import as_api_error, error_body, from_validation
+from siglane.server.errors import RateLimited, as_api_error, error_body, from_validation
 from siglane.server.pairs_protocol import PairsRequest
 from siglane.server.protocol import ChatCompletionRequest, ignored_fields
 from siglane.server.score import ScoreRequest, score
@@ -39,6 +40,7 @@ LOST = ("engine_restarting", "engine_starting")  # a request's end when its engi
 DOWN = "engine_down"
 FULL = "server_overloaded"
 PATIENCE = 0.05  # seconds between tries while the engine starts, or others hold all the memory
+LONGEST_WAIT = 1.0  # seconds between tries while a key has had its share
 PREPARED = 8  # rows beside the running ones, so that the engine never waits for the next
 STRAGGLER_SECONDS = 2.0  # that a row which is ready waits for those before it
 
@@ -121,21 +123,38 @@ class LocalServer:
         slots: int,
         inflight: InflightShare | None = None,
         turns: AbstractAsyncContextManager[object] | None = None,
+        client: Client | None = None,
     ) -> None:
         """slots: requests that the engine computes at one time. Beside the server's clients, inflight: bytes that they
-        may hold; turns: of those that are prepared."""
+        may hold; turns: of those that are prepared; client: whose they are, and within whose limits."""
         self._served, self._inflight = served, inflight or served.inflight_bytes
         self._turns, self._line = turns or nullcontext(), Line()
+        self._client = client or served.clients.everybody
         self.slots = slots + PREPARED
 
     async def ask(self, url: str, body: Mapping[str, Any]) -> Answer:
         """Waits while the engine is starting, and while others hold all the memory that requests may have. Raises
         EngineDied, and SiglaneError when the engine is down for good."""
+        async with self._client.batch_places:
+            await self._admitted()
+            return await self._ask(url, body)
+
+    async def _admitted(self) -> None:
         while True:
+            try:
+                self._client.take_row()
+            except RateLimited as error:
+                await asyncio.sleep(min(error.seconds, LONGEST_WAIT))
+            else:
+                return
+
+    async def _ask(self, url: str, body: Mapping[str, Any]) -> Answer:
+        while True:
+            pause = PATIENCE
             with self._line.join() as place, closing(ByteLease(self._inflight)) as lease:
                 await self._ready()
                 life = self._served.engine.life
-                context = RequestContext(secrets.token_hex(16), lease, batch=True, turn=self._turns, place=place)
+                context = self._context(lease, place)
                 try:
                     return await self._answer(url, body, context)
                 except Exception as error:
@@ -148,9 +167,16 @@ class LocalServer:
                     if code == DOWN:
                         raise
                     alone = self._served.inflight_bytes.used == lease.held
-                    if code not in LOST and (code != FULL or alone):
+                    if isinstance(reason, RateLimited):
+                        pause = min(reason.seconds, LONGEST_WAIT)
+                    elif code not in LOST and (code != FULL or alone):
                         return Answer(reason.status, dict(error_body(reason)))
-            await asyncio.sleep(PATIENCE)
+            await asyncio.sleep(pause)
+
+    def _context(self, lease: ByteLease, place: Place) -> RequestContext:
+        return RequestContext(
+            secrets.token_hex(16), lease, batch=True, turn=self._turns, place=place, client=self._client
+        )
 
     async def _ready(self) -> None:
         """Returns when the engine has started. SiglaneError when it never will."""

@@ -21,6 +21,8 @@ REASONS = {
     409: "a file or batch is not in the state for it",
     413: "the body is too large, or the files of a key are",
     415: "the body is no plain JSON",
+    429: "the API key has had its share; try again after Retry-After seconds",
+    499: "the request was aborted by its client",
     500: "the request failed here; no other one is harmed",
     507: "the disk is full",
     503: "the server is starting, full or shutting down; try again",
@@ -30,7 +32,7 @@ DECIDING = ("DecisionRequest", "SystemOneRequest", "ScoreRequest")
 OF_CHAT = (*GENERATING, *DECIDING, "TokenizeRequest", "DetokenizeRequest", "ImageTokensRequest")
 OF_TOWERS = ("EmbeddingRequest", "ClassificationRequest", "PairsRequest")
 PLACE = "#/components/schemas/"
-OF_A_BODY = (400, 401, 404, 408, 413, 415, 500, 503)
+OF_A_BODY = (400, 401, 404, 408, 413, 415, 429, 499, 500, 503)
 
 RED = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAABAAAAAQAQMAAAAlPW0iAAAAA1BMVEXIHh4WiPieAAAADElEQVR42mNgIA0AAAAwAAE"
@@ -141,7 +143,9 @@ def document(app: FastAPI, served: Served, open_paths: frozenset[str]) -> Callab
         found = get_openapi(title=app.title, version=app.version, routes=app.routes)
         components = found["components"]
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        found["security"] = [{"key": []}] if served.config.keys else [{"key": []}, {}]
+        found["security"] = [{"key": []}] if served.clients.by_key else [{"key": []}, {}]
+        if served.config.root_path:
+            found["servers"] = [{"url": served.config.root_path}]
         for path, methods in found["paths"].items():
             for operation in methods.values():
                 operation["responses"].pop("422", None)  # FastAPI's own, which is a 400 here

@@ -47,7 +47,8 @@ class ChoiceLogprobs(TypedDict):
 
 
 class SiglaneReport(TypedDict):
-    """What other servers do not tell. timings: seconds by stage, when the request asked for them."""
+    """What other servers do not tell. timings: seconds by stage, when the request asked for them, by
+    include_timings or the header x-siglane-timings."""
 
     images: list[ImageReport]
     timings: NotRequired[dict[str, float]]

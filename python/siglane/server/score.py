@@ -21,7 +21,6 @@ from siglane.server.label_requests import MAX_READS, Put, ask_all, check_size, d
 from siglane.server.refused import refuse_fields
 from siglane.server.replies import UsageReply
 from siglane.server.served import ChatModel
-from siglane.server.stopwatch import Stopwatch
 from siglane.server.tokens import ids_of
 from siglane.types import Prompt, Question
 
@@ -119,13 +118,14 @@ class Scores(TypedDict):
 
 async def score(body: ScoreRequest, context: RequestContext, model: ChatModel) -> Scores:
     async with context.turn:
-        watch = Stopwatch()
+        watch = context.watch
+        watch.start()
         puts = await _puts(body, model)
         check_size(puts, "items")
         watch.note("prepare")
-        request_id = f"score-{secrets.token_hex(12)}"
-        requests = requests_of(request_id, puts, (), body.cache_salt or "", context)
-        prepared = Prepared(request_id, puts[0].prompt, requests, [], watch.seconds)
+        context.answer_id = request_id = f"score-{secrets.token_hex(12)}"
+        requests = requests_of(request_id, puts, (), context.client.salt(body.cache_salt), context)
+        prepared = Prepared(request_id, puts[0].prompt, requests, [], watch.seconds, context.timings)
     decisions = decisions_of(puts, await ask_all(prepared, context, model))
     rows = [one.shares(body.temperature) if body.apply_softmax else one.powers for one in decisions]
     return {

@@ -23,13 +23,15 @@ from siglane.families.processor import Processor
 from siglane.families.prompt.renderers import MOST_PROCESSES
 from siglane.families.two_tower import Calibration
 from siglane.server.choices import Choices
+from siglane.server.clients import Client, Clients
 from siglane.server.context import InflightBytes
-from siglane.server.errors import overloaded
+from siglane.server.errors import aborted, overloaded
 from siglane.server.logprobs import TokenTexts
 from siglane.server.media import MediaLoader
 from siglane.server.metrics import Metrics
 from siglane.server.middleware import shutting_down
 from siglane.server.replies import ModelCard
+from siglane.server.running import Running
 from siglane.server.text_cache import TextCache
 from siglane.settings.server import ServerConfig
 from siglane.text.tokens import TextTokens
@@ -147,6 +149,13 @@ class ChatModel(ServedModel):
         self._asked.discard(choices)
         choices.close()
 
+    def end(self, answer_id: str, error: Exception) -> bool:
+        """Ends the request whose answer has that id with `error`; whether the engine has it."""
+        found = [one for one in self._asked if one.answers[0].request_id.startswith(f"{answer_id}-")]
+        for choices in found:
+            choices.fail(error)
+        return bool(found)
+
     def fail_all(self) -> None:
         self._ended = True
         for choices in self._asked:
@@ -224,6 +233,7 @@ class Served:
         self.models: tuple[ServedModel, ...] = tuple(model for model in (chat, embed) if model is not None)
         self.name = self.models[0].name
         self.inflight_bytes = InflightBytes(config.max_inflight_bytes, metrics.inflight_bytes)
+        self.clients, self.running = Clients(config), Running()
         self.draining = False
         self._created = int(time.time())
         if chat is not None:
@@ -253,6 +263,16 @@ class Served:
         if self.engine.state in ("starting", "restarting"):
             return overloaded(f"the model is {self.engine.state}; try again", code=f"engine_{self.engine.state}")
         return overloaded("the engine is down", code="engine_down")
+
+    def abort(self, request_id: str, client: Client) -> bool:
+        """Ends the client's own requests of that id, which is theirs or their answer's; whether there are any."""
+        found = self.running.of(client, request_id)
+        for context in found:
+            context.aborted = True
+            told = self.chat is not None and context.answer_id and self.chat.end(context.answer_id, aborted())
+            if not told and context.work is not None:  # it has not reached the engine
+                context.work.cancel()
+        return bool(found)
 
     def fail_all(self) -> None:
         """Ends every running request with an error and takes no other, because the time to drain is over."""

@@ -101,7 +101,7 @@ async def tokenize(body: TokenizeRequest, context: RequestContext, model: ChatMo
 async def _conversation(body: TokenizeRequest, context: RequestContext, model: ChatModel) -> TokenList:
     """Only the headers of its media are read."""
     assert body.messages is not None
-    salt, watch = body.cache_salt or "", Stopwatch()
+    salt, watch = context.client.salt(body.cache_salt), Stopwatch()
     prompt, media = await lay_out_prompt(body.messages, body.chat_template_kwargs, salt, context, model, watch)
     ids = list(prompt.token_ids)
     words = await model.aside(lambda: _texts_of(model, ids)) if body.return_token_strs else None
@@ -164,7 +164,7 @@ class PictureSize(Budgets):
 Url = Annotated[str, Field(json_schema_extra={"format": "uri"})]
 
 
-def _as_url(value: Any) -> Any:
+def as_url(value: Any) -> Any:
     return {"url": value} if isinstance(value, str) else value
 
 
@@ -175,7 +175,7 @@ def _tag(value: Any) -> str:
 Picture = Annotated[
     Annotated[ImageUrl, Tag("#url")] | Annotated[PictureSize, Tag("#size")],
     Discriminator(_tag),
-    BeforeValidator(_as_url, json_schema_input_type=Url | ImageUrl | PictureSize),
+    BeforeValidator(as_url, json_schema_input_type=Url | ImageUrl | PictureSize),
 ]
 
 
@@ -203,7 +203,7 @@ async def image_tokens(body: ImageTokensRequest, context: RequestContext, model:
         if isinstance(picture, PictureSize):  # of a video as many frames as are shown, whatever was asked for
             size = Size(picture.width, picture.height)
             item.size = VideoSize(size, item.frames) if item.frames else size
-    await model.media.fetch([item for item in items if item.size is None], "", context.lease)
+    await model.media.fetch([item for item in items if item.size is None], context.client.salt(None), context.lease)
     await asyncio.gather(*(model.media.lay_out(request) for request in requests))
     reports = list(map(report_image, items))
     return {"tokens": sum(report["tokens"] for report in reports), "images": reports}
