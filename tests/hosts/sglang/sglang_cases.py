@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from checkpoints import write_nvila_checkpoint
 from idefics3_checkpoint import write_idefics3_checkpoint
-from llava_onevision_checkpoint import write_llava_onevision_checkpoint
+from llava_onevision_checkpoint import write_llava_onevision_checkpoint, write_relative
+from llava_qwen_checkpoint import write_llava_qwen_checkpoint
 from nanovlm_checkpoint import write_nanovlm_checkpoint
-from ovis2_5_checkpoint import write_ovis2_5_checkpoint
+from ovis2_5_checkpoint import write_ovis2_5_checkpoint, write_ovis2_6_checkpoint
 from parity_kit import picture
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -127,6 +128,22 @@ FAMILIES = {
         seeds=(1, 4),
         larger={"token_embedding": 4.0, "decoder.blocks.0.attn.q_proj": 2.0, "decoder.head": 4.0},
         video=False,
+    ),
+    "bee": Family(
+        lambda folder, seed: write_relative(folder, "bee", seed=seed),
+        seeds=(0, 1),
+        larger={"embed_tokens": 4.0, "layers.0.self_attn.q_norm": 3.0, "lm_head": 4.0},
+        video=False,
+    ),
+    "llava_qwen": Family(
+        lambda folder, seed: write_llava_qwen_checkpoint(folder, tied=False, tower="beside", seed=seed),
+        seeds=(0, 1),
+        env={"SIGLANE_SGLANG_OVERRIDE": "llava_qwen"},
+    ),
+    "ovis2_6": Family(
+        lambda folder, seed: write_ovis2_6_checkpoint(folder, moe=True, seed=seed),
+        seeds=(0, 3),
+        larger={"embed_tokens": 4.0, "q_norm": 3.0, "lm_head": 4.0, "visual_tokenizer.head.1": 6.0, "vte": 4.0},
     ),
     "smolvlm2": Family(
         # ten frames a second, as the cases' videos have: all of them are shown
