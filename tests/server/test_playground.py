@@ -251,7 +251,8 @@ class TestInABrowser:
             if shutil.which("curl") is None and button == "#curl":
                 continue
             page.click(button)
-            page.wait_for_function("document.getElementById('program').value !== ''")
+            begin = "import" if button == "#python" else "curl"
+            eventually(lambda begin=begin: page.input_value("#program").startswith(begin))  # type: ignore[misc]
             program = page.input_value("#program")
             done = subprocess.run(command, input=program, cwd=tmp_path, capture_output=True, text=True, timeout=60)
             assert done.returncode == 0, done.stderr
