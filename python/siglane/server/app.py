@@ -210,9 +210,8 @@ def _ignored_noter() -> Callable[[BaseModel], dict[str, str]]:
 def _add_chat(app: FastAPI, served: Served, model: ChatModel) -> None:
     note_ignored = _ignored_noter()
     answers: Responses = {200: {"model": ChatCompletion, "content": STREAM}, **failures(*OF_A_BODY)}
-    shown = chat_examples(model.name, sees=model.processor.config.images is not None)
 
-    @app.post(CHAT, responses=answers, response_model=None, openapi_extra=shown)
+    @app.post(CHAT, responses=answers, response_model=None, openapi_extra=chat_examples(model))
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Any:
         context = context_of(request.scope)
         headers = note_ignored(body)

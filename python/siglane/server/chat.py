@@ -21,17 +21,19 @@ from siglane.server.protocol import AnyMessage, ChatCompletionRequest, plain
 from siglane.server.replies import ChatCompletion, Choice, ReplyMessage, SiglaneReport, UsageReply
 from siglane.server.served import ChatModel
 from siglane.server.stopwatch import Stopwatch
-from siglane.types import Message, Prompt, Request, SamplingParams, Usage
+from siglane.server.tool_fields import call_replies
+from siglane.types import Message, Prompt, Request, SamplingParams, Tool, ToolUse, Usage
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A request that can run. seconds: of its stages so far."""
+    """A request that can run. tool_use: what its answer may call; seconds: of its stages so far."""
 
     request_id: str
     prompt: Prompt
     requests: tuple[Request, ...]
     images: list[ImageReport]
+    tool_use: ToolUse | None
     seconds: dict[str, float]
 
 
@@ -39,10 +41,12 @@ async def prepare(body: ChatCompletionRequest, context: RequestContext, model: C
     """Everything before the engine. Raises UserError for a request that cannot be served, cheapest checks first."""
     sampling = sampling_of(body, model)
     if (asked := body.asked_constraint) is not None:
-        with blaming(asked.param):
+        with blaming(asked.param, blame_if_none_is):
             await model.check_constraint(asked.constraint)
     salt, watch = body.cache_salt or "", Stopwatch()
-    prompt, media = await lay_out_prompt(body.messages, body.chat_template_kwargs, salt, context, model, watch)
+    use = body.tool_use
+    tools = () if use is None else use.tools
+    prompt, media = await lay_out_prompt(body.messages, body.chat_template_kwargs, salt, context, model, watch, tools)
     # of the images only the headers were read so far: what is too long is never decoded
     max_tokens = resolve_max_tokens(body, sampling, prompt, model)
     watch.note("prepare")
@@ -64,7 +68,11 @@ async def prepare(body: ChatCompletionRequest, context: RequestContext, model: C
         )
         for index in range(sampling.n)
     )
-    return Prepared(request_id, prompt, requests, list(map(report_image, media)), watch.seconds)
+    return Prepared(request_id, prompt, requests, list(map(report_image, media)), use, watch.seconds)
+
+
+def blame_if_none_is(error: UserError, param: str) -> UserError:
+    return error if error.param else error.at(param)
 
 
 async def lay_out_prompt(
@@ -74,20 +82,22 @@ async def lay_out_prompt(
     context: RequestContext,
     model: ChatModel,
     watch: Stopwatch,
+    tools: Sequence[Tool] = (),
 ) -> tuple[Prompt, Sequence[MediaItem]]:
     """The prompt of a conversation, and its media, of which only the headers were read. arguments: of the template."""
     turns, media = read_messages(plain(list(messages)))
     model.media.admit(media)
-    check_length(turns, model)
+    check_length(turns, tools, model)
     await model.media.fetch(media, salt, context.lease)
     watch.note("fetch")
     await model.media.lay_out(media)
-    return await model.prompt(turns, [item.layout for item in media], arguments), media
+    return await model.prompt(turns, [item.layout for item in media], arguments, tools), media
 
 
-def check_length(messages: Sequence[Message], model: ChatModel) -> None:
+def check_length(messages: Sequence[Message], tools: Sequence[Tool], model: ChatModel) -> None:
     """Refuses text that cannot fit before it is tokenised: no token stands for more than the longest one's letters."""
-    least = sum(message.characters for message in messages) // model.longest_token
+    characters = sum(message.characters for message in messages) + sum(tool.characters for tool in tools)
+    least = characters // model.longest_token
     if least >= model.context_length:
         raise too_long(least, f"at least {least}", model)
 
@@ -130,7 +140,7 @@ async def complete(body: ChatCompletionRequest, context: RequestContext, model: 
     async with context.turn:
         prepared = await prepare(body, context, model)
     async with context.place:
-        choices = await model.ask(prepared.requests)
+        choices = await model.ask(prepared.requests, prepared.tool_use)
     try:
         while not choices.finished:
             await choices.next()
@@ -154,17 +164,21 @@ def choice_reply(index: int, answer: Answer, model: ChatModel) -> Choice:
     assert reason is not None
     return {
         "index": index,
-        "message": assistant_message(answer.text, answer.reasoning, model),
+        "message": assistant_message(answer, model),
         "logprobs": model.token_texts.report(answer.logprobs) if answer.logprobs else None,
         "finish_reason": reason,
         "matched_stop": answer.matched_stop,
     }
 
 
-def assistant_message(text: str, reasoning: str, model: ChatModel) -> ReplyMessage:
-    message: ReplyMessage = {"role": "assistant", "content": text, "refusal": None}
+def assistant_message(answer: Answer, model: ChatModel) -> ReplyMessage:
+    calls = answer.calls
+    message: ReplyMessage = {"role": "assistant", "content": answer.text, "refusal": None}
+    if calls:
+        message["content"] = answer.text or None
+        message["tool_calls"] = call_replies(calls)
     if model.processor.config.thinking is not None:
-        message["reasoning_content"] = reasoning or None
+        message["reasoning_content"] = answer.reasoning or None
     return message
 
 

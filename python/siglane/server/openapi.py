@@ -36,6 +36,13 @@ RED = (
 )
 
 
+WEATHER = {
+    "name": "weather",
+    "description": "How warm it is in a city",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+}
+
+
 def failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorBody, "description": REASONS[status]} for status in statuses}
 
@@ -46,16 +53,20 @@ def examples(**bodies: Mapping[str, Any]) -> dict[str, Any]:
     return {"requestBody": {"content": {"application/json": {"examples": shown}}}}
 
 
-def chat_examples(model: str, sees: bool) -> dict[str, Any]:
+def chat_examples(chat: ChatModel) -> dict[str, Any]:
+    model = chat.name
+
     def ask(*content: Any, **fields: Any) -> dict[str, Any]:
         return {"model": model, "messages": [{"role": "user", "content": list(content)}], "max_tokens": 16, **fields}
 
     text = {"type": "text", "text": "What do you see?"}
     bodies = {"a_question": ask(text), "a_stream": ask(text, stream=True, stream_options={"include_usage": True})}
-    if sees:
+    if chat.processor.config.images is not None:
         bodies["a_picture"] = ask({"type": "image_url", "image_url": {"url": RED}}, text)
     answers = {"enum": ["yes", "no"]}
     bodies["a_schema"] = ask(text, response_format={"type": "json_schema", "json_schema": {"schema": answers}})
+    if offers_tools(chat):
+        bodies["a_tool"] = ask(text, tools=[{"type": "function", "function": WEATHER}], tool_choice="required")
     earlier = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
     earlier += [{"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "What can you do?"}]
     bodies["a_conversation"] = {"model": model, "messages": earlier, "max_tokens": 16, "temperature": 0}
@@ -177,6 +188,15 @@ def _state_messages(schemas: Mapping[str, Any], chat: ChatModel) -> None:
     answer = schemas["AssistantMessage"]["properties"]
     for name in ("audio", *(("tool_calls", "function_call") if unread["ToolMessage"] else ())):
         del answer[name]
+    if not offers_tools(chat):
+        for title in ("ChatCompletionRequest", "TokenizeRequest"):
+            for name in {"tools", "tool_choice", "parallel_tool_calls"} & schemas[title]["properties"].keys():
+                del schemas[title]["properties"][name]
+
+
+def offers_tools(chat: ChatModel) -> bool:
+    """Whether the model can be told of tools."""
+    return chat.processor.tools is not None and chat.processor.tools.offers
 
 
 def _drop_unused(found: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
     data: {..., "choices": [{"delta": {"role": "assistant", "content": "A"}, ...}]}     with the first token
     data: {..., "choices": [{"delta": {"reasoning_content": "B"}, ...}]}                  while a model reasons
+    data: {..., "choices": [{"delta": {"tool_calls": [{"index": 0, ...}]}, ...}]}         when it calls a tool
     : keep-alive                                                                          when nothing is said
     data: {..., "choices": [{"delta": {}, "finish_reason": "stop", ...}]}
     data: {..., "choices": [], "usage": {...}}                                            when it was asked for
@@ -28,6 +29,7 @@ from siglane.server.errors import as_api_error, error_body
 from siglane.server.protocol import ChatCompletionRequest, StreamOptions
 from siglane.server.replies import ChatCompletionChunk, ChunkChoice
 from siglane.server.served import ChatModel
+from siglane.server.tool_fields import call_deltas
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,7 @@ class ChatStream(StreamingResponse):
         self._spoken: set[int] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        choices = await self._model.ask(self._prepared.requests)
+        choices = await self._model.ask(self._prepared.requests, self._prepared.tool_use)
         try:
             events = self._events(choices)
             first = await anext(events)  # what goes wrong until here has a status code of its own
@@ -78,13 +80,16 @@ class ChatStream(StreamingResponse):
             self._model.release(choices)
 
     async def _events(self, choices: Choices) -> AsyncIterator[bytes]:
-        silence = self._model.config.sse_keep_alive or None
+        silence, spoke = self._model.config.sse_keep_alive or None, time.monotonic()
         while not choices.finished:
             delta = await choices.next(silence)
-            if delta is None:
-                yield KEEP_ALIVE
-            elif self._says_something(delta):
+            if delta is not None and self._says_something(delta):
                 yield event(self._chunk(delta, choices))
+            elif delta is None or (silence and time.monotonic() - spoke > silence):  # tokens whose text is held back
+                yield KEEP_ALIVE
+            else:
+                continue
+            spoke = time.monotonic()
         note_answer(choices, self._prepared, self._context, self._model)
         if self._options.include_usage:
             report = siglane_report(self._request, self._prepared, choices)
@@ -100,7 +105,7 @@ class ChatStream(StreamingResponse):
 
     def _says_something(self, delta: ChoiceDelta) -> bool:
         first = delta.index not in self._spoken
-        said = delta.text or delta.reasoning
+        said = delta.text or delta.reasoning or delta.calls
         return bool(first or said or delta.finish_reason or delta.logprob)
 
     def _chunk(self, delta: ChoiceDelta, choices: Choices) -> ChatCompletionChunk:
@@ -112,9 +117,11 @@ class ChatStream(StreamingResponse):
         }
         if delta.index not in self._spoken:
             self._spoken.add(delta.index)
-            choice["delta"] = {"role": "assistant", "content": delta.text}
-        elif delta.text or (delta.finish_reason is None and not delta.reasoning):
+            choice["delta"] = {"role": "assistant", "content": delta.text or (None if delta.calls else "")}
+        elif delta.text or (delta.finish_reason is None and not delta.reasoning and not delta.calls):
             choice["delta"] = {"content": delta.text}
+        if delta.calls:
+            choice["delta"]["tool_calls"] = call_deltas(delta.calls)
         if delta.reasoning:
             choice["delta"]["reasoning_content"] = delta.reasoning
         if delta.logprob is not None:

@@ -48,6 +48,7 @@ from siglane.types.layout import (
 )
 from siglane.types.model import Activation, AttentionBackend, BackendChoice, RopeScaling
 from siglane.types.prompt import ImagePart, ImageSpan, Message, Prompt, Role, ToolCall
+from siglane.types.tools import Tool, ToolUse
 
 __all__ = [
     "DIGEST_BYTES",
@@ -96,7 +97,9 @@ __all__ = [
     "Token",
     "TokenDelta",
     "TokenLogprob",
+    "Tool",
     "ToolCall",
+    "ToolUse",
     "Usage",
     "VideoSize",
     "digest_of",
