@@ -86,7 +86,6 @@ CALLER = MappingProxyType(
         TIME: "</tool_call>", BROKEN: "</tool_call>", UNKNOWN: "</tool_call>", "</tool_call>": "<|im_end|>",
     }
 )  # fmt: skip
-CALL = f"<tool_call>{HEAD}{CITY}{TAIL}</tool_call>"
 
 
 def write_calling_checkpoint(folder: Path, *, special: bool = False) -> Written:

@@ -4,87 +4,15 @@ script says, streamed and not, and what is refused."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from calling import BOTH, CALL, CLOCK, IN_BERN, NOW, WEATHER, question, tool
 from openai import pydantic_function_tool
 from openai.types.chat import ChatCompletion
 from pydantic import BaseModel
-from scripted_checkpoint import (
-    AND,
-    ANSWER,
-    BROKEN,
-    CHOSEN,
-    CITY,
-    HEAD,
-    SEE,
-    TAIL,
-    THOUGHT,
-    TIME,
-    UNKNOWN,
-    write_calling_checkpoint,
-)
-from serving import (
-    RunningServer,
-    Told,
-    ask_good,
-    assert_error,
-    assert_unharmed,
-    chat,
-    image_part,
-    picture,
-    running,
-    stream,
-)
-
-from siglane.engine.child import EngineSpec
-from siglane.engine.process import EngineProcess
-from siglane.families.processor import Processor, load_processor
-from siglane.settings.engine import EngineConfig
-from siglane.weights.hub import open_checkpoint
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found: Path = tmp_path_factory.mktemp("caller") / "tiny"
-    write_calling_checkpoint(found)
-    return found
-
-
-@pytest.fixture(scope="module")
-def caller_processor(folder: Path) -> Processor:
-    return load_processor(open_checkpoint(folder))
-
-
-@pytest.fixture(scope="module")
-def caller(folder: Path, caller_processor: Processor) -> Iterator[RunningServer]:
-    engine = EngineProcess(EngineSpec(str(folder), EngineConfig(device="cpu", threads=1, kv_tokens=8192)))
-    engine.start()
-    with running(caller_processor, engine) as server:
-        yield server
-    engine.close()
-
-
-def tool(name: str, strict: bool | None = None, **properties: Any) -> dict[str, Any]:
-    schema = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
-    function = {"name": name, "description": f"tells the {name}", "parameters": schema}
-    return {"type": "function", "function": function | ({} if strict is None else {"strict": strict})}
-
-
-WEATHER, CLOCK = tool("weather", city={"enum": ["Bern", "Zürich"]}), tool("time")
-BOTH = [WEATHER, CLOCK]
-IN_BERN = ("weather", '{"city": "Bern"}')
-NOW = ("time", "{}")
-CALL = f"<tool_call>{HEAD}{CITY}{TAIL}</tool_call>"
-
-
-def question(server: RunningServer, *said: str, **fields: Any) -> dict[str, Any]:
-    """said: tokens that the script leaves open, chosen."""
-    tokenizer = server.served.chat.processor.tokenizer  # type: ignore[union-attr]
-    bias = {str(tokenizer.convert_tokens_to_ids(token)): CHOSEN for token in said}
-    return chat("How warm is it?", **{"max_tokens": 120, "tools": BOTH, "logit_bias": bias, **fields})
+from scripted_checkpoint import AND, ANSWER, BROKEN, CITY, HEAD, SEE, TAIL, THOUGHT, TIME, UNKNOWN
+from serving import RunningServer, Told, ask_good, assert_error, assert_unharmed, chat, image_part, picture, stream
 
 
 def of(message: dict[str, Any]) -> list[tuple[str, str]]:

@@ -45,6 +45,7 @@ from siglane.server.openapi import (
 )
 from siglane.server.protocol import ChatCompletionRequest, ignored_fields
 from siglane.server.replies import ChatCompletion, Health, ModelCard, ModelList, Ready
+from siglane.server.responses import RESPONSES, add_responses
 from siglane.server.served import ChatModel, EmbedModel, Served
 from siglane.server.store import Store
 from siglane.server.stream import ChatStream
@@ -101,9 +102,12 @@ def create_app(served: Served) -> FastAPI:
     _add_models(app, served)
     if served.chat is not None:
         _add_chat(app, served, served.chat)
+        add_responses(app, served, served.chat, _ignored_noter())
         _add_tokens(app, served, served.chat)
     else:
-        _add_refusals(app, (CHAT,), f"{served.name!r} embeds and classifies; a chat needs a vision-language model")
+        _add_refusals(
+            app, (CHAT, RESPONSES), f"{served.name!r} embeds and classifies; a chat needs a vision-language model"
+        )
         _add_refusals(app, TOKENS, f"{served.name!r} embeds and classifies; its prompts are single texts")
     if served.embed is not None:
         _add_embeddings(app, served, served.embed)
@@ -123,7 +127,7 @@ def create_app(served: Served) -> FastAPI:
 def _add_middleware(app: FastAPI, served: Served) -> None:
     config = served.config
     gate = Gate(config.max_queue, served.refusal, served.metrics)
-    paths = {CHAT, *TOKENS} if served.chat is not None else set()
+    paths = {CHAT, RESPONSES, *TOKENS} if served.chat is not None else set()
     paths |= {EMBEDDINGS, CLASSIFY} if served.embed is not None else set()
     paths |= {BATCHES} if config.data_dir is not None else set()
     # the last one added is the outermost

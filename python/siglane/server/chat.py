@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from siglane.families.pipeline import report_image
 from siglane.families.report import ImageReport
 from siglane.media.item import MediaItem
 from siglane.media.messages import read_messages
-from siglane.server.choices import Choices, finish_reason
+from siglane.server.choices import ChoiceDelta, Choices, finish_reason
 from siglane.server.context import RequestContext
 from siglane.server.protocol import AnyMessage, ChatCompletionRequest, plain
 from siglane.server.replies import ChatCompletion, Choice, ReplyMessage, SiglaneReport, UsageReply
@@ -139,14 +139,7 @@ async def complete(body: ChatCompletionRequest, context: RequestContext, model: 
     """The whole answer at once."""
     async with context.turn:
         prepared = await prepare(body, context, model)
-    async with context.place:
-        choices = await model.ask(prepared.requests, prepared.tool_use)
-    try:
-        while not choices.finished:
-            await choices.next()
-    finally:
-        model.release(choices)
-    note_answer(choices, prepared, context, model)
+    choices = await answered(prepared, context, model)
     return {
         "id": prepared.request_id,
         "object": "chat.completion",
@@ -157,6 +150,23 @@ async def complete(body: ChatCompletionRequest, context: RequestContext, model: 
         "usage": usage_reply(choices.usage),
         "siglane": siglane_report(body, prepared, choices),
     }
+
+
+async def answered(
+    prepared: Prepared, context: RequestContext, model: ChatModel, take: Callable[[ChoiceDelta], object] | None = None
+) -> Choices:
+    """Once they have ended. take: called with what becomes known of them."""
+    async with context.place:
+        choices = await model.ask(prepared.requests, prepared.tool_use)
+    try:
+        while not choices.finished:
+            delta = await choices.next()
+            if take is not None and delta is not None:
+                take(delta)
+    finally:
+        model.release(choices)
+    note_answer(choices, prepared, context, model)
+    return choices
 
 
 def choice_reply(index: int, answer: Answer, model: ChatModel) -> Choice:

@@ -9,10 +9,9 @@ import secrets
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, closing, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import orjson
-from pydantic import BaseModel, ValidationError
 
 from siglane.batch.form import Answer
 from siglane.batch.pool import EngineDied
@@ -22,7 +21,7 @@ from siglane.server.chat import complete
 from siglane.server.context import ByteLease, InflightShare, RequestContext
 from siglane.server.embedding import classify, embed
 from siglane.server.embedding_protocol import ClassificationRequest, EmbeddingRequest
-from siglane.server.errors import as_api_error, error_body, from_validation
+from siglane.server.errors import as_api_error, error_body, validated
 from siglane.server.protocol import ChatCompletionRequest, ignored_fields
 from siglane.server.served import Served
 
@@ -34,8 +33,6 @@ FULL = "server_overloaded"
 PATIENCE = 0.05  # seconds between tries while the engine starts, or others hold all the memory
 PREPARED = 8  # rows beside the running ones, so that the engine never waits for the next
 STRAGGLER_SECONDS = 2.0  # that a row which is ready waits for those before it
-
-Body = TypeVar("Body", bound=BaseModel)
 
 
 class Line:
@@ -145,23 +142,16 @@ class LocalServer:
         if given.get("stream"):
             raise UserError("a batch streams nothing; leave stream out", code="unsupported_field", param="stream")
         if url == CHAT and chat is not None:
-            asked = _read(ChatCompletionRequest, given)
+            asked = validated(ChatCompletionRequest, given)
             served.check_name(asked.model, chat)
             return Answer(200, dict(await complete(asked, context, chat)), tuple(ignored_fields(asked)))
         if url == EMBEDDINGS and towers is not None:
-            texts = _read(EmbeddingRequest, given)
+            texts = validated(EmbeddingRequest, given)
             served.check_name(texts.model, towers)
             found = orjson.loads(orjson.dumps(await embed(texts, context, towers)))  # vectors are written out already
             return Answer(200, found, tuple(ignored_fields(texts)))
         if url == CLASSIFY and towers is not None:
-            labels = _read(ClassificationRequest, given)
+            labels = validated(ClassificationRequest, given)
             served.check_name(labels.model, towers)
             return Answer(200, dict(await classify(labels, context, towers)), tuple(ignored_fields(labels)))
         raise UserError(f"{served.name!r} does not answer {url}", code="not_found", status=404)
-
-
-def _read(kind: type[Body], given: Mapping[str, Any]) -> Body:
-    try:
-        return kind.model_validate(given)
-    except ValidationError as error:
-        raise from_validation([{**one, "loc": ("body", *one["loc"])} for one in error.errors()]) from None

@@ -25,7 +25,7 @@ REASONS = {
     507: "the disk is full",
     503: "the server is starting, full or shutting down; try again",
 }
-OF_CHAT = ("ChatCompletionRequest", "TokenizeRequest", "DetokenizeRequest", "ImageTokensRequest")
+OF_CHAT = ("ChatCompletionRequest", "ResponsesRequest", "TokenizeRequest", "DetokenizeRequest", "ImageTokensRequest")
 OF_TOWERS = ("EmbeddingRequest", "ClassificationRequest")
 PLACE = "#/components/schemas/"
 OF_A_BODY = (400, 401, 404, 408, 413, 415, 500, 503)
@@ -87,18 +87,18 @@ def classification_examples(model: str) -> dict[str, Any]:
     return examples(labels=labels, templates=labels | {"templates": ["a photo of {label}", "{label}"]})
 
 
-# of one event, as OpenAPI 3.2 has it and FastAPI writes it; `schema` would be of the whole body
-STREAM = {
-    "text/event-stream": {
-        "itemSchema": {
-            "type": "object",
-            "required": ["data"],
-            "properties": {"data": {"type": "string", "description": "a chat.completion.chunk, at the end [DONE]"}},
-        },
-        "example": 'data: {"object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"A"}}]}\n\n'
-        "data: [DONE]\n\n",
-    }
-}
+def events_of(what: str, example: str = "") -> dict[str, Any]:
+    """A stream's content. what: an event's data is."""
+    # itemSchema: of one event, as OpenAPI 3.2 has it and FastAPI writes it; `schema` would be of the whole body
+    data = {"type": "string", "description": what}
+    stream = {"itemSchema": {"type": "object", "required": ["data"], "properties": {"data": data}}}
+    return {"text/event-stream": stream | ({"example": example} if example else {})}
+
+
+STREAM = events_of(
+    "a chat.completion.chunk, at the end [DONE]",
+    'data: {"object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"A"}}]}\n\ndata: [DONE]\n\n',
+)
 
 
 def document(app: FastAPI, served: Served, open_paths: frozenset[str]) -> Callable[[], dict[str, Any]]:
@@ -140,7 +140,7 @@ def _state_limits(found: Mapping[str, Any], served: Served) -> None:
             )
             several["maxItems"] = min(several["maxItems"], served.config.max_images)
     if served.chat is not None:
-        for kind in ("ImageUrl", "VideoUrl", "PictureSize"):
+        for kind in ("ImageUrl", "VideoUrl", "PictureSize", "ItemImage"):
             _state_limits_of_images(schemas, kind, served.chat)
         _state_chat(schemas, served.chat)
 
@@ -181,15 +181,16 @@ def _state_messages(schemas: Mapping[str, Any], chat: ChatModel) -> None:
     images = chat.processor.config.images
     unread = {"VideoUrlPart": images is None or images.video is None, "ImageUrlPart": images is None}
     unread["ToolMessage"] = chat.processor.tools is None
-    content = schemas["UserMessage"]["properties"]["content"]["oneOf"][1]["items"]
-    messages = schemas["ChatCompletionRequest"]["properties"]["messages"]["items"]
-    for choices in (content, messages):
+    unread |= {"ItemImage": images is None} | dict.fromkeys(("ItemCall", "ItemCallOutput"), unread["ToolMessage"])
+    fields = (("UserMessage", "content"), ("ItemMessage", "content"), ("ResponsesRequest", "input"))
+    several = [schemas[title]["properties"][name]["oneOf"][1]["items"] for title, name in fields]
+    for choices in (*several, schemas["ChatCompletionRequest"]["properties"]["messages"]["items"]):
         choices["oneOf"] = [one for one in choices["oneOf"] if not unread.get(one["$ref"].rpartition("/")[2], False)]
     answer = schemas["AssistantMessage"]["properties"]
     for name in ("audio", *(("tool_calls", "function_call") if unread["ToolMessage"] else ())):
         del answer[name]
     if not offers_tools(chat):
-        for title in ("ChatCompletionRequest", "TokenizeRequest"):
+        for title in ("ChatCompletionRequest", "ResponsesRequest", "TokenizeRequest"):
             for name in {"tools", "tool_choice", "parallel_tool_calls"} & schemas[title]["properties"].keys():
                 del schemas[title]["properties"][name]
 

@@ -17,11 +17,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping
+from typing import Any
 
 import orjson
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from siglane.errors import EngineError, UserError
 from siglane.server.chat import Prepared, note_answer, siglane_report, usage_reply
 from siglane.server.choices import ChoiceDelta, Choices
 from siglane.server.context import RequestContext
@@ -46,8 +48,14 @@ def event(content: object) -> bytes:
     return b"data: " + orjson.dumps(content) + b"\n\n"
 
 
-class ChatStream(StreamingResponse):
-    """A response that puts a prepared request to the engine and sends its answer as it comes."""
+def named_event(name: str, content: object) -> bytes:
+    """One event of APIs that name theirs."""
+    return b"event: " + name.encode() + b"\n" + event(content)
+
+
+class EventStream(StreamingResponse):
+    """A response that puts a prepared request to the engine and sends its answer as it comes; what an event looks like
+    is its subclass's."""
 
     def __init__(
         self,
@@ -79,17 +87,22 @@ class ChatStream(StreamingResponse):
         finally:
             self._model.release(choices)
 
-    async def _events(self, choices: Choices) -> AsyncIterator[bytes]:
+    async def _deltas(self, choices: Choices) -> AsyncIterator[ChoiceDelta | None]:
+        """Those that say something; None where the client has heard nothing for too long."""
         silence, spoke = self._model.config.sse_keep_alive or None, time.monotonic()
         while not choices.finished:
             delta = await choices.next(silence)
             if delta is not None and self._says_something(delta):
-                yield event(self._chunk(delta, choices))
+                yield delta
             elif delta is None or (silence and time.monotonic() - spoke > silence):  # tokens whose text is held back
-                yield KEEP_ALIVE
+                yield None
             else:
                 continue
             spoke = time.monotonic()
+
+    async def _events(self, choices: Choices) -> AsyncIterator[bytes]:
+        async for delta in self._deltas(choices):
+            yield KEEP_ALIVE if delta is None else event(self._chunk(delta, choices))
         note_answer(choices, self._prepared, self._context, self._model)
         if self._options.include_usage:
             report = siglane_report(self._request, self._prepared, choices)
@@ -97,18 +110,34 @@ class ChatStream(StreamingResponse):
         yield DONE
 
     def _failure(self, error: Exception) -> bytes:
+        return event(error_body(self._failed(error))) + DONE
+
+    def _failed(self, error: Exception) -> UserError | EngineError:
+        """What the client is told of it; the log gets what it is not told."""
         reason = as_api_error(error)
         self._context.failed = reason.code
         if reason is not error:
             logger.error("a stream failed", exc_info=error, extra={"request_id": self._context.request_id})
-        return event(error_body(reason)) + DONE
+        return reason
 
+    def _says_something(self, delta: ChoiceDelta) -> bool:
+        raise NotImplementedError
+
+    def _chunk(self, delta: ChoiceDelta, choices: Choices) -> Mapping[str, object]:
+        raise NotImplementedError
+
+    def _frame(self, choices: list[Any]) -> Any:
+        """A chunk around `choices`."""
+        raise NotImplementedError
+
+
+class ChatStream(EventStream):
     def _says_something(self, delta: ChoiceDelta) -> bool:
         first = delta.index not in self._spoken
         said = delta.text or delta.reasoning or delta.calls
         return bool(first or said or delta.finish_reason or delta.logprob)
 
-    def _chunk(self, delta: ChoiceDelta, choices: Choices) -> ChatCompletionChunk:
+    def _chunk(self, delta: ChoiceDelta, choices: Choices) -> Mapping[str, object]:
         choice: ChunkChoice = {
             "index": delta.index,
             "delta": {},

@@ -53,14 +53,15 @@ class EarlierCall(RequestModel):
     function: FunctionCall
 
 
-def _choice_tag(choice: Any) -> str:
+def choice_tag(choice: Any) -> str:
     return "#word" if isinstance(choice, str) else "#function"
 
 
 Tools = Annotated[list[ToolDefinition], Field(max_length=MOST_TOOLS)]
+ChoiceWord = Literal["none", "auto", "required"]
 ToolChoice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("#word")] | Annotated[NamedTool, Tag("#function")],
-    Discriminator(_choice_tag),
+    Annotated[ChoiceWord, Tag("#word")] | Annotated[NamedTool, Tag("#function")],
+    Discriminator(choice_tag),
 ]
 
 
