@@ -31,6 +31,8 @@ NAMES = ("not_a_server_error", "status_code_conformance", "content_type_conforma
 LEAST_ANSWERED = {
     "POST /v1/chat/completions": 0.6,
     "POST /v1/responses": 0.5,
+    "POST /v1/messages": 0.2,
+    "POST /v1/messages/count_tokens": 0.2,
     "POST /v1/embeddings": 0.4,
     "POST /v1/classify": 0.75,
     "POST /tokenize": 0.6,

@@ -32,6 +32,9 @@ from siglane.server.embedding_protocol import (
 )
 from siglane.server.errors import JsonResponse, error_response, from_validation
 from siglane.server.files import FILES, add_files
+from siglane.server.message_blocks import AnthropicShape
+from siglane.server.messages import PATHS as MESSAGE_PATHS
+from siglane.server.messages import add_messages
 from siglane.server.metrics import METHODS
 from siglane.server.middleware import OPEN_PATHS, Authenticate, Gate, Intake, Observe, shutting_down
 from siglane.server.openapi import (
@@ -103,6 +106,7 @@ def create_app(served: Served) -> FastAPI:
     if served.chat is not None:
         _add_chat(app, served, served.chat)
         add_responses(app, served, served.chat, _ignored_noter())
+        add_messages(app, served, served.chat, _ignored_noter())
         _add_tokens(app, served, served.chat)
     else:
         _add_refusals(
@@ -127,7 +131,7 @@ def create_app(served: Served) -> FastAPI:
 def _add_middleware(app: FastAPI, served: Served) -> None:
     config = served.config
     gate = Gate(config.max_queue, served.refusal, served.metrics)
-    paths = {CHAT, RESPONSES, *TOKENS} if served.chat is not None else set()
+    paths = {CHAT, RESPONSES, *MESSAGE_PATHS, *TOKENS} if served.chat is not None else set()
     paths |= {EMBEDDINGS, CLASSIFY} if served.embed is not None else set()
     paths |= {BATCHES} if config.data_dir is not None else set()
     # the last one added is the outermost
@@ -144,6 +148,7 @@ def _add_middleware(app: FastAPI, served: Served) -> None:
             expose_headers=["x-request-id", IGNORED_FIELDS],
         )
     app.add_middleware(Observe, metrics=served.metrics, inflight=served.inflight_bytes)
+    app.add_middleware(AnthropicShape, paths=MESSAGE_PATHS)
 
 
 def _failures() -> dict[type[Exception], Callable[[Request, Any], Response]]:

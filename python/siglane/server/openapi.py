@@ -25,7 +25,15 @@ REASONS = {
     507: "the disk is full",
     503: "the server is starting, full or shutting down; try again",
 }
-OF_CHAT = ("ChatCompletionRequest", "ResponsesRequest", "TokenizeRequest", "DetokenizeRequest", "ImageTokensRequest")
+OF_CHAT = (
+    "ChatCompletionRequest",
+    "ResponsesRequest",
+    "MessagesRequest",
+    "CountRequest",
+    "TokenizeRequest",
+    "DetokenizeRequest",
+    "ImageTokensRequest",
+)
 OF_TOWERS = ("EmbeddingRequest", "ClassificationRequest")
 PLACE = "#/components/schemas/"
 OF_A_BODY = (400, 401, 404, 408, 413, 415, 500, 503)
@@ -181,16 +189,19 @@ def _state_messages(schemas: Mapping[str, Any], chat: ChatModel) -> None:
     images = chat.processor.config.images
     unread = {"VideoUrlPart": images is None or images.video is None, "ImageUrlPart": images is None}
     unread["ToolMessage"] = chat.processor.tools is None
-    unread |= {"ItemImage": images is None} | dict.fromkeys(("ItemCall", "ItemCallOutput"), unread["ToolMessage"])
-    fields = (("UserMessage", "content"), ("ItemMessage", "content"), ("ResponsesRequest", "input"))
-    several = [schemas[title]["properties"][name]["oneOf"][1]["items"] for title, name in fields]
+    unread |= dict.fromkeys(("ItemImage", "ImageBlock"), images is None)
+    unread |= dict.fromkeys(("ItemCall", "ItemCallOutput", "ToolUseBlock", "ToolResultBlock"), unread["ToolMessage"])
+    contents = [
+        schemas[title]["properties"]["content"] for title in ("UserMessage", "ItemMessage", "UserTurn", "AnswerTurn")
+    ]
+    several = [one["oneOf"][1]["items"] for one in (*contents, schemas["ResponsesRequest"]["properties"]["input"])]
     for choices in (*several, schemas["ChatCompletionRequest"]["properties"]["messages"]["items"]):
         choices["oneOf"] = [one for one in choices["oneOf"] if not unread.get(one["$ref"].rpartition("/")[2], False)]
     answer = schemas["AssistantMessage"]["properties"]
     for name in ("audio", *(("tool_calls", "function_call") if unread["ToolMessage"] else ())):
         del answer[name]
     if not offers_tools(chat):
-        for title in ("ChatCompletionRequest", "ResponsesRequest", "TokenizeRequest"):
+        for title in OF_CHAT:
             for name in {"tools", "tool_choice", "parallel_tool_calls"} & schemas[title]["properties"].keys():
                 del schemas[title]["properties"][name]
 
