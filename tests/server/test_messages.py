@@ -259,6 +259,8 @@ def test_every_failure_is_in_anthropics_shape(caller: RunningServer, server: Run
             assert_failed(form, 415, "invalid_request_error", "unsupported_media_type", None)
         plain = server.post_to(path, **body(caller, logit_bias=None))
         assert_failed(plain, 400, "invalid_request_error", "unsupported_field", "tools")
+    with caller.http() as client:
+        assert_failed(client.get(f"{MESSAGES}/batches"), 404, "not_found_error", "not_found", None)
     thinking = {"type": "enabled", "budget_tokens": 64}
     unable = server.post_to(MESSAGES, **body(caller, tools=None, logit_bias=None, thinking=thinking))
     assert_failed(unable, 400, "invalid_request_error", "invalid_value", "thinking")

@@ -250,6 +250,14 @@ def test_what_asks_for_nothing_is_taken(caller: RunningServer) -> None:
     assert caller.post_to(RESPONSES, **body(caller, model="other")).status_code == 404
 
 
+def test_a_response_is_not_stored(caller: RunningServer) -> None:
+    with caller.http() as client:
+        for path in (f"{RESPONSES}/resp_1", f"{RESPONSES}/resp_1/input_items"):
+            refused = client.get(path)
+            assert_error(refused, 404, "not_found")
+            assert "not stored" in refused.json()["error"]["message"]
+
+
 def test_an_engine_that_fails_ends_the_stream_with_its_reason(
     caller: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ script says, streamed and not, and what is refused."""
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -12,7 +13,20 @@ from openai import pydantic_function_tool
 from openai.types.chat import ChatCompletion
 from pydantic import BaseModel
 from scripted_checkpoint import AND, ANSWER, BROKEN, CITY, HEAD, SEE, TAIL, THOUGHT, TIME, UNKNOWN
-from serving import RunningServer, Told, ask_good, assert_error, assert_unharmed, chat, image_part, picture, stream
+from serving import (
+    CHAT,
+    RunningServer,
+    Told,
+    ask_good,
+    assert_error,
+    assert_unharmed,
+    chat,
+    eventually,
+    image_part,
+    picture,
+    running,
+    stream,
+)
 
 
 def of(message: dict[str, Any]) -> list[tuple[str, str]]:
@@ -251,6 +265,24 @@ def test_the_openai_clients_helpers(caller: RunningServer) -> None:
         found = final.choices[0].message.tool_calls or ()
         assert [(call.function.name, call.function.arguments) for call in found] == [IN_BERN, NOW]
         assert final.choices[0].message.content == SEE.strip()
+
+
+def test_a_batch_calls(caller: RunningServer, tmp_path: Path) -> None:
+    assert caller.served.chat is not None
+    asked = [question(caller, SEE, AND), question(caller, tool_choice="any")]
+    rows = [{"custom_id": str(n), "method": "POST", "url": CHAT, "body": one} for n, one in enumerate(asked)]
+    lines = "\n".join(map(json.dumps, rows)).encode()
+    where = running(caller.served.chat.processor, caller.served.engine, data_dir=tmp_path)
+    with where as server, server.openai() as client:
+        file = client.files.create(file=("in.jsonl", lines), purpose="batch")
+        batch = client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+        eventually(lambda: client.batches.retrieve(batch.id).status == "completed", 30)
+        batch = client.batches.retrieve(batch.id)
+        told = [client.files.content(one).text for one in (batch.output_file_id, batch.error_file_id) if one]
+    good, bad = map(json.loads, told)
+    (choice,) = good["response"]["body"]["choices"]
+    assert (of(choice["message"]), choice["finish_reason"]) == ([IN_BERN, NOW], "tool_calls")
+    assert bad["response"]["body"]["error"]["param"] == "tool_choice"
 
 
 def function(**fields: Any) -> dict[str, Any]:

@@ -33,8 +33,7 @@ from siglane.server.embedding_protocol import (
 from siglane.server.errors import JsonResponse, error_response, from_validation
 from siglane.server.files import FILES, add_files
 from siglane.server.message_blocks import AnthropicShape
-from siglane.server.messages import PATHS as MESSAGE_PATHS
-from siglane.server.messages import add_messages
+from siglane.server.messages import COUNT_TOKENS, MESSAGES, add_messages
 from siglane.server.metrics import METHODS
 from siglane.server.middleware import OPEN_PATHS, Authenticate, Gate, Intake, Observe, shutting_down
 from siglane.server.openapi import (
@@ -48,7 +47,7 @@ from siglane.server.openapi import (
 )
 from siglane.server.protocol import ChatCompletionRequest, ignored_fields
 from siglane.server.replies import ChatCompletion, Health, ModelCard, ModelList, Ready
-from siglane.server.responses import RESPONSES, add_responses
+from siglane.server.responses import RESPONSES, STORED_RESPONSES, add_responses
 from siglane.server.served import ChatModel, EmbedModel, Served
 from siglane.server.store import Store
 from siglane.server.stream import ChatStream
@@ -105,6 +104,7 @@ def create_app(served: Served) -> FastAPI:
     _add_models(app, served)
     if served.chat is not None:
         _add_chat(app, served, served.chat)
+        _add_refusals(app, STORED_RESPONSES, "responses are not stored; send the conversation with each request")
         add_responses(app, served, served.chat, _ignored_noter())
         add_messages(app, served, served.chat, _ignored_noter())
         _add_tokens(app, served, served.chat)
@@ -131,7 +131,7 @@ def create_app(served: Served) -> FastAPI:
 def _add_middleware(app: FastAPI, served: Served) -> None:
     config = served.config
     gate = Gate(config.max_queue, served.refusal, served.metrics)
-    paths = {CHAT, RESPONSES, *MESSAGE_PATHS, *TOKENS} if served.chat is not None else set()
+    paths = {CHAT, RESPONSES, MESSAGES, COUNT_TOKENS, *TOKENS} if served.chat is not None else set()
     paths |= {EMBEDDINGS, CLASSIFY} if served.embed is not None else set()
     paths |= {BATCHES} if config.data_dir is not None else set()
     # the last one added is the outermost
@@ -144,11 +144,11 @@ def _add_middleware(app: FastAPI, served: Served) -> None:
             CORSMiddleware,
             allow_origins=list(config.cors_origins),
             allow_methods=["GET", "POST", "DELETE"] if config.data_dir is not None else ["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
+            allow_headers=["authorization", "content-type", "x-api-key", "anthropic-version"],
             expose_headers=["x-request-id", IGNORED_FIELDS],
         )
     app.add_middleware(Observe, metrics=served.metrics, inflight=served.inflight_bytes)
-    app.add_middleware(AnthropicShape, paths=MESSAGE_PATHS)
+    app.add_middleware(AnthropicShape, path=MESSAGES)
 
 
 def _failures() -> dict[type[Exception], Callable[[Request, Any], Response]]:

@@ -94,13 +94,13 @@ def failure(status: int, error: Mapping[str, Any], request_id: str | None) -> An
 
 
 class AnthropicShape:
-    """Takes the key of `paths` from where Anthropic's clients send it, and gives their errors in its shape."""
+    """Takes the key for `path` and below it from where Anthropic's clients send it, and gives errors in its shape."""
 
-    def __init__(self, app: ASGIApp, paths: frozenset[str]) -> None:
-        self.app, self.paths = app, paths
+    def __init__(self, app: ASGIApp, path: str) -> None:
+        self.app, self.path = app, path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] not in self.paths:
+        if scope["type"] != "http" or not f"{scope['path']}/".startswith(f"{self.path}/"):
             await self.app(scope, receive, send)
             return
         keys = [value for name, value in scope["headers"] if name == b"x-api-key"]

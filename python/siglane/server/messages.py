@@ -47,7 +47,6 @@ from siglane.server.stream import EventStream, named_event
 from siglane.server.translated import Translation
 
 MESSAGES, COUNT_TOKENS = "/v1/messages", "/v1/messages/count_tokens"
-PATHS = frozenset({MESSAGES, COUNT_TOKENS})
 NAMES = {
     "max_completion_tokens": "max_tokens",
     "response_format": "output_config.format",

@@ -42,6 +42,7 @@ from siglane.server.translated import Translation
 from siglane.types import Usage
 
 RESPONSES = "/v1/responses"
+STORED_RESPONSES = (f"{RESPONSES}/{{response_id}}", f"{RESPONSES}/{{response_id}}/{{rest:path}}")
 NAMES = {
     "max_completion_tokens": "max_output_tokens",
     "max_tokens": "max_output_tokens",
