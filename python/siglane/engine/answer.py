@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 from siglane.engine.reasoning import AnswerStream, TextDelta
+from siglane.engine.tool_calls import joined_calls
 from siglane.families.processor import Processor
-from siglane.types import Finished, FinishReason, Prompt, Readout, SamplingParams, TokenDelta, TokenLogprob, Usage
+from siglane.types import (
+    Finished,
+    FinishReason,
+    Prompt,
+    Readout,
+    SamplingParams,
+    TokenDelta,
+    TokenLogprob,
+    ToolCall,
+    ToolUse,
+    Usage,
+)
 
 
 class Answer:
@@ -25,8 +37,16 @@ class Answer:
         self._deltas: list[TextDelta] = []
 
     @classmethod
-    def of(cls, request_id: str, prompt: Prompt, sampling: SamplingParams, processor: Processor) -> Answer:
-        return cls(request_id, prompt, AnswerStream.of(prompt, sampling, processor))
+    def of(
+        cls,
+        request_id: str,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        processor: Processor,
+        use: ToolUse | None = None,
+    ) -> Answer:
+        """use: of the tools that the prompt tells of."""
+        return cls(request_id, prompt, AnswerStream.of(prompt, sampling, processor, use))
 
     @classmethod
     def raw(cls, request_id: str, prompt: Prompt, sampling: SamplingParams, processor: Processor) -> Answer:
@@ -34,10 +54,10 @@ class Answer:
         return cls(request_id, prompt, AnswerStream(processor.tokenizer, sampling.stop, min_tokens=sampling.min_tokens))
 
     def take(self, delta: TokenDelta) -> TextDelta:
-        """What `delta` adds to the text: nothing once a stop string was met, of which the engine does not know."""
+        """What `delta` adds to the text: nothing once the answer has ended in a way that the engine does not know."""
         self.finished = delta.finished
         self.readouts += delta.readouts
-        if self.stop_string is not None:
+        if self.ended:
             return TextDelta()
         shown: tuple[int, ...] = ()
         if delta.token_id is not None:
@@ -58,8 +78,18 @@ class Answer:
         return TextDelta.joined(self._deltas).reasoning
 
     @property
+    def calls(self) -> tuple[ToolCall, ...]:
+        return joined_calls(TextDelta.joined(self._deltas).calls)
+
+    @property
+    def ended(self) -> bool:
+        """Whether a stop string, or the only call that is allowed, ended it. The engine goes on until the request is
+        aborted."""
+        return self._stream.ended
+
+    @property
     def stop_string(self) -> str | None:
-        """The stop string that ended the text. The engine goes on until the request is aborted."""
+        """The stop string that ended the text."""
         return self._stream.stopped
 
     @property
@@ -69,10 +99,12 @@ class Answer:
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        """None while the engine works on it; a stop string that was met outlasts what happens after it."""
+        """None while the engine works on it; what ended it before outlasts what happens after it."""
         if self.finished is None:
             return None
-        return self.finished.reason if self.stop_string is None else "stop"
+        reason, calls = "stop" if self.ended else self.finished.reason, self._stream.calls
+        called = calls is not None and calls.count > 0 and not calls.unfinished
+        return "tool_calls" if reason == "stop" and called else reason
 
     @property
     def error(self) -> Exception | None:

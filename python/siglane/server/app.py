@@ -33,6 +33,8 @@ from siglane.server.embedding_protocol import (
 )
 from siglane.server.errors import JsonResponse, error_response, from_validation
 from siglane.server.files import FILES, add_files
+from siglane.server.message_blocks import AnthropicShape
+from siglane.server.messages import COUNT_TOKENS, MESSAGES, add_messages
 from siglane.server.metrics import METHODS
 from siglane.server.middleware import (
     OPEN_PATHS,
@@ -57,6 +59,7 @@ from siglane.server.playground import PATH as PLAYGROUND
 from siglane.server.playground import add_playground
 from siglane.server.protocol import ChatCompletionRequest, ignored_fields
 from siglane.server.replies import ChatCompletion, Health, ModelCard, ModelList, Ready
+from siglane.server.responses import RESPONSES, STORED_RESPONSES, add_responses
 from siglane.server.served import ChatModel, EmbedModel, Served
 from siglane.server.store import Store
 from siglane.server.stream import ChatStream
@@ -122,10 +125,13 @@ def create_app(served: Served, traces: Traces | None = None) -> FastAPI:
         add_completions(app, served, served.chat, _ignored_noter())
         add_decisions(app, served, served.chat, _ignored_noter())
         add_scores(app, served, served.chat, _ignored_noter())
+        _add_refusals(app, STORED_RESPONSES, "responses are not stored; send the conversation with each request")
+        add_responses(app, served, served.chat, _ignored_noter())
+        add_messages(app, served, served.chat, _ignored_noter())
         _add_tokens(app, served, served.chat)
         add_view(app, served, served.chat)
     else:
-        paths = [path for path in OF_CHAT if path != SCORE]
+        paths = [path for path in (*OF_CHAT, RESPONSES) if path != SCORE]
         _add_refusals(app, paths, f"{served.name!r} embeds and classifies; a chat needs a vision-language model")
         message = f"{served.name!r} embeds and classifies; its prompts are single texts"
         _add_refusals(app, (*TOKENS, IMAGE_VIEW), message)
@@ -148,7 +154,8 @@ def create_app(served: Served, traces: Traces | None = None) -> FastAPI:
 def _add_middleware(app: FastAPI, served: Served, traces: Traces | None) -> None:
     config = served.config
     gate = Gate(config.max_queue, served.refusal, served.metrics)
-    paths = {PAIRS} | ({*OF_CHAT, *TOKENS, IMAGE_VIEW} if served.chat is not None else set())
+    of_chat = {*OF_CHAT, RESPONSES, MESSAGES, COUNT_TOKENS, *TOKENS, IMAGE_VIEW}
+    paths = {PAIRS} | (of_chat if served.chat is not None else set())
     paths |= {EMBEDDINGS, CLASSIFY, SCORE} if served.embed is not None else set()
     paths |= {BATCHES} if config.data_dir is not None else set()
     # the last one added is the outermost
@@ -168,10 +175,11 @@ def _add_middleware(app: FastAPI, served: Served, traces: Traces | None) -> None
             CORSMiddleware,
             allow_origins=list(config.cors_origins),
             allow_methods=["GET", "POST", "DELETE"] if config.data_dir is not None else ["GET", "POST"],
-            allow_headers=["authorization", "content-type", TIMINGS.decode()],
+            allow_headers=["authorization", "content-type", "x-api-key", "anthropic-version", TIMINGS.decode()],
             expose_headers=["x-request-id", IGNORED_FIELDS],
         )
     app.add_middleware(Observe, metrics=served.metrics, inflight=served.inflight_bytes, traces=traces)
+    app.add_middleware(AnthropicShape, path=MESSAGES)
     if config.root_path:
         app.add_middleware(UnderRoot, root=config.root_path)
 
@@ -244,9 +252,8 @@ def _ignored_noter() -> Callable[[BaseModel], dict[str, str]]:
 def _add_chat(app: FastAPI, served: Served, model: ChatModel) -> None:
     note_ignored = _ignored_noter()
     answers: Responses = {200: {"model": ChatCompletion, "content": STREAM}, **failures(*OF_A_BODY)}
-    shown = chat_examples(model.name, sees=model.processor.config.images is not None)
 
-    @app.post(CHAT, responses=answers, response_model=None, openapi_extra=shown)
+    @app.post(CHAT, responses=answers, response_model=None, openapi_extra=chat_examples(model))
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Any:
         context = context_of(request.scope)
         headers = note_ignored(body)

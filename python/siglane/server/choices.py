@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from siglane.engine.answer import Answer
 from siglane.engine.process import EngineProcess
+from siglane.engine.tool_calls import CallDelta
 from siglane.server.errors import overloaded
 from siglane.server.replies import FinishReason
 from siglane.types import TokenDelta, TokenLogprob, Usage
@@ -24,6 +25,7 @@ class ChoiceDelta:
     index: int
     text: str
     reasoning: str
+    calls: tuple[CallDelta, ...]
     logprob: TokenLogprob | None
     finish_reason: FinishReason | None
 
@@ -107,16 +109,16 @@ class Choices:
             raise delta
         index = self._indices[delta.request_id]
         answer = self.answers[index]
-        stopped = answer.stop_string is not None
+        ended = answer.ended
         told = answer.take(delta)
         if delta.token_id is not None and self.first_token is None:
             self.first_token = time.monotonic()
-        if answer.finished is None and stopped:
-            return  # the engine has not heard of the stop string yet
-        if answer.finished is None and answer.stop_string is not None:
+        if answer.finished is None and ended:
+            return  # the engine has not heard of its end yet
+        if answer.finished is None and answer.ended:
             self._abort(answer)
         reason = finish_reason(answer)
-        self._unread.append(ChoiceDelta(index, *told, None if stopped else delta.logprob, reason))
+        self._unread.append(ChoiceDelta(index, *told, None if ended else delta.logprob, reason))
 
     def _abort(self, answer: Answer) -> None:
         with contextlib.suppress(RuntimeError):  # the server is closing: the engine goes with it

@@ -145,7 +145,7 @@ async def _put(
     processor, param = model.processor, f"questions[{number}]"
     turns = asked_behind(about.messages, question)
     with blaming(param):
-        check_length(turns, model)
+        check_length(turns, (), model)
         labels = await model.aside(functools.partial(label_ids, question, processor))
     template = closed_template(processor.config.thinking, arguments)
     prompt = await model.prompt(turns, [item.layout for item in about.media], template)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
+from pydantic import BaseModel, ValidationError
 from starlette.responses import Response
 from typing_extensions import TypedDict
 
 from siglane.errors import EngineError, UserError
+
+Body = TypeVar("Body", bound=BaseModel)
 
 
 class ErrorDetail(TypedDict):
@@ -102,6 +105,14 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> UserError:
         return UserError(f"{param} is required", code="missing_field", param=param)
     what = "must be an object" if first["type"] in ("model_type", "model_attributes_type") else first["msg"]
     return UserError(f"{param}: {what[:1].lower()}{what[1:]}", code="invalid_value", param=param)
+
+
+def validated(kind: type[Body], given: Mapping[str, Any]) -> Body:
+    """A body as a route reads it. UserError where it is none."""
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise from_validation([{**one, "loc": ("body", *one["loc"])} for one in error.errors()]) from None
 
 
 def param_of(loc: Sequence[int | str]) -> str | None:

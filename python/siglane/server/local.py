@@ -9,10 +9,9 @@ import secrets
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, closing, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import orjson
-from pydantic import BaseModel, ValidationError
 
 from siglane.batch.form import Answer
 from siglane.batch.pool import EngineDied
@@ -27,7 +26,7 @@ from siglane.server.decision_protocol import DecisionRequest
 from siglane.server.decisions import decide, decide_system_one
 from siglane.server.embedding import classify, embed, score_pairs
 from siglane.server.embedding_protocol import ClassificationRequest, EmbeddingRequest
-from siglane.server.errors import RateLimited, as_api_error, error_body, from_validation
+from siglane.server.errors import RateLimited, as_api_error, error_body, validated
 from siglane.server.pairs_protocol import PairsRequest
 from siglane.server.protocol import ChatCompletionRequest, ignored_fields
 from siglane.server.score import ScoreRequest, score
@@ -55,8 +54,6 @@ ASKED: Mapping[str, tuple[Any, Any]] = {
     CLASSIFY: (ClassificationRequest, classify),
     PAIRS: (PairsRequest, score_pairs),
 }
-
-Body = TypeVar("Body", bound=BaseModel)
 
 
 class Line:
@@ -194,16 +191,9 @@ class LocalServer:
         model, (kind, ask) = (chat, ASKED[url]) if url in OF_CHAT else (towers, ASKED.get(url, (None, None)))
         if model is None or kind is None:
             raise UserError(f"{served.name!r} does not answer {url}", code="not_found", status=404)
-        asked = _read(kind, given)
+        asked = validated(kind, given)
         served.check_name(asked.model, model)
         found = await ask(asked, context, model)
         if url == EMBEDDINGS:
             found = orjson.loads(orjson.dumps(found))  # vectors are written out already
         return Answer(200, dict(found), tuple(ignored_fields(asked)))
-
-
-def _read(kind: type[Body], given: Mapping[str, Any]) -> Body:
-    try:
-        return kind.model_validate(given)
-    except ValidationError as error:
-        raise from_validation([{**one, "loc": ("body", *one["loc"])} for one in error.errors()]) from None

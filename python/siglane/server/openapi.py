@@ -29,7 +29,15 @@ REASONS = {
 }
 GENERATING = ("ChatCompletionRequest", "CompletionRequest")
 DECIDING = ("DecisionRequest", "SystemOneRequest", "ScoreRequest")
-OF_CHAT = (*GENERATING, *DECIDING, "TokenizeRequest", "DetokenizeRequest", "ImageTokensRequest")
+TRANSLATED = ("ResponsesRequest", "MessagesRequest", "CountRequest")
+OF_CHAT = (
+    *GENERATING,
+    *DECIDING,
+    *TRANSLATED,
+    "TokenizeRequest",
+    "DetokenizeRequest",
+    "ImageTokensRequest",
+)
 OF_TOWERS = ("EmbeddingRequest", "ClassificationRequest", "PairsRequest")
 PLACE = "#/components/schemas/"
 OF_A_BODY = (400, 401, 404, 408, 413, 415, 429, 499, 500, 503)
@@ -38,6 +46,13 @@ RED = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAABAAAAAQAQMAAAAlPW0iAAAAA1BMVEXIHh4WiPieAAAADElEQVR42mNgIA0AAAAwAAE"
     "odEl9AAAAAElFTkSuQmCC"
 )
+
+
+WEATHER = {
+    "name": "weather",
+    "description": "How warm it is in a city",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+}
 
 
 def failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -50,16 +65,20 @@ def examples(**bodies: Mapping[str, Any]) -> dict[str, Any]:
     return {"requestBody": {"content": {"application/json": {"examples": shown}}}}
 
 
-def chat_examples(model: str, sees: bool) -> dict[str, Any]:
+def chat_examples(chat: ChatModel) -> dict[str, Any]:
+    model = chat.name
+
     def ask(*content: Any, **fields: Any) -> dict[str, Any]:
         return {"model": model, "messages": [{"role": "user", "content": list(content)}], "max_tokens": 16, **fields}
 
     text = {"type": "text", "text": "What do you see?"}
     bodies = {"a_question": ask(text), "a_stream": ask(text, stream=True, stream_options={"include_usage": True})}
-    if sees:
+    if chat.processor.config.images is not None:
         bodies["a_picture"] = ask({"type": "image_url", "image_url": {"url": RED}}, text)
     answers = {"enum": ["yes", "no"]}
     bodies["a_schema"] = ask(text, response_format={"type": "json_schema", "json_schema": {"schema": answers}})
+    if offers_tools(chat):
+        bodies["a_tool"] = ask(text, tools=[{"type": "function", "function": WEATHER}], tool_choice="required")
     earlier = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
     earlier += [{"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "What can you do?"}]
     bodies["a_conversation"] = {"model": model, "messages": earlier, "max_tokens": 16, "temperature": 0}
@@ -122,18 +141,18 @@ def classification_examples(model: str) -> dict[str, Any]:
     return examples(labels=labels, templates=labels | {"templates": ["a photo of {label}", "{label}"]})
 
 
-# of one event, as OpenAPI 3.2 has it and FastAPI writes it; `schema` would be of the whole body
-STREAM = {
-    "text/event-stream": {
-        "itemSchema": {
-            "type": "object",
-            "required": ["data"],
-            "properties": {"data": {"type": "string", "description": "a chat.completion.chunk, at the end [DONE]"}},
-        },
-        "example": 'data: {"object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"A"}}]}\n\n'
-        "data: [DONE]\n\n",
-    }
-}
+def events_of(what: str, example: str = "") -> dict[str, Any]:
+    """A stream's content. what: an event's data is."""
+    # itemSchema: of one event, as OpenAPI 3.2 has it and FastAPI writes it; `schema` would be of the whole body
+    data = {"type": "string", "description": what}
+    stream = {"itemSchema": {"type": "object", "required": ["data"], "properties": {"data": data}}}
+    return {"text/event-stream": stream | ({"example": example} if example else {})}
+
+
+STREAM = events_of(
+    "a chat.completion.chunk, at the end [DONE]",
+    'data: {"object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"A"}}]}\n\ndata: [DONE]\n\n',
+)
 
 
 def document(app: FastAPI, served: Served, open_paths: frozenset[str]) -> Callable[[], dict[str, Any]]:
@@ -177,7 +196,7 @@ def _state_limits(found: Mapping[str, Any], served: Served) -> None:
             )
             several["maxItems"] = min(several["maxItems"], served.config.max_images)
     if served.chat is not None:
-        for kind in ("ImageUrl", "VideoUrl", "PictureSize"):
+        for kind in ("ImageUrl", "VideoUrl", "PictureSize", "ItemImage"):
             _state_limits_of_images(schemas, kind, served.chat)
         _state_chat(schemas, served.chat)
 
@@ -233,13 +252,26 @@ def _state_messages(schemas: Mapping[str, Any], chat: ChatModel) -> None:
     images = chat.processor.config.images
     unread = {"VideoUrlPart": images is None or images.video is None, "ImageUrlPart": images is None}
     unread["ToolMessage"] = chat.processor.tools is None
-    content = schemas["UserMessage"]["properties"]["content"]["oneOf"][1]["items"]
-    messages = schemas["ChatCompletionRequest"]["properties"]["messages"]["items"]
-    for choices in (content, messages):
+    unread |= dict.fromkeys(("ItemImage", "ImageBlock"), images is None)
+    unread |= dict.fromkeys(("ItemCall", "ItemCallOutput", "ToolUseBlock", "ToolResultBlock"), unread["ToolMessage"])
+    contents = [
+        schemas[title]["properties"]["content"] for title in ("UserMessage", "ItemMessage", "UserTurn", "AnswerTurn")
+    ]
+    several = [one["oneOf"][1]["items"] for one in (*contents, schemas["ResponsesRequest"]["properties"]["input"])]
+    for choices in (*several, schemas["ChatCompletionRequest"]["properties"]["messages"]["items"]):
         choices["oneOf"] = [one for one in choices["oneOf"] if not unread.get(one["$ref"].rpartition("/")[2], False)]
     answer = schemas["AssistantMessage"]["properties"]
     for name in ("audio", *(("tool_calls", "function_call") if unread["ToolMessage"] else ())):
         del answer[name]
+    if not offers_tools(chat):
+        for title in OF_CHAT:
+            for name in {"tools", "tool_choice", "parallel_tool_calls"} & schemas[title]["properties"].keys():
+                del schemas[title]["properties"][name]
+
+
+def offers_tools(chat: ChatModel) -> bool:
+    """Whether the model can be told of tools."""
+    return chat.processor.tools is not None and chat.processor.tools.offers
 
 
 def _drop_unused(found: Mapping[str, Any]) -> None:

@@ -15,11 +15,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from siglane.errors import UserError
+from siglane.media.tools import read_tools
 from siglane.server.constraints import AskedConstraint, asked_constraint
 from siglane.server.fields import WHOLE, RequestModel, TemplateKwargs, needs, not_both
 from siglane.server.generation_fields import MAX_ITEMS, MAX_TOP_LOGPROBS, GenerationFields, bounds, of_length
 from siglane.server.refused import has_no_effect, refuse_fields
-from siglane.types import Constraint, Detail, SamplingParams
+from siglane.server.tool_fields import EarlierCall, FunctionCall, ToolChoice, Tools, with_tools
+from siglane.types import Constraint, Detail, SamplingParams, ToolUse
 
 MAX_PARTS = 1024
 MAX_REPORTED_FIELDS = 20
@@ -162,17 +164,6 @@ class UserMessage(RequestModel):
     content: UserContent
 
 
-class FunctionCall(RequestModel):
-    name: str
-    arguments: str
-
-
-class ToolCall(RequestModel):
-    id: str | None = None
-    type: Literal["function"] | None = None
-    function: FunctionCall
-
-
 class AssistantMessage(RequestModel):
     """An earlier answer, as clients send it back. reasoning_content: accepted as it was sent, the model reads only
     answers; function_call: the older form of tool_calls."""
@@ -181,7 +172,7 @@ class AssistantMessage(RequestModel):
     content: AnswerContent | None = None
     reasoning_content: str | None = None
     refusal: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_PARTS)] | None = None
+    tool_calls: Annotated[list[EarlierCall], Field(max_length=MAX_PARTS)] | None = None
     function_call: FunctionCall | None = None
     audio: dict[str, Any] | None = None
 
@@ -242,7 +233,12 @@ class GenerationRequest(GenerationFields):
 
     @cached_property
     def asked_constraint(self) -> AskedConstraint | None:
-        return asked_constraint(self.response_format, self.structured_outputs, self.model_extra or {})
+        asked = asked_constraint(self.response_format, self.structured_outputs, self.model_extra or {})
+        return with_tools(self.tool_use, asked)
+
+    @property
+    def tool_use(self) -> ToolUse | None:
+        return None
 
     @property
     def constraint(self) -> Constraint | None:
@@ -283,6 +279,9 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: Annotated[int, bounds("max_tokens"), WHOLE] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: TemplateKwargs = None
     thinking_budget: Annotated[int, bounds("thinking_budget"), WHOLE] | None = None
     thinking_token_budget: Annotated[int, bounds("thinking_budget"), WHOLE] | None = None  # vLLM's name for it
@@ -296,6 +295,10 @@ class ChatCompletionRequest(GenerationRequest):
             message = "thinking_budget and thinking_token_budget are the same; send one"
             raise UserError(message, code="invalid_value", param="thinking_token_budget")
         return self
+
+    @cached_property
+    def tool_use(self) -> ToolUse | None:
+        return read_tools(plain(self.tools), plain(self.tool_choice), self.parallel_tool_calls)
 
     @property
     def requested_tokens(self) -> int | None:

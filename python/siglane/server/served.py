@@ -36,7 +36,7 @@ from siglane.server.text_cache import TextCache
 from siglane.settings.server import ServerConfig
 from siglane.text.tokens import TextTokens
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
-from siglane.types import Constraint, ImageLayout, Message, Prompt, Request, SamplingParams
+from siglane.types import Constraint, ImageLayout, Message, Prompt, Request, SamplingParams, Tool, ToolUse
 
 T = TypeVar("T")
 
@@ -111,11 +111,15 @@ class ChatModel(ServedModel):
         return None if self._engine.facts is None else self._engine.facts.kv_bytes_per_token
 
     async def prompt(
-        self, messages: Sequence[Message], layouts: Sequence[ImageLayout], arguments: Mapping[str, Any] | None
+        self,
+        messages: Sequence[Message],
+        layouts: Sequence[ImageLayout],
+        arguments: Mapping[str, Any] | None,
+        tools: Sequence[Tool] = (),
     ) -> Prompt:
         """`Processor.prompt`, on threads of its own: a chat template may take its time, and pixels do not wait for
         it."""
-        return await self.aside(functools.partial(self.processor.prompt, messages, layouts, arguments))
+        return await self.aside(functools.partial(self.processor.prompt, messages, layouts, arguments, tools))
 
     async def aside(self, function: Callable[[], T]) -> T:
         """`function` on a thread of those that work with texts."""
@@ -125,11 +129,15 @@ class ChatModel(ServedModel):
         """UserError where no answer can match it; on the threads of prompts, as compiling takes some milliseconds."""
         await self.aside(functools.partial(check_constraint, constraint))
 
-    async def ask(self, requests: Sequence[Request]) -> Choices:
-        """Hands one client's requests to the engine: n choices for each prompt, one prompt after the other. The caller
-        ends with `release`. EngineError (503) when the engine is not ready."""
+    async def ask(self, requests: Sequence[Request], use: ToolUse | None = None) -> Choices:
+        """Hands one client's requests to the engine: n choices for each prompt, one prompt after the other. use: of the
+        tools that their prompt tells of. The caller ends with `release`. EngineError (503) when the engine is not
+        ready."""
+        processor = self.processor
         answers = [
-            (Answer.raw if one.raw else Answer.of)(one.request_id, one.prompt, one.sampling, self.processor)
+            Answer.raw(one.request_id, one.prompt, one.sampling, processor)
+            if one.raw
+            else Answer.of(one.request_id, one.prompt, one.sampling, processor, use)
             for one in requests
         ]
         choices = Choices(answers, self._engine, self._commands, len({id(one.prompt) for one in requests}))

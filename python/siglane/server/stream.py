@@ -2,6 +2,7 @@
 
     data: {..., "choices": [{"delta": {"role": "assistant", "content": "A"}, ...}]}     with the first token
     data: {..., "choices": [{"delta": {"reasoning_content": "B"}, ...}]}                  while a model reasons
+    data: {..., "choices": [{"delta": {"tool_calls": [{"index": 0, ...}]}, ...}]}         when it calls a tool
     : keep-alive                                                                          when nothing is said
     data: {..., "choices": [{"delta": {}, "finish_reason": "stop", ...}]}
     data: {..., "choices": [], "usage": {...}}                                            when it was asked for
@@ -22,6 +23,7 @@ import orjson
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from siglane.errors import EngineError, UserError
 from siglane.server.chat import Prepared, note_answer, siglane_report, usage_reply
 from siglane.server.choices import ChoiceDelta, Choices
 from siglane.server.context import RequestContext
@@ -30,6 +32,7 @@ from siglane.server.generation_fields import StreamOptions
 from siglane.server.protocol import GenerationRequest
 from siglane.server.replies import ChatCompletionChunk, ChunkChoice
 from siglane.server.served import ChatModel
+from siglane.server.tool_fields import call_deltas
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,11 @@ HEADERS = {
 def event(content: object) -> bytes:
     """One event. JSON has no line breaks outside of its escapes, so it always fits one data line."""
     return b"data: " + orjson.dumps(content) + b"\n\n"
+
+
+def named_event(name: str, content: object) -> bytes:
+    """One event of APIs that name theirs."""
+    return b"event: " + name.encode() + b"\n" + event(content)
 
 
 class EventStream(StreamingResponse):
@@ -65,7 +73,7 @@ class EventStream(StreamingResponse):
         self._spoken: set[int] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        choices = await self._model.ask(self._prepared.requests)
+        choices = await self._model.ask(self._prepared.requests, self._prepared.tool_use)
         try:
             events = self._events(choices)
             first = await anext(events)  # what goes wrong until here has a status code of its own
@@ -80,14 +88,22 @@ class EventStream(StreamingResponse):
         finally:
             self._model.release(choices)
 
-    async def _events(self, choices: Choices) -> AsyncIterator[bytes]:
-        silence = self._model.config.sse_keep_alive or None
+    async def _deltas(self, choices: Choices) -> AsyncIterator[ChoiceDelta | None]:
+        """Those that say something; None where the client has heard nothing for too long."""
+        silence, spoke = self._model.config.sse_keep_alive or None, time.monotonic()
         while not choices.finished:
             delta = await choices.next(silence)
-            if delta is None:
-                yield KEEP_ALIVE
-            elif self._says_something(delta):
-                yield event(self._chunk(delta, choices))
+            if delta is not None and self._says_something(delta):
+                yield delta
+            elif delta is None or (silence and time.monotonic() - spoke > silence):  # tokens whose text is held back
+                yield None
+            else:
+                continue
+            spoke = time.monotonic()
+
+    async def _events(self, choices: Choices) -> AsyncIterator[bytes]:
+        async for delta in self._deltas(choices):
+            yield KEEP_ALIVE if delta is None else event(self._chunk(delta, choices))
         note_answer(choices, self._prepared, self._context, self._model)
         if self._options.include_usage:
             report = siglane_report(self._request, self._prepared, choices)
@@ -95,11 +111,15 @@ class EventStream(StreamingResponse):
         yield DONE
 
     def _failure(self, error: Exception) -> bytes:
+        return event(error_body(self._failed(error))) + DONE
+
+    def _failed(self, error: Exception) -> UserError | EngineError:
+        """What the client is told of it; the log gets what it is not told."""
         reason = as_api_error(error)
         self._context.failed = reason.code
         if reason is not error:
             logger.error("a stream failed", exc_info=error, extra={"request_id": self._context.request_id})
-        return event(error_body(reason)) + DONE
+        return reason
 
     def _says_something(self, delta: ChoiceDelta) -> bool:
         raise NotImplementedError
@@ -125,7 +145,7 @@ class EventStream(StreamingResponse):
 class ChatStream(EventStream):
     def _says_something(self, delta: ChoiceDelta) -> bool:
         first = delta.index not in self._spoken
-        said = delta.text or delta.reasoning
+        said = delta.text or delta.reasoning or delta.calls
         return bool(first or said or delta.finish_reason or delta.logprob)
 
     def _chunk(self, delta: ChoiceDelta, choices: Choices) -> Mapping[str, object]:
@@ -137,9 +157,11 @@ class ChatStream(EventStream):
         }
         if delta.index not in self._spoken:
             self._spoken.add(delta.index)
-            choice["delta"] = {"role": "assistant", "content": delta.text}
-        elif delta.text or (delta.finish_reason is None and not delta.reasoning):
+            choice["delta"] = {"role": "assistant", "content": delta.text or (None if delta.calls else "")}
+        elif delta.text or (delta.finish_reason is None and not delta.reasoning and not delta.calls):
             choice["delta"] = {"content": delta.text}
+        if delta.calls:
+            choice["delta"]["tool_calls"] = call_deltas(delta.calls)
         if delta.reasoning:
             choice["delta"]["reasoning_content"] = delta.reasoning
         if delta.logprob is not None:

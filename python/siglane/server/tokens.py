@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Annotated, Any, NotRequired
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -17,6 +18,7 @@ from siglane.families.pipeline import report_image
 from siglane.families.report import ImageReport
 from siglane.media.item import MediaItem
 from siglane.media.messages import read_limits, url_item
+from siglane.media.tools import read_tools
 from siglane.server.chat import lay_out_prompt
 from siglane.server.context import RequestContext
 from siglane.server.fields import WHOLE, RequestModel, TemplateKwargs, one_of
@@ -25,7 +27,8 @@ from siglane.server.protocol import Budgets, ImageUrl, Limit, Messages, plain
 from siglane.server.refused import refuse_fields
 from siglane.server.served import ChatModel
 from siglane.server.stopwatch import Stopwatch
-from siglane.types import Size, VideoSize
+from siglane.server.tool_fields import Tools
+from siglane.types import Size, Tool, VideoSize
 
 MAX_TEXTS = 1024
 MAX_IDS = 1 << 20
@@ -48,6 +51,7 @@ class TokenizeRequest(RequestModel):
     messages: Messages | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
+    tools: Tools | None = None
     chat_template_kwargs: TemplateKwargs = None
     cache_salt: CacheSalt | None = None
 
@@ -56,7 +60,15 @@ class TokenizeRequest(RequestModel):
         refuse_fields(self.model_extra or {})
         if sum(value is not None for value in (self.prompt, self.content, self.messages)) != 1:
             raise UserError("send either prompt or messages", code="missing_field", param="prompt")
+        if self.tools and self.messages is None:
+            raise UserError("tools are only accepted together with messages", code="invalid_value", param="tools")
+        _ = self.told_tools
         return self
+
+    @cached_property
+    def told_tools(self) -> tuple[Tool, ...]:
+        use = read_tools(plain(self.tools))
+        return () if use is None else use.tools
 
 
 class DetokenizeRequest(RequestModel):
@@ -102,7 +114,8 @@ async def _conversation(body: TokenizeRequest, context: RequestContext, model: C
     """Only the headers of its media are read."""
     assert body.messages is not None
     salt, watch = context.client.salt(body.cache_salt), Stopwatch()
-    prompt, media = await lay_out_prompt(body.messages, body.chat_template_kwargs, salt, context, model, watch)
+    arguments = body.chat_template_kwargs
+    prompt, media = await lay_out_prompt(body.messages, arguments, salt, context, model, watch, body.told_tools)
     ids = list(prompt.token_ids)
     words = await model.aside(lambda: _texts_of(model, ids)) if body.return_token_strs else None
     bytes_each = model.kv_bytes_per_token

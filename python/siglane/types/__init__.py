@@ -52,6 +52,7 @@ from siglane.types.layout import (
 from siglane.types.model import Activation, AttentionBackend, BackendChoice, RopeScaling
 from siglane.types.prompt import ImagePart, ImageSpan, Message, Prompt, Role, ToolCall
 from siglane.types.reading import Read, Readout
+from siglane.types.tools import Tool, ToolUse
 
 __all__ = [
     "DIGEST_BYTES",
@@ -106,7 +107,9 @@ __all__ = [
     "Token",
     "TokenDelta",
     "TokenLogprob",
+    "Tool",
     "ToolCall",
+    "ToolUse",
     "Usage",
     "VideoSize",
     "digest_of",

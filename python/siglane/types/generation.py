@@ -156,7 +156,7 @@ class Request:
         return tuple(ids)
 
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "error", "tool_calls"]  # the last one is an answer's, no engine's
 
 
 @dataclass(frozen=True, slots=True)
