@@ -120,27 +120,8 @@ def create_app(served: Served, traces: Traces | None = None) -> FastAPI:
     add_abort(app, served)
     if served.config.playground:
         add_playground(app)
-    if served.chat is not None:
-        _add_chat(app, served, served.chat)
-        add_completions(app, served, served.chat, _ignored_noter())
-        add_decisions(app, served, served.chat, _ignored_noter())
-        add_scores(app, served, served.chat, _ignored_noter())
-        _add_refusals(app, STORED_RESPONSES, "responses are not stored; send the conversation with each request")
-        add_responses(app, served, served.chat, _ignored_noter())
-        add_messages(app, served, served.chat, _ignored_noter())
-        _add_tokens(app, served, served.chat)
-        add_view(app, served, served.chat)
-    else:
-        paths = [path for path in (*OF_CHAT, RESPONSES) if path != SCORE]
-        _add_refusals(app, paths, f"{served.name!r} embeds and classifies; a chat needs a vision-language model")
-        message = f"{served.name!r} embeds and classifies; its prompts are single texts"
-        _add_refusals(app, (*TOKENS, IMAGE_VIEW), message)
-    if served.embed is not None:
-        _add_embeddings(app, served, served.embed)
-        add_pairs(app, served, served.embed, _ignored_noter())
-    else:
-        reason = f"{served.name!r} chats; embeddings need a SigLIP with both towers beside it (siglane serve --tagger)"
-        _add_refusals(app, (EMBEDDINGS, CLASSIFY), reason)
+    _add_routes_of_chats(app, served)
+    _add_routes_of_towers(app, served)
     if store is not None and runner is not None:
         add_files(app, store, served)
         add_batches(app, store, runner, served)
@@ -149,6 +130,30 @@ def create_app(served: Served, traces: Traces | None = None) -> FastAPI:
         _add_refusals(app, paths, "start the server with --data-dir FOLDER")
     app.openapi = document(app, served, OPEN_PATHS)  # type: ignore[method-assign]
     return app
+
+
+def _add_routes_of_chats(app: FastAPI, served: Served) -> None:
+    if served.chat is None:
+        paths = [path for path in (*OF_CHAT, RESPONSES, MESSAGES, COUNT_TOKENS) if path != SCORE]
+        _add_refusals(app, paths, f"{served.name!r} embeds and classifies; a chat needs a vision-language model")
+        message = f"{served.name!r} embeds and classifies; its prompts are single texts"
+        _add_refusals(app, (*TOKENS, IMAGE_VIEW), message)
+        return
+    _add_chat(app, served, served.chat)
+    for add in (add_completions, add_decisions, add_scores, add_responses, add_messages):
+        add(app, served, served.chat, _ignored_noter())
+    _add_refusals(app, STORED_RESPONSES, "responses are not stored; send the conversation with each request")
+    _add_tokens(app, served, served.chat)
+    add_view(app, served, served.chat)
+
+
+def _add_routes_of_towers(app: FastAPI, served: Served) -> None:
+    if served.embed is None:
+        reason = f"{served.name!r} chats; embeddings need a SigLIP with both towers beside it (siglane serve --tagger)"
+        _add_refusals(app, (EMBEDDINGS, CLASSIFY), reason)
+        return
+    _add_embeddings(app, served, served.embed)
+    add_pairs(app, served, served.embed, _ignored_noter())
 
 
 def _add_middleware(app: FastAPI, served: Served, traces: Traces | None) -> None:
