@@ -256,6 +256,19 @@ def test_texts_in_many_pieces_are_the_same_texts(fixed: RunningServer, monkeypat
         assert other.json()["usage"] == whole.json()["usage"]
 
 
+def test_stages_are_told_to_who_asks(fixed: RunningServer) -> None:
+    """By the header that a chat has for it."""
+    bodies = {
+        "/v1/embeddings": {"input": [{"image": data_url(picture(seed=91))}, "a text of its own"]},
+        "/v1/classify": {"images": [data_url(picture(seed=92))], "labels": ["another label"]},
+    }
+    with fixed.http() as client:
+        for path, body in bodies.items():
+            told = client.post(path, json=body, headers={"x-siglane-timings": "1"}).json()["siglane"]["timings"]
+            assert set(told) == {"fetch", "decode", "prepare", "queue", "encode"}
+            assert "timings" not in client.post(path, json=body).json()["siglane"]
+
+
 def test_usage_and_report(fixed: RunningServer) -> None:
     body = fixed.post_to("/v1/embeddings", input=["two green shapes", {"image": PICTURE}, "a " * 200]).json()
     tokens = fixed.served.embed.tokens

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
 
 
+FREE_BYTES = 1 << 20  # of a body that is read however full the server is
 TIMINGS = b"x-siglane-timings"  # its value 1 asks for `siglane.timings`
 
 
@@ -196,8 +197,9 @@ class Intake:
             if not free:
                 self.gate.check()
                 context.client.check()
-            self._check_headers(dict(scope["headers"]))
-            body = await self._read(receive, context.lease)
+            most = min(self.max_bytes, FREE_BYTES) if free else self.max_bytes
+            self._check_headers(dict(scope["headers"]), most)
+            body = await self._read(receive, context.lease, most)
             if body is None:
                 context.cancelled = True
                 return
@@ -215,42 +217,23 @@ class Intake:
         with self.gate.entered(), context.client.entered(), self.running.noted(context):
             yield
 
-    def _check_headers(self, headers: dict[bytes, bytes]) -> None:
+    def _check_headers(self, headers: dict[bytes, bytes], most: int) -> None:
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
             raise UserError("compressed bodies are not accepted", code="unsupported_content_encoding", status=415)
         kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
         if kind != b"application/json":
             raise UserError("the content type must be application/json", code="unsupported_media_type", status=415)
-        if int(headers.get(b"content-length", b"0")) > self.max_bytes:
-            raise self._too_large()
+        if int(headers.get(b"content-length", b"0")) > most:
+            raise _too_large(most)
 
-    def _too_large(self) -> UserError:
-        message = f"the body is larger than {self.max_bytes} bytes"
-        return UserError(message, code="request_too_large", status=413)
-
-    async def _read(self, receive: Receive, lease: ByteLease) -> bytes | None:
+    async def _read(self, receive: Receive, lease: ByteLease, most: int) -> bytes | None:
         """The body; None when the client left before its end."""
         try:
             async with asyncio.timeout(self.timeout):
-                return await self._read_all(receive, lease)
+                return await _read_all(receive, lease, most)
         except TimeoutError:
             message = f"the request body did not arrive within {self.timeout:g} seconds"
             raise UserError(message, code="request_timeout", status=408) from None
-
-    async def _read_all(self, receive: Receive, lease: ByteLease) -> bytes | None:
-        chunks: list[bytes] = []
-        more = True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            chunk = message.get("body", b"")
-            if lease.held + len(chunk) > self.max_bytes:
-                raise self._too_large()
-            lease.take(len(chunk))
-            chunks.append(chunk)
-            more = message.get("more_body", False)
-        return b"".join(chunks)
 
     async def _run(self, body: bytes, context: RequestContext, scope: Scope, receive: Receive, send: Send) -> None:
         context.work = work = asyncio.ensure_future(self.app(scope, _replay(body), send))
@@ -269,6 +252,26 @@ class Intake:
             work.result()
         elif context.aborted and context.status is None:
             raise aborted()
+
+
+async def _read_all(receive: Receive, lease: ByteLease, most: int) -> bytes | None:
+    chunks: list[bytes] = []
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        chunk = message.get("body", b"")
+        if lease.held + len(chunk) > most:
+            raise _too_large(most)
+        lease.take(len(chunk))
+        chunks.append(chunk)
+        more = message.get("more_body", False)
+    return b"".join(chunks)
+
+
+def _too_large(most: int) -> UserError:
+    return UserError(f"the body is larger than {most} bytes", code="request_too_large", status=413)
 
 
 def _outcome(context: RequestContext) -> Outcome:
