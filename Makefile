@@ -16,6 +16,8 @@ VLLM_TESTS := tests/hosts/vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off --no-warn-conflicts
 PAGE := .venv-page
 PAGE_TESTS := tests/server/test_playground.py
+FAKE_CUDA := .venv-fake-cuda
+FAKE_CUDA_TESTS := tests/fake_cuda
 RAY := .venv-ray
 RAY_TESTS := tests/server/test_batch_ray.py
 REAL := .venv-real
@@ -27,7 +29,8 @@ unexport PYTHONDONTWRITEBYTECODE
 # what `make test-oldest` and `make test-newest` take to its end; the rest stays as in $(VENV)
 ENDS := transformers
 
-.PHONY: demo serve test test-slow test-oldest test-newest test-gpu test-sglang test-vllm test-ray test-page test-real lint bench
+.PHONY: demo serve test test-slow test-oldest test-newest test-gpu test-fake-cuda test-sglang test-vllm test-ray test-page \
+	test-real lint bench
 .DEFAULT_GOAL := demo
 
 demo: $(READY)  ## ask the model that ships with siglane one question, through a real server
@@ -54,6 +57,9 @@ test-newest: $(READY)  ## the same with the newest; ENDS="torch transformers" fo
 
 test-gpu: $(READY)  ## the tests that need CUDA; without it they skip and say so
 	@$(BIN)/python -m pytest -q -rs -m gpu
+
+test-fake-cuda: $(FAKE_CUDA)/.ready  ## the CUDA form of a step without a GPU, on torch's build for CUDA; an environment on top of .venv, 5 GB
+	@$(FAKE_CUDA)/bin/python -m pytest -q -rs -m fake_cuda $(FAKE_CUDA_TESTS)
 
 test-sglang: $(SGLANG)/.ready  ## the tests inside the real SGLang, without a GPU; an environment of its own, 3 GB
 	@$(SGLANG)/bin/python -m pytest -q -rs -m sglang $(SGLANG_TESTS)
@@ -114,6 +120,10 @@ $(PAGE)/.ready: $(READY) tests/server/page.txt
 
 $(REAL)/.ready: $(READY) $(REAL_TESTS)/requirements.txt
 	$(call build_on_top,$(REAL),-r $(REAL_TESTS)/requirements.txt)
+	@touch $@
+
+$(FAKE_CUDA)/.ready: $(READY) $(FAKE_CUDA_TESTS)/requirements.txt
+	$(call build_on_top,$(FAKE_CUDA),-r $(FAKE_CUDA_TESTS)/requirements.txt)
 	@touch $@
 
 $(SGLANG)/.ready: pyproject.toml constraints.txt $(SCHEMAS) $(SGLANG_TESTS)/requirements.txt $(SGLANG_TESTS)/no_deps.txt

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import numpy as np
 import torch
 
-logger = logging.getLogger(__name__)
+from siglane.nn.device import host_memory
 
 
 class Written:
@@ -19,7 +18,7 @@ class Written:
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
-        self.memory = _host_memory(capacity, device)
+        self.memory = host_memory((capacity,), torch.int64, device)
         self.lengths: list[int] = []
         self._numbers = self.memory.numpy()
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
@@ -72,12 +71,3 @@ class PageTable:
     def put(self, rows: torch.Tensor, columns: torch.Tensor, pages: torch.Tensor) -> None:
         if len(pages):
             self.pages.index_put_((rows, columns), pages.int())
-
-
-def _host_memory(capacity: int, device: torch.device) -> torch.Tensor:
-    if device.type == "cuda":
-        try:
-            return torch.empty(capacity, dtype=torch.int64, pin_memory=True)
-        except RuntimeError as error:
-            logger.warning("no pinned memory (%s): steps are copied from pageable memory", error)
-    return torch.empty(capacity, dtype=torch.int64)
