@@ -19,6 +19,8 @@ PAGE_TESTS := tests/server/test_playground.py
 FAKE_CUDA := .venv-fake-cuda
 FAKE_CUDA_TESTS := tests/fake_cuda
 RAY := .venv-ray
+TRITON := .venv-triton
+TRITON_TESTS := tests/unit/test_triton_kernels.py
 RAY_TESTS := tests/server/test_batch_ray.py
 REAL := .venv-real
 REAL_TESTS := tests/real
@@ -29,8 +31,8 @@ unexport PYTHONDONTWRITEBYTECODE
 # what `make test-oldest` and `make test-newest` take to its end; the rest stays as in $(VENV)
 ENDS := transformers
 
-.PHONY: demo serve test test-slow test-oldest test-newest test-gpu test-fake-cuda test-sglang test-vllm test-ray test-page \
-	test-real lint bench
+.PHONY: demo serve test test-slow test-oldest test-newest test-gpu test-fake-cuda test-triton test-sglang test-vllm \
+	test-ray test-page test-real lint bench
 .DEFAULT_GOAL := demo
 
 demo: $(READY)  ## ask the model that ships with siglane one question, through a real server
@@ -60,6 +62,9 @@ test-gpu: $(READY)  ## the tests that need CUDA; without it they skip and say so
 
 test-fake-cuda: $(FAKE_CUDA)/.ready  ## the CUDA form of a step without a GPU, on torch's build for CUDA; an environment on top of .venv, 5 GB
 	@$(FAKE_CUDA)/bin/python -m pytest -q -rs -m fake_cuda $(FAKE_CUDA_TESTS)
+
+test-triton: $(TRITON)/.ready  ## the GPU's kernels without a GPU: interpreted and compiled; an environment on top of .venv, 1 GB
+	@$(TRITON)/bin/python -m pytest -q -rs -n 2 $(TRITON_TESTS)
 
 test-sglang: $(SGLANG)/.ready  ## the tests inside the real SGLang, without a GPU; an environment of its own, 3 GB
 	@$(SGLANG)/bin/python -m pytest -q -rs -m sglang $(SGLANG_TESTS)
@@ -124,6 +129,10 @@ $(REAL)/.ready: $(READY) $(REAL_TESTS)/requirements.txt
 
 $(FAKE_CUDA)/.ready: $(READY) $(FAKE_CUDA_TESTS)/requirements.txt
 	$(call build_on_top,$(FAKE_CUDA),-r $(FAKE_CUDA_TESTS)/requirements.txt)
+	@touch $@
+
+$(TRITON)/.ready: $(READY) tests/unit/triton.txt
+	$(call build_on_top,$(TRITON),-c constraints.txt -r tests/unit/triton.txt)
 	@touch $@
 
 $(SGLANG)/.ready: pyproject.toml constraints.txt $(SCHEMAS) $(SGLANG_TESTS)/requirements.txt $(SGLANG_TESTS)/no_deps.txt

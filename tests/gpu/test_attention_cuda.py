@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from siglane.nn.attention import AttentionBackend, Segments, choose_backend, packed_attention
+from siglane.nn.attention import AttentionBackend, Segments, packed_attention, runnable_backends
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,7 +25,7 @@ EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], 
 
 def available(backend: AttentionBackend, dtype: torch.dtype) -> AttentionBackend:
     try:
-        return choose_backend(backend, CUDA, dtype)
+        return runnable_backends(backend, CUDA, dtype)[0]
     except ValueError as error:
         pytest.skip(str(error))
 

@@ -50,10 +50,12 @@ LOADERS = ("import_module", "__import__")
 SGLANG_HOST = PurePosixPath("hosts/sglang")
 
 VISION_STACK = ("types", "errors", "tiling", "nn", "config", "settings", "image", "vision", "projector")
-ON_DEMAND = ("media/remote.py",)  # imported by the function that fetches a URL
+ON_DEMAND = (  # imported by the function that fetches a URL, and by the operators that start Triton's kernels
+    *("media/remote.py", "nn/cuda/paged_decode.py", "nn/cuda/pointwise.py"),
+)
 EXTRAS = (
     *("fastapi", "orjson", "pybase64", "prometheus_client", "python_multipart", "pyarrow"),
-    *("av", "sglang", "flashinfer", "ray"),
+    *("av", "sglang", "flashinfer", "ray", "triton"),
 )
 HTTP_CLIENT = "httpx2"  # huggingface_hub has it too, so only the vision stack proper can do without
 

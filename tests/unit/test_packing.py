@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import wraps
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,14 @@ from torch.nn.attention import varlen
 
 from siglane.config.vision import PositionResize, VisionConfig
 from siglane.lm.attention import Past, SegmentAttention
-from siglane.nn.attention import AttentionBackend, Segments, choose_backend, cu_seqlens_of, packed_attention
+from siglane.nn.attention import (
+    AttentionBackend,
+    Segments,
+    choose_backend,
+    cu_seqlens_of,
+    packed_attention,
+    runnable_backends,
+)
 from siglane.nn.cpu.attention import LONG
 from siglane.nn.cpu.chunks import CHUNK_ROWS, ChunkedBlock, ChunkedMLP, groups_of
 from siglane.nn.cpu.optimise import optimise
@@ -244,6 +252,7 @@ def install_torch_varlen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The installed torch's own signature, computed on the CPU."""
     signature = inspect.signature(varlen.varlen_attn)
 
+    @wraps(varlen.varlen_attn)
     def varlen_attn(*args: Any, **kwargs: Any) -> torch.Tensor:
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
@@ -378,9 +387,6 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return pretend
 
 
-TORCH_VARLEN = "torch.nn.attention.varlen"
-
-
 class TestChoice:
     @pytest.mark.parametrize(
         ("dtype", "chosen"), [(torch.float32, "onednn"), (torch.float16, "sdpa"), (torch.bfloat16, "sdpa")]
@@ -389,15 +395,15 @@ class TestChoice:
         self, dtype: torch.dtype, chosen: AttentionBackend, caplog: pytest.LogCaptureFixture
     ) -> None:
         with caplog.at_level(logging.INFO, "siglane"):
-            assert choose_backend("auto", CPU, dtype) == chosen
-            assert choose_backend("sdpa", CPU, dtype) == "sdpa"
+            assert choose_backend("auto", CPU, dtype, 4, 12) == chosen
+            assert choose_backend("sdpa", CPU, dtype, 4, 12) == "sdpa"
         assert caplog.messages[0] == f"vision attention: {chosen} (cpu, {dtype}, asked for auto)"
         assert caplog.messages[1].endswith("asked for sdpa)")
 
     @pytest.mark.parametrize(("device", "dtype"), [(CPU, torch.bfloat16), (CUDA, torch.float32)])
     def test_onednn_is_for_float32_on_cpus(self, device: torch.device, dtype: torch.dtype) -> None:
         with pytest.raises(ValueError, match=f"'onednn' cannot run on {device} in {dtype}; use 'auto'"):
-            choose_backend("onednn", device, dtype)
+            runnable_backends("onednn", device, dtype)
 
     @pytest.mark.parametrize("choice", ["torch_varlen", "flash_attn", "flashinfer"])
     @pytest.mark.parametrize(("device", "dtype"), [(CPU, torch.float16), (CUDA, torch.float32)])
@@ -405,35 +411,34 @@ class TestChoice:
         self, choice: AttentionBackend, device: torch.device, dtype: torch.dtype
     ) -> None:
         with pytest.raises(ValueError, match=f"'{choice}' cannot run on {device} in {dtype}; use 'auto'"):
-            choose_backend(choice, device, dtype)
+            runnable_backends(choice, device, dtype)
 
     @pytest.mark.parametrize(
-        ("capability", "installed", "chosen"),
+        ("capability", "installed", "candidates"),
         [
-            ((9, 0), ("flash_attn", TORCH_VARLEN, "flashinfer"), "flash_attn"),
-            ((8, 0), (TORCH_VARLEN, "flashinfer"), "torch_varlen"),
-            ((8, 0), ("flashinfer",), "sdpa"),
-            ((9, 0), (), "sdpa"),
-            ((7, 5), ("flash_attn", TORCH_VARLEN, "flashinfer"), "sdpa"),
+            ((9, 0), ("flash_attn", "flashinfer"), ("torch_varlen", "sdpa")),
+            ((8, 0), (), ("torch_varlen", "sdpa")),
+            ((7, 5), ("flash_attn", "flashinfer"), ("sdpa",)),
         ],
     )
-    def test_a_gpu_takes_the_best_kernel_it_has(
+    def test_a_gpu_tries_torch_alone(
         self,
         on_gpu: Callable[..., None],
         capability: tuple[int, int],
         installed: tuple[str, ...],
-        chosen: AttentionBackend,
+        candidates: tuple[AttentionBackend, ...],
     ) -> None:
+        """flash-attn and flashinfer are taken by name only."""
         on_gpu(capability, *installed)
-        assert choose_backend("auto", CUDA, torch.float16) == chosen
-        assert choose_backend("auto", CUDA, torch.float32) == "sdpa"
+        assert runnable_backends("auto", CUDA, torch.float16) == candidates
+        assert runnable_backends("auto", CUDA, torch.float32) == ("sdpa",)
 
     def test_a_choice_that_is_installed_is_kept(self, on_gpu: Callable[..., None]) -> None:
-        on_gpu((9, 0), "flashinfer", TORCH_VARLEN)
-        assert choose_backend("flashinfer", CUDA, torch.bfloat16) == "flashinfer"
-        assert choose_backend("sdpa", CUDA, torch.bfloat16) == "sdpa"
+        on_gpu((9, 0), "flashinfer")
+        assert runnable_backends("flashinfer", CUDA, torch.bfloat16) == ("flashinfer",)
+        assert runnable_backends("sdpa", CUDA, torch.bfloat16) == ("sdpa",)
         with pytest.raises(ValueError, match="'flash_attn' cannot run"):
-            choose_backend("flash_attn", CUDA, torch.bfloat16)
+            runnable_backends("flash_attn", CUDA, torch.bfloat16)
 
     def test_a_tower_chooses_when_it_first_runs(
         self, tower: SiglipVisionModel, caplog: pytest.LogCaptureFixture

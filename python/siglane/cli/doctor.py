@@ -198,17 +198,15 @@ def _gemm(device: str, dtype: object) -> float:
 def _attention() -> Iterator[Check]:
     import torch
 
-    from siglane.nn.attention import choose_backend
+    from siglane.nn.attention import runnable_backends
 
     device, dtype = torch.device("cpu"), torch.float32
     if torch.cuda.is_available():
         device, dtype = torch.device("cuda"), torch.bfloat16
-    yield Check("vision attention", "ok", f"{choose_backend('auto', device, dtype)} on {device.type}")
+    yield Check("vision attention", "ok", f"{runnable_backends('auto', device, dtype)[0]} on {device.type}")
     for name, package in (("flash_attn", "flash-attn"), ("flashinfer", "flashinfer-python")):
         if importlib.util.find_spec(name) is not None:
             yield Check(package, "ok", _version(package) or "installed")
-        elif device.type == "cuda":
-            yield Check(package, "note", f"not installed; pip install {package} for faster attention")
 
 
 def _memory() -> Iterator[Check]:

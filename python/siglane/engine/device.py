@@ -15,9 +15,11 @@ from typing import NamedTuple
 import torch
 
 from siglane.engine.attention import EagerKernels, TorchKernels
+from siglane.engine.attention_cuda import tried_kernels
 from siglane.engine.attention_runs import RunKernels
 from siglane.engine.batch import Chunk, StepBatch
 from siglane.engine.graphs import Capture, buckets_up_to, capture_on_cuda, record
+from siglane.engine.kernel_trial import Shape
 from siglane.engine.kernels import DecodeRows, Kernels, PrefillRows, StepAttention
 from siglane.engine.kv import PagedKV
 from siglane.engine.limits import StepLimits
@@ -29,6 +31,7 @@ from siglane.engine.words import PageTable, Written
 from siglane.errors import EngineError
 from siglane.families.model import VisionLanguageModel
 from siglane.families.splice import ImageRows, splice
+from siglane.lm.qwen import QwenModel
 from siglane.settings.engine import EngineConfig
 from siglane.types import ImagePatches
 
@@ -52,7 +55,7 @@ def build_device(
         language.config, language.kv_heads, pages=pages, page_size=config.page_size, dtype=dtype, device=device
     )
     limits = StepLimits.of(budget, min(language.config.max_position_embeddings, kv.tokens), config.page_size)
-    kernels = choose_kernels(config.resolve_paged_backend(), kv)
+    kernels = choose_kernels(config.resolve_paged_backend(), kv, language)
     buckets = buckets_up_to(budget.running) if on_cuda and kernels.records else ()
     made = Device(model, kv, kernels, limits, eos_token_ids, packing=config.enable_packing, buckets=buckets)
     if buckets:
@@ -60,11 +63,13 @@ def build_device(
     return made
 
 
-def choose_kernels(choice: str, kv: PagedKV) -> Kernels:
+def choose_kernels(choice: str, kv: PagedKV, language: QwenModel) -> Kernels:
     """choice: auto, torch or eager."""
     if choice == "eager":
         return EagerKernels(kv)
-    return RunKernels(kv) if kv.keys.device.type == "cpu" else TorchKernels(kv)
+    if kv.keys.device.type == "cpu":
+        return RunKernels(kv)
+    return TorchKernels(kv) if choice == "torch" else tried_kernels(Shape.of(language, kv), kv)
 
 
 class StepPlan(NamedTuple):

@@ -12,8 +12,9 @@ from siglane.engine.engine import Engine
 from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import Processor, load_processor
 from siglane.families.two_tower import LoadedTwoTower, load_two_tower
-from siglane.nn.attention import choose_backend
+from siglane.nn.attention import runnable_backends
 from siglane.nn.cpu.optimise import optimise
+from siglane.nn.cuda.optimise import optimise_on_cuda
 from siglane.settings.engine import EngineConfig
 from siglane.vision.tower import SiglipVisionModel
 from siglane.weights.demo import opened
@@ -92,12 +93,15 @@ def _load(checkpoint: Checkpoint, processor: Processor, config: EngineConfig) ->
         attention_backend=config.attention_backend,
         quantization=config.bits,
     )
+    if model.vision is not None:  # on CUDA with a trial, of which the first image should not have to wait
+        model.vision.encoder.tower.backend_for(device, vision_dtype)
     logger.info("loaded %s in %.1f s (%s, %s)", checkpoint.root.name, time.monotonic() - begin, device, dtype)
     return model
 
 
 def _started(model: VisionLanguageModel, processor: Processor, config: EngineConfig) -> Engine:
     optimise(model)
+    optimise_on_cuda(model.language)
     grammars = Grammars(processor.tokenizer, processor.config.language.vocab_size, processor.eos_token_ids)
     return Engine(model, config, processor.eos_token_ids, processor.config.thinking, grammars)
 
@@ -109,5 +113,5 @@ def placement(config: EngineConfig) -> tuple[torch.device, torch.dtype, torch.dt
     """
     device = config.resolve_device()
     dtype, vision_dtype = config.resolve_dtypes(device)
-    choose_backend(config.attention_backend, device, vision_dtype)
+    runnable_backends(config.attention_backend, device, vision_dtype)
     return device, dtype, vision_dtype

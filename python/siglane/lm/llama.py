@@ -2,19 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from siglane.lm.qwen import QwenModel
-from siglane.nn.norm import RMSNorm
-
-
-class InputRMSNorm(RMSNorm):
-    """`x / rms(x) * weight`, all of it in the dtype of x (nanoVLM models/language_model.py `RMSNorm`)."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype == torch.float32:
-            return super().forward(x)
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+from siglane.nn.norm import InputRMSNorm
 
 
 class LlamaModel(QwenModel):

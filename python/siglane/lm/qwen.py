@@ -12,14 +12,14 @@ from torch import nn
 from siglane.config.language import LanguageConfig
 from siglane.lm.attention import LayerAttention
 from siglane.lm.experts import SparseMLP, experts_rules
-from siglane.nn.act import swiglu
+from siglane.nn.act import SwiGLU
 from siglane.nn.cpu.product import linear
 from siglane.nn.embedding import VocabParallelEmbedding, VocabTable
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear, attention_parallel
 from siglane.nn.norm import RMSNorm
 from siglane.nn.parallel import TensorParallel
 from siglane.nn.plan import Ignore, Rule, WeightPlan, parts
-from siglane.nn.rope import Rotary, rotary_frequencies, rotary_tables, rotate
+from siglane.nn.rope import Rotary, Rotation, rotary_frequencies, rotary_tables
 
 
 class OutputHead(Protocol):
@@ -47,6 +47,7 @@ class DecoderAttention(nn.Module):
         self.o_proj = RowParallelLinear(heads * head_dim, config.hidden_size, bias=config.output_bias, tp=tp)
         self.q_norm = norm(head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = norm(head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.rotation = Rotation(head_dim)
 
     def forward(self, x: torch.Tensor, rotary: Rotary, attention: LayerAttention) -> torch.Tensor:
         heads, kv_heads = self.qkv.heads, self.qkv.kv_heads
@@ -54,7 +55,7 @@ class DecoderAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = turning.split([heads, kv_heads], 1)
             turning = torch.cat((self.q_norm(q), self.k_norm(k)), 1)
-        q, k = rotate(turning, *rotary).split([heads, kv_heads], 1)
+        q, k = self.rotation(turning, *rotary).split([heads, kv_heads], 1)
         return self.o_proj(attention(self.layer, q, k, v).flatten(1))
 
 
@@ -65,10 +66,11 @@ class DecoderMLP(nn.Module):
         super().__init__()
         sections = {"gate": config.intermediate_size, "up": config.intermediate_size}
         self.gate_up = ColumnParallelLinear(config.hidden_size, sections, bias=config.mlp_bias, tp=tp)
+        self.gated = SwiGLU()
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias, tp=tp)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(swiglu(self.gate_up(x)))
+        return self.down_proj(self.gated(self.gate_up(x)))
 
 
 class DecoderBlock(nn.Module):
@@ -164,6 +166,13 @@ class QwenModel(nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[T, hidden_size]` -> `[T, vocab_size]`, whole on every rank."""
         return (self.lm_head or self.embed_tokens).logits(hidden)
+
+    @property
+    def heads(self) -> int:
+        """Query heads this rank holds."""
+        attention = self.blocks[0].attention
+        assert isinstance(attention, DecoderAttention)
+        return attention.qkv.heads
 
     @property
     def kv_heads(self) -> int:

@@ -6,6 +6,7 @@ from typing import assert_never
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from siglane.types import Activation
 
@@ -31,3 +32,10 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     if torch.is_grad_enabled():
         return F.silu(gate) * up
     return F.silu(gate, inplace=True).mul_(up)
+
+
+class SwiGLU(nn.Module):
+    """`swiglu`, where another kernel may stand for it."""
+
+    def forward(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return swiglu(gate_up)

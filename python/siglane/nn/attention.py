@@ -9,17 +9,19 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import groupby
 from typing import TypeVar, assert_never
 
 import torch
 import torch.nn.functional as F
 
-from siglane.errors import ConfigError
+from siglane.errors import ConfigError, EngineError
 from siglane.nn.cpu.attention import LONG, attention_by_head
 from siglane.nn.cpu.product import uses_onednn
+from siglane.nn.cuda.varlen import Packed, attend_packed
+from siglane.nn.trial import first_right
 from siglane.types import AttentionBackend, BackendChoice
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,7 @@ T = TypeVar("T")
 FLASHINFER_HEAD_DIMS = (64, 128, 256)
 FLASHINFER_WORKSPACE = 128 << 20  # bytes
 KERNEL_HEAD_DIM_STEP = 8  # flash kernels take head dims that are multiples of 8
+TRIAL_LENGTHS = (5, 70, 1, 70)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -159,14 +162,9 @@ def _padded(
 
 
 def _torch_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    # torch 2.10's signature has no scale: it is head_dim ** -0.5, so the true one is folded into q
-    q = q * (scale * q.shape[-1] ** 0.5)
-    cu_seqlens, longest = segments.cu_seqlens, segments.max_len
-    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest)  # type: ignore[arg-type]
-    assert isinstance(out, torch.Tensor)
-    return out
+    assert segments.cu_seqlens is not None
+    packed = Packed(segments.cu_seqlens, segments.max_len)
+    return attend_packed(q, k, v, packed, packed, scale=scale)
 
 
 def _flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float) -> torch.Tensor:
@@ -177,12 +175,16 @@ def _flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Seg
     return out
 
 
+@cache
+def _flashinfer_workspace(device: torch.device) -> torch.Tensor:
+    return torch.zeros(FLASHINFER_WORKSPACE, dtype=torch.uint8, device=device)
+
+
 def _flashinfer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float) -> torch.Tensor:
     import flashinfer
 
     _, heads, head_dim = q.shape
-    workspace = torch.empty(FLASHINFER_WORKSPACE, dtype=torch.uint8, device=q.device)
-    wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace)
+    wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(_flashinfer_workspace(q.device))
     wrapper.plan(
         segments.cu_seqlens, segments.cu_seqlens, heads, heads, head_dim,
         causal=False, sm_scale=scale, q_data_type=q.dtype,
@@ -191,34 +193,66 @@ def _flashinfer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Seg
     return out
 
 
-def choose_backend(choice: BackendChoice, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
-    """The backend to use for packed attention; logs what was chosen and why.
+def runnable_backends(choice: BackendChoice, device: torch.device, dtype: torch.dtype) -> tuple[AttentionBackend, ...]:
+    """The backends that may be meant by `choice` and can be called here, the best first.
 
-    Kernels for half precision on CUDA are preferred in the order flash-attn, torch; float32 on CPUs takes oneDNN's
-    products. Everything else, GPUs older than Ampere among it, for which the kernels are not built, takes SDPA, one
-    call per run of equal lengths; "eager" is for who debugs numbers. ConfigError when an explicit choice cannot run
-    here.
+    For half precision on CUDA torch's packed kernel is preferred; float32 on CPUs takes oneDNN's products. Everything
+    else, GPUs older than Ampere among it, for which the kernel is not built, takes SDPA, one call per run of equal
+    lengths. flash-attn and flashinfer are taken by name only; "eager" is for who debugs numbers. ConfigError when an
+    explicit choice cannot run here.
     """
     half_on_cuda = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
     kernels_run = half_on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
     float_on_cpu = device.type == "cpu" and dtype == torch.float32
     available: dict[AttentionBackend, bool] = {
-        "flash_attn": kernels_run and importlib.util.find_spec("flash_attn") is not None,
-        "torch_varlen": kernels_run and importlib.util.find_spec("torch.nn.attention.varlen") is not None,
-        "flashinfer": kernels_run and importlib.util.find_spec("flashinfer") is not None,
+        "torch_varlen": kernels_run,
         "onednn": float_on_cpu and torch.backends.mkldnn.is_available(),
         "sdpa": True,
+        "flash_attn": kernels_run and importlib.util.find_spec("flash_attn") is not None,
+        "flashinfer": kernels_run and importlib.util.find_spec("flashinfer") is not None,
         "eager": True,
     }
     if choice == "auto":
-        order: tuple[AttentionBackend, ...] = ("flash_attn", "torch_varlen", "onednn", "sdpa")
-        chosen = next(backend for backend in order if available[backend])
-    elif available[choice]:
-        chosen = choice
-    else:
+        order: tuple[AttentionBackend, ...] = ("torch_varlen", "onednn", "sdpa")
+        return tuple(backend for backend in order if available[backend])
+    if not available[choice]:
         raise ConfigError(f"attention_backend {choice!r} cannot run on {device} in {dtype}; use 'auto'")
-    logger.info("vision attention: %s (%s, %s, asked for %s)", chosen, device, dtype, choice)
-    return chosen
+    return (choice,)
+
+
+def choose_backend(
+    choice: BackendChoice, device: torch.device, dtype: torch.dtype, heads: int, head_dim: int
+) -> AttentionBackend:
+    """The backend to use for packed attention over so many heads; on CUDA the first whose numbers are right. Logs what
+    was chosen. ConfigError when an explicit choice cannot run here, or gives other numbers."""
+    runnable = runnable_backends(choice, device, dtype)
+    if device.type != "cuda":
+        logger.info("vision attention: %s (%s, %s, asked for %s)", runnable[0], device, dtype, choice)
+        return runnable[0]
+    try:
+        return tried_backend(runnable, device, dtype, heads, head_dim)
+    except EngineError as error:
+        if choice == "auto":
+            raise
+        raise ConfigError(f"attention_backend {choice!r}: {error}; use 'auto'") from error
+
+
+def tried_backend(
+    backends: Sequence[AttentionBackend], device: torch.device, dtype: torch.dtype, heads: int, head_dim: int
+) -> AttentionBackend:
+    """The first whose numbers are those of plain products in float32. EngineError when none's are."""
+    cu_seqlens, scale = cu_seqlens_of(TRIAL_LENGTHS, device), head_dim**-0.5
+    segments = replace(Segments.of(TRIAL_LENGTHS, device), cu_seqlens=cu_seqlens)
+    shape, generator = (sum(TRIAL_LENGTHS), heads, head_dim), torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
+    q *= 2  # a sharp softmax shows a wrong scale
+    expected = by_runs(partial(eager, scale=scale), q.float(), k.float(), v.float(), segments)
+
+    def run(backend: AttentionBackend) -> torch.Tensor:
+        return packed_attention(q, k, v, segments, scale=scale, backend=backend)
+
+    named: dict[str, AttentionBackend] = {backend: backend for backend in backends}
+    return first_right(f"vision attention, {heads} heads of {head_dim} in {dtype}", named, run, expected)[1]
 
 
 def cu_seqlens_of(lengths: Sequence[int], device: torch.device | None = None) -> torch.Tensor:

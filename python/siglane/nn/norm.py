@@ -29,6 +29,15 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
+class InputRMSNorm(RMSNorm):
+    """`x / rms(x) * weight`, all of it in the dtype of x (nanoVLM models/language_model.py `RMSNorm`)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.float32:
+            return super().forward(x)
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+
+
 class ShardedLayerNorm(ShardedModule):
     """LayerNorm over rows of `size` columns that are cut over the ranks: x `[..., size / tp.size]` -> the same shape.
 

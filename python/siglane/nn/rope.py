@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from siglane.types import Grid, RopeScaling
 
@@ -71,3 +72,14 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     if x.dtype == torch.float32:
         return torch.addcmul(x * cos, other, sin)
     return x * cos + other * sin  # half precision rounds both products, as the models' own code does
+
+
+class Rotation(nn.Module):
+    """`rotate`, where another kernel may stand for it."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return rotate(x, cos, sin)

@@ -22,7 +22,7 @@ from siglane.families.two_tower import TEXTS_PER_FORWARD, load_two_tower
 from siglane.media.item import ImageSource
 from siglane.media.messages import image_item
 from siglane.media.policy import LOCAL_MEDIA, MediaPolicy
-from siglane.nn.attention import choose_backend
+from siglane.nn.attention import runnable_backends
 from siglane.nn.cpu.optimise import optimise
 from siglane.nn.device import resolve_device, resolve_dtype
 from siglane.settings.engine import Dtype, Quantization
@@ -300,7 +300,7 @@ def _backend(attention: Attention, device: torch.device, dtype: torch.dtype) -> 
     if attention not in BACKENDS:
         raise ConfigError(f"attention {attention!r} is not known; use {', '.join(BACKENDS)}")
     try:
-        choose_backend(BACKENDS[attention], device, dtype)
+        runnable_backends(BACKENDS[attention], device, dtype)
     except ConfigError as error:
         message = (
             f"attention {attention!r} cannot run on {device} in {dtype}: it needs the package flash-attn, a GPU of "

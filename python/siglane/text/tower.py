@@ -49,7 +49,9 @@ class SiglipTextModel(nn.Module):
     def _backend(self, x: torch.Tensor) -> AttentionBackend:
         key = (x.device, x.dtype)
         if key not in self._backends:
-            self._backends[key] = choose_backend(self.attention_backend, *key)
+            config = self.config
+            heads, head_dim = config.num_attention_heads, config.head_dim
+            self._backends[key] = choose_backend(self.attention_backend, *key, heads, head_dim)
         return self._backends[key]
 
 

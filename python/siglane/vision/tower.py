@@ -50,7 +50,7 @@ class SiglipVisionModel(nn.Module):
         x = self.position_embedding(x, packed.grids)
         _tap(taps, "positions", x)
         segments = Segments.of([grid.area for grid in packed.grids], x.device)
-        backend, rotary = self._backend(x), self._rotary(packed.grids, x.device)
+        backend, rotary = self.backend_for(x.device, x.dtype), self._rotary(packed.grids, x.device)
         for number, block in enumerate(self.blocks):
             x = block(x, segments, backend, rotary)
             _tap(taps, f"block.{number}", x)
@@ -63,7 +63,9 @@ class SiglipVisionModel(nn.Module):
         """The image embeddings `[B, hidden_size]` of features `[N, hidden_size]`. ValueError without a MAP head."""
         if self.head is None:
             raise ValueError("this checkpoint has no pooling head (vision_use_head is false)")
-        pooled: torch.Tensor = self.head(features, [grid.area for grid in grids], self._backend(features))
+        pooled: torch.Tensor = self.head(
+            features, [grid.area for grid in grids], self.backend_for(features.device, features.dtype)
+        )
         return pooled
 
     def _rotary(self, grids: Sequence[Grid], device: torch.device) -> Rotary | None:
@@ -72,10 +74,13 @@ class SiglipVisionModel(nn.Module):
             return None
         return rotary_tables_2d(grids, config.head_dim, config.rope_theta, device)
 
-    def _backend(self, x: torch.Tensor) -> AttentionBackend:
-        key = (x.device, x.dtype)
+    def backend_for(self, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+        """Chosen once for each, as `choose_backend` does. ConfigError when an explicit choice cannot run there."""
+        key = device, dtype
         if key not in self._backends:
-            self._backends[key] = choose_backend(self.attention_backend, *key)
+            config = self.config
+            heads, head_dim = config.num_attention_heads, config.head_dim
+            self._backends[key] = choose_backend(self.attention_backend, device, dtype, heads, head_dim)
         return self._backends[key]
 
 

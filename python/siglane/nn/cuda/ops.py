@@ -1,0 +1,92 @@
+"""The Triton kernels as operators of torch, which knows their results by shape: a step runs on fake tensors, too.
+
+Triton is imported by the first call. A fake knows no memory, so it says itself that all tensors are on one device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("siglane", "DEF")
+OPS = torch.ops.siglane
+
+
+def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Defines `siglane::schema` with the decorated function for CUDA."""
+    name = schema.split("(")[0]
+
+    def define(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def on_device(first: torch.Tensor, *args: Any) -> Any:
+            with torch.cuda.device(first.device):  # Triton launches on the current one
+                return function(first, *args)
+
+        @wraps(function)
+        def checked(*args: Any) -> Any:
+            devices = {arg.device for arg in args if isinstance(arg, torch.Tensor)}
+            if len(devices) > 1:
+                raise RuntimeError(f"{name} takes tensors of one device, these are on {sorted(map(str, devices))}")
+            return fake(*args)
+
+        LIBRARY.define(schema)
+        LIBRARY.impl(name, on_device, "CUDA")
+        torch.library.register_fake(f"siglane::{name}", checked, lib=LIBRARY)
+        return function
+
+    return define
+
+
+def _like_first(first: torch.Tensor, *others: object) -> torch.Tensor:
+    return first.new_empty(first.shape)
+
+
+@_operator("rms_norm(Tensor x, Tensor weight, float eps, bool in_float32) -> Tensor", _like_first)
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, in_float32: bool) -> torch.Tensor:
+    from siglane.nn.cuda.pointwise import rms_norm
+
+    return rms_norm(x, weight, eps, in_float32)
+
+
+@_operator("rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor", _like_first)
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    from siglane.nn.cuda.pointwise import rotate
+
+    return rotate(x, cos, sin)
+
+
+@_operator("swiglu(Tensor gate_up) -> Tensor", lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)))
+def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    from siglane.nn.cuda.pointwise import swiglu
+
+    return swiglu(gate_up)
+
+
+@_operator("store(Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor slots) -> ()", lambda *args: None)
+def _store(k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
+    from siglane.nn.cuda.pointwise import store
+
+    store(k, v, keys, values, slots)
+
+
+@_operator(
+    "paged_decode(Tensor q, Tensor keys, Tensor values, Tensor table, Tensor rows, Tensor lengths, int page_size, "
+    "float scale) -> Tensor",
+    _like_first,
+)
+def _paged_decode(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    table: torch.Tensor,
+    rows: torch.Tensor,
+    lengths: torch.Tensor,
+    page_size: int,
+    scale: float,
+) -> torch.Tensor:
+    from siglane.nn.cuda.paged_decode import paged_decode
+
+    return paged_decode(q, keys, values, table, rows, lengths, page_size, scale)

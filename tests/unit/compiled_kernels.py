@@ -1,0 +1,59 @@
+"""Compiles every Triton kernel for several GPUs, none of which has to be there. A line of JSON each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from siglane.nn.cuda import paged_decode as decode
+from siglane.nn.cuda import pointwise
+
+HEAD_DIMS = (72, 128)
+
+
+def sources(dtype: str, head_dim: int) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
+    """Each kernel with the types of its arguments and its constants."""
+    rows, stride = f"*{dtype}", "i32"
+    sizes = {"HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "PARTS": decode.PARTS}
+    sizes |= {"LEAST": decode.LEAST, "BLOCK": decode.BLOCK}
+    parts = {"parts": "*fp32", "peaks": "*fp32", "sums": "*fp32"}
+    yield (
+        decode.attend_part,
+        {"q": rows, "keys": rows, "values": rows, "table": "*i32", "rows": "*i64", "lengths": "*i64", **parts}
+        | {"scale": "fp32", "q_stride": stride, "table_stride": stride, "kv_heads": "i32"},
+        sizes | {"GROUP": 7, "BLOCK_G": 16, "PAGE_SIZE": 16},
+    )
+    yield decode.join_parts, {**parts, "lengths": "*i64", "out": rows, "heads": "i32"}, sizes
+    norm = {"x": rows, "weight": rows, "out": rows, "eps": "fp32", "stride": stride, "within": "i32"}
+    for in_float32 in (True, False):
+        yield pointwise.norm_row, norm, {"SIZE": 1536, "BLOCK": 2048, "IN_FLOAT32": in_float32}
+    turned = {"x": rows, "cos": rows, "sin": rows, "out": rows, "stride": stride, "heads": "i32"}
+    half = triton.next_power_of_2(head_dim // 2)
+    yield pointwise.turn_heads, turned, {"HALF": head_dim // 2, "BLOCK": half, "HEADS": pointwise.HEADS}
+    yield pointwise.gate_row, {"gate_up": rows, "out": rows, "size": "i32"}, {"BLOCK": pointwise.COLUMNS}
+    kept = {"k": rows, "v": rows, "keys": rows, "values": rows, "slots": "*i64"}
+    strides = {"k_stride": stride, "v_stride": stride}
+    yield pointwise.store_token, kept | strides, {"SIZE": 2 * head_dim, "BLOCK": 256}
+
+
+def main() -> None:
+    for architecture in (80, 90, 100):
+        for dtype in ("fp32", "fp16", "bf16"):
+            for head_dim in HEAD_DIMS if dtype == "bf16" else HEAD_DIMS[1:]:
+                for kernel, arguments, constants in sources(dtype, head_dim):
+                    signature = arguments | dict.fromkeys(constants, "constexpr")
+                    target = GPUTarget("cuda", architecture, 32)
+                    code = triton.compile(ASTSource(kernel, signature, constants), target=target)
+                    facts = {"architecture": architecture, "dtype": dtype, "head_dim": head_dim}
+                    facts |= {"kernel": kernel.__name__, "bytes": len(code.asm["cubin"])}
+                    facts |= {"shared_memory": code.metadata.shared, "tensor_cores": "mma" in code.asm["ptx"]}
+                    print(json.dumps(facts), flush=True)
+
+
+if __name__ == "__main__":
+    main()

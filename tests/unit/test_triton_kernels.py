@@ -1,0 +1,208 @@
+"""The Triton kernels without a GPU: their numbers in Triton's interpreter, their code by its compiler.
+
+`make test-triton`. With a GPU the same numbers are asked of it.
+
+The interpreter computes products of bfloat16 wrongly, so that dtype is compiled only.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from siglane.nn.act import swiglu
+from siglane.nn.norm import InputRMSNorm, RMSNorm
+from siglane.nn.rope import rotary_tables, rotate
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined, in Triton too: by the imports below
+pytest.importorskip("triton", reason="needs Triton, which torch brings for CUDA; `make test-triton`")
+
+from siglane.nn.cuda import paged_decode as decode  # noqa: E402
+from siglane.nn.cuda import pointwise  # noqa: E402
+
+PAGE = 16
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3} | ({torch.bfloat16: 1e-2} if DEVICE.type == "cuda" else {})
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+SCRIPT = Path(__file__).with_name("compiled_kernels.py")
+
+
+def close(ours: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, roundings: int = 1) -> None:
+    """By the size of the values: the last bit of half precision alone is 1e-3 of them. roundings: one after another."""
+    assert ours.dtype == dtype
+    torch.testing.assert_close(
+        ours.double(), expected.double(), atol=TOLERANCE[dtype], rtol=roundings * TOLERANCE[dtype], check_device=False
+    )
+
+
+def spread(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """The heads of a token beside others, as in the product that made them. Loud."""
+    tokens, heads, head_dim = shape
+    rows = 2 * torch.randn(tokens, heads + 3, head_dim, generator=torch.Generator().manual_seed(seed))
+    return rows.to(DEVICE, dtype)[:, :heads]
+
+
+class Cache:
+    """Sequences of `lengths` in pages in no order; every number that is no sequence's is NaN."""
+
+    def __init__(self, lengths: Sequence[int], kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(1)
+        columns = -(-max(lengths) // PAGE)
+        pages = torch.randperm(len(lengths) * columns, generator=generator) + 1
+        self.lengths = torch.tensor(lengths, device=DEVICE)
+        self.table = pages.view(len(lengths), columns).int().to(DEVICE)
+        keys, values = torch.full((2, (len(pages) + 1) * PAGE, kv_heads, head_dim), torch.nan)
+        self.slots = []
+        for row, length in zip(pages.view(len(lengths), columns), lengths, strict=True):
+            self.slots.append((row[:, None] * PAGE + torch.arange(PAGE)).flatten()[:length])
+            for cache in (keys, values):
+                cache[self.slots[-1]] = torch.randn(length, kv_heads, head_dim, generator=generator)
+        self.keys, self.values = keys.to(DEVICE, dtype), values.to(DEVICE, dtype)
+
+    def attend(self, q: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        places = torch.tensor(rows, device=DEVICE)
+        scale = q.shape[-1] ** -0.5
+        return decode.paged_decode(q, self.keys, self.values, self.table, places, self.lengths[places], PAGE, scale)
+
+    def expected(self, q: torch.Tensor) -> torch.Tensor:
+        """In float64, a sequence after the other."""
+        rows = []
+        for own, slots in zip(q.double(), self.slots, strict=True):
+            repeats = q.shape[1] // self.keys.shape[1]
+            k, v = (x[slots.to(DEVICE)].double().repeat_interleave(repeats, 1) for x in (self.keys, self.values))
+            weights = (torch.einsum("hd,shd->hs", own, k) * q.shape[-1] ** -0.5).softmax(-1)
+            rows.append(torch.einsum("hs,shd->hd", weights, v))
+        return torch.stack(rows)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel allocates is NaN before it writes there."""
+    empty = torch.empty
+
+    def poisoned(*size: Any, **how: Any) -> torch.Tensor:
+        made: torch.Tensor = empty(*size, **how)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@DTYPES
+@pytest.mark.parametrize("head_dim", [32, 64, 72, 128])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7])
+def test_decode_is_attention_over_pages(group: int, head_dim: int, dtype: torch.dtype) -> None:
+    lengths = [1, PAGE, PAGE + 1, 257]
+    cache = Cache(lengths, 2, head_dim, dtype)
+    q = spread(len(lengths), 2 * group, head_dim, dtype=dtype)
+    close(cache.attend(q, range(len(lengths))), cache.expected(q), dtype)
+
+
+@DTYPES
+def test_parts_grow_with_the_sequence(dtype: torch.dtype) -> None:
+    """From 8,192 tokens on; the last part of one is a single token."""
+    lengths = [decode.PARTS * decode.LEAST, decode.PARTS * decode.LEAST + 1, 26 * 320 + 1]
+    cache = Cache(lengths, 1, 32, dtype)
+    q = spread(len(lengths), 3, 32, dtype=dtype)
+    close(cache.attend(q, range(len(lengths))), cache.expected(q), dtype)
+
+
+@DTYPES
+def test_a_row_alone_is_the_same_beside_others(dtype: torch.dtype) -> None:
+    lengths = [255, 1, 577, 256, PAGE - 1]
+    cache = Cache(lengths, 2, 64, dtype)
+    q = spread(len(lengths), 12, 64, dtype=dtype)
+    together = cache.attend(q, range(len(lengths)))
+    for row in range(len(lengths)):
+        assert torch.equal(cache.attend(q[row : row + 1], [row])[0], together[row])
+
+
+@DTYPES
+@pytest.mark.parametrize("head_dim", [32, 64, 72, 128])
+@pytest.mark.parametrize("heads", [1, 5, 9])
+def test_rotation(heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    x = spread(4, heads, head_dim, dtype=dtype)
+    tables = rotary_tables(torch.tensor([0, 1, 77, 30_000], device=DEVICE), head_dim, 1e4, dtype)
+    close(pointwise.rotate(x, *tables), rotate(x, *tables), dtype)
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+@DTYPES
+@pytest.mark.parametrize("size", [8, 1024, 1500])
+def test_swiglu(size: int, dtype: torch.dtype) -> None:
+    """Gates of any size: exp overflows beyond 88."""
+    x = spread(3, 1, 2 * size, dtype=dtype).flatten(1).contiguous()
+    x[0, :4] = torch.tensor([-200.0, 200.0, 0.0, -0.0])
+    close(pointwise.swiglu(x), swiglu(x.clone()), dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", [RMSNorm, InputRMSNorm])
+@pytest.mark.parametrize("heads", [0, 5])
+def test_rms_norm(kind: type[RMSNorm], heads: int, dtype: torch.dtype) -> None:
+    """Of rows, and of the heads of rows that hold others too."""
+    norm = kind(72, 1e-6).to(DEVICE, dtype)
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.5, 2, 72))
+    x = spread(4, heads or 1, 72, dtype=dtype)
+    x = x if heads else x[:, 0]
+    close(pointwise.rms_norm(x, norm.weight, norm.eps, kind is RMSNorm), norm(x), dtype, roundings=3)
+
+
+@DTYPES
+def test_store_writes_its_slots_alone(dtype: torch.dtype) -> None:
+    """Padding shares slot 0, whatever is left there."""
+    k, v = spread(4, 3, 72, dtype=dtype), spread(4, 3, 72, dtype=dtype, seed=1)
+    slots = torch.tensor([17, 5, 0, 0], device=DEVICE)
+    keys, values = torch.full((2, 20, 3, 72), 9.0, dtype=dtype, device=DEVICE)
+    pointwise.store(k, v, keys, values, slots)
+    for cache, rows in ((keys, k), (values, v)):
+        assert torch.equal(cache[[17, 5]], rows[:2])
+        untouched = [slot for slot in range(20) if slot not in (17, 5, 0)]
+        assert bool((cache[untouched] == 9).all())
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """In a process of its own: kernels that are interpreted cannot be compiled."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    command = [sys.executable, "-W", "ignore", SCRIPT]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_every_kernel_compiles_for_every_gpu(compiled: list[dict[str, Any]]) -> None:
+    kernels = {name for module in (decode, pointwise) for name in kernels_of(module)}
+    for architecture in (80, 90, 100):
+        for dtype in ("fp32", "fp16", "bf16"):
+            names = {one["kernel"] for one in compiled if (one["architecture"], one["dtype"]) == (architecture, dtype)}
+            assert names == kernels - {"part_size"}  # which is inlined
+    assert all(one["bytes"] > 0 for one in compiled)
+
+
+def kernels_of(module: ModuleType) -> set[str]:
+    tree = ast.parse(inspect.getsource(module))
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return {one.name for one in functions if "triton.jit" in map(ast.unparse, one.decorator_list)}
+
+
+def test_attention_uses_tensor_cores_and_fits_into_shared_memory(compiled: list[dict[str, Any]]) -> None:
+    """99 KiB: the least of the GPUs of these generations (compute capability 8.6, 8.9, 12.0)."""
+    found = [one for one in compiled if one["kernel"] == "attend_part"]
+    assert found
+    for one in found:
+        assert one["tensor_cores"]
+        assert one["shared_memory"] <= 99 << 10
