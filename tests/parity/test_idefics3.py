@@ -38,6 +38,7 @@ from siglane.families.processor import load_processor
 from siglane.families.registry import vlm_family
 from siglane.media.item import MediaItem
 from siglane.types import DecodedImage, DecodedVideo, ImagePart, Marker, Message, Size, VideoSize
+from siglane.verify import verify
 from siglane.verify.references.idefics3 import Idefics3 as Reference
 from siglane.weights.hub import open_checkpoint
 
@@ -135,6 +136,19 @@ def test_awkward_pictures(pairs: dict[Kind, SmolPair], size: tuple[int, int]) ->
 def test_variants(tmp_path: Path, options: dict[str, Any]) -> None:
     """Tiles smaller and larger than the tower's own squares take positions by buckets."""
     check_whole_path(built(tmp_path, **options), [picture(*TALL), picture(*WIDE, seed=1)], steps=8)
+
+
+def test_positions_in_half_precision(tmp_path: Path) -> None:
+    """27 x 27 patches, of which transformers before 5.24 gives six rows and columns their neighbours' positions."""
+    tower = {
+        "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 108,
+        "patch_size": 4,
+    }  # fmt: skip
+    size = {"size": {"longest_edge": 108}}
+    write_idefics3_checkpoint(tmp_path, "2.2b", keys={"vision_config": tower, "scale_factor": 3}, processor=size)
+    report = verify(tmp_path, [picture(200, 150)], dtype="bfloat16", steps=0)
+    assert report.ok
+    assert report.first_inexact is None
 
 
 class TestPrompts:

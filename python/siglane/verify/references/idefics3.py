@@ -73,7 +73,8 @@ class Idefics3(VisionLanguageReference):
         pixels, grids = self.prepared(pictures)
         with tapping({**stages_of(self.tower), "features": self.tower.post_layernorm}) as taps:
             inputs = pixels[None].to(self.device, self.dtype)
-            rows = self.model.model.get_image_features(pixel_values=inputs, return_dict=True).pooler_output.cpu()
+            output = self.model.model.get_image_features(pixel_values=inputs, return_dict=True).pooler_output
+        rows = torch.cat([tiles.flatten(0, -2) for tiles in output]).unflatten(0, (len(pixels), -1)).cpu()
         preprocessing = patches_of(pixels.to(self.dtype), self.config.vision_config.patch_size)
         counts = [down * across + 1 if down else 1 for down, across in grids]
         images = [list(tiles) for tiles in rows.split(counts)]
