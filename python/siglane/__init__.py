@@ -12,14 +12,16 @@ if TYPE_CHECKING:
     from siglane.errors import EngineError, SiglaneError, UserError
     from siglane.llm import LLM, Generation, VisionEncoder
     from siglane.tagging.tagger import Tag, Tagged, Tagger
-    from siglane.types import Constraint, SamplingParams
+    from siglane.types import Constraint, Decision, Question, SamplingParams
     from siglane.vision.packed import convert_from_packing_format, convert_to_packing_format, encode_packed
 
 __all__ = [
     "LLM",
     "Constraint",
+    "Decision",
     "EngineError",
     "Generation",
+    "Question",
     "SamplingParams",
     "SiglaneError",
     "Tag",
@@ -38,6 +40,8 @@ _HOMES = {
     "Generation": "siglane.llm",
     "VisionEncoder": "siglane.llm",
     "Constraint": "siglane.types",
+    "Decision": "siglane.types",
+    "Question": "siglane.types",
     "SamplingParams": "siglane.types",
     "Tag": "siglane.tagging.tagger",
     "Tagged": "siglane.tagging.tagger",

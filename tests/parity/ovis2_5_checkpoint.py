@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ def write_ovis2_5_checkpoint(
     visual_vocabulary: int = 52,
     thinking: bool = True,
     chat_template: str | None = None,
+    added: Sequence[AddedToken] = (),
     architecture: bool = True,
     bounds: Bounds = SMALL,
     bounds_stated: bool = True,
@@ -59,6 +60,7 @@ def write_ovis2_5_checkpoint(
     language_kind, language_facts: model_type of the decoder, and keys of its configuration; flags, vit_flags: keys to
     add to, or (None) to take from, config.json and its vit_config."""
     tokenizer = _tokenizer(thinking, chat_template)
+    tokenizer.add_tokens(list(added))
     tower = tower_of(seed, patch_size=PATCH, image_size=position_side * PATCH, vision_use_head=False)
     language = decoder_of(
         language_kind, seed + 1, vocab_size=len(tokenizer) + 7, head_dim=16, max_position_embeddings=8192,

@@ -12,6 +12,7 @@ import pytest
 import torch
 from causal_lm_checkpoint import CLASSES, Kind, write_causal_lm_checkpoint
 from checkpoints import write_nvila_checkpoint
+from idefics3_checkpoint import write_idefics3_checkpoint
 from ovis2_5_checkpoint import write_ovis2_5_checkpoint
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
@@ -115,10 +116,19 @@ class TestWeights:
             load(tmp_path)
 
     @pytest.mark.parametrize("leftover", ["base_layer", "lora_A.default", "modules_to_save.default"])
-    def test_an_adapter_inside_the_model(self, tmp_path: Path, leftover: str) -> None:
-        write_causal_lm_checkpoint(tmp_path)
+    @pytest.mark.parametrize(
+        ("write", "name"),
+        [
+            (write_causal_lm_checkpoint, "model.layers.1.self_attn.q_proj"),
+            (write_idefics3_checkpoint, "model.text_model.layers.1.self_attn.q_proj"),
+            (write_idefics3_checkpoint, "model.connector.modality_projection.proj"),
+        ],
+    )
+    def test_an_adapter_inside_the_model(
+        self, tmp_path: Path, write: Callable[[Path], object], name: str, leftover: str
+    ) -> None:
+        write(tmp_path)
         state = load_file(tmp_path / "model.safetensors")
-        name = "model.layers.1.self_attn.q_proj"
         state[f"{name}.{leftover}.weight"] = state[f"{name}.weight"].clone()
         save_file(state, tmp_path / "model.safetensors")
         with pytest.raises(WeightError, match=rf"{leftover}\.weight' is an adapter's that was not merged"):
@@ -135,8 +145,11 @@ class TestWeights:
         ],
         ids=["a trainer's state", "the index of older shards", "a variant", "one file of another name", "both"],
     )
-    def test_what_lies_beside_does_no_harm(self, tmp_path: Path, leave: Callable[[Path], object]) -> None:
-        write_causal_lm_checkpoint(tmp_path)
+    @pytest.mark.parametrize("write", [write_causal_lm_checkpoint, write_idefics3_checkpoint])
+    def test_what_lies_beside_does_no_harm(
+        self, tmp_path: Path, write: Callable[[Path], object], leave: Callable[[Path], object]
+    ) -> None:
+        write(tmp_path)
         expected = load(tmp_path).state_dict()
         leave(tmp_path)
         found = load(tmp_path).state_dict()

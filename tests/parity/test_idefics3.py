@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import write_json
+from clips import video
 from idefics3_checkpoint import KINDS, SMOLVLM_TEMPLATE, Idefics3, Kind, write_idefics3_checkpoint
 from parity_kit import (
     Pair,
@@ -32,9 +33,11 @@ from transformers.models.smolvlm import processing_smolvlm
 from siglane import LLM, SamplingParams
 from siglane.errors import ConfigError, UserError, WeightError
 from siglane.families.idefics3 import CHAT_TEMPLATE
+from siglane.families.pipeline import MediaPipeline
 from siglane.families.processor import load_processor
 from siglane.families.registry import vlm_family
-from siglane.types import DecodedImage, DecodedVideo, ImagePart, Message, Size, VideoSize
+from siglane.media.item import MediaItem
+from siglane.types import DecodedImage, DecodedVideo, ImagePart, Marker, Message, Size, VideoSize
 from siglane.verify.references.idefics3 import Idefics3 as Reference
 from siglane.weights.hub import open_checkpoint
 
@@ -215,6 +218,15 @@ class TestVideos:
         answer = pair.reference.language.answer({"input_ids": torch.tensor([ids]), "pixel_values": pixels[None]}, 8)
         assert_parity("spliced", ours, answer["spliced"])
         assert greedy(pair.model, ours, 8) == answer["tokens"].tolist()
+
+    def test_a_file_tells_its_times(self, pair: SmolPair) -> None:
+        """25 frames, ten a second: two of them are shown."""
+        item = MediaItem(video(25), "videos[0]", video=True)
+        MediaPipeline(pair.processor.facts).prepare([item])
+        texts = [piece.text for piece in item.layout.pieces if isinstance(piece, Marker)]
+        assert "two frames from a 0:00:02 [H:MM:SS] video" in texts[0]
+        assert texts[1:] == ["\nFrame from 00:00:", "\nFrame from 00:02:", "\n\n"]
+        assert item.patches.layout.frames == 2
 
     def test_a_template_with_a_place_for_videos_is_never_asked(self, pair: SmolPair) -> None:
         """transformers takes the class's own as soon as there is a video, else the checkpoint's."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from scripted_checkpoint import write_calling_checkpoint
 from serving import RunningServer, Told, ask_good, running
 
 from siglane.engine.child import EngineSpec
@@ -44,3 +45,15 @@ def alone(server: RunningServer) -> Told:
     assert told.done
     assert told.usage["completion_tokens"] == len(told.tokens)
     return told
+
+
+@pytest.fixture(scope="session")
+def caller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A model that calls tools as its script says."""
+    folder: Path = tmp_path_factory.mktemp("caller") / "tiny"
+    write_calling_checkpoint(folder)
+    engine = EngineProcess(EngineSpec(str(folder), EngineConfig(device="cpu", threads=1, kv_tokens=8192)))
+    engine.start()
+    with running(load_processor(open_checkpoint(folder)), engine) as one:
+        yield one
+    engine.close()

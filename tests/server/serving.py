@@ -11,10 +11,11 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -26,9 +27,10 @@ from siglane.engine.process import EngineProcess
 from siglane.families.processor import Processor
 from siglane.server.app import create_app
 from siglane.server.http import Server, uvicorn_config
-from siglane.server.launch import listen
+from siglane.server.launch import listen, listen_at
 from siglane.server.metrics import Metrics
 from siglane.server.served import ChatModel, Deployment, Served
+from siglane.server.traces import Traces
 from siglane.settings.server import ServerConfig
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
 
@@ -76,16 +78,29 @@ class RunningServer:
 
 @contextmanager
 def running(
-    processor: Processor, engine: EngineProcess, *, budget: ImageBudget = CHECKPOINT_LIMITS, **options: Any
+    processor: Processor,
+    engine: EngineProcess,
+    *,
+    budget: ImageBudget = CHECKPOINT_LIMITS,
+    traces: Traces | None = None,
+    **options: Any,
 ) -> Iterator[RunningServer]:
     config, metrics = config_of(**options), Metrics()
     chat = ChatModel(Deployment(MODEL, "folder/of-tiny", engine, config, metrics, budget), processor)
-    with listening(Served(config, engine, metrics, chat)) as server:
+    with listening(Served(config, engine, metrics, chat), traces) as server:
         yield server
 
 
 def config_of(**options: Any) -> ServerConfig:
     return ServerConfig(**{"port": 0, "served_model_name": MODEL, "drain_timeout": 5.0, **options})
+
+
+def key_file(folder: Path, *keys: str) -> Path:
+    """For `api_keys`. keys: texts, or TOML tables without their header."""
+    tables = any("=" in key for key in keys)
+    file = folder / ("keys.toml" if tables else "keys.txt")
+    file.write_text("\n".join(f"[[keys]]\n{key}" if tables else key for key in keys))
+    return file
 
 
 class QuickServer(Server):
@@ -99,15 +114,17 @@ class QuickServer(Server):
 
 
 @contextmanager
-def listening(served: Served) -> Iterator[RunningServer]:
+def listening(served: Served, traces: Traces | None = None) -> Iterator[RunningServer]:
     """A server of `served` on a thread; closes it at the end."""
-    listener = listen(HOST, served.config.port)
-    server = QuickServer(uvicorn_config(create_app(served), served.config), served)
+    config = served.config
+    listener = listen(HOST, config.port) if config.uds is None else listen_at(config.uds)
+    server = QuickServer(uvicorn_config(create_app(served, traces), config), served)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     try:
         eventually(lambda: server.started)
-        yield RunningServer(served, server, listener.getsockname()[1], thread)
+        port = 0 if config.uds is not None else listener.getsockname()[1]
+        yield RunningServer(served, server, port, thread)
     finally:
         server.drain()
         server.drain()  # twice: do not wait for what a failed test left running
@@ -159,6 +176,31 @@ def image_part(data: bytes, **fields: Any) -> dict[str, Any]:
 def video_part(data: bytes, **fields: Any) -> dict[str, Any]:
     url = f"data:video/mp4;base64,{base64.b64encode(data).decode()}"
     return {"type": "video_url", "video_url": {"url": url, **fields}}
+
+
+@dataclass
+class DoneBatch:
+    """answers: bodies by custom_id; errors: the whole file of those that have none."""
+
+    answers: dict[str, Any]
+    errors: str
+    usage: Any
+
+
+def run_batch(client: OpenAI, url: str, bodies: Sequence[dict[str, Any]]) -> DoneBatch:
+    """A batch of `bodies`, numbered from "0" on, of which at least one is answered and one is not."""
+    rows = [
+        {"custom_id": str(number), "method": "POST", "url": url, "body": body} for number, body in enumerate(bodies)
+    ]
+    file = client.files.create(file=("rows.jsonl", "\n".join(map(json.dumps, rows)).encode()), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint=url, completion_window="24h")  # type: ignore[arg-type]
+    eventually(lambda: client.batches.retrieve(batch.id).status == "completed", 30)
+    done = client.batches.retrieve(batch.id)
+    assert done.output_file_id is not None
+    assert done.error_file_id is not None
+    found = [json.loads(line) for line in client.files.content(done.output_file_id).text.splitlines()]
+    answers = {row["custom_id"]: row["response"]["body"] for row in found}
+    return DoneBatch(answers, client.files.content(done.error_file_id).text, done.usage)
 
 
 def picture(width: int = 60, height: int = 40, seed: int = 0, format: str = "PNG", **options: Any) -> bytes:

@@ -72,7 +72,7 @@ def test_answers_are_the_servers(server: RunningServer, local: Served) -> None:
         (chat("x", stream=True), 400, "unsupported_field"),
         (chat("x", model="gpt-4o"), 404, "model_not_found"),
         (chat("x", temperature="warm"), 400, "invalid_value"),
-        (chat("x", tools=[{"type": "function"}]), 400, "unsupported_field"),
+        (chat("x", tools=[{"type": "function", "function": {"name": "f"}}]), 400, "unsupported_field"),
         ({"model": MODEL}, 400, "missing_field"),
         (chat(image_url("file:///etc/passwd"), "x"), 400, "local_media_forbidden"),
         (chat(image_url("http://127.0.0.1:1/a.png"), "x"), 400, "image_url_forbidden"),

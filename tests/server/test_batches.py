@@ -32,6 +32,7 @@ from serving import (
     chat,
     eventually,
     image_part,
+    key_file,
     picture,
     running,
 )
@@ -310,7 +311,7 @@ def test_pages(stored: RunningServer) -> None:
 
 
 def test_a_key_sees_its_own_alone(start: Start, tmp_path: Path) -> None:
-    with start(api_key=KEY, api_keys=("two", "three")) as server:
+    with start(api_key=KEY, api_keys=key_file(tmp_path, "two", "three")) as server:
         mine, other = server.openai(KEY), server.openai("two")
         assert refused(lambda: server.openai("four").files.list()) == (401, "invalid_api_key")
         file_id = upload(mine, line(1))
@@ -332,8 +333,8 @@ def test_a_key_sees_its_own_alone(start: Start, tmp_path: Path) -> None:
         assert server.openai(KEY).files.retrieve(file_id).id == file_id
 
 
-def test_limits_of_uploads(start: Start) -> None:
-    with start(api_key="a", api_keys=("b",), max_file_bytes=5000, max_stored_bytes=8000) as server:
+def test_limits_of_uploads(start: Start, tmp_path: Path) -> None:
+    with start(api_key="a", api_keys=key_file(tmp_path, "b"), max_file_bytes=5000, max_stored_bytes=8000) as server:
         client = server.openai("a")
         files = server.served.config.data_dir / "files"  # type: ignore[operator]
         assert refused(lambda: upload(client, "x" * 5001)) == (413, "file_too_large")

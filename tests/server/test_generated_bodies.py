@@ -30,11 +30,21 @@ NAMES = ("not_a_server_error", "status_code_conformance", "content_type_conforma
 # of the bodies that fit the document; what is left out are conditions between fields that JSON schema cannot say
 LEAST_ANSWERED = {
     "POST /v1/chat/completions": 0.6,
+    "POST /v1/completions": 0.6,
+    "POST /v1/decisions": 0.2,  # what it generates is often longer than CONTEXT
+    "POST /v1/systemone": 0.2,
+    "POST /v1/score": 0.2,
+    "POST /score": 0.2,
+    "POST /v1/responses": 0.5,
+    "POST /v1/messages": 0.2,
+    "POST /v1/messages/count_tokens": 0.2,
     "POST /v1/embeddings": 0.4,
     "POST /v1/classify": 0.75,
     "POST /tokenize": 0.6,
     "POST /detokenize": 0.4,
     "POST /v1/images/tokens": 0.4,
+    "POST /v1/images/view": 0.4,
+    "POST /abort": 0.9,
     "POST /v1/files": 1.0,
     "POST /v1/batches": 1.0,
 }
@@ -126,7 +136,10 @@ def operations(server: RunningServer) -> dict[str, APIOperation[Any, Any, Any]]:
 
 def check_share(server: RunningServer, operation: APIOperation[Any, Any, Any], examples: int) -> None:
     found = answered(server, operation, GenerationMode.POSITIVE, examples)
-    assert found["200"] >= LEAST_ANSWERED.get(operation.label, 0) * found.total(), (operation.label, found)
+    # of a few they are half: which ones are drawn depends on the modules that other tests have loaded, whose constants
+    # hypothesis tries too
+    least = LEAST_ANSWERED.get(operation.label, 0) * (0.5 if examples == FEW else 1.0)
+    assert found["200"] >= least * found.total(), (operation.label, found)
 
 
 def test_what_the_document_describes_is_answered(everything: RunningServer) -> None:

@@ -163,3 +163,22 @@ def test_a_model_that_does_not_reason_says_so_and_answers_as_ever(server: Runnin
     assert answer["usage"]["completion_tokens_details"] == NOTHING_GUESSED | {"reasoning_tokens": 0}
     deltas = [choice["delta"] for chunk in stream(server, chat("Hi?")).chunks for choice in chunk["choices"]]
     assert all(delta.keys() <= {"role", "content"} for delta in deltas)
+
+
+def test_a_continued_text_is_not_taken_apart(thinker: RunningServer) -> None:
+    body = {"model": MODEL, "prompt": "<think> a", "max_tokens": 40, "temperature": 0}
+    found = thinker.post_to("/v1/completions", **body).json()
+    assert f"{THOUGHT}\t</think>\n\n{ANSWER}" in found["choices"][0]["text"]
+    assert found["usage"]["completion_tokens_details"]["reasoning_tokens"] == 0
+    held = thinker.post_to("/v1/completions", **{**body, "prompt": "\n"}, structured_outputs={"choice": ["yes", "no"]})
+    assert held.json()["choices"][0]["text"] in ("yes", "no")
+
+
+def test_decisions_are_about_the_answer(thinker: RunningServer) -> None:
+    question = {"id": "a", "type": "labels", "question": "Hi?", "labels": ["xya", ANSWER, THOUGHT]}
+    body = {"model": MODEL, "input": "Hello", "questions": [question]}
+    answer = thinker.post_to("/v1/decisions", **body).json()["answers"]["a"]
+    assert answer["choice"] == ANSWER
+    assert answer["label_mass"] > 0.5
+    thinking = {"chat_template_kwargs": {"enable_thinking": True}}
+    assert_error(thinker.post_to("/v1/decisions", **body, **thinking), 400, "invalid_value", "chat_template_kwargs")

@@ -130,9 +130,9 @@ def test_a_tagger_that_hangs_in_its_tower_is_replaced(tmp_path: Path, monkeypatc
 
 PROGRAM = """
 import os, sys
-from siglane.engine.runner import Runner
+from siglane.engine.device import Device
 
-forward = Runner.forward
+forward = Device.forward
 
 def faulty(self, batch):
     asked = {chunk.sequence.request.max_tokens for chunk in batch.chunks}
@@ -142,7 +142,7 @@ def faulty(self, batch):
         os.write(2, b"raw words of a library\\nand {half a line")
     return forward(self, batch)
 
-Runner.forward = faulty
+Device.forward = faulty
 
 if __name__ == "__main__":
     from siglane.cli.main import main

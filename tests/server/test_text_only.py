@@ -15,7 +15,7 @@ from siglane.engine.process import EngineProcess
 from siglane.families.processor import load_processor
 from siglane.llm import LLM
 from siglane.settings.engine import EngineConfig
-from siglane.types import SamplingParams
+from siglane.types import Question, SamplingParams
 from siglane.weights.hub import open_checkpoint
 
 QUESTION, TOKENS = "Why is the sky blue?", 60
@@ -66,3 +66,20 @@ def test_every_image_is_refused_by_its_place(server: RunningServer, part: dict[s
 def test_parts_of_text_are_one_text(server: RunningServer) -> None:
     whole, parts = (server.post(chat(*texts)).json() for texts in (("a tower",), ("a ", "tower")))
     assert whole["choices"][0]["message"] == parts["choices"][0]["message"]
+
+
+def test_a_text_is_continued_and_questions_about_it_are_decided(server: RunningServer, folder: Path) -> None:
+    found = server.post_to(
+        "/v1/completions", prompt=QUESTION, max_tokens=4, temperature=0, echo=True, logprobs=0
+    ).json()
+    (choice,) = found["choices"]
+    ids = load_processor(open_checkpoint(folder)).tokenizer(QUESTION).input_ids
+    assert len(choice["logprobs"]["tokens"]) == len(ids) + found["usage"]["completion_tokens"]
+    assert choice["text"].startswith(QUESTION)
+    asked = Question.yes_no("The sky is blue.")
+    body = {"input": QUESTION, "questions": [{"id": "a", "type": "yes_no", "question": "The sky is blue."}]}
+    (expected,) = LLM(folder, device="cpu", kv_tokens=4096).decide(QUESTION, [asked])
+    answer = server.post_to("/v1/decisions", **body).json()["answers"]["a"]
+    assert answer["probabilities"] == pytest.approx(expected.probabilities, abs=1e-5)
+    refused = server.post_to("/v1/decisions", **body, images=["data:image/png;base64,AAAA"])
+    assert_error(refused, 400, "images_unsupported", "images[0]")

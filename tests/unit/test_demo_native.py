@@ -9,7 +9,7 @@ import pytest
 
 from recipes.demo.native import PRINT_SCALES
 from recipes.demo.scenes import WORDS, draw, random_scene
-from siglane import LLM, SamplingParams
+from siglane import LLM, Question, SamplingParams
 from siglane.types import Size
 from siglane.weights.demo import demo_folder
 
@@ -47,6 +47,18 @@ def test_it_names_what_is_in_the_picture(model: LLM) -> None:
         [{"prompt": "What is in the picture?", "images": [picture]}], SamplingParams(max_tokens=32)
     )
     assert answer.text == "a green triangle, a red circle, a blue square and a sign"
+
+
+def test_it_decides_what_it_would_say(model: LLM) -> None:
+    picture = demo_folder() / "pictures" / "cafe.png"
+    questions = [
+        Question("What does the sign say?", ("HELLO", "CAFE", "STOP")),
+        Question("What is in the picture?", ("a green triangle, a red circle", "a green triangle, a blue circle")),
+    ]
+    word, shapes = model.decide({"prompt": "", "images": [picture]}, questions)
+    assert (word.choice, shapes.choice) == ("CAFE", questions[1].labels[0])
+    assert word.probabilities["CAFE"] > 0.9
+    assert 0.5 < word.mass <= 1
 
 
 def test_it_is_small() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ import torch
 from engine_kit import Asked
 
 from siglane.engine.batch import Sequence as Running
-from siglane.engine.batch import StepBatch
+from siglane.engine.device import Computed, StepPlan
 from siglane.engine.engine import Engine
 from siglane.engine.load import load_engine
 from siglane.engine.lookup import Lookup
@@ -37,6 +38,8 @@ from siglane.types import (
     ImageTokens,
     Message,
     Prompt,
+    Read,
+    Readout,
     Request,
     SamplingParams,
     TokenDelta,
@@ -515,13 +518,13 @@ class TestGuesses:
         engine = tiny.engine()
         forward = engine.runner.forward
 
-        def broken(batch: StepBatch) -> torch.Tensor:
-            logits, row = forward(batch), 0
+        def broken(batch: StepPlan) -> Computed:
+            found, row = forward(batch), 0
             for chunk in batch.chunks:
                 row += len(chunk.next_tokens)
                 if chunk.guesses and chunk.sequence.request.request_id == "bad":
-                    logits[row - len(chunk.guesses)] = torch.nan  # behind the first guess
-            return logits
+                    found.logits[row - len(chunk.guesses)] = torch.nan  # behind the first guess
+            return found
 
         monkeypatch.setattr(engine.runner, "forward", broken)
         requests = [
@@ -650,7 +653,7 @@ class TestAborts:
 
 
 Encode = Callable[[Sequence[ImagePatches]], tuple[torch.Tensor, ...]]
-Forward = Callable[[StepBatch], torch.Tensor]
+Forward = Callable[[StepPlan], torch.Tensor]
 
 
 class TestFaults:
@@ -681,9 +684,14 @@ class TestFaults:
         engine.runner.encode = broken  # type: ignore[method-assign]
 
     @staticmethod
-    def break_forward(engine: Engine, fault: Callable[[StepBatch, torch.Tensor], torch.Tensor]) -> None:
+    def break_forward(engine: Engine, fault: Callable[[StepPlan, torch.Tensor], torch.Tensor]) -> None:
         forward = engine.runner.forward
-        engine.runner.forward = lambda batch: fault(batch, forward(batch))  # type: ignore[method-assign]
+
+        def broken(batch: StepPlan) -> Computed:
+            found = forward(batch)
+            return found._replace(logits=fault(batch, found.logits))
+
+        engine.runner.forward = broken  # type: ignore[method-assign]
 
     @pytest.mark.parametrize("chunk", [7, 10_000])
     def test_an_image_that_cannot_be_encoded(self, tiny: Tiny, prompts: Mapping[str, Asked], chunk: int) -> None:
@@ -728,7 +736,7 @@ class TestFaults:
     def test_a_request_that_cannot_be_computed(self, tiny: Tiny, prompts: Mapping[str, Asked], after: int) -> None:
         asked = tiny.prompt("Bad?", tiny.image(50))
 
-        def explode(batch: StepBatch, logits: torch.Tensor) -> torch.Tensor:
+        def explode(batch: StepPlan, logits: torch.Tensor) -> torch.Tensor:
             for chunk in batch.chunks:
                 if chunk.sequence.request.request_id == "bad" and len(chunk.sequence.output_ids) >= after:
                     raise ValueError("a bug in one request")
@@ -748,7 +756,7 @@ class TestFaults:
     ) -> None:
         asked = tiny.prompt("Bad?", tiny.image(50))
 
-        def spoil(batch: StepBatch, logits: torch.Tensor) -> torch.Tensor:
+        def spoil(batch: StepPlan, logits: torch.Tensor) -> torch.Tensor:
             sampling = [chunk.sequence for chunk in batch.chunks if chunk.samples]
             for row, sequence in enumerate(sampling):
                 if sequence.request.request_id == "bad" and len(sequence.output_ids) >= after:
@@ -843,3 +851,115 @@ class TestSizes:
     def test_a_device_the_engine_cannot_use_is_refused_by_name(self, device: str) -> None:
         with pytest.raises(UserError, match=device):
             EngineConfig(device=device).resolve_device()
+
+
+@dataclass
+class Told(Answer):
+    readouts: list[Readout] = field(default_factory=list)
+
+
+class TestReads:
+    """Log-probabilities of a prompt's own places are those of a forward over all of it, whatever the schedule."""
+
+    @torch.inference_mode()
+    def logprobs(self, tiny: Tiny, asked: Asked) -> torch.Tensor:
+        """`[length, vocab_size]` of the tokens behind each place."""
+        language = tiny.model.language
+        embeds = language.embed(torch.tensor(asked.token_ids))
+        rows = [iter(tiny.model.vision([image]).embeds) for image in asked.images]
+        for start, stop, image in asked.prompt.spans:
+            for position in range(start, stop):
+                embeds[position] = next(rows[image])
+        length = len(asked.token_ids)
+        hidden = language(embeds, torch.arange(length), SegmentAttention([length]))
+        return language.logits(hidden).log_softmax(-1)
+
+    def reading(self, name: str, asked: Asked, every: int = 1, max_tokens: int = 0) -> Request:
+        ids = [min(token_id, 300) for token_id in asked.token_ids]  # placeholders have no probability
+        reads = tuple(Read(at, (ids[(at + 1) % len(ids)], 5), 3) for at in range(len(ids) - 1, -1, -every))[::-1]
+        return replace(greedy(name, asked, max_tokens), reads=reads)
+
+    def run(self, engine: Engine, requests: Sequence[Request]) -> dict[str, Told]:
+        told = {request.request_id: Told() for request in requests}
+        for request in requests:
+            engine.add(request)
+        while engine.has_work:
+            for delta in engine.step():
+                answer = told[delta.request_id]
+                answer.tokens += said(delta)
+                answer.readouts += delta.readouts
+                answer.last = delta.finished or answer.last
+        check_idle(engine)
+        return told
+
+    def check(self, tiny: Tiny, request: Request, told: Told) -> None:
+        asked = Asked(request.prompt, request.images)
+        expected = self.logprobs(tiny, asked)
+        assert [found.position for found in told.readouts] == [read.position for read in request.reads]
+        for read, found in zip(request.reads, told.readouts, strict=True):
+            row = expected[read.position]
+            assert found.logprobs == pytest.approx(row[list(read.token_ids)].tolist(), abs=1e-4)
+            assert [value for _, value in found.top] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+            assert [row[token_id] for token_id, _ in found.top] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"max_batch_tokens": 7}, {"page_size": 1}, {"prefix_cache": False}, {"max_running": 1}],
+        ids=str,
+    )
+    def test_of_every_place_and_of_a_few(self, tiny: Tiny, prompts: Mapping[str, Asked], options: Any) -> None:
+        requests = [
+            self.reading(f"{name} {every}", asked, every) for name, asked in prompts.items() for every in (1, 9)
+        ]
+        for request, told in zip(requests, self.run(tiny.engine(**options), requests).values(), strict=True):
+            self.check(tiny, request, told)
+            assert (told.tokens, told.last.reason) == ([], "length")
+
+    def test_beside_an_answer_and_others(self, tiny: Tiny, prompts: Mapping[str, Asked]) -> None:
+        engine = tiny.engine(max_batch_tokens=20, num_speculative_tokens=4)
+        reading = self.reading("reads", prompts["image"], max_tokens=ANSWER)
+        told = self.run(engine, [greedy("before", prompts["image"]), reading, greedy("after", prompts["tiles"])])
+        self.check(tiny, reading, told["reads"])
+        assert told["reads"].tokens == told["before"].tokens == tiny.reference(prompts["image"])
+        assert told["after"].tokens == tiny.reference(prompts["tiles"])
+
+    def test_a_known_prefix_is_not_computed_again_in_front_of_the_first_read(
+        self, tiny: Tiny, prompts: Mapping[str, Asked]
+    ) -> None:
+        engine, asked = tiny.engine(page_size=4), prompts["image"]
+        last = replace(self.reading("last", asked, every=10_000))
+        run(engine, [greedy("before", asked)])
+        told = self.run(engine, [last, self.reading("all", asked)])
+        assert told["last"].last.cached_tokens == (len(asked.token_ids) - 1) // 4 * 4
+        assert told["all"].last.cached_tokens == 0
+        self.check(tiny, last, told["last"])
+
+    def test_preemption_tells_nothing_twice(self, tiny: Tiny, prompts: Mapping[str, Asked]) -> None:
+        requests = [self.reading(str(number), prompts["tiles"], max_tokens=40) for number in range(3)]
+        pages = 2 + len(prompts["tiles"].token_ids) * 2 // 4
+        engine = tiny.engine(page_size=4, kv_tokens=pages * 4, prefix_cache=False, max_batch_tokens=50)
+        put_back, preempt = [], engine.scheduler._preempt
+        engine.scheduler._preempt = lambda one: (put_back.append(one.reads_told), preempt(one))  # type: ignore
+        told = self.run(engine, requests)
+        assert any(put_back)
+        for request in requests:
+            self.check(tiny, request, told[request.request_id])
+            assert told[request.request_id].tokens == tiny.reference(prompts["tiles"], 40)
+
+    def test_nan_ends_the_request_and_is_not_kept(self, tiny: Tiny, prompts: Mapping[str, Asked]) -> None:
+        model = copy.deepcopy(tiny.model)
+        model.language.embed_tokens.weight[7] = math.nan
+        engine = tiny.engine(model, page_size=2)
+        bad = self.reading("bad", Asked(Prompt((5, 6, 5, 7, 6))))
+        told = self.run(engine, [bad, greedy("good", prompts["text"])])
+        assert (told["bad"].last.reason, told["good"].last.reason) == ("error", "length")
+        assert isinstance(told["bad"].last.error, EngineError)
+        assert told["bad"].last.error.code == "engine_nan"
+
+    def test_what_cannot_be_read_is_refused(self, tiny: Tiny, prompts: Mapping[str, Asked]) -> None:
+        asked, size = prompts["text"], tiny.model.language.config.vocab_size
+        with pytest.raises(UserError, match=f"below {size}"):
+            tiny.engine().add(replace(greedy("a", asked, 0), reads=(Read(0, (size,)),)))
+        for places in ((len(asked.token_ids),), (1, 1), (2, 1), (-1,)):
+            with pytest.raises(ValueError, match="ascend"):
+                replace(greedy("a", asked, 0), reads=tuple(Read(at, (5,)) for at in places))

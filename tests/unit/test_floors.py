@@ -37,11 +37,11 @@ FLOORS = {
     "engine": 6,
     "tagging": 6,
     "training": 6,
+    "look": 6,
     "hosts": 6,
     "verify": 6,
     "llm": 7,
     "server": 7,
-    "look": 7,
     "cli": 8,
 }
 FRONT_DOOR = PACKAGE / "__init__.py"  # re-exports everything, so nobody inside goes through it

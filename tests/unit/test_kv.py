@@ -64,3 +64,12 @@ def test_a_page_that_is_not_taken_cannot_be_given_back(page: int) -> None:
     with pytest.raises(RuntimeError, match=f"page {page} is given back twice"):
         allocator.give([page])
     assert allocator.free == 3
+
+
+def test_pages_before_the_first_are_never_handed_out() -> None:
+    allocator = PageAllocator(5, first=2)
+    assert allocator.take(2) == [2, 3]
+    assert (allocator.free, allocator.total) == (3, 5)
+    assert allocator.take(3) == [4, 5, 6]
+    with pytest.raises(RuntimeError, match="page 1 is given back twice"):
+        allocator.give([1])

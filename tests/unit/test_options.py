@@ -454,6 +454,27 @@ class TestFile:
         assert main([*words, f"--{key.replace('_', '-')}={value}"]) == 2
         assert capsys.readouterr().err == f"siglane: error: {complaint}\n"  # a flag needs no other name
 
+    def test_yaml_says_the_same(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        file = tmp_path / "siglane.yaml"
+        words = ["tokens", "demo", "--config", str(file)]
+        file.write_text("tokens:\n  sizes: [640x480]\n  json: true\nserve:\n")
+        assert main(words) == 0
+        assert json.loads(capsys.readouterr().out)[0]["image"] == "640x480"
+        for text, complaint in [
+            ("tokens: [", "is not valid YAML: "),
+            ("tokens: {json: 3}", "tokens: json must be bool, got 3"),
+            ("tokens: {json: true, json: false}", "is not valid YAML: the key 'json' stands twice"),
+            ("tokens: {1: 2}", "key '1' is not known"),
+            ("tokens: !!python/object/apply:os.getcwd []", "is not valid YAML: could not determine a constructor"),
+            ("- tokens", "must be an object, got list"),
+            ("[" * 5000, "is not valid YAML: "),
+        ]:
+            file.write_text(text)
+            assert main(words) == 2
+            error = capsys.readouterr().err
+            assert complaint in error
+            assert error.count("\n") == 1
+
     def test_on_the_command_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "siglane.toml").write_text('[tokens]\nsizes = ["640x480"]\njson = true\n', encoding="utf-8")
         assert main(["tokens", "demo", "--config", str(tmp_path / "siglane.toml")]) == 0

@@ -8,9 +8,12 @@ import torch.nn.functional as F
 from engine_kit import prompt
 
 from siglane.config.language import LanguageConfig
-from siglane.engine.attention import FEW_RUNS, EagerPagedAttention, TorchPagedAttention
+from siglane.engine.attention import EagerKernels, TorchKernels
+from siglane.engine.attention_runs import FEW_RUNS, RunKernels
 from siglane.engine.batch import Chunk, PageRun, Sequence, StepBatch
+from siglane.engine.kernels import DecodeRows, Kernels, PrefillRows, StepAttention
 from siglane.engine.kv import PagedKV
+from siglane.nn.attention import cu_seqlens_of
 from siglane.types import SamplingParams
 
 PAGE, PAGES, HEADS, KV_HEADS, HEAD_DIM = 4, 64, 6, 2, 8
@@ -47,7 +50,25 @@ def filled_cache() -> PagedKV:
     return kv
 
 
-def attend(chunks: list[Chunk], queries: dict[int, torch.Tensor]) -> tuple[list[torch.Tensor], PagedKV]:
+def step(kernels: Kernels, chunks: list[Chunk]) -> StepAttention:
+    """Of chunks that are all one token each, or all prefills."""
+    table = torch.zeros(len(chunks), 9, dtype=torch.int32)
+    for row, chunk in enumerate(chunks):
+        chunk.sequence.table_row, pages = row, chunk.sequence.block_table
+        table[row, : len(pages)] = torch.tensor(pages)
+    stops = torch.tensor([chunk.stop for chunk in chunks])
+    slots, rows = torch.tensor(StepBatch(tuple(chunks)).slots(PAGE)), torch.arange(len(chunks))
+    if all(chunk.tokens == 1 for chunk in chunks):
+        decode = kernels.decode(DecodeRows(table, rows, stops, tuple(chunks)))
+        return StepAttention(kernels, slots, len(chunks), decode, None)
+    lengths = [chunk.tokens for chunk in chunks]
+    seqlens = cu_seqlens_of(lengths), cu_seqlens_of(stops.tolist())
+    return StepAttention(kernels, slots, 0, None, kernels.prefill(PrefillRows(table, rows, *seqlens, tuple(chunks))))
+
+
+def attend(
+    chunks: list[Chunk], queries: dict[int, torch.Tensor], kernels: type[TorchKernels] = RunKernels
+) -> tuple[list[torch.Tensor], PagedKV]:
     """Each chunk's row; stale pages hold NaN. queries: q, k and v of the new token, by first page."""
     kv = filled_cache()
     taken = {page for chunk in chunks for page in chunk.sequence.block_table}
@@ -57,15 +78,16 @@ def attend(chunks: list[Chunk], queries: dict[int, torch.Tensor]) -> tuple[list[
         torch.stack([queries[chunk.sequence.block_table[0]][part] for chunk in chunks]).unflatten(1, (-1, HEAD_DIM))
         for part in (slice(0, 48), slice(48, 64), slice(64, 80))
     )
-    return list(TorchPagedAttention(kv, StepBatch(tuple(chunks)))(0, q, k, v)), kv
+    return list(step(kernels(kv), chunks)(0, q, k, v)), kv
 
 
+@pytest.mark.parametrize("kernels", [RunKernels, TorchKernels])
 @pytest.mark.parametrize("short", range(PAGE))
-def test_a_decoding_row_attends_to_its_own_tokens(short: int) -> None:
+def test_a_decoding_row_attends_to_its_own_tokens(short: int, kernels: type[TorchKernels]) -> None:
     generator = torch.Generator().manual_seed(1)
     queries = {pages[0]: torch.randn(80, generator=generator) for pages in LAYOUTS.values()}
     chunks = [decoding(pages, len(pages) * PAGE - short) for pages in LAYOUTS.values()]
-    rows, kv = attend(chunks, queries)
+    rows, kv = attend(chunks, queries, kernels)
     for name, chunk, row in zip(LAYOUTS, chunks, rows, strict=True):
         ks, vs = (x[0][chunk.sequence.block_table].flatten(0, 1)[: chunk.stop] for x in (kv.keys, kv.values))
         q = queries[chunk.sequence.block_table[0]][:48].view(HEADS, 1, HEAD_DIM)
@@ -90,9 +112,11 @@ def test_plain_attention_is_the_same(tokens: int) -> None:
         torch.randn(sum(chunk.tokens for chunk in chunks), heads, HEAD_DIM, generator=generator)
         for heads in (HEADS, KV_HEADS, KV_HEADS)
     )
-    step = StepBatch(tuple(chunks))
-    fused, plain = (kind(filled_cache(), step)(0, q, k, v) for kind in (TorchPagedAttention, EagerPagedAttention))
-    torch.testing.assert_close(plain, fused, atol=1e-6, rtol=0)
+    in_runs, gathered, plain = (
+        step(kind(filled_cache()), chunks)(0, q, k, v) for kind in (RunKernels, TorchKernels, EagerKernels)
+    )
+    torch.testing.assert_close(plain, in_runs, atol=1e-6, rtol=0)
+    torch.testing.assert_close(gathered, in_runs, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("pages", [[7, 8, 9], [7, 9, 12]])

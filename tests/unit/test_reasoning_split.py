@@ -80,6 +80,12 @@ def said(
     return [*pieces, stream.push([], finished=True)], stream
 
 
+def both(pieces: Sequence[TextDelta]) -> tuple[str, str]:
+    """Text and reasoning."""
+    whole = TextDelta.joined(pieces)
+    return whole.text, whole.reasoning
+
+
 WORDS = st.lists(st.sampled_from((*LETTERS, *TAGS)), max_size=14)
 # answers as models give them are rare among random ones
 BEGINNINGS = st.sampled_from(["", "<think>", "\n<think>\n"])
@@ -95,8 +101,8 @@ def test_any_grouping_gives_the_split_of_the_whole(ids: list[int], sizes: list[i
     expected = split(ids, opened)
     for groups in (sizes, [len(ids) or 1]):
         pieces, stream = said(ids, groups, opened)
-        assert (*TextDelta.joined(pieces), stream.reasoning_tokens) == expected
-        assert not any(tag in text for text in TextDelta.joined(pieces) for tag in TAGS)
+        assert (*both(pieces), stream.reasoning_tokens) == expected
+        assert not any(tag in text for text in both(pieces) for tag in TAGS)
 
 
 @given(ANSWERS, SIZES, st.booleans())
@@ -109,7 +115,7 @@ def test_what_was_said_is_never_taken_back_and_no_text_comes_before_its_reasonin
     for piece in pieces:
         assert not (begun and piece.reasoning)
         begun = begun or bool(piece.text)
-    whole = TextDelta.joined(pieces)
+    whole = both(pieces)
     for text in whole:
         assert text == text.strip()
 
@@ -132,8 +138,8 @@ def test_stop_strings_cut_the_stripped_answer_and_not_the_reasoning(
     raw = tokenizer().decode([one for one in part if one not in tags], skip_special_tokens=True)
     expected, matched = cut(raw.lstrip(), stop)
     pieces, stream = said(ids, sizes, opened, stop)
-    whole = TextDelta.joined(pieces)
-    assert (whole.text, stream.stopped) == (expected.rstrip(), matched)
+    whole = both(pieces)
+    assert (whole[0], stream.stopped) == (expected.rstrip(), matched)
     if matched is None:
         assert whole == (text, reasoning)
 
@@ -155,12 +161,12 @@ def test_stop_strings_cut_the_stripped_answer_and_not_the_reasoning(
     ],
 )
 def test_answers_by_example(answer: str, text: str, reasoning: str) -> None:
-    assert TextDelta.joined(said(ids_of(answer), [1])[0]) == (text, reasoning)
+    assert both(said(ids_of(answer), [1])[0]) == (text, reasoning)
 
 
 def test_after_a_prompt_that_opened_it_an_answer_begins_with_reasoning() -> None:
     pieces, stream = said(ids_of("\nab\n</think>\n\nba"), [1], opened=True)
-    assert TextDelta.joined(pieces) == ("ba", "ab")
+    assert both(pieces) == ("ba", "ab")
     assert stream.reasoning_tokens == len(ids_of("\nab\n</think>"))
 
 
@@ -170,12 +176,12 @@ def test_space_is_held_until_something_follows() -> None:
     steps = [stream.push(ids_of(token)) for token in tokens]
     assert [step.reasoning for step in steps] == ["", "", "a", "", "\nb", "", "", "", "", "", "", ""]
     assert [step.text for step in steps] == ["", "", "", "", "", "", "", "", "a", "", " b", ""]
-    assert stream.push([], finished=True) == ("", "")
+    assert stream.push([], finished=True) == TextDelta()
 
 
 def test_a_stop_string_of_space_does_not_end_an_answer_before_it_began() -> None:
     pieces, stream = said(ids_of("<think>a\n\nb</think>\n\nab\n\nb"), [1], stop=("\n\n",))
-    assert (TextDelta.joined(pieces), stream.stopped) == (("ab", "a\n\nb"), "\n\n")
+    assert (both(pieces), stream.stopped) == (("ab", "a\n\nb"), "\n\n")
 
 
 @given(ANSWERS)
@@ -184,4 +190,4 @@ def test_a_model_that_does_not_reason_has_its_text_as_it_stands(ids: list[int]) 
     stream = AnswerStream(tokenizer())
     pieces = [stream.push(ids), stream.push([], finished=True)]
     whole = tokenizer().decode(ids, skip_special_tokens=True)
-    assert (TextDelta.joined(pieces), stream.reasoning_tokens) == ((whole, ""), 0)
+    assert (both(pieces), stream.reasoning_tokens) == ((whole, ""), 0)

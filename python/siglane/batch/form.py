@@ -72,7 +72,7 @@ class OpenAIForm:
         if line["response"] is not None:
             values["response"] = json.dumps(body)
         if choices := body.get("choices"):
-            values["answer"] = choices[0].get("message", {}).get("content")
+            values["answer"] = choices[0].get("message", {}).get("content", choices[0].get("text"))
             values["finish_reason"] = choices[0].get("finish_reason")
         if usage := body.get("usage"):
             values |= {name: usage.get(name) for name in self.counts}

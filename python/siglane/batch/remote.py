@@ -98,7 +98,7 @@ class RemoteServer:
             reason = f"{type(error).__name__}: {error}".removesuffix(": ")
             return _Refusal(failed(502, "connection_failed", reason), reason)
         status = response.status_code
-        answer = _answer_of(status, response.content)
+        answer = answer_of(status, response.content)
         again = response.headers.get("x-should-retry")  # OpenAI's, siglane sends it too
         if again != "true" and (again == "false" or not (status in BUSY or status >= 500)):
             return answer
@@ -134,7 +134,7 @@ class RemoteServer:
             self._said = reason
 
 
-def _answer_of(status: int, content: bytes) -> Answer:
+def answer_of(status: int, content: bytes) -> Answer:
     """The server's body; of an error one with OpenAI's fields, whatever the server or a proxy before it writes."""
     try:
         body = orjson.loads(content)

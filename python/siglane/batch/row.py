@@ -12,8 +12,11 @@ from siglane.batch.keys import DiskSet
 from siglane.image.decode import format_of
 from siglane.media.source import URL, naming, read_file
 
-CHAT, EMBEDDINGS, CLASSIFY = "/v1/chat/completions", "/v1/embeddings", "/v1/classify"
-URLS = (CHAT, EMBEDDINGS, CLASSIFY)
+CHAT, COMPLETIONS, DECISIONS, SYSTEMONE = "/v1/chat/completions", "/v1/completions", "/v1/decisions", "/v1/systemone"
+EMBEDDINGS, CLASSIFY, SCORE, PAIRS = "/v1/embeddings", "/v1/classify", "/v1/score", "/score"
+OF_CHAT = (CHAT, COMPLETIONS, DECISIONS, SYSTEMONE, SCORE)  # answered by a language model, one row after the other
+SEEDED = (CHAT, COMPLETIONS)
+URLS = (*OF_CHAT, EMBEDDINGS, CLASSIFY)
 MAX_ID_CHARACTERS = 512  # OpenAI's own limit is 64
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from siglane.batch.form import Answer, failed
 from siglane.batch.output import Output, Stopped
 from siglane.batch.pool import Pool, Server
-from siglane.batch.row import CHAT, BadRow, Row
+from siglane.batch.row import SEEDED, BadRow, Row
 from siglane.batch.window import Window
 from siglane.errors import UserError
 
@@ -135,7 +135,7 @@ async def _ask(server: Pool, row: Row, seed: int, before: asyncio.Event | None, 
 
 def _with_seed(body: Mapping[str, Any], row: Row, seed: int) -> Mapping[str, Any]:
     """A row's answer must not depend on how often and beside whom it is asked."""
-    if row.url != CHAT or body.get("seed") is not None:
+    if row.url not in SEEDED or body.get("seed") is not None:
         return body
     return {**body, "seed": seed_of(seed, row.custom_id)}
 

@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
-from siglane.cli.common import ModelOptions
+from siglane.cli.common import ModelOptions, check_base_url
 from siglane.errors import UserError
 from siglane.settings.engine import EngineConfig
 from siglane.settings.flags import OptionGroup, read_options, stated_in
@@ -48,9 +47,8 @@ class RemoteOptions(CommandOptions):
     answer_timeout: float = field(default=600.0, metadata={"help": "seconds for one answer"})
 
     def __post_init__(self) -> None:
-        if self.base_url is not None and (urlsplit(self.base_url).scheme not in ("http", "https")):
-            message = f"--base-url {self.base_url!r} is no http:// or https:// address"
-            raise UserError(message, code="bad_option", param="base_url")
+        if self.base_url is not None:
+            check_base_url(self.base_url)
         if self.concurrency < 1 or self.retries < 0 or not self.answer_timeout > 0:
             message = "--concurrency must be at least 1, --retries at least 0 and --answer-timeout above 0"
             raise UserError(message, code="bad_option")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
+from urllib.parse import urlsplit
 
 from siglane.errors import UserError
 from siglane.settings.flags import OptionGroup, read_options
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommonOptions:
     config: Path | None = field(
-        default=None, metadata={"help": "a TOML file with settings of this command in a table of its name: [serve]"}
+        default=None,
+        metadata={"help": "a TOML or YAML file with settings of this command under its name: [serve]"},
     )
     debug: bool = field(default=False, metadata={"help": "log more, and show the traceback of an error"})
 
@@ -118,7 +120,21 @@ def emit_json(document: Any, out: TextIO) -> None:
 def emit_line(text: str, out: TextIO) -> None:
     """One line for people, whatever file names it holds: what would break the line or move the cursor is escaped, and
     so is a byte that is not UTF-8, as in JSON (`\\udce9` is the byte E9)."""
-    out.write("".join(map(_printed, text)) + "\n")
+    out.write(printed(text) + "\n")
+
+
+def check_base_url(url: str) -> str:
+    """Without `/v1` at its end. UserError for what is no address of a server."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        message = f"--base-url {url!r} is no http:// or https:// address"
+        raise UserError(message, code="bad_option", param="base_url")
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def printed(text: str, keep: str = "") -> str:
+    """`text` with what a terminal would obey escaped; keep: characters of those that stay."""
+    return "".join(_printed(character) if character not in keep else character for character in text)
 
 
 def _printed(character: str) -> str:

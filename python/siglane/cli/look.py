@@ -57,9 +57,8 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     from siglane.families.processor import Processor
     from siglane.look.drawing import counted
     from siglane.look.page import draw
-    from siglane.look.view import View, unpatchify
+    from siglane.look.seen import view_of
     from siglane.media.item import MediaItem
-    from siglane.types import DecodedVideo
 
     processor = load_image_processor(checkpoint)
     pipeline = MediaPipeline(processor.facts, decode=decode)
@@ -67,17 +66,13 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     pipeline.admit([item])
     pipeline.read(item)
     pipeline.lay_out([item])
-    medium, layout, vision = pipeline.decode_whole(item), item.layout, processor.facts.vision
-    seen = medium if decode.jpeg == "exact" else pipeline.decode(item)
-    pixels = processor.patches(seen, layout).pixels.numpy()
-    tiles = unpatchify(pixels, layout.grids, vision.patch_size, vision.patch_layout == "channel_first")
-    view = View(
+    view = view_of(
+        item,
+        pipeline,
+        processor.facts,
+        decode,
         name=Path(arguments.image).name[-60:],
         model=Path(arguments.model).name,
-        frames=medium.frames if isinstance(medium, DecodedVideo) else (medium.rgb,),
-        layout=layout,
-        tiles=tuple(tiles),
-        vision=vision,
         speaks=isinstance(processor, Processor),
     )
     with writing(options.output):
@@ -85,6 +80,7 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     if options.json:
         emit_json(describe(arguments.image, report_image(item)) | {"view": str(options.output)}, out)
     else:
+        layout = item.layout
         tokens = counted(layout.image_tokens, "image token" if view.speaks else "row")
         emit_line(f"{options.output}: {counted(len(layout.tiles), 'tile')}, {tokens}", out)
     return 0

@@ -29,6 +29,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk, a quota or a li
 COMMANDS = {
     "generate": "ask a model one question about pictures",
     "serve": "serve a model over the OpenAI API",
+    "chat": "talk with a model about pictures, in the terminal",
     "batch": "answer many requests, or one question about many pictures, from a file to a file",
     "encode": "write the vision features of pictures to a file",
     "embed": "write the vectors of pictures and texts",
@@ -38,6 +39,7 @@ COMMANDS = {
     "quantize": "write a model's folder in 8 or 4 bits, which loads in seconds",
     "train": "train a SigLIP on image-text pairs",
     "look": "draw what the model sees of a picture",
+    "bench": "measure any OpenAI-compatible server under load",
     "doctor": "check this machine",
     "demo": "try the model that ships with siglane, through a real server",
 }

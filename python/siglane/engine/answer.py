@@ -3,33 +3,61 @@
 from __future__ import annotations
 
 from siglane.engine.reasoning import AnswerStream, TextDelta
+from siglane.engine.tool_calls import joined_calls
 from siglane.families.processor import Processor
-from siglane.types import Finished, FinishReason, Prompt, SamplingParams, TokenDelta, TokenLogprob, Usage
+from siglane.types import (
+    Finished,
+    FinishReason,
+    Prompt,
+    Readout,
+    SamplingParams,
+    TokenDelta,
+    TokenLogprob,
+    ToolCall,
+    ToolUse,
+    Usage,
+)
 
 
 class Answer:
     """What one request has been answered so far. It sees none of the request's images: answers may wait for long.
 
-    token_ids, logprobs: of every token up to the one that completed a stop string; finished: how the engine ended it.
+    token_ids, logprobs: of every token up to the one that completed a stop string; readouts: of the prompt's places
+    that were asked for; finished: how the engine ended it.
     """
 
     def __init__(self, request_id: str, prompt: Prompt, stream: AnswerStream) -> None:
         self.request_id = request_id
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
+        self.readouts: list[Readout] = []
         self.finished: Finished | None = None
         self._prompt_tokens, self._image_tokens = len(prompt.token_ids), prompt.image_tokens
         self._stream = stream
         self._deltas: list[TextDelta] = []
 
     @classmethod
-    def of(cls, request_id: str, prompt: Prompt, sampling: SamplingParams, processor: Processor) -> Answer:
-        return cls(request_id, prompt, AnswerStream.of(prompt, sampling, processor))
+    def of(
+        cls,
+        request_id: str,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        processor: Processor,
+        use: ToolUse | None = None,
+    ) -> Answer:
+        """use: of the tools that the prompt tells of."""
+        return cls(request_id, prompt, AnswerStream.of(prompt, sampling, processor, use))
+
+    @classmethod
+    def raw(cls, request_id: str, prompt: Prompt, sampling: SamplingParams, processor: Processor) -> Answer:
+        """Of a text that is continued: no part of it is told apart."""
+        return cls(request_id, prompt, AnswerStream(processor.tokenizer, sampling.stop, min_tokens=sampling.min_tokens))
 
     def take(self, delta: TokenDelta) -> TextDelta:
-        """What `delta` adds to the text: nothing once a stop string was met, of which the engine does not know."""
+        """What `delta` adds to the text: nothing once the answer has ended in a way that the engine does not know."""
         self.finished = delta.finished
-        if self.stop_string is not None:
+        self.readouts += delta.readouts
+        if self.ended:
             return TextDelta()
         shown: tuple[int, ...] = ()
         if delta.token_id is not None:
@@ -50,8 +78,18 @@ class Answer:
         return TextDelta.joined(self._deltas).reasoning
 
     @property
+    def calls(self) -> tuple[ToolCall, ...]:
+        return joined_calls(TextDelta.joined(self._deltas).calls)
+
+    @property
+    def ended(self) -> bool:
+        """Whether a stop string, or the only call that is allowed, ended it. The engine goes on until the request is
+        aborted."""
+        return self._stream.ended
+
+    @property
     def stop_string(self) -> str | None:
-        """The stop string that ended the text. The engine goes on until the request is aborted."""
+        """The stop string that ended the text."""
         return self._stream.stopped
 
     @property
@@ -61,10 +99,12 @@ class Answer:
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        """None while the engine works on it; a stop string that was met outlasts what happens after it."""
+        """None while the engine works on it; what ended it before outlasts what happens after it."""
         if self.finished is None:
             return None
-        return self.finished.reason if self.stop_string is None else "stop"
+        reason, calls = "stop" if self.ended else self.finished.reason, self._stream.calls
+        called = calls is not None and calls.count > 0 and not calls.unfinished
+        return "tool_calls" if reason == "stop" and called else reason
 
     @property
     def error(self) -> Exception | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from siglane.engine.lookup import Lookup
 from siglane.engine.prefix_cache import Node
 from siglane.engine.thinking import ThinkingBudget
 from siglane.families.splice import ImageRows, image_rows
-from siglane.types import Request, Timings
+from siglane.types import Read, Request, Timings
 
 
 class PageRun(NamedTuple):
@@ -32,8 +33,9 @@ class Sequence:
 
     seed: of all its noise; constrained: its place in the grammar that its answer has to match; lookup: None where
     nothing is guessed; features: rows of the images that the rest of the
-    prompt still needs, by image number; yields: to sequences that do not, as a batch's do until they were passed over
-    for long.
+    prompt still needs, by image number; reads_told: how many of the request's reads have been; yields: to sequences
+    that do not, as a batch's do until they were passed over for long; table_row: of the device's table of pages, no
+    other's while it runs.
     """
 
     request: Request
@@ -51,7 +53,9 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     page_runs: list[PageRun] = field(default_factory=list)
     prefix_nodes: list[Node] = field(default_factory=list)
+    table_row: int = 0
     features: dict[int, torch.Tensor] = field(default_factory=dict)
+    reads_told: int = 0
     cached_tokens: int = 0
     encoded_images: int = 0
     arrived: float = field(default_factory=time.monotonic)
@@ -101,6 +105,16 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens whose keys and values are still to be computed; 1 while decoding."""
         return len(self.token_ids) - self.computed
+
+    @property
+    def open_reads(self) -> tuple[Read, ...]:
+        """Those that have not been told."""
+        return self.request.reads[self.reads_told :]
+
+    @property
+    def next_read(self) -> int | None:
+        """The first place that must be computed, whatever a cache has."""
+        return self.request.reads[self.reads_told].position if self.reads_told < len(self.request.reads) else None
 
     def images_in(self, start: int, stop: int) -> list[int]:
         """Images with rows in positions `start..stop`, in order."""
@@ -184,9 +198,19 @@ class Chunk(NamedTuple):
         return self.start < self.sequence.prompt_length
 
     @property
+    def ends(self) -> bool:
+        """Whether nothing known is left behind it."""
+        return self.stop == len(self.sequence.token_ids) + len(self.guesses)
+
+    @property
+    def wanted(self) -> tuple[Read, ...]:
+        """The request's reads in it."""
+        return tuple(itertools.takewhile(lambda read: read.position < self.stop, self.sequence.open_reads))
+
+    @property
     def samples(self) -> bool:
         """Whether the chunk ends the known tokens, so that the next one is to be chosen."""
-        return self.stop == len(self.sequence.token_ids) + len(self.guesses)
+        return self.ends and self.sequence.request.max_tokens > 0
 
     @property
     def next_tokens(self) -> list[NextToken]:

@@ -12,7 +12,7 @@ import json
 import os
 import signal
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,8 +24,10 @@ from transformers import PreTrainedTokenizerFast
 from siglane.config.vlm import Thinking
 from siglane.engine.json_schema import ignored_keyword, never_ends
 from siglane.engine.thinking import ThinkingStart
+from siglane.engine.tool_grammar import Calls, Schema, Tags, lark, read_calls
 from siglane.errors import EngineError, UserError
 from siglane.families.prompt.programs import Programs
+from siglane.families.prompt.tools import CALL_TAGS
 from siglane.types import Constraint
 from siglane.types.constraint import ConstraintKind
 
@@ -48,12 +50,15 @@ CODES: dict[ConstraintKind, str] = {
     "json_schema": "invalid_json_schema",
     "regex": "invalid_regex",
     "lark": "invalid_grammar",
+    "tools": "invalid_json_schema",
 }
 WORDS: dict[ConstraintKind, str] = {
     "json_schema": "JSON schema",
     "regex": "regular expression",
     "lark": "grammar",
+    "tools": "schema of the tools",
 }
+TRIAL_TAGS = Tags("<|tool|>", "<|/tool|>")  # what the trial's tokenizer has
 # a model that may write any white space between two tokens of JSON may write it for ever: as much as a layout needs
 JSON_OPTIONS = {
     "lenient": False,  # a keyword that is not honoured is refused by its name
@@ -78,7 +83,22 @@ def check_constraint(constraint: Constraint) -> None:
         raise _refused(kind, "holds a NUL; no answer does")
     if kind == "json_schema":
         _check_schema(_schema_of(text))
-    found = _trials(os.getpid()).ask(json.dumps([TRIAL_SECONDS, _grammar(constraint), LIMITS]).encode())
+    if kind != "tools":
+        _try(constraint)
+        return
+    _check_tools(calls := read_calls(text), _check_schema)
+    try:
+        _try(constraint)
+    except UserError as error:
+        if error.code != "grammar_timeout":  # whose parts might take as long
+            _check_tools(calls, lambda schema: _try(Constraint.json_schema(schema)))
+        raise
+
+
+def _try(constraint: Constraint) -> None:
+    """Compiles it elsewhere."""
+    kind, grammar = constraint.kind, _grammar(constraint, TRIAL_TAGS)
+    found = _trials(os.getpid()).ask(json.dumps([TRIAL_SECONDS, grammar, LIMITS]).encode())
     if found == -signal.SIGALRM:
         raise UserError(f"the {WORDS[kind]} takes more than {TRIAL_SECONDS:g} s to compile", code="grammar_timeout")
     if isinstance(found, int):
@@ -105,7 +125,9 @@ class Grammars:
         return Constrained(matcher.deep_copy(), self._vocab_size, thinking, start)
 
     def _compile(self, constraint: Constraint) -> LLMatcher:
-        matcher: LLMatcher = _llguidance().LLMatcher(self._tokens, _grammar(constraint), log_level=0, limits=_limits())
+        matcher: LLMatcher = _llguidance().LLMatcher(
+            self._tokens, _grammar(constraint, self._tags), log_level=0, limits=_limits()
+        )
         if matcher.is_error():
             raise _refused(constraint.kind, f"cannot be used: {_first_line(matcher.get_error())}")
         return matcher
@@ -114,6 +136,11 @@ class Grammars:
         """Reads the vocabulary, a second for 150,000 tokens that the first answer would wait for, and all beside it."""
         with suppress(UserError):  # said to who asks for a grammar
             _ = self._tokens
+
+    @cached_property
+    def _tags(self) -> Tags:
+        known = {token.content: number for number, token in self._tokenizer.added_tokens_decoder.items()}
+        return Tags.of(*(known.get(tag) for tag in CALL_TAGS))
 
     @cached_property
     def _tokens(self) -> LLTokenizer:
@@ -184,6 +211,18 @@ class Constrained:
         return True, "answer"
 
 
+def _check_tools(calls: Calls, check: Callable[[Schema], None]) -> None:
+    """`check` of every schema; the function whose schema is refused is named."""
+    for name, schema in calls.functions:
+        try:
+            check(schema)
+        except UserError as error:
+            message = f"the function {name!r}: {error.message}"
+            raise UserError(message, code=error.code, param="tools") from error
+    if calls.answer is not None:
+        check(calls.answer)
+
+
 def _check_schema(schema: dict[str, Any]) -> None:
     if ignored := ignored_keyword(schema):
         raise _refused("json_schema", f"has the keyword {ignored!r}, which is not supported")
@@ -203,9 +242,11 @@ def _schema_of(text: str) -> dict[str, Any]:
     return schema
 
 
-def _grammar(constraint: Constraint) -> str:
-    """What llguidance compiles."""
+def _grammar(constraint: Constraint, tags: Tags) -> str:
+    """What llguidance compiles. tags: of a tool's calls."""
     matcher = _llguidance().LLMatcher
+    if constraint.kind == "tools":
+        return str(matcher.grammar_from_lark(lark(read_calls(constraint.text), tags, JSON_OPTIONS)))
     if constraint.kind == "regex":
         return str(matcher.grammar_from_regex(constraint.text))
     if constraint.kind == "lark":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from transformers import PreTrainedTokenizerFast
 
@@ -19,7 +19,7 @@ class TextStream:
     string was met, `stopped` names it, the text before it has been returned, and nothing follows. A stop string that
     holds a special token is met by the token as by its letters, although the text never shows it.
     strip: drop white space at the beginning, before stop strings are looked for, and at the end; skip_special: special
-    tokens have no text.
+    tokens have no text, but for those that are shown.
     """
 
     def __init__(
@@ -29,10 +29,13 @@ class TextStream:
         *,
         strip: bool = False,
         skip_special: bool = True,
+        shown: Collection[str] = (),
     ) -> None:
         self._tokenizer, self._strip, self._skip_special = tokenizer, strip, skip_special
+        added = tokenizer.added_tokens_decoder.items() if shown and skip_special else ()
+        self._shown = {number: token.content for number, token in added if token.special and token.content in shown}
         # in the held text they stand for special tokens that it does not show
-        self._marks = _marks_of(tokenizer, stop) if skip_special else {}
+        self._marks = _marks_of(tokenizer, stop, shown) if skip_special else {}
         self._stop = _patterns(
             stop, {tokenizer.added_tokens_decoder[one].content: mark for one, mark in self._marks.items()}
         )
@@ -51,7 +54,8 @@ class TextStream:
         if self.stopped is not None:
             return ""
         self._ids.extend(token_ids)
-        new = self._new_text(finished)
+        words = "".join(self._shown.get(token_id, "") for token_id in token_ids)
+        new = self._new_text(finished or bool(words)) + words
         if self._strip and not self._begun:
             new = new.lstrip()
             self._begun = bool(new)
@@ -120,10 +124,11 @@ class TextStream:
         )
 
 
-def _marks_of(tokenizer: PreTrainedTokenizerFast, stop: Sequence[str]) -> dict[int, str]:
+def _marks_of(tokenizer: PreTrainedTokenizerFast, stop: Sequence[str], shown: Collection[str]) -> dict[int, str]:
     """A character for each special token that a stop string names, by the token's id: no text shows such tokens."""
     added = tokenizer.added_tokens_decoder.items() if stop else ()
-    named = [number for number, token in added if token.special and any(token.content in one for one in stop)]
+    hidden = [(number, token.content) for number, token in added if token.special and token.content not in shown]
+    named = [number for number, content in hidden if any(content in one for one in stop)]
     return {number: chr(FIRST_MARK + place) for place, number in enumerate(named[:MOST_MARKS])}
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from siglane.engine.engine import STEP_PATCHES
+from siglane.engine.limits import STEP_PATCHES
 from siglane.engine.scheduler import BATCH_SHARE
 from siglane.errors import EngineError
 from siglane.families.two_tower import TEXTS_PER_FORWARD, TwoTowerModel

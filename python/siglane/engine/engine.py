@@ -5,37 +5,33 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import secrets
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from siglane.config.vlm import Thinking
-from siglane.engine.attention import choose_paged_backend
 from siglane.engine.batch import Chunk, Sequence, StepBatch
 from siglane.engine.constraint import Constrained, Grammars
+from siglane.engine.device import Result, build_device, finite
 from siglane.engine.features import FeatureCache, FeatureKey
-from siglane.engine.kv import PageAllocator, PagedKV
+from siglane.engine.kv import SCRATCH_PAGES, PageAllocator
+from siglane.engine.limits import step_budget
 from siglane.engine.lookup import Lookup
 from siglane.engine.prefix_cache import PrefixCache
-from siglane.engine.runner import Runner
-from siglane.engine.sampler import SampledToken, sample
+from siglane.engine.sampler import SampledToken, bad_logits
 from siglane.engine.sampling import check_for_model
-from siglane.engine.scheduler import Scheduler, StepBudget
+from siglane.engine.scheduler import Scheduler
 from siglane.engine.thinking import thinking_budget, thinking_start
 from siglane.errors import EngineError, UserError
 from siglane.families.model import VisionLanguageModel
 from siglane.settings.engine import EngineConfig
-from siglane.types import Finished, FinishReason, ImagePatches, Request, TokenDelta
+from siglane.types import Finished, FinishReason, Readout, Request, TokenDelta
 
 logger = logging.getLogger(__name__)
-
-# what one step may cost where the configuration says 0: a CPU gains nothing from larger steps and makes others wait
-STEP_TOKENS = {"cpu": 512, "cuda": 4096}
-STEP_PATCHES = {"cpu": 1024, "cuda": 16384}
-# rows up to which answers are guessed ahead: what a step reads of the weights is the most of its time until there
-STEP_GUESSING = {"cpu": 16, "cuda": 64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +52,22 @@ class EngineStats:
     steps: int
 
 
+class Encoded(NamedTuple):
+    """An image behind the tower, which may have given NaN. wanting: who has it, and under which number."""
+
+    key: FeatureKey
+    wanting: list[tuple[Sequence, int]]
+    rows: torch.Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Grown:
-    """What a step did for one sequence. chunk: what of it remains; tokens: those it was given; reason: why the last of
-    them ends the answer; error: why the sequence ends after them."""
+    """What a step did for one sequence. chunk: what of it remains; tokens: those it was given; readouts: what it was
+    told of its prompt; reason: why the answer ends; error: why the sequence ends after them."""
 
     chunk: Chunk
     tokens: list[SampledToken]
+    readouts: tuple[Readout, ...] = ()
     reason: FinishReason | None = None
     error: EngineError | None = None
 
@@ -83,28 +88,15 @@ class Engine:
         thinking: Thinking | None = None,
         grammars: Grammars | None = None,
     ) -> None:
-        language = model.language
-        parameter = language.norm.weight
-        device, dtype = parameter.device, parameter.dtype
-        pages = config.resolve_pages(language.config, language.kv_heads, dtype, device)
-        kv = PagedKV(
-            language.config, language.kv_heads, pages=pages, page_size=config.page_size, dtype=dtype, device=device
-        )
         self.config, self.eos_token_ids, self.thinking = config, frozenset(eos_token_ids), thinking
         self._grammars = grammars
-        self.allocator = PageAllocator(pages)
+        budget = step_budget(config, model.language.norm.weight.device.type)
+        self.runner = build_device(model, config, budget, self.eos_token_ids)
+        self.allocator = PageAllocator(self.runner.kv.tokens // config.page_size, SCRATCH_PAGES)
         self.prefix_cache = PrefixCache(self.allocator, config.page_size) if config.prefix_cache else None
         self.features = FeatureCache(config.feature_cache_bytes)
-        budget = StepBudget(
-            tokens=config.max_batch_tokens or STEP_TOKENS[device.type],
-            patches=config.max_batch_patches or STEP_PATCHES[device.type],
-            running=config.max_running,
-            guessing=STEP_GUESSING[device.type],
-        )
         self.scheduler = Scheduler(budget, self.allocator, self.prefix_cache, self.features, config.page_size)
-        paged_backend = choose_paged_backend(config.resolve_paged_backend(), device, dtype)
-        self.runner = Runner(model, kv, paged_backend, packing=config.enable_packing)
-        positions, capacity = language.config.max_position_embeddings, self.scheduler.capacity
+        positions, capacity = model.language.config.max_position_embeddings, self.scheduler.capacity
         self.context_length = min(positions, capacity)
         if capacity < positions:
             message = "the KV cache holds %d tokens, fewer than the model's %d; see kv_tokens"
@@ -129,12 +121,14 @@ class Engine:
             raise ValueError(f"request id {request.request_id!r} is in use")
         if length == 0:
             raise UserError("the prompt is empty; give it at least one token", code="empty_prompt")
-        if length >= self.context_length:
+        if length + min(1, request.max_tokens) > self.context_length:
             raise UserError(
                 f"the prompt has {length} tokens, the context holds {self.context_length}; shorten it",
                 code="context_length_exceeded",
             )
         check_for_model(sampling, self.runner.vocab_size, self.thinking)
+        if not all(0 <= token_id < self.runner.vocab_size for read in request.reads for token_id in read.token_ids):
+            raise UserError(f"token ids are below {self.runner.vocab_size}", code="invalid_value")
         budget = thinking_budget(sampling, request.prompt.token_ids, self.thinking, self.eos_token_ids)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         guessed = sampling.num_speculative_tokens
@@ -158,7 +152,7 @@ class Engine:
             raise UserError(
                 "this engine knows no tokenizer, so it holds no answer to a grammar", code="unsupported_field"
             )
-        prompt_ids, thinking = request.prompt.token_ids, self.thinking
+        prompt_ids, thinking = request.prompt.token_ids, None if request.raw else self.thinking
         start = "closed" if thinking is None else thinking_start(prompt_ids, thinking, self.eos_token_ids)
         return self._grammars.start(constraint, thinking, start)
 
@@ -172,16 +166,16 @@ class Engine:
         """One forward: what it adds to each request, in the order of the batch."""
         step = self.scheduler.plan()
         self._note_start(step.chunks)
-        deltas = self._encode(step.images_to_encode)
-        chunks = [chunk for chunk in step.chunks if chunk.sequence.request.request_id in self._sequences]
-        computed, logits, failed = self._forward(chunks)
-        next_tokens = [next_token for chunk in computed for next_token in chunk.next_tokens]
-        choices = iter(sample(logits, next_tokens, self.eos_token_ids) if next_tokens else [])
-        grown = [self._grow(chunk, list(itertools.islice(choices, len(chunk.next_tokens)))) for chunk in computed]
+        encoded, deltas = self._encode(step.images_to_encode)
+        all_finite = finite([one.rows for one in encoded])
+        computed, failed = self._compute([chunk for chunk in step.chunks if self._is_alive(chunk)])
+        deltas += failed + self._settle(encoded, all_finite.tolist())
+        alive = [one for one in computed if self._is_alive(one.chunk)]
+        grown = [self._grow(one) for one in alive]
         self.scheduler.commit(one.chunk for one in grown if one.error is None)  # nobody reuses NaN
-        self._computed_tokens += sum(chunk.tokens for chunk in computed)
+        self._computed_tokens += sum(one.chunk.tokens for one in alive)
         self._steps += 1
-        return deltas + failed + [delta for one in grown for delta in self._deltas(one)]
+        return deltas + [delta for one in grown for delta in self._deltas(one)]
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -199,6 +193,9 @@ class Engine:
             steps=self._steps,
         )
 
+    def _is_alive(self, chunk: Chunk) -> bool:
+        return chunk.sequence.request.request_id in self._sequences
+
     def _note_start(self, chunks: list[Chunk]) -> None:
         now = time.monotonic()
         for chunk in chunks:
@@ -207,80 +204,91 @@ class Engine:
                 chunk.sequence.cached_tokens = chunk.start
                 self._cached_tokens += chunk.start
 
-    def _encode(self, images_to_encode: dict[FeatureKey, list[tuple[Sequence, int]]]) -> list[TokenDelta]:
-        """Gives every miss its features; returns the deltas of requests whose image cannot be encoded."""
+    def _encode(
+        self, images_to_encode: dict[FeatureKey, list[tuple[Sequence, int]]]
+    ) -> tuple[list[Encoded], list[TokenDelta]]:
+        """Gives every miss its features; those, and the deltas of requests whose image cannot be encoded."""
         if not images_to_encode:
-            return []
+            return [], []
         begin = time.monotonic()
         images = [wanting[0][0].request.images[wanting[0][1]] for wanting in images_to_encode.values()]
-        encoded = self._encode_isolated(images)
+        found = self.runner.encode_isolated(images)
         seconds = time.monotonic() - begin
         for sequence in {sequence for wanting in images_to_encode.values() for sequence, _ in wanting}:
             # one that still waits has no part in it; again after a preemption it is a part of its decode time
             if sequence.started and not sequence.prefilled:
                 sequence.encode_seconds += seconds
-        failed: list[TokenDelta] = []
-        for (key, wanting), rows in zip(images_to_encode.items(), encoded, strict=True):
-            if isinstance(rows, torch.Tensor):
-                self.features.put(key, rows)
-                self._encoded_images += 1
-                wanting[0][0].encoded_images += 1
+        encoded, failed = list[Encoded](), list[TokenDelta]()
+        for (key, wanting), rows in zip(images_to_encode.items(), found, strict=True):
+            if isinstance(rows, EngineError):
+                failed += self._fail(wanting, rows)
+                continue
+            encoded.append(Encoded(key, wanting, rows))
             for sequence, image in wanting:
-                if isinstance(rows, torch.Tensor):
-                    sequence.features[image] = rows
-                elif sequence.request.request_id in self._sequences:
-                    logger.error("a request failed: %s", rows, extra=sequence.request.log_fields)
-                    failed.append(self._end(sequence, "error", error=rows))
+                sequence.features[image] = rows
+        return encoded, failed
+
+    def _settle(self, encoded: list[Encoded], finite: list[bool]) -> list[TokenDelta]:
+        """Keeps the images whose rows are finite for others, and ends the requests of all others."""
+        failed = list[TokenDelta]()
+        for one, good in zip(encoded, finite, strict=True):
+            if good:
+                self.features.put(one.key, one.rows)
+                self._encoded_images += 1
+                one.wanting[0][0].encoded_images += 1
+            else:
+                message = "the vision tower gave NaN or infinite features for an image"
+                failed += self._fail(one.wanting, EngineError(message, code="engine_nan"))
         return failed
 
-    def _encode_isolated(self, images: list[ImagePatches]) -> list[torch.Tensor | EngineError]:
-        """All images together; when that raises, each alone, so that one image never takes others with it."""
-        try:
-            return [_finite(rows) for rows in self.runner.encode(images)]
-        except torch.AcceleratorError:  # the device is lost for this process: end it, its supervisor starts another
-            raise
-        except Exception as error:
-            message = "encoding %d images failed (%s); trying each alone"
-            logger.warning(message, len(images), type(error).__name__, exc_info=len(images) > 1)
-        encoded: list[torch.Tensor | EngineError] = []
-        for image in images:
-            try:
-                encoded.append(_finite(self.runner.encode([image])[0]))
-            except Exception as error:
-                logger.exception("encoding one image failed")
-                encoded.append(EngineError(f"an image could not be encoded ({type(error).__name__})"))
-        return encoded
+    def _fail(self, wanting: list[tuple[Sequence, int]], error: EngineError) -> list[TokenDelta]:
+        """Ends who wants an image that is none."""
+        failed = list[TokenDelta]()
+        for sequence, _ in wanting:
+            if sequence.request.request_id in self._sequences:
+                logger.error("a request failed: %s", error, extra=sequence.request.log_fields)
+                failed.append(self._end(sequence, "error", error=error))
+        return failed
 
-    def _forward(self, chunks: list[Chunk]) -> tuple[list[Chunk], torch.Tensor, list[TokenDelta]]:
-        """The chunks that were computed, their logits, and the deltas of requests that failed."""
+    def _compute(self, chunks: list[Chunk]) -> tuple[list[Result], list[TokenDelta]]:
+        """The chunks that were computed, and the deltas of requests that failed."""
         if not chunks:
-            return [], torch.empty(0), []
+            return [], []
         try:
-            return chunks, self.runner.forward(StepBatch(tuple(chunks))), []
+            return self._run(chunks), []
         except torch.AcceleratorError:
             raise
         except Exception as error:
             message = "a step of %d requests failed (%s); trying each alone"
             logger.warning(message, len(chunks), type(error).__name__, exc_info=len(chunks) > 1)
-        computed, logits, failed = [], [], []
+        computed, failed = list[Result](), []
         for chunk in chunks:
             try:
-                logits.append(self.runner.forward(StepBatch((chunk,))))
-                computed.append(chunk)
+                computed += self._run([chunk])
+            except torch.AcceleratorError:
+                raise
             except Exception as error:
                 logger.exception("a request failed", extra=chunk.sequence.request.log_fields)
                 reason = EngineError(f"the request could not be computed ({type(error).__name__})")
                 failed.append(self._end(chunk.sequence, "error", error=reason))
-        return computed, torch.cat(logits) if logits else torch.empty(0), failed
+        return computed, failed
 
-    def _grow(self, chunk: Chunk, choices: list[SampledToken | EngineError]) -> Grown:
+    def _run(self, chunks: list[Chunk]) -> list[Result]:
+        return self.runner(self.runner.plan(StepBatch(tuple(chunks)))).result()
+
+    def _grow(self, result: Result) -> Grown:
         """Adds to a sequence what was chosen behind it, as long as that is what was guessed, and one more."""
-        sequence, tokens, reason = chunk.sequence, list[SampledToken](), None
-        if choices and not sequence.prefilled and not isinstance(choices[0], EngineError):
+        chunk, choices, readouts = result
+        sequence, tokens = chunk.sequence, list[SampledToken]()
+        if any(math.isnan(logprob) for readout in readouts for logprob in readout.logprobs):
+            return Grown(chunk, tokens, error=bad_logits())
+        sequence.reads_told += len(readouts)
+        if chunk.ends and not sequence.prefilled:
             sequence.prefilled = time.monotonic()
+        reason: FinishReason | None = None if choices or not chunk.ends else "length"  # there, of no tokens
         for guess, choice in itertools.zip_longest(chunk.guesses, choices):
             if isinstance(choice, EngineError):
-                return Grown(chunk, tokens, error=choice)
+                return Grown(chunk, tokens, readouts, error=choice)
             sequence.append(choice.token_id)
             tokens.append(choice)
             reason = self._end_reason(sequence)
@@ -289,7 +297,7 @@ class Engine:
         right = sum(token.token_id == guess for token, guess in zip(tokens, chunk.guesses, strict=False))
         if sequence.lookup is not None and chunk.guesses:
             sequence.lookup.note(len(chunk.guesses), right)
-        return Grown(chunk.kept(right), tokens, reason)
+        return Grown(chunk.kept(right), tokens, readouts, reason)
 
     def _end_reason(self, sequence: Sequence) -> FinishReason | None:
         """Whether its last token ends an answer."""
@@ -301,13 +309,14 @@ class Engine:
         return "length" if full else None
 
     def _deltas(self, grown: Grown) -> list[TokenDelta]:
-        sequence, tokens = grown.chunk.sequence, grown.tokens
-        request_id = sequence.request.request_id
+        sequence, tokens, request_id = grown.chunk.sequence, grown.tokens, grown.chunk.sequence.request.request_id
         plain = tokens[:-1] if grown.reason else tokens
-        deltas = [TokenDelta(request_id, token.token_id, token.logprob) for token in plain]
+        deltas = [TokenDelta(request_id, readouts=grown.readouts)] if grown.readouts else []
+        deltas += [TokenDelta(request_id, token.token_id, token.logprob) for token in plain]
         if grown.error is not None:
             return [*deltas, self._end(sequence, "error", error=grown.error)]
-        return deltas if grown.reason is None else [*deltas, self._end(sequence, grown.reason, tokens[-1])]
+        last = tokens[-1] if tokens else None
+        return deltas if grown.reason is None else [*deltas, self._end(sequence, grown.reason, last)]
 
     def _end(
         self,
@@ -330,10 +339,3 @@ class Engine:
             timings=sequence.timings(time.monotonic()),
         )
         return TokenDelta(request_id, last and last.token_id, last and last.logprob, finished)
-
-
-def _finite(rows: torch.Tensor) -> torch.Tensor | EngineError:
-    """NaN features are an error of their image and are never cached."""
-    if bool(torch.isfinite(rows).all()):
-        return rows
-    return EngineError("the vision tower gave NaN or infinite features for an image", code="engine_nan")

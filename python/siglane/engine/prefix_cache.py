@@ -58,14 +58,14 @@ class PrefixCache:
         """Pages that eviction could free now."""
         return len(self._nodes) - self._locked
 
-    def match(self, cache_ids: Sequence[int], salt: str) -> tuple[list[Node], NextPage]:
+    def match(self, cache_ids: Sequence[int], salt: str, before: int | None = None) -> tuple[list[Node], NextPage]:
         """The cached pages that begin `cache_ids`, and where the tree ends.
 
-        The last id is never matched: its logits are what the caller needs.
+        before: the first place that is never matched, as its logits are what the caller needs: by default the last.
         """
         node = self._root
         matched: list[Node] = []
-        for number in range((len(cache_ids) - 1) // self.page_size):
+        for number in range((len(cache_ids) - 1 if before is None else before) // self.page_size):
             key = self._key(cache_ids, number, salt)
             child = node.children.get(key)
             if child is None:

@@ -52,11 +52,15 @@ def sample(
     return [_choose_isolated(row, next_token, eos_token_ids) for row, next_token in rows]
 
 
+def bad_logits() -> EngineError:
+    return EngineError("the model gave NaN or infinite logits", code="engine_nan")
+
+
 def _choose_isolated(
     logits: torch.Tensor, next_token: NextToken, eos_token_ids: frozenset[int]
 ) -> SampledToken | EngineError:
     if not (math.isfinite(logits.sum()) or logits.isfinite().all()):
-        return EngineError("the model gave NaN or infinite logits", code="engine_nan")
+        return bad_logits()
     try:
         return _choose(logits, next_token, eos_token_ids)
     except EngineError as error:

@@ -246,6 +246,8 @@ class Scheduler:
                 self._give_pages(sequence)
                 return False
             self.waiting.remove(sequence)
+            taken = {one.table_row for one in self.running}
+            sequence.table_row = next(row for row in range(self.budget.running) if row not in taken)
             self.running.append(sequence)
             if following is not None:
                 under_way.add(following)
@@ -267,7 +269,7 @@ class Scheduler:
         """Takes the cached prefix of a waiting sequence; returns the page it has to compute first."""
         if self.prefix_cache is None:
             return None
-        nodes, following = self.prefix_cache.match(sequence.cache_ids, sequence.request.cache_salt)
+        nodes, following = self.prefix_cache.match(sequence.cache_ids, sequence.request.cache_salt, sequence.next_read)
         self.prefix_cache.lock(nodes)
         sequence.prefix_nodes = nodes
         sequence.block_table = [node.page for node in nodes]

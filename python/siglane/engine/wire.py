@@ -59,6 +59,7 @@ TYPES: tuple[type[Any], ...] = (
     # a request and its images
     *(
         types.Request,
+        types.Read,
         types.Prompt,
         types.ImageSpan,
         types.SamplingParams,
@@ -70,7 +71,7 @@ TYPES: tuple[type[Any], ...] = (
     *(types.ImagePlaceholder, types.Indicator, types.Token, types.Marker),
     *(types.MergedScales, types.AnyRes, types.Newline),
     # what the engine answers
-    *(types.TokenDelta, types.TokenLogprob, types.Finished, types.Timings, Embedding),
+    *(types.TokenDelta, types.TokenLogprob, types.Readout, types.Finished, types.Timings, Embedding),
     *(EngineStats, EngineFacts, Calibration),
     *(SiglaneError, UserError, ImageError, ConfigError, WeightError, OtherWeights, EngineError),
 )

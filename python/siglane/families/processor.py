@@ -19,7 +19,17 @@ from siglane.families.registry import vlm_family
 from siglane.families.stated import TOKENIZER, TOKENIZER_CONFIG, chat_templates, log_contradictions, tokenizer_classes
 from siglane.image.patchify import to_patches
 from siglane.tiling.rule import ImageBudget, no_images
-from siglane.types import DecodedImage, DecodedVideo, ImageLayout, ImagePatches, Medium, Message, Prompt, ReducedImage
+from siglane.types import (
+    DecodedImage,
+    DecodedVideo,
+    ImageLayout,
+    ImagePatches,
+    Medium,
+    Message,
+    Prompt,
+    ReducedImage,
+    Tool,
+)
 from siglane.weights.hub import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -82,7 +92,8 @@ class Processor(ImageProcessor):
 
     @property
     def tools(self) -> ToolFormat | None:
-        """How the chat template writes calls of tools and their results; None where it has no place for them."""
+        """How the chat template writes calls of tools and their results, and whether it tells the model of tools; None
+        where it has no place for them."""
         return self._prompts.tools
 
     def prompt(
@@ -90,14 +101,21 @@ class Processor(ImageProcessor):
         messages: Sequence[Message],
         layouts: Sequence[ImageLayout],
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Tool] = (),
     ) -> Prompt:
         """The conversation's prompt up to where the answer begins; `ImagePart(n)` stands for the image of `layouts[n]`.
+        tools: that the model is told of.
 
         The prompt's images are in the order in which the template writes them (`Prompt.in_order`); exactly
         `layout.rows` placeholders stand for each. No text of a message can become a special token or a placeholder.
-        UserError when image parts and layouts do not match one to one.
+        UserError when image parts and layouts do not match one to one, and for tools that the template has no place
+        for.
         """
-        return self._readable(self._prompts.chat(messages, layouts, chat_template_kwargs or {}))
+        return self._readable(self._prompts.chat(messages, layouts, chat_template_kwargs or {}, tools))
+
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        """The tokens of a text behind others, none of which is special."""
+        return self._prompts.text_ids(text)
 
     def chat_template(self) -> str:
         """One Jinja template for engines that render it themselves; `rendered_prompt` takes what it writes."""

@@ -33,12 +33,14 @@ def image_rows(prompt: Prompt) -> tuple[ImageRows, ...]:
 
 
 def splice(embeds: torch.Tensor, spans: Sequence[ImageRows], rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """embeds `[T, hidden_size]` with image rows in the places of `spans`; gradients flow to both.
+    """embeds `[T, hidden_size]` with image rows in the places of `spans`, which are in order; gradients flow to both.
 
     rows: for each span all rows of its image, `[rows, hidden_size]`.
     """
     if not spans:
         return embeds
-    places = torch.cat([torch.arange(span.start, span.stop) for span in spans]).to(embeds.device)
-    given = torch.cat([own[row : row + stop - start] for (start, stop, _, row), own in zip(spans, rows, strict=True)])
-    return embeds.index_copy(0, places, given.to(embeds.device, embeds.dtype))
+    pieces, end = [], 0
+    for (start, stop, _, row), own in zip(spans, rows, strict=True):
+        pieces += [embeds[end:start], own[row : row + stop - start].to(embeds.device, embeds.dtype)]
+        end = stop
+    return torch.cat([*pieces, embeds[end:]])

@@ -13,6 +13,7 @@ from siglane.config.images import ImageFacts
 from siglane.config.preprocess import PreprocessConfig
 from siglane.config.vision import VisionConfig
 from siglane.image.patchify import normalisation
+from siglane.nn.device import host_memory
 from siglane.nn.parallel import TensorParallel
 from siglane.projector.assemble import assemble, projector_input
 from siglane.projector.build import build_projector
@@ -61,7 +62,7 @@ class VisionEncoderModel(nn.Module):
 
     def pack(self, images: Sequence[ImagePatches]) -> PackedPatches:
         """The patches of all images in one tensor on the module's device, normalised in float32, in its dtype."""
-        wide = _joined([image.pixels for image in images]).to(self.device, non_blocking=True).float()
+        wide = _joined([image.pixels for image in images], self.device).to(self.device, non_blocking=True).float()
         scale, shift = self.pixel_scale.to(self.device), self.pixel_shift.to(self.device)
         normalised = torch.addcmul(shift, wide, scale).to(self.dtype)
         return PackedPatches(normalised, tuple(grid for image in images for grid in image.layout.grids))
@@ -82,13 +83,14 @@ class VisionEncoderModel(nn.Module):
         return self.tower.pool(self.tower(packed), packed.grids)
 
 
-def _joined(pixels: Sequence[torch.Tensor]) -> torch.Tensor:
-    """All patches in one tensor, 8-bit as long as every image's are."""
-    if len(pixels) == 1:
+def _joined(pixels: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """All patches in one tensor of the host, 8-bit as long as every image's are. device: to which it will be copied."""
+    if len(pixels) == 1 and device.type == "cpu":
         return pixels[0]
     if len({one.dtype for one in pixels}) > 1:
         pixels = [one.float() for one in pixels]
-    return torch.cat(list(pixels))
+    joined = host_memory((sum(map(len, pixels)), pixels[0].shape[1]), pixels[0].dtype, device)
+    return torch.cat(list(pixels), out=joined)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

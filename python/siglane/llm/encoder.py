@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
-from siglane.engine.engine import STEP_PATCHES
+from siglane.engine.limits import STEP_PATCHES
 from siglane.engine.load import placement
 from siglane.errors import UserError
 from siglane.families.ahead import ahead

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from siglane.engine.answer import Answer
 from siglane.errors import EngineError, UserError
 from siglane.families.report import ImageReport
-from siglane.types import FinishReason, SamplingParams, Timings, TokenDelta, TokenLogprob, Usage
+from siglane.types import FinishReason, SamplingParams, Timings, TokenDelta, TokenLogprob, ToolCall, Usage
 
 OnText = Callable[[int, str], None]
 
@@ -17,7 +17,8 @@ OnText = Callable[[int, str], None]
 class Generation:
     """The answer to one prompt, or why there is none.
 
-    text: the answer; reasoning: what a reasoning model thought before it, "" when it did not;
+    text: the answer; reasoning: what a reasoning model thought before it, "" when it did not; tool_calls: what it
+    calls, finish_reason is "tool_calls" then;
     images: what the model saw of each image and video, and the budget that was applied; logprobs: one per output token
     when asked for; outputs: all n answers in order, each with its own usage, of which this one is the first; () in
     those themselves and where there is an error before any answer; error: set exactly when finish_reason is "error",
@@ -26,6 +27,7 @@ class Generation:
 
     text: str
     reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
     prompt_token_ids: tuple[int, ...]
     output_token_ids: tuple[int, ...]
     finish_reason: FinishReason
@@ -85,6 +87,7 @@ class Row:
         return Generation(
             text=answer.text,
             reasoning=answer.reasoning,
+            tool_calls=answer.calls,
             prompt_token_ids=self.prompt_token_ids,
             output_token_ids=tuple(answer.token_ids),
             finish_reason=answer.finish_reason,

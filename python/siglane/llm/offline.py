@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice, repeat
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,21 +18,27 @@ from tqdm import tqdm
 from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
 from siglane.engine.answer import Answer
 from siglane.engine.constraint import check_constraint
+from siglane.engine.labels import check_closed, closed_template, label_ids
 from siglane.engine.load import build_engine
 from siglane.engine.sampling import check_for_model, in_plain_shapes, sampling_defaults
+from siglane.engine.tool_grammar import tool_constraint
+from siglane.errors import blaming
 from siglane.families.ahead import PREPARE_AHEAD, PREPARE_THREADS
 from siglane.families.pipeline import MediaPipeline, report_image
 from siglane.families.processor import Processor, load_processor
+from siglane.families.prompt.questions import asked_behind
 from siglane.families.report import ImageReport
+from siglane.llm.decide import Asked, decide
 from siglane.llm.generation import Generation, OnText, Row, blamed
 from siglane.llm.prompts import PromptLike, one_message
 from siglane.llm.stepper import Stepper
 from siglane.media.messages import ChatMessage, Conversation, read_messages
 from siglane.media.policy import LOCAL_MEDIA, MediaPolicy
+from siglane.media.tools import read_tools
 from siglane.settings.engine import EngineConfig
 from siglane.settings.options import options_of
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
-from siglane.types import ImagePatches, Prompt, Request, SamplingParams, TokenDelta
+from siglane.types import Decision, ImagePatches, Prompt, Question, Request, SamplingParams, TokenDelta, ToolUse
 from siglane.weights.demo import opened
 from siglane.weights.hub import Checkpoint
 
@@ -96,7 +102,7 @@ class LLM:
         """
         single = isinstance(prompts, str | Mapping)
         rows: Iterable[Any] = [prompts] if single else prompts
-        jobs = self._jobs(rows, one_message, params, on_text, chat_template_kwargs)
+        jobs = self._jobs(rows, one_message, params, on_text, chat_template_kwargs, None)
         return self._answer(jobs, _length(rows), errors or ("raise" if single else "return"), progress)
 
     def chat(
@@ -108,6 +114,9 @@ class LLM:
         progress: bool | None = None,
         on_text: OnText | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
     ) -> list[Generation]:
         """Continues one conversation, or each of several, given as OpenAI messages.
 
@@ -117,12 +126,44 @@ class LLM:
         beside the url, the image or the video. Earlier answers may be given as OpenAI's clients hold them: without a
         content beside `tool_calls` or a `refusal`, which is read as the answer's text. Calls and results of tools are
         written where the chat template has a place for them, else refused. No model reads an answer's
-        `reasoning_content` and `annotations`, or a participant's `name`. The rest is as in `generate`.
+        `reasoning_content` and `annotations`, or a participant's `name`.
+
+        tools: functions that the answers may call, as OpenAI's API has them; their calls are `Generation.tool_calls`;
+        tool_choice: "auto", "required", "none" or `{"type": "function", "function": {"name": ...}}`. UserError where
+        the chat template tells the model of none. The rest is as in `generate`.
         """
+        use = read_tools(tools, tool_choice, parallel_tool_calls)
         single = isinstance(messages, Sequence) and len(messages) > 0 and isinstance(messages[0], Mapping)
         rows: Iterable[Any] = [messages] if single else messages
-        jobs = self._jobs(rows, read_messages, params, on_text, chat_template_kwargs)
+        jobs = self._jobs(rows, read_messages, params, on_text, chat_template_kwargs, use)
         return self._answer(jobs, _length(rows), errors or ("raise" if single else "return"), progress)
+
+    def decide(
+        self,
+        prompt: PromptLike,
+        questions: Sequence[Question],
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[Decision]:
+        """How likely the labels of each question are as the answer to it, without a token generated.
+
+        prompt: what the questions are about, as in `generate`; its images are encoded once, and every question is put
+        behind it. Thinking is closed where the model reasons. UserError for labels that are empty or equal, EngineError
+        when a question fails.
+        """
+        messages, media = one_message(prompt)
+        self._media.prepare(media)
+        template = closed_template(self.processor.config.thinking, chat_template_kwargs)
+        asked = []
+        for number, question in enumerate(questions):
+            with blaming(f"questions[{number}]"):
+                labels = label_ids(question, self.processor)
+            turns = asked_behind(messages, question)
+            found = self.processor.prompt(turns, [item.layout for item in media], template)
+            check_closed(found, self.processor)
+            asked.append(Asked(question, found, labels, found.in_order([item.patches for item in media])))
+        with self._one_caller:
+            return decide(asked, self._engine, self._stepper, self._request_ids)
 
     def _jobs(
         self,
@@ -131,6 +172,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None,
         on_text: OnText | None,
         template: Mapping[str, Any] | None,
+        use: ToolUse | None,
     ) -> Iterator[_Job]:
         total = _length(rows)
         if params is None or isinstance(params, SamplingParams):
@@ -142,7 +184,7 @@ class LLM:
             raise ValueError(f"there are {len(params)} params for {shown} prompts")
         each = enumerate(zip(rows, params_of_each, strict=False))
         return (
-            _Job(number, row, read, in_plain_shapes(sampling), on_text, template or {})
+            _Job(number, row, read, _with_tools(in_plain_shapes(sampling), use), on_text, template or {}, use)
             for number, (row, sampling) in each
         )
 
@@ -192,9 +234,10 @@ class LLM:
             check_constraint(job.params.constraint)
         messages, media = job.read(job.row)
         self._media.prepare(media)
-        prompt = self.processor.prompt(messages, [item.layout for item in media], job.template)
+        tools = () if job.use is None else job.use.tools
+        prompt = self.processor.prompt(messages, [item.layout for item in media], job.template, tools)
         images = prompt.in_order([item.patches for item in media])
-        return Ready(prompt, images, tuple(map(report_image, media)))
+        return Ready(prompt, images, tuple(map(report_image, media)), job.use)
 
     def _start_prepared(self, preparing: dict[Future[Ready], Row], running: dict[str, tuple[Row, Answer]]) -> None:
         """Hands prompts to the engine as it gets room, so that only a few wait with their images in memory."""
@@ -217,14 +260,14 @@ class LLM:
             request_id = next(self._request_ids)
             request = Request(request_id, prompt, params.choice(index), max_tokens, images=ready.images)
             self._engine.add(request)
-            answer = Answer.of(request_id, prompt, params, self.processor)
+            answer = Answer.of(request_id, prompt, params, self.processor, ready.use)
             running[request_id] = row, answer
             row.answers.append(answer)
 
     def _take(self, delta: TokenDelta, running: dict[str, tuple[Row, Answer]]) -> None:
         row, answer = running[delta.request_id]
         row.take(answer, delta)
-        if answer.stop_string is not None and answer.finished is None:
+        if answer.ended and answer.finished is None:
             aborted = self._engine.abort(delta.request_id)
             assert aborted is not None
             row.take(answer, aborted)
@@ -233,16 +276,19 @@ class LLM:
 
 
 class Ready(NamedTuple):
-    """A prompt that can be asked: its images in its order, and what became of those that the caller named."""
+    """A prompt that can be asked: its images in its order, what became of those that the caller named, and what may be
+    done with the tools that it tells of."""
 
     prompt: Prompt
     images: tuple[ImagePatches, ...]
     reports: tuple[ImageReport, ...]
+    use: ToolUse | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Job:
-    """One prompt as the caller gave it; `read` interprets it. template: variables of the chat template."""
+    """One prompt as the caller gave it; `read` interprets it. template: variables of the chat template; use: of tools,
+    where there are any."""
 
     number: int
     row: Any
@@ -250,6 +296,12 @@ class _Job:
     params: SamplingParams
     on_text: OnText | None
     template: Mapping[str, Any]
+    use: ToolUse | None
+
+
+def _with_tools(params: SamplingParams, use: ToolUse | None) -> SamplingParams:
+    """UserError where the answer could not be told from calls."""
+    return params if use is None else replace(params, constraint=tool_constraint(use, params.constraint))
 
 
 def _length(rows: Iterable[Any]) -> int | None:

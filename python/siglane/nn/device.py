@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import torch
 
 from siglane.errors import ConfigError, UserError
+
+logger = logging.getLogger(__name__)
 
 MEMINFO = Path("/proc/meminfo")  # macOS tells no program how much is free
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,6 +49,16 @@ def free_memory(device: torch.device) -> int | None:
         return None
     lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
     return sum(int(lines[name].split()[0]) for name in ("MemAvailable", "SwapFree")) * 1024
+
+
+def host_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Of the host, pinned where `device` then copies from it by itself; pageable, with a warning, where none can be."""
+    if device.type == "cuda":
+        try:
+            return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
+        except RuntimeError as error:
+            logger.warning("no pinned memory (%s): copies to %s wait", error, device)
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 @contextmanager

@@ -17,8 +17,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
 
-from siglane.batch.row import CHAT, CLASSIFY, EMBEDDINGS
+from siglane.batch.row import CHAT, CLASSIFY, EMBEDDINGS, OF_CHAT, PAIRS, SCORE
 from siglane.errors import EngineError, UserError
+from siglane.server.abort import ABORT, add_abort
 from siglane.server.batch_runner import BatchRunner
 from siglane.server.batches import BATCHES, add_batches
 from siglane.server.chat import complete, prepare
@@ -32,8 +33,19 @@ from siglane.server.embedding_protocol import (
 )
 from siglane.server.errors import JsonResponse, error_response, from_validation
 from siglane.server.files import FILES, add_files
+from siglane.server.message_blocks import AnthropicShape
+from siglane.server.messages import COUNT_TOKENS, MESSAGES, add_messages
 from siglane.server.metrics import METHODS
-from siglane.server.middleware import OPEN_PATHS, Authenticate, Gate, Intake, Observe, shutting_down
+from siglane.server.middleware import (
+    OPEN_PATHS,
+    TIMINGS,
+    Authenticate,
+    Gate,
+    Intake,
+    Observe,
+    UnderRoot,
+    shutting_down,
+)
 from siglane.server.openapi import (
     OF_A_BODY,
     STREAM,
@@ -43,11 +55,15 @@ from siglane.server.openapi import (
     embedding_examples,
     failures,
 )
+from siglane.server.playground import PATH as PLAYGROUND
+from siglane.server.playground import add_playground
 from siglane.server.protocol import ChatCompletionRequest, ignored_fields
 from siglane.server.replies import ChatCompletion, Health, ModelCard, ModelList, Ready
+from siglane.server.responses import RESPONSES, STORED_RESPONSES, add_responses
 from siglane.server.served import ChatModel, EmbedModel, Served
 from siglane.server.store import Store
 from siglane.server.stream import ChatStream
+from siglane.server.text_routes import add_completions, add_decisions, add_pairs, add_scores
 from siglane.server.tokens import (
     DetokenizedText,
     DetokenizeRequest,
@@ -59,6 +75,8 @@ from siglane.server.tokens import (
     image_tokens,
     tokenize,
 )
+from siglane.server.traces import Traces
+from siglane.server.view import IMAGE_VIEW, add_view
 
 logger = logging.getLogger(__name__)
 
@@ -85,31 +103,25 @@ class _Route(APIRoute):
         return handle_with_orjson
 
 
-def create_app(served: Served) -> FastAPI:
+def create_app(served: Served, traces: Traces | None = None) -> FastAPI:
     """The application around the models of one server. Its routes hold nothing of their own; those that have no model
-    say why they are not served."""
+    say why they are not served. traces: where its requests are recorded."""
     store = None if served.config.data_dir is None else Store(served.config.data_dir)
     runner = None if store is None else BatchRunner(store, served)
     lifespan = None if runner is None else runner.running
     # no docs pages: they load scripts from elsewhere; no redirects: they would repeat the Host header of the client
     app = FastAPI(title="siglane", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     app.router.route_class = _Route
-    _add_middleware(app, served)
+    _add_middleware(app, served, traces)
     for kind, answer in _failures().items():
         app.add_exception_handler(kind, answer)
     _add_probes(app, served)
     _add_models(app, served)
-    if served.chat is not None:
-        _add_chat(app, served, served.chat)
-        _add_tokens(app, served, served.chat)
-    else:
-        _add_refusals(app, (CHAT,), f"{served.name!r} embeds and classifies; a chat needs a vision-language model")
-        _add_refusals(app, TOKENS, f"{served.name!r} embeds and classifies; its prompts are single texts")
-    if served.embed is not None:
-        _add_embeddings(app, served, served.embed)
-    else:
-        reason = f"{served.name!r} chats; embeddings need a SigLIP with both towers beside it (siglane serve --tagger)"
-        _add_refusals(app, (EMBEDDINGS, CLASSIFY), reason)
+    add_abort(app, served)
+    if served.config.playground:
+        add_playground(app)
+    _add_routes_of_chats(app, served)
+    _add_routes_of_towers(app, served)
     if store is not None and runner is not None:
         add_files(app, store, served)
         add_batches(app, store, runner, served)
@@ -120,26 +132,61 @@ def create_app(served: Served) -> FastAPI:
     return app
 
 
-def _add_middleware(app: FastAPI, served: Served) -> None:
+def _add_routes_of_chats(app: FastAPI, served: Served) -> None:
+    if served.chat is None:
+        paths = [path for path in (*OF_CHAT, RESPONSES, MESSAGES, COUNT_TOKENS) if path != SCORE]
+        _add_refusals(app, paths, f"{served.name!r} embeds and classifies; a chat needs a vision-language model")
+        message = f"{served.name!r} embeds and classifies; its prompts are single texts"
+        _add_refusals(app, (*TOKENS, IMAGE_VIEW), message)
+        return
+    _add_chat(app, served, served.chat)
+    for add in (add_completions, add_decisions, add_scores, add_responses, add_messages):
+        add(app, served, served.chat, _ignored_noter())
+    _add_refusals(app, STORED_RESPONSES, "responses are not stored; send the conversation with each request")
+    _add_tokens(app, served, served.chat)
+    add_view(app, served, served.chat)
+
+
+def _add_routes_of_towers(app: FastAPI, served: Served) -> None:
+    if served.embed is None:
+        reason = f"{served.name!r} chats; embeddings need a SigLIP with both towers beside it (siglane serve --tagger)"
+        _add_refusals(app, (EMBEDDINGS, CLASSIFY), reason)
+        return
+    _add_embeddings(app, served, served.embed)
+    add_pairs(app, served, served.embed, _ignored_noter())
+
+
+def _add_middleware(app: FastAPI, served: Served, traces: Traces | None) -> None:
     config = served.config
     gate = Gate(config.max_queue, served.refusal, served.metrics)
-    paths = {CHAT, *TOKENS} if served.chat is not None else set()
-    paths |= {EMBEDDINGS, CLASSIFY} if served.embed is not None else set()
+    of_chat = {*OF_CHAT, RESPONSES, MESSAGES, COUNT_TOKENS, *TOKENS, IMAGE_VIEW}
+    paths = {PAIRS} | (of_chat if served.chat is not None else set())
+    paths |= {EMBEDDINGS, CLASSIFY, SCORE} if served.embed is not None else set()
     paths |= {BATCHES} if config.data_dir is not None else set()
     # the last one added is the outermost
     app.add_middleware(
-        Intake, paths=frozenset(paths), gate=gate, max_bytes=config.max_body_bytes, timeout=config.body_timeout
+        Intake,
+        paths=frozenset(paths),
+        free=frozenset(ABORT),
+        gate=gate,
+        running=served.running,
+        max_bytes=config.max_body_bytes,
+        timeout=config.body_timeout,
     )
-    app.add_middleware(Authenticate, keys=config.keys)
+    open_paths = OPEN_PATHS | ({PLAYGROUND} if config.playground else set())
+    app.add_middleware(Authenticate, clients=served.clients, open_paths=open_paths)
     if config.cors_origins:  # outside the key: browsers send none when they ask whether they may call
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(config.cors_origins),
             allow_methods=["GET", "POST", "DELETE"] if config.data_dir is not None else ["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
+            allow_headers=["authorization", "content-type", "x-api-key", "anthropic-version", TIMINGS.decode()],
             expose_headers=["x-request-id", IGNORED_FIELDS],
         )
-    app.add_middleware(Observe, metrics=served.metrics, inflight=served.inflight_bytes)
+    app.add_middleware(Observe, metrics=served.metrics, inflight=served.inflight_bytes, traces=traces)
+    app.add_middleware(AnthropicShape, path=MESSAGES)
+    if config.root_path:
+        app.add_middleware(UnderRoot, root=config.root_path)
 
 
 def _failures() -> dict[type[Exception], Callable[[Request, Any], Response]]:
@@ -210,9 +257,8 @@ def _ignored_noter() -> Callable[[BaseModel], dict[str, str]]:
 def _add_chat(app: FastAPI, served: Served, model: ChatModel) -> None:
     note_ignored = _ignored_noter()
     answers: Responses = {200: {"model": ChatCompletion, "content": STREAM}, **failures(*OF_A_BODY)}
-    shown = chat_examples(model.name, sees=model.processor.config.images is not None)
 
-    @app.post(CHAT, responses=answers, response_model=None, openapi_extra=shown)
+    @app.post(CHAT, responses=answers, response_model=None, openapi_extra=chat_examples(model))
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Any:
         context = context_of(request.scope)
         headers = note_ignored(body)

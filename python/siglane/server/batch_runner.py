@@ -17,7 +17,7 @@ from siglane.batch.form import Answer
 from siglane.batch.output import Output, Stopped
 from siglane.batch.pool import EngineDied
 from siglane.batch.requests import open_requests
-from siglane.batch.row import CHAT, BadRow, Row, Source
+from siglane.batch.row import OF_CHAT, BadRow, Row, Source
 from siglane.batch.rows import CannotWrite
 from siglane.batch.run import Plan, run_batch
 from siglane.engine.process import RESTART_WINDOW_SECONDS
@@ -195,7 +195,8 @@ class BatchRunner:
                 _failure("too_many_rows", f"a batch has at most {most} requests; make several", param="input_file_id")
             ]
         others = [one for one in self._store.active_batches() if one.owner == batch.owner and one.id != batch.id]
-        queued, most = sum(one.total - one.completed - one.failed for one in others), self._config.max_queued_rows
+        queued = sum(one.total - one.completed - one.failed for one in others)
+        most = self._served.clients.of_owner(batch.owner).limits.max_queued_rows or self._config.max_queued_rows
         if queued + total <= most:
             return []
         message = f"your batches have {queued} requests before them, with these more than {most}; wait for some"
@@ -250,8 +251,9 @@ class BatchRunner:
                 del self._stops[batch.id]
 
     def _server_for(self, batch: Batch) -> _OnItsLoop:
-        slots = self._served.engine.spec.config.max_running if batch.endpoint == CHAT else EMBEDDING_SLOTS
-        server = LocalServer(self._served, slots, self._inflight, self._turns)
+        slots = self._served.engine.spec.config.max_running if batch.endpoint in OF_CHAT else EMBEDDING_SLOTS
+        client = self._served.clients.of_owner(batch.owner)
+        server = LocalServer(self._served, slots, self._inflight, self._turns, client)
         return _OnItsLoop(server, self._loop, lambda: self._ends, lambda: self._rest(batch), self._deaths.note)
 
     async def _rest(self, batch: Batch) -> None:

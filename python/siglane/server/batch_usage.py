@@ -16,7 +16,8 @@ def usage_of(answers: Path) -> Mapping[str, object] | None:
     with answers.open("rb") as file:
         for line in file:
             usage = orjson.loads(line)["response"]["body"]["usage"]
-            read, total = read + usage["prompt_tokens"], total + usage["total_tokens"]
+            read += usage.get("prompt_tokens", usage.get("input_tokens", 0))  # the latter of System One's
+            total += usage["total_tokens"]
             written += usage.get("completion_tokens", 0)  # vectors have none
             reasoned += usage.get("completion_tokens_details", {}).get("reasoning_tokens", 0)
     return {

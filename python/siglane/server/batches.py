@@ -9,7 +9,7 @@ from fastapi import FastAPI, Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from siglane.batch.row import CHAT
+from siglane.batch.row import OF_CHAT, SCORE
 from siglane.errors import UserError
 from siglane.server.batch_runner import BatchRunner
 from siglane.server.context import context_of
@@ -27,7 +27,8 @@ Responses = dict[int | str, dict[str, Any]]
 
 def batch_of(body: BatchRequest, owner: str, served: Served) -> Batch:
     """UserError for an endpoint that no model of this server answers."""
-    model = served.chat if body.endpoint == CHAT else served.embed
+    model = served.chat if body.endpoint in OF_CHAT else served.embed
+    model = model or (served.embed if body.endpoint == SCORE else None)
     if model is None:
         raise UserError(f"{served.name!r} does not answer {body.endpoint}", code="invalid_value", param="endpoint")
     now, kept = int(time.time()), body.output_expires_after

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from siglane.engine.answer import Answer
 from siglane.engine.sampling import check_for_model
@@ -15,42 +15,53 @@ from siglane.families.pipeline import report_image
 from siglane.families.report import ImageReport
 from siglane.media.item import MediaItem
 from siglane.media.messages import read_messages
-from siglane.server.choices import Choices, finish_reason
+from siglane.server.choices import ChoiceDelta, Choices, finish_reason
 from siglane.server.context import RequestContext
-from siglane.server.protocol import AnyMessage, ChatCompletionRequest, plain
+from siglane.server.protocol import AnyMessage, ChatCompletionRequest, GenerationRequest, plain
 from siglane.server.replies import ChatCompletion, Choice, ReplyMessage, SiglaneReport, UsageReply
 from siglane.server.served import ChatModel
 from siglane.server.stopwatch import Stopwatch
-from siglane.types import Message, Prompt, Request, SamplingParams, Usage
+from siglane.server.tool_fields import call_replies
+from siglane.types import Message, Prompt, Request, SamplingParams, Tool, ToolUse, Usage
+
+
+class Reported(Protocol):
+    """A request of any kind, in what its report depends on."""
+
+    @property
+    def include_timings(self) -> bool | None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A request that can run. seconds: of its stages so far."""
+    """A request that can run. tool_use: what its answer may call; seconds: of its stages so far; timings: whether a
+    header asks for them."""
 
     request_id: str
     prompt: Prompt
     requests: tuple[Request, ...]
     images: list[ImageReport]
     seconds: dict[str, float]
+    timings: bool = False
+    tool_use: ToolUse | None = None
 
 
 async def prepare(body: ChatCompletionRequest, context: RequestContext, model: ChatModel) -> Prepared:
     """Everything before the engine. Raises UserError for a request that cannot be served, cheapest checks first."""
     sampling = sampling_of(body, model)
     if (asked := body.asked_constraint) is not None:
-        with blaming(asked.param):
+        with blaming(asked.param, blame_if_none_is):
             await model.check_constraint(asked.constraint)
-    salt, watch = body.cache_salt or "", Stopwatch()
-    prompt, media = await lay_out_prompt(body.messages, body.chat_template_kwargs, salt, context, model, watch)
+    salt, watch = context.client.salt(body.cache_salt), context.watch
+    watch.start()
+    use = body.tool_use
+    tools = () if use is None else use.tools
+    prompt, media = await lay_out_prompt(body.messages, body.chat_template_kwargs, salt, context, model, watch, tools)
     # of the images only the headers were read so far: what is too long is never decoded
     max_tokens = resolve_max_tokens(body, sampling, prompt, model)
-    watch.note("prepare")
-    await model.media.preprocess(media, salt, context.lease)
-    watch.add("decode", sum(item.decoding for item in media))
-    watch.add("prepare", sum(item.cutting for item in media))
+    await decode_media(media, salt, context, model)
     images = prompt.in_order([item.patches for item in media])
-    request_id = f"chatcmpl-{secrets.token_hex(12)}"
+    context.answer_id = request_id = f"chatcmpl-{secrets.token_hex(12)}"
     requests = tuple(
         Request(
             f"{request_id}-{index}",
@@ -64,7 +75,12 @@ async def prepare(body: ChatCompletionRequest, context: RequestContext, model: C
         )
         for index in range(sampling.n)
     )
-    return Prepared(request_id, prompt, requests, list(map(report_image, media)), watch.seconds)
+    reports = list(map(report_image, media))
+    return Prepared(request_id, prompt, requests, reports, watch.seconds, context.timings, use)
+
+
+def blame_if_none_is(error: UserError, param: str) -> UserError:
+    return error if error.param else error.at(param)
 
 
 async def lay_out_prompt(
@@ -74,42 +90,66 @@ async def lay_out_prompt(
     context: RequestContext,
     model: ChatModel,
     watch: Stopwatch,
+    tools: Sequence[Tool] = (),
 ) -> tuple[Prompt, Sequence[MediaItem]]:
     """The prompt of a conversation, and its media, of which only the headers were read. arguments: of the template."""
     turns, media = read_messages(plain(list(messages)))
+    await lay_out_media(turns, media, salt, context, model, watch, tools)
+    return await model.prompt(turns, [item.layout for item in media], arguments, tools), media
+
+
+async def lay_out_media(
+    turns: Sequence[Message],
+    media: Sequence[MediaItem],
+    salt: str,
+    context: RequestContext,
+    model: ChatModel,
+    watch: Stopwatch,
+    tools: Sequence[Tool] = (),
+) -> None:
+    """Fetches what a conversation that may fit refers to, and reads the headers."""
     model.media.admit(media)
-    check_length(turns, model)
+    check_length(turns, tools, model)
     await model.media.fetch(media, salt, context.lease)
     watch.note("fetch")
     await model.media.lay_out(media)
-    return await model.prompt(turns, [item.layout for item in media], arguments), media
 
 
-def check_length(messages: Sequence[Message], model: ChatModel) -> None:
+async def decode_media(media: Sequence[MediaItem], salt: str, context: RequestContext, model: ChatModel) -> None:
+    """Media that were laid out become patches. RateLimited where the client has had its share of them."""
+    context.client.take_patches(sum(item.layout.patches for item in media), context.batch)
+    context.watch.note("prepare")
+    await model.media.preprocess(media, salt, context.lease)
+    decoding, cutting = sum(item.decoding for item in media), sum(item.cutting for item in media)
+    context.watch.share({"decode": decoding, "prepare": cutting})
+
+
+def check_length(messages: Sequence[Message], tools: Sequence[Tool], model: ChatModel) -> None:
     """Refuses text that cannot fit before it is tokenised: no token stands for more than the longest one's letters."""
-    least = sum(message.characters for message in messages) // model.longest_token
+    characters = sum(message.characters for message in messages) + sum(tool.characters for tool in tools)
+    least = characters // model.longest_token
     if least >= model.context_length:
         raise too_long(least, f"at least {least}", model)
 
 
-def too_long(tokens: int, shown: str, model: ChatModel) -> UserError:
+def too_long(tokens: int, shown: str, model: ChatModel, param: str = "messages") -> UserError:
     message = f"the prompt has {shown} tokens; the model reads at most {model.context_length}"
-    return UserError(message, code="context_length_exceeded", param="messages")
+    return UserError(message, code="context_length_exceeded", param=param)
 
 
-def resolve_max_tokens(body: ChatCompletionRequest, sampling: SamplingParams, prompt: Prompt, model: ChatModel) -> int:
+def resolve_max_tokens(body: GenerationRequest, sampling: SamplingParams, prompt: Prompt, model: ChatModel) -> int:
     """The client's bound when there is room for it; where it names none the checkpoint's, or all the room."""
     length, longest = len(prompt.token_ids), model.context_length
     room = longest - length
     if room < 1:
-        raise too_long(length, f"{length} ({prompt.image_tokens} of them for images)", model)
+        raise too_long(length, f"{length} ({prompt.image_tokens} of them for images)", model, body.prompt_field)
     wanted = body.requested_tokens
     if wanted is not None and wanted > room:
         raise UserError(
             f"the prompt has {length} tokens ({prompt.image_tokens} of them for images) and {wanted} are to be "
             f"generated; the context holds {longest}",
             code="context_length_exceeded",
-            param="max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens",
+            param=body.tokens_field,
         )
     max_tokens = min(sampling.max_tokens or room, room)
     if sampling.min_tokens > max_tokens:
@@ -117,7 +157,7 @@ def resolve_max_tokens(body: ChatCompletionRequest, sampling: SamplingParams, pr
     return max_tokens
 
 
-def sampling_of(body: ChatCompletionRequest, model: ChatModel) -> SamplingParams:
+def sampling_of(body: GenerationRequest, model: ChatModel) -> SamplingParams:
     """What the client names, and the server's defaults for the rest."""
     sampling = replace(model.sampling_defaults, **body.sampling)
     language = model.processor.config.language
@@ -129,14 +169,7 @@ async def complete(body: ChatCompletionRequest, context: RequestContext, model: 
     """The whole answer at once."""
     async with context.turn:
         prepared = await prepare(body, context, model)
-    async with context.place:
-        choices = await model.ask(prepared.requests)
-    try:
-        while not choices.finished:
-            await choices.next()
-    finally:
-        model.release(choices)
-    note_answer(choices, prepared, context, model)
+    choices = await answered(prepared, context, model)
     return {
         "id": prepared.request_id,
         "object": "chat.completion",
@@ -149,22 +182,43 @@ async def complete(body: ChatCompletionRequest, context: RequestContext, model: 
     }
 
 
+async def answered(
+    prepared: Prepared, context: RequestContext, model: ChatModel, take: Callable[[ChoiceDelta], object] | None = None
+) -> Choices:
+    """Once they have ended. take: called with what becomes known of them."""
+    async with context.place:
+        choices = await model.ask(prepared.requests, prepared.tool_use)
+    try:
+        while not choices.finished:
+            delta = await choices.next()
+            if take is not None and delta is not None:
+                take(delta)
+    finally:
+        model.release(choices)
+    note_answer(choices, prepared, context, model)
+    return choices
+
+
 def choice_reply(index: int, answer: Answer, model: ChatModel) -> Choice:
     reason = finish_reason(answer)
     assert reason is not None
     return {
         "index": index,
-        "message": assistant_message(answer.text, answer.reasoning, model),
+        "message": assistant_message(answer, model),
         "logprobs": model.token_texts.report(answer.logprobs) if answer.logprobs else None,
         "finish_reason": reason,
         "matched_stop": answer.matched_stop,
     }
 
 
-def assistant_message(text: str, reasoning: str, model: ChatModel) -> ReplyMessage:
-    message: ReplyMessage = {"role": "assistant", "content": text, "refusal": None}
+def assistant_message(answer: Answer, model: ChatModel) -> ReplyMessage:
+    calls = answer.calls
+    message: ReplyMessage = {"role": "assistant", "content": answer.text, "refusal": None}
+    if calls:
+        message["content"] = answer.text or None
+        message["tool_calls"] = call_replies(calls)
     if model.processor.config.thinking is not None:
-        message["reasoning_content"] = reasoning or None
+        message["reasoning_content"] = answer.reasoning or None
     return message
 
 
@@ -186,9 +240,9 @@ def usage_reply(usage: Usage) -> UsageReply:
     }
 
 
-def siglane_report(body: ChatCompletionRequest, prepared: Prepared, choices: Choices) -> SiglaneReport:
+def siglane_report(body: Reported, prepared: Prepared, choices: Choices) -> SiglaneReport:
     report: SiglaneReport = {"images": prepared.images}
-    if body.include_timings:
+    if body.include_timings or prepared.timings:
         report["timings"] = {stage: round(value, 6) for stage, value in {**prepared.seconds, **choices.stages}.items()}
     return report
 
@@ -196,6 +250,7 @@ def siglane_report(body: ChatCompletionRequest, prepared: Prepared, choices: Cho
 def note_answer(choices: Choices, prepared: Prepared, context: RequestContext, model: ChatModel) -> None:
     """Counts an answer that was given in full."""
     usage, metrics = choices.usage, model.metrics
+    context.watch.follow(choices.stages, choices.asked)
     metrics.count_tokens(
         prompt=usage.prompt_tokens,
         cached=usage.cached_tokens,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from siglane.engine.answer import Answer
 from siglane.engine.process import EngineProcess
+from siglane.engine.tool_calls import CallDelta
 from siglane.server.errors import overloaded
 from siglane.server.replies import FinishReason
 from siglane.types import TokenDelta, TokenLogprob, Usage
@@ -24,6 +25,7 @@ class ChoiceDelta:
     index: int
     text: str
     reasoning: str
+    calls: tuple[CallDelta, ...]
     logprob: TokenLogprob | None
     finish_reason: FinishReason | None
 
@@ -34,13 +36,15 @@ class Choices:
     What waits to be read is bounded by the tokens that the request may generate.
     """
 
-    def __init__(self, answers: Sequence[Answer], engine: EngineProcess, commands: Executor) -> None:
-        self.answers = answers
+    def __init__(self, answers: Sequence[Answer], engine: EngineProcess, commands: Executor, prompts: int = 1) -> None:
+        """prompts: that the answers are of, each has as many of them, one after the other."""
+        self.answers, self._prompts = answers, prompts
         self._indices = {answer.request_id: index for index, answer in enumerate(answers)}
         self._engine, self._commands = engine, commands
         self._loop = asyncio.get_running_loop()
         self._arrived: asyncio.Queue[TokenDelta | Exception] = asyncio.Queue()
         self._unread: deque[ChoiceDelta] = deque()
+        self.asked = time.monotonic()
         self.first_token: float | None = None
 
     async def next(self, timeout: float | None = None) -> ChoiceDelta | None:
@@ -68,12 +72,16 @@ class Choices:
 
     @property
     def usage(self) -> Usage:
-        """The prompt counts once; what was cached is what every choice found cached."""
+        """A prompt counts once; what was cached of it is what every choice found cached."""
         every = [answer.usage for answer in self.answers]
+        each = len(every) // self._prompts
+        of_prompts = [every[first : first + each] for first in range(0, len(every), each)]
         return replace(
             every[0],
+            prompt_tokens=sum(usages[0].prompt_tokens for usages in of_prompts),
+            image_tokens=sum(usages[0].image_tokens for usages in of_prompts),
+            cached_tokens=sum(min(usage.cached_tokens for usage in usages) for usages in of_prompts),
             completion_tokens=sum(usage.completion_tokens for usage in every),
-            cached_tokens=min(usage.cached_tokens for usage in every),
             reasoning_tokens=sum(usage.reasoning_tokens for usage in every),
             accepted_prediction_tokens=sum(usage.accepted_prediction_tokens for usage in every),
             rejected_prediction_tokens=sum(usage.rejected_prediction_tokens for usage in every),
@@ -101,16 +109,16 @@ class Choices:
             raise delta
         index = self._indices[delta.request_id]
         answer = self.answers[index]
-        stopped = answer.stop_string is not None
+        ended = answer.ended
         told = answer.take(delta)
         if delta.token_id is not None and self.first_token is None:
             self.first_token = time.monotonic()
-        if answer.finished is None and stopped:
-            return  # the engine has not heard of the stop string yet
-        if answer.finished is None and answer.stop_string is not None:
+        if answer.finished is None and ended:
+            return  # the engine has not heard of its end yet
+        if answer.finished is None and answer.ended:
             self._abort(answer)
         reason = finish_reason(answer)
-        self._unread.append(ChoiceDelta(index, *told, None if stopped else delta.logprob, reason))
+        self._unread.append(ChoiceDelta(index, *told, None if ended else delta.logprob, reason))
 
     def _abort(self, answer: Answer) -> None:
         with contextlib.suppress(RuntimeError):  # the server is closing: the engine goes with it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 import time
@@ -11,7 +12,9 @@ from dataclasses import dataclass, field
 from prometheus_client import Gauge
 from starlette.types import Scope
 
+from siglane.server.clients import Client
 from siglane.server.errors import overloaded
+from siglane.server.stopwatch import Stopwatch
 
 KEY = "siglane.context"
 _CLIENT_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
@@ -67,9 +70,11 @@ class ByteLease:
 class RequestContext:
     """status: of the response, once it has begun; finished: its last byte was handed over.
 
-    cancelled: the client left before; failed: the error that ended the answer, for log and metrics; owner: whose key
-    the request came with (`middleware.owner_of`). batch: nobody waits for the answer, so that it yields to others;
-    turn: to be prepared, where not all may be at a time; place: among those that go to the engine one after the other.
+    cancelled: the client left before; failed: the error that ended the answer, for log and metrics; client: whose key
+    the request came with; answer_id: the id in its answer; work: what answers it; aborted: by its client (`/abort`);
+    timings: whether a header asks for them; watch: its stages. batch: nobody waits for the answer, so that it yields to
+    others; turn: to be prepared, where not all may be at a time; place: among those that go to the engine one after the
+    other.
     """
 
     request_id: str
@@ -82,7 +87,16 @@ class RequestContext:
     batch: bool = False
     turn: AbstractAsyncContextManager[object] = field(default_factory=nullcontext)
     place: AbstractAsyncContextManager[object] = field(default_factory=nullcontext)
-    owner: str = ""
+    client: Client = field(default_factory=Client)
+    answer_id: str | None = None
+    work: asyncio.Future[None] | None = None
+    aborted: bool = False
+    timings: bool = False
+    watch: Stopwatch = field(default_factory=Stopwatch)
+
+    @property
+    def owner(self) -> str:
+        return self.client.owner
 
     @property
     def seconds(self) -> float:

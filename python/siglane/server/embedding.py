@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -27,9 +29,11 @@ from siglane.server.embedding_protocol import (
     EmbeddingRequest,
     EncoderReport,
     EncoderUsage,
+    Input,
     PromptDetails,
     TextInput,
 )
+from siglane.server.pairs_protocol import PairScore, PairScores, PairsRequest
 from siglane.server.served import EmbedModel
 from siglane.server.stopwatch import Stopwatch
 from siglane.server.text_cache import Vector
@@ -52,11 +56,12 @@ class _ReadText(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Embedded:
-    """vectors: of the images, in their order, then of the texts."""
+    """Vectors of the images and of the texts, each in their order. seconds: by stage, where they are asked for."""
 
     images: list[Vector]
     texts: list[Vector]
     reports: list[ImageReport]
+    seconds: dict[str, float] | None
 
 
 async def embed(body: EmbeddingRequest, context: RequestContext, model: EmbedModel) -> EmbeddingList:
@@ -65,18 +70,55 @@ async def embed(body: EmbeddingRequest, context: RequestContext, model: EmbedMod
         message = f"the vectors of {model.name!r} have {model.width} dimensions; leave dimensions out"
         raise UserError(message, code="invalid_value", param="dimensions")
     inputs = list(body.inputs())
-    images = [one for one in inputs if isinstance(one, MediaItem)]
-    texts = [one for one in inputs if isinstance(one, TextInput)]
-    found = await _embed(images, texts, context, model)
-    of_images, of_texts = iter(found.images), iter(found.texts)
-    vectors = [next(of_texts if isinstance(one, TextInput) else of_images) for one in inputs]
+    found, vectors = await _embed_all(inputs, context, model)
     return {
         "object": "list",
         "model": model.name,
         "data": await model.media.run(_rows, vectors, body.encoding_format == "base64"),
         "usage": _usage(found, model),
-        "siglane": _report(found, texts, model),
+        "siglane": _report(found, _texts_of(inputs), model),
     }
+
+
+async def score_pairs(body: PairsRequest, context: RequestContext, model: EmbedModel) -> PairScores:
+    """How alike the two of each pair are."""
+    firsts, seconds = body.inputs()
+    inputs = [*firsts, *seconds]
+    found, vectors = await _embed_all(inputs, context, model)
+    pairs = [(0 if len(firsts) == 1 else number, len(firsts) + number) for number in range(len(seconds))]
+    return {
+        "id": f"score-{secrets.token_hex(12)}",
+        "object": "list",
+        "created": int(time.time()),
+        "model": model.name,
+        "data": [_score(number, pair, inputs, vectors, model) for number, pair in enumerate(pairs)],
+        "usage": _usage(found, model),
+        "siglane": _report(found, _texts_of(inputs), model),
+    }
+
+
+def _score(
+    index: int, pair: tuple[int, int], inputs: Sequence[Input], vectors: Sequence[Vector], model: EmbedModel
+) -> PairScore:
+    first, second = (torch.from_numpy(vectors[number].vector)[None] for number in pair)
+    score: PairScore = {"index": index, "object": "score", "score": float((first * second).sum())}
+    if isinstance(inputs[pair[0]], TextInput) != isinstance(inputs[pair[1]], TextInput):
+        score["probability"] = float(sigmoid_scores(first, second, model.calibration))
+    return score
+
+
+def _texts_of(inputs: Sequence[Input]) -> list[TextInput]:
+    return [one for one in inputs if isinstance(one, TextInput)]
+
+
+async def _embed_all(
+    inputs: Sequence[Input], context: RequestContext, model: EmbedModel
+) -> tuple[_Embedded, list[Vector]]:
+    """The vectors in the order of the inputs too."""
+    images = [one for one in inputs if isinstance(one, MediaItem)]
+    found = await _embed(images, _texts_of(inputs), context, model)
+    of_images, of_texts = iter(found.images), iter(found.texts)
+    return found, [next(of_texts if isinstance(one, TextInput) else of_images) for one in inputs]
 
 
 async def classify(body: ClassificationRequest, context: RequestContext, model: EmbedModel) -> ClassificationList:
@@ -128,21 +170,22 @@ async def _embed(
     """Images are cut into patches and texts that are new into tokens, then the engine embeds them: the images and the
     first piece of the texts side by side, then one piece after the other, so that no request holds a thread or the
     event loop for as long as all of its texts take."""
-    watch = Stopwatch()
+    watch, salt = context.watch, context.client.salt(None)
+    watch.start()
     _admit(images, model)
-    await model.media.fetch(images, "", context.lease)
+    await model.media.fetch(images, salt, context.lease)
     watch.note("fetch")
     await model.media.lay_out(images)
-    await model.media.preprocess(images, "", context.lease)
-    watch.add("decode", sum(image.decoding for image in images))
-    watch.add("prepare", sum(image.cutting for image in images))
+    context.client.take_patches(sum(image.layout.patches for image in images), context.batch)
+    await model.media.preprocess(images, salt, context.lease)
+    watch.share({"decode": sum(one.decoding for one in images), "prepare": sum(one.cutting for one in images)})
     first, *others = _pieces(texts)
     of_images, of_texts = await _vectors(images, first, context, model, watch)
     for piece in others:
         of_texts += (await _vectors((), piece, context, model, watch))[1]
     model.metrics.observe_stages(watch.seconds)
     model.metrics.images.inc(len(images))
-    return _Embedded(of_images, of_texts, list(map(report_image, images)))
+    return _Embedded(of_images, of_texts, list(map(report_image, images)), watch.seconds if context.timings else None)
 
 
 def _pieces(texts: Sequence[TextInput]) -> list[list[TextInput]]:
@@ -173,6 +216,7 @@ async def _vectors(
     new = {text: param for text, param in params.items() if text not in known}
     read = await model.media.run(_read, list(new), model.tokens) if new else []
     items: list[Item] = [*(image.patches for image in images), *(text.ids for text in read)]
+    watch.start()
     found = await model.embed(items, context.batch)
     done = _computed(found, [*(image.param for image in images), *new.values()], watch)
     for text, ids, embedding in zip(new, read, done[len(images) :], strict=True):
@@ -206,8 +250,7 @@ def _computed(results: Sequence[Embedding | BaseException], params: Sequence[str
             raise result
         done.append(result)
     if done:
-        watch.add("queue", max(one.queue for one in done))
-        watch.add("encode", max(one.encode for one in done))
+        watch.share({"queue": max(one.queue for one in done), "encode": max(one.encode for one in done)})
     return done
 
 
@@ -222,6 +265,8 @@ def _usage(found: _Embedded, model: EmbedModel) -> EncoderUsage:
 def _report(found: _Embedded, texts: Sequence[TextInput], model: EmbedModel) -> EncoderReport:
     cut = list(dict.fromkeys(one.param for one, vector in zip(texts, found.texts, strict=True) if vector.cut))
     report: EncoderReport = {"images": found.reports, "texts": model.prepared_as}
+    if found.seconds is not None:
+        report["timings"] = {stage: round(value, 6) for stage, value in found.seconds.items()}
     return {**report, "cut": cut} if cut else report
 
 

@@ -144,8 +144,7 @@ class EmbeddingRequest(RequestModel):
 
     def inputs(self) -> Iterator[Input]:
         """In the order of the answer's vectors."""
-        for number, item in enumerate(self.input or ()):
-            yield _of_kind(_read(item, f"input[{number}]", self.modality), self.modality)
+        yield from read_inputs(self.input or (), "input", self.modality)
         for message in self.messages or ():
             read = _of_content(message.content or "", "messages[0].content", self.modality)
             yield _of_kind(read, self.modality)
@@ -213,6 +212,11 @@ class ClassificationRequest(RequestModel):
             if isinstance(read, TextInput):
                 raise UserError("only images are classified", code="invalid_value", param=read.param)
             yield read
+
+
+def read_inputs(items: Sequence[str | InputItem], param: str, modality: Modality | None = None) -> list[Input]:
+    """UserError for an item that is not one text or one image, or of another kind."""
+    return [_of_kind(_read(item, f"{param}[{n}]", modality), modality) for n, item in enumerate(items)]
 
 
 def _read(item: str | InputItem, param: str, modality: Modality | None) -> Input:
@@ -304,10 +308,12 @@ class EmbeddingObject(TypedDict):
 
 
 class EncoderReport(TypedDict):
-    """texts: how they are prepared; cut: the texts that were longer than the model reads."""
+    """texts: how they are prepared; cut: the texts that were longer than the model reads; timings: seconds by
+    stage, when the header x-siglane-timings asks for them."""
 
     images: list[ImageReport]
     texts: str
+    timings: NotRequired[dict[str, float]]
     cut: NotRequired[list[str]]
 
 

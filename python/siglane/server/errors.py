@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
+from pydantic import BaseModel, ValidationError
 from starlette.responses import Response
 from typing_extensions import TypedDict
 
 from siglane.errors import EngineError, UserError
+
+Body = TypeVar("Body", bound=BaseModel)
 
 
 class ErrorDetail(TypedDict):
@@ -32,6 +37,14 @@ class JsonResponse(Response):
         return orjson.dumps(content)
 
 
+class RateLimited(UserError):
+    """A key has had its share for now. seconds: until it is worth another try."""
+
+    def __init__(self, message: str, seconds: float) -> None:
+        super().__init__(f"{message}; try again later", code="rate_limit_exceeded", status=429)
+        self.seconds = seconds
+
+
 def as_api_error(error: BaseException) -> UserError | EngineError:
     """`error` if it was raised on purpose; else a 500 that tells nothing about the server (the log has the rest)."""
     if isinstance(error, UserError | EngineError):
@@ -48,10 +61,13 @@ def error_body(error: UserError | EngineError) -> ErrorBody:
 
 
 def error_response(error: UserError | EngineError, headers: Mapping[str, str] | None = None) -> JsonResponse:
-    return JsonResponse(error_body(error), error.status, {**_headers(error.status), **(headers or {})})
+    return JsonResponse(error_body(error), error.status, {**_headers(error), **(headers or {})})
 
 
-def _headers(status: int) -> dict[str, str]:
+def _headers(error: UserError | EngineError) -> dict[str, str]:
+    status = error.status
+    if isinstance(error, RateLimited):
+        return {"retry-after": str(max(1, math.ceil(error.seconds)))}
     if status == 503:
         return {"retry-after": "1"}
     if status == 401:
@@ -66,6 +82,11 @@ def _headers(status: int) -> dict[str, str]:
 def overloaded(message: str, code: str = "server_overloaded") -> EngineError:
     """A 503 that is worth another try."""
     return EngineError(message, code=code, status=503)
+
+
+def aborted() -> UserError:
+    """499: the answer is not wanted any more, by its own client."""
+    return UserError("the request was aborted by its client", code="request_aborted", status=499)
 
 
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> UserError:
@@ -86,6 +107,14 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> UserError:
     return UserError(f"{param}: {what[:1].lower()}{what[1:]}", code="invalid_value", param=param)
 
 
+def validated(kind: type[Body], given: Mapping[str, Any]) -> Body:
+    """A body as a route reads it. UserError where it is none."""
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise from_validation([{**one, "loc": ("body", *one["loc"])} for one in error.errors()]) from None
+
+
 def param_of(loc: Sequence[int | str]) -> str | None:
     """`("body", "messages", 0, "#parts", "content", 1)` -> `messages[0].content[1]`; tags of unions begin with '#'."""
     param = ""
@@ -93,5 +122,6 @@ def param_of(loc: Sequence[int | str]) -> str | None:
         if isinstance(step, int):
             param += f"[{step}]"
         elif not step.startswith("#"):
-            param += f".{step}" if param else step
+            name = re.sub(r"[^\w-]", "?", step[:64])  # a client's own, where names are its own to choose
+            param += f".{name}" if param else name
     return param or None

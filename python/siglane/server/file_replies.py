@@ -133,7 +133,15 @@ class BatchRequest(_Body):
     """completion_window: "24h", as OpenAI has it, or any other number of hours or days."""
 
     input_file_id: str
-    endpoint: Literal["/v1/chat/completions", "/v1/embeddings", "/v1/classify"]
+    endpoint: Literal[
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/decisions",
+        "/v1/systemone",
+        "/v1/score",
+        "/v1/embeddings",
+        "/v1/classify",
+    ]
     completion_window: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,2}[hd]$")]
     metadata: Annotated[dict[Key, Value], Field(max_length=MAX_METADATA)] | None = None
     output_expires_after: ExpiresAfter | None = None

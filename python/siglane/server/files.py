@@ -52,11 +52,12 @@ class Uploads:
             self._active -= 1
 
     async def _take(self, request: Request) -> StoredFile:
-        store, config, owner = self._store, self._served.config, context_of(request.scope).owner
-        left = config.max_stored_bytes - await run_in_threadpool(store.stored_bytes, owner)
+        store, config, client = self._store, self._served.config, context_of(request.scope).client
+        allowed = client.limits.max_stored_bytes or config.max_stored_bytes
+        left = allowed - await run_in_threadpool(store.stored_bytes, client.owner)
         most = min(config.max_file_bytes, left)
         if left <= 0:
-            raise storage_full(config.max_stored_bytes)
+            raise storage_full(allowed)
         if int(request.headers.get("content-length", 0)) > most + FORM_BYTES:
             raise too_large(most)
         upload = Upload(request.headers.get("content-type", ""), store.part_path(), most)
@@ -66,8 +67,8 @@ class Uploads:
             if not upload.size:
                 raise UserError("the file is empty", code="empty_file", param="file")
             expires = now + int(seconds) if seconds else None
-            file = StoredFile(new_id("file-"), owner, "batch", upload.filename, upload.size, now, expires)
-            await run_in_threadpool(store.add_file, file, upload.path, config.max_stored_bytes)
+            file = StoredFile(new_id("file-"), client.owner, "batch", upload.filename, upload.size, now, expires)
+            await run_in_threadpool(store.add_file, file, upload.path, allowed)
             return file
         finally:
             await run_in_threadpool(upload.close)

@@ -57,6 +57,8 @@ def uvicorn_config(app: Any, config: ServerConfig) -> uvicorn.Config:
         log_config=None,
         log_level="warning",
         access_log=False,  # it would write queries and client-chosen paths; middleware.Observe has its own line
+        ssl_certfile=config.ssl_certfile,
+        ssl_keyfile=config.ssl_keyfile,
         proxy_headers=False,
         server_header=False,
         backlog=BACKLOG,

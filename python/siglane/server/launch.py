@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import socket
+import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ from siglane.config.reader import read_json
 from siglane.errors import UserError
 from siglane.server import logs
 from siglane.server.http import BACKLOG, Server, uvicorn_config
+from siglane.server.traces import Traces, check_traces
+from siglane.settings.keys import read_keys
 from siglane.settings.server import ServerConfig
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
 from siglane.weights.demo import FOLDERS
@@ -47,7 +50,12 @@ def preflight(config: ServerConfig, model: str) -> socket.socket:
         raise UserError(f"allowed_local_media_path {root!r} is not a folder", code="bad_option")
     if config.data_dir is not None:
         check_folder(config.data_dir)
-    return listen(config.host, config.port)
+    if config.api_keys is not None:
+        read_keys(config.api_keys)
+    if config.ssl_certfile is not None:
+        check_certificate(config.ssl_certfile, config.ssl_keyfile)
+    check_traces(config.otlp_traces_endpoint)
+    return listen(config.host, config.port) if config.uds is None else listen_at(config.uds)
 
 
 def check_folder(data_dir: Path) -> None:
@@ -58,6 +66,17 @@ def check_folder(data_dir: Path) -> None:
         raise UserError(f"data_dir {data_dir} cannot be made: {error.strerror}", code="bad_option") from error
     if not os.access(data_dir, os.W_OK | os.X_OK):
         raise UserError(f"data_dir {data_dir} cannot be written", code="bad_option")
+
+
+def check_certificate(certificate: Path, key: Path | None) -> None:
+    """UserError for files that are no certificate with its key."""
+    try:
+        # an empty password: OpenSSL would ask the terminal for one
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+    except (OSError, ValueError) as error:  # SSLError is an OSError
+        reason = error.strerror if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) else str(error)
+        names = f"ssl_certfile {certificate}" + (f" and ssl_keyfile {key}" if key else "")
+        raise UserError(f"{names} cannot be used: {reason}", code="bad_option", param="ssl_certfile") from error
 
 
 def check_model_exists(model: str, param: str) -> None:
@@ -90,6 +109,33 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def listen_at(path: Path) -> socket.socket:
+    """A Unix socket, which takes the place of one that nobody listens at any more. Who may connect is the umask's."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.is_socket() and _is_abandoned(path):
+            path.unlink()
+        listener.bind(str(path))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            what = "another server listens there" if path.is_socket() else "there is a file, which is no socket"
+            raise UserError(f"cannot listen at {path}: {what}", code="cannot_listen", param="uds") from error
+        message = f"cannot listen at {path}: {error.strerror or error}"
+        raise UserError(message, code="cannot_listen", param="uds") from error
+    return listener
+
+
+def _is_abandoned(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return True
+    return False
+
+
 def serve(
     config: ServerConfig,
     spec: EngineSpec,
@@ -110,15 +156,34 @@ def serve(
 
         spec = dataclasses.replace(spec, tagger=config.tagger)
         log = functools.partial(logs.configure, config.log_format, config.log_level)
-        with serving(config, spec, image_limits, prepare=log) as served:
-            server = Server(uvicorn_config(create_app(served), config), served)
+        with serving(config, spec, image_limits, prepare=log) as served, _traces(config) as traces:
+            server = Server(uvicorn_config(create_app(served, traces), config), served)
             server.stop_when_engine_fails()
-            host, port = listener.getsockname()[:2]
-            logger.info("serving %s on http://%s:%d/v1", served.name, f"[{host}]" if ":" in host else host, port)
+            logger.info("serving %s on %s", served.name, address_of(listener, config))
             server.run([listener])
+    if config.uds is not None:
+        config.uds.unlink(missing_ok=True)
     if server.failure is not None:
         raise server.failure
     return 0
+
+
+@contextlib.contextmanager
+def _traces(config: ServerConfig) -> Iterator[Traces | None]:
+    if config.otlp_traces_endpoint is None:
+        yield None
+        return
+    with contextlib.closing(Traces(config.otlp_traces_endpoint)) as traces:
+        yield traces
+
+
+def address_of(listener: socket.socket, config: ServerConfig) -> str:
+    """For people."""
+    scheme, end = "http" if config.ssl_certfile is None else "https", f"{config.root_path}/v1"
+    if config.uds is not None:
+        return f"{config.uds} ({scheme}, {end})"
+    host, port = listener.getsockname()[:2]
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{end}"
 
 
 @contextlib.contextmanager

@@ -9,22 +9,29 @@ import secrets
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, closing, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import orjson
-from pydantic import BaseModel, ValidationError
 
 from siglane.batch.form import Answer
 from siglane.batch.pool import EngineDied
-from siglane.batch.row import CHAT, CLASSIFY, EMBEDDINGS
+from siglane.batch.row import CHAT, CLASSIFY, COMPLETIONS, DECISIONS, EMBEDDINGS, OF_CHAT, PAIRS, SCORE, SYSTEMONE
 from siglane.errors import UserError
 from siglane.server.chat import complete
+from siglane.server.clients import Client
+from siglane.server.completion import complete_texts
+from siglane.server.completion_protocol import CompletionRequest
 from siglane.server.context import ByteLease, InflightShare, RequestContext
-from siglane.server.embedding import classify, embed
+from siglane.server.decision_protocol import DecisionRequest
+from siglane.server.decisions import decide, decide_system_one
+from siglane.server.embedding import classify, embed, score_pairs
 from siglane.server.embedding_protocol import ClassificationRequest, EmbeddingRequest
-from siglane.server.errors import as_api_error, error_body, from_validation
+from siglane.server.errors import RateLimited, as_api_error, error_body, validated
+from siglane.server.pairs_protocol import PairsRequest
 from siglane.server.protocol import ChatCompletionRequest, ignored_fields
+from siglane.server.score import ScoreRequest, score
 from siglane.server.served import Served
+from siglane.server.systemone_protocol import SystemOneRequest
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +39,21 @@ LOST = ("engine_restarting", "engine_starting")  # a request's end when its engi
 DOWN = "engine_down"
 FULL = "server_overloaded"
 PATIENCE = 0.05  # seconds between tries while the engine starts, or others hold all the memory
+LONGEST_WAIT = 1.0  # seconds between tries while a key has had its share
 PREPARED = 8  # rows beside the running ones, so that the engine never waits for the next
 STRAGGLER_SECONDS = 2.0  # that a row which is ready waits for those before it
 
-Body = TypeVar("Body", bound=BaseModel)
+# how a body is read and answered
+ASKED: Mapping[str, tuple[Any, Any]] = {
+    CHAT: (ChatCompletionRequest, complete),
+    COMPLETIONS: (CompletionRequest, complete_texts),
+    DECISIONS: (DecisionRequest, decide),
+    SYSTEMONE: (SystemOneRequest, decide_system_one),
+    SCORE: (ScoreRequest, score),
+    EMBEDDINGS: (EmbeddingRequest, embed),
+    CLASSIFY: (ClassificationRequest, classify),
+    PAIRS: (PairsRequest, score_pairs),
+}
 
 
 class Line:
@@ -102,21 +120,38 @@ class LocalServer:
         slots: int,
         inflight: InflightShare | None = None,
         turns: AbstractAsyncContextManager[object] | None = None,
+        client: Client | None = None,
     ) -> None:
         """slots: requests that the engine computes at one time. Beside the server's clients, inflight: bytes that they
-        may hold; turns: of those that are prepared."""
+        may hold; turns: of those that are prepared; client: whose they are, and within whose limits."""
         self._served, self._inflight = served, inflight or served.inflight_bytes
         self._turns, self._line = turns or nullcontext(), Line()
+        self._client = client or served.clients.everybody
         self.slots = slots + PREPARED
 
     async def ask(self, url: str, body: Mapping[str, Any]) -> Answer:
         """Waits while the engine is starting, and while others hold all the memory that requests may have. Raises
         EngineDied, and SiglaneError when the engine is down for good."""
+        async with self._client.batch_places:
+            await self._admitted()
+            return await self._ask(url, body)
+
+    async def _admitted(self) -> None:
         while True:
+            try:
+                self._client.take_row()
+            except RateLimited as error:
+                await asyncio.sleep(min(error.seconds, LONGEST_WAIT))
+            else:
+                return
+
+    async def _ask(self, url: str, body: Mapping[str, Any]) -> Answer:
+        while True:
+            pause = PATIENCE
             with self._line.join() as place, closing(ByteLease(self._inflight)) as lease:
                 await self._ready()
                 life = self._served.engine.life
-                context = RequestContext(secrets.token_hex(16), lease, batch=True, turn=self._turns, place=place)
+                context = self._context(lease, place)
                 try:
                     return await self._answer(url, body, context)
                 except Exception as error:
@@ -124,14 +159,21 @@ class LocalServer:
                     if reason is not error:
                         logger.error("a request failed", exc_info=error, extra={"request_id": context.request_id})
                     code = reason.code if reason.status == 503 else None
-                    if code in LOST and (place.passed or url != CHAT):
+                    if code in LOST and (place.passed or url not in OF_CHAT):
                         raise EngineDied(alone=self._served.engine.lost <= 1, life=life) from error
                     if code == DOWN:
                         raise
                     alone = self._served.inflight_bytes.used == lease.held
-                    if code not in LOST and (code != FULL or alone):
+                    if isinstance(reason, RateLimited):
+                        pause = min(reason.seconds, LONGEST_WAIT)
+                    elif code not in LOST and (code != FULL or alone):
                         return Answer(reason.status, dict(error_body(reason)))
-            await asyncio.sleep(PATIENCE)
+            await asyncio.sleep(pause)
+
+    def _context(self, lease: ByteLease, place: Place) -> RequestContext:
+        return RequestContext(
+            secrets.token_hex(16), lease, batch=True, turn=self._turns, place=place, client=self._client
+        )
 
     async def _ready(self) -> None:
         """Returns when the engine has started. SiglaneError when it never will."""
@@ -144,24 +186,14 @@ class LocalServer:
         served, chat, towers = self._served, self._served.chat, self._served.embed
         if given.get("stream"):
             raise UserError("a batch streams nothing; leave stream out", code="unsupported_field", param="stream")
-        if url == CHAT and chat is not None:
-            asked = _read(ChatCompletionRequest, given)
-            served.check_name(asked.model, chat)
-            return Answer(200, dict(await complete(asked, context, chat)), tuple(ignored_fields(asked)))
-        if url == EMBEDDINGS and towers is not None:
-            texts = _read(EmbeddingRequest, given)
-            served.check_name(texts.model, towers)
-            found = orjson.loads(orjson.dumps(await embed(texts, context, towers)))  # vectors are written out already
-            return Answer(200, found, tuple(ignored_fields(texts)))
-        if url == CLASSIFY and towers is not None:
-            labels = _read(ClassificationRequest, given)
-            served.check_name(labels.model, towers)
-            return Answer(200, dict(await classify(labels, context, towers)), tuple(ignored_fields(labels)))
-        raise UserError(f"{served.name!r} does not answer {url}", code="not_found", status=404)
-
-
-def _read(kind: type[Body], given: Mapping[str, Any]) -> Body:
-    try:
-        return kind.model_validate(given)
-    except ValidationError as error:
-        raise from_validation([{**one, "loc": ("body", *one["loc"])} for one in error.errors()]) from None
+        if url == SCORE and chat is None:
+            url = PAIRS
+        model, (kind, ask) = (chat, ASKED[url]) if url in OF_CHAT else (towers, ASKED.get(url, (None, None)))
+        if model is None or kind is None:
+            raise UserError(f"{served.name!r} does not answer {url}", code="not_found", status=404)
+        asked = validated(kind, given)
+        served.check_name(asked.model, model)
+        found = await ask(asked, context, model)
+        if url == EMBEDDINGS:
+            found = orjson.loads(orjson.dumps(found))  # vectors are written out already
+        return Answer(200, dict(found), tuple(ignored_fields(asked)))

@@ -19,7 +19,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 RELAY_SECONDS = 1.0
 _LAST = "\0\n"  # the line behind which nothing is relayed
 Format = Literal["text", "json"]
-_FIELDS = ("request_id", "method", "route", "status", "milliseconds", "code")
+_FIELDS = ("request_id", "method", "route", "status", "milliseconds", "code", "key")
 
 
 class TextFormatter(logging.Formatter):

@@ -69,6 +69,11 @@ class MediaLoader:
         self._decodings: dict[Hashable, asyncio.Future[ImagePatches]] = {}
         self._patches = PatchCache(config.patch_cache_bytes)
 
+    @property
+    def pipeline(self) -> MediaPipeline:
+        """Whose stages block: call them on `run`."""
+        return self._pipeline
+
     def admit(self, items: Sequence[MediaItem]) -> None:
         """UserError for too many items, or limits that cannot be had."""
         self._pipeline.admit(items)

@@ -39,6 +39,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         own: dict[str, Any] = {"registry": self.registry}
         timing: dict[str, Any] = {**own, "buckets": _SECONDS}
+        self._keys = Counter("siglane_key_requests", "Requests to the model by API key", ["key", "outcome"], **own)
         self._http = Counter("siglane_http_requests", "HTTP requests", ["route", "method", "status"], **own)
         self._requests = Counter("siglane_requests", "Requests to the model by how they ended", ["outcome"], **own)
         self._tokens = Counter("siglane_tokens", "Tokens of answered requests", ["kind"], **own)
@@ -56,8 +57,11 @@ class Metrics:
     def count_http(self, route: str, method: str, status: int) -> None:
         self._http.labels(route, method if method in METHODS else "other", str(status)).inc()
 
-    def count_request(self, outcome: Outcome, seconds: float) -> None:
+    def count_request(self, outcome: Outcome, seconds: float, key: str = "") -> None:
+        """key: the name of the one it came with, which the operator chose; "" for none."""
         self._requests.labels(outcome).inc()
+        if key:
+            self._keys.labels(key, outcome).inc()
         if outcome == "ok":
             self._duration.observe(seconds)
 

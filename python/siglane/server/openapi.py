@@ -21,19 +21,38 @@ REASONS = {
     409: "a file or batch is not in the state for it",
     413: "the body is too large, or the files of a key are",
     415: "the body is no plain JSON",
+    429: "the API key has had its share; try again after Retry-After seconds",
+    499: "the request was aborted by its client",
     500: "the request failed here; no other one is harmed",
     507: "the disk is full",
     503: "the server is starting, full or shutting down; try again",
 }
-OF_CHAT = ("ChatCompletionRequest", "TokenizeRequest", "DetokenizeRequest", "ImageTokensRequest")
-OF_TOWERS = ("EmbeddingRequest", "ClassificationRequest")
+GENERATING = ("ChatCompletionRequest", "CompletionRequest")
+DECIDING = ("DecisionRequest", "SystemOneRequest", "ScoreRequest")
+TRANSLATED = ("ResponsesRequest", "MessagesRequest", "CountRequest")
+OF_CHAT = (
+    *GENERATING,
+    *DECIDING,
+    *TRANSLATED,
+    "TokenizeRequest",
+    "DetokenizeRequest",
+    "ImageTokensRequest",
+)
+OF_TOWERS = ("EmbeddingRequest", "ClassificationRequest", "PairsRequest")
 PLACE = "#/components/schemas/"
-OF_A_BODY = (400, 401, 404, 408, 413, 415, 500, 503)
+OF_A_BODY = (400, 401, 404, 408, 413, 415, 429, 499, 500, 503)
 
 RED = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAABAAAAAQAQMAAAAlPW0iAAAAA1BMVEXIHh4WiPieAAAADElEQVR42mNgIA0AAAAwAAE"
     "odEl9AAAAAElFTkSuQmCC"
 )
+
+
+WEATHER = {
+    "name": "weather",
+    "description": "How warm it is in a city",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+}
 
 
 def failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -46,20 +65,66 @@ def examples(**bodies: Mapping[str, Any]) -> dict[str, Any]:
     return {"requestBody": {"content": {"application/json": {"examples": shown}}}}
 
 
-def chat_examples(model: str, sees: bool) -> dict[str, Any]:
+def chat_examples(chat: ChatModel) -> dict[str, Any]:
+    model = chat.name
+
     def ask(*content: Any, **fields: Any) -> dict[str, Any]:
         return {"model": model, "messages": [{"role": "user", "content": list(content)}], "max_tokens": 16, **fields}
 
     text = {"type": "text", "text": "What do you see?"}
     bodies = {"a_question": ask(text), "a_stream": ask(text, stream=True, stream_options={"include_usage": True})}
-    if sees:
+    if chat.processor.config.images is not None:
         bodies["a_picture"] = ask({"type": "image_url", "image_url": {"url": RED}}, text)
     answers = {"enum": ["yes", "no"]}
     bodies["a_schema"] = ask(text, response_format={"type": "json_schema", "json_schema": {"schema": answers}})
+    if offers_tools(chat):
+        bodies["a_tool"] = ask(text, tools=[{"type": "function", "function": WEATHER}], tool_choice="required")
     earlier = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
     earlier += [{"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "What can you do?"}]
     bodies["a_conversation"] = {"model": model, "messages": earlier, "max_tokens": 16, "temperature": 0}
     return examples(**bodies)
+
+
+def completion_examples(model: str) -> dict[str, Any]:
+    text = {"model": model, "prompt": "A red", "max_tokens": 8, "temperature": 0}
+    scored = {"model": model, "prompt": ["A red square", "A blue square"], "max_tokens": 0, "echo": True, "logprobs": 1}
+    return examples(a_text=text, a_stream=text | {"stream": True}, probabilities_of_prompts=scored)
+
+
+def decision_examples(model: str, sees: bool) -> dict[str, Any]:
+    about: dict[str, Any] = {"model": model, "input": "The sea is blue today."} | ({"images": [RED]} if sees else {})
+    yes_no = {"id": "sea", "type": "yes_no", "question": "Is it about the sea?"}
+    choice = {"id": "colour", "type": "choice", "question": "Which?", "options": [{"name": "red"}, {"name": "blue"}]}
+    score = {"id": "good", "type": "score", "question": "How good?", "levels": ["bad", "fair", "good"]}
+    labels = {"id": "words", "type": "labels", "question": "What do you see?", "labels": ["a red square", "a sign"]}
+    predicate = {"name": "sea", "type": "predicate", "instructions": "It is about the sea."}
+    return examples(
+        typed_questions=about | {"questions": [yes_no, choice, score]},
+        labels_as_they_stand=about | {"questions": [labels]},
+        as_openai_asks=about | {"questions": [predicate]},
+    )
+
+
+def system_one_examples(model: str, sees: bool) -> dict[str, Any]:
+    about: dict[str, Any] = {"model": model, "state": {"weather": "sunny"}} | ({"images": [RED]} if sees else {})
+    questions = {
+        "rain": {"type": "noul", "instructions": "It rains."},
+        "wear": {"type": "choice", "instructions": "What to wear?", "criteria": {"coat": "when cold", "hat": None}},
+        "warm": {"type": "score", "instructions": "How warm?", "criteria": ["cold", "mild", "hot"]},
+    }
+    return examples(questions=about | {"questions": questions})
+
+
+def score_examples(model: str) -> dict[str, Any]:
+    pairs = {"model": model, "query": "Is this true? ", "items": ["The sea is wet.", "Ice is hot."]}
+    labels = {"labels": ["yes", "no"], "apply_softmax": True}
+    return examples(labels=pairs | labels, tokens=pairs | {"label_token_ids": [5, 6]})
+
+
+def pair_examples(model: str) -> dict[str, Any]:
+    picture = {"content": [{"type": "image_url", "image_url": {"url": RED}}]}
+    one = {"model": model, "text_1": picture, "text_2": ["a red square", "the sea at night"]}
+    return examples(a_picture_and_texts=one, texts={"model": model, "queries": "a cat", "documents": ["a dog"]})
 
 
 def embedding_examples(model: str) -> dict[str, Any]:
@@ -76,18 +141,18 @@ def classification_examples(model: str) -> dict[str, Any]:
     return examples(labels=labels, templates=labels | {"templates": ["a photo of {label}", "{label}"]})
 
 
-# of one event, as OpenAPI 3.2 has it and FastAPI writes it; `schema` would be of the whole body
-STREAM = {
-    "text/event-stream": {
-        "itemSchema": {
-            "type": "object",
-            "required": ["data"],
-            "properties": {"data": {"type": "string", "description": "a chat.completion.chunk, at the end [DONE]"}},
-        },
-        "example": 'data: {"object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"A"}}]}\n\n'
-        "data: [DONE]\n\n",
-    }
-}
+def events_of(what: str, example: str = "") -> dict[str, Any]:
+    """A stream's content. what: an event's data is."""
+    # itemSchema: of one event, as OpenAPI 3.2 has it and FastAPI writes it; `schema` would be of the whole body
+    data = {"type": "string", "description": what}
+    stream = {"itemSchema": {"type": "object", "required": ["data"], "properties": {"data": data}}}
+    return {"text/event-stream": stream | ({"example": example} if example else {})}
+
+
+STREAM = events_of(
+    "a chat.completion.chunk, at the end [DONE]",
+    'data: {"object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"A"}}]}\n\ndata: [DONE]\n\n',
+)
 
 
 def document(app: FastAPI, served: Served, open_paths: frozenset[str]) -> Callable[[], dict[str, Any]]:
@@ -97,7 +162,9 @@ def document(app: FastAPI, served: Served, open_paths: frozenset[str]) -> Callab
         found = get_openapi(title=app.title, version=app.version, routes=app.routes)
         components = found["components"]
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        found["security"] = [{"key": []}] if served.config.keys else [{"key": []}, {}]
+        found["security"] = [{"key": []}] if served.clients.by_key else [{"key": []}, {}]
+        if served.config.root_path:
+            found["servers"] = [{"url": served.config.root_path}]
         for path, methods in found["paths"].items():
             for operation in methods.values():
                 operation["responses"].pop("422", None)  # FastAPI's own, which is a 400 here
@@ -129,7 +196,7 @@ def _state_limits(found: Mapping[str, Any], served: Served) -> None:
             )
             several["maxItems"] = min(several["maxItems"], served.config.max_images)
     if served.chat is not None:
-        for kind in ("ImageUrl", "VideoUrl", "PictureSize"):
+        for kind in ("ImageUrl", "VideoUrl", "PictureSize", "ItemImage"):
             _state_limits_of_images(schemas, kind, served.chat)
         _state_chat(schemas, served.chat)
 
@@ -144,10 +211,14 @@ def _state_limits_of_images(schemas: Mapping[str, Any], kind: str, model: Served
 
 
 def _state_chat(schemas: Mapping[str, Any], chat: ChatModel) -> None:
-    fields, facts = schemas["ChatCompletionRequest"]["properties"], chat.processor.config
-    for name in ("max_tokens", "max_completion_tokens", "min_tokens"):
-        fields[name]["anyOf"][0]["maximum"] = chat.context_length
-    fields["stop_token_ids"]["anyOf"][0]["items"]["maximum"] = facts.language.vocab_size - 1
+    facts, vocabulary = chat.processor.config, chat.processor.config.language.vocab_size
+    for fields in (schemas[title]["properties"] for title in reversed(GENERATING)):
+        for name in {"max_tokens", "max_completion_tokens", "min_tokens"} & fields.keys():
+            fields[name]["anyOf"][0]["maximum"] = chat.context_length
+        fields["stop_token_ids"]["anyOf"][0]["items"]["maximum"] = vocabulary - 1
+    for title, names in (("CompletionRequest", ("prompt",)), ("ScoreRequest", ("query", "items", "label_token_ids"))):
+        for name in names:
+            _state_largest(schemas[title]["properties"][name], vocabulary - 1)
     ids, lists = schemas["DetokenizeRequest"]["properties"]["tokens"]["anyOf"]
     for one in (ids, lists["items"]):
         one["items"]["maximum"] = len(chat.processor.tokenizer) - 1
@@ -164,19 +235,43 @@ def _state_chat(schemas: Mapping[str, Any], chat: ChatModel) -> None:
     _state_messages(schemas, chat)
 
 
+def _state_largest(node: Any, most: int) -> None:
+    """Of the token ids in a schema, which are its only integers."""
+    if isinstance(node, list):
+        for one in node:
+            _state_largest(one, most)
+    elif isinstance(node, dict):
+        if node.get("type") == "integer":
+            node["maximum"] = most
+        _state_largest([*node.values()], most)
+
+
 def _state_messages(schemas: Mapping[str, Any], chat: ChatModel) -> None:
     """Leaves out the parts that the model has no eyes for, and calls of tools where its template has no place for them.
     An earlier answer's audio is heard by none."""
     images = chat.processor.config.images
     unread = {"VideoUrlPart": images is None or images.video is None, "ImageUrlPart": images is None}
     unread["ToolMessage"] = chat.processor.tools is None
-    content = schemas["UserMessage"]["properties"]["content"]["oneOf"][1]["items"]
-    messages = schemas["ChatCompletionRequest"]["properties"]["messages"]["items"]
-    for choices in (content, messages):
+    unread |= dict.fromkeys(("ItemImage", "ImageBlock"), images is None)
+    unread |= dict.fromkeys(("ItemCall", "ItemCallOutput", "ToolUseBlock", "ToolResultBlock"), unread["ToolMessage"])
+    contents = [
+        schemas[title]["properties"]["content"] for title in ("UserMessage", "ItemMessage", "UserTurn", "AnswerTurn")
+    ]
+    several = [one["oneOf"][1]["items"] for one in (*contents, schemas["ResponsesRequest"]["properties"]["input"])]
+    for choices in (*several, schemas["ChatCompletionRequest"]["properties"]["messages"]["items"]):
         choices["oneOf"] = [one for one in choices["oneOf"] if not unread.get(one["$ref"].rpartition("/")[2], False)]
     answer = schemas["AssistantMessage"]["properties"]
     for name in ("audio", *(("tool_calls", "function_call") if unread["ToolMessage"] else ())):
         del answer[name]
+    if not offers_tools(chat):
+        for title in OF_CHAT:
+            for name in {"tools", "tool_choice", "parallel_tool_calls"} & schemas[title]["properties"].keys():
+                del schemas[title]["properties"][name]
+
+
+def offers_tools(chat: ChatModel) -> bool:
+    """Whether the model can be told of tools."""
+    return chat.processor.tools is not None and chat.processor.tools.offers
 
 
 def _drop_unused(found: Mapping[str, Any]) -> None:

@@ -7,26 +7,23 @@ that names it (`REFUSED`), or reported back as ignored (`ignored_fields`); none 
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from siglane.errors import UserError
-from siglane.server.constraints import AskedConstraint, ResponseFormat, StructuredOutputs, asked_constraint
-from siglane.server.fields import WHOLE, LogitBias, RequestModel, StopStrings, TemplateKwargs, needs, not_both
+from siglane.media.tools import read_tools
+from siglane.server.constraints import AskedConstraint, asked_constraint
+from siglane.server.fields import WHOLE, RequestModel, TemplateKwargs, needs, not_both
+from siglane.server.generation_fields import MAX_ITEMS, MAX_TOP_LOGPROBS, GenerationFields, bounds, of_length
 from siglane.server.refused import has_no_effect, refuse_fields
-from siglane.types import SAMPLING_BOUNDS, Constraint, Detail, SamplingParams
+from siglane.server.tool_fields import EarlierCall, FunctionCall, ToolChoice, Tools, with_tools
+from siglane.types import Constraint, Detail, SamplingParams, ToolUse
 
-MAX_MESSAGES = 2048
 MAX_PARTS = 1024
-MAX_CHOICES = 8
-MAX_STOP_IDS = 256
-MAX_TOP_LOGPROBS = 20
-MAX_SALT_CHARACTERS = 256
 MAX_REPORTED_FIELDS = 20
 MAX_LIMIT = (1 << 32) - 1
 MAX_PINPOINTS = 256
@@ -167,17 +164,6 @@ class UserMessage(RequestModel):
     content: UserContent
 
 
-class FunctionCall(RequestModel):
-    name: str
-    arguments: str
-
-
-class ToolCall(RequestModel):
-    id: str | None = None
-    type: Literal["function"] | None = None
-    function: FunctionCall
-
-
 class AssistantMessage(RequestModel):
     """An earlier answer, as clients send it back. reasoning_content: accepted as it was sent, the model reads only
     answers; function_call: the older form of tool_calls."""
@@ -186,7 +172,7 @@ class AssistantMessage(RequestModel):
     content: AnswerContent | None = None
     reasoning_content: str | None = None
     refusal: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_PARTS)] | None = None
+    tool_calls: Annotated[list[EarlierCall], Field(max_length=MAX_PARTS)] | None = None
     function_call: FunctionCall | None = None
     audio: dict[str, Any] | None = None
 
@@ -225,87 +211,34 @@ AnyMessage = Annotated[
 ]
 
 
-def _of_length(value: Any) -> Any:
-    """Before the items: a list of a million is refused for its length, not walked through."""
-    if isinstance(value, list) and len(value) > MAX_MESSAGES:
-        raise UserError(f"at most {MAX_MESSAGES} items are accepted", code="invalid_value")
-    return value
+Messages = Annotated[list[AnyMessage], Field(min_length=1, max_length=MAX_ITEMS), BeforeValidator(of_length)]
 
 
-Messages = Annotated[list[AnyMessage], Field(min_length=1, max_length=MAX_MESSAGES), BeforeValidator(_of_length)]
+class GenerationRequest(GenerationFields):
+    """What a chat's and a completion's request say alike. prompt_field: what holds the prompt."""
 
-
-def _bounds(name: str) -> Any:
-    low, high = SAMPLING_BOUNDS[name]
-    return Field(ge=low, le=None if math.isinf(high) else high)
-
-
-class StreamOptions(RequestModel):
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
-
-
-class ChatCompletionRequest(RequestModel):
-    """Null means absent."""
-
+    prompt_field: ClassVar[str]
     model_config = ConfigDict(
-        json_schema_extra=needs(stream_options="stream", top_logprobs="logprobs")
-        | not_both("response_format", "structured_outputs")
+        json_schema_extra=needs(stream_options="stream") | not_both("response_format", "structured_outputs")
     )
 
-    model: str | None = None
-    messages: Messages
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
-    max_tokens: Annotated[int, _bounds("max_tokens"), WHOLE] | None = None
-    max_completion_tokens: Annotated[int, _bounds("max_tokens"), WHOLE] | None = None
-    min_tokens: Annotated[int, _bounds("min_tokens"), WHOLE] | None = None
-    ignore_eos: bool | None = None
-    temperature: Annotated[float, _bounds("temperature")] | None = None
-    top_p: Annotated[float, _bounds("top_p")] | None = None
-    top_k: Annotated[int, _bounds("top_k"), WHOLE] | None = None
-    min_p: Annotated[float, _bounds("min_p")] | None = None
-    repetition_penalty: Annotated[float, _bounds("repetition_penalty")] | None = None
-    frequency_penalty: Annotated[float, _bounds("frequency_penalty")] | None = None
-    presence_penalty: Annotated[float, _bounds("presence_penalty")] | None = None
-    logit_bias: LogitBias = None
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63), WHOLE] | None = None
-    stop: StopStrings = None
-    stop_token_ids: (
-        Annotated[list[Annotated[int, Field(ge=0), WHOLE]], Field(max_length=MAX_STOP_IDS), BeforeValidator(_of_length)]
-        | None
-    ) = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = None
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-    chat_template_kwargs: TemplateKwargs = None
-    thinking_budget: Annotated[int, _bounds("thinking_budget"), WHOLE] | None = None
-    thinking_token_budget: Annotated[int, _bounds("thinking_budget"), WHOLE] | None = None  # vLLM's name for it
-    num_speculative_tokens: Annotated[int, _bounds("num_speculative_tokens"), WHOLE] | None = None
-    skip_special_tokens: bool | None = None
-    cache_salt: Annotated[str, Field(max_length=MAX_SALT_CHARACTERS)] | None = None
-    include_timings: bool | None = None
-
     @model_validator(mode="after")
-    def _check(self) -> ChatCompletionRequest:
+    def _check_generation(self) -> GenerationRequest:
         refuse_fields(self.model_extra or {})
         if self.stream_options is not None and not self.stream:
             message = "stream_options is only accepted together with stream"
             raise UserError(message, code="invalid_value", param="stream_options")
-        if self.top_logprobs and not self.logprobs:
-            message = "top_logprobs is only accepted together with logprobs"
-            raise UserError(message, code="invalid_value", param="top_logprobs")
-        if self.thinking_budget is not None and self.thinking_token_budget is not None:
-            message = "thinking_budget and thinking_token_budget are the same; send one"
-            raise UserError(message, code="invalid_value", param="thinking_token_budget")
         _ = self.asked_constraint
         return self
 
     @cached_property
     def asked_constraint(self) -> AskedConstraint | None:
-        return asked_constraint(self.response_format, self.structured_outputs, self.model_extra or {})
+        asked = asked_constraint(self.response_format, self.structured_outputs, self.model_extra or {})
+        return with_tools(self.tool_use, asked)
+
+    @property
+    def tool_use(self) -> ToolUse | None:
+        return None
 
     @property
     def constraint(self) -> Constraint | None:
@@ -313,20 +246,73 @@ class ChatCompletionRequest(RequestModel):
 
     @property
     def requested_tokens(self) -> int | None:
-        """The client's bound on generated tokens; the newer name wins."""
-        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        """The client's bound on generated tokens."""
+        return self.max_tokens
+
+    @property
+    def tokens_field(self) -> str:
+        """What holds it."""
+        return "max_tokens"
 
     @property
     def sampling(self) -> dict[str, Any]:
         """The fields of `SamplingParams` that the client names."""
-        fields = (field.name for field in dataclasses.fields(SamplingParams))
+        known = {*type(self).model_fields, "constraint"}
+        fields = (field.name for field in dataclasses.fields(SamplingParams) if field.name in known)
         named = {name: found for name in fields if (found := getattr(self, name)) is not None}
-        named["logprobs"] = (self.top_logprobs or 0) if self.logprobs else None
         named["logit_bias"] = tuple((int(key), float(value)) for key, value in (self.logit_bias or {}).items())
         for name in ("stop", "stop_token_ids"):
             named[name] = tuple(named.get(name, ()))
         if self.requested_tokens is not None:
             named["max_tokens"] = self.requested_tokens
+        return named
+
+
+class ChatCompletionRequest(GenerationRequest):
+    prompt_field = "messages"
+    model_config = ConfigDict(
+        json_schema_extra=needs(stream_options="stream", top_logprobs="logprobs")
+        | not_both("response_format", "structured_outputs")
+    )
+
+    messages: Messages
+    max_completion_tokens: Annotated[int, bounds("max_tokens"), WHOLE] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: TemplateKwargs = None
+    thinking_budget: Annotated[int, bounds("thinking_budget"), WHOLE] | None = None
+    thinking_token_budget: Annotated[int, bounds("thinking_budget"), WHOLE] | None = None  # vLLM's name for it
+
+    @model_validator(mode="after")
+    def _check(self) -> ChatCompletionRequest:
+        if self.top_logprobs and not self.logprobs:
+            message = "top_logprobs is only accepted together with logprobs"
+            raise UserError(message, code="invalid_value", param="top_logprobs")
+        if self.thinking_budget is not None and self.thinking_token_budget is not None:
+            message = "thinking_budget and thinking_token_budget are the same; send one"
+            raise UserError(message, code="invalid_value", param="thinking_token_budget")
+        return self
+
+    @cached_property
+    def tool_use(self) -> ToolUse | None:
+        return read_tools(plain(self.tools), plain(self.tool_choice), self.parallel_tool_calls)
+
+    @property
+    def requested_tokens(self) -> int | None:
+        """The client's bound on generated tokens; the newer name wins."""
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def tokens_field(self) -> str:
+        return "max_completion_tokens" if self.max_completion_tokens is not None else "max_tokens"
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        named = super().sampling
+        named["logprobs"] = (self.top_logprobs or 0) if self.logprobs else None
         if self.thinking_token_budget is not None:
             named["thinking_budget"] = self.thinking_token_budget
         return named
@@ -345,6 +331,7 @@ def _collect_ignored(model: BaseModel, prefix: str, found: dict[str, None]) -> N
             found[prefix + re.sub(r"[^A-Za-z0-9_-]", "?", name[:64])] = None
     for name in type(model).model_fields:
         value = getattr(model, name)
-        for item in value if isinstance(value, list) else (value,):
+        several = value.values() if isinstance(value, dict) else value
+        for item in several if isinstance(value, list | dict) else (value,):
             if isinstance(item, BaseModel):
                 _collect_ignored(item, f"{prefix}{name}.", found)

@@ -44,8 +44,6 @@ REFUSED: Mapping[str, tuple[object, ...]] = {
     "stop_regex": (),
     "structural_tag": (),
     "suffix": (),
-    "tool_choice": ("none", "auto"),
-    "tools": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (),
     "web_search_options": (),
@@ -56,10 +54,10 @@ REFUSED: Mapping[str, tuple[object, ...]] = {
 ALWAYS_ON = frozenset({"add_generation_prompt", "include_reasoning", "separate_reasoning"})
 
 
-def refuse_fields(extra: Mapping[str, Any]) -> None:
+def refuse_fields(extra: Mapping[str, Any], refused: Mapping[str, tuple[object, ...]] = REFUSED) -> None:
     """UserError for the first field that asks for what is not served."""
     for name, value in extra.items():
-        asks = name in REFUSED and value and value not in REFUSED[name]
+        asks = name in refused and value and value not in refused[name]
         if asks or (name in ALWAYS_ON and value is not None and value is not True):
             raise UserError(f"{name} is not supported by this server", code="unsupported_field", param=name)
 

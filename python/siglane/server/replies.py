@@ -8,7 +8,7 @@ from typing_extensions import TypedDict  # pydantic reads no other on Python 3.1
 
 from siglane.families.report import ImageReport
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class PromptTokensDetails(TypedDict):
@@ -47,19 +47,35 @@ class ChoiceLogprobs(TypedDict):
 
 
 class SiglaneReport(TypedDict):
-    """What other servers do not tell. timings: seconds by stage, when the request asked for them."""
+    """What other servers do not tell. timings: seconds by stage, when the request asked for them, by
+    include_timings or the header x-siglane-timings."""
 
     images: list[ImageReport]
     timings: NotRequired[dict[str, float]]
 
 
+class CalledFunction(TypedDict):
+    """arguments: as the model wrote them, JSON."""
+
+    name: str
+    arguments: str
+
+
+class ToolCallReply(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class ReplyMessage(TypedDict):
-    """reasoning_content: of models that reason, null where this answer has none."""
+    """content: null where the answer is nothing but calls; reasoning_content: of models that reason, null where this
+    answer has none; tool_calls: where it has any."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
     reasoning_content: NotRequired[str | None]
+    tool_calls: NotRequired[list[ToolCallReply]]
 
 
 class Choice(TypedDict):
@@ -81,10 +97,25 @@ class ChatCompletion(TypedDict):
     siglane: SiglaneReport
 
 
+class FunctionDelta(TypedDict):
+    name: NotRequired[str]
+    arguments: str
+
+
+class ToolCallDelta(TypedDict):
+    """id, type and name come with the first delta of the call with this index."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: FunctionDelta
+
+
 class Delta(TypedDict):
     role: NotRequired[Literal["assistant"]]
-    content: NotRequired[str]
+    content: NotRequired[str | None]
     reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCallDelta]]
 
 
 class ChunkChoice(TypedDict):

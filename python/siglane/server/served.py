@@ -23,18 +23,20 @@ from siglane.families.processor import Processor
 from siglane.families.prompt.renderers import MOST_PROCESSES
 from siglane.families.two_tower import Calibration
 from siglane.server.choices import Choices
+from siglane.server.clients import Client, Clients
 from siglane.server.context import InflightBytes
-from siglane.server.errors import overloaded
+from siglane.server.errors import aborted, overloaded
 from siglane.server.logprobs import TokenTexts
 from siglane.server.media import MediaLoader
 from siglane.server.metrics import Metrics
 from siglane.server.middleware import shutting_down
 from siglane.server.replies import ModelCard
+from siglane.server.running import Running
 from siglane.server.text_cache import TextCache
 from siglane.settings.server import ServerConfig
 from siglane.text.tokens import TextTokens
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
-from siglane.types import Constraint, ImageLayout, Message, Prompt, Request, SamplingParams
+from siglane.types import Constraint, ImageLayout, Message, Prompt, Request, SamplingParams, Tool, ToolUse
 
 T = TypeVar("T")
 
@@ -109,11 +111,15 @@ class ChatModel(ServedModel):
         return None if self._engine.facts is None else self._engine.facts.kv_bytes_per_token
 
     async def prompt(
-        self, messages: Sequence[Message], layouts: Sequence[ImageLayout], arguments: Mapping[str, Any] | None
+        self,
+        messages: Sequence[Message],
+        layouts: Sequence[ImageLayout],
+        arguments: Mapping[str, Any] | None,
+        tools: Sequence[Tool] = (),
     ) -> Prompt:
         """`Processor.prompt`, on threads of its own: a chat template may take its time, and pixels do not wait for
         it."""
-        return await self.aside(functools.partial(self.processor.prompt, messages, layouts, arguments))
+        return await self.aside(functools.partial(self.processor.prompt, messages, layouts, arguments, tools))
 
     async def aside(self, function: Callable[[], T]) -> T:
         """`function` on a thread of those that work with texts."""
@@ -123,11 +129,18 @@ class ChatModel(ServedModel):
         """UserError where no answer can match it; on the threads of prompts, as compiling takes some milliseconds."""
         await self.aside(functools.partial(check_constraint, constraint))
 
-    async def ask(self, requests: Sequence[Request]) -> Choices:
-        """Hands one client's requests (its n choices) to the engine. The caller ends with `release`. EngineError (503)
-        when the engine is not ready."""
-        answers = [Answer.of(one.request_id, one.prompt, one.sampling, self.processor) for one in requests]
-        choices = Choices(answers, self._engine, self._commands)
+    async def ask(self, requests: Sequence[Request], use: ToolUse | None = None) -> Choices:
+        """Hands one client's requests to the engine: n choices for each prompt, one prompt after the other. use: of the
+        tools that their prompt tells of. The caller ends with `release`. EngineError (503) when the engine is not
+        ready."""
+        processor = self.processor
+        answers = [
+            Answer.raw(one.request_id, one.prompt, one.sampling, processor)
+            if one.raw
+            else Answer.of(one.request_id, one.prompt, one.sampling, processor, use)
+            for one in requests
+        ]
+        choices = Choices(answers, self._engine, self._commands, len({id(one.prompt) for one in requests}))
         self._asked.add(choices)
         try:
             if self._ended:
@@ -143,6 +156,13 @@ class ChatModel(ServedModel):
     def release(self, choices: Choices) -> None:
         self._asked.discard(choices)
         choices.close()
+
+    def end(self, answer_id: str, error: Exception) -> bool:
+        """Ends the request whose answer has that id with `error`; whether the engine has it."""
+        found = [one for one in self._asked if one.answers[0].request_id.startswith(f"{answer_id}-")]
+        for choices in found:
+            choices.fail(error)
+        return bool(found)
 
     def fail_all(self) -> None:
         self._ended = True
@@ -221,6 +241,7 @@ class Served:
         self.models: tuple[ServedModel, ...] = tuple(model for model in (chat, embed) if model is not None)
         self.name = self.models[0].name
         self.inflight_bytes = InflightBytes(config.max_inflight_bytes, metrics.inflight_bytes)
+        self.clients, self.running = Clients(config), Running()
         self.draining = False
         self._created = int(time.time())
         if chat is not None:
@@ -250,6 +271,16 @@ class Served:
         if self.engine.state in ("starting", "restarting"):
             return overloaded(f"the model is {self.engine.state}; try again", code=f"engine_{self.engine.state}")
         return overloaded("the engine is down", code="engine_down")
+
+    def abort(self, request_id: str, client: Client) -> bool:
+        """Ends the client's own requests of that id, which is theirs or their answer's; whether there are any."""
+        found = self.running.of(client, request_id)
+        for context in found:
+            context.aborted = True
+            told = self.chat is not None and context.answer_id and self.chat.end(context.answer_id, aborted())
+            if not told and context.work is not None:  # it has not reached the engine
+                context.work.cancel()
+        return bool(found)
 
     def fail_all(self) -> None:
         """Ends every running request with an error and takes no other, because the time to drain is over."""

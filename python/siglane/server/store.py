@@ -4,7 +4,7 @@
     files/file-...        what a file holds
     batches/batch_...     answers, errors and manifest of a batch under way (`batch/output.py`)
 
-Every method may be called from any thread and blocks for the disk. An owner stands for a key (`middleware.owner_of`);
+Every method may be called from any thread and blocks for the disk. An owner stands for a key (`clients.owner_of`);
 for him, what belongs to another is not there.
 """
 

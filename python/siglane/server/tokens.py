@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Annotated, Any, NotRequired
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -17,14 +18,17 @@ from siglane.families.pipeline import report_image
 from siglane.families.report import ImageReport
 from siglane.media.item import MediaItem
 from siglane.media.messages import read_limits, url_item
+from siglane.media.tools import read_tools
 from siglane.server.chat import lay_out_prompt
 from siglane.server.context import RequestContext
 from siglane.server.fields import WHOLE, RequestModel, TemplateKwargs, one_of
-from siglane.server.protocol import MAX_SALT_CHARACTERS, Budgets, ImageUrl, Limit, Messages, plain
+from siglane.server.generation_fields import CacheSalt, TokenId
+from siglane.server.protocol import Budgets, ImageUrl, Limit, Messages, plain
 from siglane.server.refused import refuse_fields
 from siglane.server.served import ChatModel
 from siglane.server.stopwatch import Stopwatch
-from siglane.types import Size, VideoSize
+from siglane.server.tool_fields import Tools
+from siglane.types import Size, Tool, VideoSize
 
 MAX_TEXTS = 1024
 MAX_IDS = 1 << 20
@@ -32,7 +36,6 @@ MAX_PICTURES = 2048
 MAX_SIDE = 1 << 24
 
 Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_TEXTS)]
-TokenId = Annotated[int, Field(ge=0), WHOLE]
 Ids = Annotated[list[TokenId], Field(max_length=MAX_IDS)]
 IdLists = Annotated[list[Ids], Field(min_length=1, max_length=MAX_TEXTS)]
 
@@ -48,15 +51,24 @@ class TokenizeRequest(RequestModel):
     messages: Messages | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
+    tools: Tools | None = None
     chat_template_kwargs: TemplateKwargs = None
-    cache_salt: Annotated[str, Field(max_length=MAX_SALT_CHARACTERS)] | None = None
+    cache_salt: CacheSalt | None = None
 
     @model_validator(mode="after")
     def _check(self) -> TokenizeRequest:
         refuse_fields(self.model_extra or {})
         if sum(value is not None for value in (self.prompt, self.content, self.messages)) != 1:
             raise UserError("send either prompt or messages", code="missing_field", param="prompt")
+        if self.tools and self.messages is None:
+            raise UserError("tools are only accepted together with messages", code="invalid_value", param="tools")
+        _ = self.told_tools
         return self
+
+    @cached_property
+    def told_tools(self) -> tuple[Tool, ...]:
+        use = read_tools(plain(self.tools))
+        return () if use is None else use.tools
 
 
 class DetokenizeRequest(RequestModel):
@@ -91,14 +103,7 @@ async def tokenize(body: TokenizeRequest, context: RequestContext, model: ChatMo
         return await _conversation(body, context, model)
     given = body.content if body.prompt is None else body.prompt
     assert given is not None
-    texts = [given] if isinstance(given, str) else given
-    room = model.context_length * model.longest_token
-    for text in texts:
-        if len(text) > room:
-            message = f"a text has {len(text)} characters, more than any that the model could read"
-            raise UserError(message, code="context_length_exceeded", param="prompt")
-    special = body.add_special_tokens is not False
-    lists = await model.aside(lambda: [_ids(model, text, special) for text in texts])
+    lists = await ids_of([given] if isinstance(given, str) else given, body.add_special_tokens is not False, model)
     words = await model.aside(lambda: [_texts_of(model, ids) for ids in lists]) if body.return_token_strs else None
     if isinstance(given, str):
         return _listed(len(lists[0]), lists[0], words and words[0], model)
@@ -108,8 +113,9 @@ async def tokenize(body: TokenizeRequest, context: RequestContext, model: ChatMo
 async def _conversation(body: TokenizeRequest, context: RequestContext, model: ChatModel) -> TokenList:
     """Only the headers of its media are read."""
     assert body.messages is not None
-    salt, watch = body.cache_salt or "", Stopwatch()
-    prompt, media = await lay_out_prompt(body.messages, body.chat_template_kwargs, salt, context, model, watch)
+    salt, watch = context.client.salt(body.cache_salt), Stopwatch()
+    arguments = body.chat_template_kwargs
+    prompt, media = await lay_out_prompt(body.messages, arguments, salt, context, model, watch, body.told_tools)
     ids = list(prompt.token_ids)
     words = await model.aside(lambda: _texts_of(model, ids)) if body.return_token_strs else None
     bytes_each = model.kv_bytes_per_token
@@ -125,9 +131,16 @@ def _listed(count: int | list[int], tokens: Any, words: Any, model: ChatModel) -
     return {"count": count, "max_model_len": model.context_length, "tokens": tokens, "token_strs": words}
 
 
-def _ids(model: ChatModel, text: str, special: bool) -> list[int]:
-    found: list[int] = model.processor.tokenizer(text, add_special_tokens=special).input_ids
-    return found
+async def ids_of(texts: Sequence[str], special: bool, model: ChatModel, param: str = "prompt") -> list[list[int]]:
+    """Of texts as they stand, special tokens written in them counted as such. special: whether the tokenizer adds its
+    own. UserError for a text that no context has room for, before it is read."""
+    room = model.context_length * model.longest_token
+    for text in texts:
+        if len(text) > room:
+            message = f"a text has {len(text)} characters, more than any that the model could read"
+            raise UserError(message, code="context_length_exceeded", param=param)
+    tokenizer = model.processor.tokenizer
+    return await model.aside(lambda: [tokenizer(text, add_special_tokens=special).input_ids for text in texts])
 
 
 def _texts_of(model: ChatModel, ids: Sequence[int]) -> list[str]:
@@ -164,7 +177,7 @@ class PictureSize(Budgets):
 Url = Annotated[str, Field(json_schema_extra={"format": "uri"})]
 
 
-def _as_url(value: Any) -> Any:
+def as_url(value: Any) -> Any:
     return {"url": value} if isinstance(value, str) else value
 
 
@@ -175,7 +188,7 @@ def _tag(value: Any) -> str:
 Picture = Annotated[
     Annotated[ImageUrl, Tag("#url")] | Annotated[PictureSize, Tag("#size")],
     Discriminator(_tag),
-    BeforeValidator(_as_url, json_schema_input_type=Url | ImageUrl | PictureSize),
+    BeforeValidator(as_url, json_schema_input_type=Url | ImageUrl | PictureSize),
 ]
 
 
@@ -203,7 +216,7 @@ async def image_tokens(body: ImageTokensRequest, context: RequestContext, model:
         if isinstance(picture, PictureSize):  # of a video as many frames as are shown, whatever was asked for
             size = Size(picture.width, picture.height)
             item.size = VideoSize(size, item.frames) if item.frames else size
-    await model.media.fetch([item for item in items if item.size is None], "", context.lease)
+    await model.media.fetch([item for item in items if item.size is None], context.client.salt(None), context.lease)
     await asyncio.gather(*(model.media.lay_out(request) for request in requests))
     reports = list(map(report_image, items))
     return {"tokens": sum(report["tokens"] for report in reports), "images": reports}

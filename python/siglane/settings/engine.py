@@ -17,9 +17,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 QUANTIZATION_HELP = "bits that the weights of linear layers are kept in; none: as the model's files have them"
 Quantization = Literal["none", "8bit", "4bit"]
 DTYPE_HELP = "dtype of the weights and what is computed with them; auto: float32, on CUDA bfloat16"
-PAGED_BACKENDS = ("auto", "torch", "flashinfer", "eager")
-KV_BYTES_ON_CPU = 1 << 30
-KV_SHARE_OF_FREE_GPU = 0.8
+PAGED_BACKENDS = ("auto", "torch", "eager")
 ENGINE_TIMEOUT = {"cpu": 60.0, "cuda": 300.0}  # a first step on CUDA may compile kernels
 
 
@@ -37,7 +35,7 @@ class EngineConfig:
         },
     )
     paged_backend: str = field(
-        default="auto", metadata={"help": "paged attention of the language model: auto, torch, flashinfer or eager"}
+        default="auto", metadata={"help": "paged attention of the language model: auto, torch or eager"}
     )
     page_size: int = field(default=16, metadata={"help": "tokens per KV page"})
     kv_tokens: int = field(default=0, metadata={"help": "tokens the KV cache holds; 0 sizes it by the free memory"})
@@ -137,15 +135,8 @@ class EngineConfig:
         """Pages of the KV cache where `kv_tokens` asks for them, None where memory decides."""
         return max(1, self.kv_tokens // self.page_size) if self.kv_tokens else None
 
-    def resolve_pages(self, language: LanguageConfig, kv_heads: int, dtype: torch.dtype, device: torch.device) -> int:
-        """Pages of the KV cache: as asked, else by free memory; never more than all running requests can fill."""
-        if self.stated_pages is not None:
-            return self.stated_pages
+    def pages_within(self, available: int, language: LanguageConfig, kv_heads: int, dtype: torch.dtype) -> int:
+        """Pages of a KV cache of `available` bytes; never more than all running requests can fill."""
         token_bytes = 2 * language.num_hidden_layers * kv_heads * language.head_dim * dtype.itemsize
-        free = KV_BYTES_ON_CPU
-        if device.type == "cuda":
-            import torch
-
-            free = int(torch.cuda.mem_get_info(device)[0] * KV_SHARE_OF_FREE_GPU)
         most = self.max_running * -(-language.max_position_embeddings // self.page_size)
-        return max(1, min(free // (token_bytes * self.page_size), most))
+        return max(1, min(available // (token_bytes * self.page_size), most))

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 from siglane.errors import UserError
 from siglane.settings.options import UNITS, Option, key_of, options_of, resolve
-from siglane.settings.toml import read_table
+from siglane.settings.tables import read_table
 
 Config = TypeVar("Config")
 
@@ -94,7 +94,7 @@ def stated_in(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_file(arguments: argparse.Namespace, file: Path | None, groups: Iterable[OptionGroup]) -> None:
-    """Keeps in `arguments` what a TOML file states in the table of the command. UserError as `read_table`."""
+    """Keeps in `arguments` what a file states in the table of the command. UserError as `read_table`."""
     options = [option for group in groups for option in group.options]
     setattr(arguments, STATED, {} if file is None else read_table(file, [arguments.command], options))
     setattr(arguments, STATED_FILE, file)

@@ -5,14 +5,18 @@ Light on purpose: no torch, no web framework, so that a bad port or a missing mo
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from siglane.errors import ConfigError
+from siglane.settings.keys import is_key
 from siglane.settings.media import MIB, MediaConfig
 from siglane.settings.options import above_zero, at_least
 from siglane.types import SAMPLING_BOUNDS
+
+ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,10 +28,21 @@ class ServerConfig(MediaConfig):
         repr=False,
         metadata={"help": "key that clients must send as a bearer token, except to /health, /ready and /metrics"},
     )
-    api_keys: tuple[str, ...] = field(
-        default=(),
-        repr=False,
-        metadata={"help": "further keys, for clients that must not see each other's files and batches"},
+    api_keys: Path | None = field(
+        default=None,
+        metadata={
+            "help": "file of further keys, one a line, or a .toml with limits for each; clients of different keys "
+            "share no files, batches and caches"
+        },
+    )
+    uds: Path | None = field(default=None, metadata={"help": "Unix socket to listen on in place of host and port"})
+    ssl_certfile: Path | None = field(default=None, metadata={"help": "certificate chain (PEM): serve HTTPS"})
+    ssl_keyfile: Path | None = field(
+        default=None, metadata={"help": "private key (PEM) of the certificate; none: it is in the same file"}
+    )
+    root_path: str = field(
+        default="",
+        metadata={"help": "path under which a proxy shows the server, as /siglane; read with and without it"},
     )
     served_model_name: str | None = field(
         default=None, metadata={"help": "name of the model in the API; default: MODEL as given (a folder: its name)"}
@@ -40,6 +55,7 @@ class ServerConfig(MediaConfig):
             "is the chat model's own is loaded once"
         },
     )
+    playground: bool = field(default=True, metadata={"help": "a page at / to try the model; it asks no other server"})
     cors_origins: tuple[str, ...] = field(
         default=(), metadata={"help": "web origins whose pages may call the server; none by default"}
     )
@@ -105,6 +121,10 @@ class ServerConfig(MediaConfig):
     fetch_threads: int = field(default=16, metadata={"help": "images fetched at one time"})
     decode_threads: int = field(default=0, metadata={"help": "images decoded at one time; 0: one per core, at most 8"})
 
+    otlp_traces_endpoint: str | None = field(
+        default=None,
+        metadata={"help": "where OpenTelemetry traces go, as http://127.0.0.1:4318/v1/traces; needs siglane[otel]"},
+    )
     log_format: Literal["text", "json"] = field(default="text", metadata={"help": "log lines as text or as JSON"})
     log_level: Literal["debug", "info", "warning", "error"] = field(default="info", metadata={"help": "log threshold"})
 
@@ -131,11 +151,9 @@ class ServerConfig(MediaConfig):
         low, high = SAMPLING_BOUNDS["temperature"]
         if self.default_temperature is not None and not low <= self.default_temperature <= high:
             raise ConfigError(f"default_temperature must be between {low} and {high}, got {self.default_temperature}")
-        for name, keys in (("api_key", () if self.api_key is None else (self.api_key,)), ("api_keys", self.api_keys)):
-            if not all(key.isascii() and key.isprintable() and key for key in keys):
-                raise ConfigError(f"{name} must be printable ASCII and not empty")
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Every key that opens the server; none where it is open to all."""
-        return self.api_keys if self.api_key is None else (self.api_key, *self.api_keys)
+        if self.api_key is not None and not is_key(self.api_key):
+            raise ConfigError("api_key must be printable ASCII and not empty")
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise ConfigError("ssl_keyfile is of no use without ssl_certfile")
+        if self.root_path and not ROOT_PATH.fullmatch(self.root_path):
+            raise ConfigError(f"root_path must be a path such as /siglane, got {self.root_path!r}")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from siglane.errors import ConfigError, UserError
 from siglane.settings.engine import DTYPE_HELP, QUANTIZATION_HELP, Dtype, Quantization
 from siglane.settings.options import at_least, options_of, resolve
-from siglane.settings.toml import read_table
+from siglane.settings.tables import read_table
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,7 @@
 """The nouns every floor shares: images, layouts, prompts, requests, answers. All frozen, checked when built."""
 
 from siglane.types.constraint import Constraint
+from siglane.types.decision import Decision, Question
 from siglane.types.generation import (
     SAMPLING_BOUNDS,
     Finished,
@@ -50,6 +51,8 @@ from siglane.types.layout import (
 )
 from siglane.types.model import Activation, AttentionBackend, BackendChoice, RopeScaling
 from siglane.types.prompt import ImagePart, ImageSpan, Message, Prompt, Role, ToolCall
+from siglane.types.reading import Read, Readout
+from siglane.types.tools import Tool, ToolUse
 
 __all__ = [
     "DIGEST_BYTES",
@@ -61,6 +64,7 @@ __all__ = [
     "BackendChoice",
     "Box",
     "Constraint",
+    "Decision",
     "DecodedImage",
     "DecodedVideo",
     "Detail",
@@ -85,6 +89,9 @@ __all__ = [
     "Piece",
     "Pooling",
     "Prompt",
+    "Question",
+    "Read",
+    "Readout",
     "ReducedImage",
     "Region",
     "Request",
@@ -100,7 +107,9 @@ __all__ = [
     "Token",
     "TokenDelta",
     "TokenLogprob",
+    "Tool",
     "ToolCall",
+    "ToolUse",
     "Usage",
     "VideoSize",
     "digest_of",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-ConstraintKind = Literal["json_schema", "regex", "lark"]
+ConstraintKind = Literal["json_schema", "regex", "lark", "tools"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +15,8 @@ class Constraint:
     """The whole of an answer's text matches it; a reasoning model's thinking before it is free.
 
     text: a JSON schema (draft 2020-12) as JSON, a regular expression (Rust's syntax, no look-around), or a Lark grammar
-    (llguidance's dialect) with the rule `start`, or one in GBNF with the rule `root`.
+    (llguidance's dialect) with the rule `start`, or one in GBNF with the rule `root`. Calls of tools are described by
+    `engine/tool_grammar.py`.
     """
 
     kind: ConstraintKind

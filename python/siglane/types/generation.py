@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ from typing import Literal
 from siglane.types.constraint import Constraint
 from siglane.types.image import ImagePatches
 from siglane.types.prompt import Prompt
+from siglane.types.reading import Read, Readout
 
 # the least and the greatest value of every number in SamplingParams; they keep float32 logits finite
 SAMPLING_BOUNDS: Mapping[str, tuple[float, float]] = MappingProxyType(
@@ -116,19 +118,25 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """One generation. ValueError when the images do not have the prompt's layouts."""
+    """One generation, or reads of a prompt alone. ValueError when the images do not have the prompt's layouts, or the
+    reads are not at ascending places of it."""
 
     request_id: str  # unique in its engine
     prompt: Prompt
     sampling: SamplingParams  # n is 1 here: n > 1 is n requests
-    max_tokens: int  # resolved, at least 1 and within the context
+    max_tokens: int  # resolved, within the context; 0: the prompt is read and nothing answered
     cache_salt: str = ""  # separates tenants in the caches
     images: tuple[ImagePatches, ...] = ()  # the prompt's, in its order (`Prompt.in_order`)
     trace_id: str = ""  # what logs call it where that is not its request_id: several may be one client's
     batch: bool = False  # it yields to requests that somebody waits for
+    reads: tuple[Read, ...] = ()  # told as the prompt is computed
+    raw: bool = False  # continues a text: no part of it is thinking
 
     def __post_init__(self) -> None:
         self.prompt.check_images(self.images)
+        places = [-1, *(read.position for read in self.reads), len(self.prompt.token_ids)]
+        if any(place >= following for place, following in itertools.pairwise(places)):
+            raise ValueError(f"reads at {places[1:-1]} do not ascend within a prompt of {places[-1]} tokens")
 
     @property
     def log_fields(self) -> dict[str, str]:
@@ -148,7 +156,7 @@ class Request:
         return tuple(ids)
 
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "error", "tool_calls"]  # the last one is an answer's, no engine's
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,13 +201,15 @@ class Finished:
 class TokenDelta:
     """What one engine step adds to one request: a token, its end, or both.
 
-    token_id: None when the request ends without another token (an error, an abort); logprob: where it was asked for.
+    token_id: None when nothing is chosen: an error, an abort, a prompt that is read; logprob: where it was asked for;
+    readouts: of the request's `reads`, in their order.
     """
 
     request_id: str
     token_id: int | None = None
     logprob: TokenLogprob | None = None
     finished: Finished | None = None
+    readouts: tuple[Readout, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

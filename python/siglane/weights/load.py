@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from siglane.errors import ConfigError, OtherWeights, WeightError
 from siglane.nn.device import short_of_memory
@@ -315,8 +316,10 @@ def fill(
 
     held, stages: as of `StrictLoad`.
     """
+    # on a terminal, for loads that one waits for
+    shown = tqdm(list(tensors), desc="weights", unit="tensor", delay=1, leave=False, disable=None)
     with StrictLoad(plan, module, held, stages) as load:
-        for file, batch in _batches(tensors):
+        for file, batch in _batches(shown):
             with open_weights(file) as handle:
                 for tensor in batch:
                     entry = plan.find(tensor.name)

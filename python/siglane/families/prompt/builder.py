@@ -26,10 +26,10 @@ from siglane.families.prompt.probe import roles_with_parts
 from siglane.families.prompt.renderers import renderers
 from siglane.families.prompt.reserved import ReservedStrings, new_mark
 from siglane.families.prompt.template import checkpoint_template, self_contained, with_video
-from siglane.families.prompt.tools import ToolFormat, check_tools, tool_format
+from siglane.families.prompt.tools import ToolFormat, check_tools, each_text, tool_format
 from siglane.families.prompt.writer import PlainTokenizer, PromptWriter
 from siglane.tiling.rule import no_video
-from siglane.types import ImageLayout, ImagePart, Message, Prompt, Role
+from siglane.types import ImageLayout, ImagePart, Message, Prompt, Role, Tool
 
 TEMPLATE_PARAMETERS = {*inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters, "messages"}
 
@@ -56,15 +56,21 @@ class PromptBuilder:
         self._plain = PlainTokenizer(tokenizer)
         template = rules.template or checkpoint_template(tokenizer.chat_template, rules.default_template)
         self._template = with_video(template, rules.video_template)
-        self._roles_with_parts = roles_with_parts(lambda turns: self._render(turns, {}), image_token)
+        self._roles_with_parts = roles_with_parts(lambda turns: self._render(turns, {}, ()), image_token)
 
-    def chat(self, messages: Sequence[Message], layouts: Sequence[ImageLayout], arguments: Mapping[str, Any]) -> Prompt:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        layouts: Sequence[ImageLayout],
+        arguments: Mapping[str, Any],
+        tools: Sequence[Tool] = (),
+    ) -> Prompt:
         """The prompt of a conversation, up to where the assistant's answer begins.
 
         layouts: of images and videos, numbered together; arguments: extra variables of the chat template, each a
-        string, number, boolean or None. UserError when the messages do not use each image exactly once, mix images and
-        videos where the model reads one kind, hold tools' calls or results that the template leaves out, or are refused
-        by the template.
+        string, number, boolean or None; tools: that the model is told of. UserError when the messages do not use each
+        image exactly once, mix images and videos where the model reads one kind, or are refused by the template, and
+        when it leaves tools, calls or results out.
         """
         conversation = [parts_of(message, self._rules) for message in messages]
         order = [part.image for parts in conversation for part in parts if isinstance(part, ImagePart)]
@@ -78,18 +84,22 @@ class PromptBuilder:
         if self._video is not None and not self._video.with_images and len(set(placeholders)) > 1:
             message = "this model reads either images or videos in one request; send one kind"
             raise UserError(message, code="mixed_media", param="messages")
-        mark = new_mark()
-        tools = None
-        if any(message.tool_calls or message.role == "tool" for message in messages):
-            check_tools(messages, tools := self.tools)
+        mark, form = new_mark(), None
+        if tools or any(message.tool_calls or message.role == "tool" for message in messages):
+            check_tools(messages, tools, form := self.tools)
         turns = [
-            self._turn(message, parts, placeholders, mark, tools)
+            self._turn(message, parts, placeholders, mark, form)
             for message, parts in zip(messages, conversation, strict=True)
         ]
-        fragments = self._reserved.split(self._render(turns, self._variables(arguments, mark)), mark)
+        told = [each_text(tool.definition, partial(self._reserved.broken, mark=mark)) for tool in tools]
+        fragments = self._reserved.split(self._render(turns, self._variables(arguments, mark), told), mark)
         endings = [parts[-1] for parts in conversation if parts and self._rules.strip_messages]
         ending = {part.image for part in endings if isinstance(part, ImagePart)}
         return self._written(fragments, self._images_at(fragments, placeholders, order), layouts, ending)
+
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        """Of text behind other text, however it reads never a special token."""
+        return tuple(self._plain.ids(text, first=False))
 
     def template(self) -> str:
         """The checkpoint's chat template for engines that render it themselves (`families/prompt/template.py`)."""
@@ -168,7 +178,7 @@ class PromptBuilder:
         """How the template writes tools' calls and results; None where it has no place for them."""
         content = self._content("user", ("?",), (), ""), self._content("assistant", (), (), "")
         turns = [{"role": role, "content": one} for role, one in zip(("user", "assistant"), content, strict=True)]
-        return tool_format(lambda turns: self._render(turns, {}), *turns)
+        return tool_format(lambda turns, tools: self._render(turns, {}, tools), *turns)
 
     def _turn(
         self, message: Message, parts: Parts, placeholders: Sequence[str], mark: str, tools: ToolFormat | None
@@ -212,7 +222,9 @@ class PromptBuilder:
             for name, value in arguments.items()
         }
 
-    def _render(self, turns: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
+    def _render(
+        self, turns: list[dict[str, Any]], variables: Mapping[str, Any], tools: Sequence[dict[str, Any]]
+    ) -> str:
         """What transformers' `apply_chat_template` gives, in a process that can be ended. UserError as `Renderers`."""
-        prompt = {"messages": turns, "tools": None, "documents": None, "add_generation_prompt": True}
+        prompt = {"messages": turns, "tools": list(tools) or None, "documents": None, "add_generation_prompt": True}
         return renderers().render(self._template, {**self._tokenizer.special_tokens_map, **variables, **prompt})

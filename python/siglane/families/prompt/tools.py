@@ -1,37 +1,65 @@
-"""Calls of tools in the history, and their results: how a chat template takes them, found out by trying it."""
+"""Tools, calls of them and their results: how a chat template takes them, found out by trying it."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
 from siglane.errors import UserError
-from siglane.families.prompt.probe import PROBE, Render
-from siglane.types import Message, ToolCall
+from siglane.families.prompt.probe import PROBE
+from siglane.media.tools import depth
+from siglane.types import Message, Tool, ToolCall
 
+CALL_TAGS = ("<tool_call>", "</tool_call>")  # Hermes' format, which Qwen2.5 and Qwen3 were trained on
+CALL_TAIL = "}\n"
 DEEPEST = 32  # lists and objects in each other; what is deeper stays a text
 
+_KEYS = (
+    "type",
+    "function",
+    "name",
+    "description",
+    "parameters",
+    "arguments",
+    "properties",
+    "required",
+    "items",
+    "enum",
+)
+_WORDS = frozenset({*_KEYS, "object", "array", "string", "integer", "number", "boolean", "null"})
 _NAME, _KEY, _VALUE = "siglane_probe", "siglane_key", "siglane value"
 _ID = "siglane01"  # nine letters and digits, which Mistral's templates ask for
+_PROBE_TOOL = Tool(_NAME, _VALUE, {"type": "object", "properties": {_KEY: {"type": "string"}}})
+_WRITTEN = re.compile(rf'<tool_call>\s*{{"name": "{_NAME}", "arguments": {{"{_KEY}": "{_VALUE}"}}}}\s*</tool_call>')
+
+RenderTools = Callable[[list[dict[str, Any]], Sequence[dict[str, Any]]], str]  # turns and tools to text
+
+
+def call_head(name: str) -> str:
+    """What stands between the first tag and the arguments of a call."""
+    return f'\n{{"name": {json.dumps(name)}, "arguments": '
 
 
 class ToolFormat(NamedTuple):
     """arguments_as_object: the template writes the object's JSON itself, else it gets the text; content_as_parts: it
-    takes a tool's answer as a list of parts, else as one string."""
+    takes a tool's answer as a list of parts, else as one string; offers: it tells the model of tools, and writes calls
+    between `CALL_TAGS`, where they can be found in an answer."""
 
     arguments_as_object: bool
     content_as_parts: bool
+    offers: bool = False
 
     def call(self, call: ToolCall, broken: Callable[[str], str]) -> dict[str, Any]:
         """A call as the template gets it; `broken` is applied to every text."""
         arguments = _object(call.arguments) if self.arguments_as_object else call.arguments
-        function = {"name": broken(call.name), "arguments": _each_text(arguments, broken)}
+        function = {"name": broken(call.name), "arguments": each_text(arguments, broken)}
         return {"id": broken(call.call_id), "type": "function", "function": function}
 
 
-def tool_format(render: Render, question: dict[str, Any], answer: dict[str, Any]) -> ToolFormat | None:
+def tool_format(render: RenderTools, question: dict[str, Any], answer: dict[str, Any]) -> ToolFormat | None:
     """How the template of `render` takes tools; None when it leaves a call or its result out.
 
     question, answer: a turn of the user and an empty one of the assistant, as the template takes them.
@@ -41,17 +69,30 @@ def tool_format(render: Render, question: dict[str, Any], answer: dict[str, Any]
         call = found.call(ToolCall(_NAME, json.dumps({_KEY: _VALUE}), _ID), str)
         content = [{"type": "text", "text": PROBE}] if as_parts else PROBE
         result = {"role": "tool", "tool_call_id": _ID, "name": _NAME, "content": content}
+        turns = [question, answer | {"tool_calls": [call]}, result]
         try:
-            rendered = render([question, answer | {"tool_calls": [call]}, result])
+            rendered = render(turns, ())
         except UserError:
             continue
         if all(word in rendered for word in (_NAME, _KEY, _VALUE, PROBE)) and "'type'" not in rendered:
-            return found
+            return found._replace(offers=_WRITTEN.search(rendered) is not None and _offers(render, question))
     return None
 
 
-def check_tools(messages: Sequence[Message], found: ToolFormat | None) -> None:
-    """UserError names the first message that a template without tools would leave out."""
+def _offers(render: RenderTools, question: dict[str, Any]) -> bool:
+    """Whether the template writes what a function is called and takes."""
+    try:
+        rendered = render([question], (_PROBE_TOOL.definition,))
+    except UserError:
+        return False
+    return _NAME in rendered and _KEY in rendered
+
+
+def check_tools(messages: Sequence[Message], tools: Sequence[Tool], found: ToolFormat | None) -> None:
+    """UserError names what a template would leave out: tools, or the first message with a call or a result."""
+    if tools and (found is None or not found.offers):
+        text = "tools: this model's chat template tells it of none, or has its calls written in a way that is not read"
+        raise UserError(text, code="unsupported_field", param="tools")
     for number, message in enumerate(messages):
         if found is None and (message.tool_calls or message.role == "tool"):
             place = f"messages[{number}].{'tool_calls' if message.tool_calls else 'role'}"
@@ -65,24 +106,17 @@ def _object(arguments: str) -> Any:
         found = json.loads(arguments)
     except (ValueError, RecursionError):
         return arguments
-    return found if isinstance(found, dict) and _depth(found) <= DEEPEST else arguments
+    return found if isinstance(found, dict) and depth(found) <= DEEPEST else arguments
 
 
-def _depth(value: Any) -> int:
-    """Of lists and objects in each other; counted in layers, so that no depth is too deep to be counted."""
-    depth, layer = 0, [value]
-    while layer := [one for one in layer if isinstance(one, dict | list)]:
-        depth += 1
-        layer = [inner for one in layer for inner in (one.values() if isinstance(one, dict) else one)]
-    return depth
-
-
-def _each_text(value: Any, broken: Callable[[str], str]) -> Any:
+def each_text(value: Any, broken: Callable[[str], str]) -> Any:
+    """JSON with `broken` applied to its texts and keys, but not to the words that templates look for: what might
+    complete one of them to a reserved string stands beside it, and is broken."""
     match value:
         case str():
-            return broken(value)
+            return value if value in _WORDS else broken(value)
         case dict():
-            return {broken(key): _each_text(inner, broken) for key, inner in value.items()}
-        case list():
-            return [_each_text(inner, broken) for inner in value]
+            return {each_text(key, broken): each_text(inner, broken) for key, inner in value.items()}
+        case list() | tuple():
+            return [each_text(inner, broken) for inner in value]
     return value

@@ -1,0 +1,85 @@
+"""How much memory the KV cache gets: on a GPU what a measured largest step leaves, elsewhere a fixed share."""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+import torch
+
+from siglane.errors import UserError
+from siglane.families.model import VisionLanguageModel
+from siglane.lm.attention import SegmentAttention
+from siglane.types import PackedPatches
+
+logger = logging.getLogger(__name__)
+
+KV_BYTES_ON_CPU = 1 << 30
+SHARE_OF_GPU = 0.9
+GRAPH_BYTES = 512 << 20  # of decode steps' graphs, their logits among it
+
+
+class MemoryPlan(NamedTuple):
+    """Bytes. total: of the device; others: what is taken outside torch's allocator; peak: of weights and the largest
+    step; kv: what is left of `SHARE_OF_GPU`, without encoded images and graphs."""
+
+    total: int
+    others: int
+    peak: int
+    kv: int
+
+
+def kv_bytes(model: VisionLanguageModel, rows: LargestStep, feature_bytes: int) -> int:
+    """What the KV cache may take where nobody states it. UserError when a GPU is too small."""
+    device = model.language.norm.weight.device
+    if device.type != "cuda":
+        return KV_BYTES_ON_CPU
+    plan = plan_memory(device, measured_peak(model, rows), feature_bytes)
+    giga = [round(number / 1e9, 2) for number in plan]
+    logger.info("GPU memory in GB: %s in all, %s of others, %s at most in a step, %s for the KV cache", *giga)
+    return plan.kv
+
+
+class LargestStep(NamedTuple):
+    """patches of one packed forward, tokens of one step, rows whose next token is chosen."""
+
+    patches: int
+    tokens: int
+    running: int
+
+
+def plan_memory(device: torch.device, peak: int, feature_bytes: int) -> MemoryPlan:
+    """peak: bytes in torch's allocator during the largest step."""
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)
+    kv = int(total * SHARE_OF_GPU) - others - peak - feature_bytes - GRAPH_BYTES
+    if kv <= 0:
+        raise UserError(
+            f"{device} has {total / 1e9:.1f} GB, {(others + peak + feature_bytes) / 1e9:.1f} of them are needed beside "
+            "the KV cache; lower max_batch_tokens, max_batch_patches or feature_cache_bytes, or take fewer bits",
+            code="out_of_memory",
+        )
+    return MemoryPlan(total, others, peak, kv)
+
+
+@torch.inference_mode()
+def measured_peak(model: VisionLanguageModel, rows: LargestStep) -> int:
+    """Bytes that torch's allocator held at most while the largest forwards ran: the tower's, a prefill's without a
+    cache, the output head's with its logits in float32."""
+    language = model.language
+    device = language.norm.weight.device
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    if model.vision is not None:
+        encoder = model.vision.encoder
+        grid, size = encoder.tower.config.position_grid, encoder.tower.config.patch_dim
+        grids = (grid,) * max(1, rows.patches // grid.area)
+        patches = torch.zeros(sum(one.area for one in grids), size, dtype=encoder.dtype, device=device)
+        encoder.tower(PackedPatches(patches, grids))
+    tokens = torch.zeros(rows.tokens, dtype=torch.long, device=device)
+    embeds, places = language.embed_turned(tokens), torch.arange(rows.tokens, device=device)
+    hidden = language.decode(embeds, places, SegmentAttention([rows.tokens]))
+    language.logits(hidden[: rows.running]).float()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device)

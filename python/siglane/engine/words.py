@@ -1,0 +1,73 @@
+"""The numbers of one step on their way to the device: integers of the host, copied together, read as views."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+
+import numpy as np
+import torch
+
+from siglane.nn.device import host_memory
+
+
+class Written:
+    """Lists of i64 one behind another in host memory, pinned where the device copies from it by itself.
+
+    lengths: of each list. The memory is written again only when the copy has been made.
+    """
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        self.memory = host_memory((capacity,), torch.int64, device)
+        self.lengths: list[int] = []
+        self._numbers = self.memory.numpy()
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+
+    def write(self, lists: Sequence[Sequence[int]]) -> None:
+        """RuntimeError when they are more than the memory holds."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        self.lengths = [len(one) for one in lists]
+        count = sum(self.lengths)
+        if count > len(self._numbers):
+            raise RuntimeError(f"a step has {count} numbers, {len(self._numbers)} are planned for")
+        self._numbers[:count] = np.fromiter(chain.from_iterable(lists), np.int64, count)
+
+    def copy_to(self, memory: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Enqueues the copy to `memory` i64, as long at least -> each list where it lies there."""
+        count = sum(self.lengths)
+        views = memory[:count]
+        views.copy_(self.memory[:count], non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+        return views.split(self.lengths)
+
+
+class PageTable:
+    """i32 `[rows, columns]` on the device: the pages of each running sequence, a row each, `Sequence.table_row`.
+
+    Zeros, the scratch page, where nothing was written.
+    """
+
+    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+        self.pages = torch.zeros(rows, columns, dtype=torch.int32, device=device)
+        self._known: list[tuple[list[int], int]] = [([], 0)] * rows
+
+    def news(self, tables: Iterable[tuple[int, list[int]]]) -> tuple[list[int], list[int], list[int]]:
+        """Rows, columns and pages that the table does not have yet. tables: rows and their sequences' lists of pages,
+        which only grow: another list is another sequence, or one that runs again."""
+        rows, columns, pages = list[int](), list[int](), list[int]()
+        for row, table in tables:
+            known, count = self._known[row]
+            if known is not table:
+                count = 0
+            if count < len(table):
+                self._known[row] = table, len(table)
+                rows += [row] * (len(table) - count)
+                columns += range(count, len(table))
+                pages += table[count:]
+        return rows, columns, pages
+
+    def put(self, rows: torch.Tensor, columns: torch.Tensor, pages: torch.Tensor) -> None:
+        if len(pages):
+            self.pages.index_put_((rows, columns), pages.int())

@@ -1,0 +1,239 @@
+"""POST /v1/responses: OpenAI's Responses, without what needs a memory, as chats.
+
+    event: response.created
+    data: {"type": "response.created", "sequence_number": 0, "response": {...}}
+
+An answer is a list of items: its reasoning, messages and calls of functions, each of which is told of when it begins,
+while it grows and when it ends. One that fails ends with `response.failed`.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, Literal
+
+from fastapi import FastAPI, Request
+from pydantic import BaseModel
+
+from siglane.errors import EngineError, UserError
+from siglane.server.chat import Prepared, answered, note_answer, prepare
+from siglane.server.choices import ChoiceDelta, Choices
+from siglane.server.context import RequestContext, context_of
+from siglane.server.errors import JsonResponse
+from siglane.server.openapi import OF_A_BODY, events_of, examples, failures
+from siglane.server.protocol import ChatCompletionRequest, plain
+from siglane.server.response_items import Output
+from siglane.server.responses_protocol import (
+    ItemCall,
+    ItemCallOutput,
+    ItemImage,
+    ItemMessage,
+    ResponseReply,
+    ResponsesRequest,
+    ResponseUsage,
+)
+from siglane.server.served import ChatModel, Served
+from siglane.server.stream import KEEP_ALIVE, EventStream, named_event
+from siglane.server.translated import Translation
+from siglane.types import Usage
+
+RESPONSES = "/v1/responses"
+STORED_RESPONSES = (f"{RESPONSES}/{{response_id}}", f"{RESPONSES}/{{response_id}}/{{rest:path}}")
+NAMES = {
+    "max_completion_tokens": "max_output_tokens",
+    "max_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "response_format.json_schema.schema": "text.format.schema",
+    "messages": "input",
+}
+
+
+def translate(body: ResponsesRequest) -> tuple[Translation, ChatCompletionRequest]:
+    """UserError names the field of `body` that cannot be served."""
+    found = Translation(NAMES)
+    if body.instructions:
+        found.say("system", body.instructions, "instructions")
+    if isinstance(body.input, str):
+        found.say("user", body.input, "input")
+    else:
+        for number, item in enumerate(body.input):
+            _say(found, item, f"input[{number}]")
+    choice = plain(body.tool_choice)
+    chat = found.chat(
+        **body.passed,
+        model=body.model,
+        max_completion_tokens=body.max_output_tokens,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        response_format=_response_format(body),
+        tools=[{"type": "function", "function": _without_type(tool)} for tool in plain(body.tools) or ()] or None,
+        tool_choice={"type": "function", "function": _without_type(choice)} if isinstance(choice, dict) else choice,
+        parallel_tool_calls=body.parallel_tool_calls,
+    )
+    return found, chat
+
+
+def _say(found: Translation, item: Any, place: str) -> None:
+    match item:
+        case ItemMessage(role=role, content=str(text)):
+            found.say(role, text, place)
+        case ItemMessage(role=role, content=parts):
+            places = [f"{place}.content[{number}]" for number in range(len(parts))]
+            found.say(role, list(map(_part, parts)), place, places)
+        case ItemCall():
+            found.call(item.call_id, item.name, item.arguments, place)
+        case ItemCallOutput(output=output):
+            found.say("tool", plain(output), place, tool_call_id=item.call_id)
+
+
+def _part(part: Any) -> Any:
+    fields = plain(part)
+    if not isinstance(part, ItemImage):
+        return fields
+    url = {"url": fields.pop("image_url")}
+    return {"type": "image_url", "image_url": _without_type(fields) | url}
+
+
+def _without_type(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name != "type"}
+
+
+def _response_format(body: ResponsesRequest) -> dict[str, Any] | None:
+    wanted = None if body.text is None or body.text.format is None else body.text.format
+    if wanted is None:
+        return None
+    schema = {"schema": wanted.schema_, "name": wanted.name, "strict": wanted.strict}
+    stated = {name: value for name, value in schema.items() if value is not None}
+    return {"type": wanted.type} | ({"json_schema": stated} if wanted.type == "json_schema" else {})
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A response that can be asked for, and what is told of it. output: of it so far."""
+
+    body: ResponsesRequest
+    prepared: Prepared
+    model: ChatModel
+    response_id: str = field(default_factory=lambda: f"resp_{secrets.token_hex(12)}")
+    created: int = field(default_factory=lambda: int(time.time()))
+    output: Output = field(default_factory=Output)
+
+    def reply(self, choices: Choices | None = None, error: UserError | EngineError | None = None) -> ResponseReply:
+        """choices: once they have ended; error: why they never will."""
+        body, sampling = self.body, self.prepared.requests[0].sampling
+        status = "failed" if error else "in_progress" if choices is None else ending(choices)
+        code = "server_error" if error is None or error.status >= 500 else "invalid_prompt"
+        return {
+            "id": self.response_id,
+            "object": "response",
+            "created_at": self.created,
+            "completed_at": int(time.time()) if status == "completed" else None,
+            "status": status,
+            "background": False,
+            "error": None if error is None else {"code": code, "message": error.message},
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": body.metadata or {},
+            "model": self.model.name,
+            "output": [] if choices is None else self.output.items,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "previous_response_id": None,
+            "store": False,
+            "temperature": sampling.temperature,
+            "text": plain(body.text) or {"format": {"type": "text"}},
+            "tool_choice": plain(body.tool_choice) or "auto",
+            "tools": plain(body.tools) or [],
+            "top_p": sampling.top_p,
+            "truncation": "disabled",
+            "usage": None if choices is None else usage_of(choices.usage),
+        }
+
+
+def ending(choices: Choices) -> Literal["completed", "incomplete"]:
+    return "incomplete" if choices.answers[0].finish_reason == "length" else "completed"
+
+
+def usage_of(usage: Usage) -> ResponseUsage:
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "total_tokens": usage.total_tokens,
+    }
+
+
+async def respond(asked: Asked, context: RequestContext) -> ResponseReply:
+    """The whole response at once."""
+    choices = await answered(asked.prepared, context, asked.model, lambda delta: list(asked.output.take(delta)))
+    list(asked.output.end(ending(choices)))
+    return asked.reply(choices)
+
+
+class ResponseStream(EventStream):
+    """The same as events."""
+
+    def __init__(
+        self, chat: ChatCompletionRequest, asked: Asked, context: RequestContext, headers: Mapping[str, str]
+    ) -> None:
+        super().__init__(chat, asked.prepared, context, asked.model, headers)
+        self._asked, self._numbers = asked, count()
+
+    async def _events(self, choices: Choices) -> AsyncIterator[bytes]:
+        begun = False
+        async for delta in self._deltas(choices):
+            if delta is None:
+                yield KEEP_ALIVE
+                continue
+            if not begun:
+                yield self._of_all("response.created") + self._of_all("response.in_progress")
+                begun = True
+            yield b"".join(map(self._event, self._asked.output.take(delta)))
+        note_answer(choices, self._prepared, self._context, self._model)
+        status = ending(choices)
+        yield b"".join(map(self._event, self._asked.output.end(status))) + self._of_all(f"response.{status}", choices)
+
+    def _failure(self, error: Exception) -> bytes:
+        return self._event({"type": "response.failed", "response": self._asked.reply(error=self._failed(error))})
+
+    def _says_something(self, delta: ChoiceDelta) -> bool:
+        return bool(delta.text or delta.reasoning or delta.calls or delta.finish_reason)
+
+    def _of_all(self, kind: str, choices: Choices | None = None) -> bytes:
+        return self._event({"type": kind, "response": self._asked.reply(choices)})
+
+    def _event(self, content: Mapping[str, Any]) -> bytes:
+        return named_event(content["type"], {**content, "sequence_number": next(self._numbers)})
+
+
+def add_responses(
+    app: FastAPI, served: Served, model: ChatModel, note_ignored: Callable[[BaseModel], dict[str, str]]
+) -> None:
+    answers: dict[int | str, dict[str, Any]] = {
+        200: {"model": ResponseReply, "content": events_of("an event of a response")},
+        **failures(*OF_A_BODY),
+    }
+    shown = examples(
+        a_question={"model": model.name, "input": "What can you do?", "max_output_tokens": 16},
+        a_stream={"model": model.name, "input": "What can you do?", "max_output_tokens": 16, "stream": True},
+    )
+
+    @app.post(RESPONSES, responses=answers, response_model=None, openapi_extra=shown)
+    async def create_response(body: ResponsesRequest, request: Request) -> Any:
+        """Nothing is stored, whether `store` says so or is absent."""
+        context = context_of(request.scope)
+        served.check_name(body.model, model)
+        translation, chat = translate(body)
+        headers = note_ignored(chat)
+        with translation.telling():
+            async with context.turn:
+                prepared = await prepare(chat, context, model)
+        asked = Asked(body, prepared, model)
+        if body.stream:
+            return ResponseStream(chat, asked, context, headers)
+        return JsonResponse(await respond(asked, context), headers=headers)

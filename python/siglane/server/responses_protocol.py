@@ -1,0 +1,258 @@
+"""What clients send to and get from /v1/responses: OpenAI's Responses, in their stateless part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from typing_extensions import TypedDict  # pydantic reads no other on Python 3.11
+
+from siglane.errors import UserError
+from siglane.media.tools import MOST_TOOLS, NAME
+from siglane.server.fields import WHOLE, RequestModel
+from siglane.server.protocol import MAX_PARTS, TEXTS, Budgets, PlainText, RefusalPart, TextPart, content_tag
+from siglane.server.refused import refuse_fields
+from siglane.server.tool_fields import ChoiceWord, NamedFunction, choice_tag
+from siglane.types import SAMPLING_BOUNDS
+
+MAX_ITEMS = 2048
+# what asks for stored responses or for what a chat is asked otherwise, with the values that ask for nothing
+REFUSED: Mapping[str, tuple[object, ...]] = {
+    "background": (),
+    "context_management": (),
+    "conversation": (),
+    "logprobs": (),
+    "max_completion_tokens": (),
+    "max_tokens": (),
+    "messages": (),
+    "moderation": (),
+    "n": (1,),
+    "previous_response_id": (),
+    "prompt": (),
+    "response_format": (),
+    "stop": (),
+    "store": (),
+    "top_logprobs": (),
+    "truncation": ("disabled",),
+}
+LOGPROBS = "message.output_text.logprobs"
+
+
+class ItemImage(Budgets):
+    """detail and its neighbours: as in a chat's image_url."""
+
+    type: Literal["input_image"]
+    image_url: Annotated[str, Field(json_schema_extra={"format": "uri"})]
+
+
+def _kind(value: Any) -> Any:
+    return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+
+
+def _part_tag(part: Any) -> str:
+    return {"input_image": "#image", "refusal": "#refusal"}.get(str(_kind(part)), "#text")
+
+
+def _known(what: str, *kinds: object) -> BeforeValidator:
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and _kind(value) not in kinds:
+            message = f"{what} is of type {', '.join(str(kind) for kind in kinds if kind)}; nothing else is read"
+            raise UserError(message, code="unsupported_content_type", param="type")
+        return value
+
+    return BeforeValidator(check)
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("#text")] | Annotated[ItemImage, Tag("#image")] | Annotated[RefusalPart, Tag("#refusal")],
+    Discriminator(_part_tag),
+    _known("a content part", *TEXTS, "input_image", "refusal"),
+]
+
+
+Content = Annotated[
+    PlainText | Annotated[list[Part], Field(max_length=MAX_PARTS), Tag("#parts")], Discriminator(content_tag)
+]
+OutputPart = Annotated[TextPart, _known("an output part", *TEXTS)]
+Output = Annotated[
+    PlainText | Annotated[list[OutputPart], Field(max_length=MAX_PARTS), Tag("#parts")], Discriminator(content_tag)
+]
+
+
+class ItemMessage(RequestModel):
+    type: Literal["message"] | None = None
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Content
+
+
+class ItemCall(RequestModel):
+    """A call that an earlier response made."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+
+
+class ItemCallOutput(RequestModel):
+    type: Literal["function_call_output"]
+    call_id: str
+    output: Output
+
+
+class ItemReasoning(RequestModel):
+    """Of an earlier response: taken as it was sent, the model reads only answers."""
+
+    type: Literal["reasoning"]
+
+
+def _item_tag(item: Any) -> str:
+    kind = str(_kind(item))
+    return f"#{kind}" if kind in ("function_call", "function_call_output", "reasoning") else "#message"
+
+
+Item = Annotated[
+    Annotated[ItemMessage, Tag("#message")]
+    | Annotated[ItemCall, Tag("#function_call")]
+    | Annotated[ItemCallOutput, Tag("#function_call_output")]
+    | Annotated[ItemReasoning, Tag("#reasoning")],
+    Discriminator(_item_tag),
+    _known("an input item", None, "message", "function_call", "function_call_output", "reasoning"),
+]
+
+
+class FunctionTool(RequestModel):
+    """parameters: JSON schema of an object."""
+
+    type: Literal["function"]
+    name: Annotated[str, Field(pattern=NAME)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ChosenFunction(NamedFunction):
+    type: Literal["function"]
+
+
+Choice = Annotated[
+    Annotated[ChoiceWord, Tag("#word")] | Annotated[ChosenFunction, Tag("#function")], Discriminator(choice_tag)
+]
+
+
+class TextFormat(RequestModel):
+    """schema: of the type json_schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class TextConfig(RequestModel):
+    format: TextFormat | None = None
+
+
+class ResponsesRequest(RequestModel):
+    """Null means absent. Other fields of a chat completion, such as `seed` or `top_k`, mean what they mean there."""
+
+    model: str | None = None
+    input: Annotated[
+        Annotated[str, Field(min_length=1), Tag("#string")]
+        | Annotated[list[Item], Field(min_length=1, max_length=MAX_ITEMS), Tag("#parts")],
+        Discriminator(content_tag),
+    ]
+    instructions: str | None = None
+    stream: bool | None = None
+    max_output_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
+    temperature: Annotated[float, Field(ge=0, le=SAMPLING_BOUNDS["temperature"][1])] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    text: TextConfig | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MOST_TOOLS)] | None = None
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool | None = None
+    include: Annotated[list[str], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ResponsesRequest:
+        refuse_fields(self.model_extra or {}, REFUSED)
+        if LOGPROBS in (self.include or ()):
+            message = "log-probabilities are told by /v1/chat/completions; include cannot ask for them here"
+            raise UserError(message, code="unsupported_field", param="include")
+        return self
+
+    @property
+    def passed(self) -> dict[str, Any]:
+        """What a chat's request is asked by the same name."""
+        return {name: value for name, value in (self.model_extra or {}).items() if name not in REFUSED}
+
+
+class InputDetails(TypedDict):
+    cached_tokens: int
+    cache_write_tokens: int
+
+
+class OutputDetails(TypedDict):
+    reasoning_tokens: int
+
+
+class ResponseUsage(TypedDict):
+    input_tokens: int
+    input_tokens_details: InputDetails
+    output_tokens: int
+    output_tokens_details: OutputDetails
+    total_tokens: int
+
+
+class OutputItem(TypedDict):
+    """A message, a function_call or a reasoning, with the fields of its type."""
+
+    type: Literal["message", "function_call", "reasoning"]
+    id: str
+    status: Literal["in_progress", "completed", "incomplete"]
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[list[dict[str, Any]]]
+    summary: NotRequired[list[dict[str, Any]]]
+    call_id: NotRequired[str]
+    name: NotRequired[str]
+    arguments: NotRequired[str]
+
+
+class ResponseFailure(TypedDict):
+    code: str
+    message: str
+
+
+class IncompleteDetails(TypedDict):
+    reason: Literal["max_output_tokens"]
+
+
+class ResponseReply(TypedDict):
+    """store: nothing is."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    completed_at: int | None
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    background: Literal[False]
+    error: ResponseFailure | None
+    incomplete_details: IncompleteDetails | None
+    instructions: str | None
+    max_output_tokens: int | None
+    metadata: dict[str, str]
+    model: str
+    output: list[OutputItem]
+    parallel_tool_calls: bool
+    previous_response_id: None
+    store: Literal[False]
+    temperature: float
+    text: dict[str, Any]
+    tool_choice: Any
+    tools: list[dict[str, Any]]
+    top_p: float
+    truncation: Literal["disabled"]
+    usage: ResponseUsage | None

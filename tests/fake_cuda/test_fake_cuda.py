@@ -1,0 +1,228 @@
+"""The CUDA form of a step without a GPU: tensors that have a device and a shape, no numbers (torch's FakeTensorMode).
+
+Reading one back raises, as does mixing devices; what else would wait for the device or copy to it is counted. Needs a
+build of torch for CUDA (`make test-fake-cuda`); the build for CPUs does not know these devices.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from causal_lm_checkpoint import write_causal_lm_checkpoint
+from checkpoints import write_nvila_checkpoint
+from llava_onevision_checkpoint import write_llava_onevision_checkpoint
+from nanovlm_checkpoint import write_nanovlm_checkpoint
+from ovis2_5_checkpoint import write_ovis2_5_checkpoint
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from siglane.engine import kv as kv_module
+from siglane.engine import words
+from siglane.engine.attention import TorchKernels
+from siglane.engine.batch import Chunk, Sequence, StepBatch
+from siglane.engine.device import Device, finite
+from siglane.engine.kv import PagedKV
+from siglane.engine.limits import StepLimits
+from siglane.families.model import VisionLanguageModel
+from siglane.families.processor import Processor, load_processor
+from siglane.nn import rope
+from siglane.types import DecodedImage, ImagePart, ImagePatches, Message, Prompt, Request, SamplingParams
+from siglane.weights.hub import open_checkpoint
+
+pytestmark = [
+    pytest.mark.fake_cuda,
+    pytest.mark.skipif(torch.version.cuda is None, reason="needs a build of torch for CUDA: make test-fake-cuda"),
+]
+
+CUDA = torch.device("cuda", 0)
+PAGE = 16
+MOST_OPERATIONS = 41  # of a layer
+FAMILIES: dict[str, Callable[[Path], object]] = {
+    "nvila": write_nvila_checkpoint,
+    "ovis2_5": write_ovis2_5_checkpoint,
+    "nanovlm": write_nanovlm_checkpoint,
+    "llava_onevision": write_llava_onevision_checkpoint,
+    "causal_lm": write_causal_lm_checkpoint,
+}
+
+
+class Event:
+    """Of a stream that is not there."""
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+class Seen(TorchDispatchMode):
+    """Counts operations that are no views, and those between host and device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[str] = Counter()
+        self.copies: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [one for one in (*args, *(kwargs or {}).values(), result) if isinstance(one, torch.Tensor)]
+        if len({one.device.type for one in tensors if one.ndim}) > 1:
+            self.copies.append(str(func))
+        if not func.is_view:
+            self.operations[str(func)] += 1
+        return result
+
+
+class Lists(TorchFunctionMode):
+    """Counts what becomes a tensor of the device from Python's numbers, which is a copy that waits."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.tensor, torch.as_tensor) and torch.device(kwargs.get("device") or "cpu").type == "cuda":
+            self.count += 1
+        return func(*args, **kwargs)
+
+
+@dataclass
+class Rig:
+    """A family's model in bfloat16 on a device that is not there."""
+
+    mode: FakeTensorMode
+    processor: Processor
+    device: Device
+
+    def sequence(self, row: int, length: int, *images: ImagePatches) -> Sequence:
+        """Of `length` tokens, all but the last computed; with images the prompt that asks about them."""
+        prompt, ordered = Prompt(tuple(range(1, length + 1))), ()
+        if images:
+            parts = (*(ImagePart(number) for number in range(len(images))), "What is it?")
+            prompt = self.processor.prompt([Message("user", parts)], [image.layout for image in images])
+            ordered = prompt.in_order(images)
+        request = Request(str(row), prompt, SamplingParams(), 9, "", ordered)
+        sequence = Sequence.of(request, row, seed=0)
+        first = 1 + 40 * row
+        sequence.block_table = list(range(first, first + -(-len(sequence.token_ids) // PAGE)))
+        sequence.computed, sequence.table_row = (0 if images else length - 1), row
+        return sequence
+
+    def decoding(self, count: int) -> list[Chunk]:
+        return [Chunk(self.sequence(row, 30 + 20 * row), 29 + 20 * row, 30 + 20 * row) for row in range(count)]
+
+    def run(self, *chunks: Chunk) -> tuple[torch.Tensor, Seen]:
+        """Everything of a step but its result."""
+        with Lists() as lists:
+            plan = self.device.plan(StepBatch(chunks))
+            with self.mode, torch.inference_mode(), Seen() as seen:
+                logits = self.device.forward(plan)
+        assert lists.count == 0
+        return logits, seen
+
+
+@pytest.fixture(autouse=True)
+def _a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What asks the driver gets the answers of an H100."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(kv_module, "short_of_memory", lambda *_: torch.no_grad())
+    rope.rotary_frequencies.cache_clear()
+    yield
+    rope.rotary_frequencies.cache_clear()  # no other test gets tensors without numbers
+
+
+def build(folder: Path, write: Callable[[Path], object], records: bool = False) -> Rig:
+    write(folder)
+    processor = load_processor(open_checkpoint(folder))
+    mode, limits = FakeTensorMode(allow_non_fake_inputs=True), StepLimits(8, 4096, 64)
+    with mode, torch.device(CUDA), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(words, "host_memory", host_memory)
+        with default_dtype(torch.bfloat16):
+            model = VisionLanguageModel(processor.config).eval().requires_grad_(False)
+        language = model.language
+        kv = PagedKV(language.config, language.kv_heads, pages=400, page_size=PAGE, dtype=torch.bfloat16, device=CUDA)
+        device = Device(model, kv, TorchKernels(kv, records), limits, buckets=(1, 2, 4, 8) if records else ())
+    return Rig(mode, processor, device)
+
+
+def host_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A fake whose numbers, which only numpy writes, are real."""
+    memory, numbers = torch.empty(shape, dtype=dtype, device="cpu"), np.empty(shape, np.int64)
+    memory.numpy = lambda: numbers  # type: ignore[method-assign]
+    return memory
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Parameters that are fakes cannot be cast."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def picture(processor: Processor, seed: int, count: int) -> ImagePatches:
+    """One of `count` images of a prompt."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (70, 130, 3), dtype=np.uint8)
+    decoded = DecodedImage.from_rgb(pixels)
+    return processor.patches(decoded, processor.layouts([decoded.size] * count)[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tower_prefill_and_decode_stay_on_the_device(family: str, tmp_path: Path) -> None:
+    """Two prompts, each in a chunk, one behind a prefix; answers beside them."""
+    rig = build(tmp_path / family, FAMILIES[family])
+    vocabulary = rig.processor.config.language.vocab_size
+    images = []
+    if rig.processor.config.images is not None:
+        images = [picture(rig.processor, seed, 2) for seed in range(2)]
+    with rig.mode, torch.inference_mode():
+        rows = rig.device.encode(images) if images else ()
+        flags = finite(rows)
+    assert [tuple(one.shape) for one in rows] == [
+        (image.layout.rows, rig.processor.config.language.hidden_size) for image in images
+    ]
+    assert all(one.device == CUDA for one in (*rows, *([flags] if rows else [])))
+    reading = [rig.sequence(6, 40, *images), rig.sequence(7, 50)]
+    reading[0].features = dict(enumerate(rows))
+    reading[0].computed = 0
+    chunks = [
+        *rig.decoding(2),
+        Chunk(reading[0], 0, len(reading[0].token_ids)),
+        Chunk(reading[1], 20, 50),
+        *[chunk.with_guesses((3, 4)) for chunk in rig.decoding(3)[2:]],
+    ]
+    logits, _ = rig.run(*chunks)
+    assert (logits.device, tuple(logits.shape)) == (CUDA, (2 + 1 + 1 + 3, vocabulary))
+
+
+def test_a_decode_step_copies_its_numbers_and_nothing_else(tmp_path: Path) -> None:
+    rig = build(tmp_path / "nvila", write_nvila_checkpoint, records=True)
+    chunks = rig.decoding(3)
+    _, first = rig.run(*chunks)
+    logits, seen = rig.run(*chunks)
+    assert tuple(logits.shape) == (3, rig.processor.config.language.vocab_size)
+    assert seen.copies == ["aten.copy_.default"]
+    assert first.copies == seen.copies
+    assert first.operations["aten.index_put_.default"] == seen.operations["aten.index_put_.default"] + 1  # the pages
+
+
+def test_operations_of_a_layer_are_counted(tmp_path: Path) -> None:
+    """As many as torch's own kernels take; fused ones are to bring them to 16."""
+    counts = []
+    for layers in (2, 3):
+        rig = build(tmp_path / str(layers), partial(write_causal_lm_checkpoint, num_hidden_layers=layers), records=True)
+        rig.run(*rig.decoding(2))
+        counts.append(sum(rig.run(*rig.decoding(2))[1].operations.values()))
+    assert 16 < counts[1] - counts[0] <= MOST_OPERATIONS
