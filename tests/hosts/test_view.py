@@ -175,6 +175,12 @@ class TestWhatIsTaken:
         monkeypatch.setenv(OVERRIDE, "ovis2_5,nvila")
         assert view_of(root) is not None
 
+    def test_llava_in_its_authors_layout_when_asked(self, viewed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        root = str(viewed("llava_qwen, tower beside it").checkpoint.root)
+        assert view_of(root) is None
+        monkeypatch.setenv(OVERRIDE, "llava_qwen")
+        assert view_of(root) is not None
+
     @pytest.mark.parametrize("full", [False, True])
     def test_plain_towers_are_left(self, tmp_path: Path, views: Path, full: bool) -> None:
         write_siglip_checkpoint(tmp_path / "siglip", full=full)

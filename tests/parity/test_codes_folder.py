@@ -21,6 +21,7 @@ from causal_lm_checkpoint import write_causal_lm_checkpoint
 from checkpoints import write_nvila_checkpoint, write_siglip_checkpoint
 from idefics3_checkpoint import write_idefics3_checkpoint
 from llava_onevision_checkpoint import write_llava_onevision_checkpoint, write_relative
+from llava_qwen_checkpoint import write_llava_qwen_checkpoint
 from nanovlm_checkpoint import write_nanovlm_checkpoint
 from ovis2_5_checkpoint import write_ovis2_5_checkpoint
 from parity_kit import logits, patches_of, picture, spliced
@@ -52,6 +53,7 @@ CHAT: dict[str, Write] = {
     "NVILA, hf, Qwen3": partial(write_nvila_checkpoint, layout="hf", lite=False, qwen3=True, sharded=True),
     "LLaVA-OneVision, tied": partial(write_llava_onevision_checkpoint, tied=True),
     "Bee": partial(write_relative, name="bee"),
+    "LLaVA, its tower beside it": partial(write_llava_qwen_checkpoint, tower="beside"),
     "nanoVLM": partial(write_nanovlm_checkpoint, names="untied", own_tokenizer=False),
     "nanoVLM, stored as bfloat16": partial(write_nanovlm_checkpoint, dtype=torch.bfloat16),
     "SmolVLM2": write_idefics3_checkpoint,

@@ -234,6 +234,17 @@ def test_a_host_builds_the_same_model(tmp_path: Path) -> None:
         assert getattr(ours, name) == getattr(theirs, name), name
 
 
-def test_more_experts_of_a_token_than_there_are(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="num_experts_per_tok 6 is more than the 5 experts"):
-        experts(num_experts_per_tok=6)
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"num_experts_per_tok": 6}, "num_experts_per_tok 6 is more than the 5 experts"),
+        ({"num_experts": 1 << 24}, "num_experts 16777216 is more than 4096"),
+        ({"num_experts": -1}, "num_experts must be between 1 and"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step must be between 1 and"),
+        ({"mlp_only_layers": {"1": 2}}, "mlp_only_layers must be a list of layers"),
+        ({"norm_topk_prob": "yes"}, "norm_topk_prob must be bool"),
+    ],
+)
+def test_facts_that_are_no_models(facts: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        experts(**facts)

@@ -4,6 +4,7 @@ put together as LLaVA-NeXT's own code does where the two differ."""
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -19,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_llava_onevision import check_vision, their_inputs
 
+from siglane.cli.main import main
 from siglane.config.preprocess import LOCAL_DECODE
 from siglane.errors import ConfigError, WeightError
 from siglane.families.processor import load_processor
@@ -188,6 +190,15 @@ class TestTheTower:
         change_config(tmp_path, mm_vision_tower="nobody/other-siglip")
         with pytest.raises(ConfigError, match="write its path into mm_vision_tower"):
             image_facts(Checkpoint(tmp_path))
+
+    def test_a_folder_of_codes_has_it_inside(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        write_llava_qwen_checkpoint(tmp_path / "model", tower="beside")
+        words = ["quantize", str(tmp_path / "model"), "-o", str(tmp_path / "small"), "--quantization", "8bit"]
+        assert main(words) == 0, capsys.readouterr().err
+        assert [file.name for file in (tmp_path / "small").rglob("*.safetensors")] == ["model.safetensors"]
+        shutil.rmtree(tmp_path / "model")
+        model, processor = load(tmp_path / "small")
+        assert model.vision(patches_of(processor, [picture(*WIDE)])).embeds.isfinite().all()
 
     def test_a_tower_that_is_said_to_be_inside(self, tmp_path: Path) -> None:
         write_llava_qwen_checkpoint(tmp_path, tower="beside")

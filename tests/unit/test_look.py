@@ -40,6 +40,7 @@ from siglane.types import (
     Marker,
     MergedScales,
     Newline,
+    NewlinePlace,
     Pad,
     Piece,
     Resize,
@@ -225,6 +226,20 @@ def test_the_token_line_adds_up(name: str, line: str) -> None:
     assert token_lines(LAYOUTS[name])[0] == line
 
 
+@pytest.mark.parametrize(
+    ("place", "tokens", "line"),
+    [
+        ("tile", 40, "8 frames x 4 + 8 newlines = 40"),
+        ("row", 48, "8 frames x 4 + 16 newlines = 48"),
+        ("nowhere", 32, "8 frames x 4 = 32"),
+    ],
+)
+def test_newlines_are_counted_where_they_stand(place: NewlinePlace, tokens: int, line: str) -> None:
+    ends = Newline(Grid(2, 2), "average", place)
+    layout = replace(LAYOUTS["a video"], assembly=ends, pieces=(ImagePlaceholder(tokens),))
+    assert token_lines(layout)[0] == line
+
+
 def test_the_picture_lies_on_its_canvas_where_the_steps_put_it() -> None:
     layout = LAYOUTS["anyres with bars"]
     width, height, box = canvas_in_source(layout.tiles[1], layout.source)
@@ -303,7 +318,10 @@ def test_every_family_looks_at_a_strip(
     assert Image.open(tmp_path / "view.png").width > 1000
 
 
-@pytest.mark.parametrize(("name", "frames"), [("ovis2.5", 8), ("llava-onevision", 12), ("nvila", 8), ("smolvlm2", 12)])
+@pytest.mark.parametrize(
+    ("name", "frames"),
+    [("ovis2.5", 8), ("llava-onevision", 12), ("llava original", 12), ("nvila", 8), ("smolvlm2", 12)],
+)
 def test_a_video_is_looked_at_as_the_model_sees_it(
     name: str, frames: int, film_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

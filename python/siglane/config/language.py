@@ -15,6 +15,7 @@ NormDtype = Literal["float32", "input"]
 
 ROPE_SECTIONS = ("rope_scaling", "rope_parameters")  # of transformers 4 and 5
 DEFAULT_ROPE_THETA = 10000.0
+MOST_EXPERTS = 4096  # of a layer; each has names of its own, which are made before any file is read
 
 # what transformers' classes take for absent keys
 QWEN_SIZES = {
@@ -40,6 +41,8 @@ class ExpertsConfig:
     dense_layers: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        if self.count > MOST_EXPERTS:
+            raise ConfigError(f"num_experts {self.count} is more than {MOST_EXPERTS}; the configuration is no model's")
         if self.per_token > self.count:
             raise ConfigError(f"num_experts_per_tok {self.per_token} is more than the {self.count} experts")
 

@@ -29,6 +29,7 @@ from siglane.types import NewlinePlace, Pooling
 from siglane.vision.tower import tower_plan
 from siglane.weights.hub import Checkpoint, Source, open_checkpoint
 from siglane.weights.load import headers
+from siglane.weights.quantised import codes_format
 
 TOWER = "mm_vision_tower"
 INSIDE, BESIDE = "model.vision_tower.vision_tower.", "tower."  # what the names of the tower's tensors start with
@@ -108,7 +109,9 @@ class LlavaQwen(VlmFamily):
 
 
 def _holds_tower(checkpoint: Checkpoint, root: ConfigReader) -> bool:
-    """As the code tells it, and where a file has the tensors anyway: they are fine-tuned."""
+    """As the code tells it, and where a file has the tensors anyway: they are fine-tuned, or codes."""
+    if codes_format(checkpoint) is not None:
+        return True
     if root.value("unfreeze_mm_vision_tower", bool, False) or TOWER in root.value("mm_tunable_parts", str, ""):
         return True
     files = sorted(checkpoint.root.glob("model*.safetensors"))

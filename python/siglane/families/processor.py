@@ -217,4 +217,4 @@ def _is_qwen(folder: Checkpoint) -> bool:
     """As `AutoTokenizer` chooses: for Qwen2 whatever class is stated, for Qwen3 where none is."""
     stated = [found.value for found in tokenizer_classes(folder)][:1]
     kind = folder.optional("config.json").get("model_type")
-    return kind == "qwen2" or stated == ["Qwen2Tokenizer"] or (kind == "qwen3" and not stated)
+    return kind == "qwen2" or stated == ["Qwen2Tokenizer"] or (kind in ("qwen3", "qwen3_moe") and not stated)
