@@ -20,7 +20,7 @@ from siglane.engine.engine import Engine
 from siglane.engine.graphs import Recording
 from siglane.engine.kernels import Kernels
 from siglane.engine.kv import SCRATCH_PAGES, PagedKV
-from siglane.engine.words import PageTable, Written
+from siglane.engine.words import Held, PageTable, Written
 from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import load_processor
 from siglane.nn.cpu.optimise import optimise
@@ -204,13 +204,20 @@ def test_recorded_steps_are_replayed_and_have_the_same_bits(tiny: Tiny, prompts:
 
 def test_a_table_gets_what_is_new_and_forgets_who_left() -> None:
     table, first, second = PageTable(3, 8, torch.device("cpu")), [4, 5], [9]
-    assert table.news([(0, first), (2, second)]) == ([0, 0, 2], [0, 1, 0], [4, 5, 9])
-    assert table.news([(0, first), (2, second)]) == ([], [], [])
+
+    def put(*held: Held) -> tuple[list[int], list[int], list[int]]:
+        news = table.news(held)
+        assert table.news(held) == news  # known only when they are put
+        table.put(held, *(torch.tensor(numbers, dtype=torch.int64) for numbers in news))
+        assert table.news(held) == ([], [], [])
+        return news
+
+    assert put(Held(0, first, 2), Held(2, second, 1)) == ([0, 0, 2], [0, 1, 0], [4, 5, 9])
     first.append(6)
-    assert table.news([(0, first)]) == ([0], [2], [6])
-    assert table.news([(0, [4, 5, 6])]) == ([0] * 3, [0, 1, 2], [4, 5, 6])  # equal pages, another sequence
-    table.put(*(torch.tensor(numbers) for numbers in ([0, 2], [1, 0], [5, 9])))
-    assert table.pages.nonzero().tolist() == [[0, 1], [2, 0]]
+    assert put(Held(0, first, 3), Held(2, second, 1)) == ([0], [2], [6])
+    assert table.pages.tolist() == [[4, 5, 6, 0, 0, 0, 0, 0], [0] * 8, [9, *[0] * 7]]
+    assert put(Held(0, [4, 5, 7], 3)) == ([0] * 3, [0, 1, 2], [4, 5, 7])  # another sequence
+    assert table.pages[0, :3].tolist() == [4, 5, 7]
     assert table.pages.dtype == torch.int32
 
 

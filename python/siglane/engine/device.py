@@ -27,7 +27,7 @@ from siglane.engine.memory import LargestStep, kv_bytes
 from siglane.engine.readouts import Readouts, read
 from siglane.engine.sampler import SampledToken, sample
 from siglane.engine.scheduler import StepBudget
-from siglane.engine.words import PageTable, Written
+from siglane.engine.words import Held, PageTable, Written
 from siglane.errors import EngineError
 from siglane.families.model import VisionLanguageModel
 from siglane.families.splice import ImageRows, splice
@@ -74,14 +74,15 @@ def choose_kernels(choice: str, kv: PagedKV, language: QwenModel) -> Kernels:
 
 class StepPlan(NamedTuple):
     """One step as the host knows it. chunks: the first `decodes` are a row each; batch: the same in the order in which
-    they were planned; bucket: rows of a step that only decodes and is padded to so many; spans, images: what images
-    fill of the step's rows, and all rows of each."""
+    they were planned; bucket: rows of a step that only decodes and is padded to so many; written, held: its numbers,
+    and the pages that are new in them; spans, images: what images fill of the step's rows, and all rows of each."""
 
     chunks: tuple[Chunk, ...]
     batch: tuple[Chunk, ...]
     decodes: int
     bucket: int | None
     written: Written
+    held: list[Held]
     spans: list[ImageRows]
     images: list[torch.Tensor]
 
@@ -195,8 +196,9 @@ class Device:
         padded = decodes == len(chunks) and not spans and not any(chunk.wanted for chunk in chunks)
         bucket = next((size for size in self.buckets if size >= decodes), None) if padded else None
         written = next(self._turns)
-        written.write(self._numbers(chunks, decodes, 0 if bucket is None else bucket - decodes))
-        return StepPlan(chunks, batch.chunks, decodes, bucket, written, spans, images)
+        held = [Held(one.table_row, one.block_table, len(one.block_table)) for one, *_ in chunks]
+        written.write(self._numbers(chunks, decodes, 0 if bucket is None else bucket - decodes, held))
+        return StepPlan(chunks, batch.chunks, decodes, bucket, written, held, spans, images)
 
     def __call__(self, plan: StepPlan) -> Pending:
         """Enqueues the step. Running the same plan again gives the same."""
@@ -206,7 +208,7 @@ class Device:
         """Writes the step's keys and values."""
         tokens, positions, slots, rows, lengths, chosen, *others = plan.written.copy_to(self._words)
         prefill_rows, cu_seqlens_q, cu_seqlens_k, *news = others
-        self._table.put(*news)
+        self._table.put(plan.held, *news)
         if plan.bucket is not None:
             replay = self._replays.get(plan.bucket)
             logits = self._padded_logits(plan.bucket, plan.chunks) if replay is None else replay()
@@ -232,7 +234,7 @@ class Device:
     def _padding_alone(self, bucket: int) -> Callable[[], torch.Tensor]:
         """A step of so many rows that are nobody's."""
         written = next(self._turns)
-        written.write(self._numbers((), 0, bucket))
+        written.write(self._numbers((), 0, bucket, ()))
         written.copy_to(self._words)
         return partial(self._padded_logits, bucket)
 
@@ -254,7 +256,7 @@ class Device:
         )
         return self.model.language.decode(embeds, positions, attention)
 
-    def _numbers(self, chunks: tuple[Chunk, ...], decodes: int, padding: int) -> list[list[int]]:
+    def _numbers(self, chunks: tuple[Chunk, ...], decodes: int, padding: int, held: Sequence[Held]) -> list[list[int]]:
         """tokens, positions, slots; rows of the table and lengths of what decodes; rows that choose a token; of
         prefills the table's rows and where their queries and keys begin; what is new in the table: rows, columns,
         pages."""
@@ -273,7 +275,7 @@ class Device:
             [chunk.sequence.table_row for chunk in reading],
             [*starts_q],
             [*starts_k],
-            *self._table.news((chunk.sequence.table_row, chunk.sequence.block_table) for chunk in chunks),
+            *self._table.news(held),
         ]
 
 

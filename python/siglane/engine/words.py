@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,6 +44,14 @@ class Written:
         return views.split(self.lengths)
 
 
+class Held(NamedTuple):
+    """The first `used` pages of a sequence, which has `row` of the table."""
+
+    row: int
+    pages: list[int]
+    used: int
+
+
 class PageTable:
     """i32 `[rows, columns]` on the device: the pages of each running sequence, a row each, `Sequence.table_row`.
 
@@ -51,23 +60,23 @@ class PageTable:
 
     def __init__(self, rows: int, columns: int, device: torch.device) -> None:
         self.pages = torch.zeros(rows, columns, dtype=torch.int32, device=device)
-        self._known: list[tuple[list[int], int]] = [([], 0)] * rows
+        self._known = [Held(row, [], 0) for row in range(rows)]
 
-    def news(self, tables: Iterable[tuple[int, list[int]]]) -> tuple[list[int], list[int], list[int]]:
-        """Rows, columns and pages that the table does not have yet. tables: rows and their sequences' lists of pages,
-        which only grow: another list is another sequence, or one that runs again."""
+    def news(self, held: Iterable[Held]) -> tuple[list[int], list[int], list[int]]:
+        """Rows, columns and pages that the table does not have. A sequence's list of pages only grows: another list is
+        another sequence, or one that runs again."""
         rows, columns, pages = list[int](), list[int](), list[int]()
-        for row, table in tables:
-            known, count = self._known[row]
-            if known is not table:
-                count = 0
-            if count < len(table):
-                self._known[row] = table, len(table)
-                rows += [row] * (len(table) - count)
-                columns += range(count, len(table))
-                pages += table[count:]
+        for row, table, used in held:
+            known = self._known[row]
+            first = known.used if known.pages is table else 0
+            rows += [row] * (used - first)
+            columns += range(first, used)
+            pages += table[first:used]
         return rows, columns, pages
 
-    def put(self, rows: torch.Tensor, columns: torch.Tensor, pages: torch.Tensor) -> None:
+    def put(self, held: Iterable[Held], rows: torch.Tensor, columns: torch.Tensor, pages: torch.Tensor) -> None:
+        """The `news` of `held`, which are known only now: a step that failed before tells them again."""
         if len(pages):
             self.pages.index_put_((rows, columns), pages.int())
+            for one in held:
+                self._known[one.row] = one
