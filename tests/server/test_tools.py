@@ -395,6 +395,14 @@ def test_a_model_that_is_told_of_none_says_so(server: RunningServer) -> None:
         assert server.post(chat("x", **fields)).status_code == 200
 
 
+def test_where_nothing_is_said_to_a_model_tools_are_refused(caller: RunningServer) -> None:
+    text, pairs = {"prompt": "x", "max_tokens": 1}, {"query": "x", "items": ["y"], "labels": ["a", "b"]}
+    for path, asked in (("/v1/completions", text), ("/v1/score", pairs)):
+        assert caller.post_to(path, **asked).status_code == 200
+        for fields in ({"tools": BOTH}, {"tool_choice": "required"}):
+            assert_error(caller.post_to(path, **asked, **fields), 400, "unsupported_field", *fields)
+
+
 def test_the_document_tells_of_tools_where_they_are_read(server: RunningServer, caller: RunningServer) -> None:
     for one, told in ((server, False), (caller, True)):
         with one.http() as client:

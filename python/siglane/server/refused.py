@@ -44,6 +44,8 @@ REFUSED: Mapping[str, tuple[object, ...]] = {
     "stop_regex": (),
     "structural_tag": (),
     "suffix": (),
+    "tool_choice": ("none", "auto"),
+    "tools": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (),
     "web_search_options": (),
