@@ -180,6 +180,25 @@ class TestInABrowser:
         }
         page.close()
 
+    def test_a_tagger_alone_tags(self, browser: Any) -> None:
+        """Nothing is shown that it has no use for."""
+        spec = EngineSpec(str(demo_folder() / FOLDERS["demo-siglip"]), EngineConfig(device="cpu", threads=1))
+        with serving(config_of(), spec) as served, listening(served) as server:
+            served.engine.wait_ready()
+            visit = Visit(browser, server.url)
+            page = visit.page
+            page.set_input_files("#files", load_example().picture)
+            page.click("summary:has-text('Tags')")
+            page.fill("#labels", "red square\nfish")
+            page.wait_for_selector("#pictures li")
+            page.click("#tag")
+            page.wait_for_selector("#tags li:nth-child(2)")
+            assert page.inner_text("#tags li:first-child").startswith("hello.png: red square 0.")
+            shown = [page.is_visible(name) for name in ("#question", "#ask", "#sight", "#tooling", "#add")]
+            assert shown == [False, False, False, False, True]
+            assert visit.wrong == []
+            page.close()
+
     @pytest.mark.parametrize("scheme", ["light", "dark"])
     def test_it_is_accessible(self, scheme: str, demo: RunningServer, browser: Any) -> None:
         """axe-core finds nothing: labels, names, roles, contrast, in both schemes, every panel open."""

@@ -42,7 +42,7 @@ async function connect() {
     $("model").replaceChildren(...data.map((one) => element("option", one.id)));
     const chat = components.schemas.ChatCompletionRequest?.properties;
     $("composer").hidden = !chat && !paths["/v1/classify"];
-    $("ask").hidden = !chat;
+    for (const one of document.querySelectorAll("[data-chat]")) one.hidden = !chat;
     $("sight").hidden = !paths["/v1/images/view"];
     $("tagging").hidden = !paths["/v1/classify"];
     $("tooling").hidden = !chat?.tools;
@@ -93,6 +93,8 @@ function showPictures() {
 async function look() {
   const mine = ++sighted;
   $("program").value = ""; // it was another request's
+  await connected; // whether there is anything to see is the server's to tell
+  if (mine !== sighted) return;
   if ($("sight").hidden || !pictures.length) {
     $("counts").hidden = true;
     return;
