@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from siglane.nn.cpu.few_rows import LEAST
 from siglane.nn.cpu.int8 import Turn
+from siglane.nn.cpu.memory import in_large_pages
 from siglane.nn.cpu.sealed import Sealed
 
 GROUP_SIZES = (32, 64, 128)
@@ -100,6 +101,7 @@ class Int4Linear(Sealed):
         self.codes = torch.empty_like(made.pairs)
         for pairs, into in zip(made.pairs.split(PACKED_ROWS), self.codes.split(PACKED_ROWS), strict=True):
             into.copy_(pack_pairs(pairs))
+        in_large_pages(self.codes)
         scale, zero = made.scale.T, made.zero.T
         self.scales = torch.stack((scale, (MIDDLE - zero.bfloat16()) * scale), -1)  # [groups, N, 2]
 
