@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from siglane.engine.attention import EagerKernels, TorchKernels
+from siglane.engine.attention_compiled import compiled_kernels
 from siglane.engine.attention_runs import RunKernels
 from siglane.engine.batch import Chunk, StepBatch
 from siglane.engine.graphs import Capture, buckets_up_to, capture_on_cuda, record
@@ -64,7 +65,9 @@ def choose_kernels(choice: str, kv: PagedKV) -> Kernels:
     """choice: auto, torch or eager."""
     if choice == "eager":
         return EagerKernels(kv)
-    return RunKernels(kv) if kv.keys.device.type == "cpu" else TorchKernels(kv)
+    if kv.keys.device.type == "cpu":
+        return compiled_kernels(kv) or RunKernels(kv)
+    return TorchKernels(kv)
 
 
 class StepPlan(NamedTuple):

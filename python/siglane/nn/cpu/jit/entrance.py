@@ -9,6 +9,7 @@ import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from siglane.nn.cpu.jit.calls import Heads
     from siglane.nn.cpu.jit.layer import FewRows
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,17 @@ def few_rows() -> type[FewRows] | None:
 
     logger.info("few rows of 8-bit weights: by loops that LLVM %s compiles", binding.llvm_version_info[0])
     return FewRows
+
+
+@functools.cache
+def heads(head_dim: int) -> Heads | None:
+    """The same for what lies between products: rotary positions, the paged cache, attention; None for heads that are no
+    whole registers too."""
+    if head_dim % 32 or head_dim > 256 or few_rows() is None:
+        return None
+    from siglane.nn.cpu.jit.calls import Heads
+
+    return Heads(head_dim)
 
 
 def _has_threads() -> bool:

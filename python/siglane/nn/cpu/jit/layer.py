@@ -99,6 +99,6 @@ class _Functions(NamedTuple):
 
 @functools.cache
 def _functions() -> _Functions:
-    owner = Compiled(rows_module(), "GOMP_parallel")
+    owner = Compiled(rows_module())
     arguments = (*[ADDRESS] * 5, COUNT, COUNT)
     return _Functions({kind.name: owner.function(kind.name, *arguments) for kind in KINDS}, owner)

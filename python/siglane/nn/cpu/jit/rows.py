@@ -12,14 +12,12 @@ from llvmlite import ir
 
 from siglane.nn.cpu.few_rows import LEAST, LEVELS, MIDDLE, WHOLE, WIDE_LEVELS
 from siglane.nn.cpu.int8_packing import OUTPUTS
-from siglane.nn.cpu.jit.code import BYTE, FLOAT, I32, I64, POINTER, VOID, Code, Struct
+from siglane.nn.cpu.jit.code import BYTE, FLOAT, I32, I64, POINTER, VOID, Code, Struct, exp2, in_threads
 from siglane.nn.cpu.jit.product import LAYER, BlockProduct
 
 MOST = 32  # rows of one call: of more oneDNN's product takes less time
 BITS = {False: MIDDLE, True: MIDDLE * 256 + MIDDLE}  # of the code of zero, by `wide`
 CALL = Struct(layer=POINTER, y=POINTER, residual=POINTER, codes=POINTER, scales=POINTER, rows=I64, next=I64)
-# 2^x between -0.5 and 0.5, within 2e-7: Taylor's series
-EXP2 = tuple(math.log(2) ** power / math.factorial(power) for power in range(7))
 
 
 @dataclass(frozen=True)
@@ -40,13 +38,12 @@ def rows_module() -> ir.Module:
     `[2 * rows, stride]`, rows, threads."""
     module = ir.Module("rows")
     block = BlockProduct(module).function
-    parallel = ir.Function(module, ir.FunctionType(VOID, [POINTER, POINTER, I32, I32]), "GOMP_parallel")
     for kind in KINDS:
-        _layer(module, kind, _encode(module, kind), _work(module, kind, block, _finish(module, kind)), parallel)
+        _layer(module, kind, _encode(module, kind), _work(module, kind, block, _finish(module, kind)))
     return module
 
 
-def _layer(module: ir.Module, kind: Kind, encode: ir.Function, work: ir.Function, parallel: ir.Function) -> None:
+def _layer(module: ir.Module, kind: Kind, encode: ir.Function, work: ir.Function) -> None:
     code, made = Code.begin(module, kind.name, VOID, *[POINTER] * 5, I64, I64)
     layer, x, y, residual, codes, rows, threads = made.args
     inputs, stride = LAYER.get(code, layer, "inputs"), LAYER.get(code, layer, "stride")
@@ -58,11 +55,7 @@ def _layer(module: ir.Module, kind: Kind, encode: ir.Function, work: ir.Function
         code.put(code.call(encode, [layer, line, high, low]), scales, row)
     for name, value in zip(CALL.names, (layer, y, residual, codes, scales, rows, I64(0)), strict=True):
         CALL.put(code, value, call, name)
-    with code.if_else(code.icmp_signed(">", threads, I64(1))) as (several, one):
-        with several:
-            code.call(parallel, [work, call, code.trunc(threads, I32), I32(0)])
-        with one:
-            code.call(work, [call])
+    in_threads(code, work, call, threads)
     code.ret_void()
 
 
@@ -105,18 +98,11 @@ def _work(module: ir.Module, kind: Kind, multiply: ir.Function, finish: ir.Funct
     others = code.at(sums, code.mul(rows, I64(OUTPUTS)), I32)  # of the low bytes, or of what a gate is multiplied with
     if kind.gated:
         blocks = code.sdiv(blocks, I64(2))
-    take, go, stop = (code.append_basic_block() for _ in range(3))
-    code.branch(take)
-    code.position_at_end(take)
-    block = code.atomic_rmw("add", CALL.address(code, call, "next"), I64(1), "monotonic")
-    code.cbranch(code.icmp_signed("<", block, blocks), go, stop)
-    code.position_at_end(go)
-    code.call(multiply, [layer, block, codes, code.mul(rows, I64(2)) if kind.wide else rows, sums])
-    if kind.gated:
-        code.call(multiply, [layer, code.add(block, blocks), codes, rows, others])
-    code.call(finish, [call, block, sums, others])
-    code.branch(take)
-    code.position_at_end(stop)
+    with code.taken(CALL.address(code, call, "next"), blocks) as block:
+        code.call(multiply, [layer, block, codes, code.mul(rows, I64(2)) if kind.wide else rows, sums])
+        if kind.gated:
+            code.call(multiply, [layer, code.add(block, blocks), codes, rows, others])
+        code.call(finish, [call, block, sums, others])
     code.ret_void()
     return made
 
@@ -172,12 +158,5 @@ class _Scaled:
 
 
 def silu(code: Code, x: ir.Value) -> ir.Value:
-    """`x / (1 + e^-x)`. e^-x is a power of two: its whole part goes into a float's exponent, its rest into a series."""
-    power = code.fmul(x, FLOAT(-math.log2(math.e)))
-    power = code.intrinsic("llvm.minnum", FLOAT, code.intrinsic("llvm.maxnum", FLOAT, power, FLOAT(-126)), FLOAT(126))
-    whole = code.intrinsic("llvm.rint", FLOAT, power)
-    rest, value = code.fsub(power, whole), FLOAT(EXP2[-1])
-    for factor in reversed(EXP2[:-1]):
-        value = code.intrinsic("llvm.fma", FLOAT, value, rest, FLOAT(factor))
-    bits = code.add(code.bitcast(value, I32), code.shl(code.fptosi(whole, I32), I32(23)))
-    return code.fdiv(x, code.fadd(FLOAT(1), code.bitcast(bits, FLOAT)))
+    """`x / (1 + e^-x)`"""
+    return code.fdiv(x, code.fadd(FLOAT(1), exp2(code, code.fmul(x, FLOAT(-math.log2(math.e))))))
