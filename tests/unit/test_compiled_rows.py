@@ -1,4 +1,4 @@
-"""Few rows of 8-bit layers in one compiled call, against the same arithmetic in float64."""
+"""Few rows of 8-bit and 4-bit layers in one compiled call, against the same arithmetic in float64."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from siglane.nn.cpu import int8_packing, memory
+from siglane.nn.cpu.int4 import Int4Linear, unpacked
 from siglane.nn.cpu.int8 import CentredInt8Linear, Int8Codes, Int8Weight, WideInt8Linear
 from siglane.nn.cpu.jit.entrance import few_rows
 from siglane.nn.cpu.memory import in_large_pages
@@ -118,6 +119,31 @@ def test_several_threads_may_use_one_layer() -> None:
     expected = [made(x) for x in inputs]
     with ThreadPoolExecutor(4) as pool:
         assert all(map(torch.equal, pool.map(made, inputs), expected))
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("group_size", [32, 64])
+@pytest.mark.parametrize("shape", [(64, 64), (130, 100), (1024, 544)])
+def test_four_bits_are_a_float_product(shape: tuple[int, int], group_size: int) -> None:
+    outputs, inputs = shape
+    made = Int4Linear(torch.randn(shape), torch.randn(outputs), group_size=group_size, eps=0.25)
+    assert made.few is not None
+    weight = unpacked(made.codes, made.scales, group_size).double()[:inputs, :outputs]
+    for rows in (1, 3, 4, 9, made.few.most):
+        x, residual = torch.randn(rows, inputs), torch.randn(rows, outputs)
+        normed = F.rms_norm(x, (inputs,), eps=0.25).bfloat16().double()
+        expected = normed @ weight
+        tolerance = 2**-8 * expected.abs() + 0.05  # a value between two of bfloat16 may become either
+        assert (made.added(x, residual) - (residual + expected + made.bias)).abs().le(tolerance).all()
+        if outputs % 128 == 0:
+            gate, up = (expected + made.bias).chunk(2, 1)
+            assert torch.allclose(made.gated(x).double(), F.silu(gate) * up, rtol=0.05, atol=0.5)
+    x[1] = torch.nan
+    found = made(x)
+    assert found[1].isnan().all()
+    assert found[[0, 2]].isfinite().all()
+    assert torch.equal(made(x[2:3])[0], found[2])
 
 
 def test_gradients_are_refused() -> None:

@@ -126,7 +126,7 @@ class QuantisedColumn(nn.Module):
         return self.tp.all_gather(y) if self.gather_output else y
 
     def gated(self, x: torch.Tensor) -> torch.Tensor:
-        if isinstance(self.linear, Int8Weight) and not self.gather_output:
+        if isinstance(self.linear, Int8Weight | Int4Linear) and not self.gather_output:
             return self.linear.gated(x)
         return swiglu(self(x))
 
@@ -153,7 +153,7 @@ class QuantisedRow(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def added(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        if isinstance(self.linear, Int8Weight) and self.dtype is None and self.tp.size == 1:
+        if isinstance(self.linear, Int8Weight | Int4Linear) and self.dtype is None and self.tp.size == 1:
             return self.linear.added(x, residual)
         return residual + self(x)
 

@@ -135,7 +135,7 @@ class Int8Weight(Sealed):
 
     def _compile(self, rows: Literal["centred", "wide"], eps: float | None = None) -> None:
         if self._ordered and (kind := few_rows()) is not None:
-            self.few = kind(rows, self.packed, self.scale, self.bias, self.inputs, eps)
+            self.few = kind.eight(rows, self.packed, self.scale, self.bias, self.inputs, eps)
 
     def _product(
         self, codes: torch.Tensor, zero: int = 0, scale: float = 1.0, bias: torch.Tensor | None = None

@@ -6,6 +6,7 @@ A thread takes one block of outputs after another, so that none waits for one th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llvmlite import ir
@@ -13,7 +14,8 @@ from llvmlite import ir
 from siglane.nn.cpu.few_rows import LEAST, LEVELS, MIDDLE, WHOLE, WIDE_LEVELS
 from siglane.nn.cpu.int8_packing import OUTPUTS
 from siglane.nn.cpu.jit.code import BYTE, FLOAT, I32, I64, POINTER, VOID, Code, Struct, exp2, in_threads
-from siglane.nn.cpu.jit.product import LAYER, BlockProduct
+from siglane.nn.cpu.jit.four import as_bfloat16, write_four, write_rounded
+from siglane.nn.cpu.jit.product import LAYER, write_eight
 
 MOST = 32  # rows of one call: of more oneDNN's product takes less time
 BITS = {False: MIDDLE, True: MIDDLE * 256 + MIDDLE}  # of the code of zero, by `wide`
@@ -23,23 +25,26 @@ CALL = Struct(layer=POINTER, y=POINTER, residual=POINTER, codes=POINTER, scales=
 @dataclass(frozen=True)
 class Kind:
     """wide: rows of two bytes a value, all high ones and then all low ones; gated: the first half of the results goes
-    through SiLU and is multiplied with the second."""
+    through SiLU and is multiplied with the second; four: weights of 4 bits, rows of floats."""
 
     name: str
+    four: bool = False
     wide: bool = False
     gated: bool = False
 
 
 KINDS = (Kind("centred"), Kind("wide", wide=True), Kind("gated", gated=True))
+FOURS = (Kind("four", four=True), Kind("four_gated", four=True, gated=True))
 
 
-def rows_module() -> ir.Module:
-    """For each kind a function of its name: layer, x float32 `[rows, K]`, y, residual like y or null, room for codes u8
-    `[2 * rows, stride]`, rows, threads."""
+def rows_module(kinds: Sequence[Kind]) -> ir.Module:
+    """For each kind, all of as many bits, a function of its name: layer, x float32 `[rows, K]`, y, residual like y or
+    null, room for codes `[2 * rows, stride]`, rows, threads."""
     module = ir.Module("rows")
-    block = BlockProduct(module).function
-    for kind in KINDS:
-        _layer(module, kind, _encode(module, kind), _work(module, kind, block, _finish(module, kind)))
+    multiply = write_four(module) if kinds[0].four else write_eight(module)
+    for kind in kinds:
+        encode = write_rounded(module, kind.name) if kind.four else _encode(module, kind)
+        _layer(module, kind, encode, _work(module, kind, multiply, _finish(module, kind)))
     return module
 
 
@@ -149,11 +154,13 @@ class _Scaled:
     def __call__(self, sums: ir.Value, low: ir.Value, place: ir.Value, first: ir.Value) -> ir.Value:
         """sums and low: of a block that begins with output `first`."""
         code, output = self.code, self.code.add(first, place)
+        scale, bias = (code.get(LAYER.get(code, self.layer, name), output, FLOAT) for name in ("scale", "bias"))
+        if self.kind.four:
+            return code.fadd(as_bfloat16(code, code.get(sums, place, FLOAT)), bias)  # as many rows come out
         total = code.sitofp(code.get(sums, place, I32), FLOAT)
         if self.kind.wide:
             rest = code.sitofp(code.get(low, place, I32), FLOAT)
             total = code.intrinsic("llvm.fma", FLOAT, total, FLOAT(256), rest)
-        scale, bias = (code.get(LAYER.get(code, self.layer, name), output, FLOAT) for name in ("scale", "bias"))
         return code.intrinsic("llvm.fma", FLOAT, total, code.fmul(scale, self.factor), bias)
 
 
