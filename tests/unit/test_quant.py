@@ -332,10 +332,11 @@ def test_weight_only_by_a_library(kind: quant.Bits) -> None:
 def test_codes_are_packed_as_onednn_packs_them(shape: tuple[int, int]) -> None:
     """The first weight of a shape by oneDNN, the next by ourselves, of any place in memory."""
     drawn_codes = [torch.randint(-127, 128, shape, dtype=torch.int8) for _ in range(2)]
-    first = int8_packing.pack_codes(drawn_codes[0])
+    first, _ = int8_packing.pack_codes(drawn_codes[0])
     codes = torch.cat((torch.zeros(1, dtype=torch.int8), drawn_codes[1].flatten()))[1:].view(shape)
     assert int8_packing._known[shape] is first, "oneDNN keeps weights in another order here"
-    ours, theirs = int8_packing.pack_codes(codes), torch.ops.onednn.qlinear_prepack(codes, None)
+    (ours, ordered), theirs = int8_packing.pack_codes(codes), torch.ops.onednn.qlinear_prepack(codes, None)
+    assert ordered
     assert bytes_of(ours) == bytes_of(theirs)
     assert torch.equal(int8_packing.sums(ours, *shape), codes.sum(1, dtype=torch.int32))
     assert int8_packing.holds(ours, codes)

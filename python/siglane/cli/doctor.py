@@ -135,7 +135,7 @@ def _packages() -> Iterator[Check]:
 
 def _extras() -> Iterator[Check]:
     requirements = list(_requirements())
-    for extra in ("server", "cuda", "sglang"):
+    for extra in ("server", "cpu", "cuda", "sglang"):
         missing = [name for name, _, of in requirements if of == extra and _version(name) is None]
         if missing:
             yield Check(f"extra {extra}", "note", f"not installed; pip install 'siglane[{extra}]'")

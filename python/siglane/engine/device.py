@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from siglane.engine.attention import EagerKernels, TorchKernels
+from siglane.engine.attention_compiled import compiled_kernels
 from siglane.engine.attention_cuda import tried_kernels
 from siglane.engine.attention_runs import RunKernels
 from siglane.engine.batch import Chunk, StepBatch
@@ -68,7 +69,7 @@ def choose_kernels(choice: str, kv: PagedKV, language: QwenModel) -> Kernels:
     if choice == "eager":
         return EagerKernels(kv)
     if kv.keys.device.type == "cpu":
-        return RunKernels(kv)
+        return (compiled_kernels(kv) if choice == "auto" else None) or RunKernels(kv)
     return TorchKernels(kv) if choice == "torch" else tried_kernels(Shape.of(language, kv), kv)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from siglane.config.language import LanguageConfig
 from siglane.errors import UserError
+from siglane.nn.cpu.memory import in_large_pages
 from siglane.nn.device import short_of_memory
 
 FREE = re.compile(rb"\x00+")
@@ -40,6 +41,9 @@ class PagedKV:
         with short_of_memory(size, device, shortage):
             self.keys = torch.zeros(shape, dtype=dtype, device=device)
             self.values = torch.zeros(shape, dtype=dtype, device=device)
+        if device.type == "cpu":
+            for cache in (self.keys, self.values):
+                in_large_pages(cache, filled=False)
         self.slots = tuple((k.flatten(0, 1), v.flatten(0, 1)) for k, v in zip(self.keys, self.values, strict=True))
         self.all_by_head = tuple(x.flatten(1, 2).transpose(1, 2)[:, None] for x in (self.keys, self.values))
         self.page_size, self.tokens = page_size, tokens

@@ -41,6 +41,10 @@ class SparseMLP(nn.Module):
                 y = y.index_add(0, tokens, rows.to(y.dtype))
         return self.tp.all_reduce(y)
 
+    def added(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """`residual + self(x)`"""
+        return residual + self(x)
+
     def routed(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights, in the dtype of x, and numbers of each token's experts, both `[T, per_token]`."""
         probabilities = linear(x, self.router).softmax(-1, dtype=torch.float32)

@@ -49,14 +49,17 @@ class DecoderAttention(nn.Module):
         self.k_norm = norm(head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.rotation = Rotation(head_dim)
 
-    def forward(self, x: torch.Tensor, rotary: Rotary, attention: LayerAttention) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, rotary: Rotary, attention: LayerAttention, residual: torch.Tensor
+    ) -> torch.Tensor:
+        """residual: is added."""
         heads, kv_heads = self.qkv.heads, self.qkv.kv_heads
         turning, v = self.qkv.together(x).split([heads + kv_heads, kv_heads], 1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = turning.split([heads, kv_heads], 1)
             turning = torch.cat((self.q_norm(q), self.k_norm(k)), 1)
         q, k = self.rotation(turning, *rotary).split([heads, kv_heads], 1)
-        return self.o_proj(attention(self.layer, q, k, v).flatten(1))
+        return self.o_proj.added(attention(self.layer, q, k, v).flatten(1), residual)
 
 
 class DecoderMLP(nn.Module):
@@ -66,11 +69,15 @@ class DecoderMLP(nn.Module):
         super().__init__()
         sections = {"gate": config.intermediate_size, "up": config.intermediate_size}
         self.gate_up = ColumnParallelLinear(config.hidden_size, sections, bias=config.mlp_bias, tp=tp)
-        self.gated = SwiGLU()
+        self.swiglu = SwiGLU()
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias, tp=tp)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.gated(self.gate_up(x)))
+        return self.down_proj(self.gate_up.gated(x, self.swiglu))
+
+    def added(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """`residual + self(x)`"""
+        return self.down_proj.added(self.gate_up.gated(x, self.swiglu), residual)
 
 
 class DecoderBlock(nn.Module):
@@ -82,13 +89,13 @@ class DecoderBlock(nn.Module):
         self.attention = DecoderAttention(config, layer, tp, norm)
         self.post_attention_norm = norm(config.hidden_size, config.rms_norm_eps)
         if config.experts is not None and config.experts.at(layer):
-            self.mlp: nn.Module = SparseMLP(config.hidden_size, config.experts, tp)
+            self.mlp: SparseMLP | DecoderMLP = SparseMLP(config.hidden_size, config.experts, tp)
         else:
             self.mlp = DecoderMLP(config, tp)
 
     def forward(self, x: torch.Tensor, rotary: Rotary, attention: LayerAttention) -> torch.Tensor:
-        x = x + self.attention(self.input_norm(x), rotary, attention)
-        return x + self.mlp(self.post_attention_norm(x))
+        x = self.attention(self.input_norm(x), rotary, attention, x)
+        return self.mlp.added(self.post_attention_norm(x), x)
 
 
 class QwenModel(nn.Module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from siglane.nn.act import SwiGLU
 from siglane.nn.cpu.product import linear
 from siglane.nn.parallel import TensorParallel
 from siglane.types import Activation
@@ -81,6 +82,10 @@ class ColumnParallelLinear(ShardedModule):
         y = linear(x, self.weight, self.bias, activation)
         return self.tp.all_gather(y) if self.gather_output else y
 
+    def gated(self, x: torch.Tensor, swiglu: SwiGLU) -> torch.Tensor:
+        """Of two sections of equal size, the gate first."""
+        return swiglu(self(x))
+
     def parts(self, name: str) -> tuple[str, ...]:
         return tuple(self.sections)
 
@@ -114,6 +119,10 @@ class RowParallelLinear(ShardedModule):
             return linear(x, self.weight, self.bias)
         y = self.tp.all_reduce(linear(x, self.weight))
         return y if self.bias is None else y + self.bias
+
+    def added(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """`residual + self(x)`"""
+        return residual + self(x)
 
     def load_part(self, name: str, part: str, tensor: torch.Tensor) -> None:
         if name == "bias":

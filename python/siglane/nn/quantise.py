@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from siglane.errors import ConfigError, UserError
-from siglane.nn.act import activate
+from siglane.nn.act import SwiGLU, activate
 from siglane.nn.cpu.few_rows import LEAST
 from siglane.nn.cpu.int4 import Int4Codes, Int4Linear, has_packed_products
-from siglane.nn.cpu.int8 import Int8Codes, Int8Linear, has_integer_products
+from siglane.nn.cpu.int8 import Int8Codes, Int8Linear, Int8Weight, has_integer_products
 from siglane.nn.cpu.int8_block import CodedMLP, CodedNorm, CodedRows, attention_dtype, coded_product, consume_centred
 from siglane.nn.encoder import EncoderBlock
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
@@ -125,6 +125,11 @@ class QuantisedColumn(nn.Module):
             y = activate(y, activation)
         return self.tp.all_gather(y) if self.gather_output else y
 
+    def gated(self, x: torch.Tensor, swiglu: SwiGLU) -> torch.Tensor:
+        if isinstance(self.linear, Int8Weight | Int4Linear) and not self.gather_output:
+            return self.linear.gated(x)
+        return swiglu(self(x))
+
 
 class QuantisedRow(nn.Module):
     """`RowParallelLinear` whose product is `linear`'s, which adds the bias where the layer is whole. Every rank has the
@@ -146,6 +151,11 @@ class QuantisedRow(nn.Module):
         if self.tp.size > 1:
             y = self.tp.all_reduce(y)
         return y if self.bias is None else y + self.bias
+
+    def added(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.linear, Int8Weight | Int4Linear) and self.dtype is None and self.tp.size == 1:
+            return self.linear.added(x, residual)
+        return residual + self(x)
 
 
 class QuantisedQKV(nn.Module):

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from siglane.nn.cpu.jit.entrance import heads
 from siglane.types import Grid, RopeScaling
 
+FEW = 32  # rows that one compiled call turns in less time than torch's
 Rotary = tuple[torch.Tensor, torch.Tensor]  # cos and sin, each `[T, 1, head_dim]`, the first half of sin negated
 
 
@@ -67,11 +69,19 @@ def rotary_tables_2d(grids: Sequence[Grid], head_dim: int, theta: float, device:
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x: `[T, heads, head_dim]`; pairs are (i, i + head_dim / 2), cos and sin as in `Rotary`."""
+    if x.shape[0] <= FEW and x.dtype == torch.float32 and _plain(x) and (compiled := heads(x.shape[-1])) is not None:
+        return compiled.turn(x, cos, sin)
     first, second = x.chunk(2, -1)
     other = torch.cat((second, first), -1)
     if x.dtype == torch.float32:
         return torch.addcmul(x * cos, other, sin)
     return x * cos + other * sin  # half precision rounds both products, as the models' own code does
+
+
+def _plain(x: torch.Tensor) -> bool:
+    """Whether nobody follows what is done to x: no gradient, no compiler."""
+    followed = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
+    return x.device.type == "cpu" and not followed
 
 
 class Rotation(nn.Module):

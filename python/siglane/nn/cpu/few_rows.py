@@ -13,6 +13,9 @@ FEW = 16  # rows up to which calls count more than what they compute
 # `row_codes` keeps what is just below zero above 2^23
 WHOLE = float(2**23)
 LEAST = 1e-30  # of what is divided by
+LEVELS = 127  # codes on either side of zero
+MIDDLE = 128  # the code of zero where codes lie on both sides of it
+WIDE_LEVELS = 2**15 - 1 - MIDDLE  # on either side of zero in two bytes, each with its own MIDDLE
 
 
 class Scratch(NamedTuple):

@@ -11,14 +11,20 @@ from __future__ import annotations
 
 import functools
 from itertools import product
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from siglane.nn.act import swiglu
 from siglane.nn.cpu.few_rows import LEAST
 from siglane.nn.cpu.int8 import Turn
+from siglane.nn.cpu.jit.entrance import few_rows
+from siglane.nn.cpu.memory import in_large_pages
 from siglane.nn.cpu.sealed import Sealed
+
+if TYPE_CHECKING:
+    from siglane.nn.cpu.jit.layer import FewRows
 
 GROUP_SIZES = (32, 64, 128)
 GROUP_SIZE = 32
@@ -30,6 +36,7 @@ BLOCK = 64  # outputs that the kernel keeps together: all rows of codes of one b
 CODED_VALUES = 1 << 18  # weights whose codes are looked for at a time: they stay in the cache
 PACKED_ROWS = 8 * BLOCK  # of codes that are wide at a time
 SLICE = 8  # blocks that are unpacked at a time
+RUN = 32  # outputs of a run, as compiled loops take them
 FEW_ROWS = 96  # from here on unpacking costs less than the kernel for packed codes
 
 
@@ -100,8 +107,12 @@ class Int4Linear(Sealed):
         self.codes = torch.empty_like(made.pairs)
         for pairs, into in zip(made.pairs.split(PACKED_ROWS), self.codes.split(PACKED_ROWS), strict=True):
             into.copy_(pack_pairs(pairs))
+        in_large_pages(self.codes)
         scale, zero = made.scale.T, made.zero.T
         self.scales = torch.stack((scale, (MIDDLE - zero.bfloat16()) * scale), -1)  # [groups, N, 2]
+        self.few: FewRows | None = None  # in one call, where this machine can
+        if _run() == RUN and (kind := few_rows()) is not None:
+            self.few = kind.four(self.codes, self.scales, self.bias, self.outputs, self.inputs, eps)
 
     @property
     def stored(self) -> Int4Codes:
@@ -123,8 +134,9 @@ class Int4Linear(Sealed):
         return self.codes.nbytes + self.scales.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise ValueError("a 4-bit layer has no gradient; use torch.no_grad(), or train the model in float32")
+        self._refuse_gradient(x)
+        if self.few is not None and self.few.takes(x):
+            return self.few(x)
         rows = x.reshape(-1, self.inputs).float()
         if self.eps is not None:
             rows = F.rms_norm(rows, (self.inputs,), eps=self.eps)
@@ -135,6 +147,24 @@ class Int4Linear(Sealed):
         if self.bias is not None:
             y += self.bias
         return y.to(x.dtype).reshape(*x.shape[:-1], self.outputs)
+
+    def added(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """`residual + self(x)`"""
+        if self.few is not None and self.few.takes(x, residual):
+            self._refuse_gradient(x)
+            return self.few(x, residual)
+        return residual + self(x)
+
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        """`swiglu(self(x))`: `[..., N / 2]`"""
+        if self.few is not None and self.few.gates and self.few.takes(x):
+            self._refuse_gradient(x)
+            return self.few.gated(x)
+        return swiglu(self(x))
+
+    def _refuse_gradient(self, x: torch.Tensor) -> None:
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError("a 4-bit layer has no gradient; use torch.no_grad(), or train the model in float32")
 
     def _few(self, x: torch.Tensor) -> torch.Tensor:
         return packed_product(x, self.codes, self.group_size, self.scales)
@@ -223,7 +253,7 @@ def _run() -> int:
     """Outputs of one run: 32 with AVX-512, 16 with AVX2. 0: this machine keeps codes in another order."""
     codes = torch.arange(BLOCK * 32, dtype=torch.int32).remainder_(TOP + 1).mul_(7).remainder_(13).view(BLOCK, 32)
     packed = pack_codes(codes)
-    for run in (32, 16):
+    for run in (RUN, 16):
         if torch.equal(unpack_codes(packed, run).transpose(1, 2).flatten(0, 1), codes.to(torch.uint8)):
             return run
     return 0

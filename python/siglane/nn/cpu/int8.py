@@ -12,22 +12,24 @@ import functools
 import math
 import platform
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
 
-from siglane.nn.act import activate
-from siglane.nn.cpu.few_rows import FEW, LEAST, WHOLE, offset, peak_of, scratch_of
+from siglane.nn.act import activate, swiglu
+from siglane.nn.cpu.few_rows import FEW, LEAST, LEVELS, MIDDLE, WHOLE, WIDE_LEVELS, offset, peak_of, scratch_of
 from siglane.nn.cpu.int8_packing import pack_codes, sums
+from siglane.nn.cpu.jit.entrance import few_rows
+from siglane.nn.cpu.memory import in_large_pages
 from siglane.nn.cpu.product import FUSED
 from siglane.nn.cpu.sealed import Sealed
 from siglane.types import Activation
 
-LEVELS = 127  # codes on either side of zero
+if TYPE_CHECKING:
+    from siglane.nn.cpu.jit.layer import FewRows
+
 STEPS = 254  # of a row between its least and its greatest value; one code is left for rounding
-MIDDLE = 128  # the code of zero where codes lie on both sides of it
-WIDE_LEVELS = 2**15 - 1 - MIDDLE  # on either side of zero in two bytes, each with its own MIDDLE
 WEIGHT_VALUES = 1 << 18  # that are rounded at a time
 ROWS = 256  # of one product: what passes between its steps then stays in the cache
 
@@ -73,7 +75,9 @@ class Int8Weight(Sealed):
         super().__init__()
         codes, self.scale = weight if isinstance(weight, Int8Codes) else int8_codes(weight, turn)
         self.outputs, self.inputs = codes.shape
-        self.packed = pack_codes(codes)
+        self.packed, self._ordered = pack_codes(codes)
+        in_large_pages(self.packed)
+        self.few: FewRows | None = None  # in one call, where this machine can
         self.sums = sums(self.packed, self.outputs, self.inputs) * self.scale
         self.zero_points = torch.zeros(self.outputs, dtype=torch.int64)
         self.bias = None if bias is None else bias.detach().float()
@@ -91,16 +95,35 @@ class Int8Weight(Sealed):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         refuse_gradient(x)
-        plain = x.ndim == 2 and x.dtype == torch.float32  # a step of few rows has mostly calls to wait for
-        rows = x if plain else x.reshape(-1, self.inputs).float()
-        count = rows.shape[0]
+        if x.ndim == 2 and x.dtype == torch.float32:  # a step of few rows has mostly calls to wait for
+            return self._rows(x)
+        return self._rows(x.reshape(-1, self.inputs).float()).to(x.dtype).reshape(*x.shape[:-1], self.outputs)
+
+    def added(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """`residual + self(x)`"""
+        if self.few is not None and self.few.takes(x, residual):
+            refuse_gradient(x)
+            return self.few(x, residual)
+        return residual + self(x)
+
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        """`swiglu(self(x))`: `[..., N / 2]`"""
+        if self.few is not None and self.few.gates and self.few.takes(x):
+            refuse_gradient(x)
+            return self.few.gated(x)
+        return swiglu(self(x))
+
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 `[M, K]`"""
+        count = x.shape[0]
+        if self.few is not None and count <= self.few.most:
+            return self.few(x)
         if count <= ROWS:
-            y = self._multiply_few(rows) if count <= FEW else self._multiply(rows)
-        else:
-            y = torch.empty(count, self.outputs)
-            for part, into in zip(rows.split(ROWS), y.split(ROWS), strict=True):
-                into.copy_(self._multiply(part))
-        return y if plain else y.to(x.dtype).reshape(*x.shape[:-1], self.outputs)
+            return self._multiply_few(x) if count <= FEW else self._multiply(x)
+        y = torch.empty(count, self.outputs)
+        for part, into in zip(x.split(ROWS), y.split(ROWS), strict=True):
+            into.copy_(self._multiply(part))
+        return y
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         """float32 `[M, K]` -> `[M, N]`."""
@@ -109,6 +132,10 @@ class Int8Weight(Sealed):
     def _multiply_few(self, x: torch.Tensor) -> torch.Tensor:
         """The same for few rows, where each call counts more than what it computes."""
         return self._multiply(x)
+
+    def _compile(self, rows: Literal["centred", "wide"], eps: float | None = None) -> None:
+        if self._ordered and (kind := few_rows()) is not None:
+            self.few = kind.eight(rows, self.packed, self.scale, self.bias, self.inputs, eps)
 
     def _product(
         self, codes: torch.Tensor, zero: int = 0, scale: float = 1.0, bias: torch.Tensor | None = None
@@ -176,6 +203,7 @@ class CentredInt8Linear(Int8Weight):
     ) -> None:
         super().__init__(weight, bias, turn)
         self.eps = eps
+        self._compile("centred", eps)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         scale = x.abs().amax(-1, keepdim=True).clamp_min_(LEAST)
@@ -210,6 +238,10 @@ class CentredInt8Linear(Int8Weight):
 class WideInt8Linear(Int8Weight):
     """Rows of 16 bits, as two products, of their high and their low bytes: few rows cost as much as one, because the
     weights are read once, and what remains of the error is the weights'."""
+
+    def __init__(self, weight: torch.Tensor | Int8Codes, bias: torch.Tensor | None, turn: Turn | None = None) -> None:
+        super().__init__(weight, bias, turn)
+        self._compile("wide")
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         scale = x.abs().amax(-1, keepdim=True).clamp_min_(LEAST)

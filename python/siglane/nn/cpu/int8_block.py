@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from siglane.nn.act import activate
-from siglane.nn.cpu.few_rows import LEAST, WHOLE
-from siglane.nn.cpu.int8 import LEVELS, MIDDLE, Int8Linear, refuse_gradient
+from siglane.nn.cpu.few_rows import LEAST, LEVELS, MIDDLE, WHOLE
+from siglane.nn.cpu.int8 import Int8Linear, refuse_gradient
 from siglane.nn.encoder import EncoderMLP
 
 USUAL_PEAK = 5.0  # a row's greatest value over the norm's usual one: normal rows of 1,152 values have 2.6 to 5

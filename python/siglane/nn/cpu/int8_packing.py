@@ -21,17 +21,18 @@ ROWS = 64 * OUTPUTS  # that are brought into order at a time
 _known: WeakValueDictionary[tuple[int, ...], torch.Tensor] = WeakValueDictionary()  # packed by oneDNN, by shape
 
 
-def pack_codes(codes: torch.Tensor) -> torch.Tensor:
-    """int8 `[N, K]` -> what `qlinear_pointwise` multiplies with."""
+def pack_codes(codes: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """int8 `[N, K]` -> what `qlinear_pointwise` multiplies with, and whether it is in the order that is known here."""
     known = _known.get(tuple(codes.shape))
     if known is not None:
         packed = known.clone()
         _write(packed, codes)
-        return packed
+        return packed, True
     packed = torch.ops.onednn.qlinear_prepack(codes, None)
-    if holds(packed, codes) and torch.equal(_tail(packed, codes), -sums(packed, *codes.shape)):
+    ordered = holds(packed, codes) and torch.equal(_tail(packed, codes), -sums(packed, *codes.shape))
+    if ordered:
         _known[tuple(codes.shape)] = packed
-    return packed
+    return packed, ordered
 
 
 def holds(packed: torch.Tensor, codes: torch.Tensor) -> bool:

@@ -7,6 +7,7 @@ from collections import Counter
 import torch
 from torch import nn
 
+from siglane.nn.cpu.memory import in_large_pages
 from siglane.nn.cpu.sealed import Sealed
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear, ShardedModule
 
@@ -36,6 +37,7 @@ def pack(model: nn.Module) -> None:
 def packed_weight(weight: torch.Tensor) -> torch.Tensor:
     """weight: float32 `[N, K]` on a CPU with oneDNN -> the same in the layout that `linear` of product.py takes."""
     packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+    in_large_pages(packed)
     return packed
 
 

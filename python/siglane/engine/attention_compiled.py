@@ -1,0 +1,37 @@
+"""Attention on CPUs where loops can be compiled: one call for all decoding sequences, page by page, without a copy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from siglane.engine.attention_runs import RunKernels
+from siglane.engine.kernels import DecodeAttention, DecodeRows
+from siglane.engine.kv import PagedKV
+from siglane.nn.cpu.jit.entrance import heads
+
+if TYPE_CHECKING:
+    from siglane.nn.cpu.jit.calls import Heads
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CompiledKernels(RunKernels):
+    heads: Heads = field(kw_only=True)
+
+    def store(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        self.heads.store(slots, k, v, *self.kv.slots[layer])
+
+    def decode(self, rows: DecodeRows) -> DecodeAttention:
+        from siglane.nn.cpu.jit.calls import PagedStep
+
+        _, _, page_size, kv_heads, size = self.kv.keys.shape
+        step, slots, attend = PagedStep(*rows[:3], page_size, kv_heads, size), self.kv.slots, self.heads.attend
+        return lambda layer, q: attend(step, q, *slots[layer])
+
+
+def compiled_kernels(kv: PagedKV) -> CompiledKernels | None:
+    """None where keys are not float32 or `entrance.heads` has nothing for them."""
+    compiled = heads(kv.keys.shape[-1]) if kv.keys.dtype == torch.float32 else None
+    return None if compiled is None else CompiledKernels(kv, heads=compiled)

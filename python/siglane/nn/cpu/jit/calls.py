@@ -1,0 +1,79 @@
+"""`heads.py`'s functions as torch meets them: float32 tensors on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from siglane.nn.cpu.jit.code import ADDRESS, COUNT, Compiled
+from siglane.nn.cpu.jit.heads import GROUP, STEP, heads_module
+
+LOG2_E = 1.4426950408889634
+ALONE = 1 << 14  # keys' values below which one thread is faster than several
+
+
+class Heads:
+    """For heads of `head_dim` values."""
+
+    def __init__(self, head_dim: int) -> None:
+        self._head_dim, self._owner = head_dim, Compiled(heads_module(head_dim))
+        function = self._owner.function
+        self._attend = function("attend", ADDRESS, ADDRESS, COUNT, COUNT, *[ADDRESS] * 3, COUNT)
+        self._store = function("store", ADDRESS, ADDRESS, COUNT, COUNT, *[ADDRESS] * 3, COUNT, COUNT)
+        self._turn = function("turn", ADDRESS, COUNT, *[ADDRESS] * 3, COUNT, COUNT)
+
+    def turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """`rotate` of x `[T, heads, head_dim]`."""
+        x = self._together(x)
+        rows, heads, _ = x.shape
+        out = torch.empty(rows, heads, self._head_dim)
+        cos, sin = cos.contiguous(), sin.contiguous()
+        self._turn(x.data_ptr(), x.stride(0), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), rows, heads)
+        return out
+
+    def store(
+        self, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Keeps k and v `[T, kv_heads, head_dim]` in `slots` i64 `[T]` of keys and values `[S, kv_heads, head_dim]`."""
+        k, v, slots = self._together(k), self._together(v), slots.contiguous()
+        self._store(
+            k.data_ptr(), v.data_ptr(), k.stride(0), v.stride(0), slots.data_ptr(), keys.data_ptr(), values.data_ptr(),
+            k.shape[0], k.shape[1] * self._head_dim,
+        )  # fmt: skip
+
+    def attend(self, step: PagedStep, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """q `[B, heads, head_dim]`; keys and values `[S, kv_heads, head_dim]`, whole pages -> `[B, heads, head_dim]`.
+        ValueError where too many heads share a key head."""
+        q, out, group = self._together(q), torch.empty(q.shape), q.shape[1] // keys.shape[1]
+        if group > GROUP:
+            raise ValueError(f"{group} query heads share one of keys, at most {GROUP} may")
+        self._attend(
+            step.address, q.data_ptr(), q.stride(0), group, keys.data_ptr(), values.data_ptr(), out.data_ptr(),
+            step.threads,
+        )  # fmt: skip
+        return out
+
+    def _together(self, x: torch.Tensor) -> torch.Tensor:
+        """x `[T, heads, head_dim]` with all heads of a row one after another."""
+        return x if x.stride(2) == 1 and x.stride(1) == self._head_dim else x.contiguous()
+
+
+class PagedStep:
+    """What each of B tokens sees, for all layers of a step: the first `lengths` tokens in the pages `table[rows]`.
+
+    table i32 `[R, columns]`, rows and lengths i64 `[B]`.
+    """
+
+    def __init__(
+        self, table: torch.Tensor, rows: torch.Tensor, lengths: torch.Tensor, page_size: int, kv_heads: int, size: int
+    ) -> None:
+        """size: head_dim."""
+        self._held = [x.contiguous() for x in (table, rows, lengths)]  # whose addresses are used
+        self._facts = STEP.native(
+            *(x.data_ptr() for x in self._held), table.shape[1], len(rows), kv_heads, page_size, kv_heads * size,
+            size**-0.5 * LOG2_E,
+        )  # fmt: skip
+        self.address = ctypes.addressof(self._facts)
+        seen = int(lengths.sum()) * kv_heads * size
+        self.threads = 1 if seen < ALONE else min(torch.get_num_threads(), len(rows) * kv_heads)

@@ -1,0 +1,142 @@
+"""A layer whose few rows go through one compiled function."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+
+from siglane.nn.cpu.int8_packing import INPUTS, OUTPUTS
+from siglane.nn.cpu.jit.code import ADDRESS, COUNT, Compiled
+from siglane.nn.cpu.jit.product import LAYER
+from siglane.nn.cpu.jit.rows import FOURS, KINDS, MOST, Kind, rows_module
+
+THREAD_VALUES = 1 << 17  # of weights from which several threads are faster than one
+Rows = Literal["centred", "wide"]  # a byte a value, or two
+Function = Callable[..., None]
+
+
+class Facts(NamedTuple):
+    """`LAYER` of product.py: addresses, sizes; bias `[outputs]`; stride: bytes of a row on its way."""
+
+    packed: int
+    tail: int
+    scale: int | None
+    bias: torch.Tensor | None
+    outputs: int
+    inputs: int
+    stride: int
+    eps: float | None
+    group: int = 0
+
+
+class FewRows:
+    """Rows float32 `[M, K]`, at most `most` -> `[M, N]`: what a product takes, the product, and what comes after it, in
+    one call. `eight` and `four` make it of weights of so many bits.
+
+    gates: whether SwiGLU can be what comes after.
+    """
+
+    most = MOST
+
+    def __init__(
+        self, functions: _Functions, multiply: str, gate: str | None, facts: Facts, held: tuple[torch.Tensor, ...]
+    ) -> None:
+        """multiply, gate: names of functions; held: whose addresses `facts` has."""
+        by_name = functions.by_name
+        self._multiply, self._gate = by_name[multiply], None if gate is None else by_name[gate]
+        self.gates = gate is not None and facts.outputs % (2 * OUTPUTS) == 0
+        self._outputs, self._stride = facts.outputs, facts.stride
+        self._threaded = facts.outputs * facts.inputs >= THREAD_VALUES
+        bias = facts.bias if facts.bias is not None else torch.zeros(facts.outputs)
+        self._held = (functions, bias, *held)
+        self._native = LAYER.native(
+            facts.packed, facts.tail, facts.scale, bias.data_ptr(), facts.outputs, facts.inputs, facts.stride,
+            -(-facts.outputs // OUTPUTS), facts.eps is not None, facts.eps or 0.0, facts.group,
+        )  # fmt: skip
+        self._address = ctypes.addressof(self._native)
+
+    @classmethod
+    def eight(
+        cls, rows: Rows, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, inputs: int,
+        eps: float | None,
+    ) -> FewRows:  # fmt: skip
+        """packed: codes of a weight `[N, K]` in the order that `int8_packing` knows; scale `[N]`, bias `[N]` or None;
+        eps: of an RMSNorm without gain that stands before the layer."""
+        outputs, stride = len(scale), -(-inputs // INPUTS) * INPUTS
+        first, size = torch.ops.mkldnn.data_ptr(packed), -(-outputs // OUTPUTS) * OUTPUTS * stride
+        facts = Facts(first, first + size, scale.data_ptr(), bias, outputs, inputs, stride, eps)
+        return cls(_functions(KINDS), rows, "gated" if rows == "centred" else None, facts, (packed, scale))
+
+    @classmethod
+    def four(
+        cls, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, outputs: int, inputs: int,
+        eps: float | None,
+    ) -> FewRows:  # fmt: skip
+        """codes u8 `[N, K / 2]` as torch packs them for AVX-512; scales bfloat16 `[K / group, N, 2]`, N and K filled
+        up."""
+        filled = 2 * codes.shape[1]
+        facts = Facts(
+            codes.data_ptr(), scales.data_ptr(), None, bias, outputs, inputs, 4 * filled, eps, filled // len(scales)
+        )
+        return cls(_functions(FOURS), "four", "four_gated", facts, (codes, scales))
+
+    def takes(self, *rows: torch.Tensor) -> bool:
+        return all(x.ndim == 2 and x.dtype == torch.float32 and x.shape[0] <= MOST for x in rows)
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """residual: `[M, N]`, is added."""
+        y = torch.empty(x.shape[0], self._outputs)
+        if residual is None:
+            self._run(self._multiply, x, y, None)
+        else:
+            residual = residual.contiguous()
+            self._run(self._multiply, x, y, residual.data_ptr())
+        return y
+
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        """SwiGLU of the results: `[M, N / 2]`. Only where it `gates`."""
+        assert self._gate is not None
+        y = torch.empty(x.shape[0], self._outputs // 2)
+        self._run(self._gate, x, y, None)
+        return y
+
+    def _run(self, function: Function, x: torch.Tensor, y: torch.Tensor, residual: int | None) -> None:
+        x, rows = x.contiguous(), x.shape[0]
+        threads = torch.get_num_threads() if self._threaded else 1
+        function(
+            self._address, x.data_ptr(), y.data_ptr(), residual, _room.address(2 * rows * self._stride), rows, threads
+        )
+
+
+class _Room(threading.local):
+    """Bytes for codes, of each thread its own: to allocate them anew takes as long as to use them."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def address(self, size: int) -> int:
+        if len(self._bytes) < size:
+            self._bytes = torch.empty(2 * size, dtype=torch.uint8)
+        return self._bytes.data_ptr()
+
+
+_room = _Room()
+
+
+class _Functions(NamedTuple):
+    """owner: what keeps their machine code."""
+
+    by_name: dict[str, Function]
+    owner: Compiled
+
+
+@functools.cache
+def _functions(kinds: tuple[Kind, ...]) -> _Functions:
+    owner = Compiled(rows_module(kinds))
+    arguments = (*[ADDRESS] * 5, COUNT, COUNT)
+    return _Functions({kind.name: owner.function(kind.name, *arguments) for kind in kinds}, owner)

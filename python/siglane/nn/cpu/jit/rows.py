@@ -1,0 +1,169 @@
+"""Products of few rows with 8-bit weights in one call: rows become codes, all threads multiply, results are scaled.
+
+A thread takes one block of outputs after another, so that none waits for one that the system holds up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from siglane.nn.cpu.few_rows import LEAST, LEVELS, MIDDLE, WHOLE, WIDE_LEVELS
+from siglane.nn.cpu.int8_packing import OUTPUTS
+from siglane.nn.cpu.jit.code import BYTE, FLOAT, I32, I64, POINTER, VOID, Code, Struct, exp2, in_threads
+from siglane.nn.cpu.jit.four import as_bfloat16, write_four, write_rounded
+from siglane.nn.cpu.jit.product import LAYER, write_eight
+
+MOST = 32  # rows of one call: of more oneDNN's product takes less time
+BITS = {False: MIDDLE, True: MIDDLE * 256 + MIDDLE}  # of the code of zero, by `wide`
+CALL = Struct(layer=POINTER, y=POINTER, residual=POINTER, codes=POINTER, scales=POINTER, rows=I64, next=I64)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """wide: rows of two bytes a value, all high ones and then all low ones; gated: the first half of the results goes
+    through SiLU and is multiplied with the second; four: weights of 4 bits, rows of floats."""
+
+    name: str
+    four: bool = False
+    wide: bool = False
+    gated: bool = False
+
+
+KINDS = (Kind("centred"), Kind("wide", wide=True), Kind("gated", gated=True))
+FOURS = (Kind("four", four=True), Kind("four_gated", four=True, gated=True))
+
+
+def rows_module(kinds: Sequence[Kind]) -> ir.Module:
+    """For each kind, all of as many bits, a function of its name: layer, x float32 `[rows, K]`, y, residual like y or
+    null, room for codes `[2 * rows, stride]`, rows, threads."""
+    module = ir.Module("rows")
+    multiply = write_four(module) if kinds[0].four else write_eight(module)
+    for kind in kinds:
+        encode = write_rounded(module, kind.name) if kind.four else _encode(module, kind)
+        _layer(module, kind, encode, _work(module, kind, multiply, _finish(module, kind)))
+    return module
+
+
+def _layer(module: ir.Module, kind: Kind, encode: ir.Function, work: ir.Function) -> None:
+    code, made = Code.begin(module, kind.name, VOID, *[POINTER] * 5, I64, I64)
+    layer, x, y, residual, codes, rows, threads = made.args
+    inputs, stride = LAYER.get(code, layer, "inputs"), LAYER.get(code, layer, "stride")
+    scales, call = code.room(FLOAT, MOST), code.room(CALL.kind, 1)
+    with code.count(I64(0), rows) as row:
+        high = code.at(codes, code.mul(row, stride), BYTE)
+        low = code.at(codes, code.mul(code.add(row, rows), stride), BYTE)
+        line = code.at(x, code.mul(row, inputs), FLOAT)
+        code.put(code.call(encode, [layer, line, high, low]), scales, row)
+    for name, value in zip(CALL.names, (layer, y, residual, codes, scales, rows, I64(0)), strict=True):
+        CALL.put(code, value, call, name)
+    in_threads(code, work, call, threads)
+    code.ret_void()
+
+
+def _encode(module: ir.Module, kind: Kind) -> ir.Function:
+    """Writes a row's codes and returns its scale: layer, row, codes (the high ones), low codes."""
+    code, made = Code.begin(module, f"encode_{kind.name}", FLOAT, *[POINTER] * 4)
+    layer, x, codes, low = made.args
+    inputs = LAYER.get(code, layer, "inputs")
+    peak_bits, squares = code.variable(code.bitcast(FLOAT(LEAST), I32)), code.variable(FLOAT(0))
+    with code.count(I64(0), inputs) as place:
+        value = code.get(x, place, FLOAT)
+        # sizes are in order as integers too, infinite and undefined ones above all others, so these stay
+        size = code.and_(code.bitcast(value, I32), I32(2**31 - 1))
+        code.store(code.most(size, code.load(peak_bits, typ=I32)), peak_bits)
+        total = code.fadd(code.load(squares, typ=FLOAT), code.fmul(value, value), flags=("reassoc",))
+        code.store(total, squares)
+    levels = FLOAT(WIDE_LEVELS if kind.wide else LEVELS)
+    peak = code.bitcast(code.load(peak_bits, typ=I32), FLOAT)
+    step, offset = code.fdiv(levels, peak), FLOAT(WHOLE + BITS[kind.wide])
+    with code.count(I64(0), inputs) as place:
+        whole = code.bitcast(code.intrinsic("llvm.fma", FLOAT, code.get(x, place, FLOAT), step, offset), I32)
+        if kind.wide:
+            code.put(code.trunc(whole, BYTE), low, place)
+            whole = code.lshr(whole, I32(8))
+        code.put(code.trunc(whole, BYTE), codes, place)
+    mean = code.fdiv(code.load(squares, typ=FLOAT), code.sitofp(inputs, FLOAT))
+    length = code.intrinsic("llvm.sqrt", FLOAT, code.fadd(mean, LAYER.get(code, layer, "eps")))
+    normed = code.icmp_signed("!=", LAYER.get(code, layer, "normed"), I64(0))
+    scale = code.fdiv(peak, levels)
+    code.ret(code.select(normed, code.fdiv(scale, length), scale))
+    return made
+
+
+def _work(module: ir.Module, kind: Kind, multiply: ir.Function, finish: ir.Function) -> ir.Function:
+    """What each thread does with a call: blocks, until none is left."""
+    code, made = Code.begin(module, f"work_{kind.name}", VOID, POINTER)
+    (call,) = made.args
+    layer, codes, rows = (CALL.get(code, call, name) for name in ("layer", "codes", "rows"))
+    blocks, sums = LAYER.get(code, layer, "blocks"), code.room(I32, 2 * MOST * OUTPUTS)
+    others = code.at(sums, code.mul(rows, I64(OUTPUTS)), I32)  # of the low bytes, or of what a gate is multiplied with
+    if kind.gated:
+        blocks = code.sdiv(blocks, I64(2))
+    with code.taken(CALL.address(code, call, "next"), blocks) as block:
+        code.call(multiply, [layer, block, codes, code.mul(rows, I64(2)) if kind.wide else rows, sums])
+        if kind.gated:
+            code.call(multiply, [layer, code.add(block, blocks), codes, rows, others])
+        code.call(finish, [call, block, sums, others])
+    code.ret_void()
+    return made
+
+
+def _finish(module: ir.Module, kind: Kind) -> ir.Function:
+    """Writes the results of a block: call, block, sums, the others."""
+    code, made = Code.begin(module, f"finish_{kind.name}", VOID, POINTER, I64, POINTER, POINTER)
+    call, block, sums, others = made.args
+    y, residual, scales = (CALL.get(code, call, name) for name in ("y", "residual", "scales"))
+    layer, rows = CALL.get(code, call, "layer"), CALL.get(code, call, "rows")
+    outputs = LAYER.get(code, layer, "outputs")
+    width, first = code.sdiv(outputs, I64(2)) if kind.gated else outputs, code.mul(block, I64(OUTPUTS))
+    count = code.least(code.sub(width, first), I64(OUTPUTS))
+    nothing = code.icmp_unsigned("==", code.ptrtoint(residual, I64), I64(0))
+    with code.count(I64(0), rows) as row:
+        line, other = (code.at(some, code.mul(row, I64(OUTPUTS)), I32) for some in (sums, others))
+        into, add = (code.at(some, code.add(code.mul(row, width), first), FLOAT) for some in (y, residual))
+        scaled = _Scaled(code, kind, layer, code.get(scales, row, FLOAT))
+
+        def result(place: ir.Value) -> ir.Value:
+            if not kind.gated:
+                return scaled(line, other, place, first)
+            gate = silu(code, scaled(line, other, place, first))
+            return code.fmul(gate, scaled(other, other, place, code.add(first, width)))
+
+        with code.if_else(nothing) as (alone, added):
+            with alone, code.count(I64(0), count) as place:
+                code.put(result(place), into, place)
+            with added, code.count(I64(0), count) as place:
+                code.put(code.fadd(result(place), code.get(add, place, FLOAT)), into, place)
+    code.ret_void()
+    return made
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """Results of a row, whose scale is `factor`."""
+
+    code: Code
+    kind: Kind
+    layer: ir.Value
+    factor: ir.Value
+
+    def __call__(self, sums: ir.Value, low: ir.Value, place: ir.Value, first: ir.Value) -> ir.Value:
+        """sums and low: of a block that begins with output `first`."""
+        code, output = self.code, self.code.add(first, place)
+        scale, bias = (code.get(LAYER.get(code, self.layer, name), output, FLOAT) for name in ("scale", "bias"))
+        if self.kind.four:
+            return code.fadd(as_bfloat16(code, code.get(sums, place, FLOAT)), bias)  # as many rows come out
+        total = code.sitofp(code.get(sums, place, I32), FLOAT)
+        if self.kind.wide:
+            rest = code.sitofp(code.get(low, place, I32), FLOAT)
+            total = code.intrinsic("llvm.fma", FLOAT, total, FLOAT(256), rest)
+        return code.intrinsic("llvm.fma", FLOAT, total, code.fmul(scale, self.factor), bias)
+
+
+def silu(code: Code, x: ir.Value) -> ir.Value:
+    """`x / (1 + e^-x)`"""
+    return code.fdiv(x, code.fadd(FLOAT(1), exp2(code, code.fmul(x, FLOAT(-math.log2(math.e))))))

@@ -1,0 +1,96 @@
+"""What compiled loops do between two products, against torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from siglane.nn.cpu.jit.entrance import few_rows, heads
+from siglane.nn.rope import rotary_tables, rotate
+
+PAGE, PAGES = 16, 60
+LENGTHS = (1, 16, 33, 200)
+
+
+@pytest.fixture(autouse=True)
+def compiled() -> None:
+    if few_rows() is None:
+        pytest.skip("needs llvmlite and AVX512-VNNI")
+
+
+def cache(kv_heads: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    keys, values = (torch.randn(PAGES * PAGE, kv_heads, size, generator=generator) for _ in range(2))
+    return keys, values
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("query_heads", "kv_heads", "size"), [(14, 2, 64), (9, 3, 64), (4, 4, 32), (6, 1, 128)])
+@pytest.mark.parametrize("factor", [1.0, 40.0])  # scores of one token alone
+def test_attention_over_pages(query_heads: int, kv_heads: int, size: int, factor: float) -> None:
+    from siglane.nn.cpu.jit.calls import PagedStep
+
+    made = heads(size)
+    assert made is not None
+    keys, values = cache(kv_heads, size)
+    table = torch.randperm(PAGES, generator=torch.Generator().manual_seed(2))[:52].view(4, 13).int()
+    rows, lengths = torch.tensor([2, 0, 3, 1]), torch.tensor(LENGTHS)
+    q = factor * torch.randn(4, query_heads + 3, size)[:, :query_heads]  # as q is cut out of q, k and v
+    seen = [
+        (table[row].long()[:, None] * PAGE + torch.arange(PAGE)).flatten()[:length]
+        for row, length in zip(rows, LENGTHS, strict=True)
+    ]
+    unseen = torch.ones(len(keys), dtype=torch.bool).index_fill_(0, torch.cat(seen), False)
+    keys[unseen], values[unseen] = torch.nan, torch.nan  # what others left
+    found = made.attend(PagedStep(table, rows, lengths, PAGE, kv_heads, size), q, keys, values)
+    for number, own in enumerate(seen):
+        k, v = (x[own].double().transpose(0, 1)[None] for x in (keys, values))
+        one = q[number].double()[None, :, None]
+        expected = F.scaled_dot_product_attention(one, k, v, enable_gqa=True)[0, :, 0]
+        assert torch.allclose(found[number].double(), expected, rtol=0, atol=2e-5 * factor)
+    alone = PagedStep(table, rows[1:2], lengths[1:2], PAGE, kv_heads, size)
+    assert torch.equal(made.attend(alone, q[1:2], keys, values)[0], found[1])
+    q[2, 0, 5] = torch.nan
+    again = made.attend(PagedStep(table, rows, lengths, PAGE, kv_heads, size), q, keys, values)
+    assert again[2, 0].isnan().all()
+    assert torch.equal(again[[0, 1, 3]], found[[0, 1, 3]])
+
+
+def test_too_many_heads_for_one_are_refused() -> None:
+    from siglane.nn.cpu.jit.calls import PagedStep
+
+    made, (keys, values) = heads(32), cache(1, 32)
+    assert made is not None
+    step = PagedStep(torch.zeros(1, 1).int(), torch.zeros(1).long(), torch.ones(1).long(), PAGE, 1, 32)
+    with pytest.raises(ValueError, match="33 query heads share one"):
+        made.attend(step, torch.zeros(1, 33, 32), keys, values)
+
+
+@torch.no_grad()
+def test_keys_and_values_are_stored() -> None:
+    made, qkv, slots = heads(64), torch.randn(5, 18, 64), torch.tensor([70, 0, 3, 959, 16])
+    assert made is not None
+    keys, values = cache(2, 64)
+    expected = keys.clone().index_copy_(0, slots, qkv[:, 14:16]), values.clone().index_copy_(0, slots, qkv[:, 16:])
+    made.store(slots, qkv[:, 14:16], qkv[:, 16:], keys, values)
+    assert torch.equal(keys, expected[0])
+    assert torch.equal(values, expected[1])
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_few_rows_turn_as_many_do(size: int) -> None:
+    positions = torch.arange(0, 4000, 50)
+    cos, sin = rotary_tables(positions, size, 1e5, torch.float32)
+    x = torch.randn(80, 7, size)[:, :5]
+    many = rotate(x, cos, sin)
+    few = torch.cat([rotate(*some) for some in zip(x.split(3), cos.split(3), sin.split(3), strict=True)])
+    assert torch.allclose(few, many, rtol=0, atol=1e-6)
+    learning = x[:3].clone().requires_grad_()
+    rotate(learning, cos[:3], sin[:3]).sum().backward()
+    assert learning.grad is not None
+
+
+def test_heads_that_are_no_whole_registers_are_left_to_torch() -> None:
+    assert heads(24) is None
+    assert heads(512) is None
