@@ -177,6 +177,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "messages[1].role",
     ),
     "a document": (user({"type": "document", "source": {}}), "unsupported_content_type", "messages[0].content[0].type"),
+    "no block": (user("x"), "invalid_value", "messages[0].content[0]"),
+    "no source": (user({"type": "image", "source": "x"}), "invalid_value", "messages[0].content[0].source"),
     "a file": (
         user(image(type="file", file_id="f")),
         "unsupported_content_type",

@@ -63,13 +63,15 @@ def _known(what: str, *kinds: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-def _tag(value: Any) -> str:
-    return f"#{_kind(value)}"
+def _tagged(otherwise: str, *others: str) -> Discriminator:
+    """By their type; what has none is read as `otherwise`, so that it is told what it lacks."""
+    known = {name: name for name in others} | ({"redacted_thinking": "thinking"} if "thinking" in others else {})
+    return Discriminator(lambda value: f"#{known.get(str(_kind(value)), otherwise)}")
 
 
 Source = Annotated[
     Annotated[Base64Source, Tag("#base64")] | Annotated[UrlSource, Tag("#url")],
-    Discriminator(_tag),
+    _tagged("base64", "url"),
     _known("an image's source", "base64", "url"),
 ]
 
@@ -106,22 +108,18 @@ class ThinkingBlock(RequestModel):
     type: Literal["thinking", "redacted_thinking"]
 
 
-def _thinking_tag(block: Any) -> str:
-    return "#thinking" if _kind(block) == "redacted_thinking" else _tag(block)
-
-
 UserBlock = Annotated[
     Annotated[TextBlock, Tag("#text")]
     | Annotated[ImageBlock, Tag("#image")]
     | Annotated[ToolResultBlock, Tag("#tool_result")],
-    Discriminator(_tag),
+    _tagged("text", "image", "tool_result"),
     _known("a user's block", "text", "image", "tool_result"),
 ]
 AnswerBlock = Annotated[
     Annotated[TextBlock, Tag("#text")]
     | Annotated[ToolUseBlock, Tag("#tool_use")]
     | Annotated[ThinkingBlock, Tag("#thinking")],
-    Discriminator(_thinking_tag),
+    _tagged("text", "tool_use", "thinking"),
     _known("an answer's block", "text", "tool_use", "thinking", "redacted_thinking"),
 ]
 

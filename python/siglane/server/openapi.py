@@ -229,6 +229,8 @@ def _state_chat(schemas: Mapping[str, Any], chat: ChatModel) -> None:
             schemas[kind]["properties"]["num_frames"]["anyOf"][0]["maximum"] = most
     else:
         del schemas["PictureSize"]["properties"]["num_frames"]
+    schemas["MessagesRequest"]["properties"]["max_tokens"]["maximum"] = chat.context_length
+    schemas["ResponsesRequest"]["properties"]["max_output_tokens"]["anyOf"][0]["maximum"] = chat.context_length
     if facts.thinking is None:
         for name in ("thinking_budget", "thinking_token_budget"):
             del fields[name]
