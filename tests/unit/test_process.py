@@ -597,7 +597,7 @@ def ended(pid: int | None) -> bool:
     """Gone, or dead and not yet collected by whoever inherited it."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # it may go between opening and reading
         return True
 
 

@@ -12,7 +12,7 @@ import torch
 from checkpoints import write_nvila_checkpoint
 
 from siglane.config.vlm import Thinking
-from siglane.engine.batch import StepBatch
+from siglane.engine.device import Computed, StepPlan
 from siglane.engine.engine import Engine
 from siglane.engine.load import build_engine
 from siglane.engine.thinking import ThinkingBudget, thinking_start
@@ -81,13 +81,14 @@ class Tiny:
         """An engine whose language model says what it is told; everything around it is the real thing."""
         engine = self.engine(**options)
 
-        def forward(batch: StepBatch) -> torch.Tensor:
+        def forward(plan: StepPlan) -> Computed:
             rows = [
                 logits_of(says([*chunk.sequence.output_ids, *chunk.guesses[:count]]), engine)
-                for chunk in batch.chunks
+                for chunk in plan.chunks
                 for count in range(len(chunk.next_tokens))
             ]
-            return torch.stack(rows) if rows else torch.empty(0, engine.runner.vocab_size)
+            logits = torch.stack(rows) if rows else torch.empty(0, engine.runner.vocab_size)
+            return Computed(logits, [()] * len(plan.chunks))
 
         monkeypatch.setattr(engine.runner, "forward", forward)
         return engine

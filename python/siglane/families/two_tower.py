@@ -145,8 +145,9 @@ def load_two_tower(
     config, texts = read_two_tower(checkpoint)
     if (stated := codes_format(checkpoint)) is not None:
         agreed_format(checkpoint, stated, quantization, torch.device(device), 1 if tp is None else tp.size)
-        model = _read_codes(checkpoint, stated, config, dtype or torch.float32, attention_backend)
-        return LoadedTwoTower(model, ImageProcessor(config.images), texts)
+        dtype = dtype or torch.float32
+        model = _read_codes(checkpoint, stated, config, dtype, attention_backend)
+        return _ready(torch.device(device), dtype, LoadedTwoTower(model, ImageProcessor(config.images), texts))
     dtype = dtype or stored_dtype(checkpoint)
     load = partial(_load_floats, checkpoint, config, torch.device(device), dtype, tp, attention_backend, quantization)
     if tower is not None and not _same_layers(tower.config, config.images.vision):
@@ -157,7 +158,13 @@ def load_two_tower(
         model = load(tower)
     except OtherWeights as error:
         model, reason = load(None), error.message
-    return LoadedTwoTower(model, ImageProcessor(config.images), texts, reason)
+    return _ready(torch.device(device), dtype, LoadedTwoTower(model, ImageProcessor(config.images), texts, reason))
+
+
+def _ready(device: torch.device, dtype: torch.dtype, loaded: LoadedTwoTower) -> LoadedTwoTower:
+    """With the image tower's attention chosen: on CUDA that takes a trial, for which no picture should have to wait."""
+    loaded.model.vision.tower.backend_for(device, dtype)
+    return loaded
 
 
 def _load_floats(
