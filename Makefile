@@ -32,7 +32,7 @@ unexport PYTHONDONTWRITEBYTECODE
 ENDS := transformers
 
 .PHONY: demo serve test test-slow test-oldest test-newest test-gpu test-fake-cuda test-triton test-sglang test-vllm \
-	test-ray test-page test-real lint bench
+	test-ray test-page test-real gpu-report lint bench
 .DEFAULT_GOAL := demo
 
 demo: $(READY)  ## ask the model that ships with siglane one question, through a real server
@@ -59,6 +59,9 @@ test-newest: $(READY)  ## the same with the newest; ENDS="torch transformers" fo
 
 test-gpu: $(READY)  ## the tests that need CUDA; without it they skip and say so
 	@$(BIN)/python -m pytest -q -rs -m gpu
+
+gpu-report: $(READY)  ## the first thing to run on a GPU: numbers, times and a table of goals; OPTIONS="--quick --out FOLDER"
+	@$(BIN)/python benchmark/gpu_report.py $(OPTIONS)
 
 test-fake-cuda: $(FAKE_CUDA)/.ready  ## the CUDA form of a step without a GPU, on torch's build for CUDA; an environment on top of .venv, 5 GB
 	@$(FAKE_CUDA)/bin/python -m pytest -q -rs -m fake_cuda $(FAKE_CUDA_TESTS)
@@ -87,7 +90,7 @@ lint: $(READY)  ## style, format and types
 	@$(BIN)/mypy
 
 bench: $(READY)  ## every benchmark, one after the other
-	@for script in $$(grep -l __main__ benchmark/*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in $$(grep -l __main__ benchmark/*.py | grep -v gpu_); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 empty :=
 space := $(empty) $(empty)
