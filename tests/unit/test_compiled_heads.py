@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from siglane.config.language import LanguageConfig
+from siglane.engine.attention_compiled import compiled_kernels
+from siglane.engine.kv import PagedKV
 from siglane.nn.cpu.jit.entrance import few_rows, heads
 from siglane.nn.rope import rotary_tables, rotate
 
@@ -94,3 +99,13 @@ def test_few_rows_turn_as_many_do(size: int) -> None:
 def test_heads_that_are_no_whole_registers_are_left_to_torch() -> None:
     assert heads(24) is None
     assert heads(512) is None
+
+
+@pytest.mark.parametrize(("query_heads", "known"), [(64, True), (66, False)])
+def test_so_many_query_heads_are_left_to_torch(query_heads: int, known: bool) -> None:
+    language = LanguageConfig.from_hf(
+        {"model_type": "qwen2", "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    )
+    shape = {"pages": 2, "page_size": PAGE, "dtype": torch.float32, "device": torch.device("cpu")}
+    kv = PagedKV(replace(language, num_hidden_layers=1), 2, **shape)  # type: ignore[arg-type]
+    assert (compiled_kernels(kv, query_heads) is not None) == known

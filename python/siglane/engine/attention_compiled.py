@@ -10,7 +10,7 @@ import torch
 from siglane.engine.attention_runs import RunKernels
 from siglane.engine.kernels import DecodeAttention, DecodeRows
 from siglane.engine.kv import PagedKV
-from siglane.nn.cpu.jit.entrance import heads
+from siglane.nn.cpu.jit.entrance import GROUP, heads
 
 if TYPE_CHECKING:
     from siglane.nn.cpu.jit.calls import Heads
@@ -31,7 +31,9 @@ class CompiledKernels(RunKernels):
         return lambda layer, q: attend(step, q, *slots[layer])
 
 
-def compiled_kernels(kv: PagedKV) -> CompiledKernels | None:
-    """None where keys are not float32 or `entrance.heads` has nothing for them."""
-    compiled = heads(kv.keys.shape[-1]) if kv.keys.dtype == torch.float32 else None
+def compiled_kernels(kv: PagedKV, query_heads: int) -> CompiledKernels | None:
+    """None where keys are not float32, too many query heads share one or `entrance.heads` has nothing for them."""
+    kv_heads, head_dim = kv.keys.shape[-2:]
+    fits = kv.keys.dtype == torch.float32 and query_heads <= GROUP * kv_heads
+    compiled = heads(head_dim) if fits else None
     return None if compiled is None else CompiledKernels(kv, heads=compiled)

@@ -69,7 +69,7 @@ def choose_kernels(choice: str, kv: PagedKV, language: QwenModel) -> Kernels:
     if choice == "eager":
         return EagerKernels(kv)
     if kv.keys.device.type == "cpu":
-        return (compiled_kernels(kv) if choice == "auto" else None) or RunKernels(kv)
+        return (compiled_kernels(kv, language.heads) if choice == "auto" else None) or RunKernels(kv)
     return TorchKernels(kv) if choice == "torch" else tried_kernels(Shape.of(language, kv), kv)
 
 

@@ -7,10 +7,10 @@ import math
 from llvmlite import ir
 
 from siglane.nn.cpu.jit.code import FLOAT, I32, I64, POINTER, VOID, Code, Struct, exp2, in_threads
+from siglane.nn.cpu.jit.entrance import GROUP
 
 CHUNK = 32  # tokens that are seen together: their keys and values fit into the nearest cache
 LINE = 16  # numbers that memory gives at a time
-GROUP = 32  # query heads of one key head, at most
 
 # of a step. table i32 `[.., columns]`, rows and lengths i64 `[count]`: as in the engine's `DecodeRows`; scale: of
 # products, times log2(e); token: values from one token's keys to the next one's
