@@ -10,7 +10,8 @@ import torch
 from siglane.engine.attention_runs import RunKernels
 from siglane.engine.kernels import DecodeAttention, DecodeRows
 from siglane.engine.kv import PagedKV
-from siglane.nn.cpu.jit.entrance import GROUP, heads
+from siglane.nn.cpu.jit.entrance import heads
+from siglane.nn.cpu.jit.limits import GROUP
 
 if TYPE_CHECKING:
     from siglane.nn.cpu.jit.calls import Heads

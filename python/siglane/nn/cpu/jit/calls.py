@@ -7,8 +7,8 @@ import ctypes
 import torch
 
 from siglane.nn.cpu.jit.code import ADDRESS, COUNT, Compiled
-from siglane.nn.cpu.jit.entrance import GROUP
 from siglane.nn.cpu.jit.heads import STEP, heads_module
+from siglane.nn.cpu.jit.limits import GROUP
 
 LOG2_E = 1.4426950408889634
 ALONE = 1 << 14  # keys' values below which one thread is faster than several

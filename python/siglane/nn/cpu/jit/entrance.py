@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-GROUP = 32  # query heads of one key head, at most
-
 
 @functools.cache
 def few_rows() -> type[FewRows] | None:

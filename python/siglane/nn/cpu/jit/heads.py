@@ -7,7 +7,7 @@ import math
 from llvmlite import ir
 
 from siglane.nn.cpu.jit.code import FLOAT, I32, I64, POINTER, VOID, Code, Struct, exp2, in_threads
-from siglane.nn.cpu.jit.entrance import GROUP
+from siglane.nn.cpu.jit.limits import GROUP
 
 CHUNK = 32  # tokens that are seen together: their keys and values fit into the nearest cache
 LINE = 16  # numbers that memory gives at a time
