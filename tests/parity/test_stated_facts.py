@@ -27,9 +27,12 @@ from siglane.config.language import LanguageConfig
 from siglane.config.preprocess import RESAMPLES
 from siglane.config.two_tower import TextRule
 from siglane.errors import ConfigError
+from siglane.families.bee import Bee
+from siglane.families.idefics3 import Idefics3
 from siglane.families.llava_onevision import LlavaOnevision
 from siglane.families.nvila import Nvila
 from siglane.families.processor import load_tokenizer
+from siglane.families.r_4b import R4B
 from siglane.families.registry import CHAT_FAMILIES, image_facts
 from siglane.families.stated import contradictions, end_ids, image_processor
 from siglane.families.two_tower import read_two_tower
@@ -413,10 +416,11 @@ def test_templates_that_are_none_are_refused(spoken: Any) -> None:
 
 
 def test_which_families_have_a_processor(tmp_path: Path) -> None:
-    """LLaVA-OneVision's class in transformers, and the hf layout's; the others come with a tokenizer."""
+    """LLaVA-OneVision's class in transformers and its relatives', Idefics3's, and the hf layout's; the others come with
+    a tokenizer."""
     nvila_hf(tmp_path)
     with_one = {family.name for family in CHAT_FAMILIES if family.has_processor(Checkpoint(tmp_path))}
-    assert with_one == {LlavaOnevision.name, Nvila.name}
+    assert with_one == {LlavaOnevision.name, Nvila.name, R4B.name, Bee.name, Idefics3.name}
     vila_folders(tmp_path / "folders")
     assert not Nvila().has_processor(Checkpoint(tmp_path / "folders"))
 

@@ -216,6 +216,7 @@ def test_connections_leave_files_for_requests(
         for _ in range(3):
             refused = httpx2.get(f"{server.url}/health", trust_env=False)
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "server_overloaded")
+            eventually(lambda: len(server.server.server_state.connections) == 8)
         with server.connect() as told:  # without a request of its own
             assert b"retry-after: 1" in read_all(told)
         flood = [stack.enter_context(server.connect()) for _ in range(200)]

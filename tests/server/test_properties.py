@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from serving import told_by
 from transformers import PreTrainedTokenizerFast
 
@@ -22,6 +22,7 @@ from siglane.engine.reasoning import AnswerStream
 from siglane.errors import UserError
 from siglane.families.processor import Processor
 from siglane.server.choices import ChoiceDelta, Choices
+from siglane.server.completion_protocol import CompletionRequest
 from siglane.server.errors import error_body, from_validation
 from siglane.server.logprobs import TokenTexts, byte_alphabet
 from siglane.server.protocol import ChatCompletionRequest, ignored_fields
@@ -203,15 +204,19 @@ def test_any_body_is_read_or_refused_by_name(fields: dict[str, Any], content: An
             assert header.isprintable()
 
 
-def test_every_refused_field_is_refused_by_name() -> None:
-    for name, neutral in REFUSED.items():
+@pytest.mark.parametrize(("kind", "good"), [(ChatCompletionRequest, GOOD), (CompletionRequest, {"prompt": "a"})])
+def test_every_refused_field_is_refused_by_name(kind: type[BaseModel], good: dict[str, Any]) -> None:
+    """But for what this kind of request has."""
+    refused = {name: neutral for name, neutral in REFUSED.items() if name not in kind.model_fields}
+    assert len(refused) > 30
+    for name, neutral in refused.items():
         with pytest.raises(ValidationError) as caught:
-            ChatCompletionRequest.model_validate({**GOOD, name: ["something else"]})
+            kind.model_validate({**good, name: ["something else"]})
         error = caught.value.errors()[0]["ctx"]["error"]
         assert isinstance(error, UserError)
         assert (error.code, error.param) == ("unsupported_field", name)
         for value in (None, False, [], {}, "", *neutral):
-            ChatCompletionRequest.model_validate({**GOOD, name: value})
+            kind.model_validate({**good, name: value})
 
 
 def test_token_texts_are_bytes(processor: Processor) -> None:

@@ -158,7 +158,7 @@ def test_gradients_are_refused() -> None:
 def test_what_it_needs_may_be_missing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     made, _ = layer(WideInt8Linear, 128, 64)
     x, residual = numbers(3, 64, top=TOP[WideInt8Linear]), torch.ones(3, 128)
-    with monkeypatch.context() as without, caplog.at_level(logging.INFO):
+    with monkeypatch.context() as without, caplog.at_level(logging.INFO, logger="siglane"):
         without.setattr(importlib.util, "find_spec", lambda name: None)
         few_rows.cache_clear()
         plain = WideInt8Linear(made.stored, None)
