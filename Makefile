@@ -44,7 +44,7 @@ serve: $(READY)  ## keep that server running; prints a curl line to try
 test: $(READY)  ## everything but the long tests
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not vllm and not real"
 
-test-slow: $(READY)  ## the tests that take longer than ten seconds each
+test-slow: $(READY)  ## the tests that take seconds each
 	@$(BIN)/python -m pytest -q -m slow
 
 test-oldest: END := .venv-oldest

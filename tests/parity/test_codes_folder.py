@@ -304,6 +304,7 @@ write_folder(open_checkpoint(sys.argv[1]), Path(sys.argv[2]), "8bit")
 """
 
 
+@pytest.mark.slow  # a process is started and killed
 def test_killed_half_way(nvila_folder: Path, tmp_path: Path) -> None:
     words = [sys.executable, "-c", KILLED, str(nvila_folder), str(tmp_path / "small")]
     assert subprocess.run(words, check=False).returncode == -signal.SIGKILL

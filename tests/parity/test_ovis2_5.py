@@ -346,7 +346,8 @@ def be_a_rank(rank: int, size: int, folder: str, patches: list[ImagePatches], pr
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3, 4])
 def test_every_rank_gives_the_references_rows_and_tokens(tmp_path: Path, size: int) -> None:
     """48 words divide by every size; 2 heads of the tower divide by 2 only."""
     pair = built(tmp_path)

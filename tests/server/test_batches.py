@@ -475,6 +475,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
         sys.dont_write_bytecode = writes_none
 
 
+@pytest.mark.slow  # a server is started
 def test_a_full_disk_stops_a_batch_and_nothing_else(stored: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_runner, "PAUSE_SECONDS", 0.5)
     client = stored.openai()

@@ -142,12 +142,6 @@ def check_share(server: RunningServer, operation: APIOperation[Any, Any, Any], e
     assert found["200"] >= least * found.total(), (operation.label, found)
 
 
-def test_what_the_document_describes_is_answered(everything: RunningServer) -> None:
-    for label, operation in operations(everything).items():
-        if label in LEAST_ANSWERED and label not in COSTLY:
-            check_share(everything, operation, FEW)
-
-
 @pytest.mark.slow
 def test_much_of_it_is_answered_and_nothing_else(everything: RunningServer) -> None:
     found = operations(everything)

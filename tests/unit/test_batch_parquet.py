@@ -365,6 +365,7 @@ print(count, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
 """
 
 
+@pytest.mark.slow  # a large table
 def test_memory_is_flat_in_one_large_row_group(tmp_path: Path) -> None:
     """200 MB of pictures in a single row group; what is held at one time is a few megabytes."""
     import random

@@ -253,6 +253,7 @@ def test_a_wrong_name_is_reported_before_anything_slow_is_imported() -> None:
     assert all("there is no folder" in error for error in errors)
 
 
+@pytest.mark.slow  # processes are started
 def test_a_reader_that_goes_away_is_no_error(model: str) -> None:
     words = ["tokens", model, "--json", "--sizes", *["640x480"] * 2000]
     command = [sys.executable, "-m", "siglane.cli.main", *words]

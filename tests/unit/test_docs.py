@@ -90,6 +90,7 @@ def test_documented_python_commands_start(page: str, line: str) -> None:
     assert all(option in done.stdout for option in options), f"{page}: {line}"
 
 
+@pytest.mark.slow  # every example is read
 def test_the_tables_of_model_facts_are_what_the_code_reads():
     done = subprocess.run(
         [sys.executable, "docs/make_model_facts.py", "--check"], cwd=ROOT, capture_output=True, text=True

@@ -297,6 +297,7 @@ def test_what_cannot_be_had_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
             quantise(tower(), kind, "cuda")
 
 
+@pytest.mark.slow  # a process is started
 def test_a_processor_whose_sums_overflow_is_refused() -> None:
     """oneDNN limited to AVX2 adds neighbouring products up in 16 bits, which is wrong without a word."""
     code = """

@@ -188,6 +188,7 @@ print(json.dumps(peaks))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells a process's peak there")
+@pytest.mark.slow  # large pictures
 def test_the_peak_memory_does_not_grow_with_the_picture() -> None:
     """A released vocabulary in a process of its own: 1024 rows of float32 logits alone would take 256 MiB."""
     command = [sys.executable, "-c", MEASURE, str(CHUNK_ROWS), "1024"]
