@@ -42,10 +42,10 @@ from siglane.engine.child import EngineSpec
 from siglane.engine.process import EngineProcess
 from siglane.errors import UserError
 from siglane.families.processor import Processor
-from siglane.server import batch_runner
-from siglane.server.file_replies import BatchRequest
 from siglane.server.local import LocalServer
-from siglane.server.store import Batch, Store, StoredFile, new_id
+from siglane.server.stored import batch_runner
+from siglane.server.stored.replies import BatchRequest
+from siglane.server.stored.store import Batch, Store, StoredFile, new_id
 from siglane.types import Request
 
 Start = Callable[..., Any]

@@ -17,7 +17,7 @@ from siglane.engine.process import EngineProcess
 from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import Processor
 from siglane.lm.attention import SegmentAttention
-from siglane.server.completion_protocol import CompletionRequest
+from siglane.server.completions.protocol import CompletionRequest
 from siglane.weights.hub import open_checkpoint
 
 COMPLETIONS = "/v1/completions"

@@ -39,12 +39,12 @@ from siglane.engine.load import load_tagger
 from siglane.engine.process import EngineProcess
 from siglane.errors import EngineError, UserError
 from siglane.families.two_tower import load_two_tower, read_two_tower
-from siglane.server import embedding
+from siglane.server.embedding import embed as embedding
+from siglane.server.embedding.text_cache import TextCache, Vector
 from siglane.server.launch import serve, serving
 from siglane.server.local import LocalServer
 from siglane.server.metrics import Metrics
 from siglane.server.served import Deployment, EmbedModel, Served
-from siglane.server.text_cache import TextCache, Vector
 from siglane.settings.engine import EngineConfig
 from siglane.settings.server import ServerConfig
 from siglane.text.tokens import TextTokens

@@ -46,7 +46,7 @@ from siglane.errors import UserError
 from siglane.families.processor import Processor, load_processor
 from siglane.families.prompt import renderers
 from siglane.llm import LLM
-from siglane.server.embedding_protocol import EmbeddingRequest
+from siglane.server.embedding.protocol import EmbeddingRequest
 from siglane.server.generation_fields import StreamOptions
 from siglane.server.protocol import (
     AssistantMessage,

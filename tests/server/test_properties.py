@@ -22,7 +22,7 @@ from siglane.engine.reasoning import AnswerStream
 from siglane.errors import UserError
 from siglane.families.processor import Processor
 from siglane.server.choices import ChoiceDelta, Choices
-from siglane.server.completion_protocol import CompletionRequest
+from siglane.server.completions.protocol import CompletionRequest
 from siglane.server.errors import error_body, from_validation
 from siglane.server.logprobs import TokenTexts, byte_alphabet
 from siglane.server.protocol import ChatCompletionRequest, ignored_fields

@@ -42,8 +42,8 @@ from siglane.errors import EngineError, UserError
 from siglane.families.codes_folder import write_folder
 from siglane.families.processor import load_processor
 from siglane.families.two_tower import TwoTowerModel, load_two_tower, read_two_tower
+from siglane.server.embedding.text_cache import TextCache
 from siglane.server.launch import preflight, serve, serving
-from siglane.server.text_cache import TextCache
 from siglane.settings.engine import EngineConfig
 from siglane.settings.server import ServerConfig
 from siglane.types import DecodedImage, ImagePart, Message, Request, SamplingParams

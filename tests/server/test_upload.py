@@ -12,7 +12,7 @@ from serving import RunningServer, assert_error, eventually, head, read_all, run
 from siglane.engine.process import EngineProcess
 from siglane.errors import UserError
 from siglane.families.processor import Processor
-from siglane.server.upload import Upload
+from siglane.server.stored.upload import Upload
 
 KIND = "multipart/form-data; boundary=xyz"
 FILES = "/v1/files"

@@ -147,7 +147,7 @@ def _other_server(options: RemoteOptions, model: str) -> Answerer:
 def _own_models(arguments: argparse.Namespace) -> tuple[Mapping[str, Any], Serving]:
     """What their answers depend on, and the server: here or, as it is picklable, in another process."""
     from siglane.engine.child import EngineSpec
-    from siglane.server.job import job_of
+    from siglane.server.stored.job import job_of
     from siglane.weights.demo import FOLDERS, demo_folder
 
     config, model = read_options(ServerConfig, arguments), arguments.model

@@ -20,21 +20,18 @@ from starlette.responses import PlainTextResponse, Response
 from siglane.batch.row import CHAT, CLASSIFY, EMBEDDINGS, OF_CHAT, PAIRS, SCORE
 from siglane.errors import EngineError, UserError
 from siglane.server.abort import ABORT, add_abort
-from siglane.server.batch_runner import BatchRunner
-from siglane.server.batches import BATCHES, add_batches
 from siglane.server.chat import complete, prepare
 from siglane.server.context import context_of
-from siglane.server.embedding import classify, embed
-from siglane.server.embedding_protocol import (
+from siglane.server.embedding.embed import classify, embed
+from siglane.server.embedding.protocol import (
     ClassificationList,
     ClassificationRequest,
     EmbeddingList,
     EmbeddingRequest,
 )
 from siglane.server.errors import JsonResponse, error_response, from_validation
-from siglane.server.files import FILES, add_files
-from siglane.server.message_blocks import AnthropicShape
-from siglane.server.messages import COUNT_TOKENS, MESSAGES, add_messages
+from siglane.server.messages.blocks import AnthropicShape
+from siglane.server.messages.routes import COUNT_TOKENS, MESSAGES, add_messages
 from siglane.server.metrics import METHODS
 from siglane.server.middleware import (
     OPEN_PATHS,
@@ -59,9 +56,12 @@ from siglane.server.playground import PATH as PLAYGROUND
 from siglane.server.playground import add_playground
 from siglane.server.protocol import ChatCompletionRequest, ignored_fields
 from siglane.server.replies import ChatCompletion, Health, ModelCard, ModelList, Ready
-from siglane.server.responses import RESPONSES, STORED_RESPONSES, add_responses
+from siglane.server.responses.routes import RESPONSES, STORED_RESPONSES, add_responses
 from siglane.server.served import ChatModel, EmbedModel, Served
-from siglane.server.store import Store
+from siglane.server.stored.batch_runner import BatchRunner
+from siglane.server.stored.batches import BATCHES, add_batches
+from siglane.server.stored.files import FILES, add_files
+from siglane.server.stored.store import Store
 from siglane.server.stream import ChatStream
 from siglane.server.text_routes import add_completions, add_decisions, add_pairs, add_scores
 from siglane.server.tokens import (

@@ -19,19 +19,19 @@ from siglane.batch.row import CHAT, CLASSIFY, COMPLETIONS, DECISIONS, EMBEDDINGS
 from siglane.errors import UserError
 from siglane.server.chat import complete
 from siglane.server.clients import Client
-from siglane.server.completion import complete_texts
-from siglane.server.completion_protocol import CompletionRequest
+from siglane.server.completions.complete import complete_texts
+from siglane.server.completions.protocol import CompletionRequest
 from siglane.server.context import ByteLease, InflightShare, RequestContext
-from siglane.server.decision_protocol import DecisionRequest
-from siglane.server.decisions import decide, decide_system_one
-from siglane.server.embedding import classify, embed, score_pairs
-from siglane.server.embedding_protocol import ClassificationRequest, EmbeddingRequest
+from siglane.server.decisions.decide import decide, decide_system_one
+from siglane.server.decisions.protocol import DecisionRequest
+from siglane.server.decisions.score import ScoreRequest, score
+from siglane.server.decisions.system_one import SystemOneRequest
+from siglane.server.embedding.embed import classify, embed, score_pairs
+from siglane.server.embedding.pairs import PairsRequest
+from siglane.server.embedding.protocol import ClassificationRequest, EmbeddingRequest
 from siglane.server.errors import RateLimited, as_api_error, error_body, validated
-from siglane.server.pairs_protocol import PairsRequest
 from siglane.server.protocol import ChatCompletionRequest, ignored_fields
-from siglane.server.score import ScoreRequest, score
 from siglane.server.served import Served
-from siglane.server.systemone_protocol import SystemOneRequest
 
 logger = logging.getLogger(__name__)
 

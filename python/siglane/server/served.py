@@ -25,6 +25,7 @@ from siglane.families.two_tower import Calibration
 from siglane.server.choices import Choices
 from siglane.server.clients import Client, Clients
 from siglane.server.context import InflightBytes
+from siglane.server.embedding.text_cache import TextCache
 from siglane.server.errors import aborted, overloaded
 from siglane.server.logprobs import TokenTexts
 from siglane.server.media import MediaLoader
@@ -32,7 +33,6 @@ from siglane.server.metrics import Metrics
 from siglane.server.middleware import shutting_down
 from siglane.server.replies import ModelCard
 from siglane.server.running import Running
-from siglane.server.text_cache import TextCache
 from siglane.settings.server import ServerConfig
 from siglane.text.tokens import TextTokens
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget

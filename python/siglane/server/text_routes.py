@@ -9,13 +9,16 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel
 
 from siglane.batch.row import COMPLETIONS, DECISIONS, PAIRS, SCORE, SYSTEMONE
-from siglane.server.completion import CompletionStream, complete_texts, prepare_completion
-from siglane.server.completion_protocol import Completion, CompletionRequest
+from siglane.server.completions.complete import CompletionStream, complete_texts, prepare_completion
+from siglane.server.completions.protocol import Completion, CompletionRequest
 from siglane.server.context import context_of
-from siglane.server.decision_protocol import DecisionRequest
-from siglane.server.decision_replies import DecisionReply, OpenaiDecision, SystemOneReply
-from siglane.server.decisions import decide, decide_system_one
-from siglane.server.embedding import score_pairs
+from siglane.server.decisions.decide import decide, decide_system_one
+from siglane.server.decisions.protocol import DecisionRequest
+from siglane.server.decisions.replies import DecisionReply, OpenaiDecision, SystemOneReply
+from siglane.server.decisions.score import ScoreRequest, Scores, score
+from siglane.server.decisions.system_one import SystemOneRequest
+from siglane.server.embedding.embed import score_pairs
+from siglane.server.embedding.pairs import PairScores, PairsRequest
 from siglane.server.errors import JsonResponse
 from siglane.server.openapi import (
     OF_A_BODY,
@@ -27,10 +30,7 @@ from siglane.server.openapi import (
     score_examples,
     system_one_examples,
 )
-from siglane.server.pairs_protocol import PairScores, PairsRequest
-from siglane.server.score import ScoreRequest, Scores, score
 from siglane.server.served import ChatModel, EmbedModel, Served
-from siglane.server.systemone_protocol import SystemOneRequest
 
 NoteIgnored = Callable[[BaseModel], dict[str, str]]
 Responses = dict[int | str, dict[str, Any]]

@@ -13,7 +13,9 @@ from starlette.responses import FileResponse, Response
 from siglane.errors import UserError
 from siglane.server.context import context_of
 from siglane.server.errors import JsonResponse, overloaded
-from siglane.server.file_replies import (
+from siglane.server.openapi import failures
+from siglane.server.served import Served
+from siglane.server.stored.replies import (
     LEAST_EXPIRY,
     MOST_EXPIRY,
     FileDeleted,
@@ -22,10 +24,8 @@ from siglane.server.file_replies import (
     file_reply,
     page,
 )
-from siglane.server.openapi import failures
-from siglane.server.served import Served
-from siglane.server.store import Store, StoredFile, new_id, refusing_disk, storage_full
-from siglane.server.upload import Upload, receive, too_large
+from siglane.server.stored.store import Store, StoredFile, new_id, refusing_disk, storage_full
+from siglane.server.stored.upload import Upload, receive, too_large
 
 FILES = "/v1/files"
 MAX_UPLOADS = 16  # at one time

@@ -20,7 +20,8 @@ from siglane.families.pipeline import report_image
 from siglane.families.report import ImageReport
 from siglane.media.item import MediaItem
 from siglane.server.context import RequestContext
-from siglane.server.embedding_protocol import (
+from siglane.server.embedding.pairs import PairScore, PairScores, PairsRequest
+from siglane.server.embedding.protocol import (
     Classification,
     ClassificationList,
     ClassificationRequest,
@@ -33,10 +34,9 @@ from siglane.server.embedding_protocol import (
     PromptDetails,
     TextInput,
 )
-from siglane.server.pairs_protocol import PairScore, PairScores, PairsRequest
+from siglane.server.embedding.text_cache import Vector
 from siglane.server.served import EmbedModel
 from siglane.server.stopwatch import Stopwatch
-from siglane.server.text_cache import Vector
 from siglane.settings.tagging import TEMPLATES
 from siglane.tagging.labels import check_labels, check_templates, texts_of
 from siglane.tagging.scoring import label_vectors, likeliest, sigmoid_scores

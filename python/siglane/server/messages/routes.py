@@ -21,8 +21,8 @@ from siglane.server.chat import Prepared, answered, lay_out_prompt, note_answer,
 from siglane.server.choices import ChoiceDelta, Choices
 from siglane.server.context import RequestContext, context_of
 from siglane.server.errors import JsonResponse, error_body
-from siglane.server.message_blocks import Blocks, failure
-from siglane.server.messages_protocol import (
+from siglane.server.messages.blocks import Blocks, failure
+from siglane.server.messages.protocol import (
     AnswerTurn,
     AnthropicFailure,
     Base64Source,

@@ -15,8 +15,9 @@ from siglane.families.prompt.questions import asked_behind
 from siglane.media.messages import Conversation, url_item
 from siglane.server.chat import Prepared, check_length, decode_media, lay_out_media, siglane_report, usage_reply
 from siglane.server.context import RequestContext
-from siglane.server.decision_input import read_input
-from siglane.server.decision_protocol import (
+from siglane.server.decisions.input import read_input
+from siglane.server.decisions.labels import Put, ask_all, check_size, decisions_of, requests_of, usage_of
+from siglane.server.decisions.protocol import (
     DecisionRequest,
     Decisions,
     LevelsQuestion,
@@ -25,7 +26,7 @@ from siglane.server.decision_protocol import (
     checked,
     rendered,
 )
-from siglane.server.decision_replies import (
+from siglane.server.decisions.replies import (
     DecisionReply,
     InputUsage,
     OpenaiDecision,
@@ -34,10 +35,9 @@ from siglane.server.decision_replies import (
     sglang_answer,
     system_one_answer,
 )
-from siglane.server.label_requests import Put, ask_all, check_size, decisions_of, requests_of, usage_of
+from siglane.server.decisions.system_one import RatingQuestion, SystemOneRequest
 from siglane.server.protocol import plain
 from siglane.server.served import ChatModel
-from siglane.server.systemone_protocol import RatingQuestion, SystemOneRequest
 from siglane.types import Decision, ImagePart, Message, Question, Usage
 from siglane.types.decision import FORMAT_VERSION
 

@@ -19,7 +19,8 @@ from siglane.server.chat import (
     usage_reply,
 )
 from siglane.server.choices import ChoiceDelta, Choices, finish_reason
-from siglane.server.completion_protocol import (
+from siglane.server.completions.logprobs import Columns
+from siglane.server.completions.protocol import (
     Completion,
     CompletionChoice,
     CompletionChunk,
@@ -27,7 +28,6 @@ from siglane.server.completion_protocol import (
     CompletionRequest,
 )
 from siglane.server.context import RequestContext
-from siglane.server.legacy_logprobs import Columns
 from siglane.server.served import ChatModel
 from siglane.server.stream import EventStream
 from siglane.server.tokens import ids_of

@@ -12,12 +12,12 @@ from typing_extensions import TypedDict  # pydantic reads no other on Python 3.1
 from siglane.engine.labels import MOST_LABELS, Ids, label_ids
 from siglane.errors import UserError, blaming
 from siglane.server.chat import Prepared, usage_reply
-from siglane.server.completion import check_ids
-from siglane.server.completion_protocol import MAX_IDS, prompt_tag
+from siglane.server.completions.complete import check_ids
+from siglane.server.completions.protocol import MAX_IDS, prompt_tag
 from siglane.server.context import RequestContext
+from siglane.server.decisions.labels import MAX_READS, Put, ask_all, check_size, decisions_of, requests_of, usage_of
 from siglane.server.fields import RequestModel, one_of
 from siglane.server.generation_fields import CacheSalt, TokenId
-from siglane.server.label_requests import MAX_READS, Put, ask_all, check_size, decisions_of, requests_of, usage_of
 from siglane.server.refused import refuse_fields
 from siglane.server.replies import UsageReply
 from siglane.server.served import ChatModel

@@ -23,11 +23,11 @@ from siglane.batch.run import Plan, run_batch
 from siglane.engine.process import RESTART_WINDOW_SECONDS
 from siglane.errors import EngineError, SiglaneError, UserError
 from siglane.server.context import InflightShare
-from siglane.server.death_budget import MOST_DEATHS, DeathBudget
-from siglane.server.job import job_of
 from siglane.server.local import LocalServer
 from siglane.server.served import Served
-from siglane.server.store import Batch, Status, Store
+from siglane.server.stored.deaths import MOST_DEATHS, DeathBudget
+from siglane.server.stored.job import job_of
+from siglane.server.stored.store import Batch, Status, Store
 
 logger = logging.getLogger(__name__)
 

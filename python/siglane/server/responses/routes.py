@@ -26,8 +26,8 @@ from siglane.server.context import RequestContext, context_of
 from siglane.server.errors import JsonResponse
 from siglane.server.openapi import OF_A_BODY, events_of, examples, failures
 from siglane.server.protocol import ChatCompletionRequest, plain
-from siglane.server.response_items import Output
-from siglane.server.responses_protocol import (
+from siglane.server.responses.items import Output
+from siglane.server.responses.protocol import (
     ItemCall,
     ItemCallOutput,
     ItemImage,

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from siglane.errors import EngineError, UserError
-from siglane.server.batch_usage import usage_of
+from siglane.server.stored.usage import usage_of
 
 logger = logging.getLogger(__name__)
 

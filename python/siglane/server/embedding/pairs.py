@@ -8,7 +8,7 @@ from pydantic import ConfigDict, model_validator
 from typing_extensions import TypedDict  # pydantic reads no other on Python 3.11
 
 from siglane.errors import UserError
-from siglane.server.embedding_protocol import (
+from siglane.server.embedding.protocol import (
     EncoderReport,
     EncoderUsage,
     Input,

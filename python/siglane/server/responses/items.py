@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from siglane.server.choices import ChoiceDelta
-from siglane.server.responses_protocol import OutputItem
+from siglane.server.responses.protocol import OutputItem
 
 ItemKind = Literal["message", "function_call", "reasoning"]
 PREFIXES: Mapping[ItemKind, str] = {"message": "msg", "function_call": "fc", "reasoning": "rs"}

@@ -8,7 +8,7 @@ from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict  # pydantic reads no other on Python 3.11
 
-from siglane.server.decision_protocol import ChoiceValue, LevelsQuestion, PredicateQuestion, ValuesQuestion
+from siglane.server.decisions.protocol import ChoiceValue, LevelsQuestion, PredicateQuestion, ValuesQuestion
 from siglane.server.replies import SiglaneReport, UsageReply
 from siglane.types import Decision
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from codecs import getincrementaldecoder
 from collections.abc import Collection, Sequence
 
-from siglane.server.completion_protocol import LegacyLogprobs
+from siglane.server.completions.protocol import LegacyLogprobs
 from siglane.server.logprobs import TokenTexts
 from siglane.types import Readout, TokenLogprob
 

@@ -11,13 +11,13 @@ from starlette.responses import Response
 
 from siglane.batch.row import OF_CHAT, SCORE
 from siglane.errors import UserError
-from siglane.server.batch_runner import BatchRunner
 from siglane.server.context import context_of
 from siglane.server.errors import JsonResponse
-from siglane.server.file_replies import BatchList, BatchObject, BatchRequest, batch_reply, page
 from siglane.server.openapi import OF_A_BODY, failures
 from siglane.server.served import Served
-from siglane.server.store import Batch, Store, new_id
+from siglane.server.stored.batch_runner import BatchRunner
+from siglane.server.stored.replies import BatchList, BatchObject, BatchRequest, batch_reply, page
+from siglane.server.stored.store import Batch, Store, new_id
 
 BATCHES = "/v1/batches"
 MAX_PAGE = 100

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import TypedDict  # pydantic reads no other on Python 3.11
 
 from siglane.server.fields import WHOLE
-from siglane.server.store import Batch, Status, StoredFile
+from siglane.server.stored.store import Batch, Status, StoredFile
 
 MAX_METADATA = 16
 MAX_KEY_CHARACTERS = 64

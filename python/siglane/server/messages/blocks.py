@@ -10,7 +10,7 @@ import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from siglane.server.choices import ChoiceDelta
-from siglane.server.messages_protocol import AnthropicFailure, ReplyBlock
+from siglane.server.messages.protocol import AnthropicFailure, ReplyBlock
 
 Event = dict[str, Any]
 ERRORS = {

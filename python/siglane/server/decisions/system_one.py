@@ -8,7 +8,7 @@ from pydantic import Field, Tag, model_validator
 
 from siglane.engine.labels import MOST_LABELS
 from siglane.errors import UserError
-from siglane.server.decision_protocol import (
+from siglane.server.decisions.protocol import (
     LINE,
     MAX_LEVELS,
     MAX_NAME,

@@ -1,0 +1,1 @@
+"""Images and texts as vectors, their labels and scores: the towers of a SigLIP."""

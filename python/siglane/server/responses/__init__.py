@@ -1,0 +1,1 @@
+"""OpenAI's Responses without what needs a memory, as a translation of chats."""
