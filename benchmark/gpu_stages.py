@@ -282,7 +282,7 @@ def decode(place: Place) -> None:
             found = place.milliseconds(engine.step)
             say(what=f"whole step {name}, {rows} rows", ms=round(found, 3), tokens_per_second=round(1e3 * rows / found))
             if rows == max(goals):
-                sampler(place, engine, run())
+                sampler(place, engine, run().logits)
             del engine
 
 

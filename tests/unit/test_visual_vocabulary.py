@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peak import PEAK
 
 from siglane.config.projector import LinearLayer, NormLayer, ProjectorConfig, vocabulary_projector
 from siglane.errors import ConfigError
@@ -164,14 +165,10 @@ def test_a_vocabulary_that_does_not_divide_is_whole_on_every_rank() -> None:
 
 
 MEASURE = """
-import json, re, sys, torch
-from pathlib import Path
+import json, sys, torch
 from siglane.config.projector import vocabulary_projector
 from siglane.projector.visual_vocabulary import VisualVocabulary
 from siglane.types import Grid
-
-def peak():  # of this program; getrusage would count its parent too
-    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 
 torch.set_num_threads(1)
 config = vocabulary_projector(2, 65536, 4, head="head", table="vte", input_size=2, output_size=8)
@@ -191,10 +188,10 @@ print(json.dumps(peaks))
 @pytest.mark.slow  # large pictures
 def test_the_peak_memory_does_not_grow_with_the_picture() -> None:
     """A released vocabulary in a process of its own: 1024 rows of float32 logits alone would take 256 MiB."""
-    command = [sys.executable, "-c", MEASURE, str(CHUNK_ROWS), "1024"]
+    command = [sys.executable, "-c", PEAK + MEASURE, str(CHUNK_ROWS), "1024"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert answer.returncode == 0, answer.stderr
     before, one_chunk, picture = json.loads(answer.stdout)
-    print(f"KiB before {before}, after {CHUNK_ROWS} rows {one_chunk}, after 1024 rows {picture}")
-    assert one_chunk - before < 4 * 64 * 1024
-    assert picture - one_chunk < 96 * 1024
+    print(f"bytes before {before}, after {CHUNK_ROWS} rows {one_chunk}, after 1024 rows {picture}")
+    assert one_chunk - before < 4 * 64 << 20
+    assert picture - one_chunk < 96 << 20
