@@ -20,19 +20,23 @@ from typing import Any
 
 import httpx2
 import numpy as np
+import pytest
 from openai import DefaultHttpxClient, OpenAI
 from PIL import Image
 
+from siglane.engine.child import EngineSpec
 from siglane.engine.process import EngineProcess
-from siglane.families.processor import Processor
+from siglane.families.processor import Processor, load_processor
 from siglane.server.app import create_app
 from siglane.server.http import Server, uvicorn_config
 from siglane.server.launch import listen, listen_at
 from siglane.server.metrics import Metrics
 from siglane.server.served import ChatModel, Deployment, Served
 from siglane.server.traces import Traces
+from siglane.settings.engine import EngineConfig
 from siglane.settings.server import ServerConfig
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
+from siglane.weights.hub import open_checkpoint
 
 MODEL = "tiny"
 HOST = "127.0.0.1"
@@ -91,6 +95,16 @@ def running(
         yield server
 
 
+@contextmanager
+def serving_folder(folder: Path) -> Iterator[RunningServer]:
+    """`running`, of a small model's folder, with an engine of its own."""
+    engine = EngineProcess(EngineSpec(str(folder), EngineConfig(device="cpu", threads=1, kv_tokens=8192)))
+    engine.start()
+    with running(load_processor(open_checkpoint(folder)), engine) as server:
+        yield server
+    engine.close()
+
+
 def config_of(**options: Any) -> ServerConfig:
     return ServerConfig(**{"port": 0, "served_model_name": MODEL, "drain_timeout": 5.0, **options})
 
@@ -138,6 +152,16 @@ def head(path: str = CHAT, **headers: object) -> bytes:
     lines = [f"POST {path} HTTP/1.1", "host: x", "content-type: application/json"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     return "\r\n".join([*lines, "", ""]).encode()
+
+
+def rounded(value: Any, **bounds: float) -> Any:
+    """A body to compare another with whose numbers may have been rounded otherwise, as
+    in requests that share a forward. bounds: of `pytest.approx`."""
+    if isinstance(value, float):
+        return pytest.approx(value, **bounds)
+    if isinstance(value, dict):
+        return {key: rounded(item, **bounds) for key, item in value.items()}
+    return [rounded(item, **bounds) for item in value] if isinstance(value, list) else value
 
 
 def read_all(connection: socket.socket) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,8 @@ import openai
 import pytest
 import torch
 from openai.types.completion_create_params import CompletionCreateParamsBase, CompletionCreateParamsNonStreaming
-from serving import MODEL, RunningServer, Told, assert_error, assert_unharmed, read_events, run_batch, running
+from serving import MODEL, RunningServer, Told, assert_error, assert_unharmed, read_events, run_batch
 
-from siglane.engine.process import EngineProcess
 from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import Processor
 from siglane.lm.attention import SegmentAttention
@@ -212,14 +210,6 @@ def test_neighbours_are_unharmed(server: RunningServer, alone: Told) -> None:
         server.post_to(COMPLETIONS, prompt=[5, 10**6])
 
     assert_unharmed(server, alone, echo)
-
-
-@pytest.fixture(scope="module")
-def stored(
-    processor: Processor, engine: EngineProcess, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RunningServer]:
-    with running(processor, engine, data_dir=tmp_path_factory.mktemp("data")) as one:
-        yield one
 
 
 def test_rows_of_a_batch(stored: RunningServer) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from serving import MODEL, RunningServer, Told, assert_error, assert_unharmed, data_url, picture, run_batch, running
+from serving import MODEL, RunningServer, Told, assert_error, assert_unharmed, data_url, picture, rounded, run_batch
 
-from siglane.engine.process import EngineProcess
 from siglane.families.model import load_model
 from siglane.families.processor import Processor
 from siglane.llm import LLM
@@ -394,14 +392,6 @@ def test_neighbours_are_unharmed(server: RunningServer, alone: Told) -> None:
     assert_unharmed(server, alone, decide)
 
 
-@pytest.fixture(scope="module")
-def stored(
-    processor: Processor, engine: EngineProcess, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RunningServer]:
-    with running(processor, engine, data_dir=tmp_path_factory.mktemp("data")) as one:
-        yield one
-
-
 @pytest.mark.parametrize(
     ("url", "body"),
     [
@@ -417,5 +407,5 @@ def test_rows_of_a_batch(stored: RunningServer, url: str, body: dict[str, Any]) 
     assert told == [done.usage.input_tokens] * 2
     for answer in (found, expected):
         del answer["usage"]
-    assert found == expected
+    assert found == rounded(expected, rel=1e-5)  # the second reads what the first left in the cache
     assert "stream" in done.errors

@@ -26,7 +26,18 @@ import torch.nn.functional as F
 from openai import BadRequestError, NotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from serving import MODEL, RunningServer, assert_error, config_of, data_url, eventually, image_part, listening, picture
+from serving import (
+    MODEL,
+    RunningServer,
+    assert_error,
+    config_of,
+    data_url,
+    eventually,
+    image_part,
+    listening,
+    picture,
+    rounded,
+)
 from two_tower_checkpoint import Kind, write_two_tower_checkpoint
 
 from siglane.batch.output import Output
@@ -809,15 +820,6 @@ def test_a_batch_gets_the_same_vectors_and_tags(fixed: RunningServer, tmp_path: 
     assert output.failures == {"invalid_value": 1, "not_found": 1}
 
 
-def rounded(value: Any) -> Any:
-    """Numbers of a body that are equal but for rounding, approximately equal."""
-    if isinstance(value, float):
-        return pytest.approx(value, abs=1e-5)
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    return [rounded(item) for item in value] if isinstance(value, list) else value
-
-
 def test_batches_embed_and_classify(fixed: RunningServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     yields: list[bool] = []  # of each call that embeds
     embed = EngineProcess.embed
@@ -846,7 +848,7 @@ def test_batches_embed_and_classify(fixed: RunningServer, tmp_path: Path, monkey
             expected_data = server.post_to(url, **body).json()["data"]
             assert len(found) == 3
             for data in found:  # rows share forwards as they arrive, and sums of more rows may round otherwise
-                assert data == rounded(expected_data)
+                assert data == rounded(expected_data, abs=1e-5)
             assert all(yields[:asked_for])
             assert not any(yields[asked_for:])
             usage, expected = client.batches.retrieve(batch.id).usage, server.post_to(url, **body).json()["usage"]

@@ -281,21 +281,8 @@ def test_the_key_comes_in_anthropics_header(caller: RunningServer) -> None:
         assert client.get("/v1/models", headers={"x-api-key": "secret"}).status_code == 401
 
 
-def test_an_engine_that_fails_ends_the_stream_with_its_reason(
-    caller: RunningServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from siglane.errors import EngineError
-    from siglane.server.choices import Choices
-
-    take, taken = Choices._take, [0]
-
-    def failing(self: Choices, delta: Any) -> None:
-        taken[0] += 1
-        if taken[0] > 3:
-            raise EngineError("it broke", code="engine_broken")
-        take(self, delta)
-
-    monkeypatch.setattr(Choices, "_take", failing)
+@pytest.mark.usefixtures("broken_after_three")
+def test_an_engine_that_fails_ends_the_stream_with_its_reason(caller: RunningServer) -> None:
     told = events(caller, body(caller))
     assert told[0]["type"] == "message_start"
     assert (told[-1]["type"], told[-1]["error"]["type"], told[-1]["error"]["message"]) == (

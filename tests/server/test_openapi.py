@@ -32,14 +32,6 @@ def embedding(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServe
             yield one
 
 
-@pytest.fixture(scope="module")
-def stored(
-    processor: Processor, engine: EngineProcess, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RunningServer]:
-    with running(processor, engine, data_dir=tmp_path_factory.mktemp("data")) as one:
-        yield one
-
-
 @pytest.fixture(params=["server", "embedding", "stored"])
 def either(request: pytest.FixtureRequest) -> RunningServer:
     found = request.getfixturevalue(request.param)

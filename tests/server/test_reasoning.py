@@ -8,13 +8,17 @@ from typing import Any
 
 import pytest
 from scripted_checkpoint import ANSWER, THOUGHT, THOUGHT_TOKENS, write_scripted_checkpoint
-from serving import MODEL, NOTHING_GUESSED, RunningServer, assert_error, chat, image_part, picture, running, stream
-
-from siglane.engine.child import EngineSpec
-from siglane.engine.process import EngineProcess
-from siglane.families.processor import load_processor
-from siglane.settings.engine import EngineConfig
-from siglane.weights.hub import open_checkpoint
+from serving import (
+    MODEL,
+    NOTHING_GUESSED,
+    RunningServer,
+    assert_error,
+    chat,
+    image_part,
+    picture,
+    serving_folder,
+    stream,
+)
 
 SENTENCE = "Considering the limited time by the user, I have to give the solution based on the thinking directly now."
 FORCED = f"ab\n\n{SENTENCE}"  # after a budget of four tokens: the tag, a space and two letters
@@ -25,11 +29,8 @@ NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
 def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     folder: Path = tmp_path_factory.mktemp("thinker") / "tiny"
     write_scripted_checkpoint(folder)
-    engine = EngineProcess(EngineSpec(str(folder), EngineConfig(device="cpu", threads=1, kv_tokens=4096)))
-    engine.start()
-    with running(load_processor(open_checkpoint(folder)), engine) as server:
+    with serving_folder(folder) as server:
         yield server
-    engine.close()
 
 
 def question(**fields: Any) -> dict[str, Any]:

@@ -258,21 +258,8 @@ def test_a_response_is_not_stored(caller: RunningServer) -> None:
             assert "not stored" in refused.json()["error"]["message"]
 
 
-def test_an_engine_that_fails_ends_the_stream_with_its_reason(
-    caller: RunningServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from siglane.errors import EngineError
-    from siglane.server.choices import Choices
-
-    take, taken = Choices._take, [0]
-
-    def failing(self: Choices, delta: Any) -> None:
-        taken[0] += 1
-        if taken[0] > 3:
-            raise EngineError("it broke", code="engine_broken")
-        take(self, delta)
-
-    monkeypatch.setattr(Choices, "_take", failing)
+@pytest.mark.usefixtures("broken_after_three")
+def test_an_engine_that_fails_ends_the_stream_with_its_reason(caller: RunningServer) -> None:
     told = events(caller, body(caller))
     assert told[-1]["type"] == "response.failed"
     assert told[-1]["response"]["status"] == "failed"

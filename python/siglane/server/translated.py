@@ -8,8 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from siglane.errors import UserError
+from siglane.server.chat import Prepared, prepare
+from siglane.server.context import RequestContext
 from siglane.server.errors import validated
 from siglane.server.protocol import ChatCompletionRequest
+from siglane.server.served import ChatModel
 
 _MESSAGE = re.compile(r"messages\[(\d+)\](?:\.(content|tool_calls)\[(\d+)\])?")
 _TOOL = re.compile(r"(tools\[\d+\])(?:\.function)?(.*)")
@@ -57,6 +60,12 @@ class Translation:
             param = self._param(error.param)
             message = error.message.replace(error.param, param)
             raise UserError(message, code=error.code, param=param, status=error.status) from error
+
+    async def prepared(self, chat: ChatCompletionRequest, context: RequestContext, model: ChatModel) -> Prepared:
+        """What `chat` gave, ready for the engine. UserError names the client's field."""
+        with self.telling():
+            async with context.turn:
+                return await prepare(chat, context, model)
 
     def _param(self, param: str) -> str:
         if (found := _MESSAGE.match(param)) and int(found[1]) < len(self._places):

@@ -10,8 +10,9 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch import library
 
-LIBRARY = torch.library.Library("siglane", "DEF")
+LIBRARY = library.Library("siglane", "DEF")
 OPS = torch.ops.siglane
 
 
@@ -34,7 +35,7 @@ def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
 
         LIBRARY.define(schema)
         LIBRARY.impl(name, on_device, "CUDA")
-        torch.library.register_fake(f"siglane::{name}", checked, lib=LIBRARY)
+        library.register_fake(f"siglane::{name}", checked, lib=LIBRARY)
         return function
 
     return define

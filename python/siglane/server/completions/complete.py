@@ -12,7 +12,7 @@ from siglane.engine.answer import Answer
 from siglane.errors import UserError, blaming
 from siglane.server.chat import (
     Prepared,
-    note_answer,
+    answered,
     resolve_max_tokens,
     sampling_of,
     siglane_report,
@@ -167,14 +167,7 @@ async def complete_texts(body: CompletionRequest, context: RequestContext, model
     """All texts at once."""
     async with context.turn:
         prepared, given = await prepare_completion(body, context, model)
-    async with context.place:
-        choices = await model.ask(prepared.requests)
-    try:
-        while not choices.finished:
-            await choices.next()
-    finally:
-        model.release(choices)
-    note_answer(choices, prepared, context, model)
+    choices = await answered(prepared, context, model)
     texts = Texts(body, given, model)
     return {
         "id": prepared.request_id,

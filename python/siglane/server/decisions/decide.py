@@ -13,10 +13,18 @@ from siglane.errors import UserError, blaming
 from siglane.families.pipeline import report_image
 from siglane.families.prompt.questions import asked_behind
 from siglane.media.messages import Conversation, url_item
-from siglane.server.chat import Prepared, check_length, decode_media, lay_out_media, siglane_report, usage_reply
+from siglane.server.chat import (
+    Prepared,
+    answered,
+    check_length,
+    decode_media,
+    lay_out_media,
+    siglane_report,
+    usage_reply,
+)
 from siglane.server.context import RequestContext
 from siglane.server.decisions.input import read_input
-from siglane.server.decisions.labels import Put, ask_all, check_size, decisions_of, requests_of, usage_of
+from siglane.server.decisions.labels import Put, check_size, decisions_of, requests_of, usage_of
 from siglane.server.decisions.protocol import (
     DecisionRequest,
     Decisions,
@@ -115,7 +123,7 @@ async def _decide(
 ) -> Decided:
     async with context.turn:
         prepared, puts = await _prepare(about, questions, body, context, model)
-    choices = await ask_all(prepared, context, model)
+    choices = await answered(prepared, context, model)
     decisions = decisions_of(puts, choices)
     return Decided(puts, decisions, usage_of(puts, decisions), siglane_report(body, prepared, choices))
 

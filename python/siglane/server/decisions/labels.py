@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from siglane.engine.labels import Ids, LabelRead, label_logprobs, label_reads
 from siglane.errors import UserError
-from siglane.server.chat import Prepared, note_answer, too_long
+from siglane.server.chat import too_long
 from siglane.server.choices import Choices, finish_reason
 from siglane.server.context import RequestContext
 from siglane.server.served import ChatModel
@@ -70,19 +70,6 @@ def requests_of(
         for put in puts
         for read in put.reads
     )
-
-
-async def ask_all(prepared: Prepared, context: RequestContext, model: ChatModel) -> Choices:
-    """The requests, answered. Raises what ended one of them early."""
-    async with context.place:
-        choices = await model.ask(prepared.requests)
-    try:
-        while not choices.finished:
-            await choices.next()
-    finally:
-        model.release(choices)
-    note_answer(choices, prepared, context, model)
-    return choices
 
 
 def decisions_of(puts: Sequence[Put], choices: Choices) -> list[Decision]:

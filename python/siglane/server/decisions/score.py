@@ -11,11 +11,11 @@ from typing_extensions import TypedDict  # pydantic reads no other on Python 3.1
 
 from siglane.engine.labels import MOST_LABELS, Ids, label_ids
 from siglane.errors import UserError, blaming
-from siglane.server.chat import Prepared, usage_reply
+from siglane.server.chat import Prepared, answered, usage_reply
 from siglane.server.completions.complete import check_ids
 from siglane.server.completions.protocol import MAX_IDS, prompt_tag
 from siglane.server.context import RequestContext
-from siglane.server.decisions.labels import MAX_READS, Put, ask_all, check_size, decisions_of, requests_of, usage_of
+from siglane.server.decisions.labels import MAX_READS, Put, check_size, decisions_of, requests_of, usage_of
 from siglane.server.fields import RequestModel, one_of
 from siglane.server.generation_fields import CacheSalt, TokenId
 from siglane.server.refused import refuse_fields
@@ -126,7 +126,7 @@ async def score(body: ScoreRequest, context: RequestContext, model: ChatModel) -
         context.answer_id = request_id = f"score-{secrets.token_hex(12)}"
         requests = requests_of(request_id, puts, (), context.client.salt(body.cache_salt), context)
         prepared = Prepared(request_id, puts[0].prompt, requests, [], watch.seconds, context.timings)
-    decisions = decisions_of(puts, await ask_all(prepared, context, model))
+    decisions = decisions_of(puts, await answered(prepared, context, model))
     rows = [one.shares(body.temperature) if body.apply_softmax else one.powers for one in decisions]
     return {
         "object": "scoring",

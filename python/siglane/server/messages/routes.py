@@ -17,7 +17,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from pydantic import BaseModel
 
-from siglane.server.chat import Prepared, answered, lay_out_prompt, note_answer, prepare
+from siglane.server.chat import Prepared, answered, lay_out_prompt, note_answer
 from siglane.server.choices import ChoiceDelta, Choices
 from siglane.server.context import RequestContext, context_of
 from siglane.server.errors import JsonResponse, error_body
@@ -248,10 +248,7 @@ def add_messages(
         served.check_name(body.model, model)
         translation, chat = translate(body)
         headers = note_ignored(chat)
-        with translation.telling():
-            async with context.turn:
-                prepared = await prepare(chat, context, model)
-        asked = Asked(body, prepared, model)
+        asked = Asked(body, await translation.prepared(chat, context, model), model)
         if body.stream:
             return MessageStream(chat, asked, context, headers)
         return JsonResponse(await answer_message(asked, context), headers=headers)

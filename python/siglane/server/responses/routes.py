@@ -20,7 +20,7 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel
 
 from siglane.errors import EngineError, UserError
-from siglane.server.chat import Prepared, answered, note_answer, prepare
+from siglane.server.chat import Prepared, answered, note_answer
 from siglane.server.choices import ChoiceDelta, Choices
 from siglane.server.context import RequestContext, context_of
 from siglane.server.errors import JsonResponse
@@ -230,10 +230,7 @@ def add_responses(
         served.check_name(body.model, model)
         translation, chat = translate(body)
         headers = note_ignored(chat)
-        with translation.telling():
-            async with context.turn:
-                prepared = await prepare(chat, context, model)
-        asked = Asked(body, prepared, model)
+        asked = Asked(body, await translation.prepared(chat, context, model), model)
         if body.stream:
             return ResponseStream(chat, asked, context, headers)
         return JsonResponse(await respond(asked, context), headers=headers)
