@@ -38,6 +38,7 @@ from serving import (
 )
 
 from siglane.batch.form import Answer
+from siglane.engine import process as engine_process
 from siglane.engine.child import EngineSpec
 from siglane.engine.process import EngineProcess
 from siglane.errors import UserError
@@ -411,7 +412,8 @@ def test_rows_that_kill_the_engine_cost_themselves_alone(
             os.kill(engine.pid, signal.SIGKILL)
 
     monkeypatch.setattr(engine, "submit", poisoned)
-    monkeypatch.setattr(batch_runner, "RESTART_WINDOW_SECONDS", seconds)
+    for module in (batch_runner, engine_process):
+        monkeypatch.setattr(module, "RESTART_WINDOW_SECONDS", seconds)
     try:
         with running(processor, engine, data_dir=tmp_path) as server:
             client = server.openai()

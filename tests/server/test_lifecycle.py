@@ -240,14 +240,13 @@ def test_what_does_not_finish_in_time_ends_with_an_error(processor: Processor, e
 def test_an_engine_that_dies_takes_its_requests_and_comes_back(processor: Processor, spec: EngineSpec) -> None:
     """A killed engine never looks like a clean end: its requests get an error, and it is started again."""
     engine = EngineProcess(spec)
-    engine.start(wait=False)
     try:
         with running(processor, engine) as server, server.http() as client:
             assert_error(client.get("/ready"), 503, "engine_starting")
             assert client.get("/health").status_code == 200
             assert client.get("/metrics").status_code == 200
             assert_error(server.post(chat("x")), 503, "engine_starting")
-            engine.wait_ready()
+            engine.start()
             before = ask_good(server)
             whole: list[httpx2.Response] = []
             waiting = threading.Thread(target=lambda: whole.append(server.post(LONG)))

@@ -23,6 +23,8 @@ from typing import Any, Literal
 from ports import free_port
 
 START_SECONDS = 180.0
+SETTLE_SECONDS = 30.0
+UNSETTLED = "requests are still running"
 ANSWER_SECONDS = 120.0
 TAIL_CHARACTERS = 4000
 
@@ -94,6 +96,18 @@ class RunningEngine:
         """What another method of `Engine` returns, as far as it can be pickled; {"error": message} if it raises."""
         self.pipe.send((method, arguments))
         return receive(self.process, self.pipe, self.log, seconds)
+
+    def load_weights(self, folder: Path) -> None:
+        """Reads the weights of another folder and empties the caches, which SGLang refuses until its last step has
+        ended: that can be after the last answer. HostError if they are not taken."""
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while True:
+            taken, message, _ = self.call("update_weights_from_disk", model_path=str(folder))
+            if taken:
+                return
+            if UNSETTLED not in message or time.monotonic() > deadline:
+                raise HostError(message)
+            time.sleep(0.05)
 
 
 @dataclass(frozen=True, slots=True)

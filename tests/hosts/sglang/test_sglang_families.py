@@ -90,7 +90,6 @@ def test_all_cases_at_once(running: Running) -> None:
 
 def test_each_case_alone_and_with_other_weights(running: Running) -> None:
     """New weights empty the caches: nothing of an answer was computed with the old ones."""
-    success, message, _ = running.engine.call("update_weights_from_disk", model_path=str(running.other))
-    assert success, message
+    running.engine.load_weights(running.other)
     answers = [ask_sglang(running.engine, [request])[0] for request in running.requests]
     compare(answers, running.expected_of_other, list(running.cases))
