@@ -30,12 +30,12 @@ from serving import (
     ask_good,
     assert_error,
     chat,
-    eventually,
     image_part,
     key_file,
     picture,
     running,
 )
+from waiting import eventually, wait_for_lines
 
 from siglane.batch.form import Answer
 from siglane.engine import process as engine_process
@@ -97,7 +97,7 @@ def stopped_in_the_middle(client: OpenAI, *lines: str) -> str:
         counts = client.batches.retrieve(batch_id).request_counts
         return counts is not None and counts.completed == ANSWERED
 
-    eventually(answered, 30)
+    eventually(answered)
     return batch_id
 
 
@@ -118,12 +118,9 @@ def create(client: OpenAI, file_id: str, **fields: Any) -> ClientBatch:
     return client.batches.create(input_file_id=file_id, **{"endpoint": CHAT, "completion_window": "24h", **fields})
 
 
-def ended(client: OpenAI, batch_id: str, seconds: float = 60) -> ClientBatch:
-    deadline = time.monotonic() + seconds
-    while (found := client.batches.retrieve(batch_id)).status not in ENDED:
-        assert time.monotonic() < deadline, found
-        time.sleep(0.02)
-    return found
+def ended(client: OpenAI, batch_id: str) -> ClientBatch:
+    eventually(lambda: client.batches.retrieve(batch_id).status in ENDED)
+    return client.batches.retrieve(batch_id)
 
 
 def rows_of(client: OpenAI, file_id: str | None) -> list[dict[str, Any]]:
@@ -419,9 +416,9 @@ def test_rows_that_kill_the_engine_cost_themselves_alone(
             client = server.openai()
             lines = [line(number, max_tokens=13 if number in (2, 5, 6) else 4) for number in range(8)]
             batch_id = create(client, upload(client, *lines)).id
-            eventually(lambda: "engine died 2 times" in str(client.batches.retrieve(batch_id).errors), 60)
-            eventually(lambda: server.post(chat("hello")).status_code == 200, 60)
-            found = ended(client, batch_id, 120)
+            eventually(lambda: "engine died 2 times" in str(client.batches.retrieve(batch_id).errors))
+            eventually(lambda: server.post(chat("hello")).status_code == 200)
+            found = ended(client, batch_id)
             assert (found.status, found.errors) == ("completed", None)
             assert {row["custom_id"] for row in rows_of(client, found.output_file_id)} == {
                 f"row {number}" for number in (0, 1, 3, 4, 7)
@@ -486,7 +483,7 @@ def test_a_full_disk_stops_a_batch_and_nothing_else(stored: RunningServer, monke
     with files_of_at_most(400_000):
         assert refused(lambda: upload(client, "x" * 500_000)) == (507, "storage_full")
         batch_id = create(client, file_id).id
-        eventually(lambda: client.batches.retrieve(batch_id).errors is not None, 30)
+        eventually(lambda: client.batches.retrieve(batch_id).errors is not None)
         waiting = client.batches.retrieve(batch_id)
         assert waiting.status == "in_progress"
         assert waiting.errors is not None
@@ -594,20 +591,20 @@ def test_killed_it_goes_on(nvila_folder: Path, tmp_path: Path) -> None:
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
         with subprocess.Popen([*command, str(port)], stderr=subprocess.DEVNULL) as process:
             try:
-                eventually(lambda port=port: is_ready(port), 60)  # type: ignore[misc]
+                eventually(lambda port=port: is_ready(port))  # type: ignore[misc]
                 if not batch_id:
                     batch_id = create(client, upload(client, *lines)).id
                     output = tmp_path / "batches" / f"{batch_id}.jsonl"
                 assert not output.exists() or output.read_bytes().startswith(before)
                 if killed:
                     wanted = before.count(b"\n") + 5
-                    eventually(lambda output=output, wanted=wanted: rows_in(output) >= wanted, 60)  # type: ignore[misc]
+                    wait_for_lines(output, wanted, process)
                     process.kill()
                     process.wait()
                     before = output.read_bytes()
                     before = before[: before.rfind(b"\n") + 1]
                     continue
-                found = ended(client, batch_id, 120)
+                found = ended(client, batch_id)
                 answers = rows_of(client, found.output_file_id)
             finally:
                 process.terminate()
@@ -620,7 +617,3 @@ def is_ready(port: int) -> bool:
         return httpx2.get(f"http://127.0.0.1:{port}/ready", trust_env=False).status_code == 200
     except httpx2.HTTPError:
         return False
-
-
-def rows_in(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
