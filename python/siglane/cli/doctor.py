@@ -243,10 +243,10 @@ def _files() -> Iterator[Check]:
 def _environment() -> Iterator[Check]:
     """Variables with our prefix that no command reads are probably misspelt."""
     from siglane.cli.main import command_options
-    from siglane.hosts.sglang.settings import HostConfig
+    from siglane.hosts.sglang.settings import SglangConfig
 
     groups = [*COMMON, *(group for options in command_options().values() for group in options)]
-    known = known_variables([*(group.config for group in groups), HostConfig])
+    known = known_variables([*(group.config for group in groups), SglangConfig])
     found = sorted(name for name in os.environ if name.startswith(PREFIX))
     for name in found:
         if name in known:

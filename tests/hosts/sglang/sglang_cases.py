@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from sglang_host import RunningEngine
 from transformers import PreTrainedTokenizerFast
 
-from siglane.hosts.sglang.view import write_view
+from siglane.hosts.view import write_view
 from siglane.llm import LLM, Generation
 from siglane.types import SamplingParams
 from siglane.weights.hub import Checkpoint

@@ -27,7 +27,7 @@ from siglane.families.model import model_tensors
 from siglane.families.processor import load_processor
 from siglane.families.registry import vlm_family
 from siglane.families.stack import VisionStack
-from siglane.hosts.sglang.weights import full_names, language_tensors
+from siglane.hosts.weights import full_names, language_tensors
 from siglane.weights.hub import Checkpoint
 from siglane.weights.load import StrictLoad
 

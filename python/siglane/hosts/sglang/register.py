@@ -28,7 +28,7 @@ def register() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     from transformers import AutoConfig
 
-    from siglane.hosts.sglang.config import SiglaneConfig
+    from siglane.hosts.config import SiglaneConfig
 
     for variable, package in PACKAGES.items():
         os.environ.setdefault(variable, package)

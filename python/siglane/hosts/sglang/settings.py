@@ -1,22 +1,17 @@
-"""What an operator can set about siglane inside SGLang: environment variables, as `siglane serve` names its flags."""
+"""What an operator can set about siglane inside SGLang."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from siglane.families.parallel import EncoderParallel
-from siglane.settings.media import MediaConfig
+from siglane.hosts.settings import HostConfig
 from siglane.settings.options import read_environment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HostConfig(MediaConfig):
-    """SIGLANE_ENCODER_PARALLEL, SIGLANE_SGLANG_OVERRIDE, SIGLANE_SGLANG_VIEWS and those of `MediaConfig`."""
+class SglangConfig(HostConfig):
+    """SIGLANE_SGLANG_OVERRIDE, SIGLANE_SGLANG_VIEWS and those of `HostConfig`."""
 
-    encoder_parallel: EncoderParallel = field(
-        default="auto",
-        metadata={"help": "of tower and projector: cut over the ranks, images divided over them, or every rank all"},
-    )
     sglang_override: tuple[str, ...] = field(
         default=(), metadata={"help": "families to take over although SGLang has its own classes for them (nvila)"}
     )
@@ -25,6 +20,6 @@ class HostConfig(MediaConfig):
     )
 
 
-def host_config() -> HostConfig:
+def host_config() -> SglangConfig:
     """UserError names the variable whose value cannot be used."""
-    return read_environment(HostConfig)
+    return read_environment(SglangConfig)
