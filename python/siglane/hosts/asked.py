@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
 
 from siglane.config.images import ImageFacts
 from siglane.media.item import MediaItem
 from siglane.tiling.rule import ImageBudget
-from siglane.types import ImageLayout, Medium, Size, VideoSize
+from siglane.types import ImageLayout, ImagePatches, Medium, Size, VideoSize
+from siglane.types.image import DIGEST_BYTES
+
+NUMBER_BYTES = 4
+BEFORE = DIGEST_BYTES + NUMBER_BYTES  # what stands in front of the JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +47,26 @@ class Asked:
             for width, height, *video in found["media"]
         )
         return cls(media, tuple(_limits(fields) for fields in found["image_limits"]))
+
+
+class Described(NamedTuple):
+    """What an encoder must know of an image beside its pixels. number: of the image among those `asked` for."""
+
+    digest: bytes
+    number: int
+    asked: Asked
+
+    def to_bytes(self) -> bytes:
+        return self.digest + self.number.to_bytes(NUMBER_BYTES, "little") + self.asked.to_json().encode()
+
+    @classmethod
+    def from_bytes(cls, packed: bytes) -> Described:
+        digest, number, asked = packed[:DIGEST_BYTES], packed[DIGEST_BYTES:BEFORE], packed[BEFORE:]
+        return cls(digest, int.from_bytes(number, "little"), Asked.from_json(asked))
+
+    def patches(self, pixels: torch.Tensor, facts: ImageFacts) -> ImagePatches:
+        """ValueError when the pixels are not what the layout says."""
+        return ImagePatches(pixels, self.asked.layouts(facts)[self.number], self.digest)
 
 
 def _limits(fields: dict[str, object]) -> ImageBudget:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import os
 import pkgutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import EntryPoint, PackageNotFoundError, version
 from typing import NamedTuple
 
+from siglane.hosts.config import SiglaneConfig
 from siglane.hosts.settings import HostConfig
 from siglane.settings.options import read_environment
 from siglane.tiling.rule import ImageBudget
@@ -27,7 +30,7 @@ class Finding(NamedTuple):
 Step = Callable[[], Iterator[Finding]]
 
 
-def in_order(steps: Sequence[tuple[str, Step]]) -> Iterator[Finding]:
+def in_order(*steps: tuple[str, Step]) -> Iterator[Finding]:
     """The findings of all steps up to the first with a broken one, which makes the rest pointless. What a step stumbles
     over is a finding too."""
     for name, step in steps:
@@ -43,12 +46,44 @@ def in_order(steps: Sequence[tuple[str, Step]]) -> Iterator[Finding]:
             return
 
 
-def settings(config: HostConfig) -> Finding:
+def installed(distributions: Sequence[str], tested: Sequence[str], extra: str) -> Finding:
+    """The host itself. distributions: under which it is published; extra: siglane's."""
+    for name in distributions:
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            continue
+        note = "" if found in tested else f"; siglane is tested with {', '.join(tested)}"
+        return Finding(extra, False, found + note)
+    return Finding(extra, True, f"not installed; pip install 'siglane[{extra}]'")
+
+
+def left_out(points: Sequence[EntryPoint], group: str, target: str, variable: str) -> Finding | None:
+    """Why the host would not run siglane's plugin. points: the plugins of `group`; target: what siglane's names;
+    variable: of the host's, names of the plugins that it loads."""
+    ours = [point for point in points if point.value == target]
+    if not ours:
+        return Finding("plugin", True, f"no entry point in group {group}; install siglane again")
+    allowed = os.environ.get(variable, "")
+    if allowed and ours[0].name not in [name.strip() for name in allowed.split(",")]:
+        return Finding("plugin", True, f"{variable}={allowed} leaves {ours[0].name} out; add it")
+    return None
+
+
+def configuration() -> Finding:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    known = SiglaneConfig.model_type in CONFIG_MAPPING
+    return Finding("configuration", not known, "known to transformers" if known else "transformers refused it")
+
+
+def settings(kind: type[HostConfig]) -> Iterator[Finding]:
+    config = read_environment(kind)
     budget = read_environment(ImageBudget)
     media = "http" if config.allow_http_images else "no http"
     files = f"files below {config.allowed_local_media_path}" if config.allowed_local_media_path else "no files"
     detail = f"encoder {config.encoder_parallel}; media: data URLs, {media}, {files}; budget {budget.limits or 'none'}"
-    return Finding("settings", False, detail)
+    yield Finding("settings", False, detail)
 
 
 def calls(called: Mapping[str, tuple[str, ...]]) -> Iterator[Finding]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +22,11 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Tensors = Iterable[tuple[str, torch.Tensor]]
+
+
+def of_group(group: Any) -> TensorParallel:
+    """The tower's ranks in a host. group: SGLang's or vLLM's own kind, which know the same words."""
+    return TensorParallel(group.rank_in_group, group.world_size, group.all_reduce, group.all_gather)
 
 
 class HostModel:

@@ -7,15 +7,18 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import torch
+
 from siglane.errors import UserError
 from siglane.families.pipeline import MediaPipeline
 from siglane.families.processor import Processor
 from siglane.hosts.asked import Asked
+from siglane.hosts.largest import largest
 from siglane.hosts.view import placeholder_id
 from siglane.media.item import MediaItem
 from siglane.settings.media import MediaConfig
 from siglane.tiling.rule import ImageBudget
-from siglane.types import ImagePatches, Prompt
+from siglane.types import ImagePatches, Prompt, Size
 
 FETCH_THREADS = 64  # they wait for web servers most of the time
 
@@ -56,6 +59,16 @@ class Expanded:
     patches: tuple[ImagePatches, ...]
     asked: Asked
 
+    def stretch(self, index: int) -> tuple[int, torch.Tensor]:
+        """Where image `index` of the prompt begins, and, bool from there to its last row, what is a row: text may stand
+        between its tiles."""
+        spans = [span for span in self.prompt.spans if span.image == index]
+        start, stop = spans[0].start, spans[-1].stop
+        rows = torch.zeros(stop - start, dtype=torch.bool)
+        for span in spans:
+            rows[span.start - start : span.stop - start] = True
+        return start, rows
+
 
 class HostRequests:
     """The stages of a request in the process of a host that reads them.
@@ -64,7 +77,7 @@ class HostRequests:
     """
 
     def __init__(self, prompts: Processor, config: MediaConfig, image_limits: ImageBudget) -> None:
-        self.prompts = prompts
+        self.prompts, self.config, self._image_limits = prompts, config, image_limits
         self.pipeline = MediaPipeline.for_clients(config, prompts.facts, image_limits, in_message)
         self.reader = MediaReader(self.pipeline)
 
@@ -86,6 +99,16 @@ class HostRequests:
         for span in prompt.spans:
             ids[span.start : span.stop] = [place] * (span.stop - span.start)
         return Expanded(ids, prompt, tuple(item.patches for item in items), Asked.of(items))
+
+    def frames(self) -> int:
+        """Of a video whose request names no number; 0 where the model reads none."""
+        video = self.prompts.facts.video
+        return 0 if video is None else video.count(None, self.config.max_video_frames)
+
+    def largest(self, *, video: bool, most_rows: int) -> tuple[Size, int]:
+        """`hosts/largest.py: largest` of what a request may hold."""
+        frames, pixels = self.frames() if video else 0, self.config.max_image_pixels
+        return largest(self.prompts.facts, self._image_limits, frames=frames, most_pixels=pixels, most_rows=most_rows)
 
     def _read(self, ids: Sequence[int]) -> str:
         # a placeholder's may lie behind the embedding table

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import time
+from typing import Any
 
 from siglane.weights.demo import FOLDERS, demo_folder
 
 MODEL, PICTURE, EXPECTED = "demo-native", "cafe.png", "CAFE"
-PROMPT = "<|im_start|>user\n<image>\nWhat does the sign say?<|im_end|>\n<|im_start|>assistant\n"
+QUESTION = "What does the sign say?"
+PROMPT = f"<|im_start|>user\n<image>\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
 TOKENS = 8
 
 
@@ -19,6 +21,11 @@ def model() -> str:
 def picture_url() -> str:
     picture = base64.b64encode((demo_folder() / "pictures" / PICTURE).read_bytes()).decode()
     return f"data:image/png;base64,{picture}"
+
+
+def messages() -> list[Any]:
+    picture = {"type": "image_url", "image_url": {"url": picture_url()}}
+    return [{"role": "user", "content": [picture, {"type": "text", "text": f"\n{QUESTION}"}]}]
 
 
 def report(begin: float, started: float, answer: str) -> str:

@@ -8,6 +8,7 @@ from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
 
 from siglane.config.images import ImageFacts
 from siglane.hosts.asked import Asked
+from siglane.hosts.model import of_group
 from siglane.hosts.request import Expanded
 from siglane.nn.parallel import TensorParallel
 from siglane.types import ImagePatches
@@ -24,11 +25,9 @@ def items_of(expanded: Expanded) -> list[MultimodalDataItem]:
     prompt, described = expanded.prompt, expanded.asked.to_json()
     items = []
     for index, (number, image) in enumerate(zip(prompt.order, prompt.in_order(expanded.patches), strict=True)):
-        spans = [span for span in prompt.spans if span.image == index]
-        start, stop = spans[0].start, spans[-1].stop
-        ids = torch.tensor(prompt.token_ids[start:stop])
-        for span in spans:
-            ids[span.start - start : span.stop - start] = TEXT
+        start, rows = expanded.stretch(index)
+        stop = start + len(rows)
+        ids = torch.tensor(prompt.token_ids[start:stop]).masked_fill(rows, TEXT)
         item = MultimodalDataItem(
             modality=Modality.IMAGE,
             offsets=[(start, stop - 1)],  # SGLang counts the last one in
@@ -72,5 +71,4 @@ def tensor_parallel() -> TensorParallel:
     """SGLang's group for one copy of the model's attention, which is one copy of the tower too."""
     from sglang.srt.runtime_context import get_parallel
 
-    group = get_parallel().attn_tp_group
-    return TensorParallel(group.rank_in_group, group.world_size, group.all_reduce, group.all_gather)
+    return of_group(get_parallel().attn_tp_group)

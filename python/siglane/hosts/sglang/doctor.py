@@ -11,11 +11,12 @@ import inspect
 import os
 import pkgutil
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import entry_points
 from typing import Any
 
 from siglane.hosts import doctor
 from siglane.hosts.doctor import Finding
+from siglane.hosts.settings import SglangHostConfig
 from siglane.hosts.sglang.register import ARGUMENTS_HOOK, PACKAGE, PACKAGES, register
 from siglane.hosts.sglang.self_test import prepare_environment
 
@@ -59,26 +60,23 @@ def examine(*, self_test: bool = True) -> Iterator[Finding]:
 
     self_test: also answer a question about a picture with the shipped model, in an engine of SGLang's (a minute).
     """
-    try:
-        found = version("sglang")
-    except PackageNotFoundError:
-        yield Finding("sglang", True, "not installed; pip install 'siglane[sglang]'")
+    yield (found := doctor.installed(["sglang"], TESTED, "sglang"))
+    if found.broken:
         return
     prepare_environment()
-    note = "" if found in TESTED else f"; siglane is tested with {', '.join(TESTED)}"
-    yield Finding("sglang", False, found + note)
-    steps = [("plugin", _plugin), ("settings", _settings), ("calls", _calls), ("imports", _imports)]
-    yield from doctor.in_order([*steps, *([("self-test", _self_test)] if self_test else [])])
+    yield from doctor.in_order(
+        ("plugin", _plugin),
+        ("settings", lambda: doctor.settings(SglangHostConfig)),
+        ("calls", lambda: doctor.calls(CALLED)),
+        ("imports", _imports),
+        *([("self-test", lambda: doctor.self_test(f"{PACKAGE}.self_test"))] if self_test else []),
+    )
 
 
 def _plugin() -> Iterator[Finding]:
-    ours = [point for point in entry_points(group=GROUP) if point.value == f"{PACKAGE}.register:register"]
-    if not ours:
-        yield Finding("plugin", True, f"no entry point in group {GROUP}; install siglane again")
-        return
-    allowed = os.environ.get("SGLANG_PLUGINS", "")
-    if allowed and ours[0].name not in [name.strip() for name in allowed.split(",")]:
-        yield Finding("plugin", True, f"SGLANG_PLUGINS={allowed} leaves {ours[0].name} out; add it")
+    points = tuple(entry_points(group=GROUP))
+    if (finding := doctor.left_out(points, GROUP, f"{PACKAGE}.register:register", "SGLANG_PLUGINS")) is not None:
+        yield finding
         return
     from sglang.srt.plugins import load_plugins
 
@@ -89,24 +87,9 @@ def _plugin() -> Iterator[Finding]:
         value = os.environ.get(variable)
         detail = "set by the plugin" if value == expected else f"is {value}; unset it, siglane needs {expected}"
         yield Finding(variable, value != expected, detail)
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    from siglane.hosts.config import SiglaneConfig
-
-    known = SiglaneConfig.model_type in CONFIG_MAPPING
-    yield Finding("configuration", not known, "known to transformers" if known else "transformers refused it")
+    yield doctor.configuration()
     applied = "__wrapped__" in vars(pkgutil.resolve_name(ARGUMENTS_HOOK))
     yield Finding("hook", not applied, ARGUMENTS_HOOK if applied else f"SGLang did not apply it to {ARGUMENTS_HOOK}")
-
-
-def _settings() -> Iterator[Finding]:
-    from siglane.hosts.sglang.settings import host_config
-
-    yield doctor.settings(host_config())
-
-
-def _calls() -> Iterator[Finding]:
-    return doctor.calls(CALLED)
 
 
 def _imports() -> Iterator[Finding]:
@@ -126,7 +109,3 @@ def _imports() -> Iterator[Finding]:
     processors = [found for found in classes if issubclass(found, BaseMultimodalProcessor)]
     served = {model.__name__ for processor in processors for model in processor.models}
     yield Finding("processors", ARCHITECTURE not in served, ", ".join(sorted(served)) or "none")
-
-
-def _self_test() -> Iterator[Finding]:
-    return doctor.self_test(f"{PACKAGE}.self_test")

@@ -17,8 +17,9 @@ from torch import nn
 
 from siglane.hosts.config import ARCHITECTURE, SiglaneConfig
 from siglane.hosts.model import HostModel
+from siglane.hosts.settings import SglangHostConfig
 from siglane.hosts.sglang import bridge
-from siglane.hosts.sglang.settings import host_config
+from siglane.settings.options import read_environment
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class SiglaneForConditionalGeneration(nn.Module):
 
     def __init__(self, config: SiglaneConfig, quant_config: Any = None, prefix: str = "") -> None:
         super().__init__()
-        self.siglane = HostModel(config, bridge.tensor_parallel(), host_config().encoder_parallel)
+        self.siglane = HostModel(config, bridge.tensor_parallel(), read_environment(SglangHostConfig).encoder_parallel)
         self.config = config
         self.vision = self.siglane.vision
         self.language_model = LANGUAGE_MODELS[config.text_config.model_type](

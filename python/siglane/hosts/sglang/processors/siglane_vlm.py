@@ -12,10 +12,10 @@ from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProces
 from siglane.errors import UserError
 from siglane.families.processor import load_processor
 from siglane.hosts.request import HostRequests
+from siglane.hosts.settings import SglangHostConfig
 from siglane.hosts.sglang import bridge
 from siglane.hosts.sglang.media import wanted
 from siglane.hosts.sglang.models.siglane_vlm import SiglaneForConditionalGeneration
-from siglane.hosts.sglang.settings import host_config
 from siglane.hosts.view import placeholder_id
 from siglane.media.item import MediaItem
 from siglane.settings.options import read_environment
@@ -31,7 +31,7 @@ class SiglaneProcessor(BaseMultimodalProcessor):
     def __init__(self, hf_config: Any, server_args: Any, processor: Any, transport_mode: Any, **others: Any) -> None:
         super().__init__(hf_config, server_args, processor, transport_mode, **others)
         prompts = load_processor(hf_config.files())
-        self.requests = HostRequests(prompts, host_config(), read_environment(ImageBudget))
+        self.requests = HostRequests(prompts, read_environment(SglangHostConfig), read_environment(ImageBudget))
 
     async def process_mm_data_async(
         self,
