@@ -29,6 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from siglip2_checkpoint import write_siglip2_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
+from waiting import PATIENCE
 
 from siglane.errors import ConfigError, UserError, WeightError
 from siglane.families.family import CHATML
@@ -449,7 +450,7 @@ class TestOnceForEachState:
             second = write_view(self.another_state(model), views)
             assert written(views) == sorted([used, second.name])
             user.stdin.close()
-            assert user.wait(30) == 0
+            assert user.wait(PATIENCE) == 0
         third = write_view(self.another_state(model), views)
         assert written(views) == [third.name]
 
@@ -478,7 +479,7 @@ class TestOnceForEachState:
 
     def test_two_at_once(self, model: Path, views: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Both are ready to put theirs in place at the same time."""
-        barrier, fill = threading.Barrier(2, timeout=30), views_module._fill
+        barrier, fill = threading.Barrier(2, timeout=PATIENCE), views_module._fill
         found: list[Any] = []
 
         def fill_and_wait(*arguments: Any) -> None:

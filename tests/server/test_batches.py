@@ -46,7 +46,6 @@ from siglane.families.processor import Processor
 from siglane.server.local import LocalServer
 from siglane.server.stored import batch_runner
 from siglane.server.stored.deaths import MOST_DEATHS, DeathBudget
-from siglane.server.stored.replies import BatchRequest
 from siglane.server.stored.store import Batch, Store, StoredFile, new_id
 from siglane.types import Request
 
@@ -474,8 +473,8 @@ def test_what_is_out_of_time_expires(start: Start, held: pytest.MonkeyPatch, tmp
 
 def test_time_runs_out_while_it_is_answered(stored: RunningServer, held: pytest.MonkeyPatch) -> None:
     client = stored.openai()
-    held.setattr(BatchRequest, "seconds", 2)
-    batch_id = create(client, upload(client, *map(line, range(9)))).id
+    batch_id = stopped_in_the_middle(client, *map(line, range(9)))
+    held.setattr(batch_runner, "_is_late", lambda _: True)
     found = ended(client, batch_id)
     assert found.status == "expired"
     assert len(rows_of(client, found.error_file_id)) == 9 - ANSWERED
