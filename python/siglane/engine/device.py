@@ -13,6 +13,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from siglane.engine.attention import EagerKernels, TorchKernels
 from siglane.engine.attention_compiled import compiled_kernels
@@ -23,7 +24,7 @@ from siglane.engine.graphs import Capture, buckets_up_to, capture_on_cuda, recor
 from siglane.engine.kernel_trial import Shape
 from siglane.engine.kernels import DecodeRows, Kernels, PrefillRows, StepAttention
 from siglane.engine.kv import PagedKV
-from siglane.engine.limits import StepLimits
+from siglane.engine.limits import StepLimits, padded_rows
 from siglane.engine.memory import LargestStep, kv_bytes
 from siglane.engine.readouts import Readouts, read
 from siglane.engine.sampler import Choices, Choose, SampledToken, choose_on_host
@@ -264,7 +265,10 @@ class Device:
             None if decodes is None else kernels.decode(decodes),
             None if prefills is None else kernels.prefill(prefills),
         )
-        return self.model.language.decode(embeds, positions, attention)
+        rows = len(embeds)
+        if padding := padded_rows(rows, self.device.type) - rows:
+            embeds, positions = F.pad(embeds, (0, 0, 0, padding)), F.pad(positions, (0, padding))
+        return self.model.language.decode(embeds, positions, attention)[:rows]
 
     def _numbers(self, chunks: tuple[Chunk, ...], decodes: int, padding: int, held: Sequence[Held]) -> list[list[int]]:
         """tokens, positions, slots; rows of the table and lengths of what decodes; rows that choose a token; of
