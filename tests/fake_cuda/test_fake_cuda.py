@@ -69,7 +69,7 @@ FAMILIES: dict[str, Callable[[Path], object]] = {
 class Event:
     """Of a stream that is not there."""
 
-    def record(self) -> None: ...
+    def record(self, stream: object = None) -> None: ...
 
     def synchronize(self) -> None: ...
 
@@ -143,6 +143,7 @@ class Rig:
 def _a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What asks the driver gets the answers of an H100."""
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(attention, "tried_backend", lambda backends, *_: backends[0])  # a trial reads numbers
     monkeypatch.setattr(kv_module, "short_of_memory", lambda *_: torch.no_grad())
