@@ -31,6 +31,7 @@ from siglane.engine.kernel_trial import Shape, decoded, prefilled, stored
 from siglane.engine.sampler_cuda import DeviceSampler, best_in_torch, tried_best
 from siglane.nn.act import SwiGLU
 from siglane.nn.attention import runnable_backends, tried_backend
+from siglane.nn.cuda.low_bits import low_bit_linear, product_in_torch
 from siglane.nn.cuda.optimise import KERNELS, use_kernels
 from siglane.nn.experts import Mixing, Routing
 from siglane.nn.norm import InputRMSNorm, RMSNorm
@@ -76,6 +77,12 @@ def kernels(place: Place) -> None:
                 broken += [] if backend == backends[0] else [f"tower, {head_dim}: {backends[0]}"]
         with part(f"small operations in {dtype}"):
             broken += small_operations(place._replace(dtype=dtype))
+        for bits in (8, 4):
+            with part(f"{bits} bits in {dtype}"):
+                quick = low_bit_linear(bits, place.device, dtype).args[1] is not product_in_torch
+                name = f"products with weights of {bits} bits"
+                say(kernel=name, dtype=str(dtype), taken="Triton" if quick else "torch")
+                broken += [] if quick else [f"{name} in {dtype}"]
     with part("noise"):
         quick = tried_best(place.device) is not best_in_torch
         say(kernel="noise over a vocabulary", taken="Triton" if quick else "torch")

@@ -40,8 +40,10 @@ from siglane.engine.sampler_cuda import DeviceSampler
 from siglane.families.model import VisionLanguageModel
 from siglane.families.processor import Processor, load_processor
 from siglane.nn import attention, rope
+from siglane.nn.cuda.low_bits import LowBitLinear
 from siglane.nn.cuda.ops import OPS
 from siglane.nn.cuda.optimise import KERNELS
+from siglane.nn.quantise import LAYERS, quantised
 from siglane.types import DecodedImage, ImagePart, ImagePatches, Message, Prompt, Request, SamplingParams
 from siglane.weights.hub import open_checkpoint
 
@@ -274,3 +276,27 @@ def test_operations_of_a_layer_are_counted(kind: Kind, most: int, tmp_path: Path
         operations = rig.run(*rig.decoding(2))[1].operations
         counts.append(operations.total() + operations["siglane.paged_decode.default"])
     assert counts[1] - counts[0] == most
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_of_fewer_bits_are_no_more_operations(bits: int, tmp_path: Path) -> None:
+    """A tower, a prefill and steps that decode; a product is one launch, its weight is nowhere made whole."""
+    rig = build(tmp_path / "nvila", write_nvila_checkpoint, records=True)
+    rig.run(*rig.decoding(2))
+    before = rig.run(*rig.decoding(2))[1].operations
+    model, make = rig.device.model, partial(LowBitLinear, bits, OPS.coded_product)
+    found = [(parent, *child) for parent in model.modules() for child in parent.named_children()]
+    with rig.mode, torch.no_grad():
+        for parent, name, layer in found:
+            if isinstance(layer, LAYERS):
+                setattr(parent, name, quantised(layer, make))
+    after = rig.run(*rig.decoding(2))[1].operations
+    assert after["siglane.coded_product.default"] == 4 * rig.processor.config.language.num_hidden_layers
+    assert after.total() <= before.total()
+    images = [picture(rig.processor, seed, 2) for seed in range(2)]
+    with rig.mode, torch.inference_mode():
+        rows = rig.device.encode(images)
+    reading = rig.sequence(6, 40, *images)
+    reading.features, reading.computed = dict(enumerate(rows)), 0
+    logits, _ = rig.run(*rig.decoding(2), Chunk(reading, 0, len(reading.token_ids)))
+    assert logits.shape == (3, rig.processor.config.language.vocab_size)

@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from siglane.nn.cuda import best_token as choosing
+from siglane.nn.cuda import coded_product as coded
 from siglane.nn.cuda import experts as mixing
 from siglane.nn.cuda import paged_decode as decode
 from siglane.nn.cuda import pointwise
@@ -52,6 +53,12 @@ def sources(dtype: str, head_dim: int) -> Iterator[tuple[Any, dict[str, str], di
     yield mixing.route_token, routed, {"TOP": 8, "NORMALISED": True, "BLOCK": 128, "SLOTS": 8}
     mixed = {"x": rows, "weight": rows, "chosen": "*i64", "scales": rows, "out": rows, "pairs": "i32", "columns": "i32"}
     blocks = {"ROWS": mixing.ROWS, "BLOCK_N": mixing.BLOCK_N, "BLOCK_K": mixing.BLOCK_K}
+    for four, block_m, block_n in ((True, 16, coded.FEW_N), (False, 64, coded.BLOCK_N)):
+        numbers = rows if four else "*fp32"
+        product = {"x": rows, "codes": "*u8" if four else "*i8", "scales": numbers, "lows": numbers, "bias": rows}
+        product |= {"out": rows, "rows": "i32", "columns": "i32", "stride": stride}
+        shape = {"K": 1536, "BLOCK_M": block_m, "BLOCK_N": block_n, "GROUP": coded.GROUP}
+        yield coded.multiply_codes, product, shape | {"FOUR": four, "BIASED": True}
     yield mixing.expert_product, mixed, blocks | {"K": 768, "SHARED": 1, "SCALED": True, "PAIRS": 512}
 
 

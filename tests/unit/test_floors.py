@@ -57,6 +57,7 @@ ON_DEMAND = (  # imported by the function that fetches a URL, and by the operato
         "nn/cuda/pointwise.py",
         "nn/cuda/best_token.py",
         "nn/cuda/experts.py",
+        "nn/cuda/coded_product.py",
     ),
 )
 EXTRAS = (

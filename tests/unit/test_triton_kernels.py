@@ -23,6 +23,7 @@ import torch
 
 from siglane.engine.noise import gumbel_noise, noise_key
 from siglane.nn.act import swiglu
+from siglane.nn.cuda.low_bits import GROUP, eight_bits, four_bits, product_in_torch
 from siglane.nn.experts import Mixing, Routing
 from siglane.nn.norm import InputRMSNorm, RMSNorm
 from siglane.nn.rope import NormedRotation, rotary_tables, rotate
@@ -33,6 +34,7 @@ if DEVICE.type == "cpu":
 pytest.importorskip("triton", reason="needs Triton, which torch brings for CUDA; `make test-triton`")
 
 from siglane.nn.cuda import best_token as choosing  # noqa: E402
+from siglane.nn.cuda import coded_product as coded  # noqa: E402
 from siglane.nn.cuda import experts as mixing  # noqa: E402
 from siglane.nn.cuda import paged_decode as decode  # noqa: E402
 from siglane.nn.cuda import pointwise  # noqa: E402
@@ -193,6 +195,22 @@ def test_store_writes_its_slots_alone(dtype: torch.dtype) -> None:
 
 
 @DTYPES
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 64, 33), (17, 200, 40), (70, 72, 70)])
+def test_products_with_codes(rows: int, inputs: int, outputs: int, bits: int, dtype: torch.dtype) -> None:
+    """With a bias and without; rows lie in a wider tensor."""
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(rows, inputs + 8, generator=generator).to(DEVICE, dtype)
+    x = wide[:, :inputs]
+    shapes = (outputs, inputs), (outputs,)
+    weight, bias = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes)
+    codes, scales, lows = (eight_bits if bits == 8 else four_bits)(weight * inputs**-0.5)
+    for added in (bias, None):
+        found = coded.coded_product(x, codes, scales, lows, added)
+        close(found, product_in_torch(x, codes, scales, lows, added), dtype, roundings=3)
+
+
+@DTYPES
 @pytest.mark.parametrize("normalised", [False, True])
 @pytest.mark.parametrize(("experts", "top"), [(3, 1), (5, 3), (128, 8)])
 def test_routing(experts: int, top: int, normalised: bool, dtype: torch.dtype) -> None:
@@ -257,7 +275,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_every_kernel_compiles_for_every_gpu(compiled: list[dict[str, Any]]) -> None:
-    kernels = {name for module in (choosing, decode, mixing, pointwise) for name in kernels_of(module)}
+    kernels = {name for module in (choosing, coded, decode, mixing, pointwise) for name in kernels_of(module)}
     for architecture in (80, 90, 100):
         for dtype in ("fp32", "fp16", "bf16"):
             names = {one["kernel"] for one in compiled if (one["architecture"], one["dtype"]) == (architecture, dtype)}
@@ -269,6 +287,10 @@ def kernels_of(module: ModuleType) -> set[str]:
     tree = ast.parse(inspect.getsource(module))
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     return {one.name for one in functions if "triton.jit" in map(ast.unparse, one.decorator_list)}
+
+
+def test_both_sides_mean_the_same_groups() -> None:
+    assert coded.GROUP == GROUP
 
 
 def test_noise_takes_exact_logarithms(compiled: list[dict[str, Any]]) -> None:

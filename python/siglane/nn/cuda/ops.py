@@ -159,3 +159,19 @@ def _expert_products(
     from siglane.nn.cuda.experts import expert_products
 
     return expert_products(x, weight, chosen, experts, scales)
+
+
+def _product(x: torch.Tensor, codes: torch.Tensor, *others: object) -> torch.Tensor:
+    return x.new_empty(x.shape[0], codes.shape[0])
+
+
+@_operator(
+    "coded_product(Tensor x, Tensor codes, Tensor scales, Tensor? lows, Tensor? bias) -> Tensor",
+    _product,
+)
+def _coded_product(
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, lows: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    from siglane.nn.cuda.coded_product import coded_product
+
+    return coded_product(x, codes, scales, lows, bias)
