@@ -39,7 +39,7 @@ from siglane.hosts import view as views_module
 from siglane.hosts.config import ARCHITECTURE, SiglaneConfig
 from siglane.hosts.settings import SglangHostConfig
 from siglane.hosts.sglang.view import view_of
-from siglane.hosts.view import IN_USE, TOKENIZER_KEYS, placeholder_id, write_view
+from siglane.hosts.view import IN_USE, TOKENIZER_KEYS, is_view, placeholder_id, write_view
 from siglane.lm.qwen import qwen_plan
 from siglane.nn.plan import Destination
 from siglane.settings.options import read_environment
@@ -207,7 +207,11 @@ class TestWhatIsTaken:
         assert view_of(str(tmp_path)) is None
 
     def test_a_view_is_left(self, viewed: Any) -> None:
-        assert view_of(str(viewed("ovis2_5").folder)) is None
+        one = viewed("ovis2_5")
+        assert view_of(str(one.folder)) is None
+        assert is_view(str(one.folder))
+        assert not is_view(str(one.checkpoint.root))
+        assert not is_view("somebody/a-model")
 
     def test_what_is_no_model_is_left(self, tmp_path: Path) -> None:
         (tmp_path / "weights.gguf").touch()

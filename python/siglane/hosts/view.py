@@ -104,6 +104,14 @@ def view_of(model: str, revision: str | None, host: Host) -> Path | None:
     return view
 
 
+def is_view(model: str) -> bool:
+    """Whether it is the folder of one."""
+    config = Path(model) / "config.json"
+    return (
+        config.is_file() and Checkpoint(Path(model)).json("config.json").get("model_type") == SiglaneConfig.model_type
+    )
+
+
 def write_view(checkpoint: Checkpoint, views: Path) -> Path:
     """The view of a checkpoint below folder `views`, made once for each state of its files.
 
