@@ -24,6 +24,7 @@ pytestmark = [
 
 SECONDS = 600  # for one command, with everybody else on the same two cores
 REPLY = "@@ "
+PAGE = HERE.parents[2] / "docs" / "vllm.md"
 
 
 def write_models(root: Path) -> dict[str, str]:
@@ -146,6 +147,12 @@ def test_the_path_of_a_model_becomes_that_of_its_view(scenarios: Mapping[str, An
     assert again["model"] == plain["model"] == named["model"]
     assert (plain["served_model_name"], named["served_model_name"]) == (models["nanovlm"], "eyes")
     assert plain["tokenizer"] == named["tokenizer"] is None
+
+
+def test_every_option_that_the_page_names_exists(scenarios: Mapping[str, Any]) -> None:
+    inline = {word for part in PAGE.read_text().split("`")[1::2] for word in part.split() if word.startswith("--")}
+    assert len(inline) > 4
+    assert inline - {"--host"} <= set(scenarios["options"])  # --host is the doctor's
 
 
 def test_the_command_and_its_self_test() -> None:

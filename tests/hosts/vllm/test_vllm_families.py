@@ -12,14 +12,17 @@ import pytest
 from checkpoints import large_heads
 from host_cases import (
     FAMILIES,
+    QUESTION,
     TOKENS,
     Case,
+    Drawn,
     ask_siglane,
     cases_of,
     check_that_answers_discriminate,
     conversation,
     write_checkpoint,
 )
+from PIL import Image
 from vllm_host import READY, RunningEngine, vllm_engine
 
 from siglane.families.registry import VLM_FAMILIES
@@ -81,6 +84,15 @@ def test_each_case_alone_its_prompt_known(running: Running) -> None:
     compare(running, answers)
     for answer in answers:
         assert answer["cached_tokens"] >= (answer["prompt_tokens"] - 1) // CHUNK * CHUNK
+
+
+def test_pictures_of_one_colour_and_of_other_shapes(running: Running) -> None:
+    """Their bytes are the same."""
+    drawn = [Drawn(Image.new("RGB", size, "gray")) for size in ((60, 40), (40, 60), (60, 40))]
+    cases: list[Case] = [(one, QUESTION) for one in drawn]
+    answers = [running.engine.chat([conversation(case)], 16)[0] for case in cases]
+    expected = ask_siglane(running.folder, cases, 16)
+    assert [one["token_ids"] for one in answers] == [list(one.output_token_ids) for one in expected]
 
 
 def compare(running: Running, answers: list[dict[str, Any]]) -> None:

@@ -119,6 +119,15 @@ def twice_and_named(folders: Folders) -> list[Any]:
     ]
 
 
+def options(folders: Folders) -> list[str]:
+    """Of `vllm serve`."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser())
+    return sorted(option for action in parser._actions for option in action.option_strings)
+
+
 SCENARIOS: dict[str, Callable[[Folders], Any]] = {
     "as it should be": examined,
     "no entry point": no_entry_point,
@@ -134,6 +143,7 @@ SCENARIOS: dict[str, Callable[[Folders], Any]] = {
     "refused arguments": refused_arguments,
     "another connector": another_connector,
     "twice and named": twice_and_named,
+    "options": options,
 }
 
 
