@@ -27,6 +27,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sglang_host import RunningEngine
 from transformers import PreTrainedTokenizerFast
+from video_llama_3_checkpoint import write_video_llama_3_checkpoint
 
 from siglane.hosts.sglang.view import write_view
 from siglane.llm import LLM, Generation
@@ -152,6 +153,13 @@ FAMILIES = {
         ),
         seeds=(11, 9),
         larger={"embed_tokens": 4.0, "text_model.layers.0.self_attn.q_proj": 2.0, "lm_head": 4.0},
+    ),
+    "video_llama_3": Family(
+        lambda folder, seed: write_video_llama_3_checkpoint(folder, seed=seed, videos={"fps": 10}), seeds=(23, 22)
+    ),
+    "videollama3_qwen2": Family(
+        lambda folder, seed: write_video_llama_3_checkpoint(folder, "authors", seed=seed, videos={"fps": 10}),
+        seeds=(8, 1),
     ),
 }
 

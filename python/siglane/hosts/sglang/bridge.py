@@ -11,6 +11,7 @@ from sglang.srt.managers import mm_schedule
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
 
 from siglane.config.images import ImageFacts
+from siglane.image.still import settled
 from siglane.nn.parallel import TensorParallel
 from siglane.tiling.rule import ImageBudget
 from siglane.types import ImagePatches, Medium, Prompt, Size, VideoSize
@@ -68,7 +69,7 @@ def patches_of(item: MultimodalDataItem, facts: ImageFacts) -> ImagePatches:
     """The image of an item. ValueError when its pixels are not what its layout says."""
     asked = Asked.from_json(item.model_specific_data["siglane_asked"])
     layout = facts.layouts(asked.media, asked.image_limits)[item.model_specific_data["siglane_number"]]
-    return ImagePatches(item.feature, layout, item.identity)
+    return ImagePatches(item.feature, settled(layout, item.feature, facts.preprocess), item.identity)
 
 
 def span_rows(item: MultimodalDataItem, rows: torch.Tensor, embedding: torch.nn.Module) -> torch.Tensor:

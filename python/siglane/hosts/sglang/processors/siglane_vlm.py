@@ -68,6 +68,7 @@ class SiglaneProcessor(BaseMultimodalProcessor):
             raise UserError(message, code="context_length_exceeded")
         for item in items:
             pipeline.preprocess(item)
+        prompt = prompt.settled(prompt.in_order([item.patches for item in items]))
         ids = list(prompt.token_ids)
         place = placeholder_id(self.prompts.config)
         for span in prompt.spans:
