@@ -707,6 +707,7 @@ class TestLog:
             {},
             {**PLACES["nested"], "preprocessor_config.json": {**FIRST, "processor_class": "x"}},
             {"generation_config.json": {"eos_token_id": [1, 2]}, "config.json": {"eos_token_id": 2}},
+            {"generation_config.json": {"eos_token_id": 49279}, "config.json": {"text_config": {"eos_token_id": 2}}},
             {"config.json": {"rope_theta": 2.0, "rope_scaling": {"type": "default"}}},
             {"preprocessor_config.json": FIRST, "video_preprocessor_config.json": SECOND},
         ],

@@ -63,8 +63,8 @@ class VideoLlama3(VlmFamily):
         rope.choice("rope_type", {"axial": None}, "axial")
         vision = VisionConfig.from_hf(section.raw, feature_layer=-1, post_norm=True, head=False, name=section.name)
         vision = replace(vision, position_grid=Grid(0, 0), rope_theta=rope.value("rope_theta", float, 10000.0))
-        widths = {"input_size": vision.hidden_size, "output_size": self.language(checkpoint).hidden_size}
-        projector = llava_projector(**widths, names=("readout.0", "readout.2"))
+        width, names = self.language(checkpoint).hidden_size, ("readout.0", "readout.2")
+        projector = llava_projector(input_size=vision.hidden_size, output_size=width, names=names)
         file = required_image_processor(checkpoint)
         if file.size("patch_size", 14) != vision.patch_size:
             raise ConfigError(f"{file.name}: patch_size {file.size('patch_size', 14)} is not the tower's")
