@@ -140,12 +140,7 @@ async def _prepare(
         raise (error.at(body.about_field) if error.param == "messages" else error) from None
     puts = [await _put(number, one, about, body.chat_template_kwargs, model) for number, one in enumerate(questions)]
     check_size(puts, "questions")
-    laid_out = [item.layout for item in about.media]
     await decode_media(about.media, salt, context, model)
-    if [item.layout for item in about.media] != laid_out:  # pixels left rows out of the prompts
-        puts = [
-            await _put(number, one, about, body.chat_template_kwargs, model) for number, one in enumerate(questions)
-        ]
     context.answer_id = request_id = f"decision-{secrets.token_hex(12)}"
     requests = requests_of(request_id, puts, [item.patches for item in about.media], salt, context)
     images = list(map(report_image, about.media))
