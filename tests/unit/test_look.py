@@ -39,6 +39,7 @@ from siglane.types import (
     ImagePlaceholder,
     Indicator,
     Marker,
+    MergedFirst,
     MergedScales,
     Newline,
     NewlinePlace,
@@ -239,6 +240,12 @@ def test_newlines_are_counted_where_they_stand(place: NewlinePlace, tokens: int,
     ends = Newline(Grid(2, 2), "average", place)
     layout = replace(LAYOUTS["a video"], assembly=ends, pieces=(ImagePlaceholder(tokens),))
     assert token_lines(layout)[0] == line
+
+
+def test_rows_that_were_left_out_are_told() -> None:
+    still = MergedFirst(drops_still=True, kept=bytes((1,) * 29 + (0,) * 3))
+    layout = replace(LAYOUTS["a video"], assembly=still, pieces=(ImagePlaceholder(29),))
+    assert token_lines(layout)[0] == "8 frames x 4, 3 that stand still left out = 29"
 
 
 def test_the_picture_lies_on_its_canvas_where_the_steps_put_it() -> None:

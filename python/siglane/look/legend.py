@@ -120,7 +120,7 @@ def token_lines(layout: ImageLayout) -> list[str]:
             added = f" + {'a newline' if newlines == 1 else f'{newlines:,} newlines'}" if newlines else ""
             text = f"{parts} x {(total - newlines) // tiles:,}{added} = {total:,}"
         case MergedFirst(kept=bytes(kept)) if 0 in kept:
-            text = f"{parts} x {len(kept) // tiles:,}, {kept.count(0):,} still ones left out = {total:,}"
+            text = f"{parts} x {len(kept) // tiles:,}, {kept.count(0):,} that stand still left out = {total:,}"
         case _:
             same = tiles > 1 and len(set(features)) == 1 and (len(features) == tiles or tiles == layout.frames)
             text = f"{parts} x {total // tiles:,} = {total:,}" if same else f"{total:,}"
