@@ -43,7 +43,7 @@ def towers(known: dict[str, ImageFacts]) -> Iterable[list[str]]:
             f"{vision.depth} of {vision.num_hidden_layers}",
             str(vision.patch_size),
             vision.patch_layout,
-            f"{grid.h}x{grid.w}, {vision.position_resize}",
+            f"{grid.h}x{grid.w}, {vision.position_resize}" if grid.area else "none",
             "no" if vision.rope_theta is None else f"2-D, base {vision.rope_theta:g}",
             "yes" if vision.post_norm else "no",
         ]

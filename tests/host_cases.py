@@ -25,6 +25,7 @@ from ovis2_5_checkpoint import write_ovis2_5_checkpoint, write_ovis2_6_checkpoin
 from parity_kit import picture
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from video_llama_3_checkpoint import write_video_llama_3_checkpoint
 
 from siglane.llm import LLM, Generation
 from siglane.types import SamplingParams
@@ -155,6 +156,16 @@ FAMILIES = {
         seeds=(11, 9),
         large_seed=1,
         larger={"embed_tokens": 4.0, "text_model.layers.0.self_attn.q_proj": 2.0, "lm_head": 4.0},
+    ),
+    "video_llama_3": Family(
+        lambda folder, seed: write_video_llama_3_checkpoint(folder, seed=seed, videos={"fps": 10}),
+        seeds=(23, 22),
+        large_seed=0,
+    ),
+    "videollama3_qwen2": Family(
+        lambda folder, seed: write_video_llama_3_checkpoint(folder, "authors", seed=seed, videos={"fps": 10}),
+        seeds=(8, 1),
+        large_seed=0,
     ),
 }
 

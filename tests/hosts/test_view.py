@@ -29,6 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from siglip2_checkpoint import write_siglip2_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
+from video_llama_3_checkpoint import write_video_llama_3_checkpoint
 from waiting import PATIENCE
 
 from siglane.errors import ConfigError, UserError, WeightError
@@ -82,6 +83,10 @@ CASES = {
     **{f"nanovlm {era}": Case(partial(write_nanovlm_checkpoint, era=era)) for era in ERAS},
     "nanovlm, both names": Case(partial(write_nanovlm_checkpoint, names="both", own_tokenizer=False)),
     **{f"idefics3 {kind}": Case(partial(write_idefics3_checkpoint, kind=kind), whole_model) for kind in KINDS},
+    "video_llama_3": Case(write_video_llama_3_checkpoint, whole_model),
+    "video_llama_3, the authors', tied": Case(
+        partial(write_video_llama_3_checkpoint, layout="authors", tied=True, template=True), whole_model
+    ),
     "nanovlm, untied": Case(partial(write_nanovlm_checkpoint, names="untied")),
 }
 TAKEN = [name for name in CASES if not name.startswith(("nvila hf", "llava_qwen"))]

@@ -23,6 +23,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 from two_tower_checkpoint import write_two_tower_checkpoint
+from video_llama_3_checkpoint import write_video_llama_3_checkpoint
 
 from siglane import LLM, Tagger
 from siglane.errors import ConfigError, SiglaneError, UserError, WeightError
@@ -51,6 +52,8 @@ FAMILIES: dict[str, tuple[Callable[[Path], Any], Mapping[str, str]]] = {
     "nanoVLM, fused qkv": (partial(write_nanovlm_checkpoint, names="untied"), {}),
     "SmolVLM2": (write_idefics3_checkpoint, {}),
     "Ovis2.5": (write_ovis2_5_checkpoint, {}),
+    "VideoLLaMA3": (write_video_llama_3_checkpoint, {}),
+    "VideoLLaMA3, the authors'": (partial(write_video_llama_3_checkpoint, layout="authors"), {}),
     "Qwen2 alone": (write_causal_lm_checkpoint, {}),
     "Llama alone": (partial(write_causal_lm_checkpoint, kind="llama"), {}),
     "SigLIP, both towers": (write_two_tower_checkpoint, {}),

@@ -23,7 +23,8 @@ from siglane.families.processor import load_processor
 from siglane.families.registry import is_vlm, vlm_family
 from siglane.llm import LLM
 from siglane.lm.attention import SegmentAttention
-from siglane.types import Message, SamplingParams
+from siglane.nn.rope import rotary_frequencies
+from siglane.types import Message, RopeScaling, SamplingParams
 from siglane.verify import verify
 from siglane.verify.report import html
 from siglane.weights.hub import open_checkpoint
@@ -83,6 +84,15 @@ def test_prompt_and_32_greedy_tokens_are_the_references(tmp_path: Path, name: st
     assert list(answer.prompt_token_ids) == prompt
     assert list(answer.output_token_ids) == theirs[0, -32:].tolist()
     assert answer.usage.image_tokens == 0
+
+
+def test_llama_3s_longer_context_changes_slow_frequencies() -> None:
+    """As transformers computes them: pair 12 turns too fast to be changed, 20 is divided by the factor, 16 between."""
+    scaling = RopeScaling(factor=32.0, low_turns=1.0, high_turns=4.0, original_length=8192)
+    plain, stretched = (rotary_frequencies(32, 5e5, changed) for changed in (None, scaling))
+    assert stretched[[12, 16, 20]].tolist() == pytest.approx([7.29267e-3, 4.29557e-4, 8.57026e-6], rel=1e-5)
+    assert stretched[12] == plain[12]
+    assert float(stretched[20]) == pytest.approx(float(plain[20]) / 32)
 
 
 def test_a_conversation_is_the_templates(tmp_path: Path) -> None:

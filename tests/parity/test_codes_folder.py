@@ -28,6 +28,7 @@ from parity_kit import logits, patches_of, picture, spliced
 from safetensors.torch import load_file, save_file
 from test_visual_vocabulary import Ranks
 from two_tower_checkpoint import write_two_tower_checkpoint
+from video_llama_3_checkpoint import write_video_llama_3_checkpoint
 
 from siglane import LLM, Tagger
 from siglane.errors import ConfigError, SiglaneError, UserError, WeightError
@@ -59,6 +60,8 @@ CHAT: dict[str, Write] = {
     "SmolVLM2": write_idefics3_checkpoint,
     "docling's, tied": partial(write_idefics3_checkpoint, kind="docling"),
     "Ovis2.5": write_ovis2_5_checkpoint,
+    "VideoLLaMA3": write_video_llama_3_checkpoint,
+    "VideoLLaMA3, the authors', tied": partial(write_video_llama_3_checkpoint, layout="authors", tied=True),
     "Qwen2 alone": write_causal_lm_checkpoint,
     "Llama alone, tied": partial(write_causal_lm_checkpoint, kind="llama", tied=True),
 }

@@ -151,6 +151,15 @@ def test_positions_in_half_precision(tmp_path: Path) -> None:
     assert report.first_inexact is None
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_warned_of(tmp_path: Path, kind: Kind, caplog: pytest.LogCaptureFixture) -> None:
+    """The end of an answer that Llama's class writes into every text_config is nobody's statement."""
+    write_idefics3_checkpoint(tmp_path, kind)
+    assert json.loads((tmp_path / "config.json").read_text())["text_config"]["eos_token_id"] == 2
+    load_processor(open_checkpoint(tmp_path))
+    assert caplog.messages == []
+
+
 class TestPrompts:
     def test_a_whole_conversation(self, pairs: dict[Kind, SmolPair]) -> None:
         pair = pairs["smolvlm"]

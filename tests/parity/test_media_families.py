@@ -15,6 +15,7 @@ from llava_qwen_checkpoint import write_llava_qwen_checkpoint
 from nanovlm_checkpoint import write_nanovlm_checkpoint
 from ovis2_5_checkpoint import write_ovis2_5_checkpoint
 from parity_kit import noise
+from video_llama_3_checkpoint import write_video_llama_3_checkpoint
 
 from siglane.errors import UserError
 from siglane.llm import LLM, Generation
@@ -29,8 +30,10 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "ovis2_5": write_ovis2_5_checkpoint,
     "nanovlm": write_nanovlm_checkpoint,
     "smolvlm2": write_idefics3_checkpoint,
+    "video_llama_3": write_video_llama_3_checkpoint,
+    "videollama3_qwen2": partial(write_video_llama_3_checkpoint, layout="authors"),
 }
-VIDEO = ("nvila", "llava_onevision", "llava_qwen", "ovis2_5", "smolvlm2")
+VIDEO = ("nvila", "llava_onevision", "llava_qwen", "ovis2_5", "smolvlm2", "video_llama_3", "videollama3_qwen2")
 # a limit that makes SIZE cheaper
 LIMITS: dict[str, dict[str, Any]] = {
     "nvila": {"max_tiles": 1},
@@ -39,6 +42,8 @@ LIMITS: dict[str, dict[str, Any]] = {
     "ovis2_5": {"max_pixels": 60 * 60, "min_pixels": 40 * 40},
     "nanovlm": {"max_tiles": 2},
     "smolvlm2": {"max_tiles": 2},
+    "video_llama_3": {"max_pixels": 1000},
+    "videollama3_qwen2": {"max_pixels": 1000},
 }
 
 
@@ -77,9 +82,10 @@ def test_a_video_is_read_and_counted(models: dict[str, LLM], name: str) -> None:
 @pytest.mark.parametrize("name", WRITERS)
 def test_videos_beside_images_where_the_family_has_them(models: dict[str, LLM], name: str) -> None:
     row = {"images": [picture(1)], "videos": [[picture(2), picture(3)]]}
-    if name in ("nvila", "llava_onevision", "llava_qwen"):
+    if name in ("nvila", "llava_onevision", "llava_qwen", "video_llama_3", "videollama3_qwen2"):
         both = ask(models[name], **row)
-        assert both.images[0] == ask(models[name], images=[picture(1)]).images[0]
+        if name != "videollama3_qwen2":  # whose pictures and frames share what they may cost
+            assert both.images[0] == ask(models[name], images=[picture(1)]).images[0]
         assert both.images[1]["frames"] == 2
         return
     with pytest.raises(UserError) as caught:

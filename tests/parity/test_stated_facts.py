@@ -36,6 +36,8 @@ from siglane.families.r_4b import R4B
 from siglane.families.registry import CHAT_FAMILIES, image_facts
 from siglane.families.stated import contradictions, end_ids, image_processor
 from siglane.families.two_tower import read_two_tower
+from siglane.families.video_llama_3 import VideoLlama3
+from siglane.families.videollama3_qwen2 import VideoLlama3Qwen2
 from siglane.verify.references.files import chat_template, processor_json
 from siglane.weights.hub import Checkpoint
 
@@ -415,12 +417,15 @@ def test_templates_that_are_none_are_refused(spoken: Any) -> None:
             load_tokenizer(Checkpoint(spoken({name: content})))
 
 
+VIDEO_LLAMAS = (VideoLlama3.name, VideoLlama3Qwen2.name)
+
+
 def test_which_families_have_a_processor(tmp_path: Path) -> None:
-    """LLaVA-OneVision's class in transformers and its relatives', Idefics3's, and the hf layout's; the others come with
-    a tokenizer."""
+    """LLaVA-OneVision's class in transformers and its relatives', Idefics3's, VideoLLaMA3's, and the hf layout's; the
+    others come with a tokenizer."""
     nvila_hf(tmp_path)
     with_one = {family.name for family in CHAT_FAMILIES if family.has_processor(Checkpoint(tmp_path))}
-    assert with_one == {LlavaOnevision.name, Nvila.name, R4B.name, Bee.name, Idefics3.name}
+    assert with_one == {LlavaOnevision.name, Nvila.name, R4B.name, Bee.name, Idefics3.name, *VIDEO_LLAMAS}
     vila_folders(tmp_path / "folders")
     assert not Nvila().has_processor(Checkpoint(tmp_path / "folders"))
 
@@ -702,6 +707,7 @@ class TestLog:
             {},
             {**PLACES["nested"], "preprocessor_config.json": {**FIRST, "processor_class": "x"}},
             {"generation_config.json": {"eos_token_id": [1, 2]}, "config.json": {"eos_token_id": 2}},
+            {"generation_config.json": {"eos_token_id": 49279}, "config.json": {"text_config": {"eos_token_id": 2}}},
             {"config.json": {"rope_theta": 2.0, "rope_scaling": {"type": "default"}}},
             {"preprocessor_config.json": FIRST, "video_preprocessor_config.json": SECOND},
         ],

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 from two_tower_checkpoint import write_two_tower_checkpoint
+from video_llama_3_checkpoint import write_video_llama_3_checkpoint
 
 from siglane.errors import OtherWeights, WeightError
 from siglane.families.model import VisionLanguageModel, check_model, load_model, load_vision, stored_dtype
@@ -271,6 +272,11 @@ WRITERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     **{name: (write, file) for name, (write, file, _, _) in TIED.items()},
     "nanoVLM": (write_nanovlm_checkpoint, "model.safetensors"),
     "SmolVLM2": (write_idefics3_checkpoint, "model.safetensors"),
+    "VideoLLaMA3": (write_video_llama_3_checkpoint, "model.safetensors"),
+    "VideoLLaMA3, tied": (
+        partial(write_video_llama_3_checkpoint, layout="authors", tied=True),
+        "model.safetensors",
+    ),
     "SigLIP, both towers": (write_two_tower_checkpoint, "model.safetensors"),
     "NaFlex, both towers": (partial(write_two_tower_checkpoint, kind="naflex"), "model.safetensors"),
 }

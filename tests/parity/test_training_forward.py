@@ -25,6 +25,7 @@ from ovis2_5_checkpoint import write_ovis2_5_checkpoint, write_ovis2_6_checkpoin
 from parity_kit import ask, load, patches_of, picture
 from PIL import Image
 from torch import nn
+from video_llama_3_checkpoint import write_video_llama_3_checkpoint
 
 from siglane.families.processor import Processor
 from siglane.families.registry import vlm_family
@@ -39,6 +40,7 @@ from siglane.verify.references.nanovlm import NanoVlm
 from siglane.verify.references.nvila import Nvila
 from siglane.verify.references.ovis2_5 import Ovis2_5
 from siglane.verify.references.reference import Seen, VisionLanguageReference
+from siglane.verify.references.video_llama_3 import VideoLlama3
 from siglane.weights.hub import open_checkpoint
 from siglane.weights.load import StrictLoad
 
@@ -94,6 +96,16 @@ def ovis_parts(reference: Ovis2_5) -> Parts:
     }
 
 
+def video_llama_parts(reference: VideoLlama3) -> Parts:
+    language = reference.language.model
+    return {
+        "model.vision_model.": reference.tower,
+        "model.projector.": reference.projector,
+        "model.language_model.": language.model,
+        "lm_head.": language.lm_head,
+    }
+
+
 def llava_qwen_parts(reference: LlavaQwen) -> Parts:
     return {
         "model.vision_tower.vision_tower.vision_model.": reference.tower.model,
@@ -136,6 +148,7 @@ WRITERS: dict[str, Write] = {
     "ovis 2.5": write_ovis2_5_checkpoint,
     "ovis 2.6 with experts": partial(write_ovis2_6_checkpoint, moe=True),
     "smolvlm": write_idefics3_checkpoint,
+    "video llama 3": partial(write_video_llama_3_checkpoint, tied=True),
 }
 REFERENCES: dict[str, tuple[Write, Callable[..., Any], Callable[[Any], Parts]]] = {
     "nanovlm": (write_nanovlm_checkpoint, NanoVlm, nanovlm_parts),
@@ -146,6 +159,7 @@ REFERENCES: dict[str, tuple[Write, Callable[..., Any], Callable[[Any], Parts]]] 
     "llava onevision": (write_llava_onevision_checkpoint, LlavaOnevision, whole_model),
     "smolvlm": (write_idefics3_checkpoint, Idefics3, whole_model),
     "docling": (partial(write_idefics3_checkpoint, kind="docling"), Idefics3, whole_model),
+    "video llama 3": (write_video_llama_3_checkpoint, VideoLlama3, video_llama_parts),
     "ovis 2.5": (write_ovis2_5_checkpoint, Ovis2_5, ovis_parts),
     "ovis 2.6 with experts": (partial(write_ovis2_6_checkpoint, moe=True), Ovis2_5, ovis_parts),
     "bee": (partial(write_relative, name="bee"), Bee, whole_model),

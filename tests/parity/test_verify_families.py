@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from siglip2_checkpoint import write_siglip2_checkpoint
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
+from video_llama_3_checkpoint import LAYOUTS, write_video_llama_3_checkpoint
 
 from siglane.families.registry import CHAT_FAMILIES, TOWER_FAMILIES
 from siglane.verify import verify
@@ -86,6 +87,13 @@ CHECKPOINTS: dict[str, Write] = {
     "smolvlm2, not cut": written(write_idefics3_checkpoint, processor={"do_image_splitting": False}),
     "smolvlm without tokens for tiles": written(write_idefics3_checkpoint, kind="2.2b"),
     "docling": written(write_idefics3_checkpoint, kind="docling"),
+    **{
+        f"video llama 3, {layout}{', its template' * template}": written(
+            write_video_llama_3_checkpoint, layout=layout, template=template, tied=template
+        )
+        for layout in LAYOUTS
+        for template in (False, True)
+    },
     "nanovlm without a template": written(
         write_nanovlm_checkpoint, flags={"lm_chat_template": None}, names="embedding"
     ),
@@ -212,6 +220,18 @@ FAULTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
     ),
     "smolvlm: without the last norm": (
         "smolvlm", set_tensor("model.vision_model.post_layernorm.weight", torch.ones_like), "features",
+    ),
+    "video llama 3: another normalisation": (
+        "video llama 3, authors", set_key("preprocessor_config.json", "image_mean", value=[0.48, 0.46, 0.41]),
+        "preprocessing",
+    ),
+    "video llama 3: larger pictures": (
+        "video llama 3, hf", set_key("preprocessor_config.json", "size", "longest_edge", value=10**6), "preprocessing",
+    ),
+    "video llama 3: rows and columns of patches": (
+        "video llama 3, authors",
+        set_tensor("model.vision_encoder.embeddings.patch_embedding.weight", lambda w: w.transpose(2, 3)),
+        "patch_embedding",
     ),
     "nanovlm: rotary base": ("nanovlm of tiles", set_key("config.json", "lm_re_base", value=3), "lm.block.0"),
 }  # fmt: skip

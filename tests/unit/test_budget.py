@@ -15,12 +15,14 @@ from siglane.families.pipeline import MediaPipeline, report_image
 from siglane.families.registry import image_facts
 from siglane.media.item import MediaItem
 from siglane.tiling.anyres import AnyResTiling
+from siglane.tiling.bounds import Bounds
 from siglane.tiling.idefics3 import LongestEdge
 from siglane.tiling.naflex import NaFlex
 from siglane.tiling.nanovlm import WholeTiles
 from siglane.tiling.navit import NativeResolution
 from siglane.tiling.rule import CHECKPOINT_LIMITS, LIMITS, ImageBudget, ImageContext, LayoutRule, PatchGeometry
 from siglane.tiling.squash import Squash
+from siglane.tiling.video_llama_3 import NativeFrames
 from siglane.tiling.vila import VilaTiling
 from siglane.types import ImageLayout, Medium, Size, VideoSize
 from siglane.weights.hub import open_checkpoint
@@ -48,6 +50,10 @@ IDEFICS3 = LongestEdge(
     longest=2048, tile=Size(512, 512), splits=True, resample="lanczos", frame_longest=512, around="<a>", whole="<w>"
 )
 NATIVE = NativeResolution(factor=28, min_pixels=448 * 448, max_pixels=1792 * 1792, resample="bicubic")
+NATIVE_FRAMES = NativeFrames(
+    picture=Bounds(14, 56 * 56, 28 * 28 * 1280), frame=Bounds(28, 128 * 28 * 28, 768 * 28 * 28), resample="bicubic",
+    drops_still=True,
+)  # fmt: skip
 
 # every rule, with a projector that fits it, and the limits that mean something to it
 RULES: dict[str, tuple[LayoutRule, ProjectorConfig, tuple[str, ...]]] = {
@@ -60,6 +66,7 @@ RULES: dict[str, tuple[LayoutRule, ProjectorConfig, tuple[str, ...]]] = {
     "naflex": (NaFlex(patch_size=14, max_num_patches=256, resample="bilinear"), ONE_TO_ONE, ("max_num_patches",)),
     "whole tiles": (NANOVLM, ONE_TO_ONE, ("max_tiles",)),
     "longest edge": (IDEFICS3, ONE_TO_ONE, ("max_tiles",)),
+    "native frames": (NATIVE_FRAMES, ONE_TO_ONE, ("max_pixels", "min_pixels")),
     "native": (NATIVE, BLOCK_PROJECTOR, ("max_pixels", "min_pixels")),
 }  # fmt: skip
 A_LIMIT = {

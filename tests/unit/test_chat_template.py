@@ -18,6 +18,7 @@ from idefics3_checkpoint import KINDS, write_idefics3_checkpoint
 from llava_onevision_checkpoint import HUB_TEMPLATE, write_llava_onevision_checkpoint
 from nanovlm_checkpoint import ERAS, write_nanovlm_checkpoint
 from ovis2_5_checkpoint import write_ovis2_5_checkpoint
+from video_llama_3_checkpoint import LAYOUTS, write_video_llama_3_checkpoint
 
 from siglane.errors import UserError
 from siglane.families.family import PromptRules
@@ -69,6 +70,11 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "ovis2_5, parts": partial(write_ovis2_5_checkpoint, chat_template=parts_template("<image>", "<video>")),
     **{f"nanovlm {era}": partial(write_nanovlm_checkpoint, era=era) for era in ERAS},
     **{f"idefics3 {kind}": partial(write_idefics3_checkpoint, kind=kind) for kind in KINDS},
+    "video_llama_3": write_video_llama_3_checkpoint,
+    **{
+        f"{layout}, its template": partial(write_video_llama_3_checkpoint, layout=layout, template=True)
+        for layout in LAYOUTS
+    },
     "nanovlm, parts": partial(
         write_nanovlm_checkpoint, flags={"lm_chat_template": parts_template("<|image|>", "<|video|>")}
     ),

@@ -20,6 +20,7 @@ from nanovlm_checkpoint import write_nanovlm_checkpoint
 from ovis2_5_checkpoint import write_ovis2_5_checkpoint
 from PIL import Image
 from siglip2_checkpoint import write_siglip2_checkpoint
+from video_llama_3_checkpoint import write_video_llama_3_checkpoint
 
 from siglane.cli.main import main
 from siglane.config.vision import VisionConfig
@@ -38,6 +39,7 @@ from siglane.types import (
     ImagePlaceholder,
     Indicator,
     Marker,
+    MergedFirst,
     MergedScales,
     Newline,
     NewlinePlace,
@@ -240,6 +242,12 @@ def test_newlines_are_counted_where_they_stand(place: NewlinePlace, tokens: int,
     assert token_lines(layout)[0] == line
 
 
+def test_rows_that_were_left_out_are_told() -> None:
+    still = MergedFirst(drops_still=True, kept=bytes((1,) * 29 + (0,) * 3))
+    layout = replace(LAYOUTS["a video"], assembly=still, pieces=(ImagePlaceholder(29),))
+    assert token_lines(layout)[0] == "8 frames x 4, 3 that stand still left out = 29"
+
+
 def test_the_picture_lies_on_its_canvas_where_the_steps_put_it() -> None:
     layout = LAYOUTS["anyres with bars"]
     width, height, box = canvas_in_source(layout.tiles[1], layout.source)
@@ -302,6 +310,7 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "llava original": write_llava_qwen_checkpoint,
     "nanovlm": write_nanovlm_checkpoint,
     "smolvlm2": partial(write_idefics3_checkpoint, processor={"video_sampling": {"fps": 10, "max_frames": 12}}),
+    "videollama3": partial(write_video_llama_3_checkpoint, videos={"fps": 10, "max_frames": 12}),
 }
 
 
@@ -320,7 +329,14 @@ def test_every_family_looks_at_a_strip(
 
 @pytest.mark.parametrize(
     ("name", "frames"),
-    [("ovis2.5", 8), ("llava-onevision", 12), ("llava original", 12), ("nvila", 8), ("smolvlm2", 12)],
+    [
+        ("ovis2.5", 8),
+        ("llava-onevision", 12),
+        ("llava original", 12),
+        ("nvila", 8),
+        ("smolvlm2", 12),
+        ("videollama3", 12),
+    ],
 )
 def test_a_video_is_looked_at_as_the_model_sees_it(
     name: str, frames: int, film_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

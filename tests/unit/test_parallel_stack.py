@@ -24,6 +24,7 @@ from llava_onevision_checkpoint import write_llava_onevision_checkpoint
 from nanovlm_checkpoint import write_nanovlm_checkpoint
 from ovis2_5_checkpoint import write_ovis2_5_checkpoint
 from ranks import start_ranks
+from video_llama_3_checkpoint import write_video_llama_3_checkpoint
 
 from siglane.config.images import ImageFacts
 from siglane.config.vlm import VlmConfig
@@ -42,6 +43,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "ovis2_5": write_ovis2_5_checkpoint,
     "nanovlm": write_nanovlm_checkpoint,
     "smolvlm2": write_idefics3_checkpoint,
+    "video_llama_3": write_video_llama_3_checkpoint,
 }
 WISHES: tuple[EncoderParallel, ...] = get_args(EncoderParallel)
 RANKS = (2, 3)

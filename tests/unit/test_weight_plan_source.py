@@ -15,6 +15,7 @@ from llava_onevision_checkpoint import write_llava_onevision_checkpoint, write_r
 from llava_qwen_checkpoint import write_llava_qwen_checkpoint
 from nanovlm_checkpoint import ERAS, write_nanovlm_checkpoint
 from ovis2_5_checkpoint import write_ovis2_5_checkpoint, write_ovis2_6_checkpoint
+from video_llama_3_checkpoint import LAYOUTS, write_video_llama_3_checkpoint
 
 from siglane.config.language import LanguageConfig
 from siglane.families.model import VisionLanguageModel, load_model, model_tensors
@@ -44,6 +45,11 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "llava_qwen": partial(write_llava_qwen_checkpoint, tied=False),
     **{f"ovis2_5{' tied' * tied}": partial(write_ovis2_5_checkpoint, tied=tied) for tied in (False, True)},
     "ovis2_6": write_ovis2_6_checkpoint,
+    **{
+        f"video_llama_3 {layout}{' tied' * tied}": partial(write_video_llama_3_checkpoint, layout=layout, tied=tied)
+        for layout in LAYOUTS
+        for tied in (False, True)
+    },
     **{
         f"idefics3 {kind}{' in memory' * in_memory}": partial(write_idefics3_checkpoint, kind=kind, in_memory=in_memory)
         for kind in ("smolvlm2", "docling")

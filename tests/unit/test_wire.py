@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -28,6 +28,7 @@ from siglane.errors import ConfigError, EngineError, ImageError, SiglaneError, U
 from siglane.families.two_tower import Calibration
 from siglane.types import (
     AnyRes,
+    Assembly,
     Box,
     Finished,
     Grid,
@@ -37,14 +38,17 @@ from siglane.types import (
     ImageSpan,
     Indicator,
     Marker,
+    MergedFirst,
     MergedScales,
     Newline,
     Pad,
+    Piece,
     Prompt,
     Request,
     Resize,
     SamplingParams,
     Size,
+    Step,
     Tile,
     Timings,
     Token,
@@ -70,6 +74,7 @@ LAYOUTS = [
         for assembly in (
             *(MergedScales((1, 2), 3), AnyRes(Box(0, 0, 2, 2), Grid(1, 1)), AnyRes(Box(0, 0, 2, 2), None)),
             *(Newline(None), Newline(Grid(3, 3)), Newline(Grid(1, 1), "average", "row")),
+            *(MergedFirst(), MergedFirst(drops_still=True, kept=bytes((1, 0, 1)))),
         )
     ),
 ]
@@ -86,6 +91,11 @@ PLAIN_VALUES: list[Any] = [
     EngineFacts(1024),
     EngineFacts(None, None, "because"),
 ]
+
+
+def test_whatever_a_layout_may_hold_crosses() -> None:
+    kinds = {kind for union in (Assembly, Piece, Step) for kind in get_args(union)}
+    assert kinds <= {*TYPES}
 
 
 @pytest.fixture

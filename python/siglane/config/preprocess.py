@@ -87,13 +87,20 @@ SIGLIP = ProcessorClass(name="SiglipImageProcessor", resample=3)
 SIGLIP2 = ProcessorClass(name="Siglip2ImageProcessor", resample=2, own_sizes=True)
 OVIS = ProcessorClass(name="SiglipImageProcessor", resample=2, own_sizes=True)  # of the class only this is used
 IDEFICS3 = ProcessorClass(name="Idefics3ImageProcessor", twin="SmolVLMImageProcessor", resample=1, own_sizes=True)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 LLAVA_ONEVISION = ProcessorClass(
     name="LlavaOnevisionImageProcessor",
     resample=3,
     size=384,
-    mean=(0.48145466, 0.4578275, 0.40821073),
-    std=(0.26862954, 0.26130258, 0.27577711),
+    mean=CLIP_MEAN,
+    std=CLIP_STD,
     cuts_squares=True,
+)
+VIDEO_LLAMA_3 = ProcessorClass(
+    name="VideoLlama3ImageProcessor", twin="VideoLlama3VideoProcessor", resample=3, own_sizes=True
+)
+VIDEOLLAMA3_QWEN2 = ProcessorClass(  # the authors'
+    name="Videollama3ImageProcessor", resample=3, own_sizes=True, mean=CLIP_MEAN, std=CLIP_STD
 )
 
 

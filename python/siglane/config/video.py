@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,7 @@ import numpy as np
 from siglane.errors import ConfigError, UserError
 
 # how the frames shown are spread over those of a file, as the references do
-Spread = Literal["rounded", "floored", "centred", "paced"]
+Spread = Literal["rounded", "floored", "centred", "paced", "stepped", "segments"]
 
 LEFT_OUT = 1  # seconds at both ends of a long video
 
@@ -22,8 +23,10 @@ class VideoRule:
 
     spread: "rounded" and "floored" count from the first frame to the last (VILA `round(linspace)`, LLaVA-NeXT
     `linspace(dtype=int)`), "centred" takes the middle of each of `frames` equal parts (Ovis), "paced" takes `fps` of
-    each second and `frames` at most (SmolVLM2); with_images: whether one request may hold videos and images; timed:
-    whether the model is told when each frame is shown.
+    each second and `frames` at most (SmolVLM2), "stepped" as many of each second in equal steps from the first on, at
+    least `fewest` of a video (VideoLLaMA3 in transformers), "segments" the middle of each 1 / `fps` of a second, and
+    of a video that is too long for that `frames` as "floored" (its authors); with_images: whether one request may hold
+    videos and images; timed: whether the model is told when each frame is shown.
     """
 
     token: str
@@ -33,6 +36,7 @@ class VideoRule:
     with_images: bool = True
     fps: float = 1.0
     timed: bool = False
+    fewest: int = 1
 
     def __post_init__(self) -> None:
         if self.fps <= 0:
@@ -53,15 +57,24 @@ class VideoRule:
 
     def indices(self, total: int, frames: int, rate: float | None = None) -> tuple[int, ...]:
         """Which of the `total` frames of a file are shown, ascending: `frames` of them, or all of a shorter file; fewer
-        where they are "paced". rate: frames of the file in a second, None where nobody knows."""
+        where so many a second are. rate: frames of the file in a second, None where nobody knows."""
         if self.spread == "paced" and rate is not None:
             return self._paced(total, frames, rate)
+        if self.spread == "segments" and rate is not None and total / rate < frames:
+            length = int(min(max(rate // self.fps, 1), total))
+            return tuple(range(length // 2, total, length))
+        if self.spread == "stepped" and rate is not None:
+            wanted = max(total / rate * self.fps, self.fewest)
+            frames = max(1, math.floor(min(wanted, frames, total)))
         if total <= frames:
             return tuple(range(total))
         match self.spread:
             case "rounded":
                 found = np.round(np.linspace(0, total - 1, frames))
-            case "floored" | "paced":
+            case "stepped":
+                step = total / frames
+                found = np.trunc((np.arange(math.ceil(total / step)) * step).astype(np.float32))
+            case "floored" | "paced" | "segments":
                 found = np.floor(np.linspace(0, total - 1, frames))
             case "centred":
                 borders = np.arange(frames + 1) * (total / frames)

@@ -49,8 +49,9 @@ class VisionConfig:
     """One tower.
 
     patch_layout: order of the elements of a flattened patch, (c, y, x) or (y, x, c);
-    position_grid: the grid the learned position table covers; position_resize: how other grids are served;
-    rope_theta: base of 2-D rotary positions in every block, None without them (Ovis2.5, which has both kinds);
+    position_grid: the grid the learned position table covers, of no patches without a table (VideoLLaMA3);
+    position_resize: how other grids are served;
+    rope_theta: base of 2-D rotary positions in every block, None without them (Ovis2.5 has both kinds);
     depth: blocks that are run, at most num_hidden_layers (VILA skips the last); post_norm: whether the features pass
     `post_layernorm`; use_head: whether the MAP pooling head exists.
     """
@@ -84,6 +85,11 @@ class VisionConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def usual_grid(self) -> Grid:
+        """Of pictures that the tower was trained on; without a table nobody knows, and it is as many others'."""
+        return self.position_grid if self.position_grid.area else Grid(27, 27)
 
     @property
     def patch_dim(self) -> int:

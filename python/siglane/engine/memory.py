@@ -76,7 +76,7 @@ def measured_peak(model: VisionLanguageModel, rows: LargestStep, choose: Choose)
     torch.cuda.reset_peak_memory_stats(device)
     if model.vision is not None:
         encoder = model.vision.encoder
-        grid, size = encoder.tower.config.position_grid, encoder.tower.config.patch_dim
+        grid, size = encoder.tower.config.usual_grid, encoder.tower.config.patch_dim
         grids = (grid,) * max(1, rows.patches // grid.area)
         patches = torch.zeros(sum(one.area for one in grids), size, dtype=encoder.dtype, device=device)
         encoder.tower(PackedPatches(patches, grids))

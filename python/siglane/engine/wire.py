@@ -69,7 +69,7 @@ TYPES: tuple[type[Any], ...] = (
     ),
     *(types.Tile, types.Resize, types.Pad, types.Size, types.Grid, types.Box),
     *(types.ImagePlaceholder, types.Indicator, types.Token, types.Marker),
-    *(types.MergedScales, types.AnyRes, types.Newline),
+    *(types.MergedScales, types.AnyRes, types.Newline, types.MergedFirst),
     # what the engine answers
     *(types.TokenDelta, types.TokenLogprob, types.Readout, types.Finished, types.Timings, Embedding),
     *(EngineStats, EngineFacts, Calibration),

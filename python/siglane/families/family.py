@@ -35,7 +35,8 @@ class PromptRules:
     default); images_first: a message's images stand in front of its text; strip_messages: white space around each whole
     message, its images written out, is dropped; joint: what stands between the parts of a message when the template
     takes one text; thinking_end: of an assistant's turn only what follows it is kept ("": everything); video_template:
-    used for conversations with a video ("": the same as for all others).
+    used for conversations with a video ("": the same as for all others); prologue: Jinja code in front of whichever is
+    used, which ends with a line feed.
     """
 
     default_template: str
@@ -45,6 +46,7 @@ class PromptRules:
     joint: str = ""
     thinking_end: str = ""
     video_template: str = ""
+    prologue: str = ""
 
 
 class Family(ABC):

@@ -156,7 +156,8 @@ class MediaPipeline:
             return decode_video(item.file, self._video, item.frames, self._decode_config)
 
     def preprocess(self, item: MediaItem) -> None:
-        """Decodes and cuts: sets `patches`, and lets the file go. The decoded image never outlives the call."""
+        """Decodes and cuts: sets `patches`, settles `layout` where pixels have a say in it, and lets the file go. The
+        decoded image never outlives the call."""
         from siglane.image.patchify import to_patches  # needs torch, without which layouts can be counted
 
         began = time.monotonic()
@@ -164,6 +165,7 @@ class MediaPipeline:
         decoded = time.monotonic()
         with self.at(item):
             item.patches = to_patches(image, item.layout, self._facts.preprocess, self._facts.vision)
+        item.layout = item.patches.layout
         item.decoding, item.cutting = decoded - began, time.monotonic() - decoded
         item.file, item.pictures = None, []
 

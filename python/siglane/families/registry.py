@@ -20,13 +20,17 @@ from siglane.families.ovis2_6 import Ovis2_6
 from siglane.families.r_4b import R4B
 from siglane.families.siglip import Siglip
 from siglane.families.siglip2 import Siglip2
+from siglane.families.video_llama_3 import VideoLlama3
+from siglane.families.videollama3_qwen2 import VideoLlama3Qwen2
 from siglane.tiling.rule import no_images
 from siglane.weights.hub import Checkpoint, without_config
 
 F = TypeVar("F", bound=Family)
 
 RELATIVES: tuple[VlmFamily, ...] = (R4B(), Bee(), LlavaQwen(), Ovis2_6())  # asked first: they state more
-VLM_FAMILIES: tuple[VlmFamily, ...] = (*RELATIVES, Nvila(), LlavaOnevision(), Ovis2_5(), NanoVlm(), Idefics3())
+VLM_FAMILIES: tuple[VlmFamily, ...] = (
+    *RELATIVES, Nvila(), LlavaOnevision(), Ovis2_5(), NanoVlm(), Idefics3(), VideoLlama3(), VideoLlama3Qwen2(),
+)  # fmt: skip
 CHAT_FAMILIES: tuple[VlmFamily, ...] = (*VLM_FAMILIES, CausalLm())
 TOWER_FAMILIES: tuple[TowerFamily, ...] = (Siglip(), Siglip2())
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from siglane.config.images import ImageFacts
+from siglane.image.still import settled
 from siglane.media.item import MediaItem
 from siglane.tiling.rule import ImageBudget
 from siglane.types import ImageLayout, ImagePatches, Medium, Size, VideoSize
@@ -66,7 +67,8 @@ class Described(NamedTuple):
 
     def patches(self, pixels: torch.Tensor, facts: ImageFacts) -> ImagePatches:
         """ValueError when the pixels are not what the layout says."""
-        return ImagePatches(pixels, self.asked.layouts(facts)[self.number], self.digest)
+        layout = settled(self.asked.layouts(facts)[self.number], pixels, facts.preprocess)
+        return ImagePatches(pixels, layout, self.digest)
 
 
 def _limits(fields: dict[str, object]) -> ImageBudget:

@@ -95,6 +95,7 @@ class HostRequests:
             raise UserError(message, code="context_length_exceeded")
         for item in items:
             self.pipeline.preprocess(item)
+        prompt = prompt.settled(prompt.in_order([item.patches for item in items]))
         ids = list(prompt.token_ids)
         place = placeholder_id(self.prompts.config)
         for span in prompt.spans:

@@ -10,6 +10,7 @@ import torch
 from siglane.config.preprocess import PreprocessConfig
 from siglane.config.vision import PatchLayout, VisionConfig
 from siglane.errors import ConfigError
+from siglane.image.still import settled
 from siglane.image.tile import Pixels, render_tiles
 from siglane.types import DecodedImage, DecodedVideo, ImageLayout, ImagePatches, ReducedImage, digest_of
 
@@ -22,7 +23,8 @@ def to_patches(
 ) -> ImagePatches:
     """What the tower needs of one image or video: `[layout.patches, vision.patch_dim]` on the host, and its identity.
 
-    Raises ValueError when the layout was made for another picture size, number of frames or patch size.
+    The patches' layout is `layout`, settled where pixels have a say in it (`image/still.py`). Raises ValueError when it
+    was made for another picture size, number of frames or patch size.
     """
     frames = image.frames if isinstance(image, DecodedVideo) else (image.rgb,)
     region = image.region if isinstance(image, ReducedImage) else None
@@ -30,7 +32,8 @@ def to_patches(
         raise ValueError(f"the layout is for {layout.source}, the image is {image.size}")
     pixels = patchify(render_tiles(frames, layout, region), vision.patch_size, vision.patch_layout)
     options = repr((preprocess, layout, vision.patch_size, vision.patch_layout))
-    return ImagePatches(pixels, layout, digest_of(b"siglane.patches", image.digest, options.encode()))
+    digest = digest_of(b"siglane.patches", image.digest, options.encode())
+    return ImagePatches(pixels, settled(layout, pixels, preprocess), digest)
 
 
 def patchify(tiles: Sequence[Pixels], patch_size: int, patch_layout: PatchLayout) -> torch.Tensor:

@@ -36,6 +36,7 @@ from siglane.types import (
     ImagePlaceholder,
     Indicator,
     Marker,
+    MergedFirst,
     MergedScales,
     Newline,
     Size,
@@ -55,13 +56,14 @@ def facts_panel(view: View) -> Image.Image:
     """How positions and tokens come about, in a few lines."""
     vision, grids = view.vision, list(dict.fromkeys(view.layout.grids))
     shapes = ", ".join(f"{grid.h} x {grid.w}" for grid in grids[:4]) + (", ..." if len(grids) > 4 else "")
-    learned = f"{vision.position_grid.h} x {vision.position_grid.w} learned positions"
-    resized = grids != [vision.position_grid]
+    known = vision.position_grid
+    resized = known.area > 0 and grids != [known]
     how = f"resized to {shapes} ({RESIZES[vision.position_resize]})" if resized else "one for each patch"
-    rotary = ["and rotary positions by row and column in every block"] if vision.rope_theta is not None else []
+    learned = [f"{known.h} x {known.w} learned positions, {how}"] if known.area else []
+    rotary = [] if vision.rope_theta is None else ["rotary positions by row and column in every block"]
     panels = [
         _fact("patches", [f"{vision.patch_size} x {vision.patch_size} pixels; {shapes} of them (rows x columns)"]),
-        _fact("positions", [f"{learned}, {how}", *rotary]),
+        _fact("positions", learned + [f"{'and ' * bool(learned)}{one}" for one in rotary]),
         *([_position_sketch(vision.position_grid, grids[-1])] if resized else []),
         _fact("tokens" if view.speaks else "rows", token_lines(view.layout)),
     ]
@@ -117,6 +119,8 @@ def token_lines(layout: ImageLayout) -> list[str]:
             newlines = ends.count(tiles, layout.projected[0])
             added = f" + {'a newline' if newlines == 1 else f'{newlines:,} newlines'}" if newlines else ""
             text = f"{parts} x {(total - newlines) // tiles:,}{added} = {total:,}"
+        case MergedFirst(kept=bytes(kept)) if 0 in kept:
+            text = f"{parts} x {len(kept) // tiles:,}, {kept.count(0):,} that stand still left out = {total:,}"
         case _:
             same = tiles > 1 and len(set(features)) == 1 and (len(features) == tiles or tiles == layout.frames)
             text = f"{parts} x {total // tiles:,} = {total:,}" if same else f"{total:,}"

@@ -21,17 +21,20 @@ def view_of(
     model: str,
     speaks: bool,
 ) -> View:
-    """item: read and laid out; facts, decode: the pipeline's; speaks: whether there is a prompt. ImageError for a file
-    that cannot be decoded."""
-    medium, layout, vision = pipeline.decode_whole(item), item.layout, facts.vision
+    """item: read and laid out, its layout is settled; facts, decode: the pipeline's; speaks: whether there is a prompt.
+    ImageError for a file that cannot be decoded."""
+    medium, vision = pipeline.decode_whole(item), facts.vision
     seen = medium if decode.jpeg == "exact" else pipeline.decode(item)
-    pixels = to_patches(seen, layout, facts.preprocess, vision).pixels.numpy()
+    patches = to_patches(seen, item.layout, facts.preprocess, vision)
+    item.layout = layout = patches.layout
     return View(
         name=name,
         model=model,
         frames=medium.frames if isinstance(medium, DecodedVideo) else (medium.rgb,),
         layout=layout,
-        tiles=tuple(unpatchify(pixels, layout.grids, vision.patch_size, vision.patch_layout == "channel_first")),
+        tiles=tuple(
+            unpatchify(patches.pixels.numpy(), layout.grids, vision.patch_size, vision.patch_layout == "channel_first")
+        ),
         vision=vision,
         speaks=speaks,
     )

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from siglane.types import AnyRes, Grid, ImageLayout, MergedScales, Newline, Pooling
+from siglane.types import AnyRes, Grid, ImageLayout, MergedFirst, MergedScales, Newline, Pooling
 
 
 def projector_input(features: torch.Tensor, layout: ImageLayout) -> torch.Tensor:
     """Tower features `[layout.patches, hidden_size]` -> what the projector sees, `[patches, channels]`."""
+    if isinstance(layout.assembly, MergedFirst):
+        return _pooled(features, layout.grids, layout.projected[0], "bilinear")
     if not isinstance(layout.assembly, MergedScales):
         return features
     if not layout.assembly.sides:
@@ -39,6 +41,8 @@ def assemble(rows: torch.Tensor, layout: ImageLayout, newline: torch.Tensor | No
             if place != "nowhere":
                 length = {"end": len(rows), "tile": len(rows) // len(grids), "row": (pooled or grids[0]).w}[place]
                 rows = _ended(rows.unflatten(0, (-1, length)), _required(newline))
+        case MergedFirst(kept=bytes(kept)):
+            rows = rows[torch.frombuffer(bytearray(kept), dtype=torch.bool).to(rows.device)]
     if rows.shape[0] != layout.image_tokens:
         raise RuntimeError(f"the projector gave {rows.shape[0]} rows, the layout says {layout.image_tokens}")
     return rows

@@ -61,6 +61,7 @@ async def prepare(body: ChatCompletionRequest, context: RequestContext, model: C
     max_tokens = resolve_max_tokens(body, sampling, prompt, model)
     await decode_media(media, salt, context, model)
     images = prompt.in_order([item.patches for item in media])
+    prompt = prompt.settled(images)
     context.answer_id = request_id = f"chatcmpl-{secrets.token_hex(12)}"
     requests = tuple(
         Request(
@@ -116,7 +117,8 @@ async def lay_out_media(
 
 
 async def decode_media(media: Sequence[MediaItem], salt: str, context: RequestContext, model: ChatModel) -> None:
-    """Media that were laid out become patches. RateLimited where the client has had its share of them."""
+    """Media that were laid out become patches, which settle their layouts. RateLimited where the client has had its
+    share of them."""
     context.client.take_patches(sum(item.layout.patches for item in media), context.batch)
     context.watch.note("prepare")
     await model.media.preprocess(media, salt, context.lease)

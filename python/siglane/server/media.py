@@ -134,7 +134,7 @@ class MediaLoader:
             with suppress(Exception):
                 patches = await asyncio.shield(decoding)
         if patches is not None:
-            item.patches, item.file = patches, None
+            item.patches, item.layout, item.file = patches, patches.layout, None
         elif key in self._decodings:
             await self.run(self._pipeline.preprocess, item)
         else:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from siglane.errors import ConfigError, UserError
+from siglane.errors import ConfigError
+from siglane.tiling.bounds import bounds_within
 from siglane.tiling.rule import Budgeted, ImageBudget, ImageContext, LayoutRule, PatchGeometry, whole_tile
 from siglane.types import Grid, ImageLayout, ImagePlaceholder, Indicator, Resample, Size, Tile, VideoSize
 
@@ -51,28 +52,8 @@ class NativeResolution(LayoutRule):
         return ImageLayout(video.size, tiles, pieces, Grid(1, 1), frames=video.frames, projected=projected)
 
     def within(self, budget: ImageBudget) -> Budgeted:
-        """`max_pixels` and `min_pixels` replace the checkpoint's bounds.
-
-        Detail `low` brings the upper bound down to the lower one, `original` only rounds the sides, without bounds;
-        where `max_pixels` limits it, that is `high`.
-        """
-        budget.refuse_others("max_pixels", "min_pixels")
-        detail, block = budget.detail, self.factor**2
-        least, most = (block, None) if detail == "original" else (self.min_pixels, self.max_pixels)
-        least, most = budget.min_pixels or least, budget.max_pixels or most
-        if detail == "low":
-            floor = max(least, block)
-            most = floor if most is None else min(floor, most)
-        if detail == "original" and most is not None:
-            detail = "high"
-        if most is not None and most < block:
-            message = f"max_pixels {most} is less than the {block} of one block of this model"
-            raise UserError(message, code="invalid_budget", param="max_pixels")
-        if most is not None and budget.min_pixels is None:
-            least = min(least, most)
-        if most is not None and most < least:
-            message = f"min_pixels {least} is more than max_pixels {most}"
-            raise UserError(message, code="invalid_budget", param="min_pixels")
+        """`bounds_within`."""
+        least, most, detail = bounds_within(budget, self.factor, self.min_pixels, self.max_pixels)
         return Budgeted(replace(self, min_pixels=least, max_pixels=most), detail)
 
     def _whole(self, size: Size, geometry: PatchGeometry) -> Tile:

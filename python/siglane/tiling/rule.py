@@ -137,6 +137,10 @@ class LayoutRule(Protocol):
         """The layout of a picture of `size` pixels."""
         ...
 
+    def among(self, media: Sequence[Medium]) -> LayoutRule:
+        """The rule for one of these `media` of a request, where they share what one alone may cost."""
+        return self
+
     def video(self, video: VideoSize, geometry: PatchGeometry) -> ImageLayout:
         """The layout of a video. UserError `video_unsupported` when the family reads none, as a rule that does not
         define it."""
@@ -203,7 +207,7 @@ def lay_out(media: Sequence[Medium], rules: Sequence[LayoutRule], geometry: Patc
     """
     images = sum(not isinstance(medium, VideoSize) for medium in media)
     found: list[ImageLayout] = []
-    for medium, rule in zip(media, rules, strict=True):
+    for medium, rule in zip(media, [rule.among(media) for rule in rules], strict=True):
         if isinstance(medium, VideoSize):
             found.append(rule.video(medium, geometry))
         else:

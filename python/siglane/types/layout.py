@@ -177,7 +177,19 @@ class Newline:
         return {"end": 1, "tile": tiles, "row": tiles * (self.pooled or projected).h, "nowhere": 0}[self.place]
 
 
-Assembly = MergedScales | AnyRes | Newline
+@dataclass(frozen=True, slots=True)
+class MergedFirst:
+    """VideoLLaMA3: each tile's map of features is brought to its `projected` rows and columns before it is projected.
+
+    drops_still: rows of a frame that show what the frame before shows are left out of the prompt, which only pixels
+    tell (`image.still.settled`); kept: then a byte for each row, 0 for those, None while nobody knows.
+    """
+
+    drops_still: bool = False
+    kept: bytes | None = None
+
+
+Assembly = MergedScales | AnyRes | Newline | MergedFirst
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,9 +211,14 @@ class ImageLayout:
     projected: tuple[Grid, ...] = field(kw_only=True)
 
     @property
+    def placeholders(self) -> tuple[int, ...]:
+        """Rows of each run of them in the prompt."""
+        return tuple(piece.rows for piece in self.pieces if isinstance(piece, ImagePlaceholder))
+
+    @property
     def image_tokens(self) -> int:
         """Rows the projector gives for this image."""
-        return sum(piece.rows for piece in self.pieces if isinstance(piece, ImagePlaceholder))
+        return sum(self.placeholders)
 
     @property
     def rows(self) -> int:
@@ -214,7 +231,10 @@ class ImageLayout:
 
     @property
     def projector_grids(self) -> tuple[Grid, ...]:
-        """Patches of what the projector sees; with merged scales the tiles of the last one."""
+        """Rows and columns of what the projector sees, patches or what they are merged to first; with merged scales the
+        tiles of the last one."""
+        if isinstance(self.assembly, MergedFirst):
+            return self.projected
         if isinstance(self.assembly, MergedScales) and self.assembly.sides:
             return self.grids[-self.arrangement.area :]
         return self.grids

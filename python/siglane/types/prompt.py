@@ -60,6 +60,22 @@ class Prompt:
             raise ValueError(f"the prompt has {len(self.order)} images, {len(images)} are given")
         return tuple(images[number] for number in self.order)
 
+    def settled(self, images: Sequence[ImagePatches]) -> Prompt:
+        """The prompt with as many rows as `images`, in its order, were found to have once their pixels were known."""
+        layouts = tuple(image.layout for image in images)
+        if layouts == self.layouts:
+            return self
+        counts = [iter(layout.placeholders) for layout in layouts]
+        ids: list[int] = []
+        spans, end = [], 0
+        for start, stop, image in self.spans:
+            ids += self.token_ids[end:start]
+            rows = next(counts[image]) if layouts[image] != self.layouts[image] else stop - start
+            spans.append(ImageSpan(len(ids), len(ids) + rows, image))
+            ids += self.token_ids[start : start + rows]
+            end = stop
+        return Prompt((*ids, *self.token_ids[end:]), tuple(spans), layouts, self.order)
+
     def check_images(self, images: Sequence[ImagePatches]) -> None:
         """ValueError unless `images` are those the prompt was written for, in its order."""
         if len(images) != len(self.layouts):

@@ -35,7 +35,7 @@ class SiglipVisionModel(nn.Module):
         self.config, self.attention_backend = config, attention_backend
         self._backends: dict[tuple[torch.device, torch.dtype], AttentionBackend] = {}
         self.patch_embedding = PatchEmbedding(config)
-        self.position_embedding = PositionEmbedding(config)
+        self.position_embedding = PositionEmbedding(config) if config.position_grid.area else None
         self.blocks = nn.ModuleList(EncoderBlock(config, tp) for _ in range(config.depth))
         self.post_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.post_norm else None
         self.head = MapHead(config) if config.use_head else None
@@ -47,7 +47,8 @@ class SiglipVisionModel(nn.Module):
         """
         x = self.patch_embedding(packed.pixels)
         _tap(taps, "patch_embedding", x)
-        x = self.position_embedding(x, packed.grids)
+        if self.position_embedding is not None:
+            x = self.position_embedding(x, packed.grids)
         _tap(taps, "positions", x)
         segments = Segments.of([grid.area for grid in packed.grids], x.device)
         backend, rotary = self.backend_for(x.device, x.dtype), self._rotary(packed.grids, x.device)
@@ -95,6 +96,8 @@ def tower_plan(config: VisionConfig) -> WeightPlan:
     last_norm: Entry = Rule("post_layernorm.{leaf}", "post_norm.{leaf}")
     if not config.post_norm:
         last_norm = Ignore("post_layernorm.{leaf}", "the features are taken before the last norm")
+    learned = (Rule("embeddings.position_embedding.weight", "position_embedding.weight"),)
+    positions = learned if config.position_grid.area else ()
     head = HEAD_PLAN.under("head.", "head.")
     if not config.use_head:
         head = WeightPlan((Ignore("head.{rest}", "the pooling head is not used"),))
@@ -102,7 +105,7 @@ def tower_plan(config: VisionConfig) -> WeightPlan:
         Ignore("{rest}.position_ids", "a constant buffer of older versions", torch.arange),
         *(Ignore(f"encoder.layers.{i}.{{rest}}", "the features are taken before this block") for i in unused_blocks),
         Rule("embeddings.patch_embedding.{leaf}", "patch_embedding.{leaf}"),
-        Rule("embeddings.position_embedding.weight", "position_embedding.weight"),
+        *positions,
         *BLOCK_PLAN.under("encoder.layers.{i}.", "blocks.{i}.").entries,
         last_norm,
         *head.entries,

@@ -55,7 +55,7 @@ class PromptBuilder:
         self._reserved = ReservedStrings(list(added.values()), *self._placeholders)
         self._plain = PlainTokenizer(tokenizer)
         template = rules.template or checkpoint_template(tokenizer.chat_template, rules.default_template)
-        self._template = with_video(template, rules.video_template)
+        self._template = rules.prologue + with_video(template, rules.video_template)
         self._roles_with_parts = roles_with_parts(lambda turns: self._render(turns, {}, ()), image_token)
 
     def chat(

@@ -15,14 +15,13 @@ from transformers.image_processing_utils import select_best_resolution
 from siglane.verify.references.adapter import tensors_of
 from siglane.verify.references.decoder import PLACE, Decoder, filled, load_tokenizer, rendered
 from siglane.verify.references.files import Tensors, media_token, processor_json, read_json, ready
-from siglane.verify.references.pixels import Processing, patches_of, squares_of
+from siglane.verify.references.pixels import CLIP_MEAN, CLIP_STD, Processing, patches_of, squares_of
 from siglane.verify.references.reference import ReferenceFamily, Seen, VisionLanguageReference
 from siglane.verify.references.tapping import tapping
 from siglane.verify.references.tower import stages_of, up_to
 from siglane.verify.stages import Trace
 
 IMAGE = "<image>"
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}{% if part.type == 'image' %}"
     "<image>\n{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}{{ '<|im_start|>assistant\n' }}"

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from siglane.errors import ConfigError, ImageError
 from siglane.verify.references.files import Raw
 
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_KEPT = {b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND"}
 XMP = ("xmp", "XML:com.adobe.xmp")

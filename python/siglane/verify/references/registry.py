@@ -17,6 +17,8 @@ from siglane.verify.references import (
     r_4b,
     siglip,
     siglip2,
+    video_llama_3,
+    videollama3_qwen2,
 )
 from siglane.verify.references.reference import ReferenceFamily
 
@@ -32,6 +34,8 @@ FAMILIES: tuple[ReferenceFamily, ...] = (
     llava_onevision.FAMILY,
     nanovlm.FAMILY,
     idefics3.FAMILY,
+    video_llama_3.FAMILY,
+    videollama3_qwen2.FAMILY,
     causal_lm.FAMILY,
 )
 
