@@ -36,6 +36,19 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=["by tiles", "by registers"])
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Of those that can multiply codes, one kind."""
+    from siglane.nn.cpu.jit import layer
+
+    if request.param == "by tiles" and not layer.has_tiles():
+        pytest.skip("needs AMX")
+    monkeypatch.setattr(layer, "has_tiles", lambda: request.param == "by tiles")
+    layer._functions.cache_clear()
+    yield
+    layer._functions.cache_clear()
+
+
 def numbers(*shape: int, top: int, seed: int = 0) -> torch.Tensor:
     """Whole ones, in every row the greatest."""
     drawn = torch.randint(-top, top + 1, shape, generator=torch.Generator().manual_seed(seed)).float()
@@ -56,7 +69,7 @@ def layer(
 
 
 @torch.no_grad()
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("threads", "instructions")
 @pytest.mark.parametrize("kind", TOP)
 @pytest.mark.parametrize("shape", [*SHAPES, (2048, 512)])
 def test_it_is_integer_arithmetic(kind: type[Int8Weight], shape: tuple[int, int]) -> None:
