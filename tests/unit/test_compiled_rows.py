@@ -36,17 +36,16 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["by tiles", "by registers"])
-def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Of those that can multiply codes, one kind."""
+@pytest.fixture(params=["widest", "least"])
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of this processor, or those that every one has that compiles at all."""
     from siglane.nn.cpu.jit import layer
+    from siglane.nn.cpu.jit.processor import Processor
 
-    if request.param == "by tiles" and not layer.has_tiles():
-        pytest.skip("needs AMX")
-    monkeypatch.setattr(layer, "has_tiles", lambda: request.param == "by tiles")
-    layer._functions.cache_clear()
-    yield
-    layer._functions.cache_clear()
+    wanted, own = request.param == "widest", layer.this_processor()
+    if wanted and own == Processor(tiles=False, bfloat16=False):
+        pytest.skip("needs AMX or AVX512-BF16")
+    monkeypatch.setattr(layer, "this_processor", lambda: own if wanted else Processor(tiles=False, bfloat16=False))
 
 
 def numbers(*shape: int, top: int, seed: int = 0) -> torch.Tensor:
@@ -135,7 +134,7 @@ def test_several_threads_may_use_one_layer() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("threads", "instructions")
 @pytest.mark.parametrize("group_size", [32, 64])
 @pytest.mark.parametrize("shape", [(64, 64), (130, 100), (1024, 544)])
 def test_four_bits_are_a_float_product(shape: tuple[int, int], group_size: int) -> None:

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 
 from siglane.nn.cpu.int8_packing import INPUTS, OUTPUTS
 from siglane.nn.cpu.jit.code import ADDRESS, COUNT, Compiled
+from siglane.nn.cpu.jit.processor import Processor, this_processor
 from siglane.nn.cpu.jit.product import LAYER
 from siglane.nn.cpu.jit.rows import FOURS, KINDS, MOST, Kind, rows_module
-from siglane.nn.cpu.jit.tiles import TILE_ROWS, has_tiles
+from siglane.nn.cpu.jit.tiles import TILE_ROWS
 
 THREAD_VALUES = 1 << 17  # of weights from which several threads are faster than one
 Rows = Literal["centred", "wide"]  # a byte a value, or two
@@ -75,7 +76,7 @@ class FewRows:
         outputs, stride = len(scale), -(-inputs // INPUTS) * INPUTS
         first, size = torch.ops.mkldnn.data_ptr(packed), -(-outputs // OUTPUTS) * OUTPUTS * stride
         facts = Facts(first, first + size, scale, bias, outputs, inputs, stride, eps)
-        return cls(_functions(KINDS), rows, "gated" if rows == "centred" else None, facts, (packed,))
+        return cls(_functions(KINDS, this_processor()), rows, "gated" if rows == "centred" else None, facts, (packed,))
 
     @classmethod
     def four(
@@ -88,7 +89,7 @@ class FewRows:
         facts = Facts(
             codes.data_ptr(), scales.data_ptr(), None, bias, outputs, inputs, 4 * filled, eps, filled // len(scales)
         )
-        return cls(_functions(FOURS), "four", "four_gated", facts, (codes, scales))
+        return cls(_functions(FOURS, this_processor()), "four", "four_gated", facts, (codes, scales))
 
     def takes(self, *rows: torch.Tensor) -> bool:
         return all(x.ndim == 2 and x.dtype == torch.float32 and x.shape[0] <= MOST for x in rows)
@@ -150,7 +151,7 @@ class _Functions(NamedTuple):
 
 
 @functools.cache
-def _functions(kinds: tuple[Kind, ...]) -> _Functions:
-    owner = Compiled(rows_module(kinds, tiles=has_tiles()))
+def _functions(kinds: tuple[Kind, ...], processor: Processor) -> _Functions:
+    owner = Compiled(rows_module(kinds, processor))
     arguments = (*[ADDRESS] * 5, COUNT, COUNT)
     return _Functions({kind.name: owner.function(kind.name, *arguments) for kind in kinds}, owner)

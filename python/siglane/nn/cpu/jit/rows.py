@@ -28,6 +28,7 @@ from siglane.nn.cpu.jit.code import (
     in_threads,
 )
 from siglane.nn.cpu.jit.four import as_bfloat16, write_four, write_rounded
+from siglane.nn.cpu.jit.processor import Processor
 from siglane.nn.cpu.jit.product import LAYER, NUMBERS, REGISTERS, write_eight
 
 MOST = 32  # rows of one call: of more oneDNN's product takes less time
@@ -51,11 +52,14 @@ KINDS = (Kind("centred"), Kind("wide", wide=True), Kind("gated", gated=True))
 FOURS = (Kind("four", four=True), Kind("four_gated", four=True, gated=True))
 
 
-def rows_module(kinds: Sequence[Kind], *, tiles: bool) -> ir.Module:
+def rows_module(kinds: Sequence[Kind], processor: Processor) -> ir.Module:
     """For each kind, all of as many bits, a function of its name: layer, x float32 `[rows, K]`, y, residual like y or
-    null, room for codes `[2 * rows, stride]`, filled up to whole tiles, rows, threads. tiles: of the processor."""
+    null, room for codes `[2 * rows, stride]`, filled up to whole tiles, rows, threads."""
     module = ir.Module("rows")
-    multiply = write_four(module) if kinds[0].four else write_eight(module, tiles=tiles)
+    if kinds[0].four:
+        multiply = write_four(module, bfloat16=processor.bfloat16)
+    else:
+        multiply = write_eight(module, tiles=processor.tiles)
     for kind in kinds:
         encode = write_rounded(module, kind.name) if kind.four else _encode(module, kind)
         _layer(module, kind, encode, _work(module, kind, multiply, _finish(module, kind)))
