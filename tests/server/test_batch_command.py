@@ -38,6 +38,7 @@ from siglane.settings.engine import EngineConfig
 from siglane.types import Prompt, Request
 
 CHAT = "/v1/chat/completions"
+HOLDING = Path(__file__).with_name("holding.py")
 PICTURES = [picture(40 + number, 30, seed=number) for number in range(3)]
 
 
@@ -128,9 +129,10 @@ def test_rows_reach_the_engine_in_order(local: Served, engine: EngineProcess, mo
             others_gone.set()
         submit(self, requests, on_delta)
 
+    ask(local, chat("x"))  # what renders templates is started
     monkeypatch.setattr(ChatModel, "prompt", slow)
     monkeypatch.setattr(EngineProcess, "submit", note)
-    monkeypatch.setattr("siglane.server.local.STRAGGLER_SECONDS", 1.5)
+    monkeypatch.setattr("siglane.server.local.STRAGGLER_SECONDS", 5.0)
     bodies = [chat("x" * number, max_tokens=number + 1, stream=number == 3) for number in range(10)]
     found = ask(local, *bodies)
     assert [one.status for one in found] == [200] * 3 + [400] + [200] * 6
@@ -142,8 +144,11 @@ def encoded_by(served: Served) -> int:
 
 
 @pytest.mark.slow
-def test_each_picture_is_encoded_once(nvila_folder: Path, processor: Processor, tmp_path: Path) -> None:
+def test_each_picture_is_encoded_once(
+    nvila_folder: Path, processor: Processor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Eight pictures, asked about by five rows each that are spread over the file; the cache holds one."""
+    monkeypatch.setattr("siglane.server.local.STRAGGLER_SECONDS", 60.0)
     config = EngineConfig(device="cpu", threads=1, kv_tokens=16384, max_running=4, prefix_cache=False)
     engine = EngineProcess(EngineSpec(str(nvila_folder), replace(config, feature_cache_bytes=5_000)))
     engine.start()
@@ -180,6 +185,7 @@ def test_ten_pictures_of_200_rows_are_decoded_and_encoded_once(
     config = EngineConfig(device="cpu", threads=1, kv_tokens=16384, max_running=8, prefix_cache=False)
     engine = EngineProcess(EngineSpec(str(nvila_folder), replace(config, feature_cache_bytes=5_000)))
     engine.start()
+    monkeypatch.setattr("siglane.server.local.STRAGGLER_SECONDS", 60.0)
     decoded: list[object] = []
     decode = MediaPipeline.decode
     monkeypatch.setattr(MediaPipeline, "decode", lambda self, item: (decoded.append(item), decode(self, item))[1])
@@ -379,18 +385,28 @@ def lives(pid: int) -> bool:
         return False
 
 
-KILLS, ROWS_PER_KILL = 25, 24
-ROWS = int(os.environ.get("BATCH_ROWS", "3000"))
+KILLS, ROWS = int(os.environ.get("BATCH_KILLS", "8")), int(os.environ.get("BATCH_ROWS", "3000"))
+ROWS_TO_KILL_IN = 240
 
 
 @pytest.mark.slow
 def test_killed_at_random_points_it_ends_the_same(nvila_folder: Path, tmp_path: Path, forked: Forked) -> None:
-    """First its engine, then the command, again and again."""
+    """First its engine, then the command, again and again: BATCH_KILLS times each."""
     source, whole, out, rng = tmp_path / "in.jsonl", tmp_path / "whole.jsonl", tmp_path / "out.jsonl", random.Random(0)
-    write_requests(source, ROWS_PER_KILL * KILLS)
+    write_requests(source, ROWS_TO_KILL_IN)
     forked.start(words(nvila_folder, source, whole, "--max-running", "2"))
     assert forked.end() == 0
+
+    def finish() -> None:
+        forked.start(words(nvila_folder, source, out, "--max-running", "2"))
+        assert forked.end() == 0
+        assert files_of(out) == files_of(whole)
+
     for _ in range(KILLS):
+        if lines_of(out) > ROWS_TO_KILL_IN // 2:  # so that every kill is in the middle
+            finish()
+            for file in tmp_path.glob("out.*"):
+                file.unlink()
         forked.start(words(nvila_folder, source, out, "--max-running", "2"))
         for victim in ("its engine", "the command"):
             wanted = lines_of(out) + rng.randint(0, 3)
@@ -401,10 +417,8 @@ def test_killed_at_random_points_it_ends_the_same(nvila_folder: Path, tmp_path: 
         eventually(lambda: not forked.engines())
         written = out.read_bytes()
         assert whole.read_bytes().startswith(written[: written.rfind(b"\n") + 1])
-    assert lines_of(out) < lines_of(whole)  # the last kill too was in the middle
-    forked.start(words(nvila_folder, source, out, "--max-running", "2"))
-    assert forked.end() == 0
-    assert files_of(out) == files_of(whole)
+        assert lines_of(out) < lines_of(whole)
+    finish()
 
 
 @pytest.mark.slow
@@ -448,7 +462,7 @@ def test_a_signal_stops_it_whole(
     out = tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "siglane.cli.main", *words(nvila_folder, source, out, "--max-running", "2")]
     with subprocess.Popen(
-        command,
+        [sys.executable, str(HOLDING), "12", *command[3:], "--window", "4"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -460,6 +474,7 @@ def test_a_signal_stops_it_whole(
     assert process.returncode == 3, errors
     assert "the same command continues it" in errors
     assert said.startswith(f"{out}: ")
+    assert 3 <= lines_of(out) <= 12
     assert out.read_bytes().endswith(b"\n")
     assert files_of(whole)[0].startswith(files_of(out)[0])
     assert subprocess.run(command, capture_output=True, check=False, timeout=120).returncode == 0

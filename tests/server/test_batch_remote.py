@@ -86,8 +86,11 @@ def standing(reply: Callable[[str, bytes, Mapping[str, str]], Reply | None]) -> 
         thread.join()
 
 
-def flaky(server: RunningServer, share: float, seed: int) -> Callable[..., Reply | None]:
-    """siglane's own server, of whose answers a share is 503 and half as many connections break."""
+def flaky(
+    server: RunningServer, share: float, seed: int, turns: threading.Semaphore | None = None
+) -> Callable[..., Reply | None]:
+    """siglane's own server, of whose answers a share is 503 and half as many connections break. turns: taken by
+    each answer, which waits for one."""
     rng = random.Random(seed)
 
     def reply(path: str, body: bytes, headers: Mapping[str, str]) -> Reply | None:
@@ -96,6 +99,8 @@ def flaky(server: RunningServer, share: float, seed: int) -> Callable[..., Reply
             return 503, {"retry-after": "0"}, b"<html>upstream is away</html>"
         if luck < 1.5 * share:
             return None
+        if turns is not None:
+            turns.acquire(timeout=120)
         with server.http() as client:
             found = client.post(path, content=body, headers={"content-type": "application/json"})
         return found.status_code, {"content-type": "application/json"}, found.content
@@ -170,17 +175,20 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.slow
 def test_killed_and_stopped_it_goes_on(server: RunningServer, source: Path, tmp_path: Path) -> None:
     """kill -9, then SIGTERM, then to the end, with other luck each time: the bytes of a run that nothing stopped."""
-    with standing(flaky(server, 0.1, seed=2)) as door:
+    turns = threading.Semaphore(54)
+    with standing(flaky(server, 0.1, seed=2, turns=turns)) as door:
         assert main(words(door.url, source, tmp_path / "whole.jsonl")) == 0
         out = tmp_path / "out.jsonl"
-        command = [sys.executable, "-c", KILLED, *words(door.url, source, out, "--concurrency", "2")]
+        command = [sys.executable, "-c", KILLED, *words(door.url, source, out, "--concurrency", "2", "--window", "4")]
         for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 3)):
             before = lines_of(out)
+            turns.release(20)
             with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
                 wait_for_lines(out, before + 8, process)
                 process.send_signal(number)
                 process.communicate(timeout=PATIENCE)
             assert process.returncode == code
+        turns.release(60)
         found = {row["custom_id"] for row in records(out)}
         assert 16 <= len(found) < 54
     with standing(flaky(server, 0.1, seed=3)) as door:  # elsewhere: the address is no part of the job

@@ -628,14 +628,16 @@ def test_files_go_when_their_time_has_come(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_it_goes_on(nvila_folder: Path, tmp_path: Path) -> None:
     """`siglane serve` by itself, killed twice: every answer once, those before a kill untouched."""
-    command = [sys.executable, "-m", "siglane.cli.main", "serve", str(nvila_folder), "--data-dir", str(tmp_path)]
-    command += ["--device", "cpu", "--threads", "1", "--kv-tokens", "16384", "--max-running", "2", "--port"]
+    command = ["serve", str(nvila_folder), "--data-dir", str(tmp_path), "--device", "cpu", "--threads", "1"]
+    command += ["--kv-tokens", "16384", "--max-running", "2", "--port"]
+    holding = Path(__file__).with_name("holding.py")
     lines = [line(number, max_tokens=30, ignore_eos=True, model=None) for number in range(40)]
     batch_id, output, before = "", Path(), b""
     for killed in (True, True, False):
         port = free_port()
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-        with subprocess.Popen([*command, str(port)], stderr=subprocess.DEVNULL) as process:
+        program = [sys.executable, str(holding), "10" if killed else "40", *command, str(port)]
+        with subprocess.Popen(program, stderr=subprocess.DEVNULL) as process:
             try:
                 eventually(lambda port=port: is_ready(port))  # type: ignore[misc]
                 if not batch_id:

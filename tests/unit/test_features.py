@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siglane.engine.features import FeatureCache
+from siglane.errors import ConfigError
+from siglane.families.processor import load_processor
+from siglane.settings.engine import EngineConfig
+from siglane.weights.demo import opened
 
 ROW_BYTES = 8
 
@@ -82,3 +89,15 @@ def test_it_never_holds_more_than_its_capacity_and_counts_exactly(capacity: int,
         cache.put(key(name), rows(count, name))
         found = [cache.get(key(one), size) for one in range(5) for size in range(1, 7)]
         assert cache.bytes == sum(one.nbytes for one in found if one is not None) <= capacity * ROW_BYTES
+
+
+def test_a_small_models_cache_is_no_larger_than_what_can_run() -> None:
+    small = load_processor(opened("demo")).config.language
+    large = replace(small, max_position_embeddings=1 << 20)
+    two = EngineConfig(max_running=2)
+    tokens = 2 * small.max_position_embeddings
+    assert two.feature_bytes(small, torch.float32) == tokens * small.hidden_size * 4
+    assert two.feature_bytes(large, torch.bfloat16) == 256 << 20
+    assert EngineConfig(feature_cache_bytes=0).feature_bytes(large, torch.bfloat16) == 0
+    with pytest.raises(ConfigError, match="feature_cache_bytes must not be negative"):
+        EngineConfig(feature_cache_bytes=-1)

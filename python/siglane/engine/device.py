@@ -53,7 +53,7 @@ def build_device(
     pages = config.stated_pages
     if pages is None:
         largest = LargestStep(budget.patches, budget.tokens, budget.running)
-        available = kv_bytes(model, largest, config.feature_cache_bytes, choose)
+        available = kv_bytes(model, largest, config.feature_bytes(language.config, dtype), choose)
         pages = config.pages_within(available, language.config, language.kv_heads, dtype)
     kv = PagedKV(
         language.config, language.kv_heads, pages=pages, page_size=config.page_size, dtype=dtype, device=device

@@ -94,7 +94,7 @@ class Engine:
         self.runner = build_device(model, config, budget, self.eos_token_ids)
         self.allocator = PageAllocator(self.runner.kv.tokens // config.page_size, SCRATCH_PAGES)
         self.prefix_cache = PrefixCache(self.allocator, config.page_size) if config.prefix_cache else None
-        self.features = FeatureCache(config.feature_cache_bytes)
+        self.features = FeatureCache(config.feature_bytes(model.language.config, self.runner.dtype))
         self.scheduler = Scheduler(budget, self.allocator, self.prefix_cache, self.features, config.page_size)
         positions, capacity = model.language.config.max_position_embeddings, self.scheduler.capacity
         self.context_length = min(positions, capacity)

@@ -18,6 +18,7 @@ QUANTIZATION_HELP = "bits that the weights of linear layers are kept in; none: a
 Quantization = Literal["none", "8bit", "4bit"]
 DTYPE_HELP = "dtype of the weights and what is computed with them; auto: float32, on CUDA bfloat16"
 PAGED_BACKENDS = ("auto", "torch", "eager")
+FEATURE_CACHE_BYTES = 256 << 20
 ENGINE_TIMEOUT = {"cpu": 60.0, "cuda": 300.0}  # a first step on CUDA may compile kernels
 
 
@@ -53,8 +54,12 @@ class EngineConfig:
     enable_packing: bool = field(
         default=True, metadata={"help": "encode images of all requests together; off: one forward for each image"}
     )
-    feature_cache_bytes: int = field(
-        default=256 << 20, metadata={"help": "bytes of encoded images kept, so that a known image is not encoded again"}
+    feature_cache_bytes: int | None = field(
+        default=None,
+        metadata={
+            "help": "bytes of encoded images kept, so that a known image is not encoded again; none: 256M, or what all "
+            "running requests can hold where that is less"
+        },
     )
     prefix_cache: bool = field(default=True, metadata={"help": "reuse the KV pages of prompts that begin alike"})
     num_speculative_tokens: int = field(
@@ -84,7 +89,7 @@ class EngineConfig:
         at_least("page_size", self.page_size, 1)
         at_least("max_running", self.max_running, 1)
         for name in ("kv_tokens", "max_batch_tokens", "max_batch_patches", "feature_cache_bytes", "threads"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         at_least("engine_timeout", self.engine_timeout, 0)
         at_least("num_speculative_tokens", self.num_speculative_tokens, 0)
@@ -134,6 +139,13 @@ class EngineConfig:
     def stated_pages(self) -> int | None:
         """Pages of the KV cache where `kv_tokens` asks for them, None where memory decides."""
         return max(1, self.kv_tokens // self.page_size) if self.kv_tokens else None
+
+    def feature_bytes(self, language: LanguageConfig, dtype: torch.dtype) -> int:
+        """Of the feature cache. dtype: of its rows, of which a token of the context is one at most."""
+        if self.feature_cache_bytes is not None:
+            return self.feature_cache_bytes
+        contexts = self.max_running * language.max_position_embeddings
+        return min(FEATURE_CACHE_BYTES, contexts * language.hidden_size * dtype.itemsize)
 
     def pages_within(self, available: int, language: LanguageConfig, kv_heads: int, dtype: torch.dtype) -> int:
         """Pages of a KV cache of `available` bytes; never more than all running requests can fill."""
