@@ -84,7 +84,7 @@ def kernels(place: Place) -> None:
                 say(kernel=name, dtype=str(dtype), taken="Triton" if quick else "torch")
                 broken += [] if quick else [f"{name} in {dtype}"]
     with part("noise"):
-        quick = tried_best(place.device) is not best_in_torch
+        quick = tried_best(place.device, BASE.vocab_size) is not best_in_torch
         say(kernel="noise over a vocabulary", taken="Triton" if quick else "torch")
         broken += [] if quick else ["noise over a vocabulary"]
     if not place.small:  # on a CPU none of them runs
@@ -199,7 +199,7 @@ def decode_shape(place: Place, name: str, language: LanguageConfig, goals: dict[
 def sampler(place: Place, engine: Engine, logits: torch.Tensor) -> None:
     """From logits to what the host has read, for every kind of request."""
     chunks = engine.scheduler.plan().chunks
-    choose = DeviceSampler(len(logits), place.device, tried_best(place.device))
+    choose = DeviceSampler(len(logits), place.device, tried_best(place.device, logits.shape[1]))
     for kind, sampling in SAMPLED.items():
         rows = list[NextToken]()
         for token in (token for chunk in chunks for token in chunk.next_tokens):

@@ -286,7 +286,23 @@ def test_every_kernel_compiles_for_every_gpu(compiled: list[dict[str, Any]]) -> 
 def kernels_of(module: ModuleType) -> set[str]:
     tree = ast.parse(inspect.getsource(module))
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    return {one.name for one in functions if "triton.jit" in map(ast.unparse, one.decorator_list)}
+    return {one.name for one in functions if "triton.jit" in " ".join(map(ast.unparse, one.decorator_list))}
+
+
+def test_what_lies_anywhere_in_memory_compiles_no_kernel_anew() -> None:
+    """Numbers of a step are views into one tensor, aligned to eight bytes."""
+    views = {
+        decode: {"attend_part": {"rows", "lengths"}, "join_parts": {"lengths"}},
+        pointwise: {"store_token": {"slots"}},
+        choosing: {"best_of_block": {"first_keys", "second_keys"}},
+    }
+    for module, kernels in views.items():
+        for tree in ast.parse(inspect.getsource(module)).body:
+            if isinstance(tree, ast.FunctionDef) and tree.name in kernels:
+                (options,) = [one for one in tree.decorator_list if isinstance(one, ast.Call)]
+                stated = {word.arg: set(ast.literal_eval(word.value)) for word in options.keywords}
+                assert stated == {"do_not_specialize_on_alignment": kernels.pop(tree.name)}
+        assert not kernels
 
 
 def test_both_sides_mean_the_same_groups() -> None:

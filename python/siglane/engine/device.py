@@ -49,7 +49,9 @@ def build_device(
     device, dtype, on_cuda = parameter.device, parameter.dtype, parameter.is_cuda
     if on_cuda:  # which builds a plan for every new shape: 0.4 s for each page that a sequence grows by
         torch.backends.cuda.enable_cudnn_sdp(False)
-    choose = DeviceSampler(budget.tokens, device, tried_best(device)) if on_cuda else choose_on_host
+    choose: Choose = choose_on_host
+    if on_cuda:
+        choose = DeviceSampler(budget.tokens, device, tried_best(device, language.config.vocab_size))
     pages = config.stated_pages
     if pages is None:
         largest = LargestStep(budget.patches, budget.tokens, budget.running)

@@ -45,7 +45,7 @@ def mixed(x):
     return x ^ ((x >> 16) & 0xFFFF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["first_keys", "second_keys"])  # see `paged_decode.py`
 def best_of_block(
     scores, peaks, temperatures, first_keys, second_keys, values, token_ids, size, BLOCK: tl.constexpr
 ):  # fmt: skip

@@ -31,7 +31,7 @@ def coded_product(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # each number of rows may be another
 def multiply_codes(
     x, codes, scales, lows, bias, out, rows, columns, stride,
     FOUR: tl.constexpr, BIASED: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

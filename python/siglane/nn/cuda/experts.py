@@ -63,7 +63,7 @@ def route_token(
     tl.store(chosen + token * TOP + slots, names.to(tl.int64), mask=slots < TOP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])  # each number of rows has another
 def expert_product(
     x, weight, chosen, scales, out, pairs, columns,
     K: tl.constexpr, SHARED: tl.constexpr, SCALED: tl.constexpr, PAIRS: tl.constexpr,

@@ -18,6 +18,9 @@ LEAST = 256  # tokens of a part, before the sequence is so long that they grow
 BLOCK = 64  # tokens that a program reads at a time
 LEAST_ROWS = 16  # of a product of matrices
 
+# A step's numbers lie one list behind another, so where one begins is not always a multiple of 16 bytes: kernels that
+# were compiled for it would be compiled anew in the middle of serving.
+
 
 def paged_decode(
     q: torch.Tensor,
@@ -57,7 +60,7 @@ def part_size(length, PARTS: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.conste
     return tl.maximum(LEAST, tl.cdiv(tl.cdiv(length, PARTS), BLOCK) * BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows", "lengths"])
 def attend_part(
     q, keys, values, table, rows, lengths, parts, peaks, sums, scale, q_stride, table_stride, kv_heads,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr,
@@ -100,7 +103,7 @@ def attend_part(
         tl.store(parts + places[:, None] * HEAD_DIM + columns[None, :], mean, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["lengths"])
 def join_parts(
     parts, peaks, sums, lengths, out, heads,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr,

@@ -126,7 +126,7 @@ def gate_row(gate_up, out, size, BLOCK: tl.constexpr):
     tl.store(out + row * size + columns, (gated * up).to(kind), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])  # see `paged_decode.py`
 def store_token(k, v, keys, values, slots, k_stride, v_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     token, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     mask, slot = columns < SIZE, tl.load(slots + token)
