@@ -286,6 +286,14 @@ class TestInABrowser:
         page.click("#ask")
         page.wait_for_selector(".message.error")
         assert "another function 'weather'" in page.inner_text(".message.error")
+        page.fill("#tools", json.dumps([WEATHER]))
+        page.select_option("#choice", "required")
+        page.click("summary:has-text('As a program')")
+        page.click("#python")
+        eventually(lambda: "tools=" in page.input_value("#program"))
+        command = [sys.executable, "-c", page.input_value("#program")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert "name='weather'" in done.stdout, done.stderr  # what it calls, which is no text
         page.close()
 
     def test_what_it_shows_as_a_program_runs(self, demo: RunningServer, browser: Any, tmp_path: Path) -> None:
