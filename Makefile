@@ -14,6 +14,8 @@ SGLANG_PIP := $(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-
 VLLM := .venv-vllm
 VLLM_TESTS := tests/hosts/vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off --no-warn-conflicts
+CLIENTS := .venv-clients
+CLIENTS_TESTS := tests/server/test_foreign_clients.py tests/server/test_messages.py
 PAGE := .venv-page
 PAGE_TESTS := tests/server/test_playground.py
 FAKE_CUDA := .venv-fake-cuda
@@ -32,7 +34,7 @@ unexport PYTHONDONTWRITEBYTECODE
 ENDS := transformers
 
 .PHONY: demo serve test test-slow test-oldest test-newest test-gpu test-fake-cuda test-triton test-sglang test-vllm \
-	test-ray test-page test-real gpu-report lint bench
+	test-ray test-clients test-page test-real gpu-report lint bench
 .DEFAULT_GOAL := demo
 
 demo: $(READY)  ## ask the model that ships with siglane one question, through a real server
@@ -42,7 +44,7 @@ serve: $(READY)  ## keep that server running; prints a curl line to try
 	@$(BIN)/siglane demo --stay
 
 test: $(READY)  ## everything but the long tests
-	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not vllm and not real"
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not vllm and not real and not clients"
 
 test-slow: $(READY)  ## the tests that take seconds each
 	@$(BIN)/python -m pytest -q -m slow
@@ -77,6 +79,9 @@ test-vllm: $(READY) $(VLLM)/.ready  ## the tests inside the real vLLM and agains
 
 test-ray: $(RAY)/.ready  ## batches on a Ray of this machine; an environment of its own on top of .venv, 250 MB
 	@$(RAY)/bin/python -m pytest -q -rs -m ray $(RAY_TESTS)
+
+test-clients: $(CLIENTS)/.ready  ## LiteLLM, LangChain and others, SGLang's and vLLM's load generators; an environment of its own on top of .venv, 600 MB
+	@$(CLIENTS)/bin/python -m pytest -q -rs -k "clients or client" $(CLIENTS_TESTS)
 
 test-page: $(PAGE)/.ready  ## the page at / in a Chromium of this machine; an environment of its own on top of .venv, 170 MB
 	@$(PAGE)/bin/python -m pytest -q -rs $(PAGE_TESTS)
@@ -120,6 +125,10 @@ $(READY): pyproject.toml constraints.txt
 
 $(RAY)/.ready: $(READY) tests/server/ray.txt
 	$(call build_on_top,$(RAY),-c constraints.txt -r tests/server/ray.txt)
+	@touch $@
+
+$(CLIENTS)/.ready: $(READY) tests/server/clients.txt
+	$(call build_on_top,$(CLIENTS),-r tests/server/clients.txt)
 	@touch $@
 
 $(PAGE)/.ready: $(READY) tests/server/page.txt

@@ -17,7 +17,9 @@ from typing import Any
 
 import httpx2
 import pytest
+from calling import WEATHER
 from PIL import Image
+from scripted_checkpoint import ANSWER
 from serving import (
     RunningServer,
     Told,
@@ -253,6 +255,45 @@ class TestInABrowser:
         page.wait_for_selector(".message.error")
         assert "nonsense" in page.inner_text(".message.error")
         assert page.input_value("#question") == "And?"  # what was not answered can be asked again
+        page.close()
+
+    def test_a_tool_is_called(self, caller: RunningServer, browser: Any) -> None:
+        """The panel is there where a model is told of tools; a call is shown, and so is what is wrong with the list."""
+        visit = Visit(browser, caller.url)
+        page = visit.page
+        page.click("summary:has-text('Sampling')")
+        page.fill("[data-field=temperature]", "0")
+        page.click("summary:has-text('Tools')")
+        page.fill("#tools", "[")
+        page.fill("#question", "How warm is it?")
+        page.click("#ask")
+        assert "the list of tools is no JSON" in page.inner_text("#state")
+        page.fill("#tools", json.dumps([WEATHER]))
+        page.select_option("#choice", "required")
+        page.click("#ask")
+        page.wait_for_selector(".facts")
+        called = re.fullmatch(r"weather\((.+)\)", page.inner_text(".message.assistant p:last-of-type").strip())
+        assert called is not None
+        assert json.loads(called[1]).keys() == {"city"}
+        page.select_option("#choice", "none")
+        page.fill("#question", "And now?")
+        page.click("#ask")
+        page.wait_for_selector(".message.assistant:nth-of-type(4) .facts")
+        assert page.inner_text(".message.assistant:nth-of-type(4) p:last-of-type") == ANSWER
+        page.fill("#tools", json.dumps([WEATHER, WEATHER]))
+        page.select_option("#choice", "")
+        page.fill("#question", "Again?")
+        page.click("#ask")
+        page.wait_for_selector(".message.error")
+        assert "another function 'weather'" in page.inner_text(".message.error")
+        page.fill("#tools", json.dumps([WEATHER]))
+        page.select_option("#choice", "required")
+        page.click("summary:has-text('As a program')")
+        page.click("#python")
+        eventually(lambda: "tools=" in page.input_value("#program"))
+        command = [sys.executable, "-c", page.input_value("#program")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert "name='weather'" in done.stdout, done.stderr  # what it calls, which is no text
         page.close()
 
     def test_what_it_shows_as_a_program_runs(self, demo: RunningServer, browser: Any, tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ SCRIPT = Path(__file__).parents[2] / "benchmark/soak.py"
 
 @pytest.mark.slow
 def test_clients_that_come_go_and_err(tmp_path: Path) -> None:
+    """What is looked for in the answers is among each client's first requests, however few follow."""
     out = tmp_path / "soak.json"
-    command = [sys.executable, str(SCRIPT), "--seconds", "12", "--clients", "40", "--out", str(out)]
+    command = [sys.executable, str(SCRIPT), "--seconds", "6", "--clients", "40", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(out.read_text())

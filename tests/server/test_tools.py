@@ -410,6 +410,7 @@ def test_a_model_that_is_told_of_none_says_so(server: RunningServer) -> None:
     answer = server.post(chat("x", tools=BOTH))
     assert_error(answer, 400, "unsupported_field", "tools")
     assert "template" in answer.json()["error"]["message"]
+    assert "<tool_call>" in answer.json()["error"]["message"]  # the form that is read
     assert_error(server.post_to("/tokenize", messages=chat("x")["messages"], tools=BOTH), 400, "unsupported_field")
     for fields in ({"tools": [], "tool_choice": "auto"}, {"tools": BOTH, "tool_choice": "none"}):
         assert server.post(chat("x", **fields)).status_code == 200

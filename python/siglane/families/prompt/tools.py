@@ -91,7 +91,8 @@ def _offers(render: RenderTools, question: dict[str, Any]) -> bool:
 def check_tools(messages: Sequence[Message], tools: Sequence[Tool], found: ToolFormat | None) -> None:
     """UserError names what a template would leave out: tools, or the first message with a call or a result."""
     if tools and (found is None or not found.offers):
-        text = "tools: this model's chat template tells it of none, or has its calls written in a way that is not read"
+        form = '<tool_call>{"name": ..., "arguments": {...}}</tool_call>'
+        text = f"tools: this model's chat template tells it of none, or has calls written otherwise than {form}"
         raise UserError(text, code="unsupported_field", param="tools")
     for number, message in enumerate(messages):
         if found is None and (message.tool_calls or message.role == "tool"):

@@ -330,7 +330,7 @@ function asPython(body) {
   const reader = pictures.length
     ? `\n\ndef picture(path, kind):\n    with open(path, "rb") as file:\n        return f"data:{kind};base64,{base64.b64encode(file.read()).decode()}"\n\n`
     : "";
-  return `import base64\nimport os\n\nfrom openai import OpenAI\n${reader}\nclient = OpenAI(base_url=${JSON.stringify(`${location.origin}${ROOT}/v1`)}, api_key=${key})\nanswer = client.chat.completions.create(\n${given.join("")}${extra})\nprint(answer.choices[0].message.content)\n`;
+  return `import base64\nimport os\n\nfrom openai import OpenAI\n${reader}\nclient = OpenAI(base_url=${JSON.stringify(`${location.origin}${ROOT}/v1`)}, api_key=${key})\nanswer = client.chat.completions.create(\n${given.join("")}${extra})\nprint(${body.tools ? "answer.choices[0].message" : "answer.choices[0].message.content"})\n`;
 }
 
 async function copy(write) {

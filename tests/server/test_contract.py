@@ -1,0 +1,253 @@
+"""What a team that comes from SGLang, vLLM or llama.cpp's server counts on: a request for each feature, and the tests
+of what no request shows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from calling import BOTH
+from serving import (
+    CHAT,
+    MODEL,
+    RunningServer,
+    assert_error,
+    chat,
+    image_part,
+    image_url,
+    picture,
+    stream,
+)
+
+TESTS = Path(__file__).parents[1]
+SAMPLED: dict[str, Any] = {
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "top_k": 20,
+    "min_p": 0.05,
+    "repetition_penalty": 1.1,
+    "frequency_penalty": 0.5,
+    "presence_penalty": 0.5,
+    "logit_bias": {"60": -5},
+    "seed": 3,
+}
+
+
+def message(server: RunningServer, body: dict[str, Any]) -> dict[str, Any]:
+    """The first choice, of a request whose every field has its effect."""
+    answer = server.post(body)
+    assert answer.status_code == 200, answer.text
+    assert "x-siglane-ignored-fields" not in answer.headers
+    choice: dict[str, Any] = answer.json()["choices"][0]
+    return choice
+
+
+def get(server: RunningServer, path: str) -> Any:
+    with server.http() as client:
+        answer = client.get(path)
+    assert answer.status_code == 200, path
+    return answer
+
+
+def models(server: RunningServer) -> None:
+    (listed,) = get(server, "/v1/models").json()["data"]
+    assert {"id", "root", "max_model_len"} <= listed.keys()
+    assert get(server, f"/v1/models/{MODEL}").json()["id"] == MODEL
+    with server.http() as client:
+        assert_error(client.get("/v1/models/other"), 404, "model_not_found")
+
+
+def another_model(server: RunningServer) -> None:
+    assert_error(server.post(chat("x", model="other")), 404, "model_not_found", "model")
+
+
+def probes(server: RunningServer) -> None:
+    for path in ("/health", "/ready"):
+        get(server, path)
+    assert "siglane_requests_total" in get(server, "/metrics").text
+
+
+def completions(server: RunningServer) -> None:
+    answer = server.post_to("/v1/completions", prompt=["Hello", "there"], max_tokens=3, echo=True, logprobs=1).json()
+    assert [choice["text"].startswith(text) for choice, text in zip(answer["choices"], ("Hello", "there"), strict=True)]
+    assert all(choice["logprobs"]["token_logprobs"] for choice in answer["choices"])
+
+
+def tokens(server: RunningServer) -> None:
+    told = server.post_to("/tokenize", prompt="Hello").json()
+    back = server.post_to("/detokenize", tokens=told["tokens"]).json()
+    assert back["text"] == back["prompt"] == "Hello"
+    seen = server.post_to("/tokenize", messages=chat(image_part(picture()), "x")["messages"]).json()
+    assert seen["count"] > told["count"]
+
+
+def playground(server: RunningServer) -> None:
+    page = get(server, "/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert not re.search(r"(src|href)=\"?https?:", page.text)
+
+
+def lengths(server: RunningServer) -> None:
+    for name in ("max_tokens", "max_completion_tokens"):
+        body = {"messages": chat("x")["messages"], "temperature": 0, "ignore_eos": True, name: 3}
+        assert server.post(body).json()["usage"]["completion_tokens"] == 3
+    least = chat("x", max_tokens=9, min_tokens=9)
+    assert server.post(least).json()["usage"]["completion_tokens"] == 9
+
+
+def sampling(server: RunningServer) -> None:
+    body = chat("x", **SAMPLED, max_tokens=12)
+    assert message(server, body) == message(server, body)
+    assert message(server, body) != message(server, body | {"seed": 4})
+
+
+def stops(server: RunningServer) -> None:
+    text = message(server, chat("x", max_tokens=12))["message"]["content"]
+    cut = message(server, chat("x", max_tokens=12, stop=[text[3:5]]))
+    assert (cut["message"]["content"], cut["matched_stop"]) == (text[: text.index(text[3:5])], text[3:5])
+    message(server, chat("x", stop_token_ids=[5]))
+    assert_error(server.post(chat("x", stop=["a"] * 17)), 400, param="stop")
+
+
+def choices(server: RunningServer) -> None:
+    assert len(server.post(chat("x", n=2, temperature=1)).json()["choices"]) == 2
+    assert_error(server.post(chat("x", n=10**9)), 400, param="n")
+    for field in ("best_of", "use_beam_search"):
+        assert_error(server.post(chat("x", **{field: 2})), 400, "unsupported_field", field)
+
+
+def logprobs(server: RunningServer) -> None:
+    told = message(server, chat("x", logprobs=True, top_logprobs=3))["logprobs"]["content"]
+    assert all(len(token["top_logprobs"]) == 3 for token in told)
+
+
+def constraints(server: RunningServer) -> None:
+    schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": ["yes"]}, "strict": True}}
+    assert message(server, chat("x", response_format=schema))["message"]["content"] == '"yes"'
+    assert message(server, chat("x", structured_outputs={"choice": ["yes"]}))["message"]["content"] == "yes"
+    assert message(server, chat("x", regex="[0-9]{2}"))["message"]["content"].isdigit()
+
+
+def template(server: RunningServer) -> None:
+    message(server, chat("x", chat_template_kwargs={"enable_thinking": False}))
+    assert_error(server.post(chat("x", chat_template="{{ 1 }}")), 400, "unsupported_field", "chat_template")
+
+
+def pictures(server: RunningServer) -> None:
+    """data: is read; what a client's request must not reach is refused by a code."""
+    for detail in ("auto", "low", "high", "original"):
+        message(server, chat(image_part(picture(), detail=detail), "x"))
+    refused = {
+        "file:///etc/passwd": "local_media_forbidden",
+        "/etc/passwd": "unsupported_url_scheme",
+        "aGVsbG8=": "unsupported_url_scheme",
+        "http://127.0.0.1:1/a.png": "image_url_forbidden",
+    }
+    for url, code in refused.items():
+        assert_error(server.post(chat(image_url(url), "x")), 400, code)
+    assert_error(server.post(chat(*[image_part(picture())] * 17, "x")), 400, "too_many_images")
+
+
+def unknown(server: RunningServer) -> None:
+    answer = server.post(chat("x", a_new_field=1, cache_salt="a"))
+    assert (answer.status_code, answer.headers["x-siglane-ignored-fields"]) == (200, "a_new_field")
+
+
+def usage(server: RunningServer) -> None:
+    body = chat(image_part(picture()), "x", cache_salt="a contract")
+    details = [server.post(body).json()["usage"]["prompt_tokens_details"] for _ in range(2)]
+    assert details[0]["image_tokens"] > 0
+    assert details[0]["text_tokens"] > 0
+    assert details[1]["cached_tokens"] > 0
+
+
+def streams(server: RunningServer) -> None:
+    told = stream(server, chat("x", stream_options={"include_usage": True, "continuous_usage_stats": True}))
+    assert told.done
+    first, last = told.chunks[0], told.chunks[-1]
+    assert first["choices"][0]["delta"]["role"] == "assistant"
+    assert first["usage"]["completion_tokens"] > 0  # a chunk of the role alone would be taken for the first token
+    assert last["choices"] == []
+
+
+def headers(server: RunningServer) -> None:
+    answer = server.post(chat("x"), headers={"x-request-id": "mine", "origin": "http://elsewhere.example"})
+    assert answer.headers["x-request-id"] == "mine"
+    assert "access-control-allow-origin" not in answer.headers
+    assert answer.json()["system_fingerprint"]
+
+
+def errors(server: RunningServer) -> None:
+    assert_error(server.post({"messages": []}), 400, param="messages")  # nested, without a word of ours
+
+
+def aborts(server: RunningServer) -> None:
+    for path, body in (("/abort", {"request_id": "a"}), ("/abort_request", {"rid": "a"})):
+        assert server.post_to(path, **body).status_code in (200, 404)
+
+
+ASKED: dict[str, Callable[[RunningServer], None]] = {
+    "/v1/models and one of them, with its root": models,
+    "a model that is not there": another_model,
+    "/health, /ready, /metrics": probes,
+    "/v1/completions": completions,
+    "/tokenize, /detokenize": tokens,
+    "/abort": aborts,
+    "a page at /": playground,
+    "max_tokens, max_completion_tokens, min_tokens, ignore_eos": lengths,
+    "temperature and its neighbours, penalties, logit_bias, seed": sampling,
+    "stop, stop_token_ids, matched_stop": stops,
+    "n, best_of, beams": choices,
+    "logprobs, top_logprobs": logprobs,
+    "response_format, choice, regex": constraints,
+    "chat_template_kwargs, never chat_template": template,
+    "image_url, detail, images per request": pictures,
+    "cache_salt, an unknown field": unknown,
+    "usage in parts": usage,
+    "stream_options, [DONE], the role beside the first token": streams,
+    "x-request-id, system_fingerprint, closed CORS": headers,
+    "errors in OpenAI's shape": errors,
+}
+# what takes a model, an option or a process of its own
+ELSEWHERE: dict[str, tuple[str, str]] = {
+    "/v1/embeddings in three shapes, float and base64": ("test_embeddings", "test_the_three_shapes_agree"),
+    "towers as embedder": ("test_embeddings", "test_vectors_are_transformers"),
+    "/v1/classify": ("test_embeddings", "test_scores_are_transformers"),
+    "/v1/score": ("test_embeddings", "test_pairs_are_scored_as_vllm_does"),
+    "/v1/decisions": ("test_decisions", "test_"),
+    "/v1/files, /v1/batches": ("test_batches", "test_from_upload_to_download"),
+    "/v1/responses": ("test_responses", "test_what_was_said_before_is_read_as_in_a_chat"),
+    "/v1/messages": ("test_messages", "test_what_was_said_before_is_read_as_in_a_chat"),
+    "tools, tool_choice": ("test_tools", "test_calls_streamed_or_not"),
+    "reasoning_content": ("test_reasoning", "test_an_openai_client_gets_both_apart_streamed_or_not"),
+    "file: below a folder": ("test_chat", "test_images_come_from_files_below_the_allowed_folder"),
+    "aliases": ("test_chat", "test_models_are_listed_by_their_names"),
+    "a stream that is silent": ("test_lifecycle", "test_a_silent_stream_says_that_it_lives"),
+    "an error within a stream": ("test_lifecycle", "test_a_failed_stream_raises_in_openai_s_client"),
+    "keys": ("test_observe", "test_everything_but_the_probes_needs_the_key"),
+    "CORS": ("test_observe", "test_other_origins_are_closed_unless_opened"),
+    "SIGTERM": ("test_lifecycle", "test_draining_lets_requests_finish_and_refuses_new_ones"),
+    "a full queue": ("test_limits", "test_a_full_server_says_when_to_try_again_and_stays_healthy"),
+    "logs": ("test_observe", "test_the_log_names_requests_and_holds_nothing_of_theirs"),
+    "options from file, environment and flags": ("test_options", "test_"),
+}
+
+
+@pytest.mark.parametrize("feature", ASKED)
+def test_it_is_served(feature: str, server: RunningServer) -> None:
+    ASKED[feature](server)
+
+
+@pytest.mark.parametrize("feature", ELSEWHERE)
+def test_its_test_is_there(feature: str) -> None:
+    stem, name = ELSEWHERE[feature]
+    (file,) = TESTS.rglob(f"{stem}.py")
+    assert re.search(rf"def {name}", file.read_text())
+
+
+def test_a_model_without_tools_refuses_them_by_name(server: RunningServer) -> None:
+    with server.http() as client:
+        assert_error(client.post(CHAT, json=chat("x", tools=BOTH)), 400, "unsupported_field", "tools")
