@@ -132,8 +132,10 @@ def test_budgets_of_a_request(served: Served) -> None:
         assert response.status_code == 200, response.text
         return int(response.json()["usage"]["prompt_tokens"])
 
-    low, auto = served.expected["low"].prompt, served.expected["auto"].prompt
-    assert tokens(mm_processor_kwargs={"max_tiles": 1}) == low < auto == tokens(mm_processor_kwargs={})
+    low, auto, high = (served.expected[name].prompt for name in ("low", "auto", "high"))
+    assert tokens() == tokens(mm_processor_kwargs={}) == auto
+    assert tokens(mm_processor_kwargs={"detail": "low"}) == low < high
+    assert tokens(mm_processor_kwargs={"max_tiles": 1}) < high
     for fields, named in (
         ({"mm_processor_kwargs": {"max_pixels": 1000}}, "max_pixels does not apply to this model"),
         ({"mm_processor_kwargs": {"do_resize": False}}, "mm_processor_kwargs: key 'do_resize' is not known"),

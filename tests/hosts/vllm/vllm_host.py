@@ -119,8 +119,9 @@ def vllm_engine(model: Path | str, *, env: Mapping[str, str], **more: Any) -> It
 
 @contextmanager
 def vllm_server(model: Path | str, *, env: Mapping[str, str], **more: Any) -> Iterator[RunningServer]:
-    """`vllm serve`, once it is healthy."""
+    """What `vllm serve` starts, once it is healthy. The command itself looks for a distribution called vllm, and the
+    wheel for CPUs has another name."""
     options = engine_options(host="127.0.0.1", port=free_port(), **more)
-    command = [str(PYTHON.with_name("vllm")), "serve", str(model), *flags(options)]
+    command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *flags(options)]
     with serving(command, environment(env), options["port"], START_SECONDS) as server:
         yield server
