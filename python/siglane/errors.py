@@ -86,3 +86,11 @@ class EngineError(SiglaneError):
         self.message = message
         self.code = code
         self.status = status
+
+
+class EngineLost(EngineError):
+    """A request's engine died while it had it. life: which one it was; clients: whose requests it took with it."""
+
+    def __init__(self, reason: EngineError, *, life: int, clients: int) -> None:
+        super().__init__(reason.message, code=reason.code, status=reason.status)
+        self.life, self.clients = life, clients

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ import pytest
 import torch
 from causal_lm_checkpoint import write_causal_lm_checkpoint
 from checkpoints import write_nvila_checkpoint
+from idefics3_checkpoint import write_idefics3_checkpoint
 from llava_onevision_checkpoint import write_llava_onevision_checkpoint
+from llava_qwen_checkpoint import write_llava_qwen_checkpoint
 from nanovlm_checkpoint import write_nanovlm_checkpoint
 from ovis2_5_checkpoint import write_ovis2_5_checkpoint
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -31,11 +33,14 @@ from siglane.engine import words
 from siglane.engine.attention_cuda import TriedKernels, TritonKernels, VarlenKernels
 from siglane.engine.batch import Chunk, Sequence, StepBatch
 from siglane.engine.device import Device, finite
+from siglane.engine.edits import Tally
 from siglane.engine.kv import PagedKV
 from siglane.engine.limits import StepLimits
+from siglane.engine.sampler_cuda import DeviceSampler
 from siglane.families.model import VisionLanguageModel
 from siglane.families.processor import Processor, load_processor
 from siglane.nn import attention, rope
+from siglane.nn.cuda.ops import OPS
 from siglane.nn.cuda.optimise import KERNELS
 from siglane.types import DecodedImage, ImagePart, ImagePatches, Message, Prompt, Request, SamplingParams
 from siglane.weights.hub import open_checkpoint
@@ -53,7 +58,11 @@ FAMILIES: dict[str, Callable[[Path], object]] = {
     "ovis2_5": write_ovis2_5_checkpoint,
     "nanovlm": write_nanovlm_checkpoint,
     "llava_onevision": write_llava_onevision_checkpoint,
+    "llava_qwen": write_llava_qwen_checkpoint,
+    "idefics3": write_idefics3_checkpoint,
     "causal_lm": write_causal_lm_checkpoint,
+    "llama": partial(write_causal_lm_checkpoint, kind="llama"),
+    "qwen3": partial(write_causal_lm_checkpoint, kind="qwen3"),
 }
 
 
@@ -125,7 +134,7 @@ class Rig:
         with Lists() as lists:
             plan = self.device.plan(StepBatch(chunks))
             with self.mode, torch.inference_mode(), Seen() as seen:
-                logits = self.device.forward(plan)
+                logits = self.device.forward(plan).logits
         assert lists.count == 0
         return logits, seen
 
@@ -155,7 +164,8 @@ def build(folder: Path, write: Callable[[Path], object], records: bool = False) 
             module.__class__ = KERNELS.get(type(module), type(module))
         kv = PagedKV(language.config, language.kv_heads, pages=400, page_size=PAGE, dtype=torch.bfloat16, device=CUDA)
         kernels = TriedKernels(TritonKernels(kv), TritonKernels(kv), VarlenKernels(kv, grouped=False))
-        device = Device(model, kv, kernels, limits, buckets=(1, 2, 4, 8) if records else ())
+        choose = DeviceSampler(64, CUDA, OPS.best_token)
+        device = Device(model, kv, kernels, limits, buckets=(1, 2, 4, 8) if records else (), choose=choose)
     return Rig(mode, processor, device)
 
 
@@ -221,6 +231,35 @@ def test_a_decode_step_copies_its_numbers_and_nothing_else(tmp_path: Path) -> No
     assert seen.copies == ["aten.copy_.default"]
     assert first.copies == seen.copies
     assert first.operations["aten.index_put_.default"] == seen.operations["aten.index_put_.default"] + 1  # the pages
+
+
+SAMPLING = (
+    SamplingParams(),
+    SamplingParams(temperature=1.0),
+    SamplingParams(temperature=1.0, top_k=5, top_p=0.9, min_p=0.1, logprobs=3),
+    SamplingParams(logit_bias=((3, 1.0),), min_tokens=5, stop_token_ids=(7,), logprobs=0),
+    SamplingParams(repetition_penalty=1.2, presence_penalty=0.5),
+)
+
+
+def test_choices_copy_their_numbers_and_wait_for_nothing(tmp_path: Path) -> None:
+    """Two copies to the device in a whole step, its own and the sampler's; the result is one tensor there."""
+    rig = build(tmp_path / "nvila", write_nvila_checkpoint, records=True)
+    chunks = rig.decoding(len(SAMPLING))
+    for chunk, sampling in zip(chunks, SAMPLING, strict=True):
+        chunk.sequence.request = replace(chunk.sequence.request, sampling=sampling)
+        chunk.sequence.tally = Tally.wanted(sampling, chunk.sequence.token_ids)
+    with Lists() as lists:
+        plan = rig.device.plan(StepBatch(tuple(chunks)))
+        with rig.mode, torch.inference_mode(), Seen() as seen:
+            pending = rig.device(plan)
+    assert lists.count == 0
+    assert seen.copies == ["aten.copy_.default"] * 2
+    assert pending.counts == [1] * len(SAMPLING)
+    assert isinstance(pending.choices, partial)
+    packed = pending.choices.args[0]
+    assert (packed.device, packed.dtype) == (CUDA, torch.int32)
+    assert packed.shape == (2 * len(SAMPLING) + 2 * (3 + 4),)  # two are reported, three likeliest of each
 
 
 def test_operations_of_a_layer_are_counted(tmp_path: Path) -> None:

@@ -20,9 +20,10 @@ from siglane.families.model import check_model, load_model, model_tensors
 from siglane.families.processor import load_processor
 from siglane.families.registry import vlm_family
 from siglane.families.stack import VisionStack
-from siglane.hosts.sglang.config import SiglaneConfig
-from siglane.hosts.sglang.view import view_of, write_view
-from siglane.hosts.sglang.weights import known_tensors, language_tensors
+from siglane.hosts.config import SiglaneConfig
+from siglane.hosts.sglang.view import view_of
+from siglane.hosts.view import write_view
+from siglane.hosts.weights import known_tensors, language_tensors
 from siglane.lm.qwen import qwen_plan
 from siglane.nn.plan import Destination
 from siglane.weights.demo import open_model

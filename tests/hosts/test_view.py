@@ -36,12 +36,14 @@ from siglane.families.family import CHATML
 from siglane.families.model import model_tensors
 from siglane.families.processor import load_processor
 from siglane.families.registry import vlm_family
-from siglane.hosts.sglang import view as views_module
-from siglane.hosts.sglang.config import ARCHITECTURE, SiglaneConfig
-from siglane.hosts.sglang.settings import HostConfig, host_config
-from siglane.hosts.sglang.view import IN_USE, TOKENIZER_KEYS, placeholder_id, view_of, write_view
+from siglane.hosts import view as views_module
+from siglane.hosts.config import ARCHITECTURE, SiglaneConfig
+from siglane.hosts.settings import SglangHostConfig
+from siglane.hosts.sglang.view import view_of
+from siglane.hosts.view import IN_USE, TOKENIZER_KEYS, placeholder_id, write_view
 from siglane.lm.qwen import qwen_plan
 from siglane.nn.plan import Destination
+from siglane.settings.options import read_environment
 from siglane.weights.hub import Checkpoint
 
 VIEWS, OVERRIDE = "SIGLANE_SGLANG_VIEWS", "SIGLANE_SGLANG_OVERRIDE"
@@ -231,15 +233,15 @@ class TestWhatIsTaken:
             view_of(str(viewed("ovis2_5").checkpoint.root))
 
     def test_the_settings_of_a_host(self, views: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert host_config() == HostConfig(sglang_views=str(views))
+        assert read_environment(SglangHostConfig) == SglangHostConfig(sglang_views=str(views))
         monkeypatch.setenv(OVERRIDE, "nvila")
         monkeypatch.setenv("SIGLANE_ENCODER_PARALLEL", "dp")
         monkeypatch.setenv("SIGLANE_MAX_IMAGES", "3")
-        found = host_config()
+        found = read_environment(SglangHostConfig)
         assert (found.sglang_override, found.encoder_parallel, found.max_images) == (("nvila",), "dp", 3)
         monkeypatch.setenv("SIGLANE_MAX_IMAGES", "-1")
         with pytest.raises(UserError, match="max_images must be at least 0, got -1 \\(from SIGLANE_MAX_IMAGES\\)"):
-            host_config()
+            read_environment(SglangHostConfig)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -7,7 +7,8 @@ Each `write_...` function returns the modules (transformers, torch) whose weight
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -133,13 +134,27 @@ def tower_of(seed: int, **facts: Any) -> SiglipVisionModel:
     return tower
 
 
+# sizes that decoders of every kind have instead of their own
+instead: dict[str, int] = {}
+
+
+@contextmanager
+def large_heads() -> Iterator[None]:
+    """Decoders that are written meanwhile have heads of 32 channels, the smallest that vLLM has kernels for on CPUs."""
+    instead.update(hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=1, head_dim=32)
+    try:
+        yield
+    finally:
+        instead.clear()
+
+
 def decoder_of(kind: str, seed: int, **facts: Any) -> Any:
     """kind: a model_type of transformers; facts: of its configuration."""
     sizes = {
         "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }  # fmt: skip
-    decoder: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | facts)).eval()
+    decoder: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | facts | instead)).eval()
     randomise(decoder, seed)
     return decoder
 

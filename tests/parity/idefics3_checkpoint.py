@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from checkpoints import build_tokenizer, merged, preprocessor_of, randomise, write_checkpoint, write_json
+from checkpoints import build_tokenizer, instead, merged, preprocessor_of, randomise, write_checkpoint, write_json
 from tokenizers import AddedToken
 from transformers import (
     Idefics3Config,
@@ -137,6 +137,7 @@ def _config(kind: Kind, tokenizer: PreTrainedTokenizerFast, tied: bool, keys: Ma
             "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
             "head_dim": 12, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
             "rope_theta": 273768.0 if odd else 100000.0, "tie_word_embeddings": tied, "qk_layer_norms": False,
+            **instead,
         },
         "scale_factor": 3 if odd else 2, "image_token_id": tokenizer.get_vocab()["<image>"],
         "tie_word_embeddings": tied, "pad_token_id": 0,

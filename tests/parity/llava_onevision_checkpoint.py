@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from checkpoints import State, build_tokenizer, merged, preprocessor_of, randomise, write_checkpoint, write_json
+from checkpoints import (
+    State,
+    build_tokenizer,
+    instead,
+    merged,
+    preprocessor_of,
+    randomise,
+    write_checkpoint,
+    write_json,
+)
 from PIL import Image
 from tokenizers import AddedToken
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast
@@ -190,7 +199,7 @@ def _config(
             "model_type": "qwen2", "vocab_size": math.ceil(len(known) / 8) * 8, "hidden_size": 48,
             "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
             "max_position_embeddings": 4096, "tie_word_embeddings": tied, "rope_theta": 10000.0,
-            **text,
+            **text, **instead,
         },
         "image_token_index": known["<image>"], "video_token_index": known["<video>"], "projector_hidden_act": "gelu",
         "vision_feature_layer": -1, "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_2",

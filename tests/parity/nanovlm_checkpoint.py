@@ -69,7 +69,7 @@ def write_nanovlm_checkpoint(
         tie_word_embeddings=names != "untied", attention_bias=False, mlp_bias=False,
         rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
     )  # fmt: skip
-    projection = nn.Linear(32 * factor**2, 48, bias=False)
+    projection = nn.Linear(32 * factor**2, language.config.hidden_size, bias=False)
     randomise(projection, seed + 1)
 
     rows = (image_size // patch_size // factor) ** 2

@@ -69,7 +69,8 @@ def write_ovis2_5_checkpoint(
     words = visual_vocabulary - INDICATORS
     head = nn.Sequential(nn.Linear(32 * STRIDE**2, words, bias=False), nn.LayerNorm(words))
     randomise(head, seed + 2)
-    vte = torch.randn(visual_vocabulary, 48, generator=torch.Generator().manual_seed(seed + 9))
+    width = language.config.hidden_size
+    vte = torch.randn(visual_vocabulary, width, generator=torch.Generator().manual_seed(seed + 9))
     vte[words:] = torch.tensor([[3.0], [-3.0], [5.0], [-5.0]])  # distinct constants: an exchanged indicator shows
 
     state = {f"visual_tokenizer.vit.vision_model.{key}": value for key, value in tower.state_dict().items()}
@@ -144,7 +145,7 @@ def _root_config(language: Any, vit: Mapping[str, Any], rows: int, architecture:
         **({"architectures": ["Ovis2_5"]} if architecture else {}),
         "auto_map": {"AutoConfig": "configuration_ovis2_5.Ovis2_5_Config"},
         "conversation_formatter_class": "Qwen3ConversationFormatter",
-        "hidden_size": 48, "llm_config": text, "max_position_embeddings": 8192,
+        "hidden_size": text["hidden_size"], "llm_config": text, "max_position_embeddings": 8192,
         "model_type": "ovis2_5" if architecture else "ovis", "num_attention_heads": 4, "torch_dtype": "bfloat16",
         "visual_vocab_size": rows, "vit_config": dict(vit), "vocab_size": text["vocab_size"],
     }  # fmt: skip

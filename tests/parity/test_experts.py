@@ -22,7 +22,7 @@ from siglane.config.reader import ConfigReader
 from siglane.errors import ConfigError, UserError, WeightError
 from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import load_processor
-from siglane.hosts.sglang.config import text_config
+from siglane.hosts.config import text_config
 from siglane.llm import LLM
 from siglane.lm.experts import SparseMLP, experts_rules
 from siglane.lm.qwen import DecoderMLP, QwenModel, qwen_plan

@@ -249,10 +249,10 @@ class TestSizesAreCheckedBeforeMemoryIsTaken:
     def test_refused(self, written: Written, file: str, keys: dict[str, Any], error: type[SiglaneError]) -> None:
         change_config(written.folder / file, **keys)
         change_config(written.folder / "config.json", mm_hidden_size=None)
-        start = time.perf_counter()
+        start = time.process_time()
         with pytest.raises(error):
             load(written.folder)
-        assert time.perf_counter() - start < 2
+        assert time.process_time() - start < 2
 
 
 class TestPlan:

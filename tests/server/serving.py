@@ -6,11 +6,12 @@ import asyncio
 import base64
 import io
 import json
+import os
 import re
 import secrets
+import signal
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,8 +24,10 @@ import numpy as np
 import pytest
 from openai import DefaultHttpxClient, OpenAI
 from PIL import Image
+from waiting import PATIENCE, eventually
 
 from siglane.engine.child import EngineSpec
+from siglane.engine.engine import EngineStats
 from siglane.engine.process import EngineProcess
 from siglane.families.processor import Processor, load_processor
 from siglane.server.app import create_app
@@ -57,11 +60,11 @@ class RunningServer:
     def url(self) -> str:
         return f"http://{HOST}:{self.port}"
 
-    def openai(self, api_key: str = "none", timeout: float = 60.0) -> OpenAI:
+    def openai(self, api_key: str = "none", timeout: float = PATIENCE) -> OpenAI:
         http = DefaultHttpxClient(verify=False)  # reading the system's certificates takes 45 ms, and nobody shows one
         return OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=timeout, http_client=http)
 
-    def http(self, timeout: float = 60.0) -> httpx2.Client:
+    def http(self, timeout: float = PATIENCE) -> httpx2.Client:
         return httpx2.Client(base_url=self.url, timeout=timeout, trust_env=False, verify=False)
 
     def post(self, body: Any, **options: Any) -> httpx2.Response:
@@ -73,7 +76,7 @@ class RunningServer:
             return client.post(path, json=body)
 
     def connect(self) -> socket.socket:
-        return socket.create_connection((HOST, self.port), timeout=30)
+        return socket.create_connection((HOST, self.port), timeout=PATIENCE)
 
     def metric(self, name: str, **labels: str) -> float:
         value = self.served.metrics.registry.get_sample_value(name, labels)
@@ -103,6 +106,34 @@ def serving_folder(folder: Path) -> Iterator[RunningServer]:
     with running(load_processor(open_checkpoint(folder)), engine) as server:
         yield server
     engine.close()
+
+
+def at_rest(engine: EngineProcess, ask: Callable[[], object]) -> EngineStats:
+    """Its figures, which are half a second old while it works, behind all that it was asked for so far.
+    ask: for anything."""
+    before = engine.stats()
+    ask()
+
+    def rests() -> bool:
+        found = engine.stats()
+        return found is not None and found != before and found.running == found.waiting == 0
+
+    eventually(rests)
+    found = engine.stats()
+    assert found is not None
+    return found
+
+
+@contextmanager
+def stopped(engine: EngineProcess) -> Iterator[None]:
+    """What is sent meanwhile waits at the engine's door."""
+    pid = engine.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 def config_of(**options: Any) -> ServerConfig:
@@ -142,7 +173,7 @@ def listening(served: Served, traces: Traces | None = None) -> Iterator[RunningS
     finally:
         server.drain()
         server.drain()  # twice: do not wait for what a failed test left running
-        thread.join(timeout=20)
+        thread.join(timeout=PATIENCE)
         served.close()
         listener.close()
 
@@ -169,13 +200,6 @@ def read_all(connection: socket.socket) -> bytes:
     while data := connection.recv(65536):
         found += data
     return found
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.005)
 
 
 def chat(*content: Any, **fields: Any) -> dict[str, Any]:
@@ -218,7 +242,7 @@ def run_batch(client: OpenAI, url: str, bodies: Sequence[dict[str, Any]]) -> Don
     ]
     file = client.files.create(file=("rows.jsonl", "\n".join(map(json.dumps, rows)).encode()), purpose="batch")
     batch = client.batches.create(input_file_id=file.id, endpoint=url, completion_window="24h")  # type: ignore[arg-type]
-    eventually(lambda: client.batches.retrieve(batch.id).status == "completed", 30)
+    eventually(lambda: client.batches.retrieve(batch.id).status == "completed")
     done = client.batches.retrieve(batch.id)
     assert done.output_file_id is not None
     assert done.error_file_id is not None
@@ -324,7 +348,7 @@ def assert_unharmed(server: RunningServer, alone: Told, fault: Callable[[], obje
     thread.start()
     beside = ask_good(server, begun.set)
     begun.set()
-    thread.join(timeout=120)  # only a fault that hangs takes as long
+    thread.join(timeout=2 * PATIENCE)  # longer than whatever it waits for
     if failure:
         raise failure[0]
     assert ended.is_set()

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from test_batch_command import files_of, words, write_requests
+from waiting import PATIENCE, lines_of, wait_for_lines
 
 from siglane.batch import cluster as cluster_module
 from siglane.batch.cluster import RayServer, Serving, Workers
@@ -30,6 +31,7 @@ from siglane.errors import EngineError, UserError
 
 pytest.importorskip("ray", reason="Ray is not installed here; `make test-ray` has it")
 pytestmark = pytest.mark.ray
+START_SECONDS = 240.0  # Ray takes its time to start beside other suites
 WORKERS = ("--ray-workers", "2", "--ray-cpus", "0.5")
 
 
@@ -79,28 +81,16 @@ def workers() -> list[int]:
     return found
 
 
-def rows_in(out: Path) -> int:
-    return out.read_bytes().count(b"\n") if out.exists() else 0
-
-
-def wait_for_rows(out: Path, count: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 240  # Ray takes its time to start beside other suites
-    while rows_in(out) < count:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
 def test_a_worker_is_killed_in_the_middle(
     cluster: str, source: Path, whole: Path, nvila_folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.jsonl"
     with start(words(nvila_folder, source, out, "--ray", cluster, *WORKERS, "--max-running", "2")) as process:
-        wait_for_rows(out, 20, process)
+        wait_for_lines(out, 20, process, START_SECONDS)
         before = workers()
         os.kill(before[0], signal.SIGKILL)
-        rows = rows_in(out)
-        said, errors = process.communicate(timeout=120)
+        rows = lines_of(out)
+        said, errors = process.communicate(timeout=PATIENCE)
     assert len(before) == 2
     assert rows < 150
     assert process.returncode == 0, errors
@@ -117,14 +107,14 @@ def test_stopped_on_a_ray_of_its_own_it_is_continued_without(
     out = tmp_path / "out.jsonl"
     before = workers()
     with start(words(nvila_folder, source, out, "--ray-workers", "1", "--max-running", "2", "--ray")) as process:
-        wait_for_rows(out, 10, process)
+        wait_for_lines(out, 10, process, START_SECONDS)
         assert len(workers()) == len(before) + 1
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 3, errors
     assert errors.endswith("the batch was stopped; the same command continues it\n")
     assert workers() == before
-    assert 10 <= rows_in(out) < 180
+    assert 10 <= lines_of(out) < 180
     assert main(words(nvila_folder, source, out)) == 0
     assert files_of(out) == files_of(whole)
 

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from serving import MODEL, RunningServer, picture
 from test_batch_command import PICTURES, files_of, write_requests
+from waiting import PATIENCE, lines_of, wait_for_lines
 
 from siglane.batch import remote
 from siglane.cli.main import main
@@ -174,15 +175,11 @@ def test_killed_and_stopped_it_goes_on(server: RunningServer, source: Path, tmp_
         out = tmp_path / "out.jsonl"
         command = [sys.executable, "-c", KILLED, *words(door.url, source, out, "--concurrency", "2")]
         for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 3)):
-            before = out.read_bytes().count(b"\n") if out.exists() else 0
+            before = lines_of(out)
             with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-                deadline = time.monotonic() + 60
-                while not out.exists() or out.read_bytes().count(b"\n") < before + 8:
-                    assert process.poll() is None, process.communicate()
-                    assert time.monotonic() < deadline
-                    time.sleep(0.002)
+                wait_for_lines(out, before + 8, process)
                 process.send_signal(number)
-                process.communicate(timeout=60)
+                process.communicate(timeout=PATIENCE)
             assert process.returncode == code
         found = {row["custom_id"] for row in records(out)}
         assert 16 <= len(found) < 54

@@ -11,6 +11,7 @@ import pytest
 import torch
 from prometheus_client import Gauge
 from serving import config_of, data_url, picture
+from waiting import PATIENCE
 
 from siglane.errors import ImageError, UserError
 from siglane.families.pipeline import MediaPipeline
@@ -116,14 +117,14 @@ def test_one_who_leaves_does_not_take_the_decoding_with_him(
 
     def slow(self: MediaPipeline, one: MediaItem) -> Any:
         begun.set()
-        go_on.wait(10)
+        go_on.wait(PATIENCE)
         return decode(self, one)
 
     monkeypatch.setattr(MediaPipeline, "decode", slow)
 
     async def use(load: Any) -> MediaItem:
         first = asyncio.create_task(load(item(A)))
-        await asyncio.to_thread(begun.wait, 10)
+        await asyncio.to_thread(begun.wait, PATIENCE)
         second = asyncio.create_task(load(item(A)))
         await asyncio.sleep(0.05)
         first.cancel()

@@ -32,13 +32,14 @@ from serving import (
     assert_error,
     config_of,
     data_url,
-    eventually,
     image_part,
     listening,
     picture,
     rounded,
+    stopped,
 )
 from two_tower_checkpoint import Kind, write_two_tower_checkpoint
+from waiting import PATIENCE, eventually
 
 from siglane.batch.output import Output
 from siglane.batch.requests import open_requests
@@ -85,18 +86,6 @@ def front(behind: RunningServer, **options: Any) -> Iterator[RunningServer]:
     deployed = Deployment(MODEL, first.root, behind.served.engine, config, metrics)
     with listening(Served(config, deployed.engine, metrics, embed=EmbedModel(deployed, facts, tokens))) as server:
         yield server
-
-
-@contextmanager
-def stopped(server: RunningServer) -> Iterator[None]:
-    """What is sent meanwhile waits at the engine's door."""
-    pid = server.served.engine.pid
-    assert pid is not None
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 def forget_texts(server: RunningServer) -> None:
@@ -444,12 +433,12 @@ def test_clients_share_a_forward_and_get_what_they_get_alone(fixed: RunningServe
         threading.Thread(target=lambda n=n: results.update({n: vectors(fixed.post_to("/v1/embeddings", **bodies[n]))}))
         for n in range(8)
     ]
-    with stopped(fixed):
+    with stopped(fixed.served.engine):
         for thread in threads:
             thread.start()
         eventually(lambda: len(engine._embeddings) == 16)
     for thread in threads:
-        thread.join(30)
+        thread.join(PATIENCE)
     for number, expected in enumerate(alone):
         assert np.abs(results[number] - expected).max() < 1e-5
 
@@ -595,7 +584,7 @@ def test_a_word_is_answered_while_somebody_classifies_at_the_limit(fixed: Runnin
             assert http.get("/health").status_code == 200
         assert not answers
         assert len(fixed.served.engine._embeddings) <= embedding.PIECE_TEXTS + 1
-    thread.join(60)
+    thread.join(PATIENCE)
     assert answers[0].status_code == 200, answers[0].text
 
 
@@ -643,11 +632,11 @@ def test_what_fails_in_company_fails_alone(fixed: RunningServer, monkeypatch: py
     ids = tokens.ids(["rivers at night", "zebra crossing"])
     ids[1] = 1 << 30  # outside the table
     good = vectors(fixed.post_to("/v1/embeddings", input=["rivers at night"]))
-    with stopped(fixed):
+    with stopped(fixed.served.engine):
         one, other = engine.embed(list(ids.numpy()))
-    assert np.abs(one.result(30).vector - good).max() < 1e-6
+    assert np.abs(one.result(PATIENCE).vector - good).max() < 1e-6
     with pytest.raises(EngineError, match=r"^it could not be embedded \(IndexError\)$"):
-        other.result(30)
+        other.result(PATIENCE)
 
     forget_texts(fixed)
     real = TextTokens.ids
@@ -680,7 +669,7 @@ def test_a_vector_that_is_not_finite_is_an_error_of_its_item(tmp_path: Path) -> 
 
 def test_whoever_leaves_is_forgotten(fixed: RunningServer) -> None:
     engine = fixed.served.engine
-    with stopped(fixed):
+    with stopped(fixed.served.engine):
         with pytest.raises(httpx2.TimeoutException), fixed.http(timeout=1) as http:
             http.post("/v1/embeddings", json={"input": ["a text of somebody who leaves", "and another one"]})
         eventually(lambda: not engine._embeddings)
@@ -700,9 +689,9 @@ def test_an_engine_that_dies_comes_back(tmp_path: Path) -> None:
         thread.start()
         eventually(lambda: engine._embeddings)
         os.kill(engine.pid, signal.SIGKILL)
-        thread.join(30)
+        thread.join(PATIENCE)
         assert_error(answers[0], 503, "engine_restarting")
-        eventually(lambda: engine.state == "ready", 90)
+        eventually(lambda: engine.state == "ready")
         assert np.array_equal(vectors(server.post_to("/v1/embeddings", input="a cat")), before)
 
 
@@ -764,7 +753,7 @@ def test_a_chat_server_does_not_embed(server: RunningServer) -> None:
 
 
 def test_ending_while_a_client_waits(fixed: RunningServer) -> None:
-    with front(fixed) as server, stopped(server):
+    with front(fixed) as server, stopped(server.served.engine):
         engine = server.served.engine
         answers: list[httpx2.Response] = []
         thread = threading.Thread(target=lambda: answers.append(server.post_to("/v1/embeddings", input="a")))
@@ -772,7 +761,7 @@ def test_ending_while_a_client_waits(fixed: RunningServer) -> None:
         eventually(lambda: engine._embeddings)
         server.server.drain()
         server.server.drain()
-        thread.join(10)
+        thread.join(PATIENCE)
         assert_error(answers[0], 503, "server_shutting_down")
 
 
@@ -784,7 +773,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
         serve(ServerConfig(port=0), EngineSpec(str(tmp_path), CPU))
     engine = EngineProcess(EngineSpec(str(tmp_path), CPU))
     with pytest.raises(EngineError, match="starting"):
-        engine.embed([np.zeros(64, np.int64)])[0].result(10)
+        engine.embed([np.zeros(64, np.int64)])[0].result(PATIENCE)
 
 
 def test_a_batch_gets_the_same_vectors_and_tags(fixed: RunningServer, tmp_path: Path) -> None:

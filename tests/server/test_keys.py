@@ -21,7 +21,6 @@ from serving import (
     assert_error,
     assert_unharmed,
     chat,
-    eventually,
     image_part,
     image_url,
     key_file,
@@ -29,6 +28,7 @@ from serving import (
     read_events,
     running,
 )
+from waiting import eventually
 
 from siglane.engine.process import EngineProcess
 from siglane.families.processor import Processor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import resource
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ from serving import (
     ask_good,
     assert_error,
     assert_unharmed,
+    at_rest,
     chat,
-    eventually,
     head,
     image_part,
     picture,
@@ -38,8 +39,10 @@ from serving import (
     stream,
     told_by,
 )
+from waiting import PATIENCE, eventually, wait_while
 
 from siglane.engine.child import EngineSpec
+from siglane.engine.engine import EngineStats
 from siglane.engine.process import EngineProcess
 from siglane.errors import UserError
 from siglane.families.processor import Processor
@@ -67,6 +70,10 @@ def working(engine: EngineProcess) -> int:
     return stats.running + stats.waiting
 
 
+def figures(server: RunningServer) -> EngineStats:
+    return at_rest(server.served.engine, lambda: server.post(chat("x", max_tokens=1)))
+
+
 PHASES = ["preparing", "generating", "streaming"]
 
 
@@ -80,47 +87,47 @@ def test_a_client_that_leaves_frees_its_place(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Before its prefill, in the middle of a stream or waiting for a whole answer: it is cancelled and counted so."""
-    if phase == "preparing":  # long enough to leave meanwhile
+    prepares, left = threading.Event(), threading.Event()
 
-        def slowly(image: Any, *others: Any) -> Any:
-            time.sleep(0.3 if image.size == (33, 33) else 0)
-            return to_patches(image, *others)
+    def slowly(image: Any, *others: Any) -> Any:
+        if image.size == (33, 33):
+            prepares.set()
+            left.wait(PATIENCE)
+        return to_patches(image, *others)
 
-        monkeypatch.setattr("siglane.image.patchify.to_patches", slowly)
-
-    before = cancelled(server)
+    monkeypatch.setattr("siglane.image.patchify.to_patches", slowly)
+    before, tokens = cancelled(server), figures(server).computed_tokens
 
     def leave() -> None:
         body = {**LONG, "n": 2, "stream": phase == "streaming"}
         if phase == "preparing":
             body |= chat(image_part(picture(33, 33, seed=4242)), max_tokens=4000)  # no other test has decoded it
         connection = send(server, body)
-        eventually(lambda: server.metric("siglane_requests_in_flight") == 2)
         if phase == "preparing":
-            time.sleep(0.1)
+            assert prepares.wait(PATIENCE)
         if phase == "generating":
             eventually(lambda: working(engine) >= 2)
         if phase == "streaming":
             assert b" 200 " in connection.recv(4096)
         connection.close()
-        eventually(lambda: cancelled(server) == before + 1, 2)
+        eventually(lambda: cancelled(server) == before + 1)
+        left.set()
 
     assert_unharmed(server, alone, leave)
-    eventually(lambda: working(engine) == 0, 2)
     eventually(lambda: server.served.inflight_bytes.used == 0)
-    stats = engine.stats()
-    assert stats is not None
+    stats = figures(server)
+    assert stats.computed_tokens - tokens < LONG["max_tokens"], "nobody reads what is computed"
     assert stats.pages_free + stats.pages_cached == stats.pages_total
 
 
 def test_clients_that_leave_in_a_hurry_leave_nothing_behind(server: RunningServer, engine: EngineProcess) -> None:
-    before = cancelled(server)
+    before, tokens = cancelled(server), figures(server).computed_tokens
     for number in range(60):
         connection = send(server, {**LONG, "stream": bool(number % 2)})
         time.sleep(number % 10 / 2000)
         connection.close()
     eventually(lambda: cancelled(server) == before + 60)
-    eventually(lambda: working(engine) == 0, 3)
+    assert figures(server).computed_tokens - tokens < 10 * LONG["max_tokens"], "nobody reads what is computed"
     assert server.metric("siglane_requests_in_flight") == 0
 
 
@@ -162,28 +169,25 @@ def test_a_silent_stream_says_that_it_lives(
     processor: Processor, engine: EngineProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Comments come while nothing else does, also before the first token, and clients do not see them."""
-    submit = engine.submit
-
-    def slowly(request: Any, on_delta: Any) -> None:
-        timer = threading.Timer(0.5, submit, (request, on_delta))
-        timer.start()
-
-    monkeypatch.setattr(engine, "submit", slowly)
+    submit, held = engine.submit, list[Callable[[], None]]()
+    monkeypatch.setattr(engine, "submit", lambda *arguments: held.append(functools.partial(submit, *arguments)))
+    body = chat("x", stream=True)
     with running(processor, engine, sse_keep_alive=0.1) as server:
-        with server.http() as client:
-            response = client.post("/v1/chat/completions", json=chat("x", stream=True))
-        assert response.text.startswith(": keep-alive\n\n")
-        assert 2 <= response.text.count(": keep-alive\n\n") <= 5
-        assert told_by(iter(response.text.splitlines())).done
+        with server.http() as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
+            lines = response.iter_lines()
+            assert [next(lines) for _ in range(6)] == [": keep-alive", ""] * 3
+            held.pop()()
+            assert told_by(lines).done
+        monkeypatch.setattr(engine, "submit", lambda *arguments: threading.Timer(0.5, submit, arguments).start())
         with server.openai() as openai:
-            events = list(openai.chat.completions.create(**chat("x", stream=True)))
+            events = list(openai.chat.completions.create(**body))
         assert events[-1].choices[0].finish_reason == "length"
 
 
 @pytest.mark.slow
 def test_draining_lets_requests_finish_and_refuses_new_ones(processor: Processor, engine: EngineProcess) -> None:
     """What SIGTERM begins, without the signal."""
-    with running(processor, engine, drain_timeout=20.0) as server:
+    with running(processor, engine, drain_timeout=PATIENCE) as server:
         body = {**GOOD, "max_tokens": 800, "cache_salt": "drain"}
         stream(server, body)  # from here on the prompt is cached
         alone = stream(server, body)
@@ -204,7 +208,7 @@ def test_draining_lets_requests_finish_and_refuses_new_ones(processor: Processor
         for response in refused:
             assert_error(response, 503, "server_shutting_down")
         assert (beside.text, beside.tokens, beside.usage) == (alone.text, alone.tokens, alone.usage)
-        server.thread.join(timeout=5)
+        server.thread.join(timeout=PATIENCE)
         assert not server.thread.is_alive()
         with pytest.raises(OSError, match="refused"):
             server.connect()
@@ -231,15 +235,18 @@ def test_what_does_not_finish_in_time_ends_with_an_error(processor: Processor, e
         assert told.finish_reasons == []
         assert len(told.text) > 0
         assert_error(whole[0], 503, "server_shutting_down")
-        server.thread.join(timeout=5)
+        server.thread.join(timeout=PATIENCE)
         assert not server.thread.is_alive()
     eventually(lambda: working(engine) == 0)
 
 
 @pytest.mark.slow  # the engine is started twice
-def test_an_engine_that_dies_takes_its_requests_and_comes_back(processor: Processor, spec: EngineSpec) -> None:
+def test_an_engine_that_dies_takes_its_requests_and_comes_back(
+    processor: Processor, spec: EngineSpec, tmp_path: Path
+) -> None:
     """A killed engine never looks like a clean end: its requests get an error, and it is started again."""
-    engine = EngineProcess(spec)
+    held = tmp_path / "held"
+    engine = EngineProcess(spec, prepare=functools.partial(wait_while, held))
     try:
         with running(processor, engine) as server, server.http() as client:
             assert_error(client.get("/ready"), 503, "engine_starting")
@@ -256,6 +263,7 @@ def test_an_engine_that_dies_takes_its_requests_and_comes_back(processor: Proces
             def kill() -> None:
                 if engine.state == "ready" and not whole:
                     assert engine.pid is not None
+                    held.touch()
                     os.kill(engine.pid, signal.SIGKILL)
                     eventually(lambda: engine.state == "restarting")
                     assert_error(client.get("/health"), 503, "engine_restarting")
@@ -267,7 +275,8 @@ def test_an_engine_that_dies_takes_its_requests_and_comes_back(processor: Proces
             assert told.error["code"] == "engine_restarting"
             assert told.finish_reasons == []
             assert_error(whole[0], 503, "engine_restarting")
-            eventually(lambda: engine.state == "ready", 60)
+            held.unlink()
+            eventually(lambda: engine.state == "ready")
             after = ask_good(server)
             assert (after.text, after.tokens) == (before.text, before.tokens)
             engine.close()
@@ -336,9 +345,9 @@ class Process:
         self.process, self.log = process, log
         self.url = f"http://{HOST}:{port}"
 
-    def end(self, seconds: float) -> tuple[int, list[str]]:
+    def end(self) -> tuple[int, list[str]]:
         """Exit code and log lines."""
-        return self.process.wait(timeout=seconds), self.log.read_text().splitlines()
+        return self.process.wait(timeout=PATIENCE), self.log.read_text().splitlines()
 
     def is_ready(self) -> bool:
         assert self.process.poll() is None
@@ -356,7 +365,9 @@ class Process:
                 time.sleep(0.2)
 
         body = {**LONG, **fields, "stream": True}
-        with httpx2.stream("POST", f"{self.url}/v1/chat/completions", json=body, timeout=60, trust_env=False) as answer:
+        with httpx2.stream(
+            "POST", f"{self.url}/v1/chat/completions", json=body, timeout=PATIENCE, trust_env=False
+        ) as answer:
             return told_by(answer.iter_lines(), on_chunk)
 
 
@@ -378,7 +389,7 @@ def test_signals_end_a_server_cleanly(nvila_folder: Path, tmp_path: Path) -> Non
     """The first lets requests finish, the second ends them; both exit with 0."""
     with process_of(nvila_folder, tmp_path / "1") as patient, process_of(nvila_folder, tmp_path / "2") as hurried:
         for server in (patient, hurried):
-            eventually(server.is_ready, 90)
+            eventually(server.is_ready)
         finished = patient.stream_until_signal([signal.SIGTERM], max_tokens=300)
         assert finished.finish_reasons == ["length"]
         cut = hurried.stream_until_signal([signal.SIGINT, signal.SIGTERM])
@@ -386,7 +397,7 @@ def test_signals_end_a_server_cleanly(nvila_folder: Path, tmp_path: Path) -> Non
         assert cut.error["code"] == "server_shutting_down"
         assert cut.finish_reasons == []
         for server in (patient, hurried):
-            code, log = server.end(20)
+            code, log = server.end()
             assert code == 0
             assert any("POST /v1/chat/completions: " in line for line in log)
             assert not any("Traceback" in line for line in log)
@@ -400,7 +411,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(nvila_folder: Path, tmp_p
     for path in broken.rglob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:1000])
     with process_of(broken, tmp_path / "log") as server:
-        code, log = server.end(90)
+        code, log = server.end()
     assert code == 2
     assert "safetensors" in log[-1]
 
@@ -410,7 +421,7 @@ def test_a_port_in_use_costs_no_time(nvila_folder: Path, tmp_path: Path) -> None
     with socket.create_server((HOST, 0)) as taken:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         with process_of(nvila_folder, tmp_path / "log", taken.getsockname()[1]) as server:
-            code, log = server.end(60)
+            code, log = server.end()
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert code == 2
     assert len(log) == 1

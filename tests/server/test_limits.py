@@ -8,7 +8,6 @@ import errno
 import json
 import socket
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,6 @@ from serving import (
     assert_error,
     assert_unharmed,
     chat,
-    eventually,
     head,
     image_part,
     image_url,
@@ -35,6 +33,7 @@ from serving import (
     read_all,
     running,
 )
+from waiting import PATIENCE, eventually
 
 from siglane.engine.process import EngineProcess
 from siglane.families.processor import Processor
@@ -97,7 +96,6 @@ def test_slow_headers_and_bodies_are_dropped(processor: Processor, engine: Engin
         keeping.sendall(head(content_length=len(body)) + body)
         while not keeping.recv(65536).endswith(b"}}"):
             pass
-        began = time.monotonic()
         stop = threading.Event()
 
         def dribble() -> None:
@@ -111,10 +109,8 @@ def test_slow_headers_and_bodies_are_dropped(processor: Processor, engine: Engin
         thread = threading.Thread(target=dribble)
         thread.start()
         for connection in (silent, dribbling, keeping):
-            connection.settimeout(10)
             with contextlib.suppress(ConnectionResetError):
                 assert connection.recv(65536) == b""
-        assert 0.5 < time.monotonic() - began < 5
         stop.set()
         thread.join()
         with server.connect() as slow:
@@ -243,7 +239,7 @@ def test_a_process_without_files_says_so_once_a_second(caplog: pytest.LogCapture
 
 def test_a_client_that_does_not_read_is_dropped_and_others_go_on(processor: Processor, engine: EngineProcess) -> None:
     """The answer is far larger than what sockets buffer, which is little here."""
-    with running(processor, engine, stall_timeout=0.5) as server:
+    with running(processor, engine, stall_timeout=1.5) as server:
         alone = ask_good(server)
         for listener in server.server.servers[0].sockets:  # its connections inherit it
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
@@ -254,7 +250,7 @@ def test_a_client_that_does_not_read_is_dropped_and_others_go_on(processor: Proc
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
                 connection.connect((HOST, server.port))
                 connection.sendall(head(content_length=len(body)) + body)
-                eventually(lambda: server.metric("siglane_requests_total", outcome="cancelled") == 1, 110)
+                eventually(lambda: server.metric("siglane_requests_total", outcome="cancelled") == 1)
 
         assert_unharmed(server, alone, stall)
         eventually(lambda: engine_is_idle(engine))
@@ -268,8 +264,8 @@ def engine_is_idle(engine: EngineProcess) -> bool:
 class Picture:
     """A web server for pictures on loopback that counts who comes, and answers while it is open."""
 
-    def __init__(self, seconds: float, answer: bytes) -> None:
-        self.hits, self.seconds, self.answer = 0, seconds, answer
+    def __init__(self, answer: bytes) -> None:
+        self.hits, self.answer = 0, answer
         self.open = threading.Event()
         self.open.set()
         self._listener = socket.create_server((HOST, 0))
@@ -288,8 +284,7 @@ class Picture:
     def _answer(self, connection: socket.socket) -> None:
         with connection:
             connection.recv(65536)
-            time.sleep(self.seconds)
-            self.open.wait(60)
+            self.open.wait(PATIENCE)
             connection.sendall(self.answer)
 
     def close(self) -> None:
@@ -297,8 +292,8 @@ class Picture:
 
 
 @contextlib.contextmanager
-def web(answer: bytes, seconds: float = 0.0) -> Iterator[Picture]:
-    found = Picture(seconds, answer)
+def web(answer: bytes) -> Iterator[Picture]:
+    found = Picture(answer)
     try:
         yield found
     finally:
@@ -335,7 +330,7 @@ def test_a_url_is_fetched_once_for_a_burst(
         site.open.clear()
         with ThreadPoolExecutor(len(bodies)) as clients:
             answers = [clients.submit(server.post, body) for body in bodies]
-            eventually(lambda: len(wanted) == 2 * len(bodies), 60)
+            eventually(lambda: len(wanted) == 2 * len(bodies))
             site.open.set()
             return [answer.result() for answer in answers]
 
@@ -359,19 +354,29 @@ def test_a_url_is_fetched_once_for_a_burst(
 
 def test_slow_and_failing_sites_cost_only_their_request(processor: Processor, engine: EngineProcess) -> None:
     """A site that is slow, has no such page, sends too much, no picture or no HTTP."""
-    with running(processor, engine, allow_private_addresses=True, image_timeout=1.0, max_image_bytes=50_000) as server:
-        alone = ask_good(server)
-        cases: list[tuple[bytes, float, str]] = [
-            (http_ok(picture()), 30, "image_fetch_timeout"),
-            (b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\nconnection: close\r\n\r\n", 0, "image_fetch_failed"),
-            (http_ok(b"\0" * 60_000), 0, "image_too_large"),
-            (http_ok(b"nothing"), 0, "image_decode_failed"),
-            (b"what", 0, "image_fetch_failed"),
+    options = {"allow_private_addresses": True, "max_image_bytes": 50_000}
+    with (
+        running(processor, engine, **options) as patient,
+        running(processor, engine, **options, image_timeout=1.0) as hurried,
+    ):
+        alone = ask_good(patient)
+        cases: list[tuple[RunningServer, bytes, str]] = [
+            (hurried, b"", "image_fetch_timeout"),
+            (
+                patient,
+                b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\nconnection: close\r\n\r\n",
+                "image_fetch_failed",
+            ),
+            (patient, http_ok(b"\0" * 60_000), "image_too_large"),
+            (patient, http_ok(b"nothing"), "image_decode_failed"),
+            (patient, b"what", "image_fetch_failed"),
         ]
-        for answer, seconds, code in cases:
-            with web(answer, seconds) as site:
+        for server, answer, code in cases:
+            with web(answer) as site:
+                if not answer:
+                    site.open.clear()
 
-                def fetch(url: str = site.url, code: str = code) -> None:
+                def fetch(server: RunningServer = server, url: str = site.url, code: str = code) -> None:
                     response = server.post(chat(image_url(url)))
                     assert_error(response, 400, code, "messages[0].content[0]")
                     assert "secret" not in response.text

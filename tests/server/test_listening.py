@@ -21,12 +21,12 @@ from serving import (
     assert_error,
     chat,
     config_of,
-    eventually,
     image_part,
     picture,
     running,
     stream,
 )
+from waiting import eventually
 
 from siglane.engine.process import EngineProcess
 from siglane.errors import UserError

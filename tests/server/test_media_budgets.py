@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from clips import animation, video
 from PIL import Image
-from serving import RunningServer, chat, eventually, image_part, picture, running, video_part
+from serving import RunningServer, chat, image_part, picture, running, video_part
+from waiting import eventually
 
 from siglane.engine.process import EngineProcess
 from siglane.errors import UserError

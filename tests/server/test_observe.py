@@ -10,7 +10,8 @@ import sys
 import httpx2
 import pytest
 from openai import AuthenticationError
-from serving import RunningServer, assert_error, chat, eventually, image_part, image_url, picture, running, stream
+from serving import RunningServer, assert_error, chat, image_part, image_url, picture, running, stream
+from waiting import eventually
 
 from siglane.engine.process import EngineProcess
 from siglane.families.processor import Processor

@@ -25,11 +25,11 @@ from serving import (
     assert_unharmed,
     config_of,
     data_url,
-    eventually,
     listening,
     picture,
     running,
 )
+from waiting import eventually
 
 from siglane.cli.demo import load_example
 from siglane.engine.child import EngineSpec

@@ -28,12 +28,13 @@ from serving import (
     chat,
     config_of,
     data_url,
-    eventually,
     image_part,
     listening,
     picture,
+    stopped,
 )
 from two_tower_checkpoint import write_two_tower_checkpoint
+from waiting import PATIENCE, eventually
 
 from siglane.engine.child import EngineSpec
 from siglane.engine.load import load_engine, load_tagger, load_with_tagger
@@ -244,16 +245,17 @@ def test_whoever_leaves_is_forgotten(folders: Folders) -> None:
     try:
         _, tokens = read_two_tower(open_checkpoint(folders.two_tower))
         (ids,) = tokens.ids(["a cat"]).numpy()
-        futures = engine.embed([ids] * 200)
-        left = [future for future in futures if future.cancel()]
-        assert engine.embed([ids])[0].result(30).vector.shape == (32,)
-        assert left
+        with stopped(engine):
+            futures = engine.embed([ids] * 200)
+            left = [future for future in futures if future.cancel()]
+        assert engine.embed([ids])[0].result(PATIENCE).vector.shape == (32,)
+        assert len(left) == 200
         assert all(future.done() for future in futures)
         assert not engine._embeddings
     finally:
         engine.close()
     with pytest.raises(EngineError, match="down"):
-        engine.embed([ids])[0].result(30)
+        engine.embed([ids])[0].result(PATIENCE)
 
 
 @pytest.mark.slow
@@ -267,9 +269,9 @@ def test_an_engine_that_dies_fails_what_it_embeds_and_comes_back(folders: Folder
         thread.start()
         eventually(lambda: engine._embeddings)
         os.kill(engine.pid, signal.SIGKILL)
-        thread.join(30)
+        thread.join(PATIENCE)
         assert_error(responses[0], 503, "engine_restarting")
-        eventually(lambda: engine.state == "ready", 90)
+        eventually(lambda: engine.state == "ready")
         np.testing.assert_allclose(embedded(server), vectors, atol=1e-6)
 
 

@@ -21,12 +21,12 @@ from serving import (
     assert_error,
     assert_unharmed,
     chat,
-    eventually,
     image_part,
     picture,
     running,
     stream,
 )
+from waiting import eventually
 
 
 def of(message: dict[str, Any]) -> list[tuple[str, str]]:
@@ -276,7 +276,7 @@ def test_a_batch_calls(caller: RunningServer, tmp_path: Path) -> None:
     with where as server, server.openai() as client:
         file = client.files.create(file=("in.jsonl", lines), purpose="batch")
         batch = client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
-        eventually(lambda: client.batches.retrieve(batch.id).status == "completed", 30)
+        eventually(lambda: client.batches.retrieve(batch.id).status == "completed")
         batch = client.batches.retrieve(batch.id)
         told = [client.files.content(one).text for one in (batch.output_file_id, batch.error_file_id) if one]
     good, bad = map(json.loads, told)

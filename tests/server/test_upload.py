@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from serving import RunningServer, assert_error, eventually, head, read_all, running
+from serving import RunningServer, assert_error, head, read_all, running
+from waiting import eventually
 
 from siglane.engine.process import EngineProcess
 from siglane.errors import UserError
@@ -16,14 +16,6 @@ from siglane.server.stored.upload import Upload
 
 KIND = "multipart/form-data; boundary=xyz"
 FILES = "/v1/files"
-
-
-@pytest.fixture(scope="module")
-def stored(
-    processor: Processor, engine: EngineProcess, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RunningServer]:
-    with running(processor, engine, data_dir=tmp_path_factory.mktemp("data"), body_timeout=0.5) as server:
-        yield server
 
 
 def part(disposition: str, data: bytes, *headers: str) -> bytes:
@@ -115,14 +107,15 @@ def test_too_large_is_refused_before_it_is_read(stored: RunningServer) -> None:
         assert b" 413 " in read_all(connection).splitlines()[0]
 
 
-def test_who_sends_nothing_more_is_left(stored: RunningServer) -> None:
-    before = names(stored)
-    with stored.connect() as connection:
-        connection.sendall(form_head(1000) + PURPOSE + FILE)
-        answer = read_all(connection)
-    assert b" 408 " in answer.splitlines()[0]
-    assert b"request_timeout" in answer
-    assert names(stored) == before
+def test_who_sends_nothing_more_is_left(processor: Processor, engine: EngineProcess, tmp_path: Path) -> None:
+    with running(processor, engine, data_dir=tmp_path, body_timeout=0.5) as server:
+        before = names(server)
+        with server.connect() as connection:
+            connection.sendall(form_head(1000) + PURPOSE + FILE)
+            answer = read_all(connection)
+        assert b" 408 " in answer.splitlines()[0]
+        assert b"request_timeout" in answer
+        assert names(server) == before
 
 
 def test_who_leaves_leaves_nothing(stored: RunningServer) -> None:

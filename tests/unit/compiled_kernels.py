@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,10 +11,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from siglane.nn.cuda import best_token as choosing
 from siglane.nn.cuda import paged_decode as decode
 from siglane.nn.cuda import pointwise
 
 HEAD_DIMS = (72, 128)
+QUICK = re.compile(r"\b\w+\.approx\b")  # instructions that round as they like
 
 
 def sources(dtype: str, head_dim: int) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
@@ -39,6 +42,9 @@ def sources(dtype: str, head_dim: int) -> Iterator[tuple[Any, dict[str, str], di
     kept = {"k": rows, "v": rows, "keys": rows, "values": rows, "slots": "*i64"}
     strides = {"k_stride": stride, "v_stride": stride}
     yield pointwise.store_token, kept | strides, {"SIZE": 2 * head_dim, "BLOCK": 256}
+    chosen = {"scores": "*fp32", "peaks": "*fp32", "temperatures": "*fp32", "first_keys": "*i64", "second_keys": "*i64"}
+    chosen |= {"values": "*fp32", "token_ids": "*i64", "size": "i32"}
+    yield choosing.best_of_block, chosen, {"BLOCK": choosing.BLOCK}
 
 
 def main() -> None:
@@ -52,6 +58,7 @@ def main() -> None:
                     facts = {"architecture": architecture, "dtype": dtype, "head_dim": head_dim}
                     facts |= {"kernel": kernel.__name__, "bytes": len(code.asm["cubin"])}
                     facts |= {"shared_memory": code.metadata.shared, "tensor_cores": "mma" in code.asm["ptx"]}
+                    facts |= {"quick": sorted(set(QUICK.findall(code.asm["ptx"])))}
                     print(json.dumps(facts), flush=True)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from two_tower_checkpoint import write_two_tower_checkpoint
+from waiting import lines_of, wait_for_lines
 
 from siglane import Tagger
 from siglane.cli.main import main
@@ -186,13 +186,9 @@ def test_killed_it_goes_on(model: str, tmp_path: Path) -> None:
     lines = tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "siglane.cli.main", *words, str(out)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        deadline = time.monotonic() + 120
-        while not (lines.exists() and lines.read_bytes().count(b"\n") >= 6):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
+        wait_for_lines(lines, 6, process)
         process.kill()
-    assert lines.read_bytes().count(b"\n") < 300
+    assert lines_of(lines) < 300
     assert not out.exists()
     assert main([*words, str(out)]) == 0
     one, two = pq.read_table(out), pq.read_table(whole)

@@ -47,15 +47,15 @@ FLOORS = {
 FRONT_DOOR = PACKAGE / "__init__.py"  # re-exports everything, so nobody inside goes through it
 LONGEST_FILE, LONGEST_FUNCTION = 350, 45
 LOADERS = ("import_module", "__import__")
-SGLANG_HOST = PurePosixPath("hosts/sglang")
+HOSTS = {name: PurePosixPath("hosts", name) for name in ("sglang", "vllm")}
 
 VISION_STACK = ("types", "errors", "tiling", "nn", "config", "settings", "image", "vision", "projector")
 ON_DEMAND = (  # imported by the function that fetches a URL, and by the operators that start Triton's kernels
-    *("media/remote.py", "nn/cuda/paged_decode.py", "nn/cuda/pointwise.py"),
+    *("media/remote.py", "nn/cuda/paged_decode.py", "nn/cuda/pointwise.py", "nn/cuda/best_token.py"),
 )
 EXTRAS = (
     *("fastapi", "orjson", "pybase64", "prometheus_client", "python_multipart", "pyarrow"),
-    *("av", "sglang", "flashinfer", "ray", "triton"),
+    *("av", "sglang", "vllm", "flashinfer", "ray", "triton"),
 )
 HTTP_CLIENT = "httpx2"  # huggingface_hub has it too, so only the vision stack proper can do without
 
@@ -94,8 +94,8 @@ def violations(source: str, path: PurePosixPath) -> list[str]:
         return [f"{path}: room {room!r} stands on no floor"]
     for line, name in imported_names(parsed(source), path):
         top, *rest = name.split(".")
-        if top == "sglang" and not path.is_relative_to(SGLANG_HOST):
-            found.append(f"{path}:{line}: only {SGLANG_HOST} imports sglang")
+        if top in HOSTS and not path.is_relative_to(HOSTS[top]):
+            found.append(f"{path}:{line}: only {HOSTS[top]} imports {top}")
         if top != "siglane" or rest[:1] == ["__version__"]:
             continue
         target = rest[0] if rest else ""
@@ -151,6 +151,7 @@ def test_imports_go_down_only() -> None:
         ("engine/process.py", "import sglang", "only hosts/sglang imports sglang"),
         ("cli/main.py", "def run():\n    from sglang.srt import server", ":2: only hosts/sglang imports sglang"),
         ("hosts/doctor.py", "import sglang.srt", "only hosts/sglang imports sglang"),
+        ("hosts/sglang/doctor.py", "import vllm.envs", "only hosts/vllm imports vllm"),
         ("attic/old.py", "", "'attic' stands on no floor"),
     ],
 )

@@ -22,7 +22,7 @@ from siglane.errors import ImageError
 from siglane.families import pipeline
 from siglane.families.pipeline import MediaPipeline
 from siglane.families.registry import image_facts
-from siglane.hosts.sglang.settings import HostConfig
+from siglane.hosts.settings import SglangHostConfig
 from siglane.image.decode import decode, decode_for
 from siglane.image.patchify import to_patches
 from siglane.image.reduce import FILTERS, LEFT_OVER, shrink_of
@@ -213,7 +213,7 @@ def test_every_way_in_obeys(
     monkeypatch.setenv("SIGLANE_IMAGE_DECODE", rule)
     for settings in (
         ServerConfig(image_decode=rule),
-        read_environment(HostConfig),
+        read_environment(SglangHostConfig),
     ):
         item = MediaItem(data_url(file.read_bytes()), "messages[0]")
         MediaPipeline.for_clients(settings, facts, ImageBudget()).prepare([item])

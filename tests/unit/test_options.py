@@ -18,7 +18,7 @@ from siglane.cli.main import command_options, main
 from siglane.cli.verify import VerifyOptions
 from siglane.config.preprocess import DecodeConfig
 from siglane.errors import ConfigError, UserError
-from siglane.hosts.sglang.settings import HostConfig
+from siglane.hosts.settings import SglangHostConfig, VllmHostConfig
 from siglane.media.policy import MediaPolicy
 from siglane.settings.engine import EngineConfig
 from siglane.settings.flags import OptionGroup, Parser, add_options, known_variables, read_file, read_options
@@ -174,7 +174,9 @@ def test_help_shows_default_and_variable() -> None:
     assert "[default: 256M, SIGLANE_CACHE_BYTES]" in text
 
 
-@pytest.mark.parametrize("config", [EngineConfig, ServerConfig, SamplingParams, MediaConfig, HostConfig, ImageBudget])
+@pytest.mark.parametrize(
+    "config", [EngineConfig, ServerConfig, SamplingParams, MediaConfig, SglangHostConfig, ImageBudget]
+)
 def test_the_real_configurations_have_flags_for_every_field(config: type[Any]) -> None:
     assert read(config=config) == config()
     assert all(option.help for option in options_of(config) if config is not SamplingParams)
@@ -238,7 +240,7 @@ def test_an_image_budget_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
 class TestMedia:
     def test_a_server_and_a_host_have_the_same_settings(self) -> None:
         common = [(one.name, one.default, one.metadata["help"]) for one in fields(MediaConfig)]
-        for config in (ServerConfig, HostConfig):
+        for config in (ServerConfig, SglangHostConfig):
             assert [(one.name, one.default, one.metadata.get("help")) for one in fields(config)][
                 : len(common)
             ] == common
@@ -282,7 +284,7 @@ class TestMedia:
             video_seconds=1.5,
         )
 
-    @pytest.mark.parametrize("config", [MediaConfig, ServerConfig, HostConfig])
+    @pytest.mark.parametrize("config", [MediaConfig, ServerConfig, SglangHostConfig])
     @pytest.mark.parametrize(
         ("name", "value", "complaint"),
         [
@@ -316,7 +318,11 @@ class TestCommands:
 
     @staticmethod
     def options() -> Iterator[tuple[str, Option]]:
-        groups = {"all": COMMON, "sglang host": (OptionGroup(HostConfig, ""),), **command_options()}
+        groups = {
+            "all": COMMON,
+            "hosts": (OptionGroup(SglangHostConfig, ""), OptionGroup(VllmHostConfig, "")),
+            **command_options(),
+        }
         yield from ((command, option) for command, found in groups.items() for g in found for option in g.options)
 
     def test_no_two_commands_read_one_variable_with_two_meanings(self) -> None:

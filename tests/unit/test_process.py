@@ -1,7 +1,4 @@
-"""The supervised engine in a real process: it streams, it dies and comes back, and it never outlives its parent.
-
-Every wait here ends with what it waits for; TIMEOUT is only how long a broken engine is given.
-"""
+"""The supervised engine in a real process: it streams, it dies and comes back, and it never outlives its parent."""
 
 from __future__ import annotations
 
@@ -22,6 +19,7 @@ from typing import NoReturn
 import numpy as np
 import pytest
 from engine_kit import Asked
+from waiting import PATIENCE, eventually
 
 from siglane.engine import process
 from siglane.engine.child import EngineSpec
@@ -33,7 +31,6 @@ from siglane.settings.engine import EngineConfig
 from siglane.types import DecodedImage, Finished, ImagePart, Message, Prompt, Request, SamplingParams, TokenDelta
 from siglane.weights.hub import open_checkpoint
 
-TIMEOUT = 60.0
 TEXT = Asked(Prompt(tuple(range(40, 60))))
 LONG = 4000  # tokens: seconds of work, whatever the machine
 HUNG_AFTER = 2.0  # seconds, for an engine that these tests stop
@@ -56,7 +53,7 @@ class Reader:
 
     def wait(self) -> Finished:
         """How it ended; exactly one delta says so, and it is the last."""
-        assert self.ended.wait(TIMEOUT), "no final delta"
+        assert self.ended.wait(PATIENCE), "no final delta"
         assert [delta for delta in self.deltas if delta.finished is not None] == [self.deltas[-1]]
         assert self.deltas[-1].finished is not None
         return self.deltas[-1].finished
@@ -75,14 +72,6 @@ def ask(engine: EngineProcess, one: Request) -> Reader:
     reader = Reader()
     engine.submit([one], reader)
     return reader
-
-
-def until(holds: Callable[[], bool]) -> None:
-    """For what announces itself to nobody: a state, a figure."""
-    deadline = time.monotonic() + TIMEOUT
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +184,7 @@ class TestServing:
             ask(engine, request("long", max_tokens=LONG)),
             ask(engine, request("neighbour", max_tokens=30)),
         )
-        assert long.began.wait(TIMEOUT)
+        assert long.began.wait(PATIENCE)
         engine.abort("long")
         engine.abort("long")
         assert long.wait().reason == "abort"
@@ -211,10 +200,10 @@ class TestServing:
             return stats.running + stats.waiting == 0 and stats.pages_free + stats.pages_cached == stats.pages_total
 
         long = ask(engine, request("figures", max_tokens=LONG))
-        until(lambda: not idle())
+        eventually(lambda: not idle())
         engine.abort("figures")
         long.wait()
-        until(idle)
+        eventually(idle)
 
     @pytest.mark.parametrize(
         ("bad", "code"),
@@ -272,8 +261,8 @@ class TestServing:
 
         engine.submit([request("long", max_tokens=LONG)], watched)
         engine.submit([request("other", max_tokens=LONG)], other)
-        assert long.began.wait(TIMEOUT)
-        assert other.began.wait(TIMEOUT)
+        assert long.began.wait(PATIENCE)
+        assert other.began.wait(PATIENCE)
         os.kill(pid, signal.SIGKILL)
         for reader in (long, other):
             error = reader.wait().error
@@ -304,7 +293,7 @@ def until_it_loads(stuck: Path) -> int:
             found.append(os.open(stuck / "config.json", os.O_WRONLY | os.O_NONBLOCK))
         return bool(found)
 
-    until(is_read)
+    eventually(is_read)
     return found[0]
 
 
@@ -336,12 +325,7 @@ class TestStarting:
         monkeypatch.setattr(process, "RESTARTS_ALLOWED", 1)
         engine, killed = EngineProcess(spec), []
         engine.start(wait=False)
-        while engine.state != "dead":
-            pid = engine.pid
-            if pid is not None and pid not in killed:
-                os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
-            time.sleep(0.005)
+        kill_until_dead(engine, killed)
         with pytest.raises(EngineError) as caught:
             engine.wait_ready()
         assert caught.value.code == "engine_dead"
@@ -355,18 +339,13 @@ class TestStarting:
         monkeypatch.setattr(process, "RESTARTS_ALLOWED", 20)
         engine, killed = EngineProcess(spec), []
         engine.start(wait=False)
-        until(lambda: engine.pid is not None)
+        eventually(lambda: engine.pid is not None)
         held = [(descriptors(), threading.active_count())]
-        while engine.state != "dead":
-            pid = engine.pid
-            if pid is not None and pid not in killed:
-                os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
-            time.sleep(0.002)
+        kill_until_dead(engine, killed)
         engine.close()
         assert len(killed) == 21
-        until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in killed))
-        until(lambda: threading.active_count() <= held[0][1])
+        eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in killed))
+        eventually(lambda: threading.active_count() <= held[0][1])
         gc.collect()
         assert descriptors() <= held[0][0]
 
@@ -380,6 +359,19 @@ class TestStarting:
             engine.start()
         assert caught.value.code == "engine_start"
         engine.close()
+
+
+def kill_until_dead(engine: EngineProcess, killed: list[int]) -> None:
+    """One child after the other."""
+
+    def killed_until_dead() -> bool:
+        pid = engine.pid
+        if pid is not None and pid not in killed:
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+        return engine.state == "dead"
+
+    eventually(killed_until_dead)
 
 
 def descriptors() -> int:
@@ -432,7 +424,7 @@ def test_loads_that_stand_still_are_given_up(spec: EngineSpec) -> None:
             engine.wait_ready()
         assert (caught.value.message, caught.value.code) == (reasons[stop], "engine_start")
         assert engine.pid is not None
-        until(lambda pid=engine.pid: ended(pid))  # type: ignore[misc]
+        eventually(lambda pid=engine.pid: ended(pid))  # type: ignore[misc]
         engine.close()
 
 
@@ -469,7 +461,7 @@ class TestHanging:
         pid = watched.pid
         assert pid is not None
         long = ask(watched, request("long", max_tokens=LONG))
-        assert long.began.wait(TIMEOUT)
+        assert long.began.wait(PATIENCE)
         os.kill(pid, signal.SIGSTOP)
         waiting = ask(watched, request("waiting"))
         self.assert_replaced(watched, answer, long, pid)
@@ -481,7 +473,7 @@ class TestHanging:
         pid = watched.pid
         assert pid is not None
         os.kill(pid, signal.SIGSTOP)
-        until(lambda: watched.state == "restarting")
+        eventually(lambda: watched.pid != pid)
         watched.wait_ready()
         after = ask(watched, request("after"))
         assert after.wait().reason == "length"
@@ -494,7 +486,7 @@ class TestHanging:
         pid = watched.pid
         flag.touch()
         lost = ask(watched, request("lost"))
-        until(lambda: watched.state == "restarting")
+        lost.wait()
         flag.unlink()
         self.assert_replaced(watched, answer, lost, pid)
         assert "the engine process died, because it hung; it is started again" in caplog.messages
@@ -520,11 +512,11 @@ class TestHanging:
 
         sender = threading.Thread(target=fill)
         sender.start()
-        until(lambda: len(readers) > 5)
+        eventually(lambda: len(readers) > 5)
         begin = time.monotonic()
         watched.close()
-        assert time.monotonic() - begin < 2 * process.CLOSE_SECONDS + 1
-        sender.join(TIMEOUT)
+        assert time.monotonic() - begin < 3 * process.CLOSE_SECONDS
+        sender.join(PATIENCE)
         assert not sender.is_alive()
         for reader in readers:
             assert isinstance(reader.wait().error, EngineError)
@@ -554,8 +546,8 @@ class TestClosing:
         engine = EngineProcess(spec)
         engine.start()
         short, long = ask(engine, request("short")), ask(engine, request("long", max_tokens=LONG))
-        assert long.began.wait(TIMEOUT)
-        engine.close(drain=0.5)
+        assert long.began.wait(PATIENCE)
+        engine.close(drain=1.5)
         assert short.wait().reason == "length"
         assert short.tokens == answer(TEXT, 5)
         assert len(long.tokens) > 5
@@ -572,8 +564,8 @@ class TestClosing:
         engine.start()
         short = ask(engine, request("short", max_tokens=50))
         begin = time.monotonic()
-        engine.close(drain=TIMEOUT)
-        assert time.monotonic() - begin < TIMEOUT / 2
+        engine.close(drain=PATIENCE)
+        assert time.monotonic() - begin < PATIENCE / 2
         assert short.wait().reason == "length"
 
     def test_while_the_model_loads_it_ends_at_once(self, stuck: Path) -> None:
@@ -582,7 +574,7 @@ class TestClosing:
         descriptor = until_it_loads(stuck)
         begin = time.monotonic()
         engine.close()
-        assert time.monotonic() - begin < process.CLOSE_SECONDS / 2
+        assert time.monotonic() - begin < process.CLOSE_SECONDS
         os.close(descriptor)
         assert ended(engine.pid)
         with pytest.raises(EngineError) as caught:
@@ -631,7 +623,7 @@ class TestOrphans:
             assert parent.stdout is not None
             child = int(parent.stdout.readline().split()[1])
             parent.kill()
-            parent.communicate(timeout=TIMEOUT)
+            parent.communicate(timeout=PATIENCE)
         assert ended(child)
 
     @pytest.mark.slow
@@ -641,7 +633,7 @@ class TestOrphans:
             descriptor = until_it_loads(stuck)
             parent.kill()
             try:
-                parent.communicate(timeout=TIMEOUT / 4)
+                parent.communicate(timeout=PATIENCE / 4)
             finally:
                 os.close(descriptor)  # a child that was not told would now read to the end
 
@@ -654,7 +646,7 @@ from siglane.engine.child import EngineSpec
 from siglane.engine.process import EngineProcess
 
 if __name__ == "__main__":
-    config = EngineConfig(device="cpu", threads=1, kv_tokens=8192, engine_timeout=1.0)
+    config = EngineConfig(device="cpu", threads=1, kv_tokens=8192, engine_timeout=2.0)
     engine = EngineProcess(EngineSpec(sys.argv[1], config))
     engine.start()
     long = Reader()
@@ -686,7 +678,7 @@ def test_a_parent_that_was_stopped_finds_its_engine_as_it_was(spec: EngineSpec, 
                 for pid in pids:
                     os.kill(pid, signal.SIGCONT)
                 time.sleep(0.1)
-            out, _ = parent.communicate("\n", timeout=TIMEOUT)
+            out, _ = parent.communicate("\n", timeout=PATIENCE)
         finally:
             parent.kill()
     assert out.split() == ["length", "4000", str(child)]

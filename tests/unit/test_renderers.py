@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from checkpoints import build_tokenizer
+from waiting import PATIENCE, eventually
 
 from siglane.errors import UserError
 from siglane.families.prompt import renderers
@@ -79,7 +79,7 @@ def test_what_a_template_raises_is_told(some: Renderers) -> None:
 def test_what_has_no_end_is_ended(
     some: Renderers, template: str, code: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(renderers, "RENDER_SECONDS", 5.0 if code == "template_memory" else 0.3)
+    monkeypatch.setattr(renderers, "RENDER_SECONDS", 0.3 if code == "template_timeout" else PATIENCE)
     with pytest.raises(UserError) as caught:
         some.render(template, messages("spin"))
     assert caught.value.code == (code or "template_memory")
@@ -90,8 +90,10 @@ def test_what_has_no_end_is_ended(
 
 
 def test_a_neighbour_is_answered_meanwhile(some: Renderers, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(renderers, "RENDER_SECONDS", 1.5)
-    errors: list[str] = []
+    """The kernel's alarm, which ends what has no end, is the test's own."""
+    monkeypatch.setattr(renderers, "RENDER_SECONDS", 2 * PATIENCE)
+    some.render("x", {})
+    busy, errors = some._idle[-1], list[str]()
 
     def spin() -> None:
         with pytest.raises(UserError) as caught:
@@ -100,9 +102,11 @@ def test_a_neighbour_is_answered_meanwhile(some: Renderers, monkeypatch: pytest.
 
     thread = threading.Thread(target=spin)
     thread.start()
+    eventually(lambda: busy not in some._idle)
     assert [some.render(LOOPS, messages(f"good {number}")) for number in range(5)] == [f"good {n}" for n in range(5)]
     assert errors == []
-    thread.join()
+    os.kill(busy.pid, signal.SIGALRM)
+    thread.join(PATIENCE)
     assert errors == ["template_timeout"]
 
 
@@ -125,8 +129,7 @@ def test_a_process_that_somebody_ended_is_replaced(some: Renderers) -> None:
     some.render("x", {})
     ended = some._idle[-1]
     os.kill(ended.pid, signal.SIGKILL)
-    while ended.poll() is None:
-        time.sleep(0.001)
+    ended.wait(PATIENCE)
     assert some.render("{{ messages[0].content }}", messages("again")) == "again"
 
 
@@ -136,7 +139,7 @@ def test_no_process_outlives_the_one_that_asks() -> None:
     (process,) = one._idle
     assert process.stdin is not None
     process.stdin.close()  # what the kernel does when its parent is killed
-    assert process.wait(5) == 0
+    assert process.wait(PATIENCE) == 0
     one.close()
 
 

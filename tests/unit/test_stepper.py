@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waiting import eventually
 
 from siglane.errors import EngineError
 from siglane.llm.offline import LLM
 from siglane.lm.qwen import DecoderBlock
 from siglane.types import SamplingParams
 
+LIMIT = 1.5  # seconds, of an engine whose forwards take longer in all
 FIVE = SamplingParams(max_tokens=5, ignore_eos=True)
 
 
@@ -41,15 +43,13 @@ def test_a_hung_engine_is_an_error(nvila_folder: Path, blocks: threading.Event) 
     """Also for several prompts, whose errors are usually returned: none of them can be answered any more."""
     llm = load(nvila_folder, 0.5)
     for _ in range(2):
-        begin = time.monotonic()
         with pytest.raises(EngineError, match=r"has not moved for 0\.5 seconds") as caught:
             llm.generate(["one", "two"], FIVE)
         assert caught.value.code == "engine_hung"
-        assert time.monotonic() - begin < 10
 
 
 def test_a_slow_engine_is_none(nvila_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    llm, three = load(nvila_folder, 0.8), SamplingParams(max_tokens=3, ignore_eos=True)
+    llm, three = load(nvila_folder, LIMIT), SamplingParams(max_tokens=3, ignore_eos=True)
     expected = llm.generate("one", three)[0].output_token_ids
     forward = DecoderBlock.forward
 
@@ -60,7 +60,7 @@ def test_a_slow_engine_is_none(nvila_folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(DecoderBlock, "forward", slow)
     begin = time.monotonic()
     assert llm.generate("one", three)[0].output_token_ids == expected
-    assert time.monotonic() - begin > 2 * 0.8
+    assert time.monotonic() - begin > LIMIT
 
 
 def test_what_a_step_raises_reaches_the_caller(nvila_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,9 +83,6 @@ def test_an_engine_that_nobody_uses_is_freed(nvila_folder: Path) -> None:
     llm.generate("one", FIVE)
     engine = weakref.ref(llm._engine)
     del llm
-    gc.collect()
-    assert engine() is None
-    deadline = time.monotonic() + 5
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() <= before
+    # the thread that steps lets go of it a moment later
+    eventually(lambda: gc.collect() >= 0 and engine() is None)
+    eventually(lambda: threading.active_count() <= before)

@@ -8,7 +8,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from two_tower_checkpoint import write_two_tower_checkpoint
+from waiting import PATIENCE, wait_for_lines
 
 from siglane import Tagger
 from siglane.batch.pictures import expand
@@ -360,13 +360,10 @@ class TestOutput:
             with subprocess.Popen(
                 program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=prepare
             ) as process:
-                deadline = time.monotonic() + 120
-                while number is not None and time.monotonic() < deadline and process.poll() is None:
-                    if out.exists() and out.read_bytes().count(b"\n") >= before + 6:
-                        process.send_signal(number)
-                        break
-                    time.sleep(0.001)
-                _, errors = process.communicate(timeout=120)
+                if number is not None:
+                    wait_for_lines(out, before + 6, process)
+                    process.send_signal(number)
+                _, errors = process.communicate(timeout=PATIENCE)
             assert process.returncode == code, errors
             if code == 3:
                 assert "the same command continues" in errors

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 
+from siglane.engine.noise import gumbel_noise, noise_key
 from siglane.nn.act import swiglu
 from siglane.nn.norm import InputRMSNorm, RMSNorm
 from siglane.nn.rope import rotary_tables, rotate
@@ -30,6 +31,7 @@ if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined, in Triton too: by the imports below
 pytest.importorskip("triton", reason="needs Triton, which torch brings for CUDA; `make test-triton`")
 
+from siglane.nn.cuda import best_token as choosing  # noqa: E402
 from siglane.nn.cuda import paged_decode as decode  # noqa: E402
 from siglane.nn.cuda import pointwise  # noqa: E402
 
@@ -173,6 +175,31 @@ def test_store_writes_its_slots_alone(dtype: torch.dtype) -> None:
         assert bool((cache[untouched] == 9).all())
 
 
+@pytest.mark.parametrize("size", [1, 40, choosing.BLOCK, 2 * choosing.BLOCK + 7])
+def test_a_token_is_chosen_with_the_noise_of_its_row(size: int) -> None:
+    """Hot and cold rows, of equals the first; another row's keys would choose others."""
+    temperatures = torch.tensor([1.0, 0.0, 2.0, 1e-3, 1.0], device=DEVICE)
+    for place in range(8):
+        scores = (3 * torch.randn(5, size, generator=torch.Generator().manual_seed(place))).to(torch.bfloat16).float()
+        scores[4] = 0.0
+        keys = [noise_key(seed, place) for seed in range(5)]
+        words = torch.tensor(keys).T.contiguous().to(DEVICE)
+        found = choosing.best_token(scores.to(DEVICE), scores.amax(-1).to(DEVICE), temperatures, *words).cpu()
+        tokens = torch.arange(size, dtype=torch.int32)
+        for row, key in enumerate(keys):
+            own, temperature = scores[row] - scores[row].max(), float(temperatures[row])
+            noisy = own / temperature + gumbel_noise(tokens, key) if temperature else own
+            assert int(found[row]) == int(noisy.argmax()) or noisy.max() - noisy[found[row]] < 1e-5
+
+
+def test_a_row_of_nan_names_a_token_that_is_there() -> None:
+    scores = torch.full((2, choosing.BLOCK + 3), torch.nan, device=DEVICE)
+    zeros = torch.zeros(2, device=DEVICE)
+    words = torch.ones(2, dtype=torch.int64, device=DEVICE)
+    found = choosing.best_token(scores, zeros, zeros + 1, words, words)
+    assert bool(((found >= 0) & (found < scores.shape[1])).all())
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """In a process of its own: kernels that are interpreted cannot be compiled."""
@@ -185,11 +212,11 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_every_kernel_compiles_for_every_gpu(compiled: list[dict[str, Any]]) -> None:
-    kernels = {name for module in (decode, pointwise) for name in kernels_of(module)}
+    kernels = {name for module in (choosing, decode, pointwise) for name in kernels_of(module)}
     for architecture in (80, 90, 100):
         for dtype in ("fp32", "fp16", "bf16"):
             names = {one["kernel"] for one in compiled if (one["architecture"], one["dtype"]) == (architecture, dtype)}
-            assert names == kernels - {"part_size"}  # which is inlined
+            assert names == kernels - {"part_size", "mixed"}  # which are inlined
     assert all(one["bytes"] > 0 for one in compiled)
 
 
@@ -197,6 +224,13 @@ def kernels_of(module: ModuleType) -> set[str]:
     tree = ast.parse(inspect.getsource(module))
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     return {one.name for one in functions if "triton.jit" in map(ast.unparse, one.decorator_list)}
+
+
+def test_noise_takes_exact_logarithms(compiled: list[dict[str, Any]]) -> None:
+    """The quick one is wrong next to 1, where the greatest noise is: it would be NaN, or anybody's."""
+    found = [one for one in compiled if one["kernel"] == "best_of_block"]
+    assert found
+    assert not [one for one in found if "lg2.approx" in one["quick"]]
 
 
 def test_attention_uses_tensor_cores_and_fits_into_shared_memory(compiled: list[dict[str, Any]]) -> None:

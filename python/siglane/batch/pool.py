@@ -20,11 +20,11 @@ DEATHS_IN_COMPANY = 5  # of engines under one row, where others were there each 
 
 
 class EngineDied(Exception):
-    """The engine was lost while it worked at a row. alone: and at nothing else; life: which engine it was."""
+    """The engine was lost while it worked at a row. alone: and at nothing else."""
 
-    def __init__(self, *, alone: bool = True, life: int = 0) -> None:
+    def __init__(self, *, alone: bool = True) -> None:
         super().__init__()
-        self.alone, self.life = alone, life
+        self.alone = alone
 
 
 class Server(Protocol):

@@ -38,7 +38,7 @@ class DoctorOptions(CommandOptions):
     COMMAND = "doctor"
 
     json: bool = field(default=False, metadata={"help": "print one JSON object"})
-    host: Literal["sglang"] | None = field(
+    host: Literal["sglang", "vllm"] | None = field(
         default=None, metadata={"help": "examine siglane inside this engine instead, with a short self-test"}
     )
 
@@ -91,7 +91,7 @@ def _asked(arguments: argparse.Namespace, options: DoctorOptions) -> tuple[Calla
 
         return (model,)
     if options.host is not None:
-        return (_python, _sglang)
+        return (_python, _sglang if options.host == "sglang" else _vllm)
     return (_python, _packages, _extras, _devices, _attention, _memory, _disk, _files, _environment, _demo)
 
 
@@ -107,6 +107,13 @@ def _examined(examine: Callable[[], Iterator[Check]]) -> Iterator[Check]:
 
 def _sglang() -> Iterator[Check]:
     from siglane.hosts.sglang.doctor import examine
+
+    for name, broken, detail in examine():
+        yield Check(name, "broken" if broken else "ok", detail)
+
+
+def _vllm() -> Iterator[Check]:
+    from siglane.hosts.vllm.doctor import examine
 
     for name, broken, detail in examine():
         yield Check(name, "broken" if broken else "ok", detail)
@@ -135,7 +142,7 @@ def _packages() -> Iterator[Check]:
 
 def _extras() -> Iterator[Check]:
     requirements = list(_requirements())
-    for extra in ("server", "cpu", "cuda", "sglang"):
+    for extra in ("server", "cpu", "cuda", "sglang", "vllm"):
         missing = [name for name, _, of in requirements if of == extra and _version(name) is None]
         if missing:
             yield Check(f"extra {extra}", "note", f"not installed; pip install 'siglane[{extra}]'")
@@ -243,10 +250,10 @@ def _files() -> Iterator[Check]:
 def _environment() -> Iterator[Check]:
     """Variables with our prefix that no command reads are probably misspelt."""
     from siglane.cli.main import command_options
-    from siglane.hosts.sglang.settings import HostConfig
+    from siglane.hosts.settings import SglangHostConfig, VllmHostConfig
 
     groups = [*COMMON, *(group for options in command_options().values() for group in options)]
-    known = known_variables([*(group.config for group in groups), HostConfig])
+    known = known_variables([*(group.config for group in groups), SglangHostConfig, VllmHostConfig])
     found = sorted(name for name in os.environ if name.startswith(PREFIX))
     for name in found:
         if name in known:

@@ -26,7 +26,8 @@ from siglane.engine.kv import PagedKV
 from siglane.engine.limits import StepLimits
 from siglane.engine.memory import LargestStep, kv_bytes
 from siglane.engine.readouts import Readouts, read
-from siglane.engine.sampler import SampledToken, sample
+from siglane.engine.sampler import Choices, Choose, SampledToken, choose_on_host
+from siglane.engine.sampler_cuda import DeviceSampler, tried_best
 from siglane.engine.scheduler import StepBudget
 from siglane.engine.words import Held, PageTable, Written
 from siglane.errors import EngineError
@@ -47,10 +48,11 @@ def build_device(
     device, dtype, on_cuda = parameter.device, parameter.dtype, parameter.is_cuda
     if on_cuda:  # which builds a plan for every new shape: 0.4 s for each page that a sequence grows by
         torch.backends.cuda.enable_cudnn_sdp(False)
+    choose = DeviceSampler(budget.tokens, device, tried_best(device)) if on_cuda else choose_on_host
     pages = config.stated_pages
     if pages is None:
         largest = LargestStep(budget.patches, budget.tokens, budget.running)
-        available = kv_bytes(model, largest, config.feature_cache_bytes)
+        available = kv_bytes(model, largest, config.feature_cache_bytes, choose)
         pages = config.pages_within(available, language.config, language.kv_heads, dtype)
     kv = PagedKV(
         language.config, language.kv_heads, pages=pages, page_size=config.page_size, dtype=dtype, device=device
@@ -58,7 +60,9 @@ def build_device(
     limits = StepLimits.of(budget, min(language.config.max_position_embeddings, kv.tokens), config.page_size)
     kernels = choose_kernels(config.resolve_paged_backend(), kv, language)
     buckets = buckets_up_to(budget.running) if on_cuda and kernels.records else ()
-    made = Device(model, kv, kernels, limits, eos_token_ids, packing=config.enable_packing, buckets=buckets)
+    made = Device(
+        model, kv, kernels, limits, eos_token_ids, packing=config.enable_packing, buckets=buckets, choose=choose
+    )
     if buckets:
         made.record(capture_on_cuda)
     return made
@@ -104,23 +108,22 @@ class Result(NamedTuple):
     readouts: Readouts
 
 
-class Pending:
-    """A step under way."""
+class Pending(NamedTuple):
+    """A step under way. counts: tokens chosen behind each of the plan's chunks; choices: waits for them."""
 
-    def __init__(self, plan: StepPlan, computed: Computed, eos_token_ids: frozenset[int]) -> None:
-        self._plan, self._computed, self._eos_token_ids = plan, computed, eos_token_ids
+    plan: StepPlan
+    readouts: list[Readouts]
+    counts: list[int]
+    choices: Callable[[], Choices]
 
     def result(self) -> list[Result]:
         """In the order of the batch."""
-        chunks = self._plan.chunks
-        wanted = [chunk.next_tokens for chunk in chunks]
-        every = list(itertools.chain.from_iterable(wanted))
-        choices = iter(sample(self._computed.logits, every, self._eos_token_ids) if every else [])
+        chunks, choices = self.plan.chunks, iter(self.choices())
         found = {
-            chunk.sequence: Result(chunk, list(itertools.islice(choices, len(own))), readouts)
-            for chunk, own, readouts in zip(chunks, wanted, self._computed.readouts, strict=True)
+            chunk.sequence: Result(chunk, list(itertools.islice(choices, count)), readouts)
+            for chunk, count, readouts in zip(chunks, self.counts, self.readouts, strict=True)
         }
-        return [found[chunk.sequence] for chunk in self._plan.batch]
+        return [found[chunk.sequence] for chunk in self.plan.batch]
 
 
 class Device:
@@ -128,7 +131,7 @@ class Device:
     `PageTable`, keys and values stay in `kv`.
 
     buckets: sizes to which steps that only decode are padded; without any, a step has as many rows as there are. With
-    kernels that record, every step of a size is the same operations on the same memory.
+    kernels that record, every step of a size is the same operations on the same memory. choose: tokens from logits.
     """
 
     def __init__(
@@ -141,12 +144,14 @@ class Device:
         *,
         packing: bool = True,
         buckets: Sequence[int] = (),
+        choose: Choose = choose_on_host,
     ) -> None:
         self.model, self.kv, self.kernels, self.limits = model, kv, kernels, limits
         self.device, self.dtype = kv.keys.device, kv.keys.dtype
         self.vocab_size = model.language.config.vocab_size
         self.packing, self.eos_token_ids = packing, eos_token_ids
         self.buckets = tuple(sorted(buckets))
+        self._choose = choose
         self._table = PageTable(limits.running + 1, limits.columns, self.device)
         self._words = torch.zeros(limits.numbers, dtype=torch.int64, device=self.device)
         self._replays: dict[int, Callable[[], torch.Tensor]] = {}
@@ -203,7 +208,11 @@ class Device:
 
     def __call__(self, plan: StepPlan) -> Pending:
         """Enqueues the step. Running the same plan again gives the same."""
-        return Pending(plan, self.forward(plan), self.eos_token_ids)
+        logits, readouts = self.forward(plan)
+        wanted = [chunk.next_tokens for chunk in plan.chunks]  # while the device computes
+        every = list(itertools.chain.from_iterable(wanted))
+        choices = self._choose(logits, every, self.eos_token_ids) if every else list
+        return Pending(plan, readouts, [len(own) for own in wanted], choices)
 
     def forward(self, plan: StepPlan) -> Computed:
         """Writes the step's keys and values."""

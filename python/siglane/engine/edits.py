@@ -4,7 +4,8 @@ token and value."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -36,6 +37,47 @@ class Tally:
         self.times[token_id] = self.times.get(token_id, 0) + 1
 
 
+@dataclass(slots=True)
+class Pairs:
+    """What is to be done where, in host numbers, for rows of scores one behind another: a place is `row * vocab_size +
+    token id`. biases are added, banned become -inf, repeated are made less likely by the factors of `penalties`,
+    amounts are subtracted: in this order."""
+
+    biased: list[int] = field(default_factory=list)
+    biases: list[float] = field(default_factory=list)
+    banned: list[int] = field(default_factory=list)
+    repeated: list[int] = field(default_factory=list)
+    penalties: list[float] = field(default_factory=list)
+    counted: list[int] = field(default_factory=list)
+    amounts: list[float] = field(default_factory=list)
+
+
+class PairTensors(NamedTuple):
+    """`Pairs` where the scores lie: places i64, numbers float32."""
+
+    biased: torch.Tensor
+    biases: torch.Tensor
+    banned: torch.Tensor
+    repeated: torch.Tensor
+    penalties: torch.Tensor
+    counted: torch.Tensor
+    amounts: torch.Tensor
+
+
+def edit(scores: torch.Tensor, pairs: PairTensors) -> None:
+    """scores float32, flat: are written to. In vLLM's order and with its meanings; nothing is read on the host."""
+    if len(pairs.biased):
+        scores.index_add_(0, pairs.biased, pairs.biases)
+    if len(pairs.banned):
+        scores.index_fill_(0, pairs.banned, -torch.inf)
+    if len(pairs.repeated):
+        before = scores.index_select(0, pairs.repeated)
+        after = torch.where(before > 0, before / pairs.penalties, before * pairs.penalties)
+        scores.index_copy_(0, pairs.repeated, after)
+    if len(pairs.counted):
+        scores.index_add_(0, pairs.counted, pairs.amounts, alpha=-1)
+
+
 @dataclass(frozen=True, slots=True)
 class Edits:
     """For one row, in host numbers. banned: ids that may not be chosen yet; tally: the sequence's own, read at once."""
@@ -55,28 +97,45 @@ class Edits:
             return cls(params, banned, tally)
         return None
 
-    def applied(self, logits: torch.Tensor) -> torch.Tensor:
-        """logits `[vocab_size]` -> others, in vLLM's order and with its meanings."""
-        scores, params = logits.clone(), self.params
-        if params.logit_bias:
-            ids, values = zip(*params.logit_bias, strict=True)
-            scores.index_add_(0, scores.new_tensor(ids, dtype=torch.long), scores.new_tensor(values))
-        if self.banned:
-            scores[_inside(scores, self.banned)] = -torch.inf
+    @property
+    def most(self) -> int:
+        """Pairs that `note` adds at most."""
+        return len(self.params.logit_bias) + len(self.banned) + (2 * len(self.tally.times) if self.tally else 0)
+
+    def note(self, pairs: Pairs, row: int, vocab_size: int) -> None:
+        """Adds this row's to `pairs`. Placeholders and ends may lie outside the vocabulary."""
+        params, first = self.params, row * vocab_size
+        for token_id, bias in params.logit_bias:
+            pairs.biased.append(first + token_id)
+            pairs.biases.append(bias)
+        pairs.banned += [first + token_id for token_id in self.banned if 0 <= token_id < vocab_size]
         if self.tally is None:
-            return scores
-        if params.repetition_penalty != 1:  # placeholders may lie outside the vocabulary
-            seen, penalty = _inside(scores, self.tally.times), params.repetition_penalty
-            before = scores[seen]
-            scores[seen] = torch.where(before > 0, before / penalty, before * penalty)
-        answered = {token_id: times for token_id, times in self.tally.times.items() if times}
-        if answered and (params.frequency_penalty or params.presence_penalty):
-            ids_answered = scores.new_tensor(list(answered), dtype=torch.long)
-            times = scores.new_tensor(list(answered.values()))
-            scores[ids_answered] -= params.frequency_penalty * times + params.presence_penalty
+            return
+        times = self.tally.times
+        if params.repetition_penalty != 1:
+            seen = [first + token_id for token_id in times if 0 <= token_id < vocab_size]
+            pairs.repeated += seen
+            pairs.penalties += [params.repetition_penalty] * len(seen)
+        if params.frequency_penalty or params.presence_penalty:
+            answered = [token_id for token_id, count in times.items() if count]
+            pairs.counted += [first + token_id for token_id in answered]
+            amounts = (params.frequency_penalty * times[token_id] + params.presence_penalty for token_id in answered)
+            pairs.amounts += amounts
+
+    def applied(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits `[vocab_size]` of the host -> others."""
+        scores, pairs = logits.clone(), Pairs()
+        self.note(pairs, 0, len(scores))
+        edit(
+            scores,
+            PairTensors(
+                torch.tensor(pairs.biased, dtype=torch.long),
+                scores.new_tensor(pairs.biases),
+                torch.tensor(pairs.banned, dtype=torch.long),
+                torch.tensor(pairs.repeated, dtype=torch.long),
+                scores.new_tensor(pairs.penalties),
+                torch.tensor(pairs.counted, dtype=torch.long),
+                scores.new_tensor(pairs.amounts),
+            ),
+        )
         return scores
-
-
-def _inside(scores: torch.Tensor, token_ids: Iterable[int]) -> torch.Tensor:
-    ids = scores.new_tensor(list(token_ids), dtype=torch.long)
-    return ids[(ids >= 0) & (ids < len(scores))]

@@ -7,16 +7,19 @@ from typing import NamedTuple
 
 import torch
 
+from siglane.engine.batch import Sequence
+from siglane.engine.sampler import Choose
 from siglane.errors import UserError
 from siglane.families.model import VisionLanguageModel
 from siglane.lm.attention import SegmentAttention
-from siglane.types import PackedPatches
+from siglane.types import PackedPatches, Prompt, Request, SamplingParams
 
 logger = logging.getLogger(__name__)
 
 KV_BYTES_ON_CPU = 1 << 30
 SHARE_OF_GPU = 0.9
 GRAPH_BYTES = 512 << 20  # of decode steps' graphs, their logits among it
+HARDEST = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1, logprobs=20)
 
 
 class MemoryPlan(NamedTuple):
@@ -29,12 +32,12 @@ class MemoryPlan(NamedTuple):
     kv: int
 
 
-def kv_bytes(model: VisionLanguageModel, rows: LargestStep, feature_bytes: int) -> int:
-    """What the KV cache may take where nobody states it. UserError when a GPU is too small."""
+def kv_bytes(model: VisionLanguageModel, rows: LargestStep, feature_bytes: int, choose: Choose) -> int:
+    """What the KV cache may take where nobody states it. choose: of the device. UserError when a GPU is too small."""
     device = model.language.norm.weight.device
     if device.type != "cuda":
         return KV_BYTES_ON_CPU
-    plan = plan_memory(device, measured_peak(model, rows), feature_bytes)
+    plan = plan_memory(device, measured_peak(model, rows, choose), feature_bytes)
     giga = [round(number / 1e9, 2) for number in plan]
     logger.info("GPU memory in GB: %s in all, %s of others, %s at most in a step, %s for the KV cache", *giga)
     return plan.kv
@@ -63,9 +66,9 @@ def plan_memory(device: torch.device, peak: int, feature_bytes: int) -> MemoryPl
 
 
 @torch.inference_mode()
-def measured_peak(model: VisionLanguageModel, rows: LargestStep) -> int:
+def measured_peak(model: VisionLanguageModel, rows: LargestStep, choose: Choose) -> int:
     """Bytes that torch's allocator held at most while the largest forwards ran: the tower's, a prefill's without a
-    cache, the output head's with its logits in float32."""
+    cache, the output head's and choices by all that a request can ask for."""
     language = model.language
     device = language.norm.weight.device
     torch.cuda.synchronize(device)
@@ -80,6 +83,8 @@ def measured_peak(model: VisionLanguageModel, rows: LargestStep) -> int:
     tokens = torch.zeros(rows.tokens, dtype=torch.long, device=device)
     embeds, places = language.embed_turned(tokens), torch.arange(rows.tokens, device=device)
     hidden = language.decode(embeds, places, SegmentAttention([rows.tokens]))
-    language.logits(hidden[: rows.running]).float()
+    logits = language.logits(hidden[: rows.running])
+    request = Request("largest", Prompt((0,)), HARDEST, 1)
+    choose(logits, [Sequence.of(request, 0, 0).next_token()] * len(logits), frozenset())()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device)

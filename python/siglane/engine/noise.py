@@ -19,8 +19,8 @@ def noise_key(seed: int, position: int) -> tuple[int, int]:
     return _signed(mixed & 0xFFFFFFFF), _signed(mixed >> 32)
 
 
-def gumbel_noise(token_ids: torch.Tensor, key: tuple[int, int]) -> torch.Tensor:
-    """token_ids i32 `[...]` -> float32 of the same shape."""
+def gumbel_noise(token_ids: torch.Tensor, key: tuple[int, int] | tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """token_ids i32 -> float32 of the same shape; with keys of several rows, i32 `[N, 1]`, `[N, tokens]`."""
     mixed = _mix32(_mix32(token_ids ^ key[0]).add_(key[1]))
     bits = mixed.bitwise_right_shift_(32 - NOISE_BITS).bitwise_and_((1 << NOISE_BITS) - 1)
     uniform = bits.float().add_(0.5).mul_(2.0**-NOISE_BITS)

@@ -27,7 +27,7 @@ from siglane.engine.embed_worker import Embedding, Item
 from siglane.engine.engine import EngineStats
 from siglane.engine.pulse import Watch
 from siglane.engine.wire import Channel, EngineFacts, frame
-from siglane.errors import EngineError, SiglaneError
+from siglane.errors import EngineError, EngineLost, SiglaneError
 from siglane.types import Finished, Request, TokenDelta
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class EngineProcess:
     callbacks run on the one thread that empties it, so they must neither block nor call back.
 
     Every submitted request gets exactly one delta that is finished: by the engine, with "abort" after `abort`, or with
-    "error" and `EngineError(code="engine_restarting", status=503)` when the process died or hung under it. The future
+    "error" and `EngineLost(code="engine_restarting", status=503)` when the process died or hung under it. The future
     of every item to embed ends likewise.
 
     prepare: what the child calls first of all, to set up its log. It must be picklable: with `spec` it is all that
@@ -69,7 +69,7 @@ class EngineProcess:
         self._embed_sender = ThreadPoolExecutor(1, thread_name_prefix="embed-sender")  # the channel may be full
         self._stats: EngineStats | None = None
         self._starts: list[float] = []
-        self.life = self.lost = 0  # children so far; clients whose requests the last one that died took with it
+        self._life = 0  # children so far
         self._silent = False  # the last child was killed because it gave no sign of life
         self._changed = threading.Condition()
         self._process: multiprocessing.process.BaseProcess | None = None
@@ -207,7 +207,7 @@ class EngineProcess:
     def _run_child(self) -> None:
         """One child, from its start to its end."""
         self._starts.append(time.monotonic())
-        self._silent, self.life = False, self.life + 1
+        self._silent, self._life = False, self._life + 1
         parent_end, child_end = socket.socketpair()
         channel = Channel(parent_end)
         arguments = (child_end, self.spec, self._prepare)
@@ -285,8 +285,8 @@ class EngineProcess:
                     self._set_state("restarting")
                     logger.error("the engine process died, %s; it is started again", how)
             lost = list(self._pending)
-            self.lost = len(set(map(id, self._pending.values()))) + bool(self._embeddings)
-        error = self._unready()
+            clients = len(set(map(id, self._pending.values()))) + bool(self._embeddings)
+        error = EngineLost(self._unready(), life=self._life, clients=clients)
         for request_id in lost:
             self._deliver(TokenDelta(request_id, finished=Finished("error", error=error)))
         self.fail_embeddings(error)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as Items
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -50,6 +52,18 @@ def sample(
     """
     rows = zip(logits.float().cpu().unbind(), next_tokens, strict=True)
     return [_choose_isolated(row, next_token, eos_token_ids) for row, next_token in rows]
+
+
+Choices = list[SampledToken | EngineError]
+# (logits, next_tokens, eos_token_ids) as of `sample`: may only enqueue; what it returns is called once, and waits
+Choose = Callable[[torch.Tensor, Items[NextToken], frozenset[int]], Callable[[], Choices]]
+
+
+def choose_on_host(
+    logits: torch.Tensor, next_tokens: Items[NextToken], eos_token_ids: frozenset[int]
+) -> Callable[[], Choices]:
+    """`sample`, when the choices are wanted."""
+    return partial(sample, logits, next_tokens, eos_token_ids)
 
 
 def bad_logits() -> EngineError:

@@ -111,9 +111,8 @@ class LlavaOnevision(VlmFamily):
         self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast, language: LanguageConfig
     ) -> int:
         root = checkpoint.reader()
-        if root.has("image_token_id"):
-            return root.value("image_token_id", int)
-        return root.value("image_token_index", int, self.image_token_default)
+        older = root.value("image_token_index", int, self.image_token_default)
+        return root.value("image_token_id", int, older)
 
     def image_token(self, checkpoint: Checkpoint) -> str:
         return media_token(checkpoint, "image_token", super().image_token(checkpoint))

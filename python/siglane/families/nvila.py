@@ -126,10 +126,8 @@ class Nvila(VlmFamily):
         self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast, language: LanguageConfig
     ) -> int:
         """May lie outside the embedding table (NVILA-8B): it marks places and is never looked up."""
-        root = checkpoint.reader()
-        if root.has("image_token_id"):
-            return root.value("image_token_id", int)
-        return tokenizer.get_added_vocab().get(self.image_token(checkpoint), len(tokenizer))
+        added = tokenizer.get_added_vocab().get(self.image_token(checkpoint), len(tokenizer))
+        return checkpoint.reader().value("image_token_id", int, added)
 
     def ends(self, tokenizer: PreTrainedTokenizerFast) -> Sequence[str | None]:
         """VILA `infer_stop_tokens`."""

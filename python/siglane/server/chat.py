@@ -189,6 +189,7 @@ async def answered(
 ) -> Choices:
     """Once they have ended. take: called with what becomes known of them."""
     async with context.place:
+        context.admit()
         choices = await model.ask(prepared.requests, prepared.tool_use)
     try:
         while not choices.finished:

@@ -6,6 +6,7 @@ import asyncio
 import re
 import secrets
 import time
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -74,7 +75,7 @@ class RequestContext:
     the request came with; answer_id: the id in its answer; work: what answers it; aborted: by its client (`/abort`);
     timings: whether a header asks for them; watch: its stages. batch: nobody waits for the answer, so that it yields to
     others; turn: to be prepared, where not all may be at a time; place: among those that go to the engine one after the
-    other.
+    other; admit: called when all is prepared, raises what keeps it from the engine.
     """
 
     request_id: str
@@ -87,6 +88,7 @@ class RequestContext:
     batch: bool = False
     turn: AbstractAsyncContextManager[object] = field(default_factory=nullcontext)
     place: AbstractAsyncContextManager[object] = field(default_factory=nullcontext)
+    admit: Callable[[], None] = field(default=lambda: None)
     client: Client = field(default_factory=Client)
     answer_id: str | None = None
     work: asyncio.Future[None] | None = None

@@ -16,7 +16,7 @@ import orjson
 from siglane.batch.form import Answer
 from siglane.batch.pool import EngineDied
 from siglane.batch.row import CHAT, CLASSIFY, COMPLETIONS, DECISIONS, EMBEDDINGS, OF_CHAT, PAIRS, SCORE, SYSTEMONE
-from siglane.errors import UserError
+from siglane.errors import EngineLost, UserError
 from siglane.server.chat import complete
 from siglane.server.clients import Client
 from siglane.server.completions.complete import complete_texts
@@ -29,17 +29,18 @@ from siglane.server.decisions.system_one import SystemOneRequest
 from siglane.server.embedding.embed import classify, embed, score_pairs
 from siglane.server.embedding.pairs import PairsRequest
 from siglane.server.embedding.protocol import ClassificationRequest, EmbeddingRequest
-from siglane.server.errors import RateLimited, as_api_error, error_body, validated
+from siglane.server.errors import RateLimited, as_api_error, error_body, overloaded, validated
 from siglane.server.protocol import ChatCompletionRequest, ignored_fields
 from siglane.server.served import Served
+from siglane.server.stored.deaths import DeathBudget
 
 logger = logging.getLogger(__name__)
 
-LOST = ("engine_restarting", "engine_starting")  # a request's end when its engine dies, or has died before it came
+UNREADY = ("engine_restarting", "engine_starting", "engine_rests")
 DOWN = "engine_down"
 FULL = "server_overloaded"
 PATIENCE = 0.05  # seconds between tries while the engine starts, or others hold all the memory
-LONGEST_WAIT = 1.0  # seconds between tries while a key has had its share
+LONGEST_WAIT = 1.0  # seconds between tries while a key has had its share, or the engine has died too often
 PREPARED = 8  # rows beside the running ones, so that the engine never waits for the next
 STRAGGLER_SECONDS = 2.0  # that a row which is ready waits for those before it
 
@@ -91,11 +92,10 @@ class Line:
 
 
 class Place:
-    """In a line: an asynchronous context manager, entered when it is first. ready: it has only to be called; passed:
-    what was to be done there is."""
+    """In a line: an asynchronous context manager, entered when it is first. ready: it has only to be called."""
 
     def __init__(self, line: Line) -> None:
-        self._line, self.called, self.ready, self.passed = line, asyncio.Event(), False, False
+        self._line, self.called, self.ready = line, asyncio.Event(), False
 
     async def __aenter__(self) -> None:
         self.ready = True
@@ -106,8 +106,7 @@ class Place:
             self._line.leave_stragglers(self)
             await self.called.wait()
 
-    async def __aexit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        self.passed = kind is None
+    async def __aexit__(self, *error: object) -> None:
         self._line.leave(self)
 
 
@@ -121,10 +120,13 @@ class LocalServer:
         inflight: InflightShare | None = None,
         turns: AbstractAsyncContextManager[object] | None = None,
         client: Client | None = None,
+        deaths: DeathBudget | None = None,
     ) -> None:
         """slots: requests that the engine computes at one time. Beside the server's clients, inflight: bytes that they
-        may hold; turns: of those that are prepared; client: whose they are, and within whose limits."""
+        may hold; turns: of those that are prepared; client: whose they are, and within whose limits; deaths: how often
+        they may end the engine."""
         self._served, self._inflight = served, inflight or served.inflight_bytes
+        self._deaths = deaths or DeathBudget(0.0)
         self._turns, self._line = turns or nullcontext(), Line()
         self._client = client or served.clients.everybody
         self.slots = slots + PREPARED
@@ -150,7 +152,6 @@ class LocalServer:
             pause = PATIENCE
             with self._line.join() as place, closing(ByteLease(self._inflight)) as lease:
                 await self._ready()
-                life = self._served.engine.life
                 context = self._context(lease, place)
                 try:
                     return await self._answer(url, body, context)
@@ -159,24 +160,38 @@ class LocalServer:
                     if reason is not error:
                         logger.error("a request failed", exc_info=error, extra={"request_id": context.request_id})
                     code = reason.code if reason.status == 503 else None
-                    if code in LOST and (place.passed or url not in OF_CHAT):
-                        raise EngineDied(alone=self._served.engine.lost <= 1, life=life) from error
                     if code == DOWN:
                         raise
+                    if isinstance(reason, EngineLost):
+                        self._deaths.note(reason.life)
+                        raise EngineDied(alone=reason.clients <= 1) from error
                     alone = self._served.inflight_bytes.used == lease.held
                     if isinstance(reason, RateLimited):
                         pause = min(reason.seconds, LONGEST_WAIT)
-                    elif code not in LOST and (code != FULL or alone):
+                    elif code not in UNREADY and (code != FULL or alone):
                         return Answer(reason.status, dict(error_body(reason)))
             await asyncio.sleep(pause)
 
     def _context(self, lease: ByteLease, place: Place) -> RequestContext:
         return RequestContext(
-            secrets.token_hex(16), lease, batch=True, turn=self._turns, place=place, client=self._client
+            secrets.token_hex(16),
+            lease,
+            batch=True,
+            turn=self._turns,
+            place=place,
+            admit=self._check_deaths,
+            client=self._client,
         )
 
+    def _check_deaths(self) -> None:
+        """Raises EngineError (503) while they have ended the engine too often; while a row was prepared others may."""
+        if self._deaths.rest > 0:
+            raise overloaded("the engine has died too often of late", "engine_rests")
+
     async def _ready(self) -> None:
-        """Returns when the engine has started. SiglaneError when it never will."""
+        """Returns when the engine has started, and has not died too often of late. SiglaneError when it never will."""
+        while (rest := self._deaths.rest) > 0:
+            await asyncio.sleep(min(rest, LONGEST_WAIT))
         while self._served.engine.state in ("starting", "restarting"):
             await asyncio.sleep(PATIENCE)
         if self._served.engine.state in ("dead", "closed"):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,6 +18,7 @@ from siglane.families.pipeline import MediaPipeline
 from siglane.media.item import MediaItem
 from siglane.media.policy import MediaPolicy
 from siglane.media.source import fetch
+from siglane.server.byte_cache import ByteCache
 from siglane.server.context import ByteLease
 from siglane.settings.server import ServerConfig
 from siglane.tiling.rule import ImageBudget
@@ -32,25 +32,11 @@ FETCHES_PER_REQUEST = 4  # so that one request with slow URLs does not hold ever
 Flight = tuple[str, MediaPolicy, str]  # URL, what it may be, tenant
 
 
-class PatchCache:
-    """Patches by what they were made from; at most `capacity` bytes, oldest use out first."""
+class PatchCache(ByteCache[Hashable, ImagePatches]):
+    """Patches by what they were made from."""
 
     def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.bytes = 0
-        self._patches: OrderedDict[Hashable, ImagePatches] = OrderedDict()
-
-    def get(self, key: Hashable) -> ImagePatches | None:
-        if key in self._patches:
-            self._patches.move_to_end(key)
-        return self._patches.get(key)
-
-    def put(self, key: Hashable, patches: ImagePatches) -> None:
-        if key not in self._patches:
-            self._patches[key] = patches
-            self.bytes += patches.pixels.nbytes
-        while self.bytes > self.capacity:
-            self.bytes -= self._patches.popitem(last=False)[1].pixels.nbytes
+        super().__init__(capacity, lambda _, patches: patches.pixels.nbytes)
 
 
 class MediaLoader:

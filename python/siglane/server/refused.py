@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Self
+
+from pydantic import model_validator
 
 from siglane.errors import UserError
 from siglane.server.constraints import OTHER_NAMES
+from siglane.server.fields import RequestModel
 
 # Fields that change the answer in other servers and are not served here, with the values that ask for nothing.
 # None, False and empty values ask for nothing in any of them.
@@ -62,6 +65,22 @@ def refuse_fields(extra: Mapping[str, Any], refused: Mapping[str, tuple[object, 
         asks = name in refused and value and value not in refused[name]
         if asks or (name in ALWAYS_ON and value is not None and value is not True):
             raise UserError(f"{name} is not supported by this server", code="unsupported_field", param=name)
+
+
+class TranslatedRequest(RequestModel):
+    """Another API's. Null means absent; a chat completion's other fields, such as `seed`, mean what they mean there."""
+
+    NOT_SERVED: ClassVar[Mapping[str, tuple[object, ...]]]
+
+    @model_validator(mode="after")
+    def _refuse(self) -> Self:
+        refuse_fields(self.model_extra or {}, self.NOT_SERVED)
+        return self
+
+    @property
+    def passed(self) -> dict[str, Any]:
+        """What a chat's request is asked by the same name."""
+        return {name: value for name, value in (self.model_extra or {}).items() if name not in self.NOT_SERVED}
 
 
 def has_no_effect(name: str, value: object) -> bool:

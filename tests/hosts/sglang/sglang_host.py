@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ports import free_port
+from waiting import PATIENCE
 
 START_SECONDS = 180.0
-SETTLE_SECONDS = 30.0
 UNSETTLED = "requests are still running"
 ANSWER_SECONDS = 120.0
 TAIL_CHARACTERS = 4000
@@ -100,7 +100,7 @@ class RunningEngine:
     def load_weights(self, folder: Path) -> None:
         """Reads the weights of another folder and empties the caches, which SGLang refuses until its last step has
         ended: that can be after the last answer. HostError if they are not taken."""
-        deadline = time.monotonic() + SETTLE_SECONDS
+        deadline = time.monotonic() + PATIENCE
         while True:
             taken, message, _ = self.call("update_weights_from_disk", model_path=str(folder))
             if taken:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from siglane.hosts import doctor as common
 from siglane.hosts.sglang import doctor, register
 
 Findings = list[tuple[str, bool, str]]
@@ -79,7 +80,7 @@ def broken_processor() -> Findings:
 
 
 def another_version() -> Findings:
-    doctor.version = lambda name: "0.6.0"
+    common.version = lambda name: "0.6.0"
     return examined()
 
 

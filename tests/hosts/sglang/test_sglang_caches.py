@@ -15,18 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from host_cases import Case, Drawn, Picture, VideoSize, ask_siglane
 from PIL import Image
-from sglang_cases import (
-    Case,
-    Drawn,
-    Picture,
-    Served,
-    VideoSize,
-    ask_sglang,
-    ask_siglane,
-    compare,
-    serve,
-)
+from sglang_cases import Served, ask_sglang, compare, serve
 from sglang_host import RunningEngine, sglang_engine
 
 QUESTION = "Describe the picture."

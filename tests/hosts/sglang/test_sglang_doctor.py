@@ -67,7 +67,7 @@ def test_nothing_is_wrong_here(scenarios: Mapping[str, Any]) -> None:
         ("hook not applied", "hook", "SGLang did not apply it to sglang.srt.server_args.ServerArgs.resolve_once"),
         ("bad setting", "settings", "SIGLANE_ENCODER_PARALLEL"),
         ("changed signatures", "sglang.srt.managers.mm_utils:pad_mm_tokens", "has no parameter mm_inputs"),
-        ("changed signatures", "sglang.srt.managers.mm_utils:general_mm_embed_routine", "not in this SGLang"),
+        ("changed signatures", "sglang.srt.managers.mm_utils:general_mm_embed_routine", "not in this version"),
         (
             "changed signatures",
             "sglang.srt.managers.schedule_batch:MultimodalDataItem.set_identity",

@@ -8,41 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sglang_cases import (
-    FAMILIES,
-    Case,
-    Picture,
-    Served,
-    VideoSize,
-    ask_sglang,
-    ask_siglane,
-    check_that_answers_discriminate,
-    compare,
-    serve,
-    served,
-    write_checkpoint,
-)
+from host_cases import FAMILIES, Case, ask_siglane, cases_of, check_that_answers_discriminate, write_checkpoint
+from sglang_cases import Served, ask_sglang, compare, serve, served
 from sglang_host import RunningEngine, sglang_engine
 
 from siglane.llm import Generation
-
-QUESTION = "Describe the picture."
-CASES: Mapping[str, Case] = {
-    "text": ("You are a helpful assistant. What is in the image?",),
-    "picture": (Picture(90, 60, 1), "\n", QUESTION),
-    "another picture": (Picture(90, 60, 2), "\n", QUESTION),
-    "large": (Picture(200, 130, 3), QUESTION),
-    "two with nothing between": (Picture(60, 60, 4), Picture(60, 60, 5), QUESTION),
-    "three of mixed sizes": ("The image ", Picture(64, 48, 6), " or ", Picture(17, 300, 7), QUESTION,
-                             Picture(1, 1, 8), "?"),
-    "one pixel": (Picture(1, 1, 9), QUESTION),
-    "narrow": (Picture(17, 300, 10), QUESTION),
-    "picture last": (QUESTION, Picture(77, 50, 11)),
-}  # fmt: skip
-VIDEO: Mapping[str, Case] = {
-    "video": (VideoSize(64, 48, 3, 20), "\n", QUESTION),
-    "another video": (VideoSize(64, 48, 2, 30), "\n", QUESTION),
-}
 
 
 @dataclass(frozen=True)
@@ -64,7 +34,7 @@ class Running:
 @pytest.fixture(scope="module", params=FAMILIES)
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     name, folder = request.param, tmp_path_factory.mktemp("families")
-    cases = {**CASES, **(VIDEO if FAMILIES[name].video else {})}
+    cases = cases_of(name)
     one = serve(name, folder)
     write_checkpoint(name, folder / "other", FAMILIES[name].seeds[1])
     other = served(folder / "other", folder / "views of other", {})

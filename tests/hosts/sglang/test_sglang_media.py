@@ -12,7 +12,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,13 +24,13 @@ import pytest
 from PIL import Image
 from sglang_clients import Client, data_url, encoded, image, png, refusal, user, video
 from sglang_host import ENVIRONMENT, sglang_server
+from waiting import PATIENCE, eventually
 
 from siglane.weights.demo import FOLDERS, demo_folder
 
 QUESTION = "What does the sign say?"
 PROMPT = f"<|im_start|>user\n<image>\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
 CAFE = (demo_folder() / "pictures" / "cafe.png").read_bytes()
-SLOW_SECONDS = 6.0
 LIMITS = {"SIGLANE_MAX_IMAGES": "4", "SIGLANE_MAX_IMAGE_BYTES": "40000", "SIGLANE_MAX_IMAGE_PIXELS": "1000000"}
 NO_SCHEME = "the media URL must start with data:, https://, http:// or file://"
 NO_FILE = "not a file below the allowed folder"
@@ -45,6 +44,7 @@ class Web:
 
     server: ThreadingHTTPServer
     asked: list[str] = field(default_factory=list)
+    open: threading.Event = field(default_factory=threading.Event)  # until it is set, nothing below slow/ is answered
 
     def url(self, path: str, host: str = "127.0.0.1") -> str:
         return f"http://{host}:{self.server.server_port}/{path}"
@@ -61,7 +61,7 @@ def web() -> Iterator[Web]:
                 self.end_headers()
                 return
             if self.path.startswith("/slow/"):
-                time.sleep(SLOW_SECONDS)
+                found.open.wait(PATIENCE)
             self.send_response(404 if self.path == "/missing.png" else 200)
             self.end_headers()
             self.wfile.write(CAFE)
@@ -280,7 +280,8 @@ def test_sglangs_other_routes(served: Served, web: Web, route: str) -> None:
 def trusting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server of one's own network."""
     folder = tmp_path_factory.mktemp("trusting")
-    with serve(folder, SIGLANE_ALLOW_PRIVATE_ADDRESSES="1", SIGLANE_MAX_TILES="2", SIGLANE_DETAIL="low") as server:
+    env = {"SIGLANE_ALLOW_PRIVATE_ADDRESSES": "1", "SIGLANE_MAX_TILES": "2", "SIGLANE_DETAIL": "low"}
+    with serve(folder, SIGLANE_IMAGE_TIMEOUT=str(PATIENCE), **env) as server:
         yield Served(Client(server, "demo"), folder)
         assert "Traceback" not in server.log.read_text()
 
@@ -310,12 +311,12 @@ def test_a_slow_web_server_holds_up_nobody_else(trusting: Served, web: Web) -> N
     slow = {f"/slow/{number}.png" for number in range(12)}  # requests for one URL would share its download
     with ThreadPoolExecutor(12) as pool:
         waiting = [pool.submit(trusting.client.chat, image(web.url(path[1:])), QUESTION) for path in slow]
-        while not slow <= set(web.asked):
+        try:
+            eventually(lambda: slow <= set(web.asked) or any(job.done() for job in waiting))
+            trusting.accepts(data_url(CAFE))
             assert not any(job.done() for job in waiting), [job.result().text for job in waiting if job.done()]
-            time.sleep(0.05)
-        begin = time.monotonic()
-        trusting.accepts(data_url(CAFE))
-        assert time.monotonic() - begin < SLOW_SECONDS / 2
+        finally:
+            web.open.set()
         assert [job.result().status_code for job in waiting] == [200] * 12
 
 

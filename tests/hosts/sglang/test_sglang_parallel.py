@@ -8,20 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from llava_onevision_checkpoint import write_llava_onevision_checkpoint
-from sglang_cases import (
+from host_cases import (
     QWEN,
     Case,
     Picture,
     VideoSize,
-    ask_sglang,
     ask_siglane,
     check_that_answers_discriminate,
-    compare,
     enlarge,
-    served,
     write_checkpoint,
 )
+from llava_onevision_checkpoint import write_llava_onevision_checkpoint
+from sglang_cases import ask_sglang, compare, served
 from sglang_host import sglang_engine
 
 TOKENS = 32

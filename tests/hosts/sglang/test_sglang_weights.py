@@ -8,18 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from host_cases import Picture, ask_siglane, rewrite, write_checkpoint
 from safetensors.torch import load_file, save_file
-from sglang_cases import (
-    FAMILIES,
-    Picture,
-    ask_sglang,
-    ask_siglane,
-    compare,
-    rewrite,
-    serve,
-    served,
-    write_checkpoint,
-)
+from sglang_cases import ask_sglang, compare, serve, served
 from sglang_host import HostError, sglang_engine
 
 from siglane.errors import WeightError
@@ -27,7 +18,7 @@ from siglane.families.model import model_tensors
 from siglane.families.processor import load_processor
 from siglane.families.registry import vlm_family
 from siglane.families.stack import VisionStack
-from siglane.hosts.sglang.weights import full_names, language_tensors
+from siglane.hosts.weights import full_names, language_tensors
 from siglane.weights.hub import Checkpoint
 from siglane.weights.load import StrictLoad
 
@@ -83,7 +74,7 @@ def test_an_adapter_beside_the_weights_is_merged(tmp_path: Path) -> None:
     cases = [(Picture(90, 60, 1), "\n", "Describe the picture."), ("What is in the image?",)]
     plain = ask_siglane(tmp_path / "vila", cases)
     write_adapter(tmp_path / "vila", ("llm.model.layers.{}.self_attn.q_proj", "vision_tower.encoder.layers.{}.mlp.fc1"))
-    one = served(tmp_path / "vila", tmp_path / "views", FAMILIES["vila"].env)
+    one = served(tmp_path / "vila", tmp_path / "views", {})
     expected = ask_siglane(one.folder, cases)
     assert [answer.output_token_ids for answer in expected] != [answer.output_token_ids for answer in plain]
     with sglang_engine(one.folder, env=one.env) as engine:

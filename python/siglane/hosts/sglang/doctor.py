@@ -10,17 +10,17 @@ import importlib
 import inspect
 import os
 import pkgutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, entry_points, version
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from typing import Any
 
+from siglane.hosts import doctor
+from siglane.hosts.doctor import Finding
+from siglane.hosts.settings import SglangHostConfig
 from siglane.hosts.sglang.register import ARGUMENTS_HOOK, PACKAGE, PACKAGES, register
 from siglane.hosts.sglang.self_test import prepare_environment
 
 TESTED = ("0.5.23",)
-SELF_TEST_SECONDS = 420
 GROUP = "sglang.srt.plugins"
 
 # what siglane calls: where it is, and the parameters or fields it must have
@@ -55,53 +55,28 @@ CALLED: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-class Finding(NamedTuple):
-    """One step. broken: siglane does not work here; detail: what was found, or what to do."""
-
-    name: str
-    broken: bool
-    detail: str
-
-
 def examine(*, self_test: bool = True) -> Iterator[Finding]:
     """All findings in the order in which SGLang would come upon them; ends at what makes the rest pointless.
 
     self_test: also answer a question about a picture with the shipped model, in an engine of SGLang's (a minute).
     """
-    try:
-        found = version("sglang")
-    except PackageNotFoundError:
-        yield Finding("sglang", True, "not installed; pip install 'siglane[sglang]'")
+    yield (found := doctor.installed(["sglang"], TESTED, "sglang"))
+    if found.broken:
         return
     prepare_environment()
-    note = "" if found in TESTED else f"; siglane is tested with {', '.join(TESTED)}"
-    yield Finding("sglang", False, found + note)
-    for name, step in (("plugin", _plugin), ("settings", _settings), ("calls", _calls), ("imports", _imports)):
-        failed = False
-        for finding in _tried(name, step):
-            yield finding
-            failed |= finding.broken
-        if failed:
-            return
-    if self_test:
-        yield from _tried("self-test", _self_test)
-
-
-def _tried(name: str, step: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    try:
-        yield from step()
-    except Exception as error:
-        yield Finding(name, True, f"{type(error).__name__}: {error}")
+    yield from doctor.in_order(
+        ("plugin", _plugin),
+        ("settings", lambda: doctor.settings(SglangHostConfig)),
+        ("calls", lambda: doctor.calls(CALLED)),
+        ("imports", _imports),
+        *([("self-test", lambda: doctor.self_test(f"{PACKAGE}.self_test"))] if self_test else []),
+    )
 
 
 def _plugin() -> Iterator[Finding]:
-    ours = [point for point in entry_points(group=GROUP) if point.value == f"{PACKAGE}.register:register"]
-    if not ours:
-        yield Finding("plugin", True, f"no entry point in group {GROUP}; install siglane again")
-        return
-    allowed = os.environ.get("SGLANG_PLUGINS", "")
-    if allowed and ours[0].name not in [name.strip() for name in allowed.split(",")]:
-        yield Finding("plugin", True, f"SGLANG_PLUGINS={allowed} leaves {ours[0].name} out; add it")
+    points = tuple(entry_points(group=GROUP))
+    if (finding := doctor.left_out(points, GROUP, f"{PACKAGE}.register:register", "SGLANG_PLUGINS")) is not None:
+        yield finding
         return
     from sglang.srt.plugins import load_plugins
 
@@ -112,44 +87,9 @@ def _plugin() -> Iterator[Finding]:
         value = os.environ.get(variable)
         detail = "set by the plugin" if value == expected else f"is {value}; unset it, siglane needs {expected}"
         yield Finding(variable, value != expected, detail)
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    from siglane.hosts.sglang.config import SiglaneConfig
-
-    known = SiglaneConfig.model_type in CONFIG_MAPPING
-    yield Finding("configuration", not known, "known to transformers" if known else "transformers refused it")
+    yield doctor.configuration()
     applied = "__wrapped__" in vars(pkgutil.resolve_name(ARGUMENTS_HOOK))
     yield Finding("hook", not applied, ARGUMENTS_HOOK if applied else f"SGLang did not apply it to {ARGUMENTS_HOOK}")
-
-
-def _settings() -> Iterator[Finding]:
-    from siglane.hosts.sglang.settings import host_config
-    from siglane.settings.options import read_environment
-    from siglane.tiling.rule import ImageBudget
-
-    config, budget = host_config(), read_environment(ImageBudget)
-    media = "http" if config.allow_http_images else "no http"
-    files = f"files below {config.allowed_local_media_path}" if config.allowed_local_media_path else "no files"
-    detail = f"encoder {config.encoder_parallel}; media: data URLs, {media}, {files}; budget {budget.limits or 'none'}"
-    yield Finding("settings", False, detail)
-
-
-def _calls() -> Iterator[Finding]:
-    """Every function and class of SGLang's that siglane calls, with the parameters it gives them."""
-    fit = 0
-    for place, expected in CALLED.items():
-        try:
-            found = set(inspect.signature(pkgutil.resolve_name(place)).parameters)
-        except (ImportError, AttributeError) as error:
-            yield Finding(place, True, f"not in this SGLang: {error}")
-            continue
-        missing = [name for name in expected if name not in found]
-        if missing:
-            yield Finding(place, True, f"has no parameter {', '.join(missing)}")
-        else:
-            fit += 1
-    detail = f"{fit} of {len(CALLED)} functions and classes have the parameters siglane gives them"
-    yield Finding("calls", fit < len(CALLED), detail)
 
 
 def _imports() -> Iterator[Finding]:
@@ -157,7 +97,7 @@ def _imports() -> Iterator[Finding]:
     from sglang.srt.models.registry import import_model_classes
     from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
 
-    from siglane.hosts.sglang.config import ARCHITECTURE
+    from siglane.hosts.config import ARCHITECTURE
 
     models = import_model_classes(f"{PACKAGE}.models", strict=True)
     yield Finding("models", ARCHITECTURE not in models, ", ".join(sorted(models)) or "none")
@@ -169,15 +109,3 @@ def _imports() -> Iterator[Finding]:
     processors = [found for found in classes if issubclass(found, BaseMultimodalProcessor)]
     served = {model.__name__ for processor in processors for model in processor.models}
     yield Finding("processors", ARCHITECTURE not in served, ", ".join(sorted(served)) or "none")
-
-
-def _self_test() -> Iterator[Finding]:
-    """In a process of its own: SGLang's engine takes over the process it runs in."""
-    command = [sys.executable, "-m", f"{PACKAGE}.self_test"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SELF_TEST_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        yield Finding("self-test", True, f"no answer within {SELF_TEST_SECONDS} s")
-        return
-    lines = [line for line in (done.stdout if done.returncode == 0 else done.stderr).splitlines() if line.strip()]
-    yield Finding("self-test", done.returncode != 0, lines[-1] if lines else f"exit code {done.returncode}")

@@ -19,8 +19,8 @@ PACKAGES = {
 }
 # not __post_init__, which SGLang's own comments propose: msgspec looks that one up when it makes the class
 ARGUMENTS_HOOK = "sglang.srt.server_args.ServerArgs.resolve_once"
-# arguments by which SGLang would run without siglane's processor, or the language model without its first layers
-UNSUPPORTED = {"encoder_only": False, "language_only": False, "pp_size": 1}
+# with others SGLang would run without siglane's processor, or the language model without its first layers
+SUPPORTED = {"encoder_only": (False,), "language_only": (False,), "pp_size": (1,)}
 
 
 def register() -> None:
@@ -28,7 +28,7 @@ def register() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     from transformers import AutoConfig
 
-    from siglane.hosts.sglang.config import SiglaneConfig
+    from siglane.hosts.config import SiglaneConfig
 
     for variable, package in PACKAGES.items():
         os.environ.setdefault(variable, package)
@@ -44,12 +44,13 @@ def point_at_view(arguments: Any) -> None:
     SGLang resolves its arguments once, in the launcher, before it reads anything of the model.
     """
     from siglane.hosts.sglang.view import view_of
+    from siglane.hosts.start import check_start
 
     asked = arguments.model_path
     view = view_of(asked, arguments.revision)
     if view is None:
         return
-    _check(arguments)
+    check_start(asked, arguments, SUPPORTED, PACKAGES, "siglane supports SGLang's --tp-size and --dp-size")
     if arguments.tokenizer_path == asked:
         arguments.tokenizer_path = None  # SGLang's default, the model's path
     arguments.served_model_name = arguments.served_model_name or asked
@@ -57,17 +58,3 @@ def point_at_view(arguments: Any) -> None:
     # workers of --tokenizer-worker-num load no plugins
     os.environ.setdefault("SGLANG_HTTP_SERVER_APP_PATH", f"{PACKAGE}.app:app")
     logger.info("siglane: %s is served by siglane's tower, through %s", asked, view)
-
-
-def _check(arguments: Any) -> None:
-    from siglane.errors import UserError
-
-    asked = arguments.model_path
-    for variable, package in PACKAGES.items():
-        if (found := os.environ.get(variable)) != package:
-            message = f"{asked} is served by {package}, but {variable} is {found}; unset it"
-            raise UserError(message, code="bad_environment", param=variable)
-    for name, only in UNSUPPORTED.items():
-        if (found := getattr(arguments, name)) != only:
-            message = f"{asked} cannot be served with {name}={found}: siglane supports SGLang's --tp-size and --dp-size"
-            raise UserError(message, code="bad_argument", param=name)

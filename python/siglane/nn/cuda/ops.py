@@ -91,3 +91,23 @@ def _paged_decode(
     from siglane.nn.cuda.paged_decode import paged_decode
 
     return paged_decode(q, keys, values, table, rows, lengths, page_size, scale)
+
+
+def _of_rows(scores: torch.Tensor, *others: object) -> torch.Tensor:
+    return scores.new_empty(scores.shape[0], dtype=torch.int64)
+
+
+@_operator(
+    "best_token(Tensor scores, Tensor peaks, Tensor temperatures, Tensor first_keys, Tensor second_keys) -> Tensor",
+    _of_rows,
+)
+def _best_token(
+    scores: torch.Tensor,
+    peaks: torch.Tensor,
+    temperatures: torch.Tensor,
+    first_keys: torch.Tensor,
+    second_keys: torch.Tensor,
+) -> torch.Tensor:
+    from siglane.nn.cuda.best_token import best_token
+
+    return best_token(scores, peaks, temperatures, first_keys, second_keys)

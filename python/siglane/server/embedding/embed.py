@@ -217,6 +217,7 @@ async def _vectors(
     read = await model.media.run(_read, list(new), model.tokens) if new else []
     items: list[Item] = [*(image.patches for image in images), *(text.ids for text in read)]
     watch.start()
+    context.admit()
     found = await model.embed(items, context.batch)
     done = _computed(found, [*(image.param for image in images), *new.values()], watch)
     for text, ids, embedding in zip(new, read, done[len(images) :], strict=True):

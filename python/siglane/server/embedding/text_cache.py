@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from siglane.server.byte_cache import ByteCache
 
 ENTRY_BYTES = 512  # of an array and its place in the table, beside text and numbers
 
@@ -21,26 +22,11 @@ class Vector:
     cut: bool = False
 
 
-class TextCache:
-    """text -> vector; at most `capacity` bytes with the texts themselves, oldest use out first."""
+class TextCache(ByteCache[str, Vector]):
+    """text -> vector; the texts themselves count."""
 
     def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.bytes = 0
-        self._vectors: OrderedDict[str, Vector] = OrderedDict()
-
-    def get(self, text: str) -> Vector | None:
-        if text in self._vectors:
-            self._vectors.move_to_end(text)
-        return self._vectors.get(text)
-
-    def put(self, text: str, vector: Vector) -> None:
-        """Keeps `vector`, which owns its memory."""
-        if text not in self._vectors:
-            self._vectors[text] = vector
-            self.bytes += _bytes(text, vector)
-        while self.bytes > self.capacity:
-            self.bytes -= _bytes(*self._vectors.popitem(last=False))
+        super().__init__(capacity, _bytes)
 
 
 def _bytes(text: str, vector: Vector) -> int:

@@ -12,7 +12,7 @@ from siglane.errors import UserError
 from siglane.media.tools import MOST_TOOLS, NAME
 from siglane.server.fields import WHOLE, RequestModel, StopStrings
 from siglane.server.protocol import MAX_PARTS, PlainText, content_tag
-from siglane.server.refused import refuse_fields
+from siglane.server.refused import TranslatedRequest
 from siglane.types import SAMPLING_BOUNDS
 
 MAX_MESSAGES = 2048
@@ -191,8 +191,8 @@ class OutputConfig(RequestModel):
     format: JsonFormat | None = None
 
 
-class CountRequest(RequestModel):
-    """Null means absent. Other fields of a chat completion, such as `seed` or `min_p`, mean what they mean there."""
+class CountRequest(TranslatedRequest):
+    NOT_SERVED = REFUSED
 
     model: str | None = None
     messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -204,7 +204,6 @@ class CountRequest(RequestModel):
 
     @model_validator(mode="after")
     def _check(self) -> CountRequest:
-        refuse_fields(self.model_extra or {}, REFUSED)
         if self.messages[-1].role == "assistant":
             message = "the last message is the assistant's, and answers cannot be begun for it"
             raise UserError(message, code="unsupported_field", param=f"messages[{len(self.messages) - 1}].role")
@@ -212,11 +211,6 @@ class CountRequest(RequestModel):
             message = "name belongs to the type 'tool', which needs it"
             raise UserError(message, code="invalid_value", param="tool_choice.name")
         return self
-
-    @property
-    def passed(self) -> dict[str, Any]:
-        """What a chat's request is asked by the same name."""
-        return {name: value for name, value in (self.model_extra or {}).items() if name not in REFUSED}
 
 
 class MessagesRequest(CountRequest):

@@ -12,7 +12,7 @@ from siglane.errors import UserError
 from siglane.media.tools import MOST_TOOLS, NAME
 from siglane.server.fields import WHOLE, RequestModel
 from siglane.server.protocol import MAX_PARTS, TEXTS, Budgets, PlainText, RefusalPart, TextPart, content_tag
-from siglane.server.refused import refuse_fields
+from siglane.server.refused import TranslatedRequest
 from siglane.server.tool_fields import ChoiceWord, NamedFunction, choice_tag
 from siglane.types import SAMPLING_BOUNDS
 
@@ -155,8 +155,8 @@ class TextConfig(RequestModel):
     format: TextFormat | None = None
 
 
-class ResponsesRequest(RequestModel):
-    """Null means absent. Other fields of a chat completion, such as `seed` or `top_k`, mean what they mean there."""
+class ResponsesRequest(TranslatedRequest):
+    NOT_SERVED = REFUSED
 
     model: str | None = None
     input: Annotated[
@@ -178,16 +178,10 @@ class ResponsesRequest(RequestModel):
 
     @model_validator(mode="after")
     def _check(self) -> ResponsesRequest:
-        refuse_fields(self.model_extra or {}, REFUSED)
         if LOGPROBS in (self.include or ()):
             message = "log-probabilities are told by /v1/chat/completions; include cannot ask for them here"
             raise UserError(message, code="unsupported_field", param="include")
         return self
-
-    @property
-    def passed(self) -> dict[str, Any]:
-        """What a chat's request is asked by the same name."""
-        return {name: value for name, value in (self.model_extra or {}).items() if name not in REFUSED}
 
 
 class InputDetails(TypedDict):

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
@@ -15,7 +15,6 @@ from typing import Any
 
 from siglane.batch.form import Answer
 from siglane.batch.output import Output, Stopped
-from siglane.batch.pool import EngineDied
 from siglane.batch.requests import open_requests
 from siglane.batch.row import OF_CHAT, BadRow, Row, Source
 from siglane.batch.rows import CannotWrite
@@ -77,7 +76,12 @@ class BatchRunner:
 
     def why_paused(self, batch_id: str) -> str | None:
         """What keeps a batch from going on, until it does."""
-        return self._paused.get(batch_id, (0.0, None))[1]
+        if (why := self._paused.get(batch_id, (0.0, None))[1]) is not None:
+            return why
+        seconds = self._deaths.rest
+        if not seconds or batch_id not in self._stops:
+            return None
+        return f"the engine died {MOST_DEATHS} times under requests of batches; they go on in {seconds:.0f} s"
 
     async def _tick(self) -> None:
         while True:
@@ -253,16 +257,8 @@ class BatchRunner:
     def _server_for(self, batch: Batch) -> _OnItsLoop:
         slots = self._served.engine.spec.config.max_running if batch.endpoint in OF_CHAT else EMBEDDING_SLOTS
         client = self._served.clients.of_owner(batch.owner)
-        server = LocalServer(self._served, slots, self._inflight, self._turns, client)
-        return _OnItsLoop(server, self._loop, lambda: self._ends, lambda: self._rest(batch), self._deaths.note)
-
-    async def _rest(self, batch: Batch) -> None:
-        """Returns when the engine has not died too often of late to be given a row."""
-        while (seconds := self._deaths.rest) > 0:
-            message = f"the engine died {MOST_DEATHS} times under requests of batches; they go on in {seconds:.0f} s"
-            self._paused[batch.id] = 0.0, message
-            await asyncio.sleep(min(seconds, TICK_SECONDS))
-            self._paused.pop(batch.id, None)
+        server = LocalServer(self._served, slots, self._inflight, self._turns, client, self._deaths)
+        return _OnItsLoop(server, self._loop, lambda: self._ends)
 
     def _write_late(self, batch: Batch, output: Output) -> None:
         message = "the completion window ended before the request was asked"
@@ -306,28 +302,14 @@ class _OnItsLoop:
     """A server whose loop runs on another thread than the batch. Stopped when it ends; what it answers while it does
     is no answer."""
 
-    def __init__(
-        self,
-        server: LocalServer,
-        loop: asyncio.AbstractEventLoop,
-        ends: Callable[[], bool],
-        rest: Callable[[], Awaitable[None]],
-        died: Callable[[int], None],
-    ) -> None:
-        """rest: returns when the engine may be given a row; died: told which one a row was lost with."""
+    def __init__(self, server: LocalServer, loop: asyncio.AbstractEventLoop, ends: Callable[[], bool]) -> None:
         self.slots, self._server, self._loop, self._ends = server.slots, server, loop, ends
-        self._rest, self._died = rest, died
 
     async def ask(self, url: str, body: Mapping[str, Any]) -> Answer:
-        await self._rest()
         if self._ends():
             raise Stopped("the server is shutting down")
-        try:
-            asked = asyncio.run_coroutine_threadsafe(self._server.ask(url, body), self._loop)
-            answer = await asyncio.wrap_future(asked)
-        except EngineDied as error:
-            self._died(error.life)
-            raise
+        asked = asyncio.run_coroutine_threadsafe(self._server.ask(url, body), self._loop)
+        answer = await asyncio.wrap_future(asked)
         if answer.status >= 500 and self._ends():
             raise Stopped("the server is shutting down")
         return answer

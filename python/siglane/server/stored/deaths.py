@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 # an engine that dies more often than `RESTARTS_ALLOWED` times in `RESTART_WINDOW_SECONDS` ends the server; what batches
 # leave of that is for causes that are not theirs
@@ -11,17 +12,17 @@ MOST_DEATHS = 2
 
 
 class DeathBudget:
-    """Deaths under rows of batches within the last `seconds`. For any thread."""
+    """Deaths under rows of batches within the last `seconds`. For any thread. now: the time, in seconds."""
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
+    def __init__(self, seconds: float, now: Callable[[], float] = time.monotonic) -> None:
+        self._seconds, self._now = seconds, now
         self._lock = threading.Lock()
         self._deaths: dict[int, float] = {}
 
     def note(self, life: int) -> None:
         """life: which engine has died; of all its rows the first one counts."""
         with self._lock:
-            self._deaths.setdefault(life, time.monotonic())
+            self._deaths.setdefault(life, self._now())
 
     @property
     def rest(self) -> float:
@@ -30,4 +31,4 @@ class DeathBudget:
             latest = sorted(self._deaths.values())[-MOST_DEATHS:]
         if len(latest) < MOST_DEATHS:
             return 0.0
-        return max(0.0, latest[0] + self._seconds - time.monotonic())
+        return max(0.0, latest[0] + self._seconds - self._now())

@@ -15,15 +15,11 @@ from sglang.srt.models.qwen3_moe import Qwen3MoeForCausalLM
 from sglang.srt.utils import add_prefix
 from torch import nn
 
-from siglane.families.model import check_model
-from siglane.families.parallel import ParallelStack
-from siglane.families.processor import load_processor
-from siglane.families.registry import vlm_family
+from siglane.hosts.config import ARCHITECTURE, SiglaneConfig
+from siglane.hosts.model import HostModel
+from siglane.hosts.settings import SglangHostConfig
 from siglane.hosts.sglang import bridge
-from siglane.hosts.sglang.config import ARCHITECTURE, SiglaneConfig
-from siglane.hosts.sglang.settings import host_config
-from siglane.hosts.sglang.weights import known_tensors, language_tensors
-from siglane.weights.load import StrictLoad
+from siglane.settings.options import read_environment
 
 logger = logging.getLogger(__name__)
 
@@ -40,18 +36,12 @@ class SiglaneForConditionalGeneration(nn.Module):
 
     def __init__(self, config: SiglaneConfig, quant_config: Any = None, prefix: str = "") -> None:
         super().__init__()
-        self.checkpoint = config.files()
-        self.family = vlm_family(self.checkpoint)
-        processor = load_processor(self.checkpoint)
-        self.weights = check_model(self.checkpoint, processor.config)
-        self.facts, self.images = self.weights.config, processor.facts
+        self.siglane = HostModel(config, bridge.tensor_parallel(), read_environment(SglangHostConfig).encoder_parallel)
         self.config = config
-        self.vision = ParallelStack(self.images, bridge.tensor_parallel(), host_config().encoder_parallel)
+        self.vision = self.siglane.vision
         self.language_model = LANGUAGE_MODELS[config.text_config.model_type](
             config.text_config, quant_config, add_prefix("language_model", prefix)
         )
-        logger.info("siglane: %s, %s", self.facts.family, self.vision.share())
-        self._loaded = False
 
     def get_input_embeddings(self) -> nn.Module:
         embeddings: nn.Module = self.language_model.get_input_embeddings()
@@ -68,7 +58,7 @@ class SiglaneForConditionalGeneration(nn.Module):
     def get_image_feature(self, items: list[Any]) -> list[torch.Tensor]:
         """What stands at the places of each item, `[places, hidden_size]`; any subset of a batch's images, one packed
         forward for all of them."""
-        images = [bridge.patches_of(item, self.images) for item in items]
+        images = [bridge.patches_of(item, self.siglane.images) for item in items]
         logger.debug("siglane: %d images to encode", len(images))
         rows = self.vision(images).split()
         return [bridge.span_rows(*pair, self.get_input_embeddings()) for pair in zip(items, rows, strict=True)]
@@ -88,18 +78,9 @@ class SiglaneForConditionalGeneration(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """The first pass must fill every parameter of tower and projector; later ones, updates, may bring some."""
-        load = StrictLoad(self.family.vision_plan(self.images), self.vision.stack)
-        named = known_tensors(weights, self.checkpoint, self.weights, whole=not self._loaded)
-        names = {tensor.name: tensor.name for tensor in self.weights.tensors}
-        tensors = language_tensors(named, names, load, self.family, self.facts, whole=not self._loaded)
-        if self._loaded:
+        if self.siglane.loaded:
             bridge.forget_rows()
-            self.language_model.load_weights(tensors)
-            return
-        with load:
-            self.language_model.load_weights(tensors)
-        self.vision.eval().requires_grad_(False)
-        self._loaded = True
+        self.siglane.load(weights, self.language_model.load_weights)
 
 
 assert SiglaneForConditionalGeneration.__name__ == ARCHITECTURE

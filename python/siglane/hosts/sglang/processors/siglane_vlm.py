@@ -11,11 +11,12 @@ from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProces
 
 from siglane.errors import UserError
 from siglane.families.processor import load_processor
+from siglane.hosts.request import HostRequests
+from siglane.hosts.settings import SglangHostConfig
 from siglane.hosts.sglang import bridge
-from siglane.hosts.sglang.media import HostMedia, wanted
+from siglane.hosts.sglang.media import wanted
 from siglane.hosts.sglang.models.siglane_vlm import SiglaneForConditionalGeneration
-from siglane.hosts.sglang.settings import host_config
-from siglane.hosts.sglang.view import placeholder_id
+from siglane.hosts.view import placeholder_id
 from siglane.media.item import MediaItem
 from siglane.settings.options import read_environment
 from siglane.tiling.rule import ImageBudget
@@ -29,8 +30,8 @@ class SiglaneProcessor(BaseMultimodalProcessor):
 
     def __init__(self, hf_config: Any, server_args: Any, processor: Any, transport_mode: Any, **others: Any) -> None:
         super().__init__(hf_config, server_args, processor, transport_mode, **others)
-        self.prompts = load_processor(hf_config.files())
-        self.media = HostMedia(host_config(), self.prompts.facts, read_environment(ImageBudget))
+        prompts = load_processor(hf_config.files())
+        self.requests = HostRequests(prompts, read_environment(SglangHostConfig), read_environment(ImageBudget))
 
     async def process_mm_data_async(
         self,
@@ -49,8 +50,8 @@ class SiglaneProcessor(BaseMultimodalProcessor):
                 "mm_hashes are not accepted: siglane tells images apart by 32 bytes", code="unsupported_field"
             )
         items = wanted(image_data, request_obj.video_data)
-        self.media.pipeline.admit(items)
-        await self.media.fetch(items)
+        self.requests.pipeline.admit(items)
+        await self.requests.reader.read(items)
         return await asyncio.get_running_loop().run_in_executor(
             self.io_executor, self._process, input_text, items, max_req_input_len
         )
@@ -58,29 +59,7 @@ class SiglaneProcessor(BaseMultimodalProcessor):
     def _process(
         self, text: str | list[int], items: Sequence[MediaItem], longest: int | None
     ) -> MultimodalProcessorOutput:
-        pipeline = self.media.pipeline
-        pipeline.lay_out(items)
-        text = text if isinstance(text, str) else self._read(text)
-        prompt = self.prompts.rendered_prompt(text, [item.layout for item in items])
-        length = len(prompt.token_ids)
-        if longest is not None and length >= longest:  # SGLang's scheduler takes only less
-            message = f"the prompt has {length} tokens, {longest - 1} are accepted; ask for fewer or smaller images"
-            raise UserError(message, code="context_length_exceeded")
-        for item in items:
-            pipeline.preprocess(item)
-        prompt = prompt.settled(prompt.in_order([item.patches for item in items]))
-        ids = list(prompt.token_ids)
-        place = placeholder_id(self.prompts.config)
-        for span in prompt.spans:
-            ids[span.start : span.stop] = [place] * (span.stop - span.start)
-        asked = bridge.Asked(tuple(map(pipeline.measure, items)), tuple(item.image_limits for item in items))
-        media = bridge.items_of(prompt, [item.patches for item in items], asked)
-        return MultimodalProcessorOutput(input_ids=ids, mm_items=media, im_token_id=place)
-
-    def _read(self, ids: Sequence[int]) -> str:
-        vocabulary = self.prompts.config.language.vocab_size
-        if outside := [token_id for token_id in ids if not 0 <= token_id < vocabulary]:
-            message = f"input_ids names token {outside[0]}; the vocabulary ends at {vocabulary - 1}"
-            raise UserError(message, code="invalid_value")
-        text: str = self._tokenizer.decode(ids)
-        return text
+        expanded = self.requests.expand(text, items, longest)  # SGLang's scheduler takes only shorter ones
+        place = placeholder_id(self.requests.prompts.config)
+        media = bridge.items_of(expanded)
+        return MultimodalProcessorOutput(input_ids=expanded.token_ids, mm_items=media, im_token_id=place)

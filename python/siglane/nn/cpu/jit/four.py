@@ -3,20 +3,31 @@ in 32 bytes each, whose low halves are the first 32 outputs' codes (`int4.unpack
 
 from __future__ import annotations
 
+from functools import partial
+
 from llvmlite import ir
 
 from siglane.nn.cpu.int8_packing import OUTPUTS
-from siglane.nn.cpu.jit.code import BYTE, FLOAT, I32, I64, POINTER, VOID, Code
-from siglane.nn.cpu.jit.product import LAYER, TILE, tiled
+from siglane.nn.cpu.jit.code import BYTE, FLOAT, I32, I64, POINTER, VOID, Code, everywhere
+from siglane.nn.cpu.jit.product import LAYER, call_one
 
 HALF = OUTPUTS // 2
 NUMBERS, SUMS = ir.VectorType(I32, OUTPUTS), ir.VectorType(FLOAT, OUTPUTS)
+TILE = 4  # rows that are multiplied together
 CODE_MIDDLE = 8.0  # that the stored middle counts from
 
 
 def write_four(module: ir.Module) -> ir.Function:
     """`function(layer, block, x, rows, sums)`: x float32 `[rows, stride / 4]` -> sums float32 `[rows, 64]`."""
-    return tiled(module, "four_block", {rows: _tile(module, rows) for rows in range(1, TILE + 1)})
+    functions = {rows: _tile(module, rows) for rows in range(1, TILE + 1)}
+    code, made = Code.begin(module, "four_block", VOID, POINTER, I64, POINTER, I64, POINTER)
+    layer, block, x, rows, into = made.args
+    stride = LAYER.get(code, layer, "stride")
+    with code.count(I64(0), rows, TILE) as row:
+        these, there = code.at(x, code.mul(row, stride), BYTE), code.at(into, code.mul(row, I64(OUTPUTS)), FLOAT)
+        call_one(code, functions, code.sub(rows, row), [layer, block, these, stride, there])
+    code.ret_void()
+    return made
 
 
 def _tile(module: ir.Module, rows: int) -> ir.Function:
@@ -86,6 +97,7 @@ def write_rounded(module: ir.Module, name: str) -> ir.Function:
 
 def as_bfloat16(code: Code, x: ir.Value) -> ir.Value:
     """Float32 rounded to a number of bfloat16, the even one of two that are as near."""
-    bits = code.bitcast(x, I32)
-    even = code.add(code.and_(code.lshr(bits, I32(16)), I32(1)), I32(2**15 - 1))
-    return code.bitcast(code.and_(code.add(bits, even), I32(-(1 << 16))), FLOAT)
+    kind = ir.VectorType(I32, x.type.count) if isinstance(x.type, ir.VectorType) else I32
+    bits, number = code.bitcast(x, kind), partial(everywhere, kind)
+    even = code.add(code.and_(code.lshr(bits, number(16)), number(1)), number(2**15 - 1))
+    return code.bitcast(code.and_(code.add(bits, even), number(-(1 << 16))), x.type)

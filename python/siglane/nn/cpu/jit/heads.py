@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from dataclasses import dataclass
 
 from llvmlite import ir
 
-from siglane.nn.cpu.jit.code import FLOAT, I32, I64, POINTER, VOID, Code, Struct, exp2, in_threads
+from siglane.nn.cpu.jit.code import FLOAT, I32, I64, LANES, POINTER, VOID, Code, Struct, everywhere, exp2, in_threads
 from siglane.nn.cpu.jit.limits import GROUP
 
 CHUNK = 32  # tokens that are seen together: their keys and values fit into the nearest cache
-LINE = 16  # numbers that memory gives at a time
+LINE = ir.VectorType(FLOAT, LANES)  # a register, and what memory gives at a time
+NUMBERS = ir.VectorType(I32, LANES)
+MEANS_REGISTERS = 16  # among which sums of values are spread, so that one need not wait for the one before
 
 # of a step. table i32 `[.., columns]`, rows and lengths i64 `[count]`: as in the engine's `DecodeRows`; scale: of
 # products, times log2(e); token: values from one token's keys to the next one's
@@ -29,7 +33,7 @@ def heads_module(head_dim: int) -> ir.Module:
     a token. turn: x, values from row to row, cos, sin, out `[rows, heads, head_dim]`, rows, heads.
     """
     module = ir.Module("heads")
-    _attend(module, _work(module, head_dim, _see(module, ir.VectorType(FLOAT, head_dim))))
+    _attend(module, _work(module, head_dim, _see(module, head_dim)))
     _store(module)
     _turn(module, head_dim)
     return module
@@ -67,8 +71,7 @@ def _work(module: ir.Module, head_dim: int, see: ir.Function) -> ir.Function:
             code.put(FLOAT(0), totals, own)
             code.put(ir.Constant(kind, [0.0] * head_dim), out, own, 4)
         with code.count(I64(0), length, CHUNK) as start:
-            left = code.least(code.sub(length, start), I64(CHUNK))
-            code.call(see, [call, head, q, out, peaks, totals, pages, start, left])
+            code.call(see, [call, head, q, out, peaks, totals, pages, start, code.sub(length, start)])
         with code.count(I64(0), group) as own:
             share = code.spread(code.fdiv(FLOAT(1), code.get(totals, own, FLOAT)), head_dim)
             code.put(code.fmul(code.get(out, own, kind, 4), share), out, own, 4)
@@ -76,51 +79,153 @@ def _work(module: ir.Module, head_dim: int, see: ir.Function) -> ir.Function:
     return made
 
 
-def _see(module: ir.Module, kind: ir.VectorType) -> ir.Function:
-    """Adds `count` tokens from `start` on to what a group of heads has seen: call, head, q, out, peaks, totals, pages,
-    start, count. Sums are kept relative to the greatest score so far (arXiv:1805.02867)."""
+def _see(module: ir.Module, head_dim: int) -> ir.Function:
+    """Adds a CHUNK of tokens from `start` on to what a group of heads has seen: call, head, q, out, peaks, totals,
+    pages, start, how many tokens there are from there on. Sums are kept relative to the greatest score so far
+    (arXiv:1805.02867)."""
     code, made = Code.begin(module, "see", VOID, POINTER, I64, *[POINTER] * 5, I64, I64)
-    call, head, q, out, peaks, totals, pages, start, count = made.args
-    step = CALL.get(code, call, "step")
+    call, head, q, out, peaks, totals, pages, start, left = made.args
+    step, registers = CALL.get(code, call, "step"), head_dim // LANES
     keys, values = (CALL.get(code, call, name) for name in ("keys", "values"))
-    page_size, token = STEP.get(code, step, "page_size"), STEP.get(code, step, "token")
-    places, scores = code.room(I64, CHUNK), code.room(FLOAT, CHUNK)
-    with code.count(I64(0), count) as one:
-        place = code.add(start, one)
-        page = code.sext(code.get(pages, code.sdiv(place, page_size), I32), I64)
-        slot = code.add(code.mul(page, page_size), code.srem(place, page_size))
-        first = code.add(code.mul(slot, token), code.mul(head, I64(kind.count)))
-        code.put(first, places, one)
-        for values_of in (keys, values):  # all at once, so that their ways from memory overlap
-            for line in range(0, kind.count, LINE):
-                code.prefetch(code.at(values_of, code.add(first, I64(line)), FLOAT))
+    scores = code.room(FLOAT, CHUNK)
+    seen = _Seen.of(
+        code, _Tokens(code, step, pages, code.mul(head, I64(head_dim)), head_dim), start, left, keys, values
+    )
     with code.count(I64(0), CALL.get(code, call, "group")) as own:
-        query = code.fmul(code.get(q, own, kind, 4), code.spread(STEP.get(code, step, "scale"), kind.count))
-        before = code.get(peaks, own, FLOAT)
-        peak = code.variable(before)
-        with code.count(I64(0), count) as one:
-            key = code.load(code.at(keys, code.get(places, one, I64), FLOAT), typ=kind, align=4)
-            score = code.total(code.fmul(query, key))
-            code.put(score, scores, one)
-            now = code.load(peak, typ=FLOAT)
-            code.store(code.select(code.fcmp_unordered(">", score, now), score, now), peak)
-        most = code.load(peak, typ=FLOAT)
-        kept = exp2(code, code.fsub(before, most))
-        total = code.variable(code.fmul(code.get(totals, own, FLOAT), kept))
-        with code.count(I64(0), count) as one:
-            weight = exp2(code, code.fsub(code.get(scores, one, FLOAT), most))
-            code.put(weight, scores, one)
-            code.store(code.fadd(code.load(total, typ=FLOAT), weight, flags=("reassoc",)), total)
-        mean = code.variable(code.fmul(code.get(out, own, kind, 4), code.spread(kept, kind.count)))
-        with code.count(I64(0), count) as one:
-            value = code.load(code.at(values, code.get(places, one, I64), FLOAT), typ=kind, align=4)
-            weight = code.spread(code.get(scores, one, FLOAT), kind.count)
-            code.store(code.intrinsic("llvm.fma", kind, value, weight, code.load(mean, typ=kind)), mean)
-        code.put(code.load(mean, typ=kind), out, own, 4)
-        code.put(code.load(total, typ=FLOAT), totals, own)
-        code.put(most, peaks, own)
+        line = code.mul(own, I64(registers))
+        queries, into = code.at(q, line, LINE), code.at(out, line, LINE)
+        scale = code.spread(STEP.get(code, step, "scale"), LANES)
+        query = [code.fmul(code.get(queries, I64(n), LINE, 4), scale) for n in range(registers)]
+        before = code.spread(code.get(peaks, own, FLOAT), LANES)
+        peak = seen.scores(query, keys, scores, before)
+        kept = exp2(code, code.fsub(before, peak))
+        means = [code.fmul(code.get(into, I64(n), LINE, 4), kept) for n in range(registers)]
+        total, means = seen.means(means, values, scores, peak)
+        for n, mean in enumerate(means):
+            code.put(mean, into, I64(n), 4)
+        earlier = code.fmul(code.get(totals, own, FLOAT), code.extract_element(kept, I32(0)))
+        code.put(code.fadd(earlier, code.total(total)), totals, own)
+        code.put(code.extract_element(peak, I32(0)), peaks, own)
     code.ret_void()
     return made
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """A sequence's, of one key head, whose values begin with value `first` of a token's."""
+
+    code: Code
+    step: ir.Value
+    pages: ir.Value
+    first: ir.Value
+    head_dim: int
+
+    def at(self, place: ir.Value) -> ir.Value:
+        """Where the values of the token in that place of the sequence begin."""
+        code, page_size = self.code, STEP.get(self.code, self.step, "page_size")
+        page = code.sext(code.get(self.pages, code.sdiv(place, page_size), I32), I64)
+        slot = code.add(code.mul(page, page_size), code.srem(place, page_size))
+        return code.add(code.mul(slot, STEP.get(code, self.step, "token")), self.first)
+
+    def prefetch(self, place: ir.Value, *memory: ir.Value) -> None:
+        first = self.at(place)
+        for values in memory:
+            for line in range(0, self.head_dim, LANES):
+                self.code.prefetch(self.code.at(values, self.code.add(first, I64(line)), FLOAT))
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Up to CHUNK tokens that are seen together, a register's LANES at a time: what is missing are copies of the first,
+    of weight 0. places: where each one's values begin, i64; filled: how many with the copies."""
+
+    code: Code
+    places: ir.Value
+    count: ir.Value
+    filled: ir.Value
+
+    @classmethod
+    def of(cls, code: Code, tokens: _Tokens, start: ir.Value, left: ir.Value, *memory: ir.Value) -> _Seen:
+        """Those from `start` on of `left`. The next ones are called from memory, to come while these are computed."""
+        count, places = code.least(left, I64(CHUNK)), code.room(I64, CHUNK)
+        filled = code.and_(code.add(count, I64(LANES - 1)), I64(-LANES))
+        with code.count(I64(0), filled) as one:
+            own = code.select(code.icmp_signed("<", one, count), one, I64(0))
+            code.put(tokens.at(code.add(start, own)), places, one)
+        soon = code.select(code.icmp_signed("==", start, I64(0)), I64(0), I64(CHUNK))
+        with code.count(soon, code.least(left, I64(2 * CHUNK))) as one:
+            tokens.prefetch(code.add(start, one), *memory)
+        return cls(code, places, count, filled)
+
+    def scores(self, query: list[ir.Value], keys: ir.Value, scores: ir.Value, peak: ir.Value) -> ir.Value:
+        """Writes the products of a query, in registers, with the keys; the greatest of them and of `peak`."""
+        code, most = self.code, self.code.variable(peak)
+        with code.count(I64(0), self.filled, LANES) as some:
+            score = _lanes_of_sums(code, [_product(code, query, token) for token in self._rows(keys, some)])
+            score = code.select(self._real(some), score, everywhere(LINE, -math.inf))
+            code.store(score, code.at(scores, some, FLOAT))
+            code.store(_greater(code, score, code.load(most, typ=LINE)), most)
+        values = code.load(most, typ=LINE)
+        for width in (LANES >> power for power in range(1, LANES.bit_length())):
+            turned = [(lane + width) % LANES for lane in range(LANES)]
+            values = _greater(code, code.shuffle_vector(values, values, ir.Constant(NUMBERS, turned)), values)
+        return values
+
+    def means(
+        self, means: list[ir.Value], values: ir.Value, scores: ir.Value, peak: ir.Value
+    ) -> tuple[ir.Value, list[ir.Value]]:
+        """The sum of weights, in lanes, and `means` with the values times these; writes weights where scores were."""
+        code, nothing = self.code, everywhere(LINE, 0.0)
+        total, sums = code.variable(nothing), [[code.variable(mean) for mean in means]]
+        for _ in range(1, MEANS_REGISTERS // len(means)):
+            sums.append([code.variable(nothing) for _ in means])
+        with code.count(I64(0), self.filled, LANES) as some:
+            weights = exp2(code, code.fsub(code.load(code.at(scores, some, FLOAT), typ=LINE, align=4), peak))
+            weights = code.select(self._real(some), weights, nothing)
+            code.store(weights, code.at(scores, some, FLOAT))
+            code.store(code.fadd(code.load(total, typ=LINE), weights), total)
+            for number, token in enumerate(self._rows(values, some)):
+                weight = code.spread(code.get(scores, code.add(some, I64(number)), FLOAT), LANES)
+                for n, slot in enumerate(sums[number % len(sums)]):
+                    value = code.get(token, I64(n), LINE, 4)
+                    code.store(code.intrinsic("llvm.fma", LINE, value, weight, code.load(slot, typ=LINE)), slot)
+        columns = [[code.load(slot, typ=LINE) for slot in slots] for slots in zip(*sums, strict=True)]
+        return code.load(total, typ=LINE), [functools.reduce(code.fadd, column) for column in columns]
+
+    def _rows(self, values: ir.Value, some: ir.Value) -> list[ir.Value]:
+        """The addresses of LANES tokens' values from `some` on."""
+        code = self.code
+        return [code.at(values, code.get(self.places, code.add(some, I64(n)), I64), FLOAT) for n in range(LANES)]
+
+    def _real(self, some: ir.Value) -> ir.Value:
+        """Of LANES tokens from `some` on whether they are no copies."""
+        left = self.code.trunc(self.code.sub(self.count, some), I32)
+        return self.code.icmp_signed("<", ir.Constant(NUMBERS, list(range(LANES))), self.code.spread(left, LANES))
+
+
+def _greater(code: Code, one: ir.Value, other: ir.Value) -> ir.Value:
+    return code.select(code.fcmp_ordered(">", one, other), one, other)
+
+
+def _product(code: Code, query: list[ir.Value], token: ir.Value) -> ir.Value:
+    """A register whose lanes' sum is the product of a query with a token's keys."""
+    total = code.fmul(query[0], code.get(token, I64(0), LINE, 4))
+    for n, register in enumerate(query[1:], 1):
+        total = code.intrinsic("llvm.fma", LINE, register, code.get(token, I64(n), LINE, 4), total)
+    return total
+
+
+def _lanes_of_sums(code: Code, registers: list[ir.Value]) -> ir.Value:
+    """The sum of the first of LANES registers in the first lane, that of the second in the second, and so on."""
+    width = LANES
+    while len(registers) > 1:
+        width //= 2
+        pair = (*range(width), *range(LANES, LANES + width))
+        lanes = [start + lane for start in range(0, LANES, 2 * width) for lane in pair]
+        masks = [ir.Constant(NUMBERS, [lane + part for lane in lanes]) for part in (0, width)]
+        halves = zip(registers[: len(registers) // 2], registers[len(registers) // 2 :], strict=True)
+        registers = [code.fadd(*(code.shuffle_vector(a, b, mask) for mask in masks)) for a, b in halves]
+    return registers[0]
 
 
 def _store(module: ir.Module) -> None:

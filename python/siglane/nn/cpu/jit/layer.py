@@ -9,11 +9,13 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from siglane.nn.cpu.int8_packing import INPUTS, OUTPUTS
 from siglane.nn.cpu.jit.code import ADDRESS, COUNT, Compiled
 from siglane.nn.cpu.jit.product import LAYER
 from siglane.nn.cpu.jit.rows import FOURS, KINDS, MOST, Kind, rows_module
+from siglane.nn.cpu.jit.tiles import TILE_ROWS, has_tiles
 
 THREAD_VALUES = 1 << 17  # of weights from which several threads are faster than one
 Rows = Literal["centred", "wide"]  # a byte a value, or two
@@ -21,11 +23,11 @@ Function = Callable[..., None]
 
 
 class Facts(NamedTuple):
-    """`LAYER` of product.py: addresses, sizes; bias `[outputs]`; stride: bytes of a row on its way."""
+    """`LAYER` of product.py: addresses, sizes; scale, bias `[outputs]`; stride: bytes of a row on its way."""
 
     packed: int
     tail: int
-    scale: int | None
+    scale: torch.Tensor | None
     bias: torch.Tensor | None
     outputs: int
     inputs: int
@@ -52,11 +54,14 @@ class FewRows:
         self.gates = gate is not None and facts.outputs % (2 * OUTPUTS) == 0
         self._outputs, self._stride = facts.outputs, facts.stride
         self._threaded = facts.outputs * facts.inputs >= THREAD_VALUES
-        bias = facts.bias if facts.bias is not None else torch.zeros(facts.outputs)
-        self._held = (functions, bias, *held)
+        scale = None if facts.scale is None else _whole_blocks(facts.scale)
+        bias = torch.zeros(facts.outputs) if facts.bias is None else facts.bias
+        bias = _whole_blocks(bias)
+        self._held = (functions, scale, bias, *held)
         self._native = LAYER.native(
-            facts.packed, facts.tail, facts.scale, bias.data_ptr(), facts.outputs, facts.inputs, facts.stride,
-            -(-facts.outputs // OUTPUTS), facts.eps is not None, facts.eps or 0.0, facts.group,
+            facts.packed, facts.tail, None if scale is None else scale.data_ptr(), bias.data_ptr(),
+            facts.outputs, facts.inputs, facts.stride, _whole(facts.outputs, OUTPUTS) // OUTPUTS,
+            facts.eps is not None, facts.eps or 0.0, facts.group,
         )  # fmt: skip
         self._address = ctypes.addressof(self._native)
 
@@ -69,8 +74,8 @@ class FewRows:
         eps: of an RMSNorm without gain that stands before the layer."""
         outputs, stride = len(scale), -(-inputs // INPUTS) * INPUTS
         first, size = torch.ops.mkldnn.data_ptr(packed), -(-outputs // OUTPUTS) * OUTPUTS * stride
-        facts = Facts(first, first + size, scale.data_ptr(), bias, outputs, inputs, stride, eps)
-        return cls(_functions(KINDS), rows, "gated" if rows == "centred" else None, facts, (packed, scale))
+        facts = Facts(first, first + size, scale, bias, outputs, inputs, stride, eps)
+        return cls(_functions(KINDS), rows, "gated" if rows == "centred" else None, facts, (packed,))
 
     @classmethod
     def four(
@@ -108,9 +113,18 @@ class FewRows:
     def _run(self, function: Function, x: torch.Tensor, y: torch.Tensor, residual: int | None) -> None:
         x, rows = x.contiguous(), x.shape[0]
         threads = torch.get_num_threads() if self._threaded else 1
-        function(
-            self._address, x.data_ptr(), y.data_ptr(), residual, _room.address(2 * rows * self._stride), rows, threads
-        )
+        codes = _room.address(_whole(2 * rows, TILE_ROWS) * self._stride)
+        function(self._address, x.data_ptr(), y.data_ptr(), residual, codes, rows, threads)
+
+
+def _whole(count: int, step: int) -> int:
+    """The next multiple of `step`."""
+    return -(-count // step) * step
+
+
+def _whole_blocks(values: torch.Tensor) -> torch.Tensor:
+    """Float32 `[N]`, filled up with zeros."""
+    return F.pad(values.float(), (0, _whole(len(values), OUTPUTS) - len(values))).contiguous()
 
 
 class _Room(threading.local):
@@ -137,6 +151,6 @@ class _Functions(NamedTuple):
 
 @functools.cache
 def _functions(kinds: tuple[Kind, ...]) -> _Functions:
-    owner = Compiled(rows_module(kinds))
+    owner = Compiled(rows_module(kinds, tiles=has_tiles()))
     arguments = (*[ADDRESS] * 5, COUNT, COUNT)
     return _Functions({kind.name: owner.function(kind.name, *arguments) for kind in kinds}, owner)

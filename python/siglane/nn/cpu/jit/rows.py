@@ -13,11 +13,25 @@ from llvmlite import ir
 
 from siglane.nn.cpu.few_rows import LEAST, LEVELS, MIDDLE, WHOLE, WIDE_LEVELS
 from siglane.nn.cpu.int8_packing import OUTPUTS
-from siglane.nn.cpu.jit.code import BYTE, FLOAT, I32, I64, POINTER, VOID, Code, Struct, exp2, in_threads
+from siglane.nn.cpu.jit.code import (
+    BYTE,
+    FLOAT,
+    I32,
+    I64,
+    LANES,
+    POINTER,
+    VOID,
+    Code,
+    Struct,
+    everywhere,
+    exp2,
+    in_threads,
+)
 from siglane.nn.cpu.jit.four import as_bfloat16, write_four, write_rounded
-from siglane.nn.cpu.jit.product import LAYER, write_eight
+from siglane.nn.cpu.jit.product import LAYER, NUMBERS, REGISTERS, write_eight
 
 MOST = 32  # rows of one call: of more oneDNN's product takes less time
+SUMS = ir.VectorType(FLOAT, LANES)
 BITS = {False: MIDDLE, True: MIDDLE * 256 + MIDDLE}  # of the code of zero, by `wide`
 CALL = Struct(layer=POINTER, y=POINTER, residual=POINTER, codes=POINTER, scales=POINTER, rows=I64, next=I64)
 
@@ -37,11 +51,11 @@ KINDS = (Kind("centred"), Kind("wide", wide=True), Kind("gated", gated=True))
 FOURS = (Kind("four", four=True), Kind("four_gated", four=True, gated=True))
 
 
-def rows_module(kinds: Sequence[Kind]) -> ir.Module:
+def rows_module(kinds: Sequence[Kind], *, tiles: bool) -> ir.Module:
     """For each kind, all of as many bits, a function of its name: layer, x float32 `[rows, K]`, y, residual like y or
-    null, room for codes `[2 * rows, stride]`, rows, threads."""
+    null, room for codes `[2 * rows, stride]`, filled up to whole tiles, rows, threads. tiles: of the processor."""
     module = ir.Module("rows")
-    multiply = write_four(module) if kinds[0].four else write_eight(module)
+    multiply = write_four(module) if kinds[0].four else write_eight(module, tiles=tiles)
     for kind in kinds:
         encode = write_rounded(module, kind.name) if kind.four else _encode(module, kind)
         _layer(module, kind, encode, _work(module, kind, multiply, _finish(module, kind)))
@@ -121,49 +135,66 @@ def _finish(module: ir.Module, kind: Kind) -> ir.Function:
     outputs = LAYER.get(code, layer, "outputs")
     width, first = code.sdiv(outputs, I64(2)) if kind.gated else outputs, code.mul(block, I64(OUTPUTS))
     count = code.least(code.sub(width, first), I64(OUTPUTS))
-    nothing = code.icmp_unsigned("==", code.ptrtoint(residual, I64), I64(0))
+    given = code.icmp_unsigned("!=", code.ptrtoint(residual, I64), I64(0))
+    own, gated = _Scaled.of(code, kind, layer, first), _Scaled.of(code, kind, layer, code.add(first, width))
     with code.count(I64(0), rows) as row:
         line, other = (code.at(some, code.mul(row, I64(OUTPUTS)), I32) for some in (sums, others))
         into, add = (code.at(some, code.add(code.mul(row, width), first), FLOAT) for some in (y, residual))
-        scaled = _Scaled(code, kind, layer, code.get(scales, row, FLOAT))
+        factor = code.get(scales, row, FLOAT)
 
-        def result(place: ir.Value) -> ir.Value:
-            if not kind.gated:
-                return scaled(line, other, place, first)
-            gate = silu(code, scaled(line, other, place, first))
-            return code.fmul(gate, scaled(other, other, place, code.add(first, width)))
+        def plus(value: ir.Value, place: ir.Value) -> ir.Value:
+            total = code.variable(value)
+            with code.if_then(given):
+                code.store(code.fadd(value, code.get(add, place, value.type, 4)), total)
+            return code.load(total, typ=value.type)
 
-        with code.if_else(nothing) as (alone, added):
-            with alone, code.count(I64(0), count) as place:
-                code.put(result(place), into, place)
-            with added, code.count(I64(0), count) as place:
-                code.put(code.fadd(result(place), code.get(add, place, FLOAT)), into, place)
+        results = [own(factor, line, other, number) for number in range(REGISTERS)]
+        if kind.gated:
+            factors = [gated(factor, other, other, number) for number in range(REGISTERS)]
+            results = [code.fmul(silu(code, x), y) for x, y in zip(results, factors, strict=True)]
+        with code.if_else(code.icmp_signed("==", count, I64(OUTPUTS))) as (whole, part):
+            with whole:
+                for number, value in enumerate(results):
+                    code.put(plus(value, I64(number)), into, I64(number), 4)
+            with part:
+                for number, value in enumerate(results):
+                    code.put(value, line, I64(number), 4)
+                with code.count(I64(0), count) as place:
+                    code.put(plus(code.get(line, place, FLOAT), place), into, place)
     code.ret_void()
     return made
 
 
 @dataclass(frozen=True)
 class _Scaled:
-    """Results of a row, whose scale is `factor`."""
+    """Results of a block. scale, bias: addresses of its own."""
 
     code: Code
     kind: Kind
-    layer: ir.Value
-    factor: ir.Value
+    scale: ir.Value
+    bias: ir.Value
 
-    def __call__(self, sums: ir.Value, low: ir.Value, place: ir.Value, first: ir.Value) -> ir.Value:
-        """sums and low: of a block that begins with output `first`."""
-        code, output = self.code, self.code.add(first, place)
-        scale, bias = (code.get(LAYER.get(code, self.layer, name), output, FLOAT) for name in ("scale", "bias"))
+    @classmethod
+    def of(cls, code: Code, kind: Kind, layer: ir.Value, first: ir.Value) -> _Scaled:
+        """first: the block's first output."""
+        scale, bias = (code.at(LAYER.get(code, layer, name), first, FLOAT) for name in ("scale", "bias"))
+        return cls(code, kind, scale, bias)
+
+    def __call__(self, factor: ir.Value, sums: ir.Value, low: ir.Value, number: int) -> ir.Value:
+        """A register of results of a row, whose scale is `factor`."""
+        code, place = self.code, I64(number)
+        bias = code.get(self.bias, place, SUMS, 4)
         if self.kind.four:
-            return code.fadd(as_bfloat16(code, code.get(sums, place, FLOAT)), bias)  # as many rows come out
-        total = code.sitofp(code.get(sums, place, I32), FLOAT)
+            return code.fadd(as_bfloat16(code, code.get(sums, place, SUMS, 4)), bias)  # as many rows come out
+        total = code.sitofp(code.get(sums, place, NUMBERS, 4), SUMS)
         if self.kind.wide:
-            rest = code.sitofp(code.get(low, place, I32), FLOAT)
-            total = code.intrinsic("llvm.fma", FLOAT, total, FLOAT(256), rest)
-        return code.intrinsic("llvm.fma", FLOAT, total, code.fmul(scale, self.factor), bias)
+            rest = code.sitofp(code.get(low, place, NUMBERS, 4), SUMS)
+            total = code.intrinsic("llvm.fma", SUMS, total, everywhere(SUMS, 256), rest)
+        scale = code.fmul(code.get(self.scale, place, SUMS, 4), code.spread(factor, LANES))
+        return code.intrinsic("llvm.fma", SUMS, total, scale, bias)
 
 
 def silu(code: Code, x: ir.Value) -> ir.Value:
-    """`x / (1 + e^-x)`"""
-    return code.fdiv(x, code.fadd(FLOAT(1), exp2(code, code.fmul(x, FLOAT(-math.log2(math.e))))))
+    """`x / (1 + e^-x)` of a register."""
+    power = exp2(code, code.fmul(x, everywhere(x.type, -math.log2(math.e))))
+    return code.fdiv(x, code.fadd(everywhere(x.type, 1), power))

@@ -1,4 +1,4 @@
-"""SGLang's one pass over a checkpoint's tensors: siglane's go to their modules, the rest to SGLang's language model."""
+"""A host's one pass over a checkpoint's tensors: siglane's go to their modules, the others to its language model."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ logger = logging.getLogger(__name__)
 def full_names(checkpoint: Checkpoint) -> dict[str, str]:
     """Name inside a file -> name in siglane's plans (VILA's folders hold parts whose names do not say which part).
 
-    WeightError when two files hold tensors of one name: SGLang would not tell them apart.
+    WeightError when two files hold tensors of one name: a host would not tell them apart.
     """
     names: dict[str, str] = {}
     for tensor in model_tensors(checkpoint):
         if names.setdefault(tensor.key, tensor.name) != tensor.name:
             raise WeightError(
-                f"two files of {checkpoint.root} hold a tensor {tensor.key}; SGLang cannot tell them apart"
+                f"two files of {checkpoint.root} hold a tensor {tensor.key}; the host cannot tell them apart"
             )
     return names
 
@@ -38,7 +38,7 @@ def full_names(checkpoint: Checkpoint) -> dict[str, str]:
 def known_tensors(
     weights: Iterable[tuple[str, torch.Tensor]], checkpoint: Checkpoint, loaded: ModelWeights, *, whole: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """What SGLang reads from the files, under siglane's names and with adapters merged; where `whole`, also what stands
+    """What a host reads from the files, under siglane's names and with adapters merged; where `whole`, also what stands
     in none of the files that it reads, and without a tied head that equals its table.
 
     An update is merged with the same adapters: SGLang loads the old weights again by one where another has failed.
@@ -72,8 +72,8 @@ def language_tensors(
     """What belongs to the language model, under transformers' names; what belongs to `vision` is loaded on the way.
 
     whole: `weights` are all of the checkpoint's, not some that an update brings. WeightError for a tensor of neither,
-    and for one that is left out: SGLang's language model would keep what its memory held. Tied weights that are stored
-    twice are yielded once; OtherWeights when they differ.
+    and for one that is left out: the language model would keep what its memory held. Tied weights that are stored twice
+    are yielded once; OtherWeights when they differ.
     """
     waiting = dict(names) if whole else {}
     plan, hf_plan = family.language_plan(config.language), qwen_plan(config.language)
@@ -95,8 +95,8 @@ def language_tensors(
             yield hf_name, tensor
     if waiting:
         raise WeightError(
-            f"SGLang read {len(names) - len(waiting)} of {len(names)} tensors, not {next(iter(waiting.values()))}; the "
-            "checkpoint's files are not those that its view links to"
+            f"the host read {len(names) - len(waiting)} of {len(names)} tensors, not {next(iter(waiting.values()))}; "
+            "the checkpoint's files are not those that its view links to"
         )
 
 
@@ -107,7 +107,7 @@ def _language_name(name: str, plan: WeightPlan, hf_plan: WeightPlan) -> tuple[st
         case Destination() as destination:
             hf_name = hf_plan.source(destination)
             if hf_name is None:
-                raise WeightError(f"tensor {name} fills {destination.parameter}, which SGLang's model does not have")
+                raise WeightError(f"tensor {name} fills {destination.parameter}, which the host's model does not have")
             return hf_name, destination.twin
         case Ignore():
             return None, False

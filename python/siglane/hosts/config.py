@@ -1,4 +1,4 @@
-"""The configuration class that SGLang and transformers see: what they need to build the language model."""
+"""The configuration class that hosts and transformers see: what they need to build the language model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class SiglaneConfig(PretrainedConfig):
     """config.json of a view (`view.py`).
 
     checkpoint: folder of the model's own files, where siglane reads everything else; adapter: of one that is merged
-    into them, "" for none that lies elsewhere; text_config: the language model's; vision_config: SGLang asks only
+    into them, "" for none that lies elsewhere; text_config: the language model's; vision_config: hosts ask only
     whether there is one; image_token_id: stands at the places of images.
     """
 

@@ -1,0 +1,292 @@
+"""`sampler.py` where the logits lie: a step's choices are enqueued behind its forward and read in one piece.
+
+Numbers are the host's own: the same noise, the same order among equals. What needs more than a few likely tokens, and
+every row that is broken, is left to the host, which reads that row alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from siglane.engine.batch import NextToken
+from siglane.engine.edits import Edits, Pairs, PairTensors, edit
+from siglane.engine.noise import gumbel_noise, noise_key
+from siglane.engine.sampler import SMALLEST_TEMPERATURE, WINDOW, Choices, SampledToken, sample
+from siglane.engine.words import Written
+from siglane.nn.cuda.ops import OPS
+from siglane.nn.trial import first_right
+from siglane.types import TokenLogprob
+
+PAIRS = 1 << 16  # of all rows of a step: with more, a row is the host's
+ROW_NUMBERS = 9  # that a row has at most, beside its pairs
+
+# (scores float32 `[N, vocab_size]`, their peaks, temperatures float32, both keys i64, `[N]`) -> token ids i64 `[N]`
+Best = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(slots=True)
+class SamplingPlan:
+    """A step's rows in numbers of the host. Each: both keys of its noise, temperature, the id that is forced, else -1;
+    filtered: rows with top-k, top-p or min-p, and those; reported: rows whose log-probabilities are wanted, and of how
+    many tokens, `top` at most; host: rows that are not chosen here."""
+
+    first_keys: list[int] = field(default_factory=list)
+    second_keys: list[int] = field(default_factory=list)
+    temperatures: list[float] = field(default_factory=list)
+    forced: list[int] = field(default_factory=list)
+    filtered: list[int] = field(default_factory=list)
+    top_k: list[int] = field(default_factory=list)
+    top_p: list[float] = field(default_factory=list)
+    min_p: list[float] = field(default_factory=list)
+    reported: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    pairs: Pairs = field(default_factory=Pairs)
+    host: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, next_tokens: Sequence[NextToken], eos_token_ids: frozenset[int], vocab_size: int) -> SamplingPlan:
+        plan, room = cls(), PAIRS
+        for row, one in enumerate(next_tokens):
+            params = one.request.sampling
+            edits = Edits.of(params, one.answered, one.tally, eos_token_ids) if one.forced_id is None else None
+            pairs = 0 if edits is None else edits.most
+            first, second = noise_key(one.seed, one.answered)
+            plan.first_keys.append(first)
+            plan.second_keys.append(second)
+            plan.temperatures.append(max(params.temperature, SMALLEST_TEMPERATURE) if params.temperature else 0.0)
+            plan.forced.append(-1 if one.forced_id is None else one.forced_id)
+            if one.constrained is not None or max(params.top_k, params.logprobs or 0) > WINDOW or pairs > room:
+                plan.host.append(row)
+                continue
+            room -= pairs
+            if edits is not None:
+                edits.note(plan.pairs, row, vocab_size)
+            if params.temperature and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0):
+                plan.filtered.append(row)
+                plan.top_k.append(params.top_k)
+                plan.top_p.append(params.top_p)
+                plan.min_p.append(params.min_p)
+            if params.logprobs is not None:
+                plan.reported.append(row)
+                plan.counts.append(params.logprobs)
+        return plan
+
+    @property
+    def top(self) -> int:
+        return max(self.counts, default=0)
+
+    def words(self) -> list[Sequence[int]]:
+        """As `Numbers.of` takes them apart."""
+        pairs = self.pairs
+        return [
+            self.first_keys, self.second_keys, _bits(self.temperatures), self.forced,
+            self.filtered, self.top_k, _bits(self.top_p), _bits(self.min_p), self.reported,
+            pairs.biased, _bits(pairs.biases), pairs.banned, pairs.repeated, _bits(pairs.penalties),
+            pairs.counted, _bits(pairs.amounts),
+        ]  # fmt: skip
+
+
+class Filters(NamedTuple):
+    """rows i64 `[F]`; top_k i64, top_p float64, min_p float32 `[F, 1]`."""
+
+    rows: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+
+
+class Numbers(NamedTuple):
+    """`SamplingPlan` on the device: keys i64, temperatures float32, forced i64 `[N]`; reported i64 `[R]`."""
+
+    keys: tuple[torch.Tensor, torch.Tensor]
+    temperatures: torch.Tensor
+    forced: torch.Tensor
+    filters: Filters
+    reported: torch.Tensor
+    pairs: PairTensors
+
+    @classmethod
+    def of(cls, words: Sequence[torch.Tensor]) -> Numbers:
+        first, second, temperatures, forced, rows, top_k, top_p, min_p, reported, *pairs = words
+        filters = Filters(rows, top_k[:, None], _floats(top_p)[:, None], _floats(min_p)[:, None].float())
+        biased, biases, banned, repeated, penalties, counted, amounts = pairs
+        edits = PairTensors(
+            biased, _floats(biases).float(), banned, repeated, _floats(penalties).float(), counted,
+            _floats(amounts).float(),
+        )  # fmt: skip
+        return cls((first, second), _floats(temperatures).float(), forced, filters, reported, edits)
+
+
+def _bits(numbers: Sequence[float]) -> list[int]:
+    """As integers that the same memory would hold."""
+    found: list[int] = np.asarray(numbers, np.float64).view(np.int64).tolist()
+    return found
+
+
+def _floats(words: torch.Tensor) -> torch.Tensor:
+    return words.view(torch.float64)
+
+
+class DeviceSampler:
+    """`Choose` for logits of `device`, at most `rows` of them in a step."""
+
+    def __init__(self, rows: int, device: torch.device, best: Best) -> None:
+        capacity = ROW_NUMBERS * rows + 2 * PAIRS
+        self._words = torch.zeros(capacity, dtype=torch.int64, device=device)
+        self._turns = itertools.cycle([Written(capacity, device) for _ in range(2)])
+        self._best = best
+
+    def __call__(
+        self, logits: torch.Tensor, next_tokens: Sequence[NextToken], eos_token_ids: frozenset[int]
+    ) -> Callable[[], Choices]:
+        plan = SamplingPlan.of(next_tokens, eos_token_ids, logits.shape[1])
+        written = next(self._turns)
+        written.write(plan.words())
+        packed = choose(logits, Numbers.of(written.copy_to(self._words)), plan.top, self._best)
+        return partial(_read, packed, plan, logits, next_tokens, eos_token_ids)
+
+
+def choose(logits: torch.Tensor, numbers: Numbers, top: int, best: Best) -> torch.Tensor:
+    """logits `[N, vocab_size]` -> i32, flat: the chosen ids `[N]`; whether each is sure `[N]`; of reported rows the ids
+    of the `top` likeliest `[R, top]`, log-probabilities of the chosen one and those `[R, 1 + top]`, floats as bits."""
+    wide = logits.float()
+    low, peaks = wide.aminmax(dim=-1)
+    sure, scores = low.isfinite() & peaks.isfinite(), wide
+    if any(map(len, numbers.pairs)):
+        scores = wide.clone(memory_format=torch.contiguous_format)
+        edit(scores.view(-1), numbers.pairs)
+        peaks = scores.amax(-1)
+        sure &= peaks > -torch.inf
+    token_ids = best(scores.contiguous(), peaks, numbers.temperatures, *numbers.keys)
+    rows = numbers.filters.rows
+    if len(rows):
+        own, peak, temperature, *keys = (
+            x.index_select(0, rows) for x in (scores, peaks, numbers.temperatures, *numbers.keys)
+        )
+        scaled = (own - peak[:, None]) / temperature[:, None]
+        found, enough = _filtered(scaled, (keys[0].int()[:, None], keys[1].int()[:, None]), numbers.filters)
+        token_ids.index_copy_(0, rows, found)
+        sure.index_copy_(0, rows, sure.index_select(0, rows) & enough)
+    token_ids = torch.where(numbers.forced < 0, token_ids, numbers.forced)
+    parts = [token_ids.int(), sure.int()]
+    if len(numbers.reported):
+        asked = wide.index_select(0, numbers.reported)
+        chosen = token_ids.index_select(0, numbers.reported).clamp(0, logits.shape[1] - 1)[:, None]
+        total = asked.logsumexp(-1, keepdim=True)
+        likeliest = _likeliest(asked, top)
+        found = torch.cat((chosen, likeliest), 1)
+        parts += [likeliest.int().flatten(), (asked.gather(1, found) - total).view(torch.int32).flatten()]
+    return torch.cat(parts)
+
+
+def _filtered(
+    scores: torch.Tensor, keys: tuple[torch.Tensor, torch.Tensor], filters: Filters
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`filtered` of `sampler.py` for several rows and a draw among what is left -> token ids i64 and whether the
+    likeliest `WINDOW` were enough, bool, `[F]`. scores: at the temperature, the greatest of each row 0; keys i32
+    `[F, 1]`. Sums are float64: in float32 they differ with the number of rows."""
+    window = min(WINDOW, scores.shape[1])
+    token_ids = _likeliest(scores, window)
+    some = scores.gather(1, token_ids)
+    powers, column = some.exp(), torch.arange(window, device=scores.device)
+    wanted = filters.top_k > 0
+    inside = ~wanted | (column < filters.top_k)
+    whole = torch.where(
+        wanted, (powers * inside).sum(-1, keepdim=True, dtype=torch.float64),
+        scores.exp().sum(-1, keepdim=True, dtype=torch.float64),
+    )  # fmt: skip
+    before = powers.cumsum(-1, dtype=torch.float64) - powers
+    keep = inside & (powers >= filters.min_p) & ((filters.top_p >= 1) | (before < filters.top_p * whole))
+    enough = (wanted[:, 0] | ~keep[:, -1]) if window < scores.shape[1] else torch.ones_like(wanted[:, 0])
+    keep |= column == 0
+    noise = gumbel_noise(token_ids.int(), keys)
+    place = (some + noise).masked_fill_(~keep, -torch.inf).argmax(-1, keepdim=True)
+    return token_ids.gather(1, place)[:, 0], enough
+
+
+def _likeliest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """scores float32 `[N, vocab_size]` -> ids i64 `[N, count]` from likely to unlikely, ties by id: the id is a part of
+    what is compared, because a device's order of equals is its own."""
+    bits = (scores + 0.0).view(torch.int32)  # -0.0 is 0.0
+    ordered = (bits ^ (bits.bitwise_right_shift(31) & 0x7FFFFFFF)).long()
+    last = scores.shape[1] - 1
+    keys = (ordered << 32) + torch.arange(last, -1, -1, device=scores.device)
+    return last - (keys.topk(min(count, last + 1), -1).values & 0xFFFFFFFF)
+
+
+def _read(
+    packed: torch.Tensor,
+    plan: SamplingPlan,
+    logits: torch.Tensor,
+    next_tokens: Sequence[NextToken],
+    eos_token_ids: frozenset[int],
+) -> Choices:
+    """Waits for `packed`."""
+    rows, reported, top = len(next_tokens), len(plan.reported), min(plan.top, logits.shape[1])
+    host = packed.cpu()
+    token_ids, sure, ids, values = host.split([rows, rows, reported * top, reported * (1 + top)])
+    logprobs = values.view(torch.float32).view(reported, 1 + top).tolist()
+    told = zip(ids.view(reported, top).tolist(), logprobs, plan.counts, strict=True)
+    reports = dict(zip(plan.reported, told, strict=True))
+    choices: Choices = []
+    for row, token_id in enumerate(token_ids.tolist()):
+        report = None
+        if row in reports:
+            likely, (own, *others), count = reports[row]
+            report = TokenLogprob(token_id, own, tuple(zip(likely[:count], others[:count], strict=True)))
+        choices.append(SampledToken(token_id, report))
+    again = sorted({*plan.host, *(row for row, good in enumerate(sure.tolist()) if not good)})
+    if again:
+        redone = sample(torch.stack([logits[row] for row in again]), [next_tokens[row] for row in again], eos_token_ids)
+        for row, choice in zip(again, redone, strict=True):
+            choices[row] = choice
+    return choices
+
+
+def with_noise(
+    scores: torch.Tensor,
+    peaks: torch.Tensor,
+    temperatures: torch.Tensor,
+    first_keys: torch.Tensor,
+    second_keys: torch.Tensor,
+) -> torch.Tensor:
+    """What the greatest of is chosen, `[N, vocab_size]`."""
+    token_ids = torch.arange(scores.shape[1], dtype=torch.int32, device=scores.device)
+    noise = gumbel_noise(token_ids.expand_as(scores), (first_keys.int()[:, None], second_keys.int()[:, None]))
+    hot = (temperatures > 0)[:, None]
+    scaled = (scores - peaks[:, None]) / temperatures.where(temperatures > 0, 1)[:, None]
+    return torch.where(hot, scaled + noise, scores)
+
+
+def best_in_torch(
+    scores: torch.Tensor,
+    peaks: torch.Tensor,
+    temperatures: torch.Tensor,
+    first_keys: torch.Tensor,
+    second_keys: torch.Tensor,
+) -> torch.Tensor:
+    return with_noise(scores, peaks, temperatures, first_keys, second_keys).argmax(-1)
+
+
+def tried_best(device: torch.device) -> Best:
+    """The quickest whose noise and order are right there."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(6, 9_001, generator=generator).mul_(3).to(torch.bfloat16).float()  # with equals
+    keys = torch.tensor([noise_key(seed, 5) for seed in range(6)]).T
+    temperatures = torch.tensor([0.0, 1.0, 0.5, 2.0, 1.0, 0.0])
+    inputs = scores, scores.amax(-1), temperatures, keys[0], keys[1]
+    exact = with_noise(*inputs).to(device)
+    here = [x.contiguous().to(device) for x in inputs]
+
+    def run(best: Best) -> torch.Tensor:
+        return exact.gather(1, best(*here)[:, None])
+
+    candidates: dict[str, Best] = {"Triton": OPS.best_token, "torch": best_in_torch}
+    return first_right("noise over a vocabulary", candidates, run, exact.amax(-1, keepdim=True))[1]

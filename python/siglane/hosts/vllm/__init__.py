@@ -1,0 +1,1 @@
+"""siglane inside stock vLLM: its plugin, and the classes that vLLM loads by name."""
