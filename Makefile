@@ -72,7 +72,7 @@ test-triton: $(TRITON)/.ready  ## the GPU's kernels without a GPU: interpreted a
 test-sglang: $(SGLANG)/.ready  ## the tests inside the real SGLang, without a GPU; an environment of its own, 3 GB
 	@$(SGLANG)/bin/python -m pytest -q -rs -m sglang $(SGLANG_TESTS)
 
-test-vllm: $(READY) $(VLLM)/.ready  ## siglane's answers against the real vLLM's, without a GPU; an environment of its own, 3 GB
+test-vllm: $(READY) $(VLLM)/.ready  ## the tests inside the real vLLM and against its own classes, without a GPU; an environment of its own, 3 GB
 	@$(BIN)/python -m pytest -q -rs -m vllm $(VLLM_TESTS)
 
 test-ray: $(RAY)/.ready  ## batches on a Ray of this machine; an environment of its own on top of .venv, 250 MB
@@ -153,12 +153,12 @@ $(SGLANG)/.ready: pyproject.toml constraints.txt $(SCHEMAS) $(SGLANG_TESTS)/requ
 		> $$site/sglang_test_environment.pth
 	@touch $@
 
-$(VLLM)/.ready: constraints.txt $(SCHEMAS) $(wildcard $(VLLM_TESTS)/*.txt)
+$(VLLM)/.ready: pyproject.toml constraints.txt $(SCHEMAS) $(wildcard $(VLLM_TESTS)/*.txt)
 	@test -n "$(PYTHON)" || { echo "siglane needs Python 3.11 or newer on the PATH (or: make PYTHON=/path/to/python)" >&2; exit 1; }
 	@test -x $(VLLM)/bin/python || { echo "== creating $(VLLM) with $(PYTHON)"; $(PYTHON) -m venv $(VLLM); }
 	@awk -F== 'NR == FNR { if (NF > 1) own[$$1]; next } !($$1 in own)' $(VLLM_TESTS)/requirements.txt constraints.txt > $(VLLM)/constraints.txt
-	@echo "== installing $(TORCH) and what vLLM imports"
-	@$(VLLM_PIP) -c $(VLLM)/constraints.txt $(TORCH) -r $(VLLM_TESTS)/requirements.txt
+	@echo "== installing $(TORCH), siglane and what vLLM imports"
+	@$(VLLM_PIP) -c $(VLLM)/constraints.txt $(TORCH) -r $(VLLM_TESTS)/requirements.txt -e '.[video]'
 	@echo "== installing vLLM"
 	@$(VLLM_PIP) --no-deps -r $(VLLM_TESTS)/no_deps.txt
 	@site=$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \

@@ -1,9 +1,10 @@
 """The first thing to run on a GPU: is every number right, and how near is every time to what the card allows?
 
-    python benchmark/gpu_report.py [--quick] [--out FOLDER]
+    python benchmark/gpu_report.py [--quick] [--seconds 540] [--out FOLDER]
 
 Each stage (`benchmark/gpu_stages.py`) is a process of its own with a limit, so that one that hangs or dies costs itself
-alone; what it says is written to FOLDER/gpu_report.jsonl at once. `--quick`: right numbers only, two minutes. Without a
+alone, and so does a part of it that raises. What is said goes to FOLDER/gpu_report.jsonl at once, what is logged to
+FOLDER/STAGE.log, all of it and the goals to FOLDER/gpu_report.json at last. `--quick`: right numbers only. Without a
 GPU the same stages run on the CPU with tiny shapes, which shows that they run and nothing else.
 
 Exit code: 0 when every goal is met, 1 when one is missed or a stage breaks, 2 without a GPU. Nothing is downloaded.
@@ -13,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,31 +37,39 @@ class Stage(NamedTuple):
 
 PLAN = (
     Stage("machine", 60, True),
-    Stage("kernels", 120, True),
-    Stage("tests", 180, False),
+    Stage("kernels", 180, True),
     Stage("answers", 120, True),
-    Stage("tower", 120, False),
-    Stage("decode", 240, False),
-    Stage("engine", 180, False),
+    Stage("tower", 90, False),
+    Stage("decode", 180, False),
+    Stage("engine", 120, False),
+    Stage("tests", 240, False),
 )
+LEAST_SECONDS = 10
 Line = dict[str, Any]
 
 
-def run(stage: Stage, small: bool) -> list[Line]:
-    """What it says, a line of JSON each, and how it ended where it did not end well."""
+def run(stage: Stage, small: bool, log: Path, left: float = math.inf) -> list[Line]:
+    """What it says, a line of JSON each, and how it ended where it did not end well. log: what it writes to stderr;
+    left: seconds after which it is ended in any case."""
+    if left < LEAST_SECONDS:
+        return [{"stage": stage.name, "error": "was not begun: no time was left, see --seconds"}]
     command = [sys.executable, str(STAGES), stage.name, *(["--small"] if small else [])]
-    begin = time.monotonic()
-    try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=stage.seconds, check=False)
-        said, error = ended.stdout, None
-        if ended.returncode:
-            error = (ended.stderr.strip().splitlines() or [f"ended with {ended.returncode}"])[-1]
-    except subprocess.TimeoutExpired as expired:
-        said = expired.stdout.decode() if isinstance(expired.stdout, bytes) else ""
-        error = f"did not end within {stage.seconds} s"
-    lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    begin, limit, error = time.monotonic(), min(stage.seconds, left), None
+    with log.open("w", encoding="utf-8") as logged, tempfile.TemporaryFile("w+", encoding="utf-8") as output:
+        try:
+            ended = subprocess.run(command, stdout=output, stderr=logged, timeout=limit, check=False)
+            if ended.returncode:
+                error = f"ended with {ended.returncode}; {last_line(log)}"
+        except subprocess.TimeoutExpired:
+            error = f"did not end within {limit:.0f} s; {last_line(log)}"
+        output.seek(0)
+        lines = [json.loads(line) for line in output if line.startswith("{") and line.endswith("}\n")]
     lines.append({"seconds": round(time.monotonic() - begin, 1)} | ({"error": error} if error else {}))
     return [{"stage": stage.name, **line} for line in lines]
+
+
+def last_line(log: Path) -> str:
+    return (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["nothing was logged"])[-1]
 
 
 def verdict(lines: list[Line], on_gpu: bool) -> tuple[str, int]:
@@ -77,20 +88,25 @@ def verdict(lines: list[Line], on_gpu: bool) -> tuple[str, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--seconds", type=float, default=540, help="after which no stage is begun or goes on")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_report"))
     arguments = parser.parse_args()
-    on_gpu, lines = torch.cuda.is_available(), list[Line]()
+    on_gpu, lines, begin = torch.cuda.is_available(), list[Line](), time.monotonic()
     arguments.out.mkdir(parents=True, exist_ok=True)
     with (arguments.out / "gpu_report.jsonl").open("w", encoding="utf-8") as file:
         for stage in PLAN:
             if arguments.quick and not stage.quick:
                 continue
             print(f"== {stage.name}", flush=True)
-            for line in run(stage, small=not on_gpu):
+            left = arguments.seconds - (time.monotonic() - begin)
+            for line in run(stage, not on_gpu, arguments.out / f"{stage.name}.log", left):
                 print(json.dumps(line), file=file, flush=True)
                 print(json.dumps(line), flush=True)
                 lines.append(line)
     table, code = verdict(lines, on_gpu)
+    whole = {"command": " ".join(sys.argv), "exit_code": code, "goals": [one for one in lines if "goal" in one]}
+    whole |= {"broken": [one for one in lines if "error" in one], "lines": lines}
+    (arguments.out / "gpu_report.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     print(table)
     return code
 

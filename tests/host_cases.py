@@ -93,11 +93,12 @@ Case = tuple[str | Picture | Drawn | VideoSize, ...]
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """write: a checkpoint of a seed into a folder; seeds: two whose answers discriminate; larger: what is multiplied,
-    by the end of a tensor's name; video: whether it reads videos."""
+    """write: a checkpoint of a seed into a folder; seeds: two whose answers discriminate; large_seed: one that does
+    with `large_heads`; larger: what is multiplied, by the end of a tensor's name; video: whether it reads videos."""
 
     write: Callable[[Path, int], object]
     seeds: tuple[int, int]
+    large_seed: int
     larger: Mapping[str, float] = field(default_factory=lambda: QWEN)
     video: bool = True
 
@@ -106,37 +107,45 @@ FAMILIES = {
     "nvila": Family(
         lambda folder, seed: write_nvila_checkpoint(folder, layout="hf", lite=False, seed=seed),
         seeds=(1, 5),
+        large_seed=0,
     ),
     "vila": Family(
-        lambda folder, seed: write_nvila_checkpoint(folder, layout="folders", lite=True, seed=seed), seeds=(0, 5)
+        lambda folder, seed: write_nvila_checkpoint(folder, layout="folders", lite=True, seed=seed),
+        seeds=(0, 5),
+        large_seed=4,
     ),
     "llava_onevision": Family(
-        lambda folder, seed: write_llava_onevision_checkpoint(folder, tied=False, seed=seed), seeds=(5, 0)
+        lambda folder, seed: write_llava_onevision_checkpoint(folder, tied=False, seed=seed), seeds=(5, 0), large_seed=0
     ),
     "ovis2_5": Family(
         lambda folder, seed: write_ovis2_5_checkpoint(folder, seed=seed),
         seeds=(1, 2),
+        large_seed=0,
         larger={"embed_tokens": 4.0, "q_norm": 3.0, "lm_head": 4.0, "visual_tokenizer.head.1": 6.0, "vte": 4.0},
     ),
     "nanovlm": Family(
         lambda folder, seed: write_nanovlm_checkpoint(folder, names="untied", seed=seed),
         seeds=(1, 4),
+        large_seed=1,
         larger={"token_embedding": 4.0, "decoder.blocks.0.attn.q_proj": 2.0, "decoder.head": 4.0},
         video=False,
     ),
     "bee": Family(
         lambda folder, seed: write_relative(folder, "bee", seed=seed),
         seeds=(0, 1),
+        large_seed=1,
         larger={"embed_tokens": 4.0, "layers.0.self_attn.q_norm": 3.0, "lm_head": 4.0},
         video=False,
     ),
     "llava_qwen": Family(
         lambda folder, seed: write_llava_qwen_checkpoint(folder, tied=False, tower="beside", seed=seed),
         seeds=(0, 1),
+        large_seed=0,
     ),
     "ovis2_6": Family(
         lambda folder, seed: write_ovis2_6_checkpoint(folder, moe=True, seed=seed),
         seeds=(0, 3),
+        large_seed=1,
         larger={"embed_tokens": 4.0, "q_norm": 3.0, "lm_head": 4.0, "visual_tokenizer.head.1": 6.0, "vte": 4.0},
     ),
     "smolvlm2": Family(
@@ -145,14 +154,18 @@ FAMILIES = {
             folder, seed=seed, processor={"video_sampling": {"fps": 10, "max_frames": 6}}
         ),
         seeds=(11, 9),
+        large_seed=1,
         larger={"embed_tokens": 4.0, "text_model.layers.0.self_attn.q_proj": 2.0, "lm_head": 4.0},
     ),
     "video_llama_3": Family(
-        lambda folder, seed: write_video_llama_3_checkpoint(folder, seed=seed, videos={"fps": 10}), seeds=(23, 22)
+        lambda folder, seed: write_video_llama_3_checkpoint(folder, seed=seed, videos={"fps": 10}),
+        seeds=(23, 22),
+        large_seed=0,
     ),
     "videollama3_qwen2": Family(
         lambda folder, seed: write_video_llama_3_checkpoint(folder, "authors", seed=seed, videos={"fps": 10}),
         seeds=(8, 1),
+        large_seed=0,
     ),
 }
 
@@ -214,8 +227,12 @@ def ask_siglane(folder: Path, cases: Sequence[Case], tokens: int = TOKENS) -> li
     """The answers of siglane's own engine, through its public door, one after the other."""
     llm = LLM(folder, device="cpu", dtype="float32", kv_tokens=16384)
     sampling = SamplingParams(max_tokens=tokens, ignore_eos=True, logprobs=2)
-    messages = [[{"role": "user", "content": [_part(part) for part in case]}] for case in cases]
-    return [answer for one in messages for answer in llm.chat(one, sampling)]
+    return [answer for case in cases for answer in llm.chat(conversation(case), sampling)]
+
+
+def conversation(case: Case) -> list[dict[str, Any]]:
+    """One user's turn, as OpenAI's clients write it."""
+    return [{"role": "user", "content": [_part(part) for part in case]}]
 
 
 def _part(part: str | Picture | Drawn | VideoSize) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from causal_lm_checkpoint import write_causal_lm_checkpoint
+from causal_lm_checkpoint import Kind, write_causal_lm_checkpoint
 from checkpoints import write_nvila_checkpoint
 from idefics3_checkpoint import write_idefics3_checkpoint
 from llava_onevision_checkpoint import write_llava_onevision_checkpoint
@@ -40,8 +40,10 @@ from siglane.engine.sampler_cuda import DeviceSampler
 from siglane.families.model import VisionLanguageModel
 from siglane.families.processor import Processor, load_processor
 from siglane.nn import attention, rope
+from siglane.nn.cuda.low_bits import LowBitLinear
 from siglane.nn.cuda.ops import OPS
 from siglane.nn.cuda.optimise import KERNELS
+from siglane.nn.quantise import LAYERS, quantised
 from siglane.types import DecodedImage, ImagePart, ImagePatches, Message, Prompt, Request, SamplingParams
 from siglane.weights.hub import open_checkpoint
 
@@ -52,7 +54,7 @@ pytestmark = [
 
 CUDA = torch.device("cuda", 0)
 PAGE = 16
-MOST_OPERATIONS = 13  # of a layer
+LAUNCHES: dict[Kind, int] = {"qwen2": 13, "llama": 13, "qwen3": 13, "qwen3_moe": 16}  # of a layer that decodes
 FAMILIES: dict[str, Callable[[Path], object]] = {
     "nvila": write_nvila_checkpoint,
     "ovis2_5": write_ovis2_5_checkpoint,
@@ -69,7 +71,7 @@ FAMILIES: dict[str, Callable[[Path], object]] = {
 class Event:
     """Of a stream that is not there."""
 
-    def record(self) -> None: ...
+    def record(self, stream: object = None) -> None: ...
 
     def synchronize(self) -> None: ...
 
@@ -143,6 +145,7 @@ class Rig:
 def _a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What asks the driver gets the answers of an H100."""
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(attention, "tried_backend", lambda backends, *_: backends[0])  # a trial reads numbers
     monkeypatch.setattr(kv_module, "short_of_memory", lambda *_: torch.no_grad())
@@ -262,12 +265,38 @@ def test_choices_copy_their_numbers_and_wait_for_nothing(tmp_path: Path) -> None
     assert packed.shape == (2 * len(SAMPLING) + 2 * (3 + 4),)  # two are reported, three likeliest of each
 
 
-def test_operations_of_a_layer_are_counted(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "most"), LAUNCHES.items())
+def test_operations_of_a_layer_are_counted(kind: Kind, most: int, tmp_path: Path) -> None:
     """Each operator of the package is one kernel, but for attention over pages, which is two."""
     counts = []
     for layers in (2, 3):
-        rig = build(tmp_path / str(layers), partial(write_causal_lm_checkpoint, num_hidden_layers=layers), records=True)
+        write = partial(write_causal_lm_checkpoint, kind=kind, num_hidden_layers=layers)
+        rig = build(tmp_path / str(layers), write, records=True)
         rig.run(*rig.decoding(2))
         operations = rig.run(*rig.decoding(2))[1].operations
         counts.append(operations.total() + operations["siglane.paged_decode.default"])
-    assert counts[1] - counts[0] <= MOST_OPERATIONS
+    assert counts[1] - counts[0] == most
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_of_fewer_bits_are_no_more_operations(bits: int, tmp_path: Path) -> None:
+    """A tower, a prefill and steps that decode; a product is one launch, its weight is nowhere made whole."""
+    rig = build(tmp_path / "nvila", write_nvila_checkpoint, records=True)
+    rig.run(*rig.decoding(2))
+    before = rig.run(*rig.decoding(2))[1].operations
+    model, make = rig.device.model, partial(LowBitLinear, bits, OPS.coded_product)
+    found = [(parent, *child) for parent in model.modules() for child in parent.named_children()]
+    with rig.mode, torch.no_grad():
+        for parent, name, layer in found:
+            if isinstance(layer, LAYERS):
+                setattr(parent, name, quantised(layer, make))
+    after = rig.run(*rig.decoding(2))[1].operations
+    assert after["siglane.coded_product.default"] == 4 * rig.processor.config.language.num_hidden_layers
+    assert after.total() <= before.total()
+    images = [picture(rig.processor, seed, 2) for seed in range(2)]
+    with rig.mode, torch.inference_mode():
+        rows = rig.device.encode(images)
+    reading = rig.sequence(6, 40, *images)
+    reading.features, reading.computed = dict(enumerate(rows)), 0
+    logits, _ = rig.run(*rig.decoding(2), Chunk(reading, 0, len(reading.token_ids)))
+    assert logits.shape == (3, rig.processor.config.language.vocab_size)

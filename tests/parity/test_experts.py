@@ -26,6 +26,7 @@ from siglane.hosts.config import text_config
 from siglane.llm import LLM
 from siglane.lm.experts import SparseMLP, experts_rules
 from siglane.lm.qwen import DecoderMLP, QwenModel, qwen_plan
+from siglane.nn.cpu.product import linear
 from siglane.nn.parallel import TensorParallel
 from siglane.nn.plan import WeightPlan
 from siglane.weights.export import checkpoint_tensors
@@ -83,7 +84,7 @@ def test_in_bfloat16_the_softmax_is_float32() -> None:
     reference, x = block().to(dtype), rows(dtype=dtype)
     ours = filled(reference, experts()).to(dtype)
     _, weights, chosen = reference.gate(x)
-    found, numbers = ours.routed(x)
+    found, numbers = ours.routing(linear(x, ours.router))
     assert found.dtype == dtype
     assert torch.equal(numbers, chosen)
     assert torch.equal(found, weights)
@@ -96,7 +97,7 @@ def test_the_weights_of_a_token(normalised: bool, weights: list[float]) -> None:
     config = experts(num_experts=4, norm_topk_prob=normalised)
     ours = SparseMLP(1, config, TensorParallel.single())
     ours.router = torch.nn.Parameter(torch.tensor([[1.0], [3.0], [2.0], [3.5]]))
-    found, chosen = ours.routed(torch.ones(1, 1))
+    found, chosen = ours.routing(linear(torch.ones(1, 1), ours.router))
     assert chosen.tolist() == [[3, 1]]
     assert found[0].tolist() == pytest.approx(weights, abs=1e-5)
 

@@ -46,7 +46,6 @@ from siglane.families.processor import Processor
 from siglane.server.local import LocalServer
 from siglane.server.stored import batch_runner
 from siglane.server.stored.deaths import MOST_DEATHS, DeathBudget
-from siglane.server.stored.replies import BatchRequest
 from siglane.server.stored.store import Batch, Store, StoredFile, new_id
 from siglane.types import Request
 
@@ -332,6 +331,33 @@ def test_a_key_sees_its_own_alone(start: Start, tmp_path: Path) -> None:
         assert server.openai(KEY).files.retrieve(file_id).id == file_id
 
 
+def test_without_its_key_a_batch_waits(
+    start: Start, held: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody may ask in its name; others' go on, and so does it when the key is back."""
+    both, one = key_file(tmp_path, "one", "two"), tmp_path / "one.txt"
+    one.write_text("one")
+    with start(api_keys=both) as server:
+        batch_id = stopped_in_the_middle(server.openai("two"), *map(line, range(8)))
+    held.undo()
+    with start(api_keys=one) as server:
+        client = server.openai("one")
+        for _ in range(2):
+            assert ended(client, create(client, upload(client, line(1))).id).status == "completed"
+    assert [row.message for row in caplog.records if "its key" in row.message] == [
+        f"batch {batch_id} waits: its key is none of the server's"
+    ]
+    store = Store(tmp_path / "data")
+    assert (store.batch(batch_id).status, store.batch(batch_id).completed) == ("in_progress", ANSWERED)
+    store.close()
+    with start() as server:  # open to all: neither theirs
+        eventually(lambda: sum("its key" in row.message for row in caplog.records) == 2)
+    with start(api_keys=both) as server:
+        found = ended(client := server.openai("two"), batch_id)
+        assert found.status == "completed"
+        assert len(rows_of(client, found.output_file_id)) == 8
+
+
 def test_limits_of_uploads(start: Start, tmp_path: Path) -> None:
     with start(api_key="a", api_keys=key_file(tmp_path, "b"), max_file_bytes=5000, max_stored_bytes=8000) as server:
         client = server.openai("a")
@@ -474,8 +500,8 @@ def test_what_is_out_of_time_expires(start: Start, held: pytest.MonkeyPatch, tmp
 
 def test_time_runs_out_while_it_is_answered(stored: RunningServer, held: pytest.MonkeyPatch) -> None:
     client = stored.openai()
-    held.setattr(BatchRequest, "seconds", 2)
-    batch_id = create(client, upload(client, *map(line, range(9)))).id
+    batch_id = stopped_in_the_middle(client, *map(line, range(9)))
+    held.setattr(batch_runner, "_is_late", lambda _: True)
     found = ended(client, batch_id)
     assert found.status == "expired"
     assert len(rows_of(client, found.error_file_id)) == 9 - ANSWERED

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from serving import CHAT, HOST, MODEL, RunningServer, Told, assert_unharmed, picture
+from waiting import PATIENCE
 
 from siglane.cli.bench_load import Taken, Timed, body_of
 from siglane.cli.bench_options import BenchOptions
@@ -133,7 +134,7 @@ class TestChat:
             until(b"hello\r\n")
             until(b"\r\n> ")
             os.write(ours, b"\x04")
-            assert process.wait(20) == 0
+            assert process.wait(PATIENCE) == 0
         os.close(ours)
 
 
@@ -228,7 +229,7 @@ def saying(*events: bytes, status: int = 200) -> Iterator[str]:
 
 def told_by(url: str) -> list[Piece]:
     async def read() -> list[Piece]:
-        async with StreamingClient(url, timeout=5) as client:
+        async with StreamingClient(url, timeout=PATIENCE) as client:
             return [piece async for piece in client.pieces({})]
 
     return asyncio.run(read())

@@ -133,7 +133,11 @@ def test_what_was_said_before_is_read_as_in_a_chat(caller: RunningServer) -> Non
             "role": "user",
             "content": [
                 {"type": "tool_result", "tool_use_id": "c1", "content": "20"},
-                {"type": "tool_result", "tool_use_id": "c2", "content": [text("12:00")]},
+                {
+                    "type": "tool_result",
+                    "tool_use_id": "c2",
+                    "content": [text("12:00"), {"type": "image", "source": source}],
+                },
                 text("And now?"),
             ],
         },
@@ -148,7 +152,7 @@ def test_what_was_said_before_is_read_as_in_a_chat(caller: RunningServer) -> Non
         {"role": "assistant", "content": "Well.",
          "tool_calls": [{"type": "function", "function": function} for function in functions]},
         {"role": "tool", "content": "20"},
-        {"role": "tool", "content": "12:00"},
+        {"role": "tool", "content": [text("12:00"), image_part(picture(24, 30))]},
         {"role": "user", "content": "And now?"},
     ]  # fmt: skip
     plain = caller.post({"model": "tiny", "messages": chat, "tools": BOTH, "max_tokens": 1}).json()
@@ -194,10 +198,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "image_url_forbidden",
         "messages[0].content[1]",
     ),
-    "a picture as a result": (
-        user({**RESULT, "content": [image(type="base64", data="")]}),
+    "a document as a result": (
+        user({**RESULT, "content": [{"type": "document", "source": {}}]}),
         "unsupported_content_type",
         "messages[0].content[0].content[0].type",
+    ),
+    "no picture as a result": (
+        user({**RESULT, "content": [text("x"), image(type="base64", data="bm8=")]}),
+        "image_decode_failed",
+        "messages[0].content[0].content[1]",
     ),
     "a use of the user's": (user({**use(*NOW), "id": "c"}), "unsupported_content_type", "messages[0].content[0].type"),
     "a tool of theirs": ({"tools": [{"type": "web_search_20250305", "name": "s"}]}, "invalid_value", "tools[0].type"),

@@ -109,7 +109,8 @@ def test_what_was_said_before_is_read_as_in_a_chat(caller: RunningServer) -> Non
         {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": IN_BERN[1], "id": "fc_1"},
         {"type": "function_call", "call_id": "c2", "name": "time", "arguments": "{}"},
         {"type": "function_call_output", "call_id": "c1", "output": "20"},
-        {"type": "function_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "12:00"}]},
+        {"type": "function_call_output", "call_id": "c2", "output": [
+            {"type": "input_text", "text": "12:00"}, {"type": "input_image", "image_url": url}]},
     ]  # fmt: skip
     reply = caller.post_to(RESPONSES, **body(caller, input=items, instructions="Be brief.")).json()
     functions = [{"name": "weather", "arguments": IN_BERN[1]}, {"name": "time", "arguments": "{}"}]
@@ -119,7 +120,7 @@ def test_what_was_said_before_is_read_as_in_a_chat(caller: RunningServer) -> Non
         {"role": "assistant", "content": "Let me see.",
          "tool_calls": [{"type": "function", "function": function} for function in functions]},
         {"role": "tool", "content": "20"},
-        {"role": "tool", "content": "12:00"},
+        {"role": "tool", "content": [{"type": "text", "text": "12:00"}, image_part(picture(24, 30))]},
     ]  # fmt: skip
     chat = caller.post({"model": "tiny", "messages": messages, "tools": BOTH, "max_tokens": 1}).json()
     assert reply["usage"]["input_tokens"] == chat["usage"]["prompt_tokens"]
@@ -204,6 +205,27 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         user({"type": "input_image", "image_url": "http://127.0.0.1:1/a.png"}),
         "image_url_forbidden",
         "input[0].content[0]",
+    ),
+    "a result that is no picture": (
+        {
+            "input": [
+                {
+                    "type": "function_call_output",
+                    "call_id": "c",
+                    "output": [
+                        {"type": "input_text", "text": "x"},
+                        {"type": "input_image", "image_url": data_url(b"no")},
+                    ],
+                }
+            ]
+        },
+        "image_decode_failed",
+        "input[0].output[1]",
+    ),
+    "a file as a result": (
+        {"input": [{"type": "function_call_output", "call_id": "c", "output": [{"type": "input_file"}]}]},
+        "unsupported_content_type",
+        "input[0].output[0].type",
     ),
     "a picture of the system": (
         {"input": [{"role": "system", "content": [{"type": "input_image", "image_url": data_url(b"no")}]}]},

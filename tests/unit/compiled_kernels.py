@@ -12,6 +12,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from siglane.nn.cuda import best_token as choosing
+from siglane.nn.cuda import coded_product as coded
+from siglane.nn.cuda import experts as mixing
 from siglane.nn.cuda import paged_decode as decode
 from siglane.nn.cuda import pointwise
 
@@ -35,9 +37,11 @@ def sources(dtype: str, head_dim: int) -> Iterator[tuple[Any, dict[str, str], di
     norm = {"x": rows, "weight": rows, "out": rows, "eps": "fp32", "stride": stride, "within": "i32"}
     for in_float32 in (True, False):
         yield pointwise.norm_row, norm, {"SIZE": 1536, "BLOCK": 2048, "IN_FLOAT32": in_float32}
-    turned = {"x": rows, "cos": rows, "sin": rows, "out": rows, "stride": stride, "heads": "i32"}
-    half = triton.next_power_of_2(head_dim // 2)
-    yield pointwise.turn_heads, turned, {"HALF": head_dim // 2, "BLOCK": half, "HEADS": pointwise.HEADS}
+    turned = {"x": rows, "cos": rows, "sin": rows, "q_gains": rows, "k_gains": rows, "out": rows, "stride": stride}
+    turned |= {"heads": "i32", "q_heads": "i32", "eps": "fp32"}
+    halves = {"HALF": head_dim // 2, "BLOCK": triton.next_power_of_2(head_dim // 2), "HEADS": pointwise.HEADS}
+    for normed in (True, False):
+        yield pointwise.turn_heads, turned, halves | {"NORMED": normed}
     yield pointwise.gate_row, {"gate_up": rows, "out": rows, "size": "i32"}, {"BLOCK": pointwise.COLUMNS}
     kept = {"k": rows, "v": rows, "keys": rows, "values": rows, "slots": "*i64"}
     strides = {"k_stride": stride, "v_stride": stride}
@@ -45,6 +49,17 @@ def sources(dtype: str, head_dim: int) -> Iterator[tuple[Any, dict[str, str], di
     chosen = {"scores": "*fp32", "peaks": "*fp32", "temperatures": "*fp32", "first_keys": "*i64", "second_keys": "*i64"}
     chosen |= {"values": "*fp32", "token_ids": "*i64", "size": "i32"}
     yield choosing.best_of_block, chosen, {"BLOCK": choosing.BLOCK}
+    routed = {"logits": rows, "weights": rows, "chosen": "*i64", "experts": "i32"}
+    yield mixing.route_token, routed, {"TOP": 8, "NORMALISED": True, "BLOCK": 128, "SLOTS": 8}
+    mixed = {"x": rows, "weight": rows, "chosen": "*i64", "scales": rows, "out": rows, "pairs": "i32", "columns": "i32"}
+    blocks = {"ROWS": mixing.ROWS, "BLOCK_N": mixing.BLOCK_N, "BLOCK_K": mixing.BLOCK_K}
+    for four, block_m, block_n in ((True, 16, coded.FEW_N), (False, 64, coded.BLOCK_N)):
+        numbers = rows if four else "*fp32"
+        product = {"x": rows, "codes": "*u8" if four else "*i8", "scales": numbers, "lows": numbers, "bias": rows}
+        product |= {"out": rows, "rows": "i32", "columns": "i32", "stride": stride}
+        shape = {"K": 1536, "BLOCK_M": block_m, "BLOCK_N": block_n, "GROUP": coded.GROUP}
+        yield coded.multiply_codes, product, shape | {"FOUR": four, "BIASED": True}
+    yield mixing.expert_product, mixed, blocks | {"K": 768, "SHARED": 1, "SCALED": True, "PAIRS": 512}
 
 
 def main() -> None:

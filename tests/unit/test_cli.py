@@ -188,6 +188,7 @@ def test_look_draws_a_page(lite: bool, pictures: list[str], tmp_path: Path, caps
     [
         ([], "the following arguments are required: COMMAND"),
         (["fly"], "invalid choice: 'fly'"),
+        (["tokens", "demo", "--wide"], "unrecognized arguments: --wide; see siglane tokens --help"),
         (["tokens", "MODEL"], "no pictures; give IMAGE files or --sizes"),
         (["tokens", "MODEL", "--sizes", "3by4"], "'3by4' is not a size"),
         (["tokens", "MODEL", "/nowhere.png"], "/nowhere.png: cannot be read: No such file"),

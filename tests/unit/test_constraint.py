@@ -17,17 +17,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted_checkpoint import write_scripted_checkpoint
+from json_schemas import GROUPS, OWN
+from scripted_checkpoint import write_calling_checkpoint, write_scripted_checkpoint
+from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from siglane import LLM, Constraint, SamplingParams, UserError
 from siglane.config.vlm import Thinking
 from siglane.engine import constraint
 from siglane.engine.constraint import MOST_CHARACTERS, MOST_GRAMMARS, Constrained, Grammars, check_constraint
+from siglane.engine.grammar_tokens import grammar_tokens
 from siglane.engine.thinking import ThinkingStart
 from siglane.errors import EngineError
 from siglane.families.processor import Processor, load_processor
 from siglane.weights.demo import open_model
+from siglane.weights.hub import open_checkpoint
 
 MOST_TOKENS = 3000
 OPTIONS = ["a blue square", "a green circle", 'a "quoted" word', "äß\n語", "a\\b"]
@@ -216,6 +220,34 @@ def test_whatever_a_model_writes_matches_the_schema(
     check_schema(schema, grammars, processor, range(3))
 
 
+@pytest.mark.parametrize("group", [*GROUPS, "own"])
+def test_the_groups_of_the_standards_tests(group: str, grammars: Grammars, processor: Processor) -> None:
+    for schema in GROUPS.get(group, OWN):
+        check_schema(schema, grammars, processor, range(3))
+
+
+def test_there_are_two_hundred_of_them() -> None:
+    assert len(OWN) >= 50
+    assert sum(map(len, GROUPS.values())) + len(OWN) >= 200
+
+
+@pytest.mark.parametrize("layout", [{"separators": (",", ":")}, {}, {"indent": 2}], ids=["dense", "usual", "indented"])
+def test_an_answer_that_matches_by_itself_is_held_to_nothing_else(
+    layout: dict[str, Any], grammars: Grammars, processor: Processor
+) -> None:
+    """Token by token, as the tokenizer cuts it: greedy, a model says under a schema what it would have said."""
+    for schema in [schema for group in (*GROUPS.values(), OWN) for schema in group]:
+        asked = Constraint.json_schema(schema)
+        value = json.loads(written(asked, grammars, processor, 0), parse_float=finite)
+        text = json.dumps(value, ensure_ascii=False, **layout)
+        constrained = grammars.start(asked, None, "closed")
+        for token_id in (*processor.tokenizer.encode(text, add_special_tokens=False), processor.eos_token_ids[0]):
+            bits = constrained.allowed()
+            assert bits is not None
+            assert bits[token_id], (schema, text, token_id)
+            constrained.append(token_id)
+
+
 NAMES = st.sampled_from(["a", "b", "name", "ü", "語", "x y", '"', "$id"])
 LEAVES = st.sampled_from([*NUMBERS, *TEXTS, {"type": "boolean"}, {"type": "null"}])
 
@@ -270,6 +302,50 @@ def test_choices_letter_by_letter(grammars: Grammars, processor: Processor) -> N
 def test_grammars_in_both_notations(grammar: str, grammars: Grammars, processor: Processor) -> None:
     check_constraint(Constraint("lark", grammar))
     assert {written(Constraint("lark", grammar), grammars, processor, seed) for seed in range(20)} == {"yes", "no"}
+
+
+TAGS = ("<tool_call>", "<think>", "<|im_start|>", "<|im_end|>")
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_text_that_is_a_token_s_name_is_spelled(special: bool, tmp_path: Path) -> None:
+    """llguidance cuts a forced text into tokens and would allow that token alone, which it does not take."""
+    write_calling_checkpoint(tmp_path / "caller", special=special)
+    processor = load_processor(open_checkpoint(tmp_path / "caller"))
+    grammars = Grammars(processor.tokenizer, processor.config.language.vocab_size, processor.eos_token_ids)
+    for tag in TAGS:
+        asked = (
+            Constraint("lark", f'start: "{tag}" "a"'),
+            Constraint("regex", f"{re.escape(tag)}a"),
+            Constraint.choice([f"{tag}a"]),
+            Constraint.json_schema({"const": f"{tag}a"}),
+        )
+        for one in asked:
+            check_constraint(one)
+            said = written(one, grammars, processor, 0)
+            assert said == (json.dumps(f"{tag}a") if one.kind == "json_schema" else f"{tag}a")
+
+
+def test_so_it_is_where_they_lie_in_the_vocabulary(grammars: Grammars, processor: Processor) -> None:
+    names = [token.content for token in processor.tokenizer.added_tokens_decoder.values()]
+    assert "<|im_end|>" in names
+    for name in names:
+        assert written(Constraint.choice([name]), grammars, processor, 0) == name
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_and_in_one_of_scored_pieces(special: bool) -> None:
+    letters = [(letter, -2.0) for letter in "<>s/abu▁"]
+    pieces = Tokenizer(models.Unigram([("<unk>", 0.0), ("<s>", 0.0), *letters], unk_id=0))
+    pieces.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    pieces.add_tokens([AddedToken(text, special=special) for text in ("<unk>", "<s>", "<a>")])
+    tokens = grammar_tokens(PreTrainedTokenizerFast(tokenizer_object=pieces), 20, [1])
+    found = ["", "<s>", *("<>s/abu"), " ", "<a>"]
+    for number in (2, 3, 4, 6, 7):
+        assert tokens.decode_str([number]) == found[number]
+    for number in (1, 10):
+        assert tokens.is_special_token(number)
+    assert tokens.tokenize_str("<a>s") == [2, 6, 3, 4]
 
 
 def nested(levels: int) -> dict[str, Any]:
@@ -347,6 +423,7 @@ REFUSED: dict[str, tuple[Constraint, str, str]] = {
     "going back": (Constraint("regex", "(a)\\1"), "invalid_regex", "backreferences"),
     "a long expression": (Constraint("regex", "a" * (MOST_CHARACTERS + 1)), "invalid_regex", str(MOST_CHARACTERS)),
     "a rule that is not there": (Constraint("lark", "start: x"), "invalid_grammar", "x"),
+    "a token's name": (Constraint("lark", "start: <|im_end|>"), "invalid_grammar", 'token: "<|im_end|>"'),
     "no start": (Constraint("lark", 'other: "x"'), "invalid_grammar", "start"),
     "no grammar": (Constraint("lark", "???"), "invalid_grammar", "grammar"),
     "half of the other notation": (Constraint("lark", "root ::= ("), "invalid_grammar", "grammar"),

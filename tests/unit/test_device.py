@@ -20,6 +20,7 @@ from siglane.engine.engine import Engine
 from siglane.engine.graphs import Recording
 from siglane.engine.kernels import Kernels
 from siglane.engine.kv import SCRATCH_PAGES, PagedKV
+from siglane.engine.limits import padded_rows
 from siglane.engine.words import Held, PageTable, Written
 from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import load_processor
@@ -179,6 +180,20 @@ def test_every_step_has_the_bits_of_a_dynamic_one(
     for number, request in enumerate(requests):
         if request.request_id not in ("tiles 0", "image 1"):
             assert said[request.request_id] == tiny.reference(Asked(request.prompt, request.images), 4 + number)
+
+
+def test_layers_see_few_numbers_of_rows(tiny: Tiny) -> None:
+    """oneDNN makes and keeps a kernel for each."""
+    sizes = {padded_rows(rows, "cpu") for rows in range(1, 513)}
+    assert all(0 <= padded_rows(rows, "cpu") - rows <= rows // 5 for rows in range(1, 513))
+    assert {padded_rows(rows, "cpu") for rows in range(1, 17)} == set(range(1, 17))
+    assert len(sizes) == 60
+    assert {padded_rows(rows, "cuda") for rows in range(1, 513)} == set(range(1, 513))
+    engine, seen = tiny.engine(), list[int]()
+    with tiny.model.language.blocks[0].register_forward_hook(lambda block, given, _: seen.append(len(given[0]))):
+        run(engine, [greedy(str(n), Asked(Prompt(tuple(range(5, 22 + n)))), max_tokens=1) for n in range(9)])
+    assert seen
+    assert set(seen) <= sizes
 
 
 def test_recorded_steps_are_replayed_and_have_the_same_bits(tiny: Tiny, prompts: Mapping[str, Asked]) -> None:

@@ -22,7 +22,7 @@ from engine_kit import Asked
 from siglane.engine.batch import Sequence as Running
 from siglane.engine.device import Computed, StepPlan
 from siglane.engine.engine import Engine
-from siglane.engine.load import load_engine
+from siglane.engine.load import load_engine, placement
 from siglane.engine.lookup import Lookup
 from siglane.errors import EngineError, UserError
 from siglane.families.model import VisionLanguageModel, load_model
@@ -846,6 +846,15 @@ class TestSizes:
         engine = tiny.engine(kv_tokens=0, max_running=1, page_size=100)
         assert engine.context_length == 4096
         assert engine.allocator.total == 41
+
+    def test_a_card_has_a_number_that_is_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Tensors tell theirs: what is kept for "cuda" would not be found for "cuda:0"."""
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        for name, number in (("auto", 0), ("cuda", 0), ("cuda:1", 1)):
+            assert placement(EngineConfig(device=name, dtype="float32"))[0] == torch.device("cuda", number)
+        with pytest.raises(UserError, match="'cuda:2' was asked for, torch finds 2"):
+            placement(EngineConfig(device="cuda:2"))
 
     @pytest.mark.parametrize("device", ["mps", "meta", "gpu", "cuda:x"])
     def test_a_device_the_engine_cannot_use_is_refused_by_name(self, device: str) -> None:

@@ -51,7 +51,14 @@ HOSTS = {name: PurePosixPath("hosts", name) for name in ("sglang", "vllm")}
 
 VISION_STACK = ("types", "errors", "tiling", "nn", "config", "settings", "image", "vision", "projector")
 ON_DEMAND = (  # imported by the function that fetches a URL, and by the operators that start Triton's kernels
-    *("media/remote.py", "nn/cuda/paged_decode.py", "nn/cuda/pointwise.py", "nn/cuda/best_token.py"),
+    *(
+        "media/remote.py",
+        "nn/cuda/paged_decode.py",
+        "nn/cuda/pointwise.py",
+        "nn/cuda/best_token.py",
+        "nn/cuda/experts.py",
+        "nn/cuda/coded_product.py",
+    ),
 )
 EXTRAS = (
     *("fastapi", "orjson", "pybase64", "prometheus_client", "python_multipart", "pyarrow"),

@@ -19,7 +19,7 @@ def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, seconds:
     script = tmp_path / "stages.py"
     script.write_text("import json, sys, time\n" + source)
     monkeypatch.setattr(gpu_report, "STAGES", script)
-    return run(Stage("decode", seconds, quick=False), small=True)
+    return run(Stage("decode", seconds, quick=False), small=True, log=tmp_path / "decode.log")
 
 
 def test_what_a_stage_says_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -31,13 +31,30 @@ def test_what_a_stage_says_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_a_stage_that_dies_keeps_what_it_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     said, end = stage(monkeypatch, tmp_path, "print('{\"ms\": 1}', flush=True)\nraise RuntimeError('no memory')")
     assert said["ms"] == 1
-    assert end["error"] == "RuntimeError: no memory"
+    assert end["error"] == "ended with 1; RuntimeError: no memory"
+    assert "Traceback" in (tmp_path / "decode.log").read_text()
 
 
 def test_a_stage_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     said, end = stage(monkeypatch, tmp_path, "print('{\"ms\": 1}', flush=True)\ntime.sleep(600)", seconds=1)
     assert said["ms"] == 1
-    assert end["error"] == "did not end within 1 s"
+    assert end["error"] == "did not end within 1 s; nothing was logged"
+
+
+def test_what_has_no_time_left_says_so(tmp_path: Path) -> None:
+    (line,) = run(Stage("decode", 60, quick=False), small=True, log=tmp_path / "decode.log", left=3)
+    assert line == {"stage": "decode", "error": "was not begun: no time was left, see --seconds"}
+
+
+def test_a_part_that_raises_is_said_and_the_next_one_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = (
+        f"sys.path.insert(0, {str(REPORT.parent)!r})\nfrom gpu_place import part, say\n"
+        "with part('one'):\n    raise ValueError('wrong\\nmore')\nwith part('two'):\n    say(ms=2)"
+    )
+    first, second, end = stage(monkeypatch, tmp_path, source)
+    assert first == {"stage": "decode", "part": "one", "error": "one: ValueError: wrong"}
+    assert second == {"stage": "decode", "ms": 2}
+    assert "error" not in end
 
 
 def test_the_verdict_is_of_every_goal() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -20,8 +20,9 @@ from siglane.errors import EngineError
 from siglane.nn.act import SwiGLU
 from siglane.nn.attention import packed_attention, tried_backend
 from siglane.nn.cuda.optimise import optimise_on_cuda, use_kernels
+from siglane.nn.experts import Mixing, Routing
 from siglane.nn.norm import InputRMSNorm, RMSNorm
-from siglane.nn.rope import Rotation
+from siglane.nn.rope import NormedRotation, Rotation
 from siglane.nn.trial import fault, first_right
 from siglane.types import AttentionBackend
 
@@ -202,6 +203,44 @@ class Gated(SwiGLU):
         return gate * gate.sigmoid() * up
 
 
+class SameRouting(Routing):
+    """Another name."""
+
+
+class SameMixing(Mixing):
+    """Another name."""
+
+
+class SameRotation(NormedRotation):
+    """Another name."""
+
+
+class LastRouting(Routing):
+    def forward(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, chosen = super().forward(logits)
+        return weights, logits.shape[1] - 1 - chosen
+
+
+class EqualMixing(Mixing):
+    def forward(self, *args: torch.Tensor) -> torch.Tensor:
+        *others, weights, chosen = args
+        return super().forward(*others, torch.full_like(weights, 0.5), chosen)
+
+
+class Exchange(NormedRotation):
+    def forward(self, *args: Any) -> torch.Tensor:
+        *others, q_norm, k_norm = args
+        return super().forward(*others, k_norm, q_norm)
+
+
+HONEST: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    Routing: SameRouting, Mixing: SameMixing, NormedRotation: SameRotation,
+}  # fmt: skip
+LYING: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    Routing: LastRouting, Mixing: EqualMixing, NormedRotation: Exchange,
+}  # fmt: skip
+
+
 class TestModules:
     @DTYPES
     def test_those_whose_kernels_are_right_take_them(
@@ -215,6 +254,18 @@ class TestModules:
             use_kernels(decoder, dtype, CPU, {RMSNorm: Doubled, Rotation: Half, SwiGLU: Gated})
         assert [type(module) for module in decoder] == [RMSNorm, RMSNorm, InputRMSNorm, Rotation, Gated]
         assert caplog.text.count("Triton is not used here: is ") == 2  # once for each kind and size
+
+    @DTYPES
+    def test_experts_and_normed_heads_are_tried_too(self, dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+        """Routers that choose others and mixtures without their weights are found, honest ones are taken."""
+        for kernels in (HONEST, LYING):
+            parts = [Routing(3, normalised=True), Mixing(5), NormedRotation(64, 4)]
+            decoder = torch.nn.ModuleList(parts).to(dtype)
+            with caplog.at_level(logging.INFO, "siglane"):
+                use_kernels(decoder, dtype, CPU, kernels)
+            types = [type(module) for module in decoder]
+            assert types == ([*HONEST.values()] if kernels is HONEST else [*HONEST])
+        assert caplog.text.count("Triton is not used here: is ") == 3
 
     def test_triton_needs_a_gpu(self) -> None:
         norm = RMSNorm(72, 1e-6)

@@ -153,7 +153,8 @@ def test_clients_of_a_server(tmp_path: Path) -> None:
     assert [mine.name, team.name] == [owner_of("a")[:8], "team"]
     assert clients.of_owner(owner_of("b")) is other
     assert isinstance(other.batch_places, asyncio.Semaphore)
-    gone = clients.of_owner(owner_of("revoked"))
-    assert gone is clients.of_owner(gone.owner)
-    assert gone.salt(None) == gone.owner + "\0"
-    assert clients.of_owner("") is clients.everybody
+    assert clients.of_owner(owner_of("revoked")) is None
+    assert clients.of_owner("") is None
+    open_to_all = Clients(ServerConfig())
+    assert open_to_all.of_owner("") is open_to_all.everybody
+    assert open_to_all.of_owner(owner_of("b")) is None

@@ -633,7 +633,7 @@ class TestOrphans:
             descriptor = until_it_loads(stuck)
             parent.kill()
             try:
-                parent.communicate(timeout=PATIENCE / 4)
+                parent.communicate(timeout=PATIENCE)
             finally:
                 os.close(descriptor)  # a child that was not told would now read to the end
 

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 from torch import nn
+from waiting import PATIENCE
 
 from siglane.engine import pulse
 from siglane.engine.pulse import Pulse, Stillness, Watch, turn_seconds
@@ -108,11 +109,11 @@ def test_a_watch_calls_once_and_not_after_its_context() -> None:
         called.set()
 
     with Watch(lambda: 7, 0.1, call):
-        assert called.wait(10)
+        assert called.wait(PATIENCE)
         time.sleep(0.3)
-    with Watch(lambda: 7, 0.2, call):
+    with Watch(lambda: 7, 0.5, call):
         pass
-    time.sleep(0.4)
+    time.sleep(0.7)
     assert calls == [1]
 
 

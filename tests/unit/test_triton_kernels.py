@@ -23,8 +23,10 @@ import torch
 
 from siglane.engine.noise import gumbel_noise, noise_key
 from siglane.nn.act import swiglu
+from siglane.nn.cuda.low_bits import GROUP, eight_bits, four_bits, product_in_torch
+from siglane.nn.experts import Mixing, Routing
 from siglane.nn.norm import InputRMSNorm, RMSNorm
-from siglane.nn.rope import rotary_tables, rotate
+from siglane.nn.rope import NormedRotation, rotary_tables, rotate
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":
@@ -32,6 +34,8 @@ if DEVICE.type == "cpu":
 pytest.importorskip("triton", reason="needs Triton, which torch brings for CUDA; `make test-triton`")
 
 from siglane.nn.cuda import best_token as choosing  # noqa: E402
+from siglane.nn.cuda import coded_product as coded  # noqa: E402
+from siglane.nn.cuda import experts as mixing  # noqa: E402
 from siglane.nn.cuda import paged_decode as decode  # noqa: E402
 from siglane.nn.cuda import pointwise  # noqa: E402
 
@@ -139,6 +143,21 @@ def test_rotation(heads: int, head_dim: int, dtype: torch.dtype) -> None:
     close(pointwise.rotate(x, *tables), rotate(x, *tables), dtype)
 
 
+@DTYPES
+@pytest.mark.parametrize("head_dim", [32, 72, 128])
+def test_rotation_behind_norms(head_dim: int, dtype: torch.dtype) -> None:
+    """Five heads of queries, two of keys, each kind with gains of its own."""
+    module, norms = NormedRotation(head_dim, 5), [RMSNorm(head_dim, 1e-6).to(DEVICE, dtype) for _ in range(2)]
+    with torch.no_grad():
+        for number, norm in enumerate(norms):
+            norm.weight.copy_(torch.linspace(0.5 + number, 2, head_dim))
+    x = spread(4, 7, head_dim, dtype=dtype)
+    tables = rotary_tables(torch.tensor([0, 1, 77, 30_000], device=DEVICE), head_dim, 1e4, dtype)
+    found = pointwise.rotate(x, *tables, norms[0].weight, norms[1].weight, 5, 1e-6)
+    with torch.no_grad():
+        close(found, module(x, *tables, *norms), dtype, roundings=6)
+
+
 @pytest.mark.filterwarnings("ignore:overflow")
 @DTYPES
 @pytest.mark.parametrize("size", [8, 1024, 1500])
@@ -173,6 +192,50 @@ def test_store_writes_its_slots_alone(dtype: torch.dtype) -> None:
         assert torch.equal(cache[[17, 5]], rows[:2])
         untouched = [slot for slot in range(20) if slot not in (17, 5, 0)]
         assert bool((cache[untouched] == 9).all())
+
+
+@DTYPES
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 64, 33), (17, 200, 40), (70, 72, 70)])
+def test_products_with_codes(rows: int, inputs: int, outputs: int, bits: int, dtype: torch.dtype) -> None:
+    """With a bias and without; rows lie in a wider tensor."""
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(rows, inputs + 8, generator=generator).to(DEVICE, dtype)
+    x = wide[:, :inputs]
+    shapes = (outputs, inputs), (outputs,)
+    weight, bias = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes)
+    codes, scales, lows = (eight_bits if bits == 8 else four_bits)(weight * inputs**-0.5)
+    for added in (bias, None):
+        found = coded.coded_product(x, codes, scales, lows, added)
+        close(found, product_in_torch(x, codes, scales, lows, added), dtype, roundings=3)
+
+
+@DTYPES
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize(("experts", "top"), [(3, 1), (5, 3), (128, 8)])
+def test_routing(experts: int, top: int, normalised: bool, dtype: torch.dtype) -> None:
+    logits = spread(9, 1, experts, dtype=dtype).flatten(1).contiguous()
+    weights, chosen = mixing.route(logits, top, normalised)
+    expected, numbers = Routing(top, normalised)(logits)
+    close(weights, expected, dtype)
+    assert torch.equal(logits.gather(1, chosen), logits.gather(1, numbers))  # equals have no order
+    assert all(len(set(row)) == top for row in chosen.tolist())
+
+
+@DTYPES
+@pytest.mark.parametrize(("tokens", "top"), [(1, 1), (20, 1), (7, 3), (64, 4)])
+def test_experts_get_their_tokens(tokens: int, top: int, dtype: torch.dtype) -> None:
+    """All of them to one expert, some to others, none to the last; none of the sizes is a block's."""
+    count, size, width = 6, 72, 40
+    generator = torch.Generator().manual_seed(0)
+    rows = [(tokens, size), (count * 2 * width, size), (count * size, width), (tokens, top)]
+    x, gate_up, down, weights = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in rows)
+    gate_up, down = gate_up * size**-0.5, down * width**-0.5
+    others = torch.rand(tokens, count - 2, generator=generator).argsort(1)[:, : top - 1] + 1
+    chosen = torch.cat((torch.zeros(tokens, 1, dtype=torch.int64), others), 1).to(DEVICE)
+    hidden = pointwise.swiglu(mixing.expert_products(x, gate_up, chosen, count))
+    found = mixing.expert_products(hidden, down, chosen, count, weights).view(tokens, top, size).sum(1)
+    close(found, Mixing(count)(x, gate_up, down, weights, chosen), dtype, roundings=4)
 
 
 @pytest.mark.parametrize("size", [1, 40, choosing.BLOCK, 2 * choosing.BLOCK + 7])
@@ -212,11 +275,11 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_every_kernel_compiles_for_every_gpu(compiled: list[dict[str, Any]]) -> None:
-    kernels = {name for module in (choosing, decode, pointwise) for name in kernels_of(module)}
+    kernels = {name for module in (choosing, coded, decode, mixing, pointwise) for name in kernels_of(module)}
     for architecture in (80, 90, 100):
         for dtype in ("fp32", "fp16", "bf16"):
             names = {one["kernel"] for one in compiled if (one["architecture"], one["dtype"]) == (architecture, dtype)}
-            assert names == kernels - {"part_size", "mixed"}  # which are inlined
+            assert names == kernels - {"part_size", "mixed", "gain"}  # which are inlined
     assert all(one["bytes"] > 0 for one in compiled)
 
 
@@ -224,6 +287,10 @@ def kernels_of(module: ModuleType) -> set[str]:
     tree = ast.parse(inspect.getsource(module))
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     return {one.name for one in functions if "triton.jit" in map(ast.unparse, one.decorator_list)}
+
+
+def test_both_sides_mean_the_same_groups() -> None:
+    assert coded.GROUP == GROUP
 
 
 def test_noise_takes_exact_logarithms(compiled: list[dict[str, Any]]) -> None:

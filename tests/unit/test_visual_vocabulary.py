@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from peak import PEAK
+from waiting import PATIENCE
 
 from siglane.config.projector import LinearLayer, NormLayer, ProjectorConfig, vocabulary_projector
 from siglane.errors import ConfigError
@@ -87,7 +88,7 @@ class Ranks:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._barrier = threading.Barrier(size, timeout=30)
+        self._barrier = threading.Barrier(size, timeout=PATIENCE)
         self._given: list[torch.Tensor] = [torch.empty(0)] * size
 
     def run(self, work: Callable[[TensorParallel], torch.Tensor]) -> list[torch.Tensor]:

@@ -21,6 +21,7 @@ from causal_lm_checkpoint import write_causal_lm_checkpoint
 from checkpoints import write_nvila_checkpoint
 from transformers import AutoModelForCausalLM
 from two_tower_checkpoint import write_two_tower_checkpoint
+from waiting import PATIENCE
 
 from siglane import LLM, Tagger
 from siglane.cli.main import main
@@ -225,15 +226,15 @@ def nobody() -> Iterator[None]:
 
 class TestUnreadable:
     @pytest.fixture
-    def open_folder(self, model: Path) -> Path:
-        """Reachable by everybody, whatever pytest's own folders allow."""
-        top = Path(tempfile.gettempdir())
-        for parent in [model, *model.parents]:
-            if parent.owner() == model.owner() and parent != top and parent.is_relative_to(top):
-                parent.chmod(0o755)
-        for file in model.iterdir():
-            file.chmod(0o644)
-        return model
+    def open_folder(self, model: Path) -> Iterator[Path]:
+        """Reachable by everybody: pytest closes its own folders, again whenever another one starts."""
+        with tempfile.TemporaryDirectory() as top:
+            Path(top).chmod(0o755)
+            folder = shutil.copytree(model, Path(top) / "model")
+            folder.chmod(0o755)
+            for file in folder.iterdir():
+                file.chmod(0o644)
+            yield folder
 
     @pytest.mark.parametrize(
         "file", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "adapter_config.json"]
@@ -378,9 +379,9 @@ def test_a_server_merges_an_adapter(model: Path, tmp_path: Path) -> None:
     engine.start()
     try:
         engine.submit([Request("one", Prompt(expected.prompt_token_ids), SamplingParams(), 6)], said.put)
-        deltas = [said.get(timeout=30)]
+        deltas = [said.get(timeout=PATIENCE)]
         while deltas[-1].finished is None:
-            deltas.append(said.get(timeout=30))
+            deltas.append(said.get(timeout=PATIENCE))
     finally:
         engine.close()
     assert [delta.token_id for delta in deltas if delta.token_id is not None] == list(expected.output_token_ids)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Serving = Callable[[], AbstractContextManager["AbstractAsyncContextManager[Server]"]]
 
 RESTARTS = 50  # of the engine in a few minutes: every row may kill it twice
+PATCH_CACHE_BYTES = 32 << 20  # rows about equal pictures are asked one after the other
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +152,8 @@ def _own_models(arguments: argparse.Namespace) -> tuple[Mapping[str, Any], Servi
     from siglane.weights.demo import FOLDERS, demo_folder
 
     config, model = read_options(ServerConfig, arguments), arguments.model
+    if config.patch_cache_bytes is None:
+        config = dataclasses.replace(config, patch_cache_bytes=PATCH_CACHE_BYTES)
     if model in FOLDERS:
         config = dataclasses.replace(config, served_model_name=config.served_model_name or model)
         model = str(demo_folder() / FOLDERS[model])

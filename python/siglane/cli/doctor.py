@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, TextIO
 
 from siglane.cli.common import COMMON, MODEL, Argument, checkpoint_of, emit_json
 from siglane.errors import SiglaneError, UserError
+from siglane.look.words import counted
 from siglane.settings.flags import OptionGroup, known_variables, read_options
 from siglane.settings.options import PREFIX, CommandOptions
 
@@ -172,9 +173,8 @@ def _devices() -> Iterator[Check]:
 
     speed = _gemm("cpu", torch.float32)
     kernels = torch.backends.cpu.get_cpu_capability()
-    yield Check(
-        "cpu", "ok", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {kernels}, {speed:,.0f} GFLOP/s"
-    )
+    cores, threads = counted(os.cpu_count() or 1, "core"), counted(torch.get_num_threads(), "thread")
+    yield Check("cpu", "ok", f"{cores}, {threads}, {kernels}, {speed:,.0f} GFLOP/s")
     if not torch.cuda.is_available():
         yield Check("cuda", "note", "no GPU that torch can use; the CPU is used")
         return

@@ -21,6 +21,7 @@ from siglane.cli.common import (
     write_tensors,
 )
 from siglane.errors import UserError
+from siglane.look.words import counted
 from siglane.settings.engine import EngineConfig
 from siglane.settings.flags import OptionGroup, read_options
 from siglane.settings.media import DecodeOptions
@@ -89,5 +90,6 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     if options.json:
         emit_json(rows, out)
     else:
-        emit_line(f"{options.output}: {len(tensors)} tensors of {len(rows) - len(failures)} images", out)
+        images = counted(len(rows) - len(failures), "image")
+        emit_line(f"{options.output}: {counted(len(tensors), 'tensor')} of {images}", out)
     return 0

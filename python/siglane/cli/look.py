@@ -55,9 +55,9 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
 
     from siglane.families.pipeline import MediaPipeline, report_image
     from siglane.families.processor import Processor
-    from siglane.look.drawing import counted
     from siglane.look.page import draw
     from siglane.look.seen import view_of
+    from siglane.look.words import counted
     from siglane.media.item import MediaItem
 
     processor = load_image_processor(checkpoint)

@@ -105,7 +105,10 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
                     type=argument.type,
                 )
             add_options(command, [*module.OPTIONS, *COMMON])
-    return parser.parse_args(words)
+    parsed, unknown = parser.parse_known_args(words)
+    if unknown:
+        commands.choices[parsed.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+    return parsed
 
 
 def command_options() -> dict[str, tuple[OptionGroup, ...]]:

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
 from siglane.config.vlm import Thinking
+from siglane.engine.grammar_tokens import grammar_tokens
 from siglane.engine.json_schema import ignored_keyword, never_ends
 from siglane.engine.thinking import ThinkingStart
 from siglane.engine.tool_grammar import Calls, Schema, Tags, lark, read_calls
@@ -144,15 +145,8 @@ class Grammars:
 
     @cached_property
     def _tokens(self) -> LLTokenizer:
-        llguidance = _llguidance()
-        backend = self._tokenizer.backend_tokenizer
-        facts = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
-        known = max(self._vocab_size, backend.get_vocab_size(with_added_tokens=True))  # media may lie above the model's
-        try:
-            return llguidance.LLTokenizer(json.dumps(facts), n_vocab=known, eos_token=self._eos_token_ids)
-        except Exception as error:
-            message = f"this model's tokenizer cannot be held to a grammar ({error})"
-            raise UserError(message, code="unsupported_field") from error
+        _llguidance()
+        return grammar_tokens(self._tokenizer, self._vocab_size, self._eos_token_ids)
 
 
 class Constrained:
@@ -279,7 +273,8 @@ def _first_line(message: str) -> str:
     """What a client may read of llguidance's message: the reason, without its state."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     reasons = [line for line in lines if line.startswith("error:")]
-    return (reasons or lines or ["nothing more can follow"])[0][:200]
+    reason = (reasons or lines or ["nothing more can follow"])[0]
+    return reason.partition("; following special tokens")[0][:200]  # which are not the model's
 
 
 @cache

@@ -13,6 +13,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from siglane.engine.attention import EagerKernels, TorchKernels
 from siglane.engine.attention_compiled import compiled_kernels
@@ -23,7 +24,7 @@ from siglane.engine.graphs import Capture, buckets_up_to, capture_on_cuda, recor
 from siglane.engine.kernel_trial import Shape
 from siglane.engine.kernels import DecodeRows, Kernels, PrefillRows, StepAttention
 from siglane.engine.kv import PagedKV
-from siglane.engine.limits import StepLimits
+from siglane.engine.limits import StepLimits, padded_rows
 from siglane.engine.memory import LargestStep, kv_bytes
 from siglane.engine.readouts import Readouts, read
 from siglane.engine.sampler import Choices, Choose, SampledToken, choose_on_host
@@ -64,7 +65,8 @@ def build_device(
         model, kv, kernels, limits, eos_token_ids, packing=config.enable_packing, buckets=buckets, choose=choose
     )
     if buckets:
-        made.record(capture_on_cuda)
+        with torch.cuda.device(device):  # whose streams a capture uses
+            made.record(capture_on_cuda)
     return made
 
 
@@ -151,7 +153,7 @@ class Device:
         self.vocab_size = model.language.config.vocab_size
         self.packing, self.eos_token_ids = packing, eos_token_ids
         self.buckets = tuple(sorted(buckets))
-        self._choose = choose
+        self.choose = choose
         self._table = PageTable(limits.running + 1, limits.columns, self.device)
         self._words = torch.zeros(limits.numbers, dtype=torch.int64, device=self.device)
         self._replays: dict[int, Callable[[], torch.Tensor]] = {}
@@ -161,6 +163,11 @@ class Device:
     def record(self, capture: Capture) -> None:
         """Steps of all `buckets` are replayed from now on, where they can be captured; for kernels that record."""
         self._replays = record(self.buckets, self._padding_alone, capture)
+
+    @property
+    def recorded(self) -> tuple[int, ...]:
+        """Sizes of steps that are replayed."""
+        return tuple(sorted(self._replays))
 
     def encode(self, images: Sequence[ImagePatches]) -> tuple[torch.Tensor, ...]:
         """All images in one packed forward, or each in its own -> each image's rows `[layout.rows, hidden_size]`, in
@@ -211,7 +218,7 @@ class Device:
         logits, readouts = self.forward(plan)
         wanted = [chunk.next_tokens for chunk in plan.chunks]  # while the device computes
         every = list(itertools.chain.from_iterable(wanted))
-        choices = self._choose(logits, every, self.eos_token_ids) if every else list
+        choices = self.choose(logits, every, self.eos_token_ids) if every else list
         return Pending(plan, readouts, [len(own) for own in wanted], choices)
 
     def forward(self, plan: StepPlan) -> Computed:
@@ -264,7 +271,10 @@ class Device:
             None if decodes is None else kernels.decode(decodes),
             None if prefills is None else kernels.prefill(prefills),
         )
-        return self.model.language.decode(embeds, positions, attention)
+        rows = len(embeds)
+        if padding := padded_rows(rows, self.device.type) - rows:
+            embeds, positions = F.pad(embeds, (0, 0, 0, padding)), F.pad(positions, (0, padding))
+        return self.model.language.decode(embeds, positions, attention)[:rows]
 
     def _numbers(self, chunks: tuple[Chunk, ...], decodes: int, padding: int, held: Sequence[Held]) -> list[list[int]]:
         """tokens, positions, slots; rows of the table and lengths of what decodes; rows that choose a token; of

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 
 from siglane.engine.batch import Chunk
 
@@ -76,7 +77,8 @@ class Kernels(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepAttention:
-    """The `LayerAttention` of one step. decodes: its rows D; decode, prefill: None without such rows."""
+    """The `LayerAttention` of one step. decodes: its rows D; decode, prefill: None without such rows. What q, k and v
+    have behind `slots` is padding, which is not stored and attends to nothing."""
 
     kernels: Kernels
     slots: torch.Tensor
@@ -85,7 +87,14 @@ class StepAttention:
     prefill: PrefillAttention | None
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        padding = len(q) - len(self.slots)
+        if padding:
+            q, k, v = (x[:-padding] for x in (q, k, v))
         self.kernels.store(layer, self.slots, k, v)
+        attended = self._attend(layer, q, k, v)
+        return F.pad(attended, (0, 0, 0, 0, 0, padding)) if padding else attended
+
+    def _attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if self.prefill is None:
             assert self.decode is not None
             return self.decode(layer, q)

@@ -112,6 +112,8 @@ def placement(config: EngineConfig) -> tuple[torch.device, torch.dtype, torch.dt
     ConfigError when this machine cannot do what is asked: a wrong choice fails here, not at the first image.
     """
     device = config.resolve_device()
+    if device.type == "cuda":  # tensors know their device by number
+        device = torch.device("cuda", device.index or 0)
     dtype, vision_dtype = config.resolve_dtypes(device)
     runnable_backends(config.attention_backend, device, vision_dtype)
     return device, dtype, vision_dtype

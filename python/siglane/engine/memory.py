@@ -87,4 +87,5 @@ def measured_peak(model: VisionLanguageModel, rows: LargestStep, choose: Choose)
     request = Request("largest", Prompt((0,)), HARDEST, 1)
     choose(logits, [Sequence.of(request, 0, 0).next_token()] * len(logits), frozenset())()
     torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()  # which the KV cache is to have
     return torch.cuda.max_memory_allocated(device)

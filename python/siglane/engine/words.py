@@ -40,7 +40,7 @@ class Written:
         views = memory[:count]
         views.copy_(self.memory[:count], non_blocking=True)
         if self._copied is not None:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(memory.device))  # a thread's own device may be another
         return views.split(self.lengths)
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import EntryPoint, PackageNotFoundError, version
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from siglane.hosts.config import SiglaneConfig
 from siglane.hosts.settings import HostConfig
@@ -88,11 +88,11 @@ def settings(kind: type[HostConfig]) -> Iterator[Finding]:
 
 def calls(called: Mapping[str, tuple[str, ...]]) -> Iterator[Finding]:
     """called: every function and class of a host's that siglane calls or extends, as module:name, with the parameters
-    that it is given."""
+    that it is given. One that versions have in different places is `module:name or module:name`."""
     fit = 0
     for place, expected in called.items():
         try:
-            found = set(inspect.signature(pkgutil.resolve_name(place)).parameters)
+            found = set(inspect.signature(resolve(*place.split(" or "))).parameters)
         except (ImportError, AttributeError) as error:
             yield Finding(place, True, f"not in this version: {error}")
             continue
@@ -103,6 +103,17 @@ def calls(called: Mapping[str, tuple[str, ...]]) -> Iterator[Finding]:
             fit += 1
     detail = f"{fit} of {len(called)} functions and classes have the parameters siglane gives them"
     yield Finding("calls", fit < len(called), detail)
+
+
+def resolve(place: str, *others: str) -> Any:
+    """What stands at the first of these places, module:name, that the installed host has. ImportError or AttributeError
+    as of the last one."""
+    try:
+        return pkgutil.resolve_name(place)
+    except (ImportError, AttributeError):
+        if not others:
+            raise
+    return resolve(*others)
 
 
 def self_test(module: str) -> Iterator[Finding]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -20,6 +22,8 @@ from siglane.settings.media import MediaConfig
 from siglane.tiling.rule import ImageBudget
 from siglane.types import ImagePatches, Prompt, Size
 
+T = TypeVar("T")
+
 FETCH_THREADS = 64  # they wait for web servers most of the time
 
 
@@ -28,25 +32,22 @@ def in_message(error: UserError, param: str) -> UserError:
     return error if error.message.startswith(param) else UserError(f"{param}: {error.message}", code=error.code)
 
 
-def is_remote(source: object) -> bool:
-    return isinstance(source, str) and source[:8].lower().startswith(("http://", "https://"))
-
-
 class MediaReader:
-    """Reads the files of items under the media policy of a pipeline."""
+    """Reads the files of items under the media policy of a pipeline, beside what else its process does."""
 
     def __init__(self, pipeline: MediaPipeline) -> None:
-        self._pipeline = pipeline
+        self.pipeline = pipeline
         self._fetchers = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="siglane-fetch")
 
     async def read(self, items: Sequence[MediaItem]) -> None:
-        """Pictures that the caller opened stay as they are. ImageError names a bad item.
+        """Pictures that the caller opened stay as they are. ImageError names a bad item."""
+        await asyncio.gather(*(self.elsewhere(item.source, partial(self.pipeline.read, item)) for item in items))
 
-        What comes over the network waits on threads of its own: a slow web server holds up nobody else.
-        """
-        loop = asyncio.get_running_loop()
-        jobs = [(self._fetchers if is_remote(item.source) else None, item) for item in items]
-        await asyncio.gather(*(loop.run_in_executor(pool, self._pipeline.read, item) for pool, item in jobs))
+    async def elsewhere(self, source: object, job: Callable[[], T]) -> T:
+        """What `job` gives, which reads `source`, on another thread. What comes over the network waits on threads of
+        its own: a slow web server holds up nobody else."""
+        remote = isinstance(source, str) and source[:8].lower().startswith(("http://", "https://"))
+        return await asyncio.get_running_loop().run_in_executor(self._fetchers if remote else None, job)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,14 +8,15 @@ from typing import Any
 
 from siglane.weights.demo import FOLDERS, demo_folder
 
-MODEL, PICTURE, EXPECTED = "demo-native", "cafe.png", "CAFE"
+PICTURE, EXPECTED = "cafe.png", "CAFE"
 QUESTION = "What does the sign say?"
 PROMPT = f"<|im_start|>user\n<image>\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
 TOKENS = 8
 
 
-def model() -> str:
-    return str(demo_folder() / FOLDERS[MODEL])
+def model(name: str) -> str:
+    """The folder of a shipped model."""
+    return str(demo_folder() / FOLDERS[name])
 
 
 def picture_url() -> str:

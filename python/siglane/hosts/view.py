@@ -104,6 +104,14 @@ def view_of(model: str, revision: str | None, host: Host) -> Path | None:
     return view
 
 
+def is_view(model: str) -> bool:
+    """Whether it is the folder of one."""
+    config = Path(model) / "config.json"
+    return (
+        config.is_file() and Checkpoint(Path(model)).json("config.json").get("model_type") == SiglaneConfig.model_type
+    )
+
+
 def write_view(checkpoint: Checkpoint, views: Path) -> Path:
     """The view of a checkpoint below folder `views`, made once for each state of its files.
 
@@ -201,6 +209,7 @@ def _fill(folder: Path, checkpoint: Checkpoint, processor: Processor, config: Vl
     processor.tokenizer.chat_template = processor.chat_template()
     processor.tokenizer.save_pretrained(str(folder))
     _keep_only(folder / "tokenizer_config.json", TOKENIZER_KEYS)
+    _keep_embedded(folder, config.language.vocab_size)
     (folder / IN_USE).touch()
     for number, file in enumerate(files):
         os.symlink(file, folder / f"part-{number:05d}.safetensors")
@@ -210,6 +219,29 @@ def _keep_only(path: Path, keys: Collection[str]) -> None:
     """What a tokenizer was loaded with is saved with it: names of a processor, of code, of templates, of anything."""
     stated = json.loads(path.read_text(encoding="utf-8"))
     _write(path, {key: value for key, value in stated.items() if key in keys})
+
+
+def _keep_embedded(folder: Path, rows: int) -> None:
+    """Of the added tokens only those that the model has an embedding for. Any other one (NVILA's `<image>`) is text to
+    a host, whose engine would end with a client that spells it; siglane finds placeholders in texts.
+
+    rows: of the table.
+    """
+    stored = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    kept = [token for token in stored["added_tokens"] if token["id"] < rows]
+    if len(kept) == len(stored["added_tokens"]):
+        return
+    beyond = {token["content"] for token in stored["added_tokens"]} - {token["content"] for token in kept}
+    _write(folder / "tokenizer.json", stored | {"added_tokens": kept})
+    stated = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    decoder = {key: one for key, one in stated.get("added_tokens_decoder", {}).items() if int(key) < rows}
+    names = {key: value for key, value in stated.items() if not (key.endswith("_token") and _content(value) in beyond)}
+    _write(folder / "tokenizer_config.json", names | ({"added_tokens_decoder": decoder} if decoder else {}))
+
+
+def _content(token: object) -> object:
+    """Of a token as tokenizer_config.json names it: a text, or an object."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def placeholder_id(config: VlmConfig) -> int:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from siglane.config.language import ExpertsConfig
-from siglane.nn.act import swiglu
 from siglane.nn.cpu.product import linear
+from siglane.nn.experts import Mixing, Routing
 from siglane.nn.linear import ShardedModule, check_shape
 from siglane.nn.parallel import TensorParallel
 from siglane.nn.plan import Rule, parts
@@ -26,37 +26,22 @@ class SparseMLP(nn.Module):
     def __init__(self, hidden_size: int, experts: ExpertsConfig, tp: TensorParallel) -> None:
         super().__init__()
         self.experts, self.tp = experts, tp.divides(experts.size)
+        self.routing, self.mixing = Routing(experts.per_token, experts.normalised), Mixing(experts.count)
         self.router = nn.Parameter(torch.empty(experts.count, hidden_size))
         self.stacked = Experts(hidden_size, experts, self.tp)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weights, chosen = self.routed(x)
-        order = chosen.flatten().argsort(stable=True)  # places of `chosen`, expert after expert
-        counts = chosen.flatten().bincount(minlength=self.experts.count).tolist()
-        y = torch.zeros_like(x)
-        for expert, places in enumerate(order.split(counts)):
-            if len(places):
-                tokens = places // self.experts.per_token
-                rows = self.stacked(x[tokens], expert) * weights.flatten()[places, None]
-                y = y.index_add(0, tokens, rows.to(y.dtype))
-        return self.tp.all_reduce(y)
+        weights, chosen = self.routing(linear(x, self.router))
+        return self.tp.all_reduce(self.mixing(x, self.stacked.gate_up, self.stacked.down, weights, chosen))
 
     def added(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """`residual + self(x)`"""
         return residual + self(x)
 
-    def routed(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights, in the dtype of x, and numbers of each token's experts, both `[T, per_token]`."""
-        probabilities = linear(x, self.router).softmax(-1, dtype=torch.float32)
-        weights, chosen = probabilities.topk(self.experts.per_token, dim=-1)
-        if self.experts.normalised:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return weights.to(x.dtype), chosen
-
 
 class Experts(ShardedModule):
-    """The experts' weights below each other: gate and up of one `[2 * width, hidden_size]`, down `[hidden_size,
-    width]`, where `width` is this rank's share."""
+    """The experts' weights below each other, as `Mixing` takes them: gate and up of one `[2 * width, hidden_size]`,
+    down `[hidden_size, width]`, where `width` is this rank's share."""
 
     def __init__(self, hidden_size: int, experts: ExpertsConfig, tp: TensorParallel) -> None:
         super().__init__()
@@ -64,12 +49,6 @@ class Experts(ShardedModule):
         width = experts.size // tp.size
         self.gate_up = nn.Parameter(torch.empty(experts.count * 2 * width, hidden_size))
         self.down = nn.Parameter(torch.empty(experts.count * hidden_size, width))
-
-    def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
-        """One expert, `[N, hidden_size]` -> the same; with more ranks than one, this rank's part of the sum."""
-        gate_up = self.gate_up.unflatten(0, (self.experts.count, -1))[expert]
-        down = self.down.unflatten(0, (self.experts.count, -1))[expert]
-        return linear(swiglu(linear(x, gate_up)), down)
 
     def parts(self, name: str) -> tuple[str, ...]:
         kinds = ("gate", "up") if name == "gate_up" else ("down",)

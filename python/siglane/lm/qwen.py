@@ -19,7 +19,7 @@ from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParall
 from siglane.nn.norm import RMSNorm
 from siglane.nn.parallel import TensorParallel
 from siglane.nn.plan import Ignore, Rule, WeightPlan, parts
-from siglane.nn.rope import Rotary, Rotation, rotary_frequencies, rotary_tables
+from siglane.nn.rope import NormedRotation, Rotary, Rotation, rotary_frequencies, rotary_tables
 
 
 class OutputHead(Protocol):
@@ -47,7 +47,7 @@ class DecoderAttention(nn.Module):
         self.o_proj = RowParallelLinear(heads * head_dim, config.hidden_size, bias=config.output_bias, tp=tp)
         self.q_norm = norm(head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = norm(head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.rotation = Rotation(head_dim)
+        self.rotation = NormedRotation(head_dim, self.qkv.heads) if config.qk_norm else Rotation(head_dim)
 
     def forward(
         self, x: torch.Tensor, rotary: Rotary, attention: LayerAttention, residual: torch.Tensor
@@ -55,10 +55,8 @@ class DecoderAttention(nn.Module):
         """residual: is added."""
         heads, kv_heads = self.qkv.heads, self.qkv.kv_heads
         turning, v = self.qkv.together(x).split([heads + kv_heads, kv_heads], 1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = turning.split([heads, kv_heads], 1)
-            turning = torch.cat((self.q_norm(q), self.k_norm(k)), 1)
-        q, k = self.rotation(turning, *rotary).split([heads, kv_heads], 1)
+        norms = () if self.q_norm is None else (self.q_norm, self.k_norm)
+        q, k = self.rotation(turning, *rotary, *norms).split([heads, kv_heads], 1)
         return self.o_proj.added(attention(self.layer, q, k, v).flatten(1), residual)
 
 

@@ -49,10 +49,6 @@ def colour_of(number: int) -> Rgb:
     return COLOURS[number % len(COLOURS)]
 
 
-def counted(count: int, noun: str, nouns: str | None = None) -> str:
-    return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
-
-
 def printable(text: str) -> str:
     """Pillow's font has little beyond ASCII."""
     return text.encode("ascii", "replace").decode()

@@ -19,7 +19,6 @@ from siglane.look.drawing import (
     Rectangle,
     Rgb,
     colour_of,
-    counted,
     flow,
     font,
     line_feed,
@@ -29,6 +28,7 @@ from siglane.look.drawing import (
     with_grid,
 )
 from siglane.look.view import COLUMN, View
+from siglane.look.words import counted
 from siglane.types import (
     AnyRes,
     Grid,

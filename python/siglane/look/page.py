@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from PIL import Image, ImageDraw
 
-from siglane.look.drawing import INK, LINE, MUTED, PAPER, counted, font, printable, stacked, text_at
+from siglane.look.drawing import INK, LINE, MUTED, PAPER, font, printable, stacked, text_at
 from siglane.look.legend import chips, facts_panel, prompt_panel
 from siglane.look.tiles import source_panel, tile_panel
 from siglane.look.view import COLUMN, GROUP_GAP, GUTTER, MARGIN, View
+from siglane.look.words import counted
 
 
 def draw(view: View) -> Image.Image:

@@ -1,14 +1,11 @@
 """Linear layers with fewer bits in the place of those that a checkpoint filled.
 
 On CPUs products of 8 bits are those of integers (`cpu/int8.py`) and weights of 4 bits are unpacked for theirs
-(`cpu/int4.py`); on CUDA there are weight-only kernels of a library.
+(`cpu/int4.py`); on CUDA weights are widened where they are read (`cuda/low_bits.py`).
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -21,6 +18,7 @@ from siglane.nn.cpu.few_rows import LEAST
 from siglane.nn.cpu.int4 import Int4Codes, Int4Linear, has_packed_products
 from siglane.nn.cpu.int8 import Int8Codes, Int8Linear, Int8Weight, has_integer_products
 from siglane.nn.cpu.int8_block import CodedMLP, CodedNorm, CodedRows, attention_dtype, coded_product, consume_centred
+from siglane.nn.cuda.low_bits import low_bit_linear
 from siglane.nn.encoder import EncoderBlock
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from siglane.types import Activation
@@ -200,7 +198,7 @@ def kernel(kind: Bits, device: torch.device) -> MakeLinear:
     if kind not in get_args(Bits):
         raise ConfigError(f"quantization {kind!r} is not known; use none, {', '.join(get_args(Bits))}")
     if device.type != "cpu":
-        return _on_cuda(kind, device)
+        return low_bit_linear({"8bit": 8, "4bit": 4}[kind], device)
     if not has_integer_products():
         raise unsupported(
             kind, "this processor has no exact 8-bit products (VNNI or AMX); use the original model in floats"
@@ -210,45 +208,3 @@ def kernel(kind: Bits, device: torch.device) -> MakeLinear:
     if not has_packed_products():
         raise unsupported(kind, "torch has no 4-bit products for this processor (it takes AVX2); use '8bit'")
     return Int4Linear
-
-
-def _on_cuda(kind: Bits, device: torch.device) -> MakeLinear:
-    if kind == "8bit" and importlib.util.find_spec("torchao") is not None:
-        return functools.partial(_torchao_linear, device)
-    if importlib.util.find_spec("bitsandbytes") is not None:
-        return functools.partial(_bitsandbytes_linear, kind, device)
-    wanted = "torchao or bitsandbytes" if kind == "8bit" else "bitsandbytes"
-    raise unsupported(kind, f"{device} needs {wanted}; pip install {wanted.split()[-1]}, or use 'none'")
-
-
-def _float_linear(weight: torch.Tensor, bias: torch.Tensor | None, device: torch.device) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight.detach().to(device), requires_grad=False)
-    layer.bias = None if bias is None else nn.Parameter(bias.detach().to(device), requires_grad=False)  # type: ignore[assignment]
-    return layer
-
-
-def _torchao_linear(device: torch.device, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
-    """int8 weights, one scale for each output; the product in the activations' dtype."""
-    library: Any = importlib.import_module("torchao.quantization")
-    layer = _float_linear(weight, bias, device)
-    library.quantize_(layer, library.Int8WeightOnlyConfig())
-    return layer
-
-
-def _bitsandbytes_linear(
-    kind: Bits, device: torch.device, weight: torch.Tensor, bias: torch.Tensor | None
-) -> nn.Module:
-    """LLM.int8() (arXiv:2208.07339) or NF4 (arXiv:2305.14314). bitsandbytes quantises when a layer is moved."""
-    library: Any = importlib.import_module("bitsandbytes.nn")
-    outputs, inputs = weight.shape
-    if kind == "8bit":
-        layer = library.Linear8bitLt(inputs, outputs, bias=bias is not None, has_fp16_weights=False)
-        layer.weight = library.Int8Params(weight.detach().cpu(), requires_grad=False, has_fp16_weights=False)
-    else:
-        layer = library.Linear4bit(inputs, outputs, bias=bias is not None, compute_dtype=weight.dtype, quant_type="nf4")
-        layer.weight = library.Params4bit(weight.detach().cpu(), requires_grad=False, quant_type="nf4")
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    moved: nn.Module = layer.to(device)
-    return moved

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from siglane.nn.cpu.jit.entrance import heads
+from siglane.nn.norm import RMSNorm
 from siglane.types import Grid, RopeScaling
 
 FEW = 32  # rows that one compiled call turns in less time than torch's
@@ -93,3 +94,17 @@ class Rotation(nn.Module):
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         return rotate(x, cos, sin)
+
+
+class NormedRotation(nn.Module):
+    """A norm of each head, then `rotate`: of the first `heads` by `q_norm`, of all others by `k_norm`."""
+
+    def __init__(self, head_dim: int, heads: int) -> None:
+        super().__init__()
+        self.head_dim, self.heads = head_dim, heads
+
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, q_norm: RMSNorm, k_norm: RMSNorm
+    ) -> torch.Tensor:
+        q, k = x.split([self.heads, x.shape[1] - self.heads], 1)
+        return rotate(torch.cat((q_norm(q), k_norm(k)), 1), cos, sin)

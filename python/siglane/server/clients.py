@@ -101,14 +101,13 @@ class Clients:
         keys = [] if config.api_key is None else [ApiKey(key=config.api_key, cache_salt="")]
         keys += [] if config.api_keys is None else read_keys(config.api_keys)
         self.by_key: Mapping[str, Client] = {key.key: _client(key) for key in keys}
-        self._by_owner = {client.owner: client for client in self.by_key.values()}
         self.everybody = Client()
+        self._by_owner = {client.owner: client for client in self.by_key.values() or (self.everybody,)}
 
-    def of_owner(self, owner: str) -> Client:
-        """Who has a batch. One whose key is gone from the file has no limits, and shares no cache."""
-        if not owner:
-            return self.everybody
-        return self._by_owner.setdefault(owner, Client(owner, owner[:8], owner))
+    def of_owner(self, owner: str) -> Client | None:
+        """Who has a batch. None where the server takes their requests no more: their key is gone, or there were none
+        and now one is needed."""
+        return self._by_owner.get(owner)
 
 
 def _client(key: ApiKey) -> Client:

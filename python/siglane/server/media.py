@@ -27,6 +27,7 @@ from siglane.types import ImagePatches
 P = ParamSpec("P")
 T = TypeVar("T")
 
+PATCH_CACHE_BYTES = 128 << 20
 FETCHES_PER_REQUEST = 4  # so that one request with slow URLs does not hold every thread
 
 Flight = tuple[str, MediaPolicy, str]  # URL, what it may be, tenant
@@ -53,7 +54,8 @@ class MediaLoader:
         self._workers = ThreadPoolExecutor(self.decode_threads, thread_name_prefix="decode")
         self._flights: dict[Flight, asyncio.Future[bytes]] = {}
         self._decodings: dict[Hashable, asyncio.Future[ImagePatches]] = {}
-        self._patches = PatchCache(config.patch_cache_bytes)
+        kept = config.patch_cache_bytes
+        self._patches = PatchCache(PATCH_CACHE_BYTES if kept is None else kept)
 
     @property
     def pipeline(self) -> MediaPipeline:

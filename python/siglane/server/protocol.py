@@ -91,7 +91,7 @@ PART_TAGS = {"image_url": "#image_url", "video_url": "#video_url", "refusal": "#
     TEXTS, "#text"
 )
 OTHERS = {"refusal": "refusals are accepted in assistant messages only"}
-OTHERS |= dict.fromkeys(("image_url", "video_url"), "images and videos are accepted in user messages only")
+OTHERS |= dict.fromkeys(("image_url", "video_url"), "images and videos are accepted in messages of users and tools")
 
 
 def part_tag(part: Any) -> str:
@@ -146,6 +146,10 @@ AnswerContent = Annotated[
     PlainText | Annotated[list[AnswerPart], Field(max_length=MAX_PARTS), Tag("#parts")],
     Discriminator(content_tag),
 ]
+ToolContent = Annotated[
+    PlainText | Annotated[list[UserPart], Parts, Tag("#parts")],
+    Discriminator(content_tag),
+]
 TextContent = Annotated[
     PlainText | Annotated[list[Annotated[TextPart, of_types(*TEXTS)]], Parts, Tag("#parts")],
     Discriminator(content_tag),
@@ -178,10 +182,10 @@ class AssistantMessage(RequestModel):
 
 
 class ToolMessage(RequestModel):
-    """What a tool answered; function: the older form of tool."""
+    """What a tool answered, pictures too; function: the older form of tool."""
 
     role: Literal["tool", "function"]
-    content: TextContent | None
+    content: ToolContent | None
     tool_call_id: str | None = None
     name: str | None = None
 

@@ -82,9 +82,12 @@ class ServerConfig(MediaConfig):
         default=128 * MIB,  # 16,384 labels, the most of one request, have 85 MB at width 1152
         metadata={"help": "bytes of embedded texts kept, so that labels that come again are not embedded again"},
     )
-    patch_cache_bytes: int = field(
-        default=128 * MIB,
-        metadata={"help": "bytes of decoded images and videos kept, so that equal files are decoded once; 0: none"},
+    patch_cache_bytes: int | None = field(
+        default=None,
+        metadata={
+            "help": "bytes of decoded images and videos kept, so that equal files are decoded once; 0: nothing is; "
+            "none: 128M, in `siglane batch`, which asks about equal ones one after the other, 32M"
+        },
     )
     max_label_texts: int = field(
         default=16384, metadata={"help": "labels x templates of one classification; more are answered 400"}
@@ -141,8 +144,10 @@ class ServerConfig(MediaConfig):
             "max_label_texts",
         ):
             at_least(name, getattr(self, name), 1)
-        for name in ("decode_threads", "sse_keep_alive", "drain_timeout", "text_cache_bytes", "patch_cache_bytes"):
+        for name in ("decode_threads", "sse_keep_alive", "drain_timeout", "text_cache_bytes"):
             at_least(name, getattr(self, name), 0)
+        if self.patch_cache_bytes is not None:
+            at_least("patch_cache_bytes", self.patch_cache_bytes, 0)
         for name in ("max_file_bytes", "max_stored_bytes", "max_batch_rows", "max_queued_rows"):
             at_least(name, getattr(self, name), 1)
         at_least("file_expiry", self.file_expiry, 0)

@@ -5,13 +5,9 @@ that is killed with everything below it. One core per rank.
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,13 +16,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
+from host_process import HostError, RunningServer, flags, process_group, receive, serving
 from ports import free_port
 from waiting import PATIENCE
 
 START_SECONDS = 180.0
 UNSETTLED = "requests are still running"
 ANSWER_SECONDS = 120.0
-TAIL_CHARACTERS = 4000
 
 ENVIRONMENT = {
     "SGLANG_USE_CPU_ENGINE": "1",
@@ -36,10 +32,6 @@ ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
 }
-
-
-class HostError(RuntimeError):
-    """SGLang did not start, died or did not answer in time; the message ends with what it wrote last."""
 
 
 def engine_options(**more: Any) -> dict[str, Any]:
@@ -110,16 +102,6 @@ class RunningEngine:
             time.sleep(0.05)
 
 
-@dataclass(frozen=True, slots=True)
-class RunningServer:
-    """`sglang serve`. base_url ends without a slash and without /v1. start_seconds: until /health said yes."""
-
-    process: subprocess.Popen[bytes]
-    base_url: str
-    log: Path
-    start_seconds: float
-
-
 @contextmanager
 def sglang_engine(
     model: Path, *, env: Mapping[str, str] | None = None, start_seconds: float = START_SECONDS, **more: Any
@@ -156,74 +138,5 @@ def sglang_server(
     launch = [sys.executable, "-m", "sglang.launch_server"]
     named = [str(model)] if form == "positional" else ["--model-path", str(model)]
     command = [*(launch if form == "module" else serve), *named, *flags(options)]
-    base_url = f"http://127.0.0.1:{options['port']}"
-    started = time.monotonic()
-    with process_group(command, environment(options, env or {})) as (process, log):
-        while not healthy(base_url):
-            watch(process, log, started + start_seconds)
-            time.sleep(0.5)
-        yield RunningServer(process, base_url, log, time.monotonic() - started)
-
-
-@contextmanager
-def process_group(
-    command: Sequence[str], env: Mapping[str, str], pass_fds: tuple[int, ...] = ()
-) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """A command in a session of its own, with a temporary folder of its own, and the file it writes to; leaving kills
-    every process in the session and removes the folder.
-    """
-    with tempfile.TemporaryDirectory(prefix="sglang-", ignore_cleanup_errors=True) as folder:
-        log = Path(folder) / "log.txt"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                command, env={**env, "TMPDIR": folder}, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                pass_fds=pass_fds, start_new_session=True,
-            )  # fmt: skip
-        try:
-            yield process, log
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def receive(process: subprocess.Popen[bytes], pipe: Connection, log: Path, seconds: float) -> Any:
-    deadline = time.monotonic() + seconds
-    while not pipe.poll(0.5):
-        watch(process, log, deadline)
-    try:
-        return pipe.recv()
-    except EOFError:
-        raise HostError(f"sglang closed its pipe; its last words:\n{tail(log)}") from None
-
-
-def watch(process: subprocess.Popen[bytes], log: Path, deadline: float) -> None:
-    """Raises HostError once the process has ended or the time is over."""
-    if process.poll() is not None:
-        raise HostError(f"sglang ended with code {process.returncode}; its last words:\n{tail(log)}")
-    if time.monotonic() > deadline:
-        raise HostError(f"sglang did not answer in time; its last words:\n{tail(log)}")
-
-
-def tail(log: Path) -> str:
-    return log.read_text(errors="replace")[-TAIL_CHARACTERS:]
-
-
-def healthy(base_url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{base_url}/health", timeout=30) as reply:
-            return bool(reply.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def flags(options: Mapping[str, Any]) -> list[str]:
-    """Arguments of `Engine` as those of the command line: True is a bare flag, False is absent."""
-    words: list[str] = []
-    for name, value in options.items():
-        if value is False:
-            continue
-        words.append("--" + name.replace("_", "-"))
-        if value is not True:
-            words.append(str(value))
-    return words
+    with serving(command, environment(options, env or {}), options["port"], start_seconds) as server:
+        yield server

@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 from checkpoints import write_nvila_checkpoint
+from host_process import HostError
 from nanovlm_checkpoint import write_nanovlm_checkpoint
 from safetensors.torch import load_file, save_file
-from sglang_host import ENVIRONMENT, HostError, sglang_server
+from sglang_host import ENVIRONMENT, sglang_server
 
 import siglane
 from siglane.errors import ConfigError, UserError, WeightError

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from host_clients import Client, data_url, encoded, image, png, refusal, user, video
 from PIL import Image
-from sglang_clients import Client, data_url, encoded, image, png, refusal, user, video
 from sglang_host import ENVIRONMENT, sglang_server
 from waiting import PATIENCE, eventually
 

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from clips import animation
-from clips import video as clip
-from sglang_clients import (
+from host_clients import (
+    CAFE,
+    CONVERSATIONS,
+    SHAPES,
+    SIGN,
+    TALL,
     TOKENS,
+    WIDE,
     Client,
-    Messages,
     Said,
     data_url,
     image,
@@ -24,42 +27,12 @@ from sglang_clients import (
     refusal,
     said_by_siglane,
     user,
-    video,
 )
 from sglang_host import sglang_server
 
 from siglane.weights.demo import FOLDERS, demo_folder
 
 PATIENT = {"SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT": "300"}  # SGLang ends workers that start slowly
-CAFE, HELLO = (data_url((demo_folder() / "pictures" / name).read_bytes()) for name in ("cafe.png", "hello.png"))
-WIDE, TALL = data_url(png(300, 120, seed=1)), data_url(png(50, 140, seed=2))
-SIGN, SHAPES = "What does the sign say?", "What is in the picture?"
-CONVERSATIONS: Mapping[str, Messages] = {
-    "text": [user("How many yellow shapes do you see?")],
-    "text alone": [{"role": "user", "content": SHAPES}],
-    "image": [user(image(CAFE), SIGN)],
-    "image last": [user(SIGN, image(CAFE))],
-    "another image": [user(image(HELLO), SHAPES)],
-    "several": [user("First ", image(WIDE), " then ", image(TALL), SHAPES, image(CAFE), "?")],
-    "two with nothing between": [user(image(CAFE), image(HELLO), SIGN)],
-    "no words": [user(image(TALL))],
-    "system": [{"role": "system", "content": "Name one colour."}, user(image(HELLO), SHAPES)],
-    "turns": [user(image(CAFE), SIGN), {"role": "assistant", "content": "CAFE"}, user("And how many shapes?")],
-    "images in all turns": [
-        {"role": "system", "content": "Be brief."},
-        user(image(CAFE), SIGN),
-        {"role": "assistant", "content": "CAFE"},
-        user(SHAPES, image(HELLO)),
-        {"role": "assistant", "content": [{"type": "text", "text": "a star"}]},
-        user("Which is left of the other?"),
-    ],
-    "low": [user(image(WIDE, detail="low"), SHAPES)],
-    "high": [user(image(WIDE, detail="high"), SHAPES)],
-    "auto": [user(image(WIDE, detail="auto"), SHAPES)],
-    "of two details": [user(image(WIDE, detail="low"), image(TALL), SHAPES)],
-    "GIF": [user(video(data_url(animation(3), "image/gif")), "What happens?")],
-    "MP4": [user("Tell me: ", video(data_url(clip(4), "video/mp4")))],
-}
 
 
 @dataclass(frozen=True)

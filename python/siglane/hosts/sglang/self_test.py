@@ -19,7 +19,7 @@ def prepare_environment() -> None:
 
 def options() -> dict[str, Any]:
     """SGLang's arguments: little memory on a GPU; without one, nothing that needs its compiled kernels."""
-    common = {"model_path": sign.model(), "max_total_tokens": 2048, "log_level": "error"}
+    common = {"model_path": sign.model("demo-native"), "max_total_tokens": 2048, "log_level": "error"}
     if torch.cuda.is_available():
         return common | {"mem_fraction_static": 0.1, "disable_cuda_graph": True}
     return common | {

@@ -12,6 +12,7 @@ from siglane.hosts import doctor
 from siglane.hosts.config import ARCHITECTURE
 from siglane.hosts.doctor import Finding
 from siglane.hosts.settings import VllmHostConfig
+from siglane.hosts.vllm.media import PARTS
 from siglane.hosts.vllm.register import PACKAGE, hook, hooked
 
 TESTED = ("0.32.0",)
@@ -47,7 +48,7 @@ CALLED: dict[str, tuple[str, ...]] = {
     "vllm.multimodal.processing:BaseProcessingInfo.get_mm_max_tokens_per_item": ("seq_len", "mm_counts"),
     "vllm.multimodal.processing:BaseDummyInputsBuilder.get_dummy_mm_data": ("seq_len", "mm_counts", "mm_options"),
     "vllm.multimodal.processing:ProcessorInputs": ("prompt", "mm_data_items", "hf_processor_mm_kwargs", "cache"),
-    "vllm.renderers.chat_utils:_parse_chat_message_content_mm_part": ("part",),
+    " or ".join(PARTS): ("part",),
 }  # fmt: skip
 
 

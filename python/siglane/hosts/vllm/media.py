@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
+import sys
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 from siglane.errors import UserError
 from siglane.families.pipeline import MediaPipeline
+from siglane.hosts.doctor import resolve
 from siglane.hosts.request import MediaReader
 from siglane.hosts.settings import VllmHostConfig
 from siglane.media.item import MediaItem
@@ -16,6 +17,10 @@ from siglane.media.messages import image_item, video_item
 from siglane.settings.options import read_environment
 from siglane.tiling.rule import CHECKPOINT_LIMITS
 
+PARTS = (  # what reads one part of a message: in vLLM 0.32, since 0.33
+    "vllm.renderers.chat_utils:_parse_chat_message_content_mm_part",
+    "vllm.renderers.chat_utils.chat_message:parse_chat_message_content_mm_part",
+)
 NO_FIELDS = {"type", "url", "image_url", "uuid"}  # of a part of a message
 
 Fetched = MediaItem | UserError  # a request's refusal names the item by its number, which is not known here yet
@@ -33,10 +38,9 @@ class MediaUrl(str):
 
 
 def keep_fields() -> None:
-    """Makes vLLM's reader of messages hand on `detail` and its like, which it drops without a word."""
-    from vllm.renderers import chat_utils
-
-    original = chat_utils._parse_chat_message_content_mm_part
+    """Makes vLLM's reader of messages hand on `detail` and its like, which it drops without a word. ImportError or
+    AttributeError where this vLLM has another reader."""
+    original = resolve(*PARTS)
     if original.__module__ == __name__:
         return
 
@@ -48,15 +52,14 @@ def keep_fields() -> None:
         fields = dict(given) if isinstance(given, Mapping) else {}
         return kind, MediaUrl(content, {name: fields[name] for name in fields.keys() - NO_FIELDS})
 
-    chat_utils._parse_chat_message_content_mm_part = with_fields
+    setattr(sys.modules[original.__module__], original.__name__, with_fields)
 
 
 @cache
 def _reader() -> MediaReader:
     """Of this process. It measures nothing, so it needs no model."""
-    return MediaReader(
-        MediaPipeline.for_clients(read_environment(VllmHostConfig), None, CHECKPOINT_LIMITS, lambda error, _: error)
-    )
+    config = read_environment(VllmHostConfig)
+    return MediaReader(MediaPipeline.for_clients(config, None, CHECKPOINT_LIMITS, lambda error, _: error))
 
 
 class SiglaneMediaConnector:
@@ -66,30 +69,26 @@ class SiglaneMediaConnector:
         self._fields = media_io_kwargs or {}
 
     async def fetch_image_async(self, image_url: str, **others: Any) -> Fetched:
-        return await self._fetch(image_url, "image")
+        return await _reader().elsewhere(image_url, lambda: self.fetch_image(image_url))
 
     async def fetch_video_async(self, video_url: str, **others: Any) -> Fetched:
-        return await self._fetch(video_url, "video")
-
-    async def fetch_audio_async(self, audio_url: str) -> Fetched:
-        raise UserError("this model does not read audio", code="unsupported_media")
+        return await _reader().elsewhere(video_url, lambda: self.fetch_video(video_url))
 
     def fetch_image(self, image_url: str, **others: Any) -> Fetched:
-        return asyncio.run(self._fetch(image_url, "image"))
+        return self._fetch(image_url, "image")
 
     def fetch_video(self, video_url: str, **others: Any) -> Fetched:
-        return asyncio.run(self._fetch(video_url, "video"))
+        return self._fetch(video_url, "video")
 
     def fetch_audio(self, audio_url: str) -> Fetched:
-        return asyncio.run(self.fetch_audio_async(audio_url))
+        raise UserError("this model does not read audio", code="unsupported_media")
 
-    async def _fetch(self, url: str, kind: str) -> Fetched:
+    def _fetch(self, url: str, kind: str) -> Fetched:
         own = url.fields if isinstance(url, MediaUrl) else {}
         given = {**self._fields.get(kind, {}), **{name: value for name, value in own.items() if value is not None}}
-        read = video_item if kind == "video" else image_item
         try:
-            item = read({**given, kind: str(url)}, kind)
-            await _reader().read([item])
+            item = (video_item if kind == "video" else image_item)({**given, kind: str(url)}, kind)
+            _reader().pipeline.read(item)
         except UserError as error:
             return error
         return item

@@ -15,7 +15,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from siglane.families.parallel import EncoderParallel
 from siglane.hosts.asked import Described
-from siglane.hosts.config import ARCHITECTURE, SiglaneConfig
+from siglane.hosts.config import SiglaneConfig
 from siglane.hosts.model import HostModel, of_group
 from siglane.hosts.settings import VllmHostConfig
 from siglane.hosts.vllm.processor import SiglaneDummyInputs, SiglaneMultiModalProcessor, SiglaneProcessingInfo
@@ -78,6 +78,3 @@ class SiglaneForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP,
         return {f"vision.{name}" for name, _ in self.vision.named_parameters()} | {
             f"language_model.{name}" for name in language
         }
-
-
-assert SiglaneForConditionalGeneration.__name__ == ARCHITECTURE

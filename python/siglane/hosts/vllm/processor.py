@@ -29,7 +29,6 @@ from siglane.settings.options import read_environment
 from siglane.tiling.rule import ImageBudget
 
 KINDS = ("image", "video")  # the order in which siglane numbers the media of a request
-KWARGS = "mm_processor_kwargs"
 
 Hashes = dict[str, list[str]]
 Items = dict[str, list[MultiModalKwargsItem]]
@@ -94,8 +93,8 @@ class SiglaneMultiModalProcessor(BaseMultiModalProcessor[SiglaneProcessingInfo])
     def _expand(self, ids: Sequence[int], media: Sequence[MediaItem], kwargs: Mapping[str, Any]) -> Expanded:
         requests = self.info.requests
         stated = self.info.ctx.get_merged_mm_kwargs(kwargs)
-        check_keys(stated, set(BUDGET_KEYS), KWARGS)
-        limits = read_limits(stated, KWARGS)
+        check_keys(stated, set(BUDGET_KEYS), "mm_processor_kwargs")
+        limits = read_limits(stated, "mm_processor_kwargs")
         for item in media:
             item.image_limits = item.image_limits.over(limits)
         requests.pipeline.admit(media)
@@ -120,11 +119,10 @@ class SiglaneMultiModalProcessor(BaseMultiModalProcessor[SiglaneProcessingInfo])
             cache.release_sender_touches()
         return kept
 
-    def _get_mm_fields_config(self, *given: Any, **more: Any) -> Mapping[str, Any]:
-        raise NotImplementedError("siglane makes the items themselves (`apply`)")
+    def _not_asked(self, *given: Any, **more: Any) -> Any:
+        raise NotImplementedError("siglane makes the items and the whole prompt itself (`apply`)")
 
-    def _get_prompt_updates(self, *given: Any, **more: Any) -> Sequence[Any]:
-        raise NotImplementedError("siglane writes the whole prompt (`apply`)")
+    _get_mm_fields_config = _get_prompt_updates = _not_asked
 
 
 def _by_kind(given: Mapping[str, Sequence[MediaItem]], expanded: Expanded) -> tuple[Hashes, Items, Places]:

@@ -17,7 +17,6 @@ PACKAGE = "siglane.hosts.vllm"
 MODEL = f"{PACKAGE}.model:SiglaneForConditionalGeneration"
 CONNECTOR = "siglane"  # by this name vLLM finds what reads the media of its requests
 CONNECTOR_VARIABLE = "VLLM_MEDIA_CONNECTOR"
-ALLOWED_PATH_VARIABLE = "SIGLANE_ALLOWED_LOCAL_MEDIA_PATH"
 # with others vLLM would run without siglane's processor, its model class or its media policy
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "allowed_media_domains": (None, []),
@@ -58,7 +57,6 @@ def hook() -> None:
 
     vars(create_engine_config)["hooked_by"] = PACKAGE
     EngineArgs.create_engine_config = create_engine_config
-    logger.debug("siglane: model %s, hook on EngineArgs.create_engine_config", MODEL)
 
 
 def hooked(method: Any) -> bool:
@@ -76,13 +74,15 @@ def point_at_view(arguments: Any) -> None:
     from siglane.hosts.config import ARCHITECTURE
     from siglane.hosts.settings import VllmHostConfig
     from siglane.hosts.start import check_start
-    from siglane.hosts.view import Host, view_of
+    from siglane.hosts.view import Host, is_view, view_of
     from siglane.settings.options import read_environment
 
     asked, config = arguments.model, read_environment(VllmHostConfig)
     built_in = set(ModelRegistry.get_supported_archs()) - {ARCHITECTURE}
-    view = view_of(asked, arguments.revision, Host("vLLM", built_in, config.vllm_override, config.vllm_views))
-    if view is None:
+    host = Host("vLLM", built_in, config.vllm_override, config.vllm_views)
+    if (view := view_of(asked, arguments.revision, host)) is None:
+        if is_view(asked):  # in a process that is handed what another one has replaced, or named by its user
+            _read_media()
         return
     check_start(asked, arguments, SUPPORTED, {CONNECTOR_VARIABLE: CONNECTOR}, "siglane does not know it; leave it out")
     if arguments.tokenizer == asked:
@@ -90,7 +90,7 @@ def point_at_view(arguments: Any) -> None:
     arguments.served_model_name = arguments.served_model_name or asked
     arguments.model, arguments.revision = str(view), None
     if arguments.allowed_local_media_path:
-        os.environ.setdefault(ALLOWED_PATH_VARIABLE, arguments.allowed_local_media_path)
+        os.environ.setdefault("SIGLANE_ALLOWED_LOCAL_MEDIA_PATH", arguments.allowed_local_media_path)
     _read_media()
     logger.info("siglane: %s is served by siglane's tower, through %s", asked, view)
 

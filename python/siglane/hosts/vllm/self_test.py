@@ -12,9 +12,9 @@ from siglane.hosts import sign
 
 
 def options() -> dict[str, Any]:
-    """vLLM's arguments: little memory, and nothing that is compiled first."""
+    """vLLM's arguments: a model of no class of its own, little memory, and nothing that is compiled first."""
     memory = {"gpu_memory_utilization": 0.1} if torch.cuda.is_available() else {"dtype": "float32"}
-    return {"model": sign.model(), "max_model_len": 2048, "max_num_seqs": 1, "enforce_eager": True, **memory}
+    return {"model": sign.model("demo"), "max_num_seqs": 1, "enforce_eager": True, **memory}
 
 
 def main() -> None:

@@ -59,6 +59,24 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return rotate(x, cos, sin)
 
 
+@_operator(
+    "rotate_normed(Tensor x, Tensor cos, Tensor sin, Tensor q_norm, Tensor k_norm, int heads, float eps) -> Tensor",
+    _like_first,
+)
+def _rotate_normed(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_norm: torch.Tensor,
+    k_norm: torch.Tensor,
+    heads: int,
+    eps: float,
+) -> torch.Tensor:
+    from siglane.nn.cuda.pointwise import rotate
+
+    return rotate(x, cos, sin, q_norm, k_norm, heads, eps)
+
+
 @_operator("swiglu(Tensor gate_up) -> Tensor", lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)))
 def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     from siglane.nn.cuda.pointwise import swiglu
@@ -111,3 +129,49 @@ def _best_token(
     from siglane.nn.cuda.best_token import best_token
 
     return best_token(scores, peaks, temperatures, first_keys, second_keys)
+
+
+def _routed(logits: torch.Tensor, top: int, *others: object) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = logits.shape[0], top
+    return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
+
+
+@_operator("route(Tensor logits, int top, bool normalised) -> (Tensor, Tensor)", _routed)
+def _route(logits: torch.Tensor, top: int, normalised: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    from siglane.nn.cuda.experts import route
+
+    return route(logits, top, normalised)
+
+
+def _of_pairs(
+    x: torch.Tensor, weight: torch.Tensor, chosen: torch.Tensor, experts: int, scales: torch.Tensor | None
+) -> torch.Tensor:
+    return x.new_empty(chosen.numel(), weight.shape[0] // experts)
+
+
+@_operator(
+    "expert_products(Tensor x, Tensor weight, Tensor chosen, int experts, Tensor? scales) -> Tensor",
+    _of_pairs,
+)
+def _expert_products(
+    x: torch.Tensor, weight: torch.Tensor, chosen: torch.Tensor, experts: int, scales: torch.Tensor | None
+) -> torch.Tensor:
+    from siglane.nn.cuda.experts import expert_products
+
+    return expert_products(x, weight, chosen, experts, scales)
+
+
+def _product(x: torch.Tensor, codes: torch.Tensor, *others: object) -> torch.Tensor:
+    return x.new_empty(x.shape[0], codes.shape[0])
+
+
+@_operator(
+    "coded_product(Tensor x, Tensor codes, Tensor scales, Tensor? lows, Tensor? bias) -> Tensor",
+    _product,
+)
+def _coded_product(
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, lows: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    from siglane.nn.cuda.coded_product import coded_product
+
+    return coded_product(x, codes, scales, lows, bias)

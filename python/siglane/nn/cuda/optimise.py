@@ -11,11 +11,14 @@ from torch import nn
 
 from siglane.nn.act import SwiGLU
 from siglane.nn.cuda.ops import OPS
+from siglane.nn.experts import Mixing, Routing
 from siglane.nn.norm import InputRMSNorm, RMSNorm
-from siglane.nn.rope import Rotation, rotary_tables
+from siglane.nn.rope import NormedRotation, Rotation, rotary_tables
 from siglane.nn.trial import first_right
 
 ROWS, HEADS = 3, 5  # of a trial
+MIXED_ROWS, MIXED_SIZE, MIXED_WIDTH = 24, 96, 80
+MOST_ROWS = 64  # of a sparse MLP for which no expert's tokens have to be counted on the host
 
 
 class KernelRMSNorm(RMSNorm):
@@ -33,9 +36,38 @@ class KernelRotation(Rotation):
         return OPS.rotate(x, cos, sin)
 
 
+class KernelNormedRotation(NormedRotation):
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, q_norm: RMSNorm, k_norm: RMSNorm
+    ) -> torch.Tensor:
+        if isinstance(q_norm, InputRMSNorm):  # no model has it
+            return super().forward(x, cos, sin, q_norm, k_norm)
+        return OPS.rotate_normed(x, cos, sin, q_norm.weight, k_norm.weight, self.heads, q_norm.eps)
+
+
 class KernelSwiGLU(SwiGLU):
     def forward(self, gate_up: torch.Tensor) -> torch.Tensor:
         return OPS.swiglu(gate_up)
+
+
+class KernelRouting(Routing):
+    def forward(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, chosen = OPS.route(logits, self.per_token, self.normalised)
+        return weights, chosen
+
+
+class KernelMixing(Mixing):
+    """Few rows without a look at what was chosen, so that a step can be captured."""
+
+    def forward(
+        self, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor
+    ) -> torch.Tensor:
+        if len(x) > MOST_ROWS:
+            return super().forward(x, gate_up, down, weights, chosen)
+        hidden = OPS.swiglu(OPS.expert_products(x, gate_up, chosen, self.count, None))
+        rows = OPS.expert_products(hidden, down, chosen, self.count, weights)
+        total: torch.Tensor = rows.view(*chosen.shape, -1).sum(1)
+        return total
 
 
 KERNELS: Mapping[type[nn.Module], type[nn.Module]] = MappingProxyType(
@@ -43,7 +75,10 @@ KERNELS: Mapping[type[nn.Module], type[nn.Module]] = MappingProxyType(
         RMSNorm: KernelRMSNorm,
         InputRMSNorm: KernelInputRMSNorm,
         Rotation: KernelRotation,
+        NormedRotation: KernelNormedRotation,
         SwiGLU: KernelSwiGLU,
+        Routing: KernelRouting,
+        Mixing: KernelMixing,
     }
 )
 
@@ -79,26 +114,78 @@ def _width(module: nn.Module) -> int:
     match module:
         case RMSNorm():
             return module.weight.shape[0]
-        case Rotation():
+        case Rotation() | NormedRotation():
             return module.head_dim
+        case Routing():
+            return module.per_token
+        case Mixing():
+            return module.count
         case _:
             return 1500
 
 
 def _tried(module: nn.Module, kernel: type[nn.Module], dtype: torch.dtype, device: torch.device) -> type[nn.Module]:
-    """kernel, or the module's own type where its numbers are not right. Rows are spread as in a product's result."""
-    own, width, generator = type(module), _width(module), torch.Generator().manual_seed(0)
-    x = torch.randn(ROWS, HEADS + 2, width * 2 if own is SwiGLU else width, generator=generator)
-    x = x.to(device, dtype)[:, :HEADS]
-    x = x.contiguous() if own is SwiGLU else x
-    tables = rotary_tables(torch.arange(ROWS, device=device) * 77, width, 1e4, dtype) if own is Rotation else ()
+    """kernel, or the module's own type where its numbers are not right."""
+    own = type(module)
+    inputs = _inputs(module, dtype, device)
+    x = inputs[0]
+    assert isinstance(x, torch.Tensor)
 
     def run(kind: type[nn.Module]) -> torch.Tensor:
         stand_in = copy.copy(module)
         stand_in.__class__ = kind
-        result: torch.Tensor = stand_in(x.clone() if own is SwiGLU else x, *tables)  # which is written to
-        return result
+        given = [x.clone()] if own is SwiGLU else inputs  # which is written to
+        return _numbers(stand_in(*given), x)
 
-    wide = copy.deepcopy(module).float()
-    expected = wide(x.to(torch.float32, copy=True), *(table.float() for table in tables))
-    return first_right(f"{own.__name__} of {width}", {"Triton": kernel, "torch": own}, run, expected)[1]
+    wide = [_widened(one) for one in inputs]
+    expected = _numbers(copy.deepcopy(module).float()(*wide), x.float())
+    return first_right(f"{own.__name__} of {_width(module)}", {"Triton": kernel, "torch": own}, run, expected)[1]
+
+
+def _widened(value: torch.Tensor | nn.Module) -> torch.Tensor | nn.Module:
+    """A copy in float32; numbers of rows stay."""
+    if isinstance(value, nn.Module):
+        return copy.deepcopy(value).float()
+    return value.to(torch.float32, copy=True) if value.is_floating_point() else value
+
+
+def _numbers(result: torch.Tensor | tuple[torch.Tensor, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """What is compared: of experts their weights and what they were chosen for, because equals have no order."""
+    if isinstance(result, torch.Tensor):
+        return result
+    weights, chosen = result
+    return torch.cat((weights, x.gather(1, chosen)), 1)
+
+
+def _inputs(module: nn.Module, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor | nn.Module, ...]:
+    """Of a trial. Rows are spread as in a product's result."""
+    generator, width = torch.Generator().manual_seed(0), _width(module)
+
+    def rows(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    match module:
+        case Rotation():
+            positions = torch.arange(ROWS, device=device) * 77
+            return rows(ROWS, HEADS + 2, width)[:, :HEADS], *rotary_tables(positions, width, 1e4, dtype)
+        case NormedRotation():
+            positions = torch.arange(ROWS, device=device) * 77
+            heads = module.heads + ROWS
+            tables = rotary_tables(positions, width, 1e4, dtype)
+            norms = [RMSNorm(width, 1e-6).to(device, dtype) for _ in range(2)]
+            for norm in norms:
+                norm.weight.copy_(rows(width))
+            return rows(ROWS, heads + 2, width)[:, :heads], *tables, *norms
+        case SwiGLU():
+            return (rows(ROWS, HEADS, 2 * width),)
+        case Routing():
+            return (rows(ROWS, max(width, 4 * module.per_token)),)
+        case Mixing():  # an expert with more rows than a program takes at once, others with few, some with none
+            first = torch.zeros(MIXED_ROWS, 1, dtype=torch.int64)
+            others = torch.randint(module.count, (MIXED_ROWS, 1), generator=generator)
+            gate_up = rows(module.count * 2 * MIXED_WIDTH, MIXED_SIZE) * MIXED_SIZE**-0.5
+            down = rows(module.count * MIXED_SIZE, MIXED_WIDTH) * MIXED_WIDTH**-0.5
+            chosen = torch.cat((first, others), 1).to(device)
+            return rows(MIXED_ROWS, MIXED_SIZE), gate_up, down, rows(MIXED_ROWS, 2), chosen
+        case _:
+            return (rows(ROWS, HEADS + 2, width)[:, :HEADS],)

@@ -21,13 +21,23 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, in_float32: bool
     return out
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`rotate` of `nn/rope.py`: x `[T, heads, head_dim]`, the heads of a token next to each other."""
+def rotate(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    q_heads: int = 0,
+    eps: float = 0.0,
+) -> torch.Tensor:
+    """`rotate` of `nn/rope.py`: x `[T, heads, head_dim]`, the heads of a token next to each other; with the gains of
+    its norms its `NormedRotation`."""
     tokens, heads, head_dim = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    gains = (cos, cos) if q_norm is None else (q_norm, k_norm)
     turn_heads[(triton.cdiv(heads, HEADS), tokens)](
-        x, cos, sin, out, x.stride(0), heads,
-        HALF=head_dim // 2, BLOCK=triton.next_power_of_2(head_dim // 2), HEADS=HEADS,
+        x, cos, sin, *gains, out, x.stride(0), heads, q_heads, eps,
+        HALF=head_dim // 2, BLOCK=triton.next_power_of_2(head_dim // 2), HEADS=HEADS, NORMED=q_norm is not None,
     )  # fmt: skip
     return out
 
@@ -68,8 +78,11 @@ def norm_row(x, weight, out, eps, stride, within, SIZE: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
-def turn_heads(x, cos, sin, out, stride, heads, HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr):
-    """Pairs are (i, i + HALF); the first half of sin is negated."""
+def turn_heads(
+    x, cos, sin, q_gains, k_gains, out, stride, heads, q_heads, eps,
+    HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, NORMED: tl.constexpr,
+):  # fmt: skip
+    """Pairs are (i, i + HALF); the first half of sin is negated. NORMED: heads are normed before, as `RMSNorm` does."""
     token = tl.program_id(1).to(tl.int64)
     head, column = tl.program_id(0) * HEADS + tl.arange(0, HEADS), tl.arange(0, BLOCK)
     kind = out.dtype.element_ty
@@ -78,6 +91,14 @@ def turn_heads(x, cos, sin, out, stride, heads, HALF: tl.constexpr, BLOCK: tl.co
     places = head[:, None] * 2 * HALF + column[None, :]
     first = tl.load(x + token * stride + places, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(x + token * stride + places + HALF, mask=mask, other=0.0).to(tl.float32)
+    if NORMED:
+        squares = tl.sum(first * first + second * second, 1)
+        root = (1 / tl.sqrt(squares / (2 * HALF) + eps))[:, None]
+        own = (head < q_heads)[:, None]
+        low = tl.where(own, gain(q_gains, column, HALF), gain(k_gains, column, HALF))
+        high = tl.where(own, gain(q_gains + HALF, column, HALF), gain(k_gains + HALF, column, HALF))
+        first = ((first * root).to(kind).to(tl.float32) * low).to(kind).to(tl.float32)
+        second = ((second * root).to(kind).to(tl.float32) * high).to(kind).to(tl.float32)
     angles = token * 2 * HALF + column
     for half in tl.static_range(2):
         own, other = (first, second) if half == 0 else (second, first)
@@ -85,6 +106,12 @@ def turn_heads(x, cos, sin, out, stride, heads, HALF: tl.constexpr, BLOCK: tl.co
         cross = tl.load(sin + angles + half * HALF, mask=inside, other=0.0).to(tl.float32)[None, :]
         turned = (own * turn).to(kind).to(tl.float32) + (other * cross).to(kind).to(tl.float32)
         tl.store(out + token * heads * 2 * HALF + places + half * HALF, turned.to(kind), mask=mask)
+
+
+@triton.jit
+def gain(gains, column, size):
+    """One row of a norm's weight, or of its half."""
+    return tl.load(gains + column, mask=column < size, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit

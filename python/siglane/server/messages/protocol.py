@@ -94,11 +94,21 @@ Texts = Annotated[
     Discriminator(content_tag),
 ]
 
+ToolContentBlock = Annotated[
+    Annotated[TextBlock, Tag("#text")] | Annotated[ImageBlock, Tag("#image")],
+    _tagged("text", "image"),
+    _known("a tool's block", "text", "image"),
+]
+ToolContent = Annotated[
+    PlainText | Annotated[list[ToolContentBlock], Field(min_length=1, max_length=MAX_PARTS), Tag("#parts")],
+    Discriminator(content_tag),
+]
+
 
 class ToolResultBlock(RequestModel):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: Texts | None = None
+    content: ToolContent | None = None
     is_error: bool | None = None
 
 

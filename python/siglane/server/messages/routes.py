@@ -115,9 +115,17 @@ def _say(found: Translation, turn: UserTurn | AnswerTurn | SystemTurn, place: st
             if isinstance(block, ToolUseBlock):
                 found.call(block.id, block.name, json.dumps(block.input, ensure_ascii=False), where)
             else:
-                found.say("tool", plain(block.content), where, tool_call_id=block.tool_use_id)
+                _result(found, block, where)
     if parts:
         found.say(turn.role, parts, place, places)
+
+
+def _result(found: Translation, block: ToolResultBlock, where: str) -> None:
+    content, places = block.content, []
+    if isinstance(content, list):
+        places = [f"{where}.content[{number}]" for number in range(len(content))]
+    said = list(map(_part, content)) if isinstance(content, list) else content
+    found.say("tool", said, where, places, tool_call_id=block.tool_use_id)
 
 
 def _part(block: TextBlock | ImageBlock) -> dict[str, Any]:

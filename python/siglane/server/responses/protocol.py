@@ -74,7 +74,11 @@ Part = Annotated[
 Content = Annotated[
     PlainText | Annotated[list[Part], Field(max_length=MAX_PARTS), Tag("#parts")], Discriminator(content_tag)
 ]
-OutputPart = Annotated[TextPart, _known("an output part", *TEXTS)]
+OutputPart = Annotated[
+    Annotated[TextPart, Tag("#text")] | Annotated[ItemImage, Tag("#image")],
+    Discriminator(_part_tag),
+    _known("an output part", *TEXTS, "input_image"),
+]
 Output = Annotated[
     PlainText | Annotated[list[OutputPart], Field(max_length=MAX_PARTS), Tag("#parts")], Discriminator(content_tag)
 ]

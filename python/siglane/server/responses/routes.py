@@ -86,8 +86,11 @@ def _say(found: Translation, item: Any, place: str) -> None:
             found.say(role, list(map(_part, parts)), place, places)
         case ItemCall():
             found.call(item.call_id, item.name, item.arguments, place)
-        case ItemCallOutput(output=output):
-            found.say("tool", plain(output), place, tool_call_id=item.call_id)
+        case ItemCallOutput(output=str(text)):
+            found.say("tool", text, place, tool_call_id=item.call_id)
+        case ItemCallOutput(output=parts):
+            places = [f"{place}.output[{number}]" for number in range(len(parts))]
+            found.say("tool", list(map(_part, parts)), place, places, tool_call_id=item.call_id)
 
 
 def _part(part: Any) -> Any:

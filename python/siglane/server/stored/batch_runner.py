@@ -52,6 +52,7 @@ class BatchRunner:
         self._moving: dict[str, Batch] = {}
         self._stops: dict[str, Callable[[], object]] = {}
         self._paused: dict[str, tuple[float, str]] = {}  # until when, and why
+        self._keyless = set[str]()  # batches that wait for their key
         self._deaths = DeathBudget(RESTART_WINDOW_SECONDS)
         self._closed = False
 
@@ -116,8 +117,19 @@ class BatchRunner:
         if batch.status != "in_progress":
             return True
         answering = [one.owner for one in self._moving.values() if one.status == "in_progress"]
-        resting = time.monotonic() < self._paused.get(batch.id, (0.0, ""))[0] and not _is_late(batch)
-        return not resting and batch.owner not in answering and len(answering) < AT_ONCE
+        if batch.owner in answering or len(answering) >= AT_ONCE:
+            return False
+        resting = time.monotonic() < self._paused.get(batch.id, (0.0, ""))[0]
+        return _is_late(batch) or not (resting or self._is_keyless(batch))
+
+    def _is_keyless(self, batch: Batch) -> bool:
+        """Whether the server would not take its requests from whoever has it. With the key it goes on."""
+        if self._served.clients.of_owner(batch.owner) is not None:
+            return False
+        if batch.id not in self._keyless:
+            self._keyless.add(batch.id)
+            logger.warning("batch %s waits: its key is none of the server's", batch.id)
+        return True
 
     def _move(self, batch: Batch) -> None:
         """From one status to the next."""
@@ -200,7 +212,8 @@ class BatchRunner:
             ]
         others = [one for one in self._store.active_batches() if one.owner == batch.owner and one.id != batch.id]
         queued = sum(one.total - one.completed - one.failed for one in others)
-        most = self._served.clients.of_owner(batch.owner).limits.max_queued_rows or self._config.max_queued_rows
+        client = self._served.clients.of_owner(batch.owner)
+        most = (client and client.limits.max_queued_rows) or self._config.max_queued_rows
         if queued + total <= most:
             return []
         message = f"your batches have {queued} requests before them, with these more than {most}; wait for some"
@@ -257,6 +270,7 @@ class BatchRunner:
     def _server_for(self, batch: Batch) -> _OnItsLoop:
         slots = self._served.engine.spec.config.max_running if batch.endpoint in OF_CHAT else EMBEDDING_SLOTS
         client = self._served.clients.of_owner(batch.owner)
+        assert client is not None, "a batch without a key was started"
         server = LocalServer(self._served, slots, self._inflight, self._turns, client, self._deaths)
         return _OnItsLoop(server, self._loop, lambda: self._ends)
 

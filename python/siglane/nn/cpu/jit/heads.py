@@ -257,8 +257,3 @@ def _turn(module: ir.Module, head_dim: int) -> None:
                 turned = code.intrinsic("llvm.fma", half, other, tables[1][number], turned)
                 code.put(turned, out, code.add(place, I64(number)), 4)
     code.ret_void()
-
-
-def _halves(code: Code, address: ir.Value, place: ir.Value, half: ir.VectorType) -> list[ir.Value]:
-    """Of the head at `place`."""
-    return [code.get(address, code.add(code.mul(place, I64(2)), I64(number)), half, 4) for number in (0, 1)]

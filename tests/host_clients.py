@@ -1,4 +1,4 @@
-"""What clients of an SGLang server send, and what siglane's own engine answers to the same messages."""
+"""What clients of a host's server send, and what siglane's own engine answers to the same messages."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import base64
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx2
+from clips import animation
+from clips import video as clip
+from host_process import RunningServer
 from openai import OpenAI
 from parity_kit import picture
 from PIL import Image
-from sglang_host import RunningServer
 
 from siglane.llm import LLM, Generation
 from siglane.types import SamplingParams
+from siglane.weights.demo import demo_folder
 
 Messages = list[dict[str, Any]]
 
@@ -56,6 +59,37 @@ def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
+
+
+CAFE, HELLO = (data_url((demo_folder() / "pictures" / name).read_bytes()) for name in ("cafe.png", "hello.png"))
+WIDE, TALL = data_url(png(300, 120, seed=1)), data_url(png(50, 140, seed=2))
+SIGN, SHAPES = "What does the sign say?", "What is in the picture?"
+CONVERSATIONS: Mapping[str, Messages] = {
+    "text": [user("How many yellow shapes do you see?")],
+    "text alone": [{"role": "user", "content": SHAPES}],
+    "image": [user(image(CAFE), SIGN)],
+    "image last": [user(SIGN, image(CAFE))],
+    "another image": [user(image(HELLO), SHAPES)],
+    "several": [user("First ", image(WIDE), " then ", image(TALL), SHAPES, image(CAFE), "?")],
+    "two with nothing between": [user(image(CAFE), image(HELLO), SIGN)],
+    "no words": [user(image(TALL))],
+    "system": [{"role": "system", "content": "Name one colour."}, user(image(HELLO), SHAPES)],
+    "turns": [user(image(CAFE), SIGN), {"role": "assistant", "content": "CAFE"}, user("And how many shapes?")],
+    "images in all turns": [
+        {"role": "system", "content": "Be brief."},
+        user(image(CAFE), SIGN),
+        {"role": "assistant", "content": "CAFE"},
+        user(SHAPES, image(HELLO)),
+        {"role": "assistant", "content": [{"type": "text", "text": "a star"}]},
+        user("Which is left of the other?"),
+    ],
+    "low": [user(image(WIDE, detail="low"), SHAPES)],
+    "high": [user(image(WIDE, detail="high"), SHAPES)],
+    "auto": [user(image(WIDE, detail="auto"), SHAPES)],
+    "of two details": [user(image(WIDE, detail="low"), image(TALL), SHAPES)],
+    "GIF": [user(video(data_url(animation(3), "image/gif")), "What happens?")],
+    "MP4": [user("Tell me: ", video(data_url(clip(4), "video/mp4")))],
+}
 
 
 @dataclass(frozen=True, slots=True)
