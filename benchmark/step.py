@@ -111,10 +111,13 @@ def calls_of(engine: Engine) -> dict[str, Callable[[], object]]:
 
 def decoding(engine: Engine, step: StepBatch) -> StepAttention:
     """The attention of a step whose rows are one token each, of sequences that lie in one run."""
-    kernels, nothing = engine.runner.kernels, torch.empty(0, dtype=torch.long)
+    kernels, count = engine.runner.kernels, len(step.chunks)
     slots = torch.tensor(step.slots(engine.config.page_size))
-    decode = kernels.decode(DecodeRows(nothing, nothing, nothing, step.chunks))
-    return StepAttention(kernels, slots, len(step.chunks), decode, None)
+    lengths = torch.tensor([chunk.stop for chunk in step.chunks])
+    tables = [torch.tensor(chunk.sequence.block_table, dtype=torch.int32) for chunk in step.chunks]
+    table = torch.nn.utils.rnn.pad_sequence(tables, batch_first=True)
+    decode = kernels.decode(DecodeRows(table, torch.arange(count), lengths, step.chunks))
+    return StepAttention(kernels, slots, count, decode, None)
 
 
 @torch.inference_mode()

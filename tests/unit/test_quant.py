@@ -24,8 +24,10 @@ from siglane.nn.act import activate
 from siglane.nn.attention import Segments
 from siglane.nn.cpu import int8 as quant
 from siglane.nn.cpu import int8_packing
-from siglane.nn.cpu.int8 import Int8Linear, row_codes
-from siglane.nn.cpu.int8_block import CodedNorm
+from siglane.nn.cpu.between import Between
+from siglane.nn.cpu.codes import Codes, row_codes
+from siglane.nn.cpu.int8 import Int8Linear
+from siglane.nn.cpu.jit.entrance import between
 from siglane.nn.cuda.low_bits import low_bit_linear
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from siglane.nn.parallel import TensorParallel
@@ -87,10 +89,11 @@ def test_more_rows_than_one_product_takes() -> None:
 def test_codes_are_the_nearest_ones(factor: float) -> None:
     x = drawn(50, 300) * factor
     x[0], x[1], x[2], x[3, 5] = 0, x[1].abs(), -x[2].abs(), 1000 * factor
-    codes, scale, zero = row_codes(x)
-    assert codes.dtype == torch.uint8
-    assert ((codes.float() - zero) * scale - x).abs().max(dim=1).values.le(0.5001 * scale[:, 0]).all()
-    assert torch.equal((codes[0].float() - zero[0]) * scale[0], torch.zeros(300))
+    rows = row_codes(x)
+    assert rows.codes.dtype == torch.uint8
+    zero = (-rows.shift / rows.scale).round()
+    assert ((rows.codes - zero) * rows.scale - x).abs().max(dim=1).values.le(0.5001 * rows.scale[:, 0]).all()
+    assert torch.equal((rows.codes[0] - zero[0]) * rows.scale[0], torch.zeros(300))
 
 
 @torch.no_grad()
@@ -367,42 +370,89 @@ def rows_of_all_sizes() -> torch.Tensor:
     return x
 
 
-def coded_norm(size: int) -> CodedNorm:
-    norm = nn.LayerNorm(size, 1e-6)
-    nn.init.normal_(norm.weight, 1.0, 0.2)
-    nn.init.zeros_(norm.bias)
-    norm.__class__ = CodedNorm
-    return norm
+PASSES = {"torch": Between, "compiled": between}
+
+
+@pytest.fixture(params=PASSES)
+def passes(request: pytest.FixtureRequest) -> Between:
+    """What stands between two products here, with and without compiled loops."""
+    made: Between | None = PASSES[request.param]()
+    if made is None:
+        pytest.skip("needs llvmlite and AVX512-VNNI")
+    return made
+
+
+def values_of(rows: Codes) -> torch.Tensor:
+    return rows.codes.float() * rows.scale + rows.shift
+
+
+def assert_codes_of(rows: Codes, expected: torch.Tensor) -> None:
+    """They are the nearest ones, and each row has all of them."""
+    assert ((values_of(rows) - expected).abs() <= 0.51 * rows.scale + 1e-6).all()
+    span = expected.amax(1).clamp_min(0) - expected.amin(1).clamp_max(0)
+    assert torch.allclose(rows.scale[:, 0] * 254, span, rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()
-def test_codes_of_a_norm_are_its_rows() -> None:
-    torch.manual_seed(0)
-    x, norm = rows_of_all_sizes(), coded_norm(256)
-    rows, expected = norm(x), F.layer_norm(x, (256,), norm.weight, norm.bias, 1e-6)
-    seen = torch.zeros(len(x))
-    for codes, step, place in rows.parts(32):
-        assert ((codes.float() - 128) * step - expected[place]).abs().max() <= 0.502 * step
-        assert ((codes.float() - 128).abs().amax(1) >= 80).all()  # each row has most of the codes
-        seen[place] = 1
-    others, values = rows.others
-    assert torch.equal(values, expected[others])
-    assert not seen[others].any()
-    seen[others] = 1
-    assert seen.all()
-    assert {3, 60, 70, 71}.issubset(others.tolist())
-    assert len(rows.groups) > 1
+def test_codes_of_a_norm_are_its_rows(passes: Between) -> None:
+    gain = drawn(250, seed=3).mul(0.2).add(1)
+    x = rows_of_all_sizes()[:, :250].contiguous()
+    assert_codes_of(passes.normed(x, gain, 1e-6), F.layer_norm(x, (250,), gain, None, 1e-6))
+    far = x + 100  # a mean that is larger than what lies about it
+    exact = F.layer_norm(far.double(), (250,), gain.double(), None, 1e-2).float()
+    assert_codes_of(passes.normed(far, gain, 1e-2), exact)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("activation", [None, "gelu_tanh", "gelu_erf", "quick_gelu"])
-def test_a_product_may_apply_its_activation(activation: Activation | None) -> None:
-    codes, weight, bias = torch.randint(0, 256, (40, 64), dtype=torch.uint8), drawn(48, 64), drawn(48, seed=1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_of_rows(passes: Between, dtype: torch.dtype) -> None:
+    x = rows_of_all_sizes().to(dtype)
+    assert_codes_of(passes.coded(x), x.float())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu_erf", "quick_gelu", "silu"])
+def test_what_a_product_gives(passes: Between, activation: Activation) -> None:
+    x, weight, bias, residual = rows_of_all_sizes(), drawn(70, 256), drawn(70, seed=1), drawn(200, 70, seed=2)
     layer = Int8Linear(weight, bias)
-    exact = layer.product(codes, 128, 0.01)
-    assert torch.allclose(exact, F.linear((codes.float() - 128) * 0.01, weight, bias), atol=0.3)
-    wanted = exact if activation is None else activate(exact, activation)
-    assert torch.allclose(layer.product(codes, 128, 0.01, activation), wanted, atol=1e-3)
+    rows, expected = passes.coded(x), layer(x)
+
+    def sums() -> torch.Tensor:
+        return layer.sums_of(rows)
+
+    near = {"rtol": 1e-5, "atol": 1e-5 * float(expected.abs().max())}
+    exact, half = (
+        passes.finished(sums(), rows, layer.corrections, torch.empty(200, 70, dtype=dtype))
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert torch.allclose(exact, expected, **near)
+    assert torch.equal(half, exact.bfloat16())
+    found = passes.added(sums(), rows, layer.corrections, residual, residual.clone())
+    assert torch.allclose(found, residual + expected, **near)
+    small = layer.corrections / 50  # where an activation bends
+    shrunk = Codes(rows.codes, rows.marks / 50)
+    made = passes.activated(sums(), shrunk, torch.stack((small[0] * 50, small[1])), activation)
+    assert_codes_of(made, activate(expected / 50, activation))
+
+
+@torch.no_grad()
+def test_undefined_rows_stay_so_and_alone(passes: Between) -> None:
+    x, gain = drawn(6, 96), torch.ones(96)
+    layer = Int8Linear(drawn(32, 96, seed=1), drawn(32, seed=2))
+    for undefined in (torch.nan, -torch.nan, torch.inf, -torch.inf):
+        spoilt = x.clone()
+        spoilt[2, 5] = undefined
+        for encode in (passes.coded, lambda rows: passes.normed(rows, gain, 1e-6)):
+            clean, rows = encode(x), encode(spoilt)
+            found, expected = (
+                passes.finished(layer.sums_of(some), some, layer.corrections, torch.empty(6, 32))
+                for some in (rows, clean)
+            )
+            assert not found[2].isfinite().any()
+            others = torch.arange(6) != 2
+            assert torch.equal(found[others], expected[others])
+            activated = passes.activated(layer.sums_of(rows), rows, layer.corrections, "gelu_tanh")
+            assert not values_of(activated)[2].isfinite().any()
 
 
 @torch.no_grad()
@@ -435,6 +485,7 @@ def test_a_stream_with_outlier_channels(tamed: bool) -> None:
     assert F.cosine_similarity(ours, exact).mean() > (0.999 if tamed else 0.99)
 
 
-def test_a_norm_with_codes_has_no_gradient() -> None:
+def test_a_block_with_codes_has_no_gradient() -> None:
+    block = quantise(tower(), "8bit", "cpu").blocks[0]
     with pytest.raises(ValueError, match="has no gradient"):
-        coded_norm(8)(drawn(2, 8).requires_grad_())
+        block(drawn(2, 64).requires_grad_(), Segments.of([2], torch.device("cpu")), "sdpa")

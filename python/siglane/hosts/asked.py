@@ -36,11 +36,6 @@ class Asked:
     def layouts(self, facts: ImageFacts) -> tuple[ImageLayout, ...]:
         return facts.layouts(self.media, self.image_limits)
 
-    def patches(self, number: int, pixels: torch.Tensor, digest: bytes, facts: ImageFacts) -> ImagePatches:
-        """Image `number`, its layout settled by its pixels once more. ValueError when they are not what it says."""
-        layout = self.layouts(facts)[number]
-        return ImagePatches(pixels, settled(layout, pixels, facts.preprocess), digest)
-
     def to_json(self) -> str:
         media = [(*one.size, *one[1:]) if isinstance(one, VideoSize) else one for one in self.media]
         return json.dumps({"media": media, "image_limits": [asdict(limits) for limits in self.image_limits]})
@@ -72,7 +67,8 @@ class Described(NamedTuple):
 
     def patches(self, pixels: torch.Tensor, facts: ImageFacts) -> ImagePatches:
         """ValueError when the pixels are not what the layout says."""
-        return self.asked.patches(self.number, pixels, self.digest, facts)
+        layout = settled(self.asked.layouts(facts)[self.number], pixels, facts.preprocess)
+        return ImagePatches(pixels, layout, self.digest)
 
 
 def _limits(fields: dict[str, object]) -> ImageBudget:

@@ -46,11 +46,20 @@ class EncoderAttention(nn.Module):
     def forward(
         self, x: torch.Tensor, segments: Segments, backend: AttentionBackend, rotary: Rotary | None
     ) -> torch.Tensor:
-        q, k, v = self.qkv(x)
+        return self.out_proj(self.attend(self.qkv(x), segments, backend, rotary))
+
+    def attend(
+        self,
+        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        segments: Segments,
+        backend: AttentionBackend,
+        rotary: Rotary | None,
+    ) -> torch.Tensor:
+        """q, k and v, each `[N, heads, head_dim]` -> `[N, heads * head_dim]`"""
+        q, k, v = qkv
         if rotary is not None:  # in float32 whatever the dtype, as in the reference
             q, k = (rotate(part.float(), *rotary).to(part.dtype) for part in (q, k))
-        attended = packed_attention(q, k, v, segments, scale=self.scale, backend=backend)
-        return self.out_proj(attended.flatten(1))
+        return packed_attention(q, k, v, segments, scale=self.scale, backend=backend).flatten(1)
 
 
 class EncoderMLP(nn.Module):

@@ -17,7 +17,7 @@ from siglane.nn.act import SwiGLU, activate
 from siglane.nn.cpu.few_rows import LEAST
 from siglane.nn.cpu.int4 import Int4Codes, Int4Linear, has_packed_products
 from siglane.nn.cpu.int8 import Int8Codes, Int8Linear, Int8Weight, has_integer_products
-from siglane.nn.cpu.int8_block import CodedMLP, CodedNorm, CodedRows, attention_dtype, coded_product, consume_centred
+from siglane.nn.cpu.int8_block import CodedBlock
 from siglane.nn.cuda.low_bits import low_bit_linear
 from siglane.nn.encoder import EncoderBlock
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
@@ -96,7 +96,7 @@ def _balance(model: nn.Module) -> None:
 
 
 def _code(model: nn.Module) -> None:
-    """Norms of whole blocks write the codes of the layers behind them."""
+    """Blocks whose layers are whole."""
     for block in model.modules():
         if not isinstance(block, EncoderBlock):
             continue
@@ -104,9 +104,7 @@ def _code(model: nn.Module) -> None:
         if not (isinstance(out_proj, QuantisedRow) and isinstance(fc2, QuantisedRow)):
             continue
         if out_proj.tp.size == fc2.tp.size == 1:
-            block.norm1.__class__ = block.norm2.__class__ = CodedNorm
-            block.mlp.__class__ = CodedMLP
-            out_proj.dtype = block.norm1.weight.dtype
+            block.__class__ = CodedBlock
 
 
 class QuantisedColumn(nn.Module):
@@ -138,20 +136,15 @@ class QuantisedRow(nn.Module):
         self.tp = layer.tp
         self.linear = linear
         self.bias = None if layer.tp.size == 1 else layer.bias
-        self.dtype: torch.dtype | None = None  # of results, where rows may be written to and have another one
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.dtype is None:
-            y: torch.Tensor = self.linear(x)
-        else:
-            assert isinstance(self.linear, Int8Linear)
-            y = consume_centred(self.linear, x).to(self.dtype)
+        y: torch.Tensor = self.linear(x)
         if self.tp.size > 1:
             y = self.tp.all_reduce(y)
         return y if self.bias is None else y + self.bias
 
     def added(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        if isinstance(self.linear, Int8Weight | Int4Linear) and self.dtype is None and self.tp.size == 1:
+        if isinstance(self.linear, Int8Weight | Int4Linear) and self.tp.size == 1:
             return self.linear.added(x, residual)
         return residual + self(x)
 
@@ -164,16 +157,12 @@ class QuantisedQKV(nn.Module):
         self.heads, self.kv_heads, self.head_dim = layer.heads, layer.kv_heads, layer.head_dim
         self.linear = linear
 
-    def forward(self, x: torch.Tensor | CodedRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q, k, v = self.together(x).split([self.heads, self.kv_heads, self.kv_heads], dim=-2)
         return q, k, v
 
-    def together(self, x: torch.Tensor | CodedRows) -> torch.Tensor:
-        if isinstance(x, CodedRows):
-            assert isinstance(self.linear, Int8Linear)
-            y = coded_product(self.linear, x, attention_dtype(x.dtype))
-        else:
-            y = self.linear(x)
+    def together(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.linear(x)
         return y.unflatten(-1, (-1, self.head_dim))
 
 

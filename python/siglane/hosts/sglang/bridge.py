@@ -7,7 +7,7 @@ from sglang.srt.managers import mm_schedule
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
 
 from siglane.config.images import ImageFacts
-from siglane.hosts.asked import Asked
+from siglane.hosts.asked import Asked, Described
 from siglane.hosts.model import of_group
 from siglane.hosts.request import Expanded
 from siglane.nn.parallel import TensorParallel
@@ -42,7 +42,8 @@ def items_of(expanded: Expanded) -> list[MultimodalDataItem]:
 def patches_of(item: MultimodalDataItem, facts: ImageFacts) -> ImagePatches:
     """The image of an item. ValueError when its pixels are not what its layout says."""
     asked = Asked.from_json(item.model_specific_data["siglane_asked"])
-    return asked.patches(item.model_specific_data["siglane_number"], item.feature, item.identity, facts)
+    described = Described(item.identity, item.model_specific_data["siglane_number"], asked)
+    return described.patches(item.feature, facts)
 
 
 def span_rows(item: MultimodalDataItem, rows: torch.Tensor, embedding: torch.nn.Module) -> torch.Tensor:

@@ -38,13 +38,19 @@ class ChunkedBlock(EncoderBlock):
     ) -> torch.Tensor:
         groups = groups_of(segments.lengths) if _pays(x, CHUNK_ROWS) else []
         if len(groups) < 2:
-            return super().forward(x, segments, backend, rotary)
+            return self.together(x, segments, backend, rotary)
         sizes = [sum(lengths) for lengths in groups]
         tables = [None] * len(sizes) if rotary is None else list(zip(*(t.split(sizes) for t in rotary), strict=True))
         outputs = []
         for rows, lengths, table in zip(x.split(sizes), groups, tables, strict=True):
-            outputs.append(super().forward(rows, Segments.of(lengths, x.device), backend, table))
+            outputs.append(self.together(rows, Segments.of(lengths, x.device), backend, table))
         return torch.cat(outputs)
+
+    def together(
+        self, x: torch.Tensor, segments: Segments, backend: AttentionBackend, rotary: Rotary | None = None
+    ) -> torch.Tensor:
+        """The block, of all rows at once."""
+        return super().forward(x, segments, backend, rotary)
 
 
 class ChunkedMLP(EncoderMLP):

@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 
 FEW = 16  # rows up to which calls count more than what they compute
-# from 2^23 on float32 holds whole numbers only: adding it rounds, and the low bytes of the sum are the code; the 2^8 of
-# `row_codes` keeps what is just below zero above 2^23
+# from 2^23 on float32 holds whole numbers only: adding it rounds, and the low bytes of the sum are the code
 WHOLE = float(2**23)
 LEAST = 1e-30  # of what is divided by
 LEVELS = 127  # codes on either side of zero

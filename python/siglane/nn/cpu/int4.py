@@ -110,6 +110,7 @@ class Int4Linear(Sealed):
         in_large_pages(self.codes)
         scale, zero = made.scale.T, made.zero.T
         self.scales = torch.stack((scale, (MIDDLE - zero.bfloat16()) * scale), -1)  # [groups, N, 2]
+        in_large_pages(self.scales)
         self.few: FewRows | None = None  # in one call, where this machine can
         if _run() == RUN and (kind := few_rows()) is not None:
             self.few = kind.four(self.codes, self.scales, self.bias, self.outputs, self.inputs, eps)

@@ -17,19 +17,17 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import torch
 
-from siglane.nn.act import activate, swiglu
-from siglane.nn.cpu.few_rows import FEW, LEAST, LEVELS, MIDDLE, WHOLE, WIDE_LEVELS, offset, peak_of, scratch_of
+from siglane.nn.act import swiglu
+from siglane.nn.cpu.codes import STEPS, Codes, corrected, row_codes
+from siglane.nn.cpu.few_rows import FEW, LEAST, LEVELS, MIDDLE, WIDE_LEVELS, offset, peak_of, scratch_of
 from siglane.nn.cpu.int8_packing import pack_codes, sums
 from siglane.nn.cpu.jit.entrance import few_rows
 from siglane.nn.cpu.memory import in_large_pages
-from siglane.nn.cpu.product import FUSED
 from siglane.nn.cpu.sealed import Sealed
-from siglane.types import Activation
 
 if TYPE_CHECKING:
     from siglane.nn.cpu.jit.layer import FewRows
 
-STEPS = 254  # of a row between its least and its greatest value; one code is left for rounding
 WEIGHT_VALUES = 1 << 18  # that are rounded at a time
 ROWS = 256  # of one product: what passes between its steps then stays in the cache
 
@@ -158,33 +156,12 @@ class Int8Linear(Int8Weight):
         self.corrections = torch.stack((self.sums, shift))
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
-        return self._corrected(*row_codes(x))
+        rows = row_codes(x)
+        return corrected(self.sums_of(rows), rows, self.corrections)
 
-    def consume(self, x: torch.Tensor) -> torch.Tensor:
-        """float32 `[M, K]`, which is written to -> `[M, N]`."""
-        return self._corrected(*row_codes(x, scratch=x))
-
-    def scaled(self, codes: torch.Tensor, zero: int, scale: torch.Tensor) -> torch.Tensor:
-        """The layer of `(codes - zero) * scale`, the scale of each row being its own: `[M, 1]`."""
-        y = self._product(codes, zero).mul_(scale)
-        return y if self.bias is None else y.add_(self.bias)
-
-    def product(
-        self,
-        codes: torch.Tensor,
-        zero: int,
-        scale: float,
-        activation: Activation | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> torch.Tensor:
-        """The layer, and `activation`, of `(codes - zero) * scale`, where these are the same for all rows."""
-        return integer_product(
-            codes, self.packed, self.scale, self.zero_points, zero, scale, self.bias, activation, dtype
-        )
-
-    def _corrected(self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        y = self._product(codes).mul_(scale)
-        return y.addmm_(torch.cat((zero * -scale, torch.ones_like(zero)), 1), self.corrections)
+    def sums_of(self, rows: Codes) -> torch.Tensor:
+        """The product of codes, times the outputs' scales alone: float32 `[M, N]`, for `corrected`."""
+        return self._product(rows.codes)
 
 
 class CentredInt8Linear(Int8Weight):
@@ -269,19 +246,6 @@ def _whole(x: torch.Tensor, steps: torch.Tensor, zero: int, levels: int) -> torc
     return torch.addcmul(offset(zero), x, steps, value=levels).view(torch.int32)
 
 
-def row_codes(x: torch.Tensor, scratch: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x float32 `[M, K]` -> codes u8 `[M, K]`, scale and zero point float32 `[M, 1]`: x is about (code - zero) * scale.
-    scratch is written to: of x's shape, or x itself.
-    Zero has a code of its own, so that what is exactly zero stays so.
-    """
-    low, high = x.amin(-1, keepdim=True).clamp_max_(0), x.amax(-1, keepdim=True).clamp_min_(0)
-    span = (high - low).clamp_min_(LEAST)
-    steps = STEPS / span
-    zero = (low * -steps).round_()
-    codes = torch.mul(x, steps, out=scratch).add_(zero + (WHOLE + 256)).view(torch.int32).to(torch.uint8)
-    return codes, span / STEPS, zero
-
-
 def integer_product(
     codes: torch.Tensor,
     packed: torch.Tensor,
@@ -290,16 +254,13 @@ def integer_product(
     zero: int = 0,
     rows_scale: float = 1.0,
     bias: torch.Tensor | None = None,
-    activation: Activation | None = None,
-    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """`(codes - zero) W^T`, times the outputs' `scale` and `rows_scale`, plus `bias`, then `activation`. oneDNN has
-    fast kernels for unsigned rows and signed weights only."""
-    name, variant = ("none", "") if activation is None else FUSED.get(activation, ("none", ""))
+    """`(codes - zero) W^T`, times the outputs' `scale` and `rows_scale`, plus `bias`, float32. oneDNN has fast kernels
+    for unsigned rows and signed weights only."""
     product: torch.Tensor = torch.ops.onednn.qlinear_pointwise.default(
-        codes, rows_scale, zero, packed, scale, zero_points, bias, 1.0, 0, dtype, name, [], variant
+        codes, rows_scale, zero, packed, scale, zero_points, bias, 1.0, 0, torch.float32, "none", [], ""
     )
-    return product if activation is None or activation in FUSED else activate(product, activation)
+    return product
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from siglane.nn.cpu.jit.between_calls import CompiledBetween
     from siglane.nn.cpu.jit.calls import Heads
     from siglane.nn.cpu.jit.layer import FewRows
 
@@ -42,6 +43,16 @@ def heads(head_dim: int) -> Heads | None:
     from siglane.nn.cpu.jit.calls import Heads
 
     return Heads(head_dim)
+
+
+@functools.cache
+def between() -> CompiledBetween | None:
+    """The same for what lies between the products of an encoder block."""
+    if few_rows() is None:
+        return None
+    from siglane.nn.cpu.jit.between_calls import CompiledBetween
+
+    return CompiledBetween()
 
 
 def _has_threads() -> bool:

@@ -1,25 +1,37 @@
-"""The product of float rows with one block of a 4-bit weight, as torch packs it: 64 outputs, one input after another,
-in 32 bytes each, whose low halves are the first 32 outputs' codes (`int4.unpack_codes`)."""
+"""The product of rows with one block of a 4-bit weight, as torch packs it: 64 outputs, one input after another, in 32
+bytes each, whose low halves are the first 32 outputs' codes (`int4.unpack_codes`).
+
+Rows are bfloat16's numbers, and behind them the sum of each group's. Two inputs are multiplied at a time.
+"""
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Callable
 from functools import partial
 
 from llvmlite import ir
 
 from siglane.nn.cpu.int8_packing import OUTPUTS
-from siglane.nn.cpu.jit.code import BYTE, FLOAT, I32, I64, POINTER, VOID, Code, everywhere
-from siglane.nn.cpu.jit.product import LAYER, call_one
+from siglane.nn.cpu.jit.code import BYTE, FLOAT, I32, I64, LANES, POINTER, VOID, Code, everywhere
+from siglane.nn.cpu.jit.product import LAYER, REGISTERS, call_one
+from siglane.nn.cpu.jit.tiles import AHEAD
 
 HALF = OUTPUTS // 2
-NUMBERS, SUMS = ir.VectorType(I32, OUTPUTS), ir.VectorType(FLOAT, OUTPUTS)
+WORD = ir.IntType(16)
+BYTES, WORDS = ir.VectorType(BYTE, 4 * LANES), ir.VectorType(WORD, 2 * LANES)
+NUMBERS, SUMS = ir.VectorType(I32, LANES), ir.VectorType(FLOAT, LANES)
 TILE = 4  # rows that are multiplied together
 CODE_MIDDLE = 8.0  # that the stored middle counts from
+GROUPS_AHEAD = 2  # whose scales are called from memory
+# (weights of two inputs, a register for every 16 outputs; the row's two numbers) -> what is added to a register
+Multiply = Callable[[Code, ir.Value, ir.Value, ir.Value], ir.Value]
 
 
-def write_four(module: ir.Module) -> ir.Function:
-    """`function(layer, block, x, rows, sums)`: x float32 `[rows, stride / 4]` -> sums float32 `[rows, 64]`."""
-    functions = {rows: _tile(module, rows) for rows in range(1, TILE + 1)}
+def write_four(module: ir.Module, *, bfloat16: bool) -> ir.Function:
+    """`function(layer, block, x, rows, sums)`: x as `write_rounded` leaves it, `[rows, stride]` -> sums float32
+    `[rows, 64]`. bfloat16: the processor multiplies it."""
+    functions = {rows: _tile(module, rows, bfloat16=bfloat16) for rows in range(1, TILE + 1)}
     code, made = Code.begin(module, "four_block", VOID, POINTER, I64, POINTER, I64, POINTER)
     layer, block, x, rows, into = made.args
     stride = LAYER.get(code, layer, "stride")
@@ -30,7 +42,7 @@ def write_four(module: ir.Module) -> ir.Function:
     return made
 
 
-def _tile(module: ir.Module, rows: int) -> ir.Function:
+def _tile(module: ir.Module, rows: int, *, bfloat16: bool) -> ir.Function:
     code, made = Code.begin(module, f"four_tile{rows}", VOID, POINTER, I64, POINTER, I64, POINTER)
     layer, block, x, stride, into = made.args
     inputs, group = code.sdiv(stride, I64(4)), LAYER.get(code, layer, "group")
@@ -38,47 +50,98 @@ def _tile(module: ir.Module, rows: int) -> ir.Function:
     codes = code.at(LAYER.get(code, layer, "packed"), code.mul(code.mul(block, inputs), I64(HALF)), BYTE)
     pairs = code.at(LAYER.get(code, layer, "tail"), code.mul(block, I64(OUTPUTS)), I32)
     lines = [code.at(x, code.mul(stride, I64(row)), BYTE) for row in range(rows)]
-    zeros = ir.Constant(SUMS, [0.0] * OUTPUTS)
-    totals = [code.variable(zeros) for _ in range(rows)]
+    zero = everywhere(SUMS, 0.0)
+    totals = [[code.variable(zero) for _ in range(REGISTERS)] for _ in range(rows)]
+    unpack, multiply = (_narrow, _multiply_narrow) if bfloat16 else (_wide, _multiply_wide)
     with code.count(I64(0), code.sdiv(inputs, group)) as number:
-        sums, shares = [code.variable(zeros) for _ in range(rows)], [code.variable(FLOAT(0)) for _ in range(rows)]
-        first = code.mul(number, group)
-        with code.count(first, code.add(first, group)) as place:
-            weights = _codes(code, code.at(codes, code.mul(place, I64(HALF)), BYTE))
-            for line, slot, share in zip(lines, sums, shares, strict=True):
-                value = code.get(line, place, FLOAT)
-                everywhere = code.spread(value, OUTPUTS)
-                code.store(code.intrinsic("llvm.fma", SUMS, weights, everywhere, code.load(slot, typ=SUMS)), slot)
-                code.store(code.fadd(code.load(share, typ=FLOAT), value), share)
-        both = code.load(code.at(pairs, code.mul(number, outputs), I32), typ=NUMBERS, align=4)
-        scale = code.bitcast(code.shl(both, ir.Constant(NUMBERS, [16] * OUTPUTS)), SUMS)
-        middle = code.bitcast(code.and_(both, ir.Constant(NUMBERS, [-(1 << 16)] * OUTPUTS)), SUMS)
-        shift = code.intrinsic("llvm.fma", SUMS, scale, ir.Constant(SUMS, [-CODE_MIDDLE] * OUTPUTS), middle)
-        for slot, share, total in zip(sums, shares, totals, strict=True):
-            added = code.intrinsic("llvm.fma", SUMS, code.load(slot, typ=SUMS), scale, code.load(total, typ=SUMS))
-            everywhere = code.spread(code.load(share, typ=FLOAT), OUTPUTS)
-            code.store(code.intrinsic("llvm.fma", SUMS, shift, everywhere, added), total)
-    for row, total in enumerate(totals):
-        code.put(code.load(total, typ=SUMS), into, I64(row), 4)
+        sums = [[code.variable(zero) for _ in range(REGISTERS)] for _ in range(rows)]
+        first = code.sdiv(code.mul(number, group), I64(2))
+        with code.count(first, code.add(first, code.sdiv(group, I64(2)))) as place:
+            address = code.at(codes, place, BYTES)
+            code.prefetch(code.at(address, I64(AHEAD), BYTE))
+            weights = unpack(code, code.load(address, typ=BYTES, align=1))
+            for line, slots in zip(lines, sums, strict=True):
+                both = code.spread(code.get(line, place, I32), LANES)
+                for weight, slot in zip(weights, slots, strict=True):
+                    code.store(multiply(code, weight, both, code.load(slot, typ=SUMS)), slot)
+        here = code.at(pairs, code.mul(number, outputs), I32)
+        for register in range(REGISTERS):
+            code.prefetch(code.at(here, code.add(code.mul(outputs, I64(GROUPS_AHEAD)), I64(register * LANES)), I32))
+        scales = [_scale(code, here, register) for register in range(REGISTERS)]
+        for line, slots, into_slots in zip(lines, sums, totals, strict=True):
+            share = code.get(line, code.add(code.sdiv(inputs, I64(2)), number), FLOAT)
+            for (scale, shift), slot, total in zip(scales, slots, into_slots, strict=True):
+                added = code.load(total, typ=SUMS)
+                for one, other in ((code.load(slot, typ=SUMS), scale), (shift, code.spread(share, LANES))):
+                    added = code.intrinsic("llvm.fma", SUMS, one, other, added)
+                code.store(added, total)
+    for place, total in enumerate(total for slots in totals for total in slots):
+        code.put(code.load(total, typ=SUMS), into, I64(place), 4)
     code.ret_void()
     return made
 
 
-def _codes(code: Code, address: ir.Value) -> ir.Value:
-    """Of one input, all outputs', as floats."""
-    pairs = code.load(address, typ=ir.VectorType(BYTE, HALF), align=1)
-    wide = code.zext(pairs, ir.VectorType(I32, HALF))
-    low = code.and_(wide, ir.Constant(wide.type, [15] * HALF))
-    high = code.lshr(wide, ir.Constant(wide.type, [4] * HALF))
-    whole = code.shuffle_vector(low, high, ir.Constant(NUMBERS, list(range(OUTPUTS))))
-    return code.sitofp(whole, SUMS)
+def _scale(code: Code, pairs: ir.Value, register: int) -> tuple[ir.Value, ir.Value]:
+    """Of a group's outputs the scale, and what stands for code 0."""
+    both = code.get(pairs, I64(register), NUMBERS, 4)
+    scale, middle = (code.bitcast(half, SUMS) for half in _halves(code, both))
+    return scale, code.intrinsic("llvm.fma", SUMS, scale, everywhere(SUMS, -CODE_MIDDLE), middle)
+
+
+def _halves(code: Code, both: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Two numbers of bfloat16 in each lane as float32's bits."""
+    return code.shl(both, everywhere(NUMBERS, 16)), code.and_(both, everywhere(NUMBERS, -(1 << 16)))
+
+
+def _narrow(code: Code, pairs: ir.Value) -> list[ir.Value]:
+    """Weights of two inputs: lanes of two numbers of bfloat16. A code finds its own in a table of two times sixteen, so
+    that it does not matter which bit stands before it."""
+    table = ir.Constant(WORDS, [_bits(number % 16) for number in range(2 * LANES)])
+    look_up = code.declared("llvm.x86.avx512.permvar.hi.512", WORDS, WORDS, WORDS)
+    low, high = list[ir.Value](), list[ir.Value]()
+    for first in range(0, HALF, LANES):
+        places = [
+            place for output in range(first, first + LANES) for place in (output, output, HALF + output, HALF + output)
+        ]
+        words = code.bitcast(code.shuffle_vector(pairs, pairs, ir.Constant(ir.VectorType(I32, 64), places)), WORDS)
+        low.append(code.call(look_up, [table, words]))
+        high.append(code.call(look_up, [table, code.lshr(words, everywhere(WORDS, 4))]))
+    return low + high
+
+
+def _multiply_narrow(code: Code, weights: ir.Value, both: ir.Value, total: ir.Value) -> ir.Value:
+    dot = code.declared("llvm.x86.avx512bf16.dpbf16ps.512", SUMS, SUMS, NARROW, NARROW)
+    return code.call(dot, [total, code.bitcast(weights, NARROW), code.bitcast(both, NARROW)])
+
+
+def _wide(code: Code, pairs: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
+    """Weights of two inputs as floats."""
+    found = list[list[ir.Value]]()
+    for first in (0, HALF):
+        made = list[ir.Value]()
+        for half in (0, LANES):
+            places = ir.Constant(NUMBERS, [first + half + lane for lane in range(LANES)])
+            wide = code.zext(code.shuffle_vector(pairs, pairs, places), NUMBERS)
+            made.append(wide)
+        low = [code.and_(wide, everywhere(NUMBERS, 15)) for wide in made]
+        high = [code.lshr(wide, everywhere(NUMBERS, 4)) for wide in made]
+        found.append([code.sitofp(whole, SUMS) for whole in (*low, *high)])
+    return list(zip(*found, strict=True))
+
+
+def _multiply_wide(code: Code, weights: tuple[ir.Value, ir.Value], both: ir.Value, total: ir.Value) -> ir.Value:
+    for weight, half in zip(weights, _halves(code, both), strict=True):
+        total = code.intrinsic("llvm.fma", SUMS, weight, code.bitcast(half, SUMS), total)
+    return total
 
 
 def write_rounded(module: ir.Module, name: str) -> ir.Function:
-    """A row as the product takes it, normed and rounded to bfloat16's numbers: layer, row, into, (nothing) -> 1."""
+    """A row as the product takes it, normed and rounded to bfloat16, then each group's sum: layer, row, into, (nothing)
+    -> 1."""
     code, made = Code.begin(module, f"encode_{name}", FLOAT, *[POINTER] * 4)
     layer, x, into, _ = made.args
     inputs, squares = LAYER.get(code, layer, "inputs"), code.variable(FLOAT(0))
+    filled, group = code.sdiv(LAYER.get(code, layer, "stride"), I64(4)), LAYER.get(code, layer, "group")
     with code.count(I64(0), inputs) as place:
         value = code.get(x, place, FLOAT)
         total = code.fadd(code.load(squares, typ=FLOAT), code.fmul(value, value), flags=("reassoc",))
@@ -88,9 +151,16 @@ def write_rounded(module: ir.Module, name: str) -> ir.Function:
     normed = code.icmp_signed("!=", LAYER.get(code, layer, "normed"), I64(0))
     factor = code.select(normed, code.fdiv(FLOAT(1), length), FLOAT(1))
     with code.count(I64(0), inputs) as place:
-        code.put(as_bfloat16(code, code.fmul(code.get(x, place, FLOAT), factor)), into, place)
-    with code.count(inputs, code.sdiv(LAYER.get(code, layer, "stride"), I64(4))) as place:
-        code.put(FLOAT(0), into, place)
+        bits = code.bitcast(as_bfloat16(code, code.fmul(code.get(x, place, FLOAT), factor)), I32)
+        code.put(code.trunc(code.lshr(bits, I32(16)), WORD), into, place)
+    with code.count(inputs, filled) as place:
+        code.put(WORD(0), into, place)
+    with code.count(I64(0), code.sdiv(filled, group)) as number:
+        share, first = code.variable(FLOAT(0)), code.mul(number, group)
+        with code.count(first, code.add(first, group)) as place:
+            value = code.bitcast(code.shl(code.zext(code.get(into, place, WORD), I32), I32(16)), FLOAT)
+            code.store(code.fadd(code.load(share, typ=FLOAT), value, flags=("reassoc",)), share)
+        code.put(code.load(share, typ=FLOAT), into, code.add(code.sdiv(filled, I64(2)), number))
     code.ret(FLOAT(1))
     return made
 
@@ -101,3 +171,18 @@ def as_bfloat16(code: Code, x: ir.Value) -> ir.Value:
     bits, number = code.bitcast(x, kind), partial(everywhere, kind)
     even = code.add(code.and_(code.lshr(bits, number(16)), number(1)), number(2**15 - 1))
     return code.bitcast(code.and_(code.add(bits, even), number(-(1 << 16))), x.type)
+
+
+def _bits(value: int) -> int:
+    """Of a small whole number in bfloat16."""
+    return int.from_bytes(struct.pack(">f", value)[:2], "big")
+
+
+class _Bfloat(ir.Type):  # type: ignore[misc]
+    """Which llvmlite has no name for."""
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+
+NARROW = ir.VectorType(_Bfloat(), 2 * LANES)

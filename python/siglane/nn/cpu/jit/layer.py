@@ -13,17 +13,20 @@ import torch.nn.functional as F
 
 from siglane.nn.cpu.int8_packing import INPUTS, OUTPUTS
 from siglane.nn.cpu.jit.code import ADDRESS, COUNT, Compiled
+from siglane.nn.cpu.jit.processor import Processor, this_processor
 from siglane.nn.cpu.jit.product import LAYER
 from siglane.nn.cpu.jit.rows import FOURS, KINDS, MOST, Kind, rows_module
-from siglane.nn.cpu.jit.tiles import TILE_ROWS, has_tiles
+from siglane.nn.cpu.jit.tiles import TILE_ROWS
 
 THREAD_VALUES = 1 << 17  # of weights from which several threads are faster than one
+MOST_OF_FOUR = 32  # rows: of more a product of unpacked weights takes less time
 Rows = Literal["centred", "wide"]  # a byte a value, or two
 Function = Callable[..., None]
 
 
 class Facts(NamedTuple):
-    """`LAYER` of product.py: addresses, sizes; scale, bias `[outputs]`; stride: bytes of a row on its way."""
+    """`LAYER` of product.py: addresses, sizes; scale, bias `[outputs]`; stride: bytes of a row on its way; most:
+    rows of a call."""
 
     packed: int
     tail: int
@@ -34,22 +37,21 @@ class Facts(NamedTuple):
     stride: int
     eps: float | None
     group: int = 0
+    most: int = MOST
 
 
 class FewRows:
     """Rows float32 `[M, K]`, at most `most` -> `[M, N]`: what a product takes, the product, and what comes after it, in
     one call. `eight` and `four` make it of weights of so many bits.
 
-    gates: whether SwiGLU can be what comes after.
+    most: rows of a call; gates: whether SwiGLU can be what comes after.
     """
-
-    most = MOST
 
     def __init__(
         self, functions: _Functions, multiply: str, gate: str | None, facts: Facts, held: tuple[torch.Tensor, ...]
     ) -> None:
         """multiply, gate: names of functions; held: whose addresses `facts` has."""
-        by_name = functions.by_name
+        by_name, self.most = functions.by_name, facts.most
         self._multiply, self._gate = by_name[multiply], None if gate is None else by_name[gate]
         self.gates = gate is not None and facts.outputs % (2 * OUTPUTS) == 0
         self._outputs, self._stride = facts.outputs, facts.stride
@@ -75,7 +77,7 @@ class FewRows:
         outputs, stride = len(scale), -(-inputs // INPUTS) * INPUTS
         first, size = torch.ops.mkldnn.data_ptr(packed), -(-outputs // OUTPUTS) * OUTPUTS * stride
         facts = Facts(first, first + size, scale, bias, outputs, inputs, stride, eps)
-        return cls(_functions(KINDS), rows, "gated" if rows == "centred" else None, facts, (packed,))
+        return cls(_functions(KINDS, this_processor()), rows, "gated" if rows == "centred" else None, facts, (packed,))
 
     @classmethod
     def four(
@@ -86,12 +88,21 @@ class FewRows:
         up."""
         filled = 2 * codes.shape[1]
         facts = Facts(
-            codes.data_ptr(), scales.data_ptr(), None, bias, outputs, inputs, 4 * filled, eps, filled // len(scales)
+            codes.data_ptr(),
+            scales.data_ptr(),
+            None,
+            bias,
+            outputs,
+            inputs,
+            4 * filled,
+            eps,
+            filled // len(scales),
+            MOST_OF_FOUR,
         )
-        return cls(_functions(FOURS), "four", "four_gated", facts, (codes, scales))
+        return cls(_functions(FOURS, this_processor()), "four", "four_gated", facts, (codes, scales))
 
     def takes(self, *rows: torch.Tensor) -> bool:
-        return all(x.ndim == 2 and x.dtype == torch.float32 and x.shape[0] <= MOST for x in rows)
+        return all(x.ndim == 2 and x.dtype == torch.float32 and x.shape[0] <= self.most for x in rows)
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """residual: `[M, N]`, is added."""
@@ -150,7 +161,7 @@ class _Functions(NamedTuple):
 
 
 @functools.cache
-def _functions(kinds: tuple[Kind, ...]) -> _Functions:
-    owner = Compiled(rows_module(kinds, tiles=has_tiles()))
+def _functions(kinds: tuple[Kind, ...], processor: Processor) -> _Functions:
+    owner = Compiled(rows_module(kinds, processor))
     arguments = (*[ADDRESS] * 5, COUNT, COUNT)
     return _Functions({kind.name: owner.function(kind.name, *arguments) for kind in kinds}, owner)

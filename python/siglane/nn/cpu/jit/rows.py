@@ -1,4 +1,4 @@
-"""Products of few rows with 8-bit weights in one call: rows become codes, all threads multiply, results are scaled.
+"""Products of rows with 8-bit weights in one call: rows become codes, all threads multiply, results are scaled.
 
 A thread takes one block of outputs after another, so that none waits for one that the system holds up.
 """
@@ -28,12 +28,17 @@ from siglane.nn.cpu.jit.code import (
     in_threads,
 )
 from siglane.nn.cpu.jit.four import as_bfloat16, write_four, write_rounded
+from siglane.nn.cpu.jit.processor import Processor
 from siglane.nn.cpu.jit.product import LAYER, NUMBERS, REGISTERS, write_eight
 
-MOST = 32  # rows of one call: of more oneDNN's product takes less time
+MOST = 1024  # rows of one call
+ROWS = 32  # rows that a thread takes through a block at a time
+ALONE = 1 << 15  # values of rows below which one thread is faster than several
 SUMS = ir.VectorType(FLOAT, LANES)
 BITS = {False: MIDDLE, True: MIDDLE * 256 + MIDDLE}  # of the code of zero, by `wide`
-CALL = Struct(layer=POINTER, y=POINTER, residual=POINTER, codes=POINTER, scales=POINTER, rows=I64, next=I64)
+CALL = Struct(
+    layer=POINTER, x=POINTER, y=POINTER, residual=POINTER, codes=POINTER, scales=POINTER, rows=I64, next=I64,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,31 +56,50 @@ KINDS = (Kind("centred"), Kind("wide", wide=True), Kind("gated", gated=True))
 FOURS = (Kind("four", four=True), Kind("four_gated", four=True, gated=True))
 
 
-def rows_module(kinds: Sequence[Kind], *, tiles: bool) -> ir.Module:
+def rows_module(kinds: Sequence[Kind], processor: Processor) -> ir.Module:
     """For each kind, all of as many bits, a function of its name: layer, x float32 `[rows, K]`, y, residual like y or
-    null, room for codes `[2 * rows, stride]`, filled up to whole tiles, rows, threads. tiles: of the processor."""
+    null, room for codes `[2 * rows, stride]`, filled up to whole tiles, rows, threads."""
     module = ir.Module("rows")
-    multiply = write_four(module) if kinds[0].four else write_eight(module, tiles=tiles)
+    if kinds[0].four:
+        multiply = write_four(module, bfloat16=processor.bfloat16)
+    else:
+        multiply = write_eight(module, tiles=processor.tiles)
     for kind in kinds:
         encode = write_rounded(module, kind.name) if kind.four else _encode(module, kind)
-        _layer(module, kind, encode, _work(module, kind, multiply, _finish(module, kind)))
+        _layer(module, kind, _encode_all(module, kind, encode), _work(module, kind, multiply, _finish(module, kind)))
     return module
 
 
 def _layer(module: ir.Module, kind: Kind, encode: ir.Function, work: ir.Function) -> None:
     code, made = Code.begin(module, kind.name, VOID, *[POINTER] * 5, I64, I64)
     layer, x, y, residual, codes, rows, threads = made.args
-    inputs, stride = LAYER.get(code, layer, "inputs"), LAYER.get(code, layer, "stride")
-    scales, call = code.room(FLOAT, MOST), code.room(CALL.kind, 1)
-    with code.count(I64(0), rows) as row:
-        high = code.at(codes, code.mul(row, stride), BYTE)
-        low = code.at(codes, code.mul(code.add(row, rows), stride), BYTE)
-        line = code.at(x, code.mul(row, inputs), FLOAT)
-        code.put(code.call(encode, [layer, line, high, low]), scales, row)
-    for name, value in zip(CALL.names, (layer, y, residual, codes, scales, rows, I64(0)), strict=True):
+    call = code.room(CALL.kind, 1)
+    facts = (layer, x, y, residual, codes, code.room(FLOAT, MOST), rows, I64(0))
+    for name, value in zip(CALL.names, facts, strict=True):
         CALL.put(code, value, call, name)
+    values = code.mul(rows, LAYER.get(code, layer, "inputs"))
+    in_threads(code, encode, call, code.select(code.icmp_signed("<", values, I64(ALONE)), I64(1), threads))
+    CALL.put(code, I64(0), call, "next")
     in_threads(code, work, call, threads)
     code.ret_void()
+
+
+def _encode_all(module: ir.Module, kind: Kind, encode: ir.Function) -> ir.Function:
+    """What each thread does first with a call: rows, until none is left. Those that are multiplied together
+    lie together: their high bytes, then their low ones."""
+    code, made = Code.begin(module, f"encode_all_{kind.name}", VOID, POINTER)
+    (call,) = made.args
+    layer, x, codes, scales, rows = (CALL.get(code, call, name) for name in ("layer", "x", "codes", "scales", "rows"))
+    inputs, stride = LAYER.get(code, layer, "inputs"), LAYER.get(code, layer, "stride")
+    with code.taken(CALL.address(code, call, "next"), rows) as row:
+        place = code.srem(row, I64(ROWS))
+        first = code.sub(row, place)
+        high = code.at(codes, code.mul(code.add(code.mul(first, I64(2)), place), stride), BYTE)
+        low = code.at(high, code.mul(code.least(code.sub(rows, first), I64(ROWS)), stride), BYTE)
+        line = code.at(x, code.mul(row, inputs), FLOAT)
+        code.put(code.call(encode, [layer, line, high, low]), scales, row)
+    code.ret_void()
+    return made
 
 
 def _encode(module: ir.Module, kind: Kind) -> ir.Function:
@@ -109,29 +133,34 @@ def _encode(module: ir.Module, kind: Kind) -> ir.Function:
 
 
 def _work(module: ir.Module, kind: Kind, multiply: ir.Function, finish: ir.Function) -> ir.Function:
-    """What each thread does with a call: blocks, until none is left."""
+    """What each thread does with a call: blocks, some rows at a time, until none is left."""
     code, made = Code.begin(module, f"work_{kind.name}", VOID, POINTER)
     (call,) = made.args
     layer, codes, rows = (CALL.get(code, call, name) for name in ("layer", "codes", "rows"))
-    blocks, sums = LAYER.get(code, layer, "blocks"), code.room(I32, 2 * MOST * OUTPUTS)
-    others = code.at(sums, code.mul(rows, I64(OUTPUTS)), I32)  # of the low bytes, or of what a gate is multiplied with
+    blocks, stride = LAYER.get(code, layer, "blocks"), LAYER.get(code, layer, "stride")
     if kind.gated:
         blocks = code.sdiv(blocks, I64(2))
-    with code.taken(CALL.address(code, call, "next"), blocks) as block:
-        code.call(multiply, [layer, block, codes, code.mul(rows, I64(2)) if kind.wide else rows, sums])
+    groups = code.sdiv(code.add(rows, I64(ROWS - 1)), I64(ROWS))
+    sums = code.room(I32, 2 * ROWS * OUTPUTS)
+    with code.taken(CALL.address(code, call, "next"), code.mul(blocks, groups)) as item:
+        block, first = code.sdiv(item, groups), code.mul(code.srem(item, groups), I64(ROWS))
+        count, these = code.least(code.sub(rows, first), I64(ROWS)), code.mul(code.mul(first, I64(2)), stride)
+        these, others = code.at(codes, these, BYTE), code.at(sums, code.mul(count, I64(OUTPUTS)), I32)
+        code.call(multiply, [layer, block, these, code.mul(count, I64(2)) if kind.wide else count, sums])
         if kind.gated:
-            code.call(multiply, [layer, code.add(block, blocks), codes, rows, others])
-        code.call(finish, [call, block, sums, others])
+            code.call(multiply, [layer, code.add(block, blocks), these, count, others])
+        code.call(finish, [call, block, first, count, sums, others])
     code.ret_void()
     return made
 
 
 def _finish(module: ir.Module, kind: Kind) -> ir.Function:
-    """Writes the results of a block: call, block, sums, the others."""
-    code, made = Code.begin(module, f"finish_{kind.name}", VOID, POINTER, I64, POINTER, POINTER)
-    call, block, sums, others = made.args
+    """Writes the results of a block and some rows: call, block, the first row, how many, sums, the others: of the low
+    bytes, or of what a gate is multiplied with."""
+    code, made = Code.begin(module, f"finish_{kind.name}", VOID, POINTER, I64, I64, I64, POINTER, POINTER)
+    call, block, first_row, rows, sums, others = made.args
     y, residual, scales = (CALL.get(code, call, name) for name in ("y", "residual", "scales"))
-    layer, rows = CALL.get(code, call, "layer"), CALL.get(code, call, "rows")
+    layer = CALL.get(code, call, "layer")
     outputs = LAYER.get(code, layer, "outputs")
     width, first = code.sdiv(outputs, I64(2)) if kind.gated else outputs, code.mul(block, I64(OUTPUTS))
     count = code.least(code.sub(width, first), I64(OUTPUTS))
@@ -139,8 +168,9 @@ def _finish(module: ir.Module, kind: Kind) -> ir.Function:
     own, gated = _Scaled.of(code, kind, layer, first), _Scaled.of(code, kind, layer, code.add(first, width))
     with code.count(I64(0), rows) as row:
         line, other = (code.at(some, code.mul(row, I64(OUTPUTS)), I32) for some in (sums, others))
-        into, add = (code.at(some, code.add(code.mul(row, width), first), FLOAT) for some in (y, residual))
-        factor = code.get(scales, row, FLOAT)
+        begin = code.add(code.mul(code.add(first_row, row), width), first)
+        into, add = code.at(y, begin, FLOAT), code.at(residual, begin, FLOAT)
+        factor = code.get(scales, code.add(first_row, row), FLOAT)
 
         def plus(value: ir.Value, place: ir.Value) -> ir.Value:
             total = code.variable(value)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-
-from llvmlite import binding, ir
+from llvmlite import ir
 
 from siglane.nn.cpu.int8_packing import INPUTS, OUTPUTS, TOGETHER
 from siglane.nn.cpu.jit.code import BYTE, I32, I64, LANES, POINTER, VOID, Code
@@ -18,16 +15,6 @@ AHEAD = 8192  # bytes between weights that are multiplied and those that are cal
 ROWS, SUMS = 0, 4  # numbers of tiles: of codes, of the first sums; between them lie two of weights
 NUMBERS = ir.VectorType(I32, LANES)
 NUMBER = ir.IntType(8)
-ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA, SYS_ARCH_PRCTL = 0x1023, 18, 158  # Linux, x86-64
-
-
-@functools.cache
-def has_tiles() -> bool:
-    """Whether the processor multiplies tiles of bytes and the system, which is asked, lets this process do so."""
-    features = binding.get_host_cpu_features()
-    if not (features.get("amx-tile") and features.get("amx-int8")):
-        return False
-    return bool(ctypes.CDLL(None).syscall(SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0)
 
 
 def write_tiles(module: ir.Module) -> ir.Function:
