@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from checkpoints import build_tokenizer, merged, preprocessor_of, randomise, write_checkpoint, write_json
+from checkpoints import build_tokenizer, instead, merged, preprocessor_of, randomise, write_checkpoint, write_json
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast, VideoLlama3Config, VideoLlama3ForConditionalGeneration
 
@@ -117,7 +117,7 @@ def _parts(tokenizer: PreTrainedTokenizerFast, tied: bool) -> dict[str, Any]:
             "model_type": "qwen2", "vocab_size": math.ceil(len(tokenizer) / 8) * 8, "hidden_size": 48,
             "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
             "max_position_embeddings": 4096, "rope_theta": 1000000.0, "tie_word_embeddings": tied,
-        },
+        } | instead,
         "image_token_id": vocabulary["<|image_pad|>"], "video_token_id": vocabulary["<|video_pad|>"],
         "tie_word_embeddings": tied,
     }  # fmt: skip

@@ -33,7 +33,9 @@ def to_patches(
     pixels = patchify(render_tiles(frames, layout, region), vision.patch_size, vision.patch_layout)
     options = repr((preprocess, layout, vision.patch_size, vision.patch_layout))
     digest = digest_of(b"siglane.patches", image.digest, options.encode())
-    return ImagePatches(pixels, settled(layout, pixels, preprocess), digest)
+    if layout.frames:
+        layout = settled(layout, pixels, preprocess)
+    return ImagePatches(pixels, layout, digest)
 
 
 def patchify(tiles: Sequence[Pixels], patch_size: int, patch_layout: PatchLayout) -> torch.Tensor:
