@@ -18,19 +18,19 @@ logger = logging.getLogger(__name__)
 
 @functools.cache
 def few_rows() -> type[FewRows] | None:
-    """What computes few rows of 8-bit layers in one call; None where llvmlite, the processor's AVX512-VNNI or torch's
-    threads (OpenMP's) are missing: they then are several calls of torch."""
+    """What computes rows of 8-bit layers, and few of 4-bit ones, in one call; None where llvmlite, the processor's
+    AVX512-VNNI or torch's threads (OpenMP's) are missing: they then are several calls of torch."""
     if importlib.util.find_spec("llvmlite") is None:
-        logger.info("few rows of 8-bit weights: by torch; compiled loops are faster: pip install 'siglane[cpu]'")
+        logger.info("rows of 8-bit weights: by torch; compiled loops are faster: pip install 'siglane[cpu]'")
         return None
     from llvmlite import binding
 
     if not binding.get_host_cpu_features().get("avx512vnni") or not _has_threads():
-        logger.info("few rows of 8-bit weights: by torch")
+        logger.info("rows of 8-bit weights: by torch")
         return None
     from siglane.nn.cpu.jit.layer import FewRows
 
-    logger.info("few rows of 8-bit weights: by loops that LLVM %s compiles", binding.llvm_version_info[0])
+    logger.info("rows of 8-bit weights: by loops that LLVM %s compiles", binding.llvm_version_info[0])
     return FewRows
 
 

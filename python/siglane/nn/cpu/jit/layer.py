@@ -1,4 +1,4 @@
-"""A layer whose few rows go through one compiled function."""
+"""A layer whose rows go through one compiled function."""
 
 from __future__ import annotations
 
