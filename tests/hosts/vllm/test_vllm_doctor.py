@@ -149,6 +149,19 @@ def test_the_path_of_a_model_becomes_that_of_its_view(scenarios: Mapping[str, An
     assert plain["tokenizer"] == named["tokenizer"] is None
 
 
+def test_what_becomes_of_media(scenarios: Mapping[str, Any]) -> None:
+    found = scenarios["media"]
+    assert found["fields"] == [{"detail": "low"}, {"detail": "low"}, {"detail": "high"}]
+    assert found["refused later"] == "UserError: image[1]: a data URL must have the form data:image/png;base64,…"
+    assert found["audio"] == "UserError: this model does not read audio"
+    assert found["uuid alone"].startswith("UserError: image[0]: siglane takes the media themselves, not a uuid")
+    assert found["pictures"] == {"image": [[6, 4], [3, 2], [6, 4]]}
+    assert found["a picture"] == {"image": [[6, 4]]}
+    assert found["frames"] == {"video": [[[6, 4], [6, 4]]]}
+    assert found["videos"] == {"video": [[[6, 4]], [[6, 4], [6, 4]]]}
+    assert found["floats"].endswith("got float64 [2, 3, 3]")
+
+
 def test_every_option_that_the_page_names_exists(scenarios: Mapping[str, Any]) -> None:
     inline = {word for part in PAGE.read_text().split("`")[1::2] for word in part.split() if word.startswith("--")}
     assert len(inline) > 4

@@ -135,7 +135,7 @@ def test_budgets_of_a_request(served: Served) -> None:
     low, auto, high = (served.expected[name].prompt for name in ("low", "auto", "high"))
     assert tokens() == tokens(mm_processor_kwargs={}) == auto
     assert tokens(mm_processor_kwargs={"detail": "low"}) == low < high
-    assert tokens(mm_processor_kwargs={"max_tiles": 1}) < high
+    assert low < tokens(mm_processor_kwargs={"max_tiles": 1}) <= high
     for fields, named in (
         ({"mm_processor_kwargs": {"max_pixels": 1000}}, "max_pixels does not apply to this model"),
         ({"mm_processor_kwargs": {"do_resize": False}}, "mm_processor_kwargs: key 'do_resize' is not known"),
@@ -143,7 +143,7 @@ def test_budgets_of_a_request(served: Served) -> None:
     ):
         body = {"model": served.name, "messages": CONVERSATIONS["auto"], "max_tokens": 1, **fields}
         assert named in refusal(served.client.post("/v1/chat/completions", body))
-    assert "detail must be one of" in served.refused(WIDE, detail="tiny")
+    assert served.client.chat(image(WIDE, detail="tiny"), SIGN).status_code == 400  # by vLLM's own schema
 
 
 def test_64_requests_at_once(served: Served) -> None:

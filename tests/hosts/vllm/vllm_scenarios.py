@@ -128,6 +128,48 @@ def options(folders: Folders) -> list[str]:
     return sorted(option for action in parser._actions for option in action.option_strings)
 
 
+def media(folders: Folders) -> dict[str, Any]:
+    """What becomes of the parts of messages, of URLs and of what an offline caller hands over."""
+    import numpy as np
+    from PIL import Image
+    from vllm.multimodal.media import MediaWithBytes
+    from vllm.renderers import chat_utils
+
+    from siglane.hosts.vllm.items import SiglaneDataParser
+    from siglane.hosts.vllm.media import SiglaneMediaConnector, keep_fields
+
+    def said(job: Callable[[], Any]) -> Any:
+        try:
+            return job()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    def sizes(**data: Any) -> Any:
+        found = SiglaneDataParser().parse_mm_data(data)
+        return {kind: [source_size(item.source) for item in found[kind].get_all()] for kind in data}
+
+    def source_size(source: Any) -> Any:
+        return [one.size for one in source] if isinstance(source, list) else source.size
+
+    keep_fields()
+    keep_fields()
+    picture, connector = Image.new("RGB", (6, 4)), SiglaneMediaConnector({"image": {"max_tiles": 2}})
+    beside = {"type": "image_url", "image_url": {"url": "data:x", "detail": "low"}}
+    parts = (beside, beside | {"uuid": "u"}, {"type": "input_image", "image_url": "data:x", "detail": "high"})
+    asked = connector.fetch_image(chat_utils._parse_chat_message_content_mm_part(beside)[1])
+    return {
+        "fields": [chat_utils._parse_chat_message_content_mm_part(part)[1].fields for part in parts],
+        "refused later": said(lambda: sizes(image=[picture, asked])),
+        "audio": said(lambda: connector.fetch_audio("data:x")),
+        "uuid alone": said(lambda: sizes(image=[None])),
+        "pictures": said(lambda: sizes(image=[picture, np.zeros((2, 3, 3), np.uint8), MediaWithBytes(picture, b"")])),
+        "a picture": said(lambda: sizes(image=picture)),
+        "frames": said(lambda: sizes(video=[picture, picture])),
+        "videos": said(lambda: sizes(video=[[picture], (np.zeros((2, 4, 6, 3), np.uint8), {"fps": 2})])),
+        "floats": said(lambda: sizes(image=[np.zeros((2, 3, 3))])),
+    }
+
+
 SCENARIOS: dict[str, Callable[[Folders], Any]] = {
     "as it should be": examined,
     "no entry point": no_entry_point,
@@ -144,6 +186,7 @@ SCENARIOS: dict[str, Callable[[Folders], Any]] = {
     "another connector": another_connector,
     "twice and named": twice_and_named,
     "options": options,
+    "media": media,
 }
 
 
