@@ -18,9 +18,10 @@ from siglane.families.pipeline import MediaPipeline
 from siglane.families.processor import Processor
 from siglane.media.item import MediaItem
 from siglane.server.context import ByteLease, InflightBytes
-from siglane.server.media import MediaLoader, PatchCache
+from siglane.server.media import MediaLoader
 from siglane.tiling.rule import CHECKPOINT_LIMITS, ImageBudget
 from siglane.types import ImagePatches
+from siglane.types.byte_cache import ByteCache
 
 A, B, BROKEN = picture(50, 40, seed=1), picture(50, 40, seed=2), picture(50, 40, seed=3)[:-400]
 LOW = ImageBudget(detail="low")
@@ -155,13 +156,13 @@ def test_what_is_kept_is_bounded(processor: Processor, decoded: list[bytes]) -> 
 
 def test_the_oldest_use_goes_first(processor: Processor) -> None:
     patches: ImagePatches = loaded(processor, lambda load: load(item(A))).patches
-    cache = PatchCache(2 * patches.pixels.nbytes)
+    cache = ByteCache[str, ImagePatches](2 * patches.pixels.nbytes)
     for key in "ab":
-        cache.put(key, patches)
+        cache.put(key, patches, patches.pixels.nbytes)
     assert cache.get("a") is patches
-    cache.put("c", patches)
+    cache.put("c", patches, patches.pixels.nbytes)
     assert [cache.get(key) is not None for key in "abc"] == [True, False, True]
     assert cache.bytes == 2 * patches.pixels.nbytes
     cache.capacity = 0
-    cache.put("d", patches)
+    cache.put("d", patches, patches.pixels.nbytes)
     assert cache.bytes == 0

@@ -702,18 +702,18 @@ class TestTextCache:
     def test_it_holds_no_more_than_its_bytes_and_drops_the_oldest_use(self) -> None:
         cache = TextCache(4 * 1800)
         for number in range(4):
-            cache.put(f"text {number}", self.entry(number))
+            cache.keep(f"text {number}", self.entry(number))
         assert cache.get("text 0") is not None
-        cache.put("text 4", self.entry(4))
+        cache.keep("text 4", self.entry(4))
         assert [cache.get(f"text {number}") is not None for number in range(5)] == [True, False, True, True, True]
         assert cache.bytes <= cache.capacity
-        cache.put("text 4", self.entry(4))
-        cache.put("long " * 400, self.entry(5))  # texts count as their vectors do
+        cache.keep("text 4", self.entry(4))
+        cache.keep("long " * 400, self.entry(5))  # texts count as their vectors do
         assert [cache.get(f"text {number}") is not None for number in range(5)] == [False, False, False, True, True]
 
     def test_what_is_larger_than_all_of_it_is_not_kept(self) -> None:
         cache = TextCache(1000)
-        cache.put("a", self.entry(1))
+        cache.keep("a", self.entry(1))
         assert cache.get("a") is None
         assert cache.bytes == 0
 

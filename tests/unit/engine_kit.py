@@ -170,7 +170,7 @@ class Rig:
             asked, number = wanting[0][0].request, wanting[0][1]
             rows = rows_of(asked.images[number])
             self.encoded.append(asked.images[number].digest)
-            self.features.put(key, rows)
+            self.features.keep(key, rows)
             for sequence, index in wanting:
                 sequence.features[index] = rows
         for chunk in step.chunks:

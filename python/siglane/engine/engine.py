@@ -233,7 +233,7 @@ class Engine:
         failed = list[TokenDelta]()
         for one, good in zip(encoded, finite, strict=True):
             if good:
-                self.features.put(one.key, one.rows)
+                self.features.keep(one.key, one.rows)
                 self._encoded_images += 1
                 one.wanting[0][0].encoded_images += 1
             else:

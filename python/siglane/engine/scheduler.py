@@ -221,7 +221,7 @@ class Scheduler:
             if wanting is not None:
                 wanting.append((sequence, image))
                 continue
-            rows = self.features.get(key, layout.rows)
+            rows = self.features.rows(key, layout.rows)
             if rows is not None:
                 sequence.features[image] = rows
                 continue

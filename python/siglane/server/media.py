@@ -18,11 +18,11 @@ from siglane.families.pipeline import MediaPipeline
 from siglane.media.item import MediaItem
 from siglane.media.policy import MediaPolicy
 from siglane.media.source import fetch
-from siglane.server.byte_cache import ByteCache
 from siglane.server.context import ByteLease
 from siglane.settings.server import ServerConfig
 from siglane.tiling.rule import ImageBudget
 from siglane.types import ImagePatches
+from siglane.types.byte_cache import ByteCache
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -31,13 +31,6 @@ PATCH_CACHE_BYTES = 128 << 20
 FETCHES_PER_REQUEST = 4  # so that one request with slow URLs does not hold every thread
 
 Flight = tuple[str, MediaPolicy, str]  # URL, what it may be, tenant
-
-
-class PatchCache(ByteCache[Hashable, ImagePatches]):
-    """Patches by what they were made from."""
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__(capacity, lambda _, patches: patches.pixels.nbytes)
 
 
 class MediaLoader:
@@ -55,7 +48,8 @@ class MediaLoader:
         self._flights: dict[Flight, asyncio.Future[bytes]] = {}
         self._decodings: dict[Hashable, asyncio.Future[ImagePatches]] = {}
         kept = config.patch_cache_bytes
-        self._patches = PatchCache(PATCH_CACHE_BYTES if kept is None else kept)
+        # by what they were made from
+        self._patches = ByteCache[Hashable, ImagePatches](PATCH_CACHE_BYTES if kept is None else kept)
 
     @property
     def pipeline(self) -> MediaPipeline:
@@ -149,7 +143,8 @@ class MediaLoader:
     def _keep(self, key: Hashable, decoding: asyncio.Future[ImagePatches]) -> None:
         del self._decodings[key]
         if not decoding.cancelled() and decoding.exception() is None:
-            self._patches.put(key, decoding.result())
+            patches = decoding.result()
+            self._patches.put(key, patches, patches.pixels.nbytes)
 
 
 def _digest(file: bytes) -> bytes:

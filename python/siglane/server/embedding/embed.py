@@ -222,7 +222,7 @@ async def _vectors(
     done = _computed(found, [*(image.param for image in images), *new.values()], watch)
     for text, ids, embedding in zip(new, read, done[len(images) :], strict=True):
         known[text] = Vector(embedding.vector, ids.kept, ids.cut)
-        model.texts.put(text, known[text])
+        model.texts.keep(text, known[text])
     of_images = [Vector(embedding.vector, image.layout.patches) for image, embedding in zip(images, done, strict=False)]
     return of_images, [known[one.text] for one in texts]
 

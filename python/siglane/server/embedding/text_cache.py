@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from siglane.server.byte_cache import ByteCache
+from siglane.types.byte_cache import ByteCache
 
 ENTRY_BYTES = 512  # of an array and its place in the table, beside text and numbers
 
@@ -23,11 +23,8 @@ class Vector:
 
 
 class TextCache(ByteCache[str, Vector]):
-    """text -> vector; the texts themselves count."""
+    """text -> vector."""
 
-    def __init__(self, capacity: int) -> None:
-        super().__init__(capacity, _bytes)
-
-
-def _bytes(text: str, vector: Vector) -> int:
-    return ENTRY_BYTES + sys.getsizeof(text) + vector.vector.nbytes
+    def keep(self, text: str, vector: Vector) -> None:
+        """The text itself counts."""
+        self.put(text, vector, ENTRY_BYTES + sys.getsizeof(text) + vector.vector.nbytes)
