@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 
 @functools.cache
 def few_rows() -> type[FewRows] | None:
-    """What computes rows of 8-bit layers, and few of 4-bit ones, in one call; None where llvmlite, the processor's AVX512-VNNI or torch's
-    threads (OpenMP's) are missing: they then are several calls of torch."""
+    """What computes rows of 8-bit layers, and few of 4-bit ones, in one call; None where llvmlite, the processor's
+    AVX512-VNNI or torch's threads (OpenMP's) are missing: they then are several calls of torch."""
     if importlib.util.find_spec("llvmlite") is None:
         logger.info("rows of 8-bit weights: by torch; compiled loops are faster: pip install 'siglane[cpu]'")
         return None
