@@ -50,7 +50,7 @@ class Side(Protocol):
 
 class Siglane:
     def __init__(self, setup: Setup) -> None:
-        from siglane.engine.load import load_engine
+        from siglane.engine.process.load import load_engine
         from siglane.settings.engine import EngineConfig
 
         config = EngineConfig(
@@ -116,7 +116,7 @@ class Worker:
     """What a process is told to do, by name."""
 
     def __init__(self, setup: Setup) -> None:
-        importlib.import_module({"siglane": "siglane.engine.load", "llama.cpp": "xllamacpp"}[setup.engine])
+        importlib.import_module({"siglane": "siglane.engine.process.load", "llama.cpp": "xllamacpp"}[setup.engine])
         self.setup, before = setup, status("VmRSS")
         begin = time.perf_counter()
         self.side: Side = {"siglane": Siglane, "llama.cpp": LlamaCpp}[setup.engine](setup)

@@ -24,11 +24,11 @@ from gpu_place import Place, goal, part, say, share
 from step import BASE
 
 from siglane.config.language import LanguageConfig
-from siglane.engine.attention_cuda import PREFILLS, STEPS
+from siglane.engine.attention.cuda import PREFILLS, STEPS
+from siglane.engine.attention.trial import Shape, decoded, prefilled, stored
 from siglane.engine.batch import NextToken, StepBatch
 from siglane.engine.engine import Engine
-from siglane.engine.kernel_trial import Shape, decoded, prefilled, stored
-from siglane.engine.sampler_cuda import DeviceSampler, best_in_torch, tried_best
+from siglane.engine.sampling.cuda import DeviceSampler, best_in_torch, tried_best
 from siglane.nn.act import SwiGLU
 from siglane.nn.attention import runnable_backends, tried_backend
 from siglane.nn.cuda.low_bits import low_bit_linear, product_in_torch

@@ -23,9 +23,9 @@ from machine import description
 from serving_model import tokenizer
 from step import SHAPES, random_model
 
-from siglane.engine.constraint import Grammars, check_constraint
+from siglane.engine.constraints.constraint import Grammars, check_constraint
+from siglane.engine.constraints.tool_grammar import tool_constraint
 from siglane.engine.engine import Engine
-from siglane.engine.tool_grammar import tool_constraint
 from siglane.families.model import VisionLanguageModel
 from siglane.settings.engine import EngineConfig
 from siglane.types import Constraint, Prompt, Request, SamplingParams, Tool, ToolUse

@@ -80,7 +80,7 @@ def build_model(config: VlmConfig) -> VisionLanguageModel:
     model = VisionLanguageModel(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    optimise(model)  # as for every engine (`siglane/engine/load.py`)
+    optimise(model)  # as for every engine (`siglane/engine/process/load.py`)
     return model.eval().requires_grad_(False)
 
 

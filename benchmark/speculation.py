@@ -22,7 +22,7 @@ from decode_models import write_smollm2
 from machine import description
 
 from siglane.engine.engine import Engine
-from siglane.engine.load import build_engine
+from siglane.engine.process.load import build_engine
 from siglane.families.processor import load_processor
 from siglane.settings.engine import EngineConfig
 from siglane.types import Message, Request, SamplingParams

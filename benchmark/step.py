@@ -21,10 +21,10 @@ from machine import description
 
 from siglane.config.language import LanguageConfig
 from siglane.config.vlm import VlmConfig
+from siglane.engine.attention.kernels import DecodeRows, StepAttention
 from siglane.engine.batch import StepBatch
 from siglane.engine.engine import Engine
-from siglane.engine.kernels import DecodeRows, StepAttention
-from siglane.engine.sampler import sample
+from siglane.engine.sampling.sampler import sample
 from siglane.families.model import VisionLanguageModel
 from siglane.lm.quantise import LanguageQuantiser
 from siglane.nn.cpu.int8 import Int8Weight

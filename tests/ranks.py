@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.multiprocessing.spawn import ProcessContext, start_processes
 
-from siglane.engine.process import child_context
+from siglane.engine.process.children import child_context
 
 
 def start_ranks(rank: Callable[..., None], arguments: tuple[Any, ...], ranks: int, join: bool = True) -> ProcessContext:

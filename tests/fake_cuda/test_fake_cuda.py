@@ -28,15 +28,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from siglane.engine import kv as kv_module
 from siglane.engine import words
-from siglane.engine.attention_cuda import TriedKernels, TritonKernels, VarlenKernels
+from siglane.engine.attention.cuda import TriedKernels, TritonKernels, VarlenKernels
 from siglane.engine.batch import Chunk, Sequence, StepBatch
+from siglane.engine.cache import kv as kv_module
+from siglane.engine.cache.kv import PagedKV
 from siglane.engine.device import Device, finite
 from siglane.engine.edits import Tally
-from siglane.engine.kv import PagedKV
 from siglane.engine.limits import StepLimits
-from siglane.engine.sampler_cuda import DeviceSampler
+from siglane.engine.sampling.cuda import DeviceSampler
 from siglane.families.model import VisionLanguageModel
 from siglane.families.processor import Processor, load_processor
 from siglane.nn import attention, rope

@@ -9,8 +9,8 @@ import pytest
 from scripted_checkpoint import write_calling_checkpoint
 from serving import RunningServer, Told, ask_good, running, serving_folder
 
-from siglane.engine.child import EngineSpec
-from siglane.engine.process import EngineProcess
+from siglane.engine.process.child import EngineSpec
+from siglane.engine.process.supervisor import EngineProcess
 from siglane.errors import EngineError
 from siglane.families.processor import Processor, load_processor
 from siglane.server.choices import Choices

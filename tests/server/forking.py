@@ -32,9 +32,9 @@ def serve() -> None:
     import siglane.cli.batch_servers
     import siglane.server.launch
     import siglane.server.local  # noqa: F401
-    from siglane.engine import process
+    from siglane.engine.process.children import child_context
 
-    process.child_context()
+    child_context()
     server = forkserver._forkserver
     server.ensure_running()
     server.ensure_running = lambda: None  # of a fork it is no child that could be asked whether it runs

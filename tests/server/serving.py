@@ -26,9 +26,9 @@ from openai import DefaultHttpxClient, OpenAI
 from PIL import Image
 from waiting import PATIENCE, eventually
 
-from siglane.engine.child import EngineSpec
 from siglane.engine.engine import EngineStats
-from siglane.engine.process import EngineProcess
+from siglane.engine.process.child import EngineSpec
+from siglane.engine.process.supervisor import EngineProcess
 from siglane.families.processor import Processor, load_processor
 from siglane.server.app import create_app
 from siglane.server.http import Server, uvicorn_config

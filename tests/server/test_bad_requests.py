@@ -37,7 +37,7 @@ from serving import (
     video_part,
 )
 
-from siglane.engine.process import EngineProcess
+from siglane.engine.process.supervisor import EngineProcess
 from siglane.families.processor import Processor
 from siglane.image.patchify import to_patches
 from siglane.types import DecodedImage, ImageLayout, ImagePatches

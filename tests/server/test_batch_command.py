@@ -27,8 +27,8 @@ from siglane.batch.output import Output
 from siglane.batch.requests import open_requests
 from siglane.batch.run import Plan, run_batch
 from siglane.cli.main import main
-from siglane.engine.child import EngineSpec
-from siglane.engine.process import EngineProcess
+from siglane.engine.process.child import EngineSpec
+from siglane.engine.process.supervisor import EngineProcess
 from siglane.families.pipeline import MediaPipeline
 from siglane.families.processor import Processor
 from siglane.server.local import LocalServer

@@ -39,8 +39,8 @@ from serving import (
 from waiting import eventually, wait_for_lines
 
 from siglane.batch.form import Answer
-from siglane.engine.child import EngineSpec
-from siglane.engine.process import RESTART_WINDOW_SECONDS, EngineProcess
+from siglane.engine.process.child import EngineSpec
+from siglane.engine.process.supervisor import RESTART_WINDOW_SECONDS, EngineProcess
 from siglane.errors import UserError
 from siglane.families.processor import Processor
 from siglane.server.local import LocalServer

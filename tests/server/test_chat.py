@@ -27,8 +27,8 @@ from serving import (
     stream,
 )
 
-from siglane.engine.child import EngineSpec
-from siglane.engine.process import EngineProcess
+from siglane.engine.process.child import EngineSpec
+from siglane.engine.process.supervisor import EngineProcess
 from siglane.families.processor import Processor, load_processor
 from siglane.settings.engine import EngineConfig
 from siglane.types import Size

@@ -10,7 +10,7 @@ from serving import chat, image_part, listening
 
 from siglane.cli.demo import load_example
 from siglane.cli.main import main
-from siglane.engine.child import EngineSpec
+from siglane.engine.process.child import EngineSpec
 from siglane.server import launch
 from siglane.settings.server import ServerConfig
 

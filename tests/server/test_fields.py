@@ -40,7 +40,7 @@ from serving import (
 )
 from waiting import eventually
 
-from siglane.engine.process import EngineProcess
+from siglane.engine.process.supervisor import EngineProcess
 from siglane.errors import UserError
 from siglane.families.processor import Processor, load_processor
 from siglane.families.prompt import renderers

@@ -20,7 +20,7 @@ from schemathesis.schemas import APIOperation
 from serving import RunningServer, config_of, listening
 from two_tower_checkpoint import write_two_tower_checkpoint
 
-from siglane.engine.child import EngineSpec
+from siglane.engine.process.child import EngineSpec
 from siglane.server.launch import serving
 from siglane.settings.engine import EngineConfig
 

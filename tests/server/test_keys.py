@@ -30,7 +30,7 @@ from serving import (
 )
 from waiting import eventually
 
-from siglane.engine.process import EngineProcess
+from siglane.engine.process.supervisor import EngineProcess
 from siglane.families.processor import Processor
 from siglane.server.clients import Bucket, owner_of
 

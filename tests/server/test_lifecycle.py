@@ -41,9 +41,9 @@ from serving import (
 )
 from waiting import PATIENCE, eventually, wait_while
 
-from siglane.engine.child import EngineSpec
 from siglane.engine.engine import EngineStats
-from siglane.engine.process import EngineProcess
+from siglane.engine.process.child import EngineSpec
+from siglane.engine.process.supervisor import EngineProcess
 from siglane.errors import UserError
 from siglane.families.processor import Processor
 from siglane.image.patchify import to_patches
@@ -330,7 +330,7 @@ config = ServerConfig(port=int(sys.argv[2]), served_model_name="tiny")
 try:
     listener = preflight(config, sys.argv[1])
     from siglane.settings.engine import EngineConfig
-    from siglane.engine.child import EngineSpec
+    from siglane.engine.process.child import EngineSpec
     sys.exit(serve(config, EngineSpec(sys.argv[1], EngineConfig(device="cpu", threads=1)), listener))
 except SiglaneError as error:
     print(error, file=sys.stderr)

@@ -35,7 +35,7 @@ from serving import (
 )
 from waiting import PATIENCE, eventually
 
-from siglane.engine.process import EngineProcess
+from siglane.engine.process.supervisor import EngineProcess
 from siglane.families.processor import Processor
 from siglane.media.policy import MediaPolicy
 from siglane.server import http

@@ -28,7 +28,7 @@ from serving import (
 )
 from waiting import eventually
 
-from siglane.engine.process import EngineProcess
+from siglane.engine.process.supervisor import EngineProcess
 from siglane.errors import UserError
 from siglane.families.processor import Processor
 from siglane.server.launch import check_certificate, listen_at, preflight

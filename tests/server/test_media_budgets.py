@@ -11,7 +11,7 @@ from PIL import Image
 from serving import RunningServer, chat, image_part, picture, running, video_part
 from waiting import eventually
 
-from siglane.engine.process import EngineProcess
+from siglane.engine.process.supervisor import EngineProcess
 from siglane.errors import UserError
 from siglane.families.processor import Processor
 from siglane.tiling.rule import ImageBudget

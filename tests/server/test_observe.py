@@ -13,7 +13,7 @@ from openai import AuthenticationError
 from serving import RunningServer, assert_error, chat, image_part, image_url, picture, running, stream
 from waiting import eventually
 
-from siglane.engine.process import EngineProcess
+from siglane.engine.process.supervisor import EngineProcess
 from siglane.families.processor import Processor
 from siglane.server.logs import JsonFormatter, TextFormatter
 

@@ -12,8 +12,8 @@ from fastapi.openapi.models import OpenAPI
 from serving import CHAT, RunningServer, chat, config_of, listening, running, stream
 from two_tower_checkpoint import write_two_tower_checkpoint
 
-from siglane.engine.child import EngineSpec
-from siglane.engine.process import EngineProcess
+from siglane.engine.process.child import EngineSpec
+from siglane.engine.process.supervisor import EngineProcess
 from siglane.families.processor import Processor
 from siglane.server.launch import serving
 from siglane.settings.engine import EngineConfig

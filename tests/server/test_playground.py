@@ -34,8 +34,8 @@ from serving import (
 from waiting import eventually
 
 from siglane.cli.demo import load_example
-from siglane.engine.child import EngineSpec
-from siglane.engine.process import EngineProcess
+from siglane.engine.process.child import EngineSpec
+from siglane.engine.process.supervisor import EngineProcess
 from siglane.families.processor import Processor
 from siglane.server.launch import serving
 from siglane.server.playground import assemble

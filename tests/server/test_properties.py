@@ -15,10 +15,10 @@ from pydantic import BaseModel, ValidationError
 from serving import told_by
 from transformers import PreTrainedTokenizerFast
 
-from siglane.engine.answer import Answer
-from siglane.engine.detokenize import TextStream
-from siglane.engine.process import EngineProcess
-from siglane.engine.reasoning import AnswerStream
+from siglane.engine.answers.answer import Answer
+from siglane.engine.answers.detokenize import TextStream
+from siglane.engine.answers.reasoning import AnswerStream
+from siglane.engine.process.supervisor import EngineProcess
 from siglane.errors import UserError
 from siglane.families.processor import Processor
 from siglane.server.choices import ChoiceDelta, Choices

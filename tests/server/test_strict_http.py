@@ -13,7 +13,7 @@ import pytest
 from serving import CHAT, RunningServer, chat, head, read_all, running
 from waiting import eventually
 
-from siglane.engine.process import EngineProcess
+from siglane.engine.process.supervisor import EngineProcess
 from siglane.families.processor import Processor
 
 BODY = json.dumps(chat("x", max_tokens=1)).encode()

@@ -45,8 +45,8 @@ from serving import (
 from two_tower_checkpoint import write_two_tower_checkpoint
 from waiting import PATIENCE, eventually, wait_while
 
-from siglane.engine.child import EngineSpec
-from siglane.engine.process import EngineProcess
+from siglane.engine.process.child import EngineSpec
+from siglane.engine.process.supervisor import EngineProcess
 from siglane.families.processor import Processor
 from siglane.server.launch import serving
 from siglane.settings.engine import EngineConfig
@@ -109,7 +109,7 @@ def test_a_tagger_that_hangs_in_its_tower_is_replaced(tmp_path: Path, monkeypatc
     write_two_tower_checkpoint(tmp_path / "model", "siglip2")
     flag = tmp_path / "flag"
     prepared = functools.partial(EngineProcess, prepare=functools.partial(hang_in_the_tower, flag))
-    monkeypatch.setattr("siglane.engine.process.EngineProcess", lambda spec, *_, **__: prepared(spec))
+    monkeypatch.setattr("siglane.engine.process.supervisor.EngineProcess", lambda spec, *_, **__: prepared(spec))
     config = EngineConfig(device="cpu", threads=1, engine_timeout=HUNG_AFTER)
     with serving(config_of(), EngineSpec(str(tmp_path / "model"), config)) as served, listening(served) as server:
         served.engine.wait_ready()

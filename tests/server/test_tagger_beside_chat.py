@@ -36,9 +36,9 @@ from serving import (
 from two_tower_checkpoint import write_two_tower_checkpoint
 from waiting import PATIENCE, eventually
 
-from siglane.engine.child import EngineSpec
-from siglane.engine.load import load_engine, load_tagger, load_with_tagger
-from siglane.engine.process import EngineProcess
+from siglane.engine.process.child import EngineSpec
+from siglane.engine.process.load import load_engine, load_tagger, load_with_tagger
+from siglane.engine.process.supervisor import EngineProcess
 from siglane.errors import EngineError, UserError
 from siglane.families.codes_folder import write_folder
 from siglane.families.processor import load_processor

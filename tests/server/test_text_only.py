@@ -10,8 +10,8 @@ import pytest
 from causal_lm_checkpoint import write_causal_lm_checkpoint
 from serving import RunningServer, assert_error, chat, image_part, picture, running, stream, video_part
 
-from siglane.engine.child import EngineSpec
-from siglane.engine.process import EngineProcess
+from siglane.engine.process.child import EngineSpec
+from siglane.engine.process.supervisor import EngineProcess
 from siglane.families.processor import load_processor
 from siglane.llm import LLM
 from siglane.settings.engine import EngineConfig

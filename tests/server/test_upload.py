@@ -9,7 +9,7 @@ import pytest
 from serving import RunningServer, assert_error, head, read_all, running
 from waiting import eventually
 
-from siglane.engine.process import EngineProcess
+from siglane.engine.process.supervisor import EngineProcess
 from siglane.errors import UserError
 from siglane.families.processor import Processor
 from siglane.server.stored.upload import Upload

@@ -22,12 +22,12 @@ from serving import chat, data_url, image_part, picture, running
 
 import siglane
 from siglane.engine.batch import Sequence, StepBatch
-from siglane.engine.child import EngineSpec, _serve
 from siglane.engine.engine import Engine
-from siglane.engine.load import load_engine
-from siglane.engine.process import EngineProcess
-from siglane.engine.pulse import Pulse
-from siglane.engine.wire import Channel, frame
+from siglane.engine.process.child import EngineSpec, _serve
+from siglane.engine.process.load import load_engine
+from siglane.engine.process.pulse import Pulse
+from siglane.engine.process.supervisor import EngineProcess
+from siglane.engine.process.wire import Channel, frame
 from siglane.families.processor import Processor
 from siglane.media.item import MediaItem
 from siglane.server.protocol import ChatCompletionRequest
@@ -35,7 +35,7 @@ from siglane.types import DecodedImage, ImagePatches, PackedPatches, Prompt, Req
 
 PACKAGE = Path(siglane.__file__).parent
 FORMS = (MediaItem, DecodedImage, ImagePatches, PackedPatches, ChatCompletionRequest)
-ENDS = ("engine/process.py", "vision/tower.py")  # where the image leaves this process, and where it is encoded
+ENDS = ("engine/process/supervisor.py", "vision/tower.py")  # where the image leaves this process, where it is encoded
 LEADER = "server/chat.py"  # leads a request: hands its media to one stage after the other
 MOST_FILES = 18
 NOT_COUNTED = ("types", "vision", "nn")
@@ -154,7 +154,7 @@ def test_few_files_see_an_image_and_none_gets_it_back(
     shown = "\n".join(f"{file}: {function}, called by {caller}" for caller, file, function in calls)
     files = [file for file in dict.fromkeys(file for _, file, _ in calls) if file.split("/")[0] not in NOT_COUNTED]
     assert files[-1] == "families/stack.py", shown  # the last one before the tower
-    assert {"server/protocol.py", "media/source.py", "image/decode.py", "engine/process.py"} <= set(files), shown
+    assert {"server/protocol.py", "media/source.py", "image/decode.py", ENDS[0]} <= set(files), shown
     assert len(files) <= MOST_FILES, f"{len(files)} files see an image: {', '.join(files)}\n{shown}"
     before: dict[str, set[str]] = {}
     for caller, file, _ in calls:

@@ -11,9 +11,9 @@ import torch
 
 from siglane.engine.batch import Chunk
 from siglane.engine.batch import Sequence as Running
-from siglane.engine.features import FeatureCache
-from siglane.engine.kv import PageAllocator
-from siglane.engine.prefix_cache import PrefixCache
+from siglane.engine.cache.features import FeatureCache
+from siglane.engine.cache.kv import PageAllocator
+from siglane.engine.cache.prefix import PrefixCache
 from siglane.engine.scheduler import Scheduler, Step, StepBudget
 from siglane.families.splice import splice
 from siglane.types import (

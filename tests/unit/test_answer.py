@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from checkpoints import build_tokenizer
 
-from siglane.engine.answer import Answer
-from siglane.engine.reasoning import AnswerStream, TextDelta
+from siglane.engine.answers.answer import Answer
+from siglane.engine.answers.reasoning import AnswerStream, TextDelta
 from siglane.errors import EngineError
 from siglane.types import Finished, Prompt, TokenDelta, TokenLogprob
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from siglane.config.language import LanguageConfig
-from siglane.engine.attention_compiled import compiled_kernels
-from siglane.engine.kv import PagedKV
+from siglane.engine.attention.compiled import compiled_kernels
+from siglane.engine.cache.kv import PagedKV
 from siglane.nn.cpu.jit.entrance import few_rows, heads
 from siglane.nn.rope import rotary_tables, rotate
 

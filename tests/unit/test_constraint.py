@@ -24,10 +24,16 @@ from transformers import PreTrainedTokenizerFast
 
 from siglane import LLM, Constraint, SamplingParams, UserError
 from siglane.config.vlm import Thinking
-from siglane.engine import constraint
-from siglane.engine.constraint import MOST_CHARACTERS, MOST_GRAMMARS, Constrained, Grammars, check_constraint
-from siglane.engine.grammar_tokens import grammar_tokens
-from siglane.engine.thinking import ThinkingStart
+from siglane.engine.answers.thinking import ThinkingStart
+from siglane.engine.constraints import constraint
+from siglane.engine.constraints.constraint import (
+    MOST_CHARACTERS,
+    MOST_GRAMMARS,
+    Constrained,
+    Grammars,
+    check_constraint,
+)
+from siglane.engine.constraints.tokens import grammar_tokens
 from siglane.errors import EngineError
 from siglane.families.processor import Processor, load_processor
 from siglane.weights.demo import open_model

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from siglane.engine.detokenize import TextStream
+from siglane.engine.answers.detokenize import TextStream
 
 CORPUS = ("the cat and the dog see the red square", "größer, naïve, 東京 €20 👍🏽 👨‍👩‍👧", "\n\n  \tdone. STOP")
 # every length in UTF-8, joiners, and the replacement character itself

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from engine_kit import Asked
 from test_engine import WIDE, Tiny, greedy, run, tokens
 
-from siglane.engine.attention import TorchKernels
-from siglane.engine.attention_runs import RunKernels
+from siglane.engine.attention.kernels import Kernels
+from siglane.engine.attention.plain import TorchKernels
+from siglane.engine.attention.runs import RunKernels
 from siglane.engine.batch import Chunk
+from siglane.engine.cache.kv import SCRATCH_PAGES, PagedKV
 from siglane.engine.device import Computed, Device, StepPlan
 from siglane.engine.engine import Engine
 from siglane.engine.graphs import Recording
-from siglane.engine.kernels import Kernels
-from siglane.engine.kv import SCRATCH_PAGES, PagedKV
 from siglane.engine.limits import padded_rows
 from siglane.engine.words import Held, PageTable, Written
 from siglane.families.model import VisionLanguageModel, load_model

@@ -22,8 +22,8 @@ from engine_kit import Asked
 from siglane.engine.batch import Sequence as Running
 from siglane.engine.device import Computed, StepPlan
 from siglane.engine.engine import Engine
-from siglane.engine.load import load_engine, placement
 from siglane.engine.lookup import Lookup
+from siglane.engine.process.load import load_engine, placement
 from siglane.errors import EngineError, UserError
 from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import Processor, load_processor

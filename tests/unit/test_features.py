@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siglane.engine.features import FeatureCache
+from siglane.engine.cache.features import FeatureCache
 from siglane.errors import ConfigError
 from siglane.families.processor import load_processor
 from siglane.settings.engine import EngineConfig

@@ -152,10 +152,10 @@ def test_imports_go_down_only() -> None:
         ("hosts/sglang/models/vila.py", "from ....engine import batch", "imports engine on its own floor"),
         ("families/registry.py", "importlib.import_module('siglane.cli.main')", "imports cli on a higher floor"),
         ("families/registry.py", "__import__('siglane.engine')", "imports engine on a higher floor"),
-        ("engine/process.py", "from siglane import LLM", "siglane.LLM is no room of the package"),
-        ("engine/process.py", "import siglane", "siglane is no room of the package"),
-        ("engine/process.py", "from siglane import *", "siglane.* is no room of the package"),
-        ("engine/process.py", "import sglang", "only hosts/sglang imports sglang"),
+        ("engine/process/supervisor.py", "from siglane import LLM", "siglane.LLM is no room of the package"),
+        ("engine/process/supervisor.py", "import siglane", "siglane is no room of the package"),
+        ("engine/process/supervisor.py", "from siglane import *", "siglane.* is no room of the package"),
+        ("engine/process/supervisor.py", "import sglang", "only hosts/sglang imports sglang"),
         ("cli/main.py", "def run():\n    from sglang.srt import server", ":2: only hosts/sglang imports sglang"),
         ("hosts/doctor.py", "import sglang.srt", "only hosts/sglang imports sglang"),
         ("hosts/sglang/doctor.py", "import vllm.envs", "only hosts/vllm imports vllm"),
@@ -176,7 +176,7 @@ def test_a_forbidden_import_is_found(path: str, source: str, complaint: str) -> 
         ("vision/tower.py", "import torch\nfrom siglane.types import Grid\nfrom ..nn.linear import copy_checked"),
         ("hosts/sglang/bridge.py", "import sglang.srt.layers\nfrom siglane.families import registry\nfrom . import x"),
         ("nn/norm.py", "'''import siglane.vision'''  # import sglang\nload('siglane.vision')"),
-        ("engine/process.py", "import sglang_of_another_name"),
+        ("engine/process/supervisor.py", "import sglang_of_another_name"),
     ],
 )
 def test_an_allowed_import_is_not(path: str, source: str) -> None:

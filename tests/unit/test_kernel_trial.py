@@ -11,11 +11,11 @@ import pytest
 import torch
 from test_paged_attention import language
 
-from siglane.engine.attention import EagerKernels, TorchKernels
-from siglane.engine.attention_cuda import TriedKernels, TritonKernels, packed_slots, tried_kernels
-from siglane.engine.kernel_trial import Shape, decoded, prefilled, stored
-from siglane.engine.kernels import DecodeAttention, DecodeRows, Kernels, PrefillAttention, PrefillRows
-from siglane.engine.kv import PagedKV
+from siglane.engine.attention.cuda import TriedKernels, TritonKernels, packed_slots, tried_kernels
+from siglane.engine.attention.kernels import DecodeAttention, DecodeRows, Kernels, PrefillAttention, PrefillRows
+from siglane.engine.attention.plain import EagerKernels, TorchKernels
+from siglane.engine.attention.trial import Shape, decoded, prefilled, stored
+from siglane.engine.cache.kv import PagedKV
 from siglane.errors import EngineError
 from siglane.nn.act import SwiGLU
 from siglane.nn.attention import packed_attention, tried_backend

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siglane.engine.kv import PageAllocator
+from siglane.engine.cache.kv import PageAllocator
 
 TOTAL = 6
 

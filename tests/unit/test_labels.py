@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siglane.engine.labels import Ids, LabelRead, label_logprobs, label_reads
+from siglane.engine.sampling.labels import Ids, LabelRead, label_logprobs, label_reads
 from siglane.families.prompt.questions import asked_behind
 from siglane.types import Decision, ImagePart, Message, Prompt, Question, Readout
 

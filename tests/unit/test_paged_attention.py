@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from engine_kit import prompt
 
 from siglane.config.language import LanguageConfig
-from siglane.engine.attention import EagerKernels, TorchKernels
-from siglane.engine.attention_runs import FEW_RUNS, RunKernels
+from siglane.engine.attention.kernels import DecodeRows, Kernels, PrefillRows, StepAttention
+from siglane.engine.attention.plain import EagerKernels, TorchKernels
+from siglane.engine.attention.runs import FEW_RUNS, RunKernels
 from siglane.engine.batch import Chunk, PageRun, Sequence, StepBatch
-from siglane.engine.kernels import DecodeRows, Kernels, PrefillRows, StepAttention
-from siglane.engine.kv import PagedKV
+from siglane.engine.cache.kv import PagedKV
 from siglane.nn.attention import cu_seqlens_of
 from siglane.types import SamplingParams
 

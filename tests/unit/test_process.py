@@ -21,10 +21,10 @@ import pytest
 from engine_kit import Asked
 from waiting import PATIENCE, eventually
 
-from siglane.engine import process
-from siglane.engine.child import EngineSpec
-from siglane.engine.load import load_engine
-from siglane.engine.process import EngineProcess
+from siglane.engine.process import supervisor
+from siglane.engine.process.child import EngineSpec
+from siglane.engine.process.load import load_engine
+from siglane.engine.process.supervisor import EngineProcess
 from siglane.errors import EngineError, UserError
 from siglane.families.processor import load_processor
 from siglane.settings.engine import EngineConfig
@@ -322,7 +322,7 @@ class TestStarting:
         engine.close()
 
     def test_one_that_dies_too_often_is_given_up(self, spec: EngineSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(process, "RESTARTS_ALLOWED", 1)
+        monkeypatch.setattr(supervisor, "RESTARTS_ALLOWED", 1)
         engine, killed = EngineProcess(spec), []
         engine.start(wait=False)
         kill_until_dead(engine, killed)
@@ -336,7 +336,7 @@ class TestStarting:
     @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
     def test_twenty_deaths_leave_nothing_behind(self, spec: EngineSpec, monkeypatch: pytest.MonkeyPatch) -> None:
         """No descriptor, no thread, no dead process that nobody has collected; each is told in one line."""
-        monkeypatch.setattr(process, "RESTARTS_ALLOWED", 20)
+        monkeypatch.setattr(supervisor, "RESTARTS_ALLOWED", 20)
         engine, killed = EngineProcess(spec), []
         engine.start(wait=False)
         eventually(lambda: engine.pid is not None)
@@ -395,7 +395,7 @@ def misbehave(flag: Path, seconds: float) -> None:
 
 def never_load(signal_number: int | None) -> None:
     """In the child: loading waits for what does not come, or the whole process is stopped meanwhile."""
-    from siglane.engine import child
+    from siglane.engine.process import child
 
     def wait(*_: object) -> NoReturn:
         if signal_number is not None:
@@ -515,7 +515,7 @@ class TestHanging:
         eventually(lambda: len(readers) > 5)
         begin = time.monotonic()
         watched.close()
-        assert time.monotonic() - begin < 3 * process.CLOSE_SECONDS
+        assert time.monotonic() - begin < 3 * supervisor.CLOSE_SECONDS
         sender.join(PATIENCE)
         assert not sender.is_alive()
         for reader in readers:
@@ -574,7 +574,7 @@ class TestClosing:
         descriptor = until_it_loads(stuck)
         begin = time.monotonic()
         engine.close()
-        assert time.monotonic() - begin < process.CLOSE_SECONDS
+        assert time.monotonic() - begin < supervisor.CLOSE_SECONDS
         os.close(descriptor)
         assert ended(engine.pid)
         with pytest.raises(EngineError) as caught:
@@ -597,8 +597,8 @@ PARENT = """
 import sys
 from threading import Event
 from siglane.settings.engine import EngineConfig
-from siglane.engine.child import EngineSpec
-from siglane.engine.process import EngineProcess
+from siglane.engine.process.child import EngineSpec
+from siglane.engine.process.supervisor import EngineProcess
 
 if __name__ == "__main__":
     engine = EngineProcess(EngineSpec(sys.argv[1], EngineConfig(device="cpu", threads=1, kv_tokens=1024)))
@@ -642,8 +642,8 @@ PARENT_THAT_ASKS = """
 import sys
 from test_process import Reader, request
 from siglane.settings.engine import EngineConfig
-from siglane.engine.child import EngineSpec
-from siglane.engine.process import EngineProcess
+from siglane.engine.process.child import EngineSpec
+from siglane.engine.process.supervisor import EngineProcess
 
 if __name__ == "__main__":
     config = EngineConfig(device="cpu", threads=1, kv_tokens=8192, engine_timeout=2.0)

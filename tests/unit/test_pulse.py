@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from waiting import PATIENCE
 
-from siglane.engine import pulse
-from siglane.engine.pulse import Pulse, Stillness, Watch, turn_seconds
+from siglane.engine.process import pulse
+from siglane.engine.process.pulse import Pulse, Stillness, Watch, turn_seconds
 from siglane.errors import ConfigError
 from siglane.settings.engine import EngineConfig
 

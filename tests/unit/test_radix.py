@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from siglane.engine.kv import PageAllocator
-from siglane.engine.prefix_cache import Node, PrefixCache
+from siglane.engine.cache.kv import PageAllocator
+from siglane.engine.cache.prefix import Node, PrefixCache
 
 PAGES, PAGE_SIZE = 10, 2
 FEW_IDS = st.lists(st.integers(0, 1), min_size=1, max_size=9)  # so that beginnings are often equal

@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from siglane.config.vlm import Thinking
-from siglane.engine.reasoning import AnswerStream, TextDelta
+from siglane.engine.answers.reasoning import AnswerStream, TextDelta
 
 TAGS = ("<think>", "</think>")
 LETTERS = ("a", "b", "€", " ", "\n", "\n\n", "\t", "<|im_end|>")

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from siglane.engine.batch import Sequence as Running
 from siglane.engine.edits import Edits
-from siglane.engine.noise import gumbel_noise, noise_key
-from siglane.engine.sampler import WINDOW, Likeliest, SampledToken, draw, filtered, sample
+from siglane.engine.sampling.noise import gumbel_noise, noise_key
+from siglane.engine.sampling.sampler import WINDOW, Likeliest, SampledToken, draw, filtered, sample
 from siglane.errors import EngineError
 from siglane.types import SamplingParams
 

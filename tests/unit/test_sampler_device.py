@@ -11,11 +11,11 @@ import torch
 from engine_kit import prompt
 from test_sampler import EOS, running
 
-from siglane.engine import sampler_cuda
 from siglane.engine.batch import NextToken
 from siglane.engine.batch import Sequence as Running
-from siglane.engine.sampler import WINDOW, Choices, SampledToken, sample
-from siglane.engine.sampler_cuda import PAIRS, DeviceSampler, best_in_torch, tried_best
+from siglane.engine.sampling import cuda as sampler_cuda
+from siglane.engine.sampling.cuda import PAIRS, DeviceSampler, best_in_torch, tried_best
+from siglane.engine.sampling.sampler import WINDOW, Choices, SampledToken, sample
 from siglane.errors import EngineError
 
 VOCABULARY = 20 * WINDOW + 3

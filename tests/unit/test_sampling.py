@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from checkpoints import write_nvila_checkpoint
 
-from siglane.engine.sampling import check_for_model, check_sampling, in_plain_shapes, sampling_defaults
+from siglane.engine.sampling.parameters import check_for_model, check_sampling, in_plain_shapes, sampling_defaults
 from siglane.errors import ConfigError, UserError
 from siglane.families.files import stated_sampling
 from siglane.families.processor import load_processor

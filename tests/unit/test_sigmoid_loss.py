@@ -13,7 +13,7 @@ import torch.distributed as dist
 from peak import PEAK
 from ranks import start_ranks
 
-from siglane.engine.process import child_context
+from siglane.engine.process.children import child_context
 from siglane.settings.training import INITIAL_BIAS
 from siglane.training.sigmoid import INITIAL_LOG_SCALE, chunked_sigmoid_loss, sigmoid_loss
 

@@ -12,10 +12,10 @@ import torch
 from checkpoints import write_nvila_checkpoint
 
 from siglane.config.vlm import Thinking
+from siglane.engine.answers.thinking import ThinkingBudget, thinking_start
 from siglane.engine.device import Computed, StepPlan
 from siglane.engine.engine import Engine
-from siglane.engine.load import build_engine
-from siglane.engine.thinking import ThinkingBudget, thinking_start
+from siglane.engine.process.load import build_engine
 from siglane.errors import UserError
 from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import Processor, load_processor

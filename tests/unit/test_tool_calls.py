@@ -18,10 +18,10 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from siglane import LLM, Constraint, SamplingParams, UserError
-from siglane.engine.constraint import Grammars, check_constraint
-from siglane.engine.detokenize import TextStream
-from siglane.engine.tool_calls import BEGIN, END, CallStream, joined_calls
-from siglane.engine.tool_grammar import tool_constraint
+from siglane.engine.answers.detokenize import TextStream
+from siglane.engine.answers.tool_calls import BEGIN, END, CallStream, joined_calls
+from siglane.engine.constraints.constraint import Grammars, check_constraint
+from siglane.engine.constraints.tool_grammar import tool_constraint
 from siglane.families.family import CHATML, PromptRules
 from siglane.families.prompt.builder import PromptBuilder
 from siglane.families.prompt.tools import call_head

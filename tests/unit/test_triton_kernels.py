@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 
-from siglane.engine.noise import gumbel_noise, noise_key
+from siglane.engine.sampling.noise import gumbel_noise, noise_key
 from siglane.nn.act import swiglu
 from siglane.nn.cuda.low_bits import GROUP, eight_bits, four_bits, product_in_torch
 from siglane.nn.experts import Mixing, Routing

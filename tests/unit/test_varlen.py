@@ -11,9 +11,9 @@ import torch
 from test_kernel_trial import shape
 from torch.nn.attention import varlen
 
-from siglane.engine.attention import TorchKernels
-from siglane.engine.attention_cuda import VarlenKernels, tried_kernels
-from siglane.engine.kernel_trial import prefilled
+from siglane.engine.attention.cuda import VarlenKernels, tried_kernels
+from siglane.engine.attention.plain import TorchKernels
+from siglane.engine.attention.trial import prefilled
 from siglane.nn.attention import sdpa, tried_backend
 from siglane.nn.cuda.varlen import accepted
 from siglane.nn.trial import fault

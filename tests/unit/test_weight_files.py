@@ -25,9 +25,9 @@ from waiting import PATIENCE
 
 from siglane import LLM, Tagger
 from siglane.cli.main import main
-from siglane.engine.child import EngineSpec
-from siglane.engine.kv import PagedKV
-from siglane.engine.process import EngineProcess
+from siglane.engine.cache.kv import PagedKV
+from siglane.engine.process.child import EngineSpec
+from siglane.engine.process.supervisor import EngineProcess
 from siglane.errors import ConfigError, UserError, WeightError
 from siglane.families.processor import load_processor
 from siglane.llm import VisionEncoder

@@ -21,9 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import siglane.engine
-from siglane.engine.embed_worker import Embedding
 from siglane.engine.engine import EngineStats
-from siglane.engine.wire import HEAD, TYPES, Channel, EngineFacts, frame
+from siglane.engine.process.embed_worker import Embedding
+from siglane.engine.process.wire import HEAD, TYPES, Channel, EngineFacts, frame
 from siglane.errors import ConfigError, EngineError, ImageError, SiglaneError, UserError, WeightError
 from siglane.families.two_tower import Calibration
 from siglane.types import (

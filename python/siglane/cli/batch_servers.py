@@ -22,7 +22,7 @@ from siglane.tiling.rule import ImageBudget
 
 if TYPE_CHECKING:
     from siglane.batch.pool import Server
-    from siglane.engine.child import EngineSpec
+    from siglane.engine.process.child import EngineSpec
 
 Serving = Callable[[], AbstractContextManager["AbstractAsyncContextManager[Server]"]]
 
@@ -147,7 +147,7 @@ def _other_server(options: RemoteOptions, model: str) -> Answerer:
 
 def _own_models(arguments: argparse.Namespace) -> tuple[Mapping[str, Any], Serving]:
     """What their answers depend on, and the server: here or, as it is picklable, in another process."""
-    from siglane.engine.child import EngineSpec
+    from siglane.engine.process.child import EngineSpec
     from siglane.server.stored.job import job_of
     from siglane.weights.demo import FOLDERS, demo_folder
 

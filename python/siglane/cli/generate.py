@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
 
     checkpoint = checkpoint_of(arguments)
 
-    from siglane.engine.sampling import check_sampling
+    from siglane.engine.sampling.parameters import check_sampling
     from siglane.llm import LLM
 
     check_sampling(params)

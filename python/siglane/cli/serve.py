@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
         logs.begin(config.log_format, config.log_level)
     listener = preflight(config, model)
 
-    from siglane.engine.child import EngineSpec
+    from siglane.engine.process.child import EngineSpec
 
     spec = EngineSpec(model, engine, **dataclasses.asdict(read_options(ModelOptions, arguments)))
     return serve(config, spec, listener, budget)

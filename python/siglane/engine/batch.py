@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import torch
 
-from siglane.engine.constraint import Constrained
+from siglane.engine.answers.thinking import ThinkingBudget
+from siglane.engine.cache.features import FeatureKey
+from siglane.engine.cache.prefix import Node
+from siglane.engine.constraints.constraint import Constrained
 from siglane.engine.edits import Tally
-from siglane.engine.features import FeatureKey
 from siglane.engine.lookup import Lookup
-from siglane.engine.prefix_cache import Node
-from siglane.engine.thinking import ThinkingBudget
 from siglane.families.splice import ImageRows, image_rows
 from siglane.types import Read, Request, Timings
 

@@ -15,20 +15,20 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from siglane.engine.attention import EagerKernels, TorchKernels
-from siglane.engine.attention_compiled import compiled_kernels
-from siglane.engine.attention_cuda import tried_kernels
-from siglane.engine.attention_runs import RunKernels
+from siglane.engine.attention.compiled import compiled_kernels
+from siglane.engine.attention.cuda import tried_kernels
+from siglane.engine.attention.kernels import DecodeRows, Kernels, PrefillRows, StepAttention
+from siglane.engine.attention.plain import EagerKernels, TorchKernels
+from siglane.engine.attention.runs import RunKernels
+from siglane.engine.attention.trial import Shape
 from siglane.engine.batch import Chunk, StepBatch
+from siglane.engine.cache.kv import PagedKV
 from siglane.engine.graphs import Capture, buckets_up_to, capture_on_cuda, record
-from siglane.engine.kernel_trial import Shape
-from siglane.engine.kernels import DecodeRows, Kernels, PrefillRows, StepAttention
-from siglane.engine.kv import PagedKV
 from siglane.engine.limits import StepLimits, padded_rows
 from siglane.engine.memory import LargestStep, kv_bytes
-from siglane.engine.readouts import Readouts, read
-from siglane.engine.sampler import Choices, Choose, SampledToken, choose_on_host
-from siglane.engine.sampler_cuda import DeviceSampler, tried_best
+from siglane.engine.sampling.cuda import DeviceSampler, tried_best
+from siglane.engine.sampling.readouts import Readouts, read
+from siglane.engine.sampling.sampler import Choices, Choose, SampledToken, choose_on_host
 from siglane.engine.scheduler import StepBudget
 from siglane.engine.words import Held, PageTable, Written
 from siglane.errors import EngineError

@@ -1,5 +1,5 @@
-"""The engine: requests in, token deltas out, one step at a time. Runs in the caller's thread (`process.py` gives it a
-process of its own)."""
+"""The engine: requests in, token deltas out, one step at a time. Runs in the caller's thread (`process/supervisor.py`
+gives it a process of its own)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from typing import NamedTuple
 import torch
 
 from siglane.config.vlm import Thinking
+from siglane.engine.answers.thinking import thinking_budget, thinking_start
 from siglane.engine.batch import Chunk, Sequence, StepBatch
-from siglane.engine.constraint import Constrained, Grammars
+from siglane.engine.cache.features import FeatureCache, FeatureKey
+from siglane.engine.cache.kv import SCRATCH_PAGES, PageAllocator
+from siglane.engine.cache.prefix import PrefixCache
+from siglane.engine.constraints.constraint import Constrained, Grammars
 from siglane.engine.device import Result, build_device, finite
-from siglane.engine.features import FeatureCache, FeatureKey
-from siglane.engine.kv import SCRATCH_PAGES, PageAllocator
 from siglane.engine.limits import step_budget
 from siglane.engine.lookup import Lookup
-from siglane.engine.prefix_cache import PrefixCache
-from siglane.engine.sampler import SampledToken, bad_logits
-from siglane.engine.sampling import check_for_model
+from siglane.engine.sampling.parameters import check_for_model
+from siglane.engine.sampling.sampler import SampledToken, bad_logits
 from siglane.engine.scheduler import Scheduler
-from siglane.engine.thinking import thinking_budget, thinking_start
 from siglane.errors import EngineError, UserError
 from siglane.families.model import VisionLanguageModel
 from siglane.settings.engine import EngineConfig

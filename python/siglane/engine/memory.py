@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from siglane.engine.batch import Sequence
-from siglane.engine.sampler import Choose
+from siglane.engine.sampling.sampler import Choose
 from siglane.errors import UserError
 from siglane.families.model import VisionLanguageModel
 from siglane.lm.attention import SegmentAttention

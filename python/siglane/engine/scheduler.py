@@ -15,9 +15,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from siglane.engine.batch import Chunk, Sequence
-from siglane.engine.features import FeatureCache, FeatureKey
-from siglane.engine.kv import PageAllocator
-from siglane.engine.prefix_cache import NextPage, PrefixCache
+from siglane.engine.cache.features import FeatureCache, FeatureKey
+from siglane.engine.cache.kv import PageAllocator
+from siglane.engine.cache.prefix import NextPage, PrefixCache
 
 # while others are about, 1/BATCH_SHARE of what is read is a batch's, and at most so much of a step; it leaves as much
 # of the places. Who comes next waits for a short step and finds room

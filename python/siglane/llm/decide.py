@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from siglane.engine.engine import Engine
-from siglane.engine.labels import Ids, LabelRead, label_logprobs, label_reads
+from siglane.engine.sampling.labels import Ids, LabelRead, label_logprobs, label_reads
 from siglane.errors import EngineError
 from siglane.llm.stepper import Stepper
 from siglane.types import Decision, ImagePatches, Prompt, Question, Readout, Request, SamplingParams

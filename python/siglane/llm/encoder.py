@@ -10,7 +10,7 @@ import torch
 
 from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
 from siglane.engine.limits import STEP_PATCHES
-from siglane.engine.load import placement
+from siglane.engine.process.load import placement
 from siglane.errors import UserError
 from siglane.families.ahead import ahead
 from siglane.families.model import load_vision

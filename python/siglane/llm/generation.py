@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from siglane.engine.answer import Answer
+from siglane.engine.answers.answer import Answer
 from siglane.errors import EngineError, UserError
 from siglane.families.report import ImageReport
 from siglane.types import FinishReason, SamplingParams, Timings, TokenDelta, TokenLogprob, ToolCall, Usage

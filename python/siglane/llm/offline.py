@@ -16,12 +16,12 @@ from typing import Any, Literal, NamedTuple
 from tqdm import tqdm
 
 from siglane.config.preprocess import LOCAL_DECODE, DecodeConfig
-from siglane.engine.answer import Answer
-from siglane.engine.constraint import check_constraint
-from siglane.engine.labels import check_closed, closed_template, label_ids
-from siglane.engine.load import build_engine
-from siglane.engine.sampling import check_for_model, in_plain_shapes, sampling_defaults
-from siglane.engine.tool_grammar import tool_constraint
+from siglane.engine.answers.answer import Answer
+from siglane.engine.constraints.constraint import check_constraint
+from siglane.engine.constraints.tool_grammar import tool_constraint
+from siglane.engine.process.load import build_engine
+from siglane.engine.sampling.labels import check_closed, closed_template, label_ids
+from siglane.engine.sampling.parameters import check_for_model, in_plain_shapes, sampling_defaults
 from siglane.errors import blaming
 from siglane.families.ahead import PREPARE_AHEAD, PREPARE_THREADS
 from siglane.families.pipeline import MediaPipeline, report_image

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from siglane.engine.engine import Engine
-from siglane.engine.pulse import Pulse, Stillness, turn_seconds
+from siglane.engine.process.pulse import Pulse, Stillness, turn_seconds
 from siglane.errors import EngineError
 from siglane.types import TokenDelta
 

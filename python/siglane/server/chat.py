@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from siglane.engine.answer import Answer
-from siglane.engine.sampling import check_for_model
+from siglane.engine.answers.answer import Answer
+from siglane.engine.sampling.parameters import check_for_model
 from siglane.errors import UserError, blaming
 from siglane.families.pipeline import report_image
 from siglane.families.report import ImageReport

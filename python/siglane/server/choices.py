@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
-from siglane.engine.answer import Answer
-from siglane.engine.process import EngineProcess
-from siglane.engine.tool_calls import CallDelta
+from siglane.engine.answers.answer import Answer
+from siglane.engine.answers.tool_calls import CallDelta
+from siglane.engine.process.supervisor import EngineProcess
 from siglane.server.errors import overloaded
 from siglane.server.replies import FinishReason
 from siglane.types import TokenDelta, TokenLogprob, Usage

@@ -28,7 +28,7 @@ from siglane.weights.demo import FOLDERS
 from siglane.weights.hub import ADAPTER_CONFIG, without_config
 
 if TYPE_CHECKING:
-    from siglane.engine.child import EngineSpec
+    from siglane.engine.process.child import EngineSpec
     from siglane.server.served import Served
 
 logger = logging.getLogger(__name__)
@@ -199,7 +199,7 @@ def serving(
     image_limits: of the model itself; a tagger beside it reads images as its checkpoint says. restarts_allowed: of the
     engine in a few minutes, None for a server's few; prepare: what the engine's process calls first.
     """
-    from siglane.engine.process import EngineProcess
+    from siglane.engine.process.supervisor import EngineProcess
     from siglane.families.processor import load_processor
     from siglane.families.two_tower import has_both_towers, read_two_tower
     from siglane.server.metrics import Metrics

@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 
 from siglane.config.images import ImageFacts
 from siglane.config.two_tower import TwoTowerConfig
-from siglane.engine.answer import Answer
-from siglane.engine.constraint import check_constraint
-from siglane.engine.embed_worker import Embedding, Item
-from siglane.engine.process import EngineProcess
-from siglane.engine.sampling import sampling_defaults
+from siglane.engine.answers.answer import Answer
+from siglane.engine.constraints.constraint import check_constraint
+from siglane.engine.process.embed_worker import Embedding, Item
+from siglane.engine.process.supervisor import EngineProcess
+from siglane.engine.sampling.parameters import sampling_defaults
 from siglane.errors import EngineError, UserError
 from siglane.families.processor import Processor
 from siglane.families.prompt.renderers import MOST_PROCESSES

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from siglane.engine.tool_calls import CallDelta
-from siglane.engine.tool_grammar import tool_constraint
+from siglane.engine.answers.tool_calls import CallDelta
+from siglane.engine.constraints.tool_grammar import tool_constraint
 from siglane.errors import blaming
 from siglane.media.tools import MOST_TOOLS, NAME
 from siglane.server.constraints import AskedConstraint

@@ -16,7 +16,7 @@ class Constraint:
 
     text: a JSON schema (draft 2020-12) as JSON, a regular expression (Rust's syntax, no look-around), or a Lark grammar
     (llguidance's dialect) with the rule `start`, or one in GBNF with the rule `root`. Calls of tools are described by
-    `engine/tool_grammar.py`.
+    `engine/constraints/tool_grammar.py`.
     """
 
     kind: ConstraintKind

@@ -1,6 +1,6 @@
 """The choice of a token with noise over a whole vocabulary, in one pass over the scores: a Triton kernel.
 
-What `engine/noise.py` computes, for each token where it is read.
+What `engine/sampling/noise.py` computes, for each token where it is read.
 """
 
 from __future__ import annotations

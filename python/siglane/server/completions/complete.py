@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from siglane.engine.answer import Answer
+from siglane.engine.answers.answer import Answer
 from siglane.errors import UserError, blaming
 from siglane.server.chat import (
     Prepared,

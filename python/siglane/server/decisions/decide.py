@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from siglane.engine.labels import check_closed, closed_template, label_ids
+from siglane.engine.sampling.labels import check_closed, closed_template, label_ids
 from siglane.errors import UserError, blaming
 from siglane.families.pipeline import report_image
 from siglane.families.prompt.questions import asked_behind

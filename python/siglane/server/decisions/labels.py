@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from siglane.engine.labels import Ids, LabelRead, label_logprobs, label_reads
+from siglane.engine.sampling.labels import Ids, LabelRead, label_logprobs, label_reads
 from siglane.errors import UserError
 from siglane.server.chat import too_long
 from siglane.server.choices import Choices, finish_reason

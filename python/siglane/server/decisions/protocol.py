@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import orjson
 from pydantic import BeforeValidator, Discriminator, Field, Tag, WithJsonSchema, model_validator
 
-from siglane.engine.labels import MOST_LABELS
+from siglane.engine.sampling.labels import MOST_LABELS
 from siglane.errors import UserError, blaming
 from siglane.server.fields import WHOLE, RequestModel, TemplateKwargs
 from siglane.server.generation_fields import CacheSalt

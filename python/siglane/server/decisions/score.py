@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from typing_extensions import TypedDict  # pydantic reads no other on Python 3.11
 
-from siglane.engine.labels import MOST_LABELS, Ids, label_ids
+from siglane.engine.sampling.labels import MOST_LABELS, Ids, label_ids
 from siglane.errors import UserError, blaming
 from siglane.server.chat import Prepared, answered, usage_reply
 from siglane.server.completions.complete import check_ids

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, Tag, model_validator
 
-from siglane.engine.labels import MOST_LABELS
+from siglane.engine.sampling.labels import MOST_LABELS
 from siglane.errors import UserError
 from siglane.server.decisions.protocol import (
     LINE,

@@ -14,7 +14,7 @@ import orjson
 import pybase64
 import torch
 
-from siglane.engine.embed_worker import Embedding, Item
+from siglane.engine.process.embed_worker import Embedding, Item
 from siglane.errors import EngineError, UserError
 from siglane.families.pipeline import report_image
 from siglane.families.report import ImageReport

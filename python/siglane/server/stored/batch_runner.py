@@ -19,7 +19,7 @@ from siglane.batch.requests import open_requests
 from siglane.batch.row import OF_CHAT, BadRow, Row, Source
 from siglane.batch.rows import CannotWrite
 from siglane.batch.run import Plan, run_batch
-from siglane.engine.process import RESTART_WINDOW_SECONDS
+from siglane.engine.process.supervisor import RESTART_WINDOW_SECONDS
 from siglane.errors import EngineError, SiglaneError, UserError
 from siglane.server.context import InflightShare
 from siglane.server.local import LocalServer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from siglane.engine.child import EngineSpec
+from siglane.engine.process.child import EngineSpec
 from siglane.settings.media import MediaConfig
 from siglane.settings.options import options_of
 from siglane.settings.server import ServerConfig

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from siglane.engine.attention_runs import RunKernels
-from siglane.engine.kernels import DecodeAttention, DecodeRows
-from siglane.engine.kv import PagedKV
+from siglane.engine.attention.kernels import DecodeAttention, DecodeRows
+from siglane.engine.attention.runs import RunKernels
+from siglane.engine.cache.kv import PagedKV
 from siglane.nn.cpu.jit.entrance import heads
 from siglane.nn.cpu.jit.limits import GROUP
 

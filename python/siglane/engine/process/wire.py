@@ -21,8 +21,8 @@ import numpy.typing as npt
 import torch
 
 from siglane import types
-from siglane.engine.embed_worker import Embedding
 from siglane.engine.engine import EngineStats
+from siglane.engine.process.embed_worker import Embedding
 from siglane.errors import (
     ConfigError,
     EngineError,

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 
 from siglane.config.language import LanguageConfig
+from siglane.engine.attention.kernels import DecodeRows, Kernels, PrefillRows
 from siglane.engine.batch import Chunk, Sequence
-from siglane.engine.kernels import DecodeRows, Kernels, PrefillRows
-from siglane.engine.kv import SCRATCH_PAGES, PagedKV
+from siglane.engine.cache.kv import SCRATCH_PAGES, PagedKV
 from siglane.lm.qwen import QwenModel
 from siglane.nn.attention import cu_seqlens_of, eager
 from siglane.types import Prompt, Request, SamplingParams

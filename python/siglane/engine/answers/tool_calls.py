@@ -1,4 +1,4 @@
-"""Calls of tools in an answer's text, found as it comes (`tool_grammar.py` shows what they look like)."""
+"""Calls of tools in an answer's text, found as it comes (`constraints/tool_grammar.py` shows what they look like)."""
 
 from __future__ import annotations
 

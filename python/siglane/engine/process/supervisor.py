@@ -14,19 +14,18 @@ import logging
 import multiprocessing
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
-from multiprocessing.context import ForkServerContext, SpawnContext
 from typing import Literal
 
-from siglane.engine.child import HUNG, EngineSpec, run_child
-from siglane.engine.embed_worker import Embedding, Item
 from siglane.engine.engine import EngineStats
-from siglane.engine.pulse import Watch
-from siglane.engine.wire import Channel, EngineFacts, frame
+from siglane.engine.process.child import EngineSpec, run_child
+from siglane.engine.process.children import child_context, how_it_ended
+from siglane.engine.process.embed_worker import Embedding, Item
+from siglane.engine.process.pulse import Watch
+from siglane.engine.process.wire import Channel, EngineFacts, frame
 from siglane.errors import EngineError, EngineLost, SiglaneError
 from siglane.types import Finished, Request, TokenDelta
 
@@ -277,7 +276,7 @@ class EngineProcess:
         with self._lock:
             if self.state not in ("closed", "dead"):
                 recent = [start for start in self._starts if time.monotonic() - start < RESTART_WINDOW_SECONDS]
-                how = "after a time without a sign of life" if self._silent else _how_it_ended(self._process)
+                how = "after a time without a sign of life" if self._silent else how_it_ended(self._process)
                 if len(recent) > (RESTARTS_ALLOWED if self._restarts_allowed is None else self._restarts_allowed):
                     message = f"the engine process died {len(recent)} times in {RESTART_WINDOW_SECONDS:g} seconds"
                     self._give_up(EngineError(f"{message}, the last time {how}; see the log", code="engine_dead"))
@@ -317,28 +316,6 @@ class EngineProcess:
             if self.state != "closed" and (self.state != "dead" or state == "closed"):
                 self.state = state
             self._changed.notify_all()
-
-
-def child_context() -> ForkServerContext | SpawnContext:
-    """Where children come from: a process that has imported all they need, so that a restart does not wait for imports.
-
-    Elsewhere than on Linux system libraries may break in a process that is forked after they were loaded.
-    """
-    if sys.platform != "linux":
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["siglane.engine.child", "transformers.models"])  # the latter is loaded on demand
-    return context
-
-
-def _how_it_ended(process: multiprocessing.process.BaseProcess | None) -> str:
-    code = None if process is None else process.exitcode
-    if code == HUNG:
-        return "because it hung"
-    if code is None or code >= 0:
-        return f"with exit code {code}"
-    hint = " (systems that run out of memory do so)" if -code == signal.SIGKILL else ""
-    return f"killed by {signal.Signals(-code).name}{hint}"
 
 
 def _end(future: Future[Embedding], result: Embedding | Exception) -> None:

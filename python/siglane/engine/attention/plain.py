@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from siglane.engine.kernels import DecodeAttention, DecodeRows, PrefillAttention, PrefillRows
-from siglane.engine.kv import PagedKV
+from siglane.engine.attention.kernels import DecodeAttention, DecodeRows, PrefillAttention, PrefillRows
+from siglane.engine.cache.kv import PagedKV
 from siglane.nn.attention import eager
 
 

@@ -16,11 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from siglane.engine.embed_worker import EmbedWorker
 from siglane.engine.engine import Engine
-from siglane.engine.load import load_engine, load_tagger, load_with_tagger
-from siglane.engine.pulse import Pulse, Watch, turn_seconds, work_done
-from siglane.engine.wire import Channel, EngineFacts, frame
+from siglane.engine.process.embed_worker import EmbedWorker
+from siglane.engine.process.load import load_engine, load_tagger, load_with_tagger
+from siglane.engine.process.pulse import Pulse, Watch, turn_seconds, work_done
+from siglane.engine.process.wire import Channel, EngineFacts, frame
 from siglane.errors import EngineError, SiglaneError
 from siglane.families.two_tower import Calibration, LoadedTwoTower, has_both_towers
 from siglane.settings.engine import EngineConfig

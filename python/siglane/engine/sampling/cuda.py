@@ -17,8 +17,8 @@ import torch
 
 from siglane.engine.batch import NextToken
 from siglane.engine.edits import Edits, Pairs, PairTensors, edit
-from siglane.engine.noise import gumbel_noise, noise_key
-from siglane.engine.sampler import SMALLEST_TEMPERATURE, WINDOW, Choices, SampledToken, sample
+from siglane.engine.sampling.noise import gumbel_noise, noise_key
+from siglane.engine.sampling.sampler import SMALLEST_TEMPERATURE, WINDOW, Choices, SampledToken, sample
 from siglane.engine.words import Written
 from siglane.nn.cuda.ops import OPS
 from siglane.nn.trial import first_right

@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from siglane.engine.constraint import Grammars
+from siglane.engine.constraints.constraint import Grammars
 from siglane.engine.engine import Engine
 from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import Processor, load_processor

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from siglane.engine.batch import NextToken
-from siglane.engine.constraint import Bits
+from siglane.engine.constraints.constraint import Bits
 from siglane.engine.edits import Edits
-from siglane.engine.noise import MOST_NOISE, gumbel_noise, noise_key
+from siglane.engine.sampling.noise import MOST_NOISE, gumbel_noise, noise_key
 from siglane.errors import EngineError
 from siglane.types import SamplingParams, TokenLogprob
 

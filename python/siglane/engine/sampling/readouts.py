@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from siglane.engine.batch import Chunk
-from siglane.engine.sampler import likeliest
+from siglane.engine.sampling.sampler import likeliest
 from siglane.lm.qwen import QwenModel
 from siglane.types import Read, Readout
 

@@ -2,7 +2,7 @@
 
 The automaton is llguidance's (github.com/guidance-ai/llguidance). It compiles what a client sends without backtracking
 and by an allowance of steps (`LIMITS`), so that the same text is refused on every machine. What nests too deep would
-overrun its stack and end the process, so every text is compiled in one of its own first (`grammar_trial.py`).
+overrun its stack and end the process, so every text is compiled in one of its own first (`trial.py`).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
 from siglane.config.vlm import Thinking
-from siglane.engine.grammar_tokens import grammar_tokens
-from siglane.engine.json_schema import ignored_keyword, never_ends
-from siglane.engine.thinking import ThinkingStart
-from siglane.engine.tool_grammar import Calls, Schema, Tags, lark, read_calls
+from siglane.engine.answers.thinking import ThinkingStart
+from siglane.engine.constraints.json_schema import ignored_keyword, never_ends
+from siglane.engine.constraints.tokens import grammar_tokens
+from siglane.engine.constraints.tool_grammar import Calls, Schema, Tags, lark, read_calls
 from siglane.errors import EngineError, UserError
 from siglane.families.prompt.programs import Programs
 from siglane.families.prompt.tools import CALL_TAGS
@@ -295,7 +295,7 @@ def _limits() -> LLParserLimits:
 @cache
 def _trials(pid: int) -> Programs:
     """pid: a fork must not talk through its parent's pipes."""
-    from siglane.engine import grammar_trial
+    from siglane.engine.constraints import trial as grammar_trial
 
     found = Programs(grammar_trial.__file__, MOST_TRIALS)
     atexit.register(found.close)

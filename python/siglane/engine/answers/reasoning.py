@@ -9,9 +9,9 @@ from typing import Literal, NamedTuple
 from transformers import PreTrainedTokenizerFast
 
 from siglane.config.vlm import Thinking
-from siglane.engine.detokenize import TextStream
-from siglane.engine.thinking import thinking_start
-from siglane.engine.tool_calls import CallDelta, CallStream
+from siglane.engine.answers.detokenize import TextStream
+from siglane.engine.answers.thinking import thinking_start
+from siglane.engine.answers.tool_calls import CallDelta, CallStream
 from siglane.families.processor import Processor
 from siglane.families.prompt.tools import CALL_TAGS
 from siglane.types import Prompt, SamplingParams, ToolUse

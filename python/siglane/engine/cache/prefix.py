@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from siglane.engine.kv import PageAllocator
+from siglane.engine.cache.kv import PageAllocator
 
 PageKey = tuple[str | int, ...]
 

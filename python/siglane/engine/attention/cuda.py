@@ -9,10 +9,10 @@ from types import MappingProxyType
 
 import torch
 
-from siglane.engine.attention import TorchKernels
-from siglane.engine.kernel_trial import Shape, decoded, prefilled, stored
-from siglane.engine.kernels import DecodeAttention, DecodeRows, Kernels, PrefillAttention, PrefillRows
-from siglane.engine.kv import PagedKV
+from siglane.engine.attention.kernels import DecodeAttention, DecodeRows, Kernels, PrefillAttention, PrefillRows
+from siglane.engine.attention.plain import TorchKernels
+from siglane.engine.attention.trial import Shape, decoded, prefilled, stored
+from siglane.engine.cache.kv import PagedKV
 from siglane.nn.cuda.ops import OPS
 from siglane.nn.cuda.varlen import Packed, attend_packed
 from siglane.nn.trial import first_right

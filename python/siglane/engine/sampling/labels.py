@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from siglane.config.vlm import Thinking
-from siglane.engine.thinking import thinking_start
+from siglane.engine.answers.thinking import thinking_start
 from siglane.errors import UserError
 from siglane.families.processor import Processor
 from siglane.types import Prompt, Question, Read, Readout

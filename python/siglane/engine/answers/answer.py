@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from siglane.engine.reasoning import AnswerStream, TextDelta
-from siglane.engine.tool_calls import joined_calls
+from siglane.engine.answers.reasoning import AnswerStream, TextDelta
+from siglane.engine.answers.tool_calls import joined_calls
 from siglane.families.processor import Processor
 from siglane.types import (
     Finished,

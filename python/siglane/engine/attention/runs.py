@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from siglane.engine.attention import GatheredDecodes, Prefills, TorchKernels
+from siglane.engine.attention.kernels import DecodeAttention, DecodeRows, PrefillAttention, PrefillRows
+from siglane.engine.attention.plain import GatheredDecodes, Prefills, TorchKernels
 from siglane.engine.batch import Chunk
-from siglane.engine.kernels import DecodeAttention, DecodeRows, PrefillAttention, PrefillRows
-from siglane.engine.kv import PagedKV
+from siglane.engine.cache.kv import PagedKV
 
 Views = tuple[torch.Tensor, ...]
 
