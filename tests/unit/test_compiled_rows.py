@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from siglane.nn.cpu import int8_packing, memory
 from siglane.nn.cpu.int4 import Int4Linear, unpacked
 from siglane.nn.cpu.int8 import CentredInt8Linear, Int8Codes, Int8Weight, WideInt8Linear
-from siglane.nn.cpu.jit.entrance import few_rows
+from siglane.nn.cpu.jit.entrance import compiles, few_rows
 from siglane.nn.cpu.memory import in_large_pages
 
 SHAPES = [(64, 64), (130, 100), (1, 7), (256, 192)]
@@ -172,9 +172,9 @@ def test_what_it_needs_may_be_missing(monkeypatch: pytest.MonkeyPatch, caplog: p
     x, residual = numbers(3, 64, top=TOP[WideInt8Linear]), torch.ones(3, 128)
     with monkeypatch.context() as without, caplog.at_level(logging.INFO, logger="siglane"):
         without.setattr(importlib.util, "find_spec", lambda name: None)
-        few_rows.cache_clear()
+        compiles.cache_clear()
         plain = WideInt8Linear(made.stored, None)
-        few_rows.cache_clear()
+        compiles.cache_clear()
     assert plain.few is None
     assert "pip install 'siglane[cpu]'" in caplog.text
     assert torch.allclose(plain.added(x, residual), made.added(x, residual), rtol=1e-5, atol=1e-2)

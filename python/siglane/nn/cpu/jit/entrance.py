@@ -16,21 +16,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@functools.cache
 def few_rows() -> type[FewRows] | None:
-    """What computes rows of 8-bit layers, and few of 4-bit ones, in one call; None where llvmlite, the processor's
-    AVX512-VNNI or torch's threads (OpenMP's) are missing: they then are several calls of torch."""
-    if importlib.util.find_spec("llvmlite") is None:
-        logger.info("rows of 8-bit weights: by torch; compiled loops are faster: pip install 'siglane[cpu]'")
-        return None
-    from llvmlite import binding
-
-    if not binding.get_host_cpu_features().get("avx512vnni") or not _has_threads():
-        logger.info("rows of 8-bit weights: by torch")
+    """What computes rows of 8-bit layers, and few of 4-bit ones, in one call; None where loops cannot be compiled: they
+    then are several calls of torch."""
+    if not compiles():
         return None
     from siglane.nn.cpu.jit.layer import FewRows
 
-    logger.info("rows of 8-bit weights: by loops that LLVM %s compiles", binding.llvm_version_info[0])
     return FewRows
 
 
@@ -38,7 +30,7 @@ def few_rows() -> type[FewRows] | None:
 def heads(head_dim: int) -> Heads | None:
     """The same for what lies between products: rotary positions, the paged cache, attention; None for heads that are no
     whole registers too."""
-    if head_dim % 32 or head_dim > 256 or few_rows() is None:
+    if head_dim % 32 or head_dim > 256 or not compiles():
         return None
     from siglane.nn.cpu.jit.calls import Heads
 
@@ -48,11 +40,26 @@ def heads(head_dim: int) -> Heads | None:
 @functools.cache
 def between() -> CompiledBetween | None:
     """The same for what lies between the products of an encoder block."""
-    if few_rows() is None:
+    if not compiles():
         return None
     from siglane.nn.cpu.jit.between_calls import CompiledBetween
 
     return CompiledBetween()
+
+
+@functools.cache
+def compiles() -> bool:
+    """Whether llvmlite, the processor's AVX512-VNNI and torch's threads (OpenMP's) are there."""
+    if importlib.util.find_spec("llvmlite") is None:
+        logger.info("small loops: by torch; compiled ones are faster: pip install 'siglane[cpu]'")
+        return False
+    from llvmlite import binding
+
+    if not binding.get_host_cpu_features().get("avx512vnni") or not _has_threads():
+        logger.info("small loops: by torch")
+        return False
+    logger.info("small loops: compiled by LLVM %s", binding.llvm_version_info[0])
+    return True
 
 
 def _has_threads() -> bool:
