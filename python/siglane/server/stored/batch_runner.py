@@ -252,6 +252,7 @@ class BatchRunner:
             if time.monotonic() - counted > COUNT_SECONDS:
                 counted = time.monotonic()
                 self._count(batch, output)
+                self._paused.pop(batch.id, None)  # it goes on
 
         rows = (row for row in source.rows if not output.has(row))
         with self._stoppable(batch, lambda: loop.call_soon_threadsafe(stop.set)):
