@@ -44,10 +44,11 @@ from waiting import PATIENCE, eventually
 from siglane.batch.output import Output
 from siglane.batch.requests import open_requests
 from siglane.batch.run import Plan, run_batch
+from siglane.engine.process import embed_worker
 from siglane.engine.process.child import EngineSpec
 from siglane.engine.process.embed_worker import EmbedWorker
 from siglane.engine.process.load import load_tagger
-from siglane.engine.process.supervisor import EngineProcess, embed_worker
+from siglane.engine.process.supervisor import EngineProcess
 from siglane.errors import EngineError, UserError
 from siglane.families.two_tower import load_two_tower, read_two_tower
 from siglane.server.embedding import embed as embedding
