@@ -46,7 +46,7 @@ def sources(dtype: str, head_dim: int) -> Iterator[tuple[Any, dict[str, str], di
     kept = {"k": rows, "v": rows, "keys": rows, "values": rows, "slots": "*i64"}
     strides = {"k_stride": stride, "v_stride": stride}
     yield pointwise.store_token, kept | strides, {"SIZE": 2 * head_dim, "BLOCK": 256}
-    chosen = {"scores": "*fp32", "peaks": "*fp32", "temperatures": "*fp32", "first_keys": "*i64", "second_keys": "*i64"}
+    chosen = {"scores": "*fp32", "peaks": "*fp32", "temperatures": "*fp32", "keys": "*i64"}
     chosen |= {"values": "*fp32", "token_ids": "*i64", "size": "i32"}
     yield choosing.best_of_block, chosen, {"BLOCK": choosing.BLOCK}
     routed = {"logits": rows, "weights": rows, "chosen": "*i64", "experts": "i32"}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from siglane.config.language import LanguageConfig
 from siglane.engine.attention.compiled import compiled_kernels
 from siglane.engine.cache.kv import PagedKV
-from siglane.nn.cpu.jit.entrance import few_rows, heads
+from siglane.nn.cpu.jit.entrance import compiled_layer, heads
 from siglane.nn.rope import rotary_tables, rotate
 
 PAGE, PAGES = 16, 60
@@ -20,7 +20,7 @@ LENGTHS = (1, 16, 33, 200)
 
 @pytest.fixture(autouse=True)
 def compiled() -> None:
-    if few_rows() is None:
+    if compiled_layer() is None:
         pytest.skip("needs llvmlite and AVX512-VNNI")
 
 

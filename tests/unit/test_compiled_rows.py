@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from siglane.nn.cpu import int8_packing, memory
 from siglane.nn.cpu.int4 import Int4Linear, unpacked
 from siglane.nn.cpu.int8 import CentredInt8Linear, Int8Codes, Int8Weight, WideInt8Linear
-from siglane.nn.cpu.jit.entrance import compiles, few_rows
+from siglane.nn.cpu.jit.entrance import compiled_layer, compiles
 from siglane.nn.cpu.memory import in_large_pages
 
 SHAPES = [(64, 64), (130, 100), (1, 7), (256, 192)]
@@ -24,7 +24,7 @@ TOP = {CentredInt8Linear: 127, WideInt8Linear: 2**15 - 129}  # a row whose peak 
 
 @pytest.fixture(autouse=True)
 def compiled() -> None:
-    if few_rows() is None:
+    if compiled_layer() is None:
         pytest.skip("needs llvmlite and AVX512-VNNI")
 
 
@@ -63,7 +63,7 @@ def layer(
     scale = torch.rand(outputs, generator=torch.Generator().manual_seed(2)) + 0.5
     shift = torch.linspace(-5, 5, outputs) if bias else None
     made = kind(Int8Codes(codes, scale), shift, **options)  # type: ignore[arg-type]
-    assert made.few is not None
+    assert made.compiled is not None
     return made, codes.double() * scale.double()[:, None]
 
 
@@ -73,7 +73,7 @@ def layer(
 @pytest.mark.parametrize("shape", [*SHAPES, (2048, 512)])
 def test_it_is_integer_arithmetic(kind: type[Int8Weight], shape: tuple[int, int]) -> None:
     made, weight = layer(kind, *shape, bias=True)
-    assert made.few is not None
+    assert made.compiled is not None
     for rows in (0, 1, 2, 4, 7, 40, 99):
         x = numbers(rows, shape[1], top=TOP[kind])
         residual = torch.randn(rows, shape[0])
@@ -88,14 +88,14 @@ def test_it_is_integer_arithmetic(kind: type[Int8Weight], shape: tuple[int, int]
 @torch.no_grad()
 def test_a_norm_and_a_gate() -> None:
     made, weight = layer(CentredInt8Linear, 256, 192, eps=0.5)
-    assert made.few is not None
-    assert made.few.gates
+    assert made.compiled is not None
+    assert made.compiled.gates
     for rows in (1, 5, 40):
         x = numbers(rows, 192, top=127)
         gate, up = F.linear(F.rms_norm(x.double(), (192,), eps=0.5) * 0.02, weight * 50).chunk(2, 1)
         assert torch.allclose(made.gated(x).double(), F.silu(gate) * up, rtol=1e-5, atol=1e-3)
     assert torch.allclose(made.gated(x.bfloat16()).float(), made.gated(x), rtol=2e-2, atol=1e-2)
-    more = numbers(made.few.most + 1, 192, top=127)
+    more = numbers(made.compiled.most + 1, 192, top=127)
     assert torch.allclose(made.gated(more)[:-1], made.gated(more[:-1]), rtol=1e-4, atol=1e-2)
 
 
@@ -140,9 +140,9 @@ def test_several_threads_may_use_one_layer() -> None:
 def test_four_bits_are_a_float_product(shape: tuple[int, int], group_size: int) -> None:
     outputs, inputs = shape
     made = Int4Linear(torch.randn(shape), torch.randn(outputs), group_size=group_size, eps=0.25)
-    assert made.few is not None
+    assert made.compiled is not None
     weight = unpacked(made.codes, made.scales, group_size).double()[:inputs, :outputs]
-    for rows in (1, 3, 4, 9, made.few.most):
+    for rows in (1, 3, 4, 9, made.compiled.most):
         x, residual = torch.randn(rows, inputs), torch.randn(rows, outputs)
         normed = F.rms_norm(x, (inputs,), eps=0.25).bfloat16().double()
         expected = normed @ weight
@@ -175,12 +175,12 @@ def test_what_it_needs_may_be_missing(monkeypatch: pytest.MonkeyPatch, caplog: p
         compiles.cache_clear()
         plain = WideInt8Linear(made.stored, None)
         compiles.cache_clear()
-    assert plain.few is None
+    assert plain.compiled is None
     assert "pip install 'siglane[cpu]'" in caplog.text
     assert torch.allclose(plain.added(x, residual), made.added(x, residual), rtol=1e-5, atol=1e-2)
     monkeypatch.setattr(int8_packing, "holds", lambda packed, codes: False)
     monkeypatch.setattr(int8_packing, "_known", {})
-    assert WideInt8Linear(made.stored, None).few is None  # of an order that is not known
+    assert WideInt8Linear(made.stored, None).compiled is None  # of an order that is not known
 
 
 def test_large_pages_hold_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

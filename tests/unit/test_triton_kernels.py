@@ -247,7 +247,7 @@ def test_a_token_is_chosen_with_the_noise_of_its_row(size: int) -> None:
         scores[4] = 0.0
         keys = [noise_key(seed, place) for seed in range(5)]
         words = torch.tensor(keys).T.contiguous().to(DEVICE)
-        found = choosing.best_token(scores.to(DEVICE), scores.amax(-1).to(DEVICE), temperatures, *words).cpu()
+        found = choosing.best_token(scores.to(DEVICE), scores.amax(-1).to(DEVICE), temperatures, words).cpu()
         tokens = torch.arange(size, dtype=torch.int32)
         for row, key in enumerate(keys):
             own, temperature = scores[row] - scores[row].max(), float(temperatures[row])
@@ -258,8 +258,8 @@ def test_a_token_is_chosen_with_the_noise_of_its_row(size: int) -> None:
 def test_a_row_of_nan_names_a_token_that_is_there() -> None:
     scores = torch.full((2, choosing.BLOCK + 3), torch.nan, device=DEVICE)
     zeros = torch.zeros(2, device=DEVICE)
-    words = torch.ones(2, dtype=torch.int64, device=DEVICE)
-    found = choosing.best_token(scores, zeros, zeros + 1, words, words)
+    words = torch.ones(2, 2, dtype=torch.int64, device=DEVICE)
+    found = choosing.best_token(scores, zeros, zeros + 1, words)
     assert bool(((found >= 0) & (found < scores.shape[1])).all())
 
 
@@ -294,7 +294,7 @@ def test_what_lies_anywhere_in_memory_compiles_no_kernel_anew() -> None:
     views = {
         decode: {"attend_part": {"rows", "lengths"}, "join_parts": {"lengths"}},
         pointwise: {"store_token": {"slots"}},
-        choosing: {"best_of_block": {"first_keys", "second_keys"}},
+        choosing: {"best_of_block": {"keys"}},
     }
     for module, kernels in views.items():
         for tree in ast.parse(inspect.getsource(module)).body:

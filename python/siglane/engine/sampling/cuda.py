@@ -27,8 +27,8 @@ from siglane.types import TokenLogprob
 PAIRS = 1 << 16  # of all rows of a step: with more, a row is the host's
 ROW_NUMBERS = 9  # that a row has at most, beside its pairs
 
-# (scores float32 `[N, vocab_size]`, their peaks, temperatures float32, both keys i64, `[N]`) -> token ids i64 `[N]`
-Best = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# (scores float32 `[N, vocab_size]`, their peaks, temperatures float32 `[N]`, keys i64 `[2, N]`) -> token ids i64 `[N]`
+Best = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(slots=True)
@@ -86,7 +86,7 @@ class SamplingPlan:
         """As `Numbers.of` takes them apart."""
         pairs = self.pairs
         return [
-            self.first_keys, self.second_keys, _bits(self.temperatures), self.forced,
+            self.first_keys + self.second_keys, _bits(self.temperatures), self.forced,
             self.filtered, self.top_k, _bits(self.top_p), _bits(self.min_p), self.reported,
             pairs.biased, _bits(pairs.biases), pairs.banned, pairs.repeated, _bits(pairs.penalties),
             pairs.counted, _bits(pairs.amounts),
@@ -103,9 +103,10 @@ class Filters(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """`SamplingPlan` on the device: keys i64, temperatures float32, forced i64 `[N]`; reported i64 `[R]`."""
+    """`SamplingPlan` on the device: keys i64 `[2, N]`, temperatures float32, forced i64 `[N]`; reported i64
+    `[R]`."""
 
-    keys: tuple[torch.Tensor, torch.Tensor]
+    keys: torch.Tensor
     temperatures: torch.Tensor
     forced: torch.Tensor
     filters: Filters
@@ -114,14 +115,14 @@ class Numbers(NamedTuple):
 
     @classmethod
     def of(cls, words: Sequence[torch.Tensor]) -> Numbers:
-        first, second, temperatures, forced, rows, top_k, top_p, min_p, reported, *pairs = words
+        keys, temperatures, forced, rows, top_k, top_p, min_p, reported, *pairs = words
         filters = Filters(rows, top_k[:, None], _floats(top_p)[:, None], _floats(min_p)[:, None].float())
         biased, biases, banned, repeated, penalties, counted, amounts = pairs
         edits = PairTensors(
             biased, _floats(biases).float(), banned, repeated, _floats(penalties).float(), counted,
             _floats(amounts).float(),
         )  # fmt: skip
-        return cls((first, second), _floats(temperatures).float(), forced, filters, reported, edits)
+        return cls(keys.view(2, -1), _floats(temperatures).float(), forced, filters, reported, edits)
 
 
 def _bits(numbers: Sequence[float]) -> list[int]:
@@ -164,14 +165,12 @@ def choose(logits: torch.Tensor, numbers: Numbers, top: int, best: Best) -> torc
         edit(scores.view(-1), numbers.pairs)
         peaks = scores.amax(-1)
         sure &= peaks > -torch.inf
-    token_ids = best(scores.contiguous(), peaks, numbers.temperatures, *numbers.keys)
+    token_ids = best(scores.contiguous(), peaks, numbers.temperatures, numbers.keys)
     rows = numbers.filters.rows
     if len(rows):
-        own, peak, temperature, *keys = (
-            x.index_select(0, rows) for x in (scores, peaks, numbers.temperatures, *numbers.keys)
-        )
+        own, peak, temperature = (x.index_select(0, rows) for x in (scores, peaks, numbers.temperatures))
         scaled = (own - peak[:, None]) / temperature[:, None]
-        found, enough = _filtered(scaled, (keys[0].int()[:, None], keys[1].int()[:, None]), numbers.filters)
+        found, enough = _filtered(scaled, numbers.keys.index_select(1, rows), numbers.filters)
         token_ids.index_copy_(0, rows, found)
         sure.index_copy_(0, rows, sure.index_select(0, rows) & enough)
     token_ids = torch.where(numbers.forced < 0, token_ids, numbers.forced)
@@ -186,12 +185,10 @@ def choose(logits: torch.Tensor, numbers: Numbers, top: int, best: Best) -> torc
     return torch.cat(parts)
 
 
-def _filtered(
-    scores: torch.Tensor, keys: tuple[torch.Tensor, torch.Tensor], filters: Filters
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _filtered(scores: torch.Tensor, keys: torch.Tensor, filters: Filters) -> tuple[torch.Tensor, torch.Tensor]:
     """`filtered` of `sampler.py` for several rows and a draw among what is left -> token ids i64 and whether the
-    likeliest `WINDOW` were enough, bool, `[F]`. scores: at the temperature, the greatest of each row 0; keys i32
-    `[F, 1]`. Sums are float64: in float32 they differ with the number of rows."""
+    likeliest `WINDOW` were enough, bool, `[F]`. scores: at the temperature, the greatest of each row 0; keys i64
+    `[2, F]`. Sums are float64: in float32 they differ with the number of rows."""
     window = min(WINDOW, scores.shape[1])
     token_ids = _likeliest(scores, window)
     some = scores.gather(1, token_ids)
@@ -206,7 +203,7 @@ def _filtered(
     keep = inside & (powers >= filters.min_p) & ((filters.top_p >= 1) | (before < filters.top_p * whole))
     enough = (wanted[:, 0] | ~keep[:, -1]) if window < scores.shape[1] else torch.ones_like(wanted[:, 0])
     keep |= column == 0
-    noise = gumbel_noise(token_ids.int(), keys)
+    noise = _noise(token_ids.int(), keys)
     place = (some + noise).masked_fill_(~keep, -torch.inf).argmax(-1, keepdim=True)
     return token_ids.gather(1, place)[:, 0], enough
 
@@ -250,29 +247,27 @@ def _read(
     return choices
 
 
+def _noise(token_ids: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """token_ids i32 `[N, tokens]`, keys i64 `[2, N]`."""
+    first, second = keys.int()[:, :, None]
+    return gumbel_noise(token_ids, (first, second))
+
+
 def with_noise(
-    scores: torch.Tensor,
-    peaks: torch.Tensor,
-    temperatures: torch.Tensor,
-    first_keys: torch.Tensor,
-    second_keys: torch.Tensor,
+    scores: torch.Tensor, peaks: torch.Tensor, temperatures: torch.Tensor, keys: torch.Tensor
 ) -> torch.Tensor:
     """What the greatest of is chosen, `[N, vocab_size]`."""
     token_ids = torch.arange(scores.shape[1], dtype=torch.int32, device=scores.device)
-    noise = gumbel_noise(token_ids.expand_as(scores), (first_keys.int()[:, None], second_keys.int()[:, None]))
+    noise = _noise(token_ids.expand_as(scores), keys)
     hot = (temperatures > 0)[:, None]
     scaled = (scores - peaks[:, None]) / temperatures.where(temperatures > 0, 1)[:, None]
     return torch.where(hot, scaled + noise, scores)
 
 
 def best_in_torch(
-    scores: torch.Tensor,
-    peaks: torch.Tensor,
-    temperatures: torch.Tensor,
-    first_keys: torch.Tensor,
-    second_keys: torch.Tensor,
+    scores: torch.Tensor, peaks: torch.Tensor, temperatures: torch.Tensor, keys: torch.Tensor
 ) -> torch.Tensor:
-    return with_noise(scores, peaks, temperatures, first_keys, second_keys).argmax(-1)
+    return with_noise(scores, peaks, temperatures, keys).argmax(-1)
 
 
 def tried_best(device: torch.device, vocab_size: int) -> Best:
@@ -281,7 +276,7 @@ def tried_best(device: torch.device, vocab_size: int) -> Best:
     scores = torch.randn(6, vocab_size, generator=generator).mul_(3).to(torch.bfloat16).float()  # with equals
     keys = torch.tensor([noise_key(seed, 5) for seed in range(6)]).T
     temperatures = torch.tensor([0.0, 1.0, 0.5, 2.0, 1.0, 0.0])
-    inputs = scores, scores.amax(-1), temperatures, keys[0], keys[1]
+    inputs = scores, scores.amax(-1), temperatures, keys
     exact = with_noise(*inputs).to(device)
     here = [x.contiguous().to(device) for x in inputs]
 

@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from siglane.nn.act import swiglu
 from siglane.nn.cpu.few_rows import LEAST
 from siglane.nn.cpu.int8 import Turn
-from siglane.nn.cpu.jit.entrance import few_rows
+from siglane.nn.cpu.jit.entrance import compiled_layer
 from siglane.nn.cpu.memory import in_large_pages
 from siglane.nn.cpu.sealed import Sealed
 
 if TYPE_CHECKING:
-    from siglane.nn.cpu.jit.layer import FewRows
+    from siglane.nn.cpu.jit.layer import CompiledLayer
 
 GROUP_SIZES = (32, 64, 128)
 GROUP_SIZE = 32
@@ -111,9 +111,9 @@ class Int4Linear(Sealed):
         scale, zero = made.scale.T, made.zero.T
         self.scales = torch.stack((scale, (MIDDLE - zero.bfloat16()) * scale), -1)  # [groups, N, 2]
         in_large_pages(self.scales)
-        self.few: FewRows | None = None  # in one call, where this machine can
-        if _run() == RUN and (kind := few_rows()) is not None:
-            self.few = kind.four(self.codes, self.scales, self.bias, self.outputs, self.inputs, eps)
+        self.compiled: CompiledLayer | None = None  # in one call, where this machine can
+        if _run() == RUN and (kind := compiled_layer()) is not None:
+            self.compiled = kind.four(self.codes, self.scales, self.bias, self.outputs, self.inputs, eps)
 
     @property
     def stored(self) -> Int4Codes:
@@ -136,8 +136,8 @@ class Int4Linear(Sealed):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self._refuse_gradient(x)
-        if self.few is not None and self.few.takes(x):
-            return self.few(x)
+        if self.compiled is not None and self.compiled.takes(x):
+            return self.compiled(x)
         rows = x.reshape(-1, self.inputs).float()
         if self.eps is not None:
             rows = F.rms_norm(rows, (self.inputs,), eps=self.eps)
@@ -151,16 +151,16 @@ class Int4Linear(Sealed):
 
     def added(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """`residual + self(x)`"""
-        if self.few is not None and self.few.takes(x, residual):
+        if self.compiled is not None and self.compiled.takes(x, residual):
             self._refuse_gradient(x)
-            return self.few(x, residual)
+            return self.compiled(x, residual)
         return residual + self(x)
 
     def gated(self, x: torch.Tensor) -> torch.Tensor:
         """`swiglu(self(x))`: `[..., N / 2]`"""
-        if self.few is not None and self.few.gates and self.few.takes(x):
+        if self.compiled is not None and self.compiled.gates and self.compiled.takes(x):
             self._refuse_gradient(x)
-            return self.few.gated(x)
+            return self.compiled.gated(x)
         return swiglu(self(x))
 
     def _refuse_gradient(self, x: torch.Tensor) -> None:

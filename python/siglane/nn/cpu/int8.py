@@ -21,12 +21,12 @@ from siglane.nn.act import swiglu
 from siglane.nn.cpu.codes import STEPS, Codes, corrected, row_codes
 from siglane.nn.cpu.few_rows import FEW, LEAST, LEVELS, MIDDLE, WIDE_LEVELS, offset, peak_of, scratch_of
 from siglane.nn.cpu.int8_packing import pack_codes, sums
-from siglane.nn.cpu.jit.entrance import few_rows
+from siglane.nn.cpu.jit.entrance import compiled_layer
 from siglane.nn.cpu.memory import in_large_pages
 from siglane.nn.cpu.sealed import Sealed
 
 if TYPE_CHECKING:
-    from siglane.nn.cpu.jit.layer import FewRows
+    from siglane.nn.cpu.jit.layer import CompiledLayer
 
 WEIGHT_VALUES = 1 << 18  # that are rounded at a time
 ROWS = 256  # of one product: what passes between its steps then stays in the cache
@@ -75,7 +75,7 @@ class Int8Weight(Sealed):
         self.outputs, self.inputs = codes.shape
         self.packed, self._ordered = pack_codes(codes)
         in_large_pages(self.packed)
-        self.few: FewRows | None = None  # in one call, where this machine can
+        self.compiled: CompiledLayer | None = None  # in one call, where this machine can
         self.sums = sums(self.packed, self.outputs, self.inputs) * self.scale
         self.zero_points = torch.zeros(self.outputs, dtype=torch.int64)
         self.bias = None if bias is None else bias.detach().float()
@@ -99,23 +99,23 @@ class Int8Weight(Sealed):
 
     def added(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """`residual + self(x)`"""
-        if self.few is not None and self.few.takes(x, residual):
+        if self.compiled is not None and self.compiled.takes(x, residual):
             refuse_gradient(x)
-            return self.few(x, residual)
+            return self.compiled(x, residual)
         return residual + self(x)
 
     def gated(self, x: torch.Tensor) -> torch.Tensor:
         """`swiglu(self(x))`: `[..., N / 2]`"""
-        if self.few is not None and self.few.gates and self.few.takes(x):
+        if self.compiled is not None and self.compiled.gates and self.compiled.takes(x):
             refuse_gradient(x)
-            return self.few.gated(x)
+            return self.compiled.gated(x)
         return swiglu(self(x))
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
         """float32 `[M, K]`"""
         count = x.shape[0]
-        if self.few is not None and count <= self.few.most:
-            return self.few(x)
+        if self.compiled is not None and count <= self.compiled.most:
+            return self.compiled(x)
         if count <= ROWS:
             return self._multiply_few(x) if count <= FEW else self._multiply(x)
         y = torch.empty(count, self.outputs)
@@ -132,8 +132,8 @@ class Int8Weight(Sealed):
         return self._multiply(x)
 
     def _compile(self, rows: Literal["centred", "wide"], eps: float | None = None) -> None:
-        if self._ordered and (kind := few_rows()) is not None:
-            self.few = kind.eight(rows, self.packed, self.scale, self.bias, self.inputs, eps)
+        if self._ordered and (kind := compiled_layer()) is not None:
+            self.compiled = kind.eight(rows, self.packed, self.scale, self.bias, self.inputs, eps)
 
     def _product(
         self, codes: torch.Tensor, zero: int = 0, scale: float = 1.0, bias: torch.Tensor | None = None

@@ -16,22 +16,16 @@ SHIFT, MASK, STEP = tl.constexpr(9), tl.constexpr(0x7FFFFF), tl.constexpr(2.0**-
 
 
 def best_token(
-    scores: torch.Tensor,
-    peaks: torch.Tensor,
-    temperatures: torch.Tensor,
-    first_keys: torch.Tensor,
-    second_keys: torch.Tensor,
+    scores: torch.Tensor, peaks: torch.Tensor, temperatures: torch.Tensor, keys: torch.Tensor
 ) -> torch.Tensor:
     """scores float32 `[N, vocab_size]`, contiguous; peaks: the greatest of each row; temperatures float32 `[N]`, 0
-    where there is no noise; both keys i64 `[N]`, the words of `noise_key` -> token ids i64 `[N]`, of equal ones the
-    first."""
+    where there is no noise; keys i64 `[2, N]`, contiguous, the words of `noise_key` -> token ids i64 `[N]`, of equal
+    ones the first."""
     count, size = scores.shape
     blocks = triton.cdiv(size, BLOCK)
     values = torch.empty((count, blocks), dtype=torch.float32, device=scores.device)
     token_ids = torch.empty((count, blocks), dtype=torch.int64, device=scores.device)
-    best_of_block[(blocks, count)](
-        scores, peaks, temperatures, first_keys, second_keys, values, token_ids, size, BLOCK=BLOCK
-    )
+    best_of_block[(blocks, count)](scores, peaks, temperatures, keys, values, token_ids, size, BLOCK=BLOCK)
     return token_ids.gather(1, values.argmax(1, keepdim=True))[:, 0]
 
 
@@ -45,9 +39,9 @@ def mixed(x):
     return x ^ ((x >> 16) & 0xFFFF)
 
 
-@triton.jit(do_not_specialize_on_alignment=["first_keys", "second_keys"])  # see `paged_decode.py`
+@triton.jit(do_not_specialize_on_alignment=["keys"])  # see `paged_decode.py`
 def best_of_block(
-    scores, peaks, temperatures, first_keys, second_keys, values, token_ids, size, BLOCK: tl.constexpr
+    scores, peaks, temperatures, keys, values, token_ids, size, BLOCK: tl.constexpr
 ):  # fmt: skip
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     tokens = block * BLOCK + tl.arange(0, BLOCK)
@@ -55,7 +49,7 @@ def best_of_block(
     score = tl.load(scores + row * size + tokens, mask=inside, other=float("-inf"))
     temperature = tl.load(temperatures + row)
     hot = temperature > 0
-    first, second = tl.load(first_keys + row).to(tl.int32), tl.load(second_keys + row).to(tl.int32)
+    first, second = tl.load(keys + row).to(tl.int32), tl.load(keys + tl.num_programs(1) + row).to(tl.int32)
     bits = (mixed(mixed(tokens ^ first) + second) >> SHIFT) & MASK
     uniform = (bits.to(tl.float32) + 0.5) * STEP
     noise = -tl.log(-tl.log(uniform))

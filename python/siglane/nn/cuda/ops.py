@@ -116,19 +116,15 @@ def _of_rows(scores: torch.Tensor, *others: object) -> torch.Tensor:
 
 
 @_operator(
-    "best_token(Tensor scores, Tensor peaks, Tensor temperatures, Tensor first_keys, Tensor second_keys) -> Tensor",
+    "best_token(Tensor scores, Tensor peaks, Tensor temperatures, Tensor keys) -> Tensor",
     _of_rows,
 )
 def _best_token(
-    scores: torch.Tensor,
-    peaks: torch.Tensor,
-    temperatures: torch.Tensor,
-    first_keys: torch.Tensor,
-    second_keys: torch.Tensor,
+    scores: torch.Tensor, peaks: torch.Tensor, temperatures: torch.Tensor, keys: torch.Tensor
 ) -> torch.Tensor:
     from siglane.nn.cuda.best_token import best_token
 
-    return best_token(scores, peaks, temperatures, first_keys, second_keys)
+    return best_token(scores, peaks, temperatures, keys)
 
 
 def _routed(logits: torch.Tensor, top: int, *others: object) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from siglane.nn.cpu.jit.between_calls import CompiledBetween
     from siglane.nn.cpu.jit.calls import Heads
-    from siglane.nn.cpu.jit.layer import FewRows
+    from siglane.nn.cpu.jit.layer import CompiledLayer
 
 logger = logging.getLogger(__name__)
 
 
-def few_rows() -> type[FewRows] | None:
+def compiled_layer() -> type[CompiledLayer] | None:
     """What computes rows of 8-bit layers, and few of 4-bit ones, in one call; None where loops cannot be compiled: they
     then are several calls of torch."""
     if not compiles():
         return None
-    from siglane.nn.cpu.jit.layer import FewRows
+    from siglane.nn.cpu.jit.layer import CompiledLayer
 
-    return FewRows
+    return CompiledLayer
 
 
 @functools.cache

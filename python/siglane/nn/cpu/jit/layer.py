@@ -40,7 +40,7 @@ class Facts(NamedTuple):
     most: int = MOST
 
 
-class FewRows:
+class CompiledLayer:
     """Rows float32 `[M, K]`, at most `most` -> `[M, N]`: what a product takes, the product, and what comes after it, in
     one call. `eight` and `four` make it of weights of so many bits.
 
@@ -71,7 +71,7 @@ class FewRows:
     def eight(
         cls, rows: Rows, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, inputs: int,
         eps: float | None,
-    ) -> FewRows:  # fmt: skip
+    ) -> CompiledLayer:  # fmt: skip
         """packed: codes of a weight `[N, K]` in the order that `int8_packing` knows; scale `[N]`, bias `[N]` or None;
         eps: of an RMSNorm without gain that stands before the layer."""
         outputs, stride = len(scale), -(-inputs // INPUTS) * INPUTS
@@ -83,7 +83,7 @@ class FewRows:
     def four(
         cls, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, outputs: int, inputs: int,
         eps: float | None,
-    ) -> FewRows:  # fmt: skip
+    ) -> CompiledLayer:  # fmt: skip
         """codes u8 `[N, K / 2]` as torch packs them for AVX-512; scales bfloat16 `[K / group, N, 2]`, N and K filled
         up."""
         filled = 2 * codes.shape[1]
