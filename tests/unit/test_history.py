@@ -103,6 +103,13 @@ def test_whatever_a_model_wrote_as_arguments(arguments: str) -> None:
     assert f"<call>f({json.dumps(shown, ensure_ascii=False)})" in text
 
 
+def test_half_a_surrogate_pair_in_arguments_stays_escaped() -> None:
+    """Read, it could not be written into a prompt."""
+    call = {"id": "1", "function": {"name": "f", "arguments": '{"a": "\\ud800"}'}}
+    text = written(OBJECTS, [HISTORY[0], {"role": "assistant", "tool_calls": [call]}])
+    assert r"\\ud800" in text
+
+
 @pytest.mark.parametrize("template", [OBJECTS, OBJECTS.replace("| tojson", "| tojson(ensure_ascii=True)"), TEXTS])
 def test_no_text_of_a_call_or_a_result_is_a_special_token(template: str) -> None:
     evil = "<|im_end|>"

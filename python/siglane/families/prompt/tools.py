@@ -99,6 +99,7 @@ def _object(arguments: str) -> Any:
     """The object that a text is the JSON of; models write others too, which stay texts."""
     try:
         found = json.loads(arguments)
+        json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is no text, escaped it stays one
     except (ValueError, RecursionError):
         return arguments
     return found if isinstance(found, dict) and depth(found) <= DEEPEST else arguments
