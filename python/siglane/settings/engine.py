@@ -18,7 +18,7 @@ QUANTIZATION_HELP = "bits that the weights of linear layers are kept in; none: a
 Quantization = Literal["none", "8bit", "4bit"]
 DTYPE_HELP = "dtype of the weights and what is computed with them; auto: float32, on CUDA bfloat16"
 PAGED_BACKENDS = ("auto", "torch", "eager")
-FEATURE_CACHE_BYTES = 256 << 20
+FEATURE_CACHE_BYTES, FEATURE_CACHE_CONTEXTS = 256 << 20, 8
 ENGINE_TIMEOUT = {"cpu": 60.0, "cuda": 300.0}  # a first step on CUDA may compile kernels
 
 
@@ -57,7 +57,7 @@ class EngineConfig:
     feature_cache_bytes: int | None = field(
         default=None,
         metadata={
-            "help": "bytes of encoded images kept, so that a known image is not encoded again; none: 256M, or what all "
+            "help": "bytes of encoded images kept, so that a known image is not encoded again; none: 256M, or what eight "
             "running requests can hold where that is less"
         },
     )
@@ -144,7 +144,7 @@ class EngineConfig:
         """Of the feature cache. dtype: of its rows, of which a token of the context is one at most."""
         if self.feature_cache_bytes is not None:
             return self.feature_cache_bytes
-        contexts = self.max_running * language.max_position_embeddings
+        contexts = min(self.max_running, FEATURE_CACHE_CONTEXTS) * language.max_position_embeddings
         return min(FEATURE_CACHE_BYTES, contexts * language.hidden_size * dtype.itemsize)
 
     def pages_within(self, available: int, language: LanguageConfig, kv_heads: int, dtype: torch.dtype) -> int:
