@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, WithJsonSchema,
 
 from siglane.engine.sampling.labels import MOST_LABELS
 from siglane.errors import UserError, blaming
-from siglane.server.fields import WHOLE, RequestModel, TemplateKwargs
+from siglane.server.fields import WHOLE, RequestModel, TemplateKwargs, kind_of
 from siglane.server.generation_fields import CacheSalt
 from siglane.server.protocol import ImageUrl
 from siglane.server.refused import refuse_fields
@@ -216,7 +216,7 @@ def by_type(*kinds: str) -> Discriminator:
     """A question's tag is its type; the first one's where it has none."""
 
     def tag(question: Any) -> str:
-        kind = question.get("type") if isinstance(question, dict) else getattr(question, "type", None)
+        kind = kind_of(question)
         return f"#{kind if kind in kinds else kinds[0]}"
 
     return Discriminator(tag)
