@@ -190,7 +190,6 @@ class OutputConfig(RequestModel):
 class CountRequest(TranslatedRequest):
     NOT_SERVED = REFUSED
 
-    model: str | None = None
     messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES)]
     system: Texts | None = None
     tools: Annotated[list[CustomTool], Field(max_length=MOST_TOOLS)] | None = None

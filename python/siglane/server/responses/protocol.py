@@ -148,7 +148,6 @@ class TextConfig(RequestModel):
 class ResponsesRequest(TranslatedRequest):
     NOT_SERVED = REFUSED
 
-    model: str | None = None
     input: Annotated[
         Annotated[str, Field(min_length=1), Tag("#string")]
         | Annotated[list[Item], Field(min_length=1, max_length=MAX_ITEMS), Tag("#parts")],
