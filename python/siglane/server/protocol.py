@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from siglane.errors import UserError
 from siglane.media.tools import read_tools
 from siglane.server.constraints import AskedConstraint, asked_constraint
-from siglane.server.fields import WHOLE, RequestModel, TemplateKwargs, needs, not_both
+from siglane.server.fields import WHOLE, RequestModel, TemplateKwargs, kind_of, needs, not_both
 from siglane.server.generation_fields import MAX_ITEMS, MAX_TOP_LOGPROBS, GenerationFields, bounds, of_length
 from siglane.server.refused import has_no_effect, refuse_fields
 from siglane.server.tool_fields import EarlierCall, FunctionCall, ToolChoice, Tools, with_tools
@@ -95,8 +95,7 @@ OTHERS |= dict.fromkeys(("image_url", "video_url"), "images and videos are accep
 
 
 def part_tag(part: Any) -> str:
-    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
-    return PART_TAGS.get(str(kind), "#text")
+    return PART_TAGS.get(str(kind_of(part)), "#text")
 
 
 def of_types(*kinds: str, others: Mapping[str, str] = OTHERS) -> BeforeValidator:

@@ -96,19 +96,10 @@ def _store(k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.T
     "float scale) -> Tensor",
     _like_first,
 )
-def _paged_decode(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    table: torch.Tensor,
-    rows: torch.Tensor,
-    lengths: torch.Tensor,
-    page_size: int,
-    scale: float,
-) -> torch.Tensor:
+def _paged_decode(*operands: Any) -> torch.Tensor:  # in the order of the schema
     from siglane.nn.cuda.paged_decode import paged_decode
 
-    return paged_decode(q, keys, values, table, rows, lengths, page_size, scale)
+    return paged_decode(*operands)
 
 
 def _of_rows(scores: torch.Tensor, *others: object) -> torch.Tensor:
