@@ -27,6 +27,7 @@ from siglane.engine.constraints.constraint import Grammars, check_constraint
 from siglane.engine.constraints.tool_grammar import tool_constraint
 from siglane.engine.engine import Engine
 from siglane.families.model import VisionLanguageModel
+from siglane.families.prompt.call_format import HERMES
 from siglane.settings.engine import EngineConfig
 from siglane.types import Constraint, Prompt, Request, SamplingParams, Tool, ToolUse
 
@@ -49,8 +50,8 @@ LOOK = Tool("look", "looks at many places", {"type": "object", "properties": {"a
 def constraints() -> dict[str, Constraint | None]:
     held = {
         "schema": Constraint.json_schema(MANY),
-        "strict tools": tool_constraint(ToolUse((LOOK,), (LOOK,))),
-        "a call": tool_constraint(ToolUse((LOOK,), (LOOK,), required=True)),
+        "strict tools": tool_constraint(ToolUse((LOOK,), (LOOK,)), HERMES),
+        "a call": tool_constraint(ToolUse((LOOK,), (LOOK,), required=True), HERMES),
     }
     for constraint in held.values():
         assert constraint is not None

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken
 
+from siglane.families.prompt.call_format import HERMES
+
 TESTS = Path(__file__).parents[1] / "tests"
 sys.path += [str(TESTS), str(TESTS / "parity"), str(TESTS / "unit")]
 
@@ -15,5 +17,5 @@ sys.path += [str(TESTS), str(TESTS / "parity"), str(TESTS / "unit")]
 def write_model(folder: Path) -> None:
     """In an empty or new folder."""
     tags = [AddedToken(text, special=False, normalized=False) for text in ("<tool_call>", "</tool_call>")]
-    template = import_module("scripted_checkpoint").HERMES
+    template = import_module("scripted_checkpoint").TEMPLATES[HERMES]
     import_module("ovis2_5_checkpoint").write_ovis2_5_checkpoint(folder, chat_template=template, added=tags)

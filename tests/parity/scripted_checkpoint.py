@@ -17,6 +17,8 @@ from ovis2_5_checkpoint import write_ovis2_5_checkpoint
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 
+from siglane.families.prompt.call_format import BARE, HERMES, LISTED
+
 # "\n" ends a prompt that leaves thinking open, "\n\n" one that has closed it, and the text forced on a model
 THINKER = MappingProxyType(
     {
@@ -55,25 +57,45 @@ def write_scripted_checkpoint(
     return written
 
 
-# Hermes' format, as the templates of Qwen2.5 and Qwen3 have it
-HERMES = (
-    "{%- if tools %}{{- '<|im_start|>system\n' }}{%- if messages[0].role == 'system' %}"
-    "{{- messages[0].content + '\n\n' }}{%- endif %}{{- 'Functions:<tools>' }}"
-    "{%- for tool in tools %}{{- '\n' }}{{- tool | tojson }}{%- endfor %}"
-    "{{- '\n</tools>\nCall them so: <tool_call></tool_call><|im_end|>\n' }}{%- endif %}"
-    "{%- for message in messages %}"
-    "{%- if message.role == 'assistant' %}{{- '<|im_start|>assistant\n' + message.content }}"
-    "{%- for call in message.tool_calls or [] %}"
-    "{%- if message.content or not loop.first %}{{- '\n' }}{%- endif %}"
-    '{{- \'<tool_call>\n{"name": "\' + call.function.name + \'", "arguments": \' }}'
-    "{{- (call.function.arguments | tojson) + '}\n</tool_call>' }}{%- endfor %}{{- '<|im_end|>\n' }}"
-    "{%- elif message.role == 'tool' %}"
-    "{{- '<|im_start|>user\n<tool_response>\n' + message.content + '\n</tool_response><|im_end|>\n' }}"
-    "{%- elif message.role != 'system' or not tools or not loop.first %}"
-    "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
-    "{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
-    "{%- endif %}"
+def _template(calls: str) -> str:
+    """One that knows tools. calls: what writes an answer's."""
+    return (
+        "{%- if tools %}{{- '<|im_start|>system\n' }}{%- if messages[0].role == 'system' %}"
+        "{{- messages[0].content + '\n\n' }}{%- endif %}{{- 'Functions:<tools>' }}"
+        "{%- for tool in tools %}{{- '\n' }}{{- tool | tojson }}{%- endfor %}"
+        "{{- '\n</tools>\nCall them so: <tool_call></tool_call><|im_end|>\n' }}{%- endif %}"
+        "{%- for message in messages %}"
+        "{%- if message.role == 'assistant' %}{{- '<|im_start|>assistant\n' + message.content }}"
+        "{%- for call in message.tool_calls or [] %}" + calls + "{%- endfor %}{{- '<|im_end|>\n' }}"
+        "{%- elif message.role == 'tool' %}"
+        "{{- '<|im_start|>user\n<tool_response>\n' + message.content + '\n</tool_response><|im_end|>\n' }}"
+        "{%- elif message.role != 'system' or not tools or not loop.first %}"
+        "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+        "{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
+        "{%- endif %}"
+    )
+
+
+# as Qwen's, SmolLM2's and Llama's write them
+TEMPLATES = MappingProxyType(
+    {
+        HERMES: _template(
+            "{%- if message.content or not loop.first %}{{- '\n' }}{%- endif %}"
+            '{{- \'<tool_call>\n{"name": "\' + call.function.name + \'", "arguments": \' }}'
+            "{{- (call.function.arguments | tojson) + '}\n</tool_call>' }}"
+        ),
+        LISTED: _template(
+            "{{- ('<tool_call>[' if loop.first else ', ') + '{\"name\": \"' + call.function.name }}"
+            "{{- '\", \"arguments\": ' + (call.function.arguments | tojson) + '}' }}"
+            "{%- if loop.last %}{{- ']</tool_call>' }}{%- endif %}"
+        ),
+        BARE: _template(
+            "{%- if not loop.first %}{{- raise_exception('one call at once') }}{%- endif %}"
+            '{{- \'{"name": "\' + call.function.name + \'", "parameters": \' }}'
+            "{{- (call.function.arguments | tojson) + '}' }}"
+        ),
+    }
 )
 SEE, HEAD, CITY, TAIL = "Let me see.\n", '\n{"name": "weather", "arguments": {"city": ', '"Bern', '"}}\n'
 TIME, BROKEN, UNKNOWN = '\n{"name": "time", "arguments": {}}\n', '\n{"name": "weather", \n', '\n{"name": "rain", \n'
@@ -93,4 +115,4 @@ def write_calling_checkpoint(folder: Path, *, special: bool = False) -> Written:
     pieces = (SEE, HEAD, CITY, TAIL, TIME, BROKEN, UNKNOWN, AND)
     added = [AddedToken(text, special=special, normalized=False) for text in ("<tool_call>", "</tool_call>")]
     added += [AddedToken(text, special=False, normalized=False) for text in pieces]
-    return write_scripted_checkpoint(folder, CALLER, chat_template=HERMES, added=added)
+    return write_scripted_checkpoint(folder, CALLER, chat_template=TEMPLATES[HERMES], added=added)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from scripted_checkpoint import CHOSEN, CITY, HEAD, TAIL
-from serving import RunningServer, chat
+from serving import RunningServer, Told, chat
 
 
 def tool(name: str, strict: bool | None = None, **properties: Any) -> dict[str, Any]:
@@ -30,3 +30,34 @@ def question(server: RunningServer, *said: str, **fields: Any) -> dict[str, Any]
     """A chat. said: as of `bias`."""
     asked = {"max_tokens": 120, "tools": BOTH, "logit_bias": bias(server, *said), **fields}
     return chat("How warm is it?", **asked)
+
+
+def of(message: dict[str, Any]) -> list[tuple[str, str]]:
+    calls = message.get("tool_calls", [])
+    assert all(call["type"] == "function" and call["id"].startswith("call_") for call in calls)
+    assert len({call["id"] for call in calls}) == len(calls)
+    return [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
+
+
+def joined(told: Told, index: int = 0) -> tuple[dict[str, Any], str]:
+    """A choice of a stream as clients put it together, and how it ended."""
+    message: dict[str, Any] = {"content": None}
+    reason = None
+    for chunk in told.chunks:
+        for choice in chunk["choices"]:
+            if choice["index"] != index:
+                continue
+            delta, reason = choice["delta"], choice["finish_reason"] or reason
+            for key in ("content", "reasoning_content"):
+                if delta.get(key):
+                    message[key] = (message.get(key) or "") + delta[key]
+            for call in delta.get("tool_calls", ()):
+                calls = message.setdefault("tool_calls", [])
+                if call["index"] == len(calls):
+                    calls.append({"id": call["id"], "type": call["type"], "function": {**call["function"]}})
+                else:
+                    assert call.keys() == {"index", "function"}
+                    calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+    assert told.done
+    assert reason is not None
+    return message, reason

@@ -127,6 +127,8 @@ def logprobs(server: RunningServer) -> None:
 def constraints(server: RunningServer) -> None:
     schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": ["yes"]}, "strict": True}}
     assert message(server, chat("x", response_format=schema))["message"]["content"] == '"yes"'
+    some = message(server, chat("x", response_format={"type": "json_object"}, max_tokens=40))
+    assert some["message"]["content"].startswith("{")
     assert message(server, chat("x", structured_outputs={"choice": ["yes"]}))["message"]["content"] == "yes"
     assert message(server, chat("x", regex="[0-9]{2}"))["message"]["content"].isdigit()
 
@@ -217,7 +219,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "towers as embedder": ("test_embeddings", "test_vectors_are_transformers"),
     "/v1/classify": ("test_embeddings", "test_scores_are_transformers"),
     "/v1/score": ("test_embeddings", "test_pairs_are_scored_as_vllm_does"),
-    "/v1/decisions": ("test_decisions", "test_"),
+    "/v1/decisions": ("test_decisions", "test_as_openai_asks"),
     "/v1/files, /v1/batches": ("test_batches", "test_from_upload_to_download"),
     "/v1/responses": ("test_responses", "test_what_was_said_before_is_read_as_in_a_chat"),
     "/v1/messages": ("test_messages", "test_what_was_said_before_is_read_as_in_a_chat"),
@@ -232,7 +234,16 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "SIGTERM": ("test_lifecycle", "test_draining_lets_requests_finish_and_refuses_new_ones"),
     "a full queue": ("test_limits", "test_a_full_server_says_when_to_try_again_and_stays_healthy"),
     "logs": ("test_observe", "test_the_log_names_requests_and_holds_nothing_of_theirs"),
-    "options from file, environment and flags": ("test_options", "test_"),
+    "an abort of an answer that runs": ("test_keys", "test_a_stream_is_aborted_by_the_id_of_its_answer"),
+    "http: of public addresses": ("test_limits", "test_a_url_is_fetched_once_for_a_burst"),
+    "reasoning tokens": ("test_reasoning", "test_usage_tells_reasoning_from_answer"),
+    "a limit of each key": ("test_keys", "test_requests_and_patches_a_minute"),
+    "commands": ("test_cli", "test_every_command_has_help"),
+    "options from flags, variables and their defaults": (
+        "test_options",
+        "test_flag_wins_over_variable_and_variable_over_default",
+    ),
+    "options from a file, TOML or YAML": ("test_options", "test_yaml_says_the_same"),
 }
 
 
@@ -245,7 +256,7 @@ def test_it_is_served(feature: str, server: RunningServer) -> None:
 def test_its_test_is_there(feature: str) -> None:
     stem, name = ELSEWHERE[feature]
     (file,) = TESTS.rglob(f"{stem}.py")
-    assert re.search(rf"def {name}", file.read_text())
+    assert re.search(rf"def {name}\(", file.read_text())
 
 
 def test_a_model_without_tools_refuses_them_by_name(server: RunningServer) -> None:

@@ -6,6 +6,7 @@ import base64
 import io
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from PIL import Image
 from schemathesis import Case, GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 from schemathesis.schemas import APIOperation
+from scripted_checkpoint import write_calling_checkpoint
 from serving import RunningServer, config_of, listening
 from two_tower_checkpoint import write_two_tower_checkpoint
 
@@ -48,6 +50,13 @@ LEAST_ANSWERED = {
     "POST /v1/files": 1.0,
     "POST /v1/batches": 1.0,
 }
+TOLD_OF_TOOLS = {
+    "POST /v1/chat/completions",
+    "POST /v1/responses",
+    "POST /v1/messages",
+    "POST /v1/messages/count_tokens",
+    "POST /tokenize",
+}
 COSTLY = {"POST /v1/classify"}  # its lists of distinct labels take seconds to generate
 
 
@@ -68,10 +77,23 @@ def everything(nvila_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A model that chats, one that embeds, files and batches."""
     folder = tmp_path_factory.mktemp("everything")
     write_two_tower_checkpoint(folder / "siglip2", "siglip2")
-    engine = EngineConfig(device="cpu", threads=1, kv_tokens=CONTEXT)
-    spec = EngineSpec(str(nvila_folder), engine, tagger=str(folder / "siglip2"))
-    config = config_of(data_dir=folder / "data", max_images=64, max_videos=64)
-    with serving(config, spec) as served:
+    with started(nvila_folder, folder, tagger=str(folder / "siglip2")) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def calling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A model whose chat template knows tools, and that reasons."""
+    folder = tmp_path_factory.mktemp("caller")
+    write_calling_checkpoint(folder / "tiny")
+    with started(folder / "tiny", folder) as one:
+        yield one
+
+
+@contextmanager
+def started(model: Path, folder: Path, **options: Any) -> Iterator[RunningServer]:
+    spec = EngineSpec(str(model), EngineConfig(device="cpu", threads=1, kv_tokens=CONTEXT), **options)
+    with serving(config_of(data_dir=folder / "data", max_images=64, max_videos=64), spec) as served:
         served.engine.wait_ready()
         with listening(served) as one:
             yield one
@@ -151,3 +173,13 @@ def test_much_of_it_is_answered_and_nothing_else(everything: RunningServer) -> N
         if operation.body:  # nearly every string fits a path or a query
             several = FEW if label in COSTLY else MANY
             assert not answered(everything, operation, GenerationMode.NEGATIVE, several)["200"], label
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("label", sorted(TOLD_OF_TOOLS))
+def test_tools_are_read_as_they_are_described(calling: RunningServer, label: str) -> None:
+    """Of what tells a model of tools; elsewhere they are refused, and the document has none."""
+    operation = operations(calling)[label]
+    found = answered(calling, operation, GenerationMode.POSITIVE, MANY)
+    assert found["200"] >= 0.1 * found.total(), (label, found)  # most schemas have keywords that are refused
+    assert not answered(calling, operation, GenerationMode.NEGATIVE, MANY)["200"], label

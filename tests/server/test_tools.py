@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from calling import BOTH, CALL, CLOCK, IN_BERN, NOW, WEATHER, question, tool
+from calling import BOTH, CALL, CLOCK, IN_BERN, NOW, WEATHER, joined, of, question, tool
 from openai import pydantic_function_tool
 from openai.types.chat import ChatCompletion
 from pydantic import BaseModel
@@ -16,7 +16,6 @@ from scripted_checkpoint import AND, ANSWER, BROKEN, CITY, HEAD, SEE, TAIL, THOU
 from serving import (
     CHAT,
     RunningServer,
-    Told,
     ask_good,
     assert_error,
     assert_unharmed,
@@ -27,38 +26,6 @@ from serving import (
     stream,
 )
 from waiting import eventually
-
-
-def of(message: dict[str, Any]) -> list[tuple[str, str]]:
-    calls = message.get("tool_calls", [])
-    assert all(call["type"] == "function" and call["id"].startswith("call_") for call in calls)
-    assert len({call["id"] for call in calls}) == len(calls)
-    return [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
-
-
-def joined(told: Told, index: int = 0) -> tuple[dict[str, Any], str]:
-    """A choice of a stream as clients put it together, and how it ended."""
-    message: dict[str, Any] = {"content": None}
-    reason = None
-    for chunk in told.chunks:
-        for choice in chunk["choices"]:
-            if choice["index"] != index:
-                continue
-            delta, reason = choice["delta"], choice["finish_reason"] or reason
-            for key in ("content", "reasoning_content"):
-                if delta.get(key):
-                    message[key] = (message.get(key) or "") + delta[key]
-            for call in delta.get("tool_calls", ()):
-                calls = message.setdefault("tool_calls", [])
-                if call["index"] == len(calls):
-                    calls.append({"id": call["id"], "type": call["type"], "function": {**call["function"]}})
-                else:
-                    assert call.keys() == {"index", "function"}
-                    calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
-    assert told.done
-    assert reason is not None
-    return message, reason
-
 
 CASES: dict[str, tuple[tuple[str, ...], str | None, list[tuple[str, str]]]] = {
     "simple": (("<tool_call>",), None, [IN_BERN]),

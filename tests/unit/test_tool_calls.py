@@ -13,18 +13,18 @@ import pytest
 from checkpoints import build_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from scripted_checkpoint import AND, ANSWER, CHOSEN, HERMES, SEE, THOUGHT, write_calling_checkpoint
+from scripted_checkpoint import AND, ANSWER, CHOSEN, SEE, TEMPLATES, THOUGHT, write_calling_checkpoint
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from siglane import LLM, Constraint, SamplingParams, UserError
 from siglane.engine.answers.detokenize import TextStream
-from siglane.engine.answers.tool_calls import BEGIN, END, CallStream, joined_calls
+from siglane.engine.answers.tool_calls import CallStream, joined_calls
 from siglane.engine.constraints.constraint import Grammars, check_constraint
 from siglane.engine.constraints.tool_grammar import tool_constraint
 from siglane.families.family import CHATML, PromptRules
 from siglane.families.prompt.builder import PromptBuilder
-from siglane.families.prompt.tools import call_head
+from siglane.families.prompt.call_format import BARE, FORMATS, HERMES, LISTED, NEXT, CallFormat
 from siglane.media.messages import read_messages
 from siglane.media.tools import read_tools
 from siglane.types import ToolUse
@@ -54,8 +54,10 @@ def use(choice: str | None = None, *, strict: bool = False, parallel: bool = Tru
 Found = tuple[str, list[tuple[str, str]]]
 
 
-def found_in(text: str, cuts: Sequence[int] = (), *, exact: bool = False, parallel: bool = True) -> Found:
-    stream = CallStream(use(parallel=parallel), exact=exact)
+def found_in(
+    text: str, cuts: Sequence[int] = (), form: CallFormat = HERMES, *, exact: bool = False, parallel: bool = True
+) -> Found:
+    stream = CallStream(use(parallel=parallel), form, exact=exact)
     ends = [*sorted({min(cut, len(text)) for cut in cuts}), len(text)]
     pieces = [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
     told = [stream.push(piece) for piece in pieces] + [stream.push("", finished=True)]
@@ -64,8 +66,9 @@ def found_in(text: str, cuts: Sequence[int] = (), *, exact: bool = False, parall
     return "".join(said for said, _ in told), [(call.name, call.arguments) for call in calls]
 
 
-BERN = '{"city": "Bern"}'
-WEATHER = f"{BEGIN}{call_head('weather')}{BERN}}}\n{END}"
+BEGIN, END = HERMES.tags
+HEAD, BERN = f"{HERMES.before}{HERMES.head('weather')}", '{"city": "Bern"}'
+WEATHER = f"{BEGIN}{HEAD}{BERN}}}\n{END}"
 COMPACT = f'{BEGIN}{{"arguments":{{"n":1.50,"s":"{END}}}\\""}},"name":"time"}}{END}'
 TEXTS: dict[str, tuple[str, Found]] = {
     "nothing": ("", ("", [])),
@@ -118,27 +121,44 @@ def test_what_only_looks_like_a_call_stays_text(text: str) -> None:
     assert found_in(text + WEATHER, range(0, len(text), 3)) == (text, [("weather", BERN)])
 
 
-PIECES = [BEGIN, END, WEATHER, COMPACT, call_head("weather"), '{"name": "time", "arguments": ', BERN, "}\n", "<tool"]
-PIECES += ["{", "}", '"', "\\", " ", "\n", "a"]
+PIECES = [BEGIN, END, WEATHER, COMPACT, HEAD, '{"name": "time", "arguments": ', BERN, "}\n", "<tool"]
+PIECES += [
+    f"[{LISTED.head('weather')}",
+    f"{NEXT}{LISTED.head('time')}",
+    "}]",
+    BARE.head("time"),
+    "[",
+    "]",
+    "{",
+    "}",
+    '"',
+    "\\",
+    " ",
+    "\n",
+    "a",
+]
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(
     st.lists(st.sampled_from(PIECES), max_size=12).map("".join),
     st.lists(st.integers(0, 300), max_size=20),
+    st.sampled_from(FORMATS),
     st.booleans(),
     st.booleans(),
 )
-@example(f"{WEATHER}\\{WEATHER}", [5, 30], False, True)
-def test_an_answer_is_the_same_however_it_comes(text: str, cuts: list[int], exact: bool, parallel: bool) -> None:
-    whole = found_in(text, exact=exact, parallel=parallel)
-    assert found_in(text, cuts, exact=exact, parallel=parallel) == whole
+@example(f"{WEATHER}\\{WEATHER}", [5, 30], HERMES, False, True)
+def test_an_answer_is_the_same_however_it_comes(
+    text: str, cuts: list[int], form: CallFormat, exact: bool, parallel: bool
+) -> None:
+    whole = found_in(text, form=form, exact=exact, parallel=parallel)
+    assert found_in(text, cuts, form, exact=exact, parallel=parallel) == whole
     assert exact or all(isinstance(json.loads(arguments), dict) for _, arguments in whole[1])
     assert parallel or len(whole[1]) <= 1
 
 
 def test_what_a_grammar_writes_is_given_out_as_it_comes() -> None:
-    stream = CallStream(use(), exact=True)
+    stream = CallStream(use(), HERMES, exact=True)
     deltas = [delta for letter in WEATHER for delta in stream.push(letter)[1]]
     assert (deltas[0].name, deltas[0].arguments, bool(deltas[0].call_id)) == ("weather", "", True)
     assert [delta.arguments for delta in deltas[1:]] == list(BERN)
@@ -147,7 +167,7 @@ def test_what_a_grammar_writes_is_given_out_as_it_comes() -> None:
 
 def test_many_beginnings_cost_no_more_than_their_letters() -> None:
     """A client may have a model write them."""
-    stream = CallStream(use(), exact=False)
+    stream = CallStream(use(), HERMES, exact=False)
     for _ in range(20_000):
         stream.push(f'{BEGIN}{{"')
     assert stream.push("", finished=True) == (f'{BEGIN}{{"', ())
@@ -164,6 +184,39 @@ def test_tags_that_are_special_tokens_are_shown(special: bool) -> None:
     assert stopped.stopped == f"{END}b"
     hidden = TextStream(tokenizer).push(ids, finished=True)
     assert (BEGIN in hidden) == (not special)
+
+
+LIST = f"{BEGIN}[{LISTED.head('weather')}{BERN}}}, {LISTED.head('time')}{{}}}}]{END}"
+LLAMA = f"{BARE.head('weather')}{BERN}}}"
+OTHER_FORMS: dict[str, tuple[CallFormat, str, Found]] = {
+    "a list": (LISTED, LIST, ("", [("weather", BERN), ("time", "{}")])),
+    "a list of one": (LISTED, f'See: {BEGIN}[{{"name": "time"}}]{END}\n', ("See:", [("time", "{}")])),
+    "no list": (LISTED, WEATHER, ("", [("weather", BERN)])),
+    "a list where each has its tags": (HERMES, LIST, ("", [("weather", BERN), ("time", "{}")])),
+    "two lists": (LISTED, f"{LIST}\n{LIST}", ("", [("weather", BERN), ("time", "{}")] * 2)),
+    "a list without its end": (LISTED, LIST.removesuffix(END), ("", [("weather", BERN), ("time", "{}")])),
+    "a cut list": (LISTED, LIST.removesuffix(f"]{END}"), (LIST.removesuffix(f"]{END}"), [])),
+    "an empty list": (LISTED, f"{BEGIN}[]{END}", (f"{BEGIN}[]{END}", [])),
+    "a list of others": (LISTED, f'{BEGIN}[1, "{{}}"]{END}', (f'{BEGIN}[1, "{{}}"]{END}', [])),
+    "a stranger in a list": (LISTED, LIST.replace("time", "rain"), (LIST.replace("time", "rain"), [])),
+    "a bare one": (BARE, f"\n{LLAMA}\n", ("", [("weather", BERN)])),
+    "a bare one in its own words": (BARE, '{"parameters":{},"name":"time"}', ("", [("time", "{}")])),
+    "no second one": (BARE, LLAMA + LLAMA, (LLAMA + LLAMA, [])),
+    "behind a text": (BARE, f"See: {LLAMA}", (f"See: {LLAMA}", [])),
+    "before a text": (BARE, f"{LLAMA} It is.", (f"{LLAMA} It is.", [])),
+    "another object": (BARE, '{"city": "Bern"} \n', ('{"city": "Bern"} \n', [])),
+    "another key": (BARE, f"{HERMES.head('weather')}{BERN}}}", ("", [("weather", "{}")])),
+    "half of one": (BARE, LLAMA[:-1], (LLAMA[:-1], [])),
+    "a bare text": (BARE, " It is.\n", (" It is.\n", [])),
+    "nothing": (BARE, " \n", (" \n", [])),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FORMS)
+def test_other_forms_are_told_from_text(name: str) -> None:
+    form, text, expected = OTHER_FORMS[name]
+    assert found_in(text, form=form) == expected
+    assert found_in(text, range(len(text)), form) == expected
 
 
 def tagged(special: bool | None) -> PreTrainedTokenizerFast:
@@ -197,10 +250,11 @@ def written(constraint: Constraint, tokenizer: PreTrainedTokenizerFast, seed: in
     raise AssertionError(f"no end: {tokenizer.decode(said)[:200]}")
 
 
-def check_calls(text: str, *, most: int | None = None) -> str:
+def check_calls(text: str, form: CallFormat, *, most: int | None = None) -> str:
     """What stands beside calls that match their schemas."""
-    said, calls = found_in(text, range(len(text)), exact=True)
-    assert found_in(text) == (said, calls)  # they are what is taken for calls where nothing is held to a grammar too
+    said, calls = found_in(text, range(len(text)), form, exact=True)
+    # they are what is taken for calls where nothing is held to a grammar too
+    assert found_in(text, form=form) == (said, calls)
     for name, arguments in calls:
         schema = SCHEMAS[name] or {"type": "object", "maxProperties": 0}
         assert jsonschema_rs.validator_for(schema).is_valid(json.loads(arguments)), text
@@ -208,20 +262,21 @@ def check_calls(text: str, *, most: int | None = None) -> str:
     return said
 
 
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("special", [True, False, None])
-def test_calls_are_held_to_their_schemas(special: bool | None) -> None:
+def test_calls_are_held_to_their_schemas(form: CallFormat, special: bool | None) -> None:
     tokenizer = tagged(special)
-    several, one = (tool_constraint(use("required", parallel=parallel)) for parallel in (True, False))
-    exact, alone = (tool_constraint(use(strict=True, parallel=parallel)) for parallel in (True, False))
-    answer = tool_constraint(use(strict=True), Constraint.json_schema({"enum": ["yes", "no"]}))
+    several, one = (tool_constraint(use("required", parallel=parallel), form) for parallel in (True, False))
+    exact, alone = (tool_constraint(use(strict=True, parallel=parallel), form) for parallel in (True, False))
+    answer = tool_constraint(use(strict=True), form, Constraint.json_schema({"enum": ["yes", "no"]}))
     for constraint in (several, one, exact, alone, answer):
         assert constraint is not None
         check_constraint(constraint)
         for seed in range(3):
-            begins = ("Look: ", BEGIN) if constraint in (exact, alone) else ()
+            begins = ("Look: ", form.opening) if constraint in (exact, alone) else ()
             text = written(constraint, tokenizer, seed, begins)
-            said = check_calls(text, most=1 if constraint in (one, alone) else None)
-            assert BEGIN not in said
+            said = check_calls(text, form, most=1 if constraint in (one, alone) else None)
+            assert not form.opening or form.opening not in said
             if constraint in (several, one):
                 assert said == ""
             elif constraint is answer:
@@ -229,14 +284,15 @@ def test_calls_are_held_to_their_schemas(special: bool | None) -> None:
             else:
                 assert said.startswith("Look:")
     assert exact is not None
-    check_calls(written(exact, tokenizer, 0, BEGIN))  # the tag letter by letter
+    called = written(exact, tokenizer, 0, form.opening or "{")  # the tag letter by letter
+    assert check_calls(called, form) != called
 
 
 def test_a_free_answer_is_held_to_nothing() -> None:
-    assert tool_constraint(use()) is None
+    assert tool_constraint(use(), HERMES) is None
     with pytest.raises(UserError, match="JSON and nothing else"):
-        tool_constraint(use(), Constraint("regex", "a"))
-    assert tool_constraint(use("required"), Constraint("regex", "a")) is not None  # it says nothing else anyway
+        tool_constraint(use(), HERMES, Constraint("regex", "a"))
+    assert tool_constraint(use("required"), HERMES, Constraint("regex", "a")) is not None  # it says nothing else anyway
 
 
 QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How <tool_call> warm?"}]
@@ -257,11 +313,11 @@ def builder(template: str) -> PromptBuilder:
 
 def test_tools_are_told_as_transformers_tells_of_them() -> None:
     """Those of a template that takes them apart too: the names of their parts are no user's words."""
-    apart = HERMES.replace(
+    apart = TEMPLATES[HERMES].replace(
         "tool | tojson",
         "tool.function.name ~ tool.function.parameters.type ~ (tool.function.parameters.properties | tojson)",
     )
-    for template in (HERMES, apart):
+    for template in (TEMPLATES[HERMES], apart):
         prompts = builder(template)
         offered = [tool for tool in tools() if tool["function"]["parameters"]]
         read = read_tools(offered)

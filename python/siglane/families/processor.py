@@ -14,6 +14,7 @@ from siglane.config.vlm import VlmConfig
 from siglane.errors import ConfigError, UserError
 from siglane.families.family import PromptRules
 from siglane.families.prompt.builder import PromptBuilder
+from siglane.families.prompt.call_format import CallFormat
 from siglane.families.prompt.tools import ToolFormat
 from siglane.families.registry import vlm_family
 from siglane.families.stated import TOKENIZER, TOKENIZER_CONFIG, chat_templates, log_contradictions, tokenizer_classes
@@ -92,9 +93,13 @@ class Processor(ImageProcessor):
 
     @property
     def tools(self) -> ToolFormat | None:
-        """How the chat template writes calls of tools and their results, and whether it tells the model of tools; None
-        where it has no place for them."""
+        """How the chat template writes calls of tools and their results; None where it has no place for them."""
         return self._prompts.tools
+
+    @property
+    def call_format(self) -> CallFormat | None:
+        """How answers call tools; None for a model that is told of none, or calls in a form that is not known."""
+        return None if self.tools is None else self.tools.answers
 
     def prompt(
         self,

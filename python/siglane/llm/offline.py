@@ -184,9 +184,16 @@ class LLM:
             raise ValueError(f"there are {len(params)} params for {shown} prompts")
         each = enumerate(zip(rows, params_of_each, strict=False))
         return (
-            _Job(number, row, read, _with_tools(in_plain_shapes(sampling), use), on_text, template or {}, use)
+            _Job(number, row, read, self._with_tools(in_plain_shapes(sampling), use), on_text, template or {}, use)
             for number, (row, sampling) in each
         )
+
+    def _with_tools(self, params: SamplingParams, use: ToolUse | None) -> SamplingParams:
+        """UserError where the answer could not be told from calls."""
+        form = None if use is None else self.processor.call_format
+        if use is None or form is None:  # then the prompt is refused
+            return params
+        return replace(params, constraint=tool_constraint(use, form, params.constraint))
 
     def _answer(
         self, jobs: Iterator[_Job], total: int | None, errors: Errors, progress: bool | None
@@ -297,11 +304,6 @@ class _Job:
     on_text: OnText | None
     template: Mapping[str, Any]
     use: ToolUse | None
-
-
-def _with_tools(params: SamplingParams, use: ToolUse | None) -> SamplingParams:
-    """UserError where the answer could not be told from calls."""
-    return params if use is None else replace(params, constraint=tool_constraint(use, params.constraint))
 
 
 def _length(rows: Iterable[Any]) -> int | None:

@@ -29,7 +29,7 @@ from siglane.server.replies import (
 )
 from siglane.server.served import ChatModel
 from siglane.server.stopwatch import Stopwatch
-from siglane.server.tool_fields import call_replies
+from siglane.server.tool_fields import call_replies, with_tools
 from siglane.types import Message, Prompt, Request, SamplingParams, Tool, ToolUse, Usage
 
 
@@ -56,13 +56,15 @@ class Prepared:
 
 async def prepare(body: ChatCompletionRequest, context: RequestContext, model: ChatModel) -> Prepared:
     """Everything before the engine. Raises UserError for a request that cannot be served, cheapest checks first."""
-    sampling = sampling_of(body, model)
-    if (asked := body.asked_constraint) is not None:
+    sampling, asked, use = sampling_of(body, model), body.asked_constraint, body.tool_use
+    if use is not None and (form := await model.call_format()) is not None:
+        asked = with_tools(use, form, asked)
+        sampling = replace(sampling, constraint=None if asked is None else asked.constraint)
+    if asked is not None:
         with blaming(asked.param, blame_if_none_is):
             await model.check_constraint(asked.constraint)
     salt, watch = context.client.salt(body.cache_salt), context.watch
     watch.start()
-    use = body.tool_use
     tools = () if use is None else use.tools
     prompt, media = await lay_out_prompt(body.messages, body.chat_template_kwargs, salt, context, model, watch, tools)
     # of the images only the headers were read so far: what is too long is never decoded

@@ -273,7 +273,7 @@ def _state_messages(schemas: Mapping[str, Any], chat: ChatModel) -> None:
 
 def offers_tools(chat: ChatModel) -> bool:
     """Whether the model can be told of tools."""
-    return chat.processor.tools is not None and chat.processor.tools.offers
+    return chat.processor.call_format is not None
 
 
 def _drop_unused(found: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from siglane.server.constraints import AskedConstraint, asked_constraint
 from siglane.server.fields import WHOLE, RequestModel, TemplateKwargs, kind_of, needs, not_both
 from siglane.server.generation_fields import MAX_ITEMS, MAX_TOP_LOGPROBS, GenerationFields, bounds, of_length
 from siglane.server.refused import has_no_effect, refuse_fields
-from siglane.server.tool_fields import EarlierCall, FunctionCall, ToolChoice, Tools, with_tools
+from siglane.server.tool_fields import EarlierCall, FunctionCall, ToolChoice, Tools
 from siglane.types import Constraint, Detail, SamplingParams, ToolUse
 
 MAX_PARTS = 1024
@@ -236,12 +236,8 @@ class GenerationRequest(GenerationFields):
 
     @cached_property
     def asked_constraint(self) -> AskedConstraint | None:
-        asked = asked_constraint(self.response_format, self.structured_outputs, self.model_extra or {})
-        return with_tools(self.tool_use, asked)
-
-    @property
-    def tool_use(self) -> ToolUse | None:
-        return None
+        """What the text of an answer has to match."""
+        return asked_constraint(self.response_format, self.structured_outputs, self.model_extra or {})
 
     @property
     def constraint(self) -> Constraint | None:
@@ -291,6 +287,7 @@ class ChatCompletionRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _check(self) -> ChatCompletionRequest:
+        _ = self.tool_use
         if self.top_logprobs and not self.logprobs:
             message = "top_logprobs is only accepted together with logprobs"
             raise UserError(message, code="invalid_value", param="top_logprobs")

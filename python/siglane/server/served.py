@@ -20,6 +20,7 @@ from siglane.engine.process.supervisor import EngineProcess
 from siglane.engine.sampling.parameters import sampling_defaults
 from siglane.errors import EngineError, UserError
 from siglane.families.processor import Processor
+from siglane.families.prompt.call_format import CallFormat
 from siglane.families.prompt.renderers import MOST_PROCESSES
 from siglane.families.two_tower import Calibration
 from siglane.server.choices import Choices
@@ -124,6 +125,10 @@ class ChatModel(ServedModel):
     async def aside(self, function: Callable[[], T]) -> T:
         """`function` on a thread of those that work with texts."""
         return await asyncio.get_running_loop().run_in_executor(self._prompts, function)
+
+    async def call_format(self) -> CallFormat | None:
+        """`Processor.call_format`, which tries the chat template at first."""
+        return await self.aside(lambda: self.processor.call_format)
 
     async def check_constraint(self, constraint: Constraint) -> None:
         """UserError where no answer can match it; on the threads of prompts, as compiling takes some milliseconds."""

@@ -10,6 +10,7 @@ from pydantic import Discriminator, Field, Tag
 from siglane.engine.answers.tool_calls import CallDelta
 from siglane.engine.constraints.tool_grammar import tool_constraint
 from siglane.errors import blaming
+from siglane.families.prompt.call_format import CallFormat
 from siglane.media.tools import MOST_TOOLS, NAME
 from siglane.server.constraints import AskedConstraint
 from siglane.server.fields import RequestModel
@@ -65,13 +66,12 @@ ToolChoice = Annotated[
 ]
 
 
-def with_tools(use: ToolUse | None, asked: AskedConstraint | None) -> AskedConstraint | None:
-    """What the answer has to match, calls among it. asked: what the text of one without calls has to."""
-    if use is None:
-        return asked
+def with_tools(use: ToolUse, form: CallFormat, asked: AskedConstraint | None) -> AskedConstraint | None:
+    """What the answer has to match, calls among it. form: of the calls; asked: what the text of one without calls has
+    to."""
     param = "tools" if asked is None or use.required else asked.param
     with blaming(param):
-        found = tool_constraint(use, None if asked is None else asked.constraint)
+        found = tool_constraint(use, form, None if asked is None else asked.constraint)
     return None if found is None else AskedConstraint(param, found)
 
 

@@ -13,7 +13,6 @@ from siglane.engine.answers.detokenize import TextStream
 from siglane.engine.answers.thinking import thinking_start
 from siglane.engine.answers.tool_calls import CallDelta, CallStream
 from siglane.families.processor import Processor
-from siglane.families.prompt.tools import CALL_TAGS
 from siglane.types import Prompt, SamplingParams, ToolUse
 
 
@@ -54,7 +53,7 @@ class AnswerStream:
         skip_special: bool = True,
         calls: CallStream | None = None,
     ) -> None:
-        reasons, shown = thinking is not None, () if calls is None else CALL_TAGS
+        reasons, shown = thinking is not None, () if calls is None else calls.tags
         self._tokenizer, self._thinking = tokenizer, thinking
         self._text = TextStream(tokenizer, stop, strip=reasons, skip_special=skip_special, shown=shown)
         self._reasoning = TextStream(tokenizer, strip=reasons, skip_special=skip_special)
@@ -70,7 +69,7 @@ class AnswerStream:
         """The stream of a prompt's answer. use: of the tools that the prompt tells of."""
         thinking, ends = processor.config.thinking, processor.eos_token_ids
         opened = thinking is not None and thinking_start(prompt.token_ids, thinking, ends) == "opened"
-        skip = sampling.skip_special_tokens
+        skip, form = sampling.skip_special_tokens, None if use is None else processor.call_format
         return cls(
             processor.tokenizer,
             sampling.stop,
@@ -78,7 +77,7 @@ class AnswerStream:
             opened=opened,
             min_tokens=sampling.min_tokens,
             skip_special=not processor.config.special_tokens_are_text if skip is None else skip,
-            calls=None if use is None else CallStream.of(use, sampling.constraint),
+            calls=None if use is None or form is None else CallStream.of(use, form, sampling.constraint),
         )
 
     @property

@@ -12,7 +12,7 @@ import json
 import os
 import signal
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,7 +28,6 @@ from siglane.engine.constraints.tokens import grammar_tokens
 from siglane.engine.constraints.tool_grammar import Calls, Schema, Tags, lark, read_calls
 from siglane.errors import EngineError, UserError
 from siglane.families.prompt.programs import Programs
-from siglane.families.prompt.tools import CALL_TAGS
 from siglane.types import Constraint
 from siglane.types.constraint import ConstraintKind
 
@@ -59,7 +58,6 @@ WORDS: dict[ConstraintKind, str] = {
     "lark": "grammar",
     "tools": "schema of the tools",
 }
-TRIAL_TAGS = Tags("<|tool|>", "<|/tool|>")  # what the trial's tokenizer has
 # a model that may write any white space between two tokens of JSON may write it for ever: as much as a layout needs
 JSON_OPTIONS = {
     "lenient": False,  # a keyword that is not honoured is refused by its name
@@ -98,7 +96,7 @@ def check_constraint(constraint: Constraint) -> None:
 
 def _try(constraint: Constraint) -> None:
     """Compiles it elsewhere."""
-    kind, grammar = constraint.kind, _grammar(constraint, TRIAL_TAGS)
+    kind, grammar = constraint.kind, _grammar(constraint, {})
     found = _trials(os.getpid()).ask(json.dumps([TRIAL_SECONDS, grammar, LIMITS]).encode())
     if found == -signal.SIGALRM:
         raise UserError(f"the {WORDS[kind]} takes more than {TRIAL_SECONDS:g} s to compile", code="grammar_timeout")
@@ -127,7 +125,7 @@ class Grammars:
 
     def _compile(self, constraint: Constraint) -> LLMatcher:
         matcher: LLMatcher = _llguidance().LLMatcher(
-            self._tokens, _grammar(constraint, self._tags), log_level=0, limits=_limits()
+            self._tokens, _grammar(constraint, self._token_ids), log_level=0, limits=_limits()
         )
         if matcher.is_error():
             raise _refused(constraint.kind, f"cannot be used: {_first_line(matcher.get_error())}")
@@ -139,9 +137,9 @@ class Grammars:
             _ = self._tokens
 
     @cached_property
-    def _tags(self) -> Tags:
-        known = {token.content: number for number, token in self._tokenizer.added_tokens_decoder.items()}
-        return Tags.of(*(known.get(tag) for tag in CALL_TAGS))
+    def _token_ids(self) -> dict[str, int]:
+        """By the texts of tokens that are no pieces of words."""
+        return {token.content: number for number, token in self._tokenizer.added_tokens_decoder.items()}
 
     @cached_property
     def _tokens(self) -> LLTokenizer:
@@ -236,11 +234,12 @@ def _schema_of(text: str) -> dict[str, Any]:
     return schema
 
 
-def _grammar(constraint: Constraint, tags: Tags) -> str:
-    """What llguidance compiles. tags: of a tool's calls."""
+def _grammar(constraint: Constraint, token_ids: Mapping[str, int]) -> str:
+    """What llguidance compiles. token_ids: of the tokens that may be the tags of calls; other tags are texts."""
     matcher = _llguidance().LLMatcher
     if constraint.kind == "tools":
-        return str(matcher.grammar_from_lark(lark(read_calls(constraint.text), tags, JSON_OPTIONS)))
+        calls = read_calls(constraint.text)
+        return str(matcher.grammar_from_lark(lark(calls, Tags.of(calls.form, token_ids), JSON_OPTIONS)))
     if constraint.kind == "regex":
         return str(matcher.grammar_from_regex(constraint.text))
     if constraint.kind == "lark":

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
 from siglane.errors import UserError
+from siglane.families.prompt.call_format import FORMATS, CallFormat
 from siglane.families.prompt.probe import PROBE
 from siglane.media.tools import depth
 from siglane.types import Message, Tool, ToolCall
 
-CALL_TAGS = ("<tool_call>", "</tool_call>")  # Hermes' format, which Qwen2.5 and Qwen3 were trained on
-CALL_TAIL = "}\n"
 DEEPEST = 32  # lists and objects in each other; what is deeper stays a text
 
 _KEYS = (
@@ -33,24 +31,18 @@ _WORDS = frozenset({*_KEYS, "object", "array", "string", "integer", "number", "b
 _NAME, _KEY, _VALUE = "siglane_probe", "siglane_key", "siglane value"
 _ID = "siglane01"  # nine letters and digits, which Mistral's templates ask for
 _PROBE_TOOL = Tool(_NAME, _VALUE, {"type": "object", "properties": {_KEY: {"type": "string"}}})
-_WRITTEN = re.compile(rf'<tool_call>\s*{{"name": "{_NAME}", "arguments": {{"{_KEY}": "{_VALUE}"}}}}\s*</tool_call>')
 
 RenderTools = Callable[[list[dict[str, Any]], Sequence[dict[str, Any]]], str]  # turns and tools to text
 
 
-def call_head(name: str) -> str:
-    """What stands between the first tag and the arguments of a call."""
-    return f'\n{{"name": {json.dumps(name)}, "arguments": '
-
-
 class ToolFormat(NamedTuple):
     """arguments_as_object: the template writes the object's JSON itself, else it gets the text; content_as_parts: it
-    takes a tool's answer as a list of parts, else as one string; offers: it tells the model of tools, and writes calls
-    between `CALL_TAGS`, where they can be found in an answer."""
+    takes a tool's answer as a list of parts, else as one string; answers: how the model writes calls, None where it is
+    told of no tools or its template has calls written in a form that is not known."""
 
     arguments_as_object: bool
     content_as_parts: bool
-    offers: bool = False
+    answers: CallFormat | None = None
 
     def call(self, call: ToolCall, broken: Callable[[str], str]) -> dict[str, Any]:
         """A call as the template gets it; `broken` is applied to every text."""
@@ -75,24 +67,26 @@ def tool_format(render: RenderTools, question: dict[str, Any], answer: dict[str,
         except UserError:
             continue
         if all(word in rendered for word in (_NAME, _KEY, _VALUE, PROBE)) and "'type'" not in rendered:
-            return found._replace(offers=_WRITTEN.search(rendered) is not None and _offers(render, question))
+            return found._replace(answers=_call_format(rendered, render, question))
     return None
 
 
-def _offers(render: RenderTools, question: dict[str, Any]) -> bool:
-    """Whether the template writes what a function is called and takes."""
+def _call_format(history: str, render: RenderTools, question: dict[str, Any]) -> CallFormat | None:
+    """The form in which `history` holds the call, of a template that writes what a function is called and takes."""
     try:
-        rendered = render([question], (_PROBE_TOOL.definition,))
+        asked, told = render([question], ()), render([question], (_PROBE_TOOL.definition,))
     except UserError:
-        return False
-    return _NAME in rendered and _KEY in rendered
+        return None
+    if _NAME not in told or _KEY not in told:
+        return None
+    return next((form for form in FORMATS if form.written_in(history, asked, _NAME, {_KEY: _VALUE})), None)
 
 
 def check_tools(messages: Sequence[Message], tools: Sequence[Tool], found: ToolFormat | None) -> None:
     """UserError names what a template would leave out: tools, or the first message with a call or a result."""
-    if tools and (found is None or not found.offers):
-        form = '<tool_call>{"name": ..., "arguments": {...}}</tool_call>'
-        text = f"tools: this model's chat template tells it of none, or has calls written otherwise than {form}"
+    if tools and (found is None or found.answers is None):
+        known = ", ".join(form.example for form in FORMATS)
+        text = f"tools: this model's chat template tells it of none, or has calls written otherwise than {known}"
         raise UserError(text, code="unsupported_field", param="tools")
     for number, message in enumerate(messages):
         if found is None and (message.tool_calls or message.role == "tool"):

@@ -13,6 +13,7 @@ from llvmlite import ir
 
 from siglane.nn.cpu.few_rows import LEAST, LEVELS, MIDDLE, WHOLE, WIDE_LEVELS
 from siglane.nn.cpu.int8_packing import OUTPUTS
+from siglane.nn.cpu.jit.bfloat16 import as_bfloat16
 from siglane.nn.cpu.jit.code import (
     BYTE,
     FLOAT,
@@ -27,7 +28,7 @@ from siglane.nn.cpu.jit.code import (
     exp2,
     in_threads,
 )
-from siglane.nn.cpu.jit.four import as_bfloat16, write_four, write_rounded
+from siglane.nn.cpu.jit.four import write_four, write_rounded
 from siglane.nn.cpu.jit.processor import Processor
 from siglane.nn.cpu.jit.product import LAYER, NUMBERS, REGISTERS, write_eight
 
