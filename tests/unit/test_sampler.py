@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from siglane.engine.batch import Sequence as Running
 from siglane.engine.edits import Edits
 from siglane.engine.sampling.noise import gumbel_noise, noise_key
-from siglane.engine.sampling.sampler import WINDOW, Likeliest, SampledToken, draw, filtered, sample
+from siglane.engine.sampling.sampler import WINDOW, Likeliest, SampledToken, contenders, draw, filtered, sample
 from siglane.errors import EngineError
 from siglane.types import SamplingParams
 
@@ -206,6 +206,37 @@ class TestDistribution:
             key = noise_key(5, place)
             expected = ((logits - logits.max()) / 2 + gumbel_noise(every, key)).argmax()
             assert draw(logits, params, key) == int(expected)
+
+    @pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 3.0, 8.0])
+    def test_who_wins_is_found_without_all_noise(self, spread: float) -> None:
+        """One, and the first sixteen, as among noise for every token; a third of them are banned."""
+        logits = (torch.randn(40_000, generator=torch.Generator().manual_seed(3)) * spread).to(torch.bfloat16).float()
+        logits[::3] = -torch.inf
+        scores, every = logits - logits.max(), torch.arange(len(logits), dtype=torch.int32)
+        for place in range(20):
+            key = noise_key(6, place)
+            values = scores + gumbel_noise(every, key)
+            assert draw(logits, SamplingParams(temperature=1.0), key) == int(values.argmax())
+            token_ids, found = contenders(scores, key, 16)
+            assert token_ids.tolist() == (values >= found.min()).nonzero()[:, 0].tolist()
+            assert torch.equal(found, values[token_ids])
+            assert len(found) >= 16
+
+    @pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 2.0])
+    @pytest.mark.parametrize(
+        "filters",
+        [{"top_p": 0.9}, {"top_p": 0.1}, {"min_p": 0.01}, {"top_p": 0.7, "min_p": 0.001}, {"top_p": 0.999999}],
+    )
+    def test_filters_that_leave_very_many_need_no_sort(self, spread: float, filters: dict[str, float]) -> None:
+        """The same token as among all that they leave, in their order."""
+        logits = (torch.randn(50 * WINDOW, generator=torch.Generator().manual_seed(4)) * spread).to(torch.bfloat16)
+        scores = logits.float() - logits.float().max()
+        params = SamplingParams(temperature=1.0, **filters)  # type: ignore[arg-type]
+        token_ids, some = filtered(scores, params)
+        for place in range(10):
+            key = noise_key(7, place)
+            expected = token_ids[(some + gumbel_noise(token_ids.int(), key)).argmax()]
+            assert draw(logits.float(), params, key) == int(expected)
 
     def test_noise_is_the_same_on_every_machine_and_day(self) -> None:
         """Words of 32 bits that wrap: a device that computes otherwise would tell other stories."""
