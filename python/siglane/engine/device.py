@@ -26,7 +26,7 @@ from siglane.engine.cache.kv import PagedKV
 from siglane.engine.graphs import Capture, buckets_up_to, capture_on_cuda, record
 from siglane.engine.limits import StepLimits, padded_rows
 from siglane.engine.memory import LargestStep, kv_bytes
-from siglane.engine.sampling.cuda import DeviceSampler, tried_best
+from siglane.engine.sampling.cuda import DeviceSampler, tried_choices
 from siglane.engine.sampling.readouts import Readouts, read
 from siglane.engine.sampling.sampler import Choices, Choose, SampledToken, choose_on_host
 from siglane.engine.scheduler import StepBudget
@@ -51,7 +51,7 @@ def build_device(
         torch.backends.cuda.enable_cudnn_sdp(False)
     choose: Choose = choose_on_host
     if on_cuda:
-        choose = DeviceSampler(budget.tokens, device, tried_best(device, language.config.vocab_size))
+        choose = DeviceSampler(budget.tokens, device, tried_choices(device, language.config.vocab_size))
     pages = config.stated_pages
     if pages is None:
         largest = LargestStep(budget.patches, budget.tokens, budget.running)

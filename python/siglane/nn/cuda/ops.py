@@ -118,6 +118,13 @@ def _best_token(
     return best_token(scores, peaks, temperatures, keys)
 
 
+@_operator("mask_scores(Tensor(a!) scores, Tensor masks, Tensor rows) -> ()", lambda *args: None)
+def _mask_scores(scores: torch.Tensor, masks: torch.Tensor, rows: torch.Tensor) -> None:
+    from siglane.nn.cuda.mask import mask_scores
+
+    mask_scores(scores, masks, rows)
+
+
 def _routed(logits: torch.Tensor, top: int, *others: object) -> tuple[torch.Tensor, torch.Tensor]:
     shape = logits.shape[0], top
     return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
@@ -148,8 +155,8 @@ def _expert_products(
     return expert_products(x, weight, chosen, experts, scales)
 
 
-def _product(x: torch.Tensor, codes: torch.Tensor, *others: object) -> torch.Tensor:
-    return x.new_empty(x.shape[0], codes.shape[0])
+def _product(x: torch.Tensor, weight: torch.Tensor, *others: object) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 @_operator(
