@@ -55,6 +55,11 @@ class EngineConfig:
         "tokens of an answer that one step guesses at most, from what followed its last words where prompt "
         "or answer has them already; checked, so answers stay the same; 0: none",
     )
+    batch_invariant: bool = option(
+        False,
+        "on CUDA: the same request gets the same tokens alone and beside any others, by slower products; refused where "
+        "that cannot be promised",
+    )
     threads: int = option(0, "CPU threads of the engine; 0 leaves torch's choice")
     engine_timeout: float = option(
         0.0,
@@ -85,6 +90,19 @@ class EngineConfig:
         if self.paged_backend not in PAGED_BACKENDS:
             known = ", ".join(PAGED_BACKENDS)
             raise ConfigError(f"paged_backend {self.paged_backend!r} is not known; use {known}")
+
+        if self.batch_invariant:
+            self._check_invariant()
+
+    def _check_invariant(self) -> None:
+        """ConfigError for another option that would break its promise."""
+        plain = "its kernels go by the number of rows"
+        choices = (("quantization", self.quantization, "none"), ("paged_backend", self.paged_backend, "auto"))
+        for name, chosen, only in choices:
+            if chosen != only:
+                raise ConfigError(f"batch_invariant cannot be promised with {name} {chosen!r}: {plain}; use {only!r}")
+        if self.attention_backend == "eager":
+            raise ConfigError(f"batch_invariant cannot be promised with attention_backend 'eager': {plain}; use 'auto'")
 
     def resolve_device(self) -> torch.device:
         """ConfigError when the device is not known or not there."""

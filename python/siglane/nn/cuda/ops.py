@@ -159,6 +159,13 @@ def _product(x: torch.Tensor, weight: torch.Tensor, *others: object) -> torch.Te
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
+@_operator("fixed_product(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _product)
+def _fixed_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    from siglane.nn.cuda.fixed_product import fixed_product
+
+    return fixed_product(x, weight, bias)
+
+
 @_operator(
     "coded_product(Tensor x, Tensor codes, Tensor scales, Tensor? lows, Tensor? bias) -> Tensor",
     _product,

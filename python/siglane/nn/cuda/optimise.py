@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from siglane.nn.act import SwiGLU
+from siglane.nn.cuda.invariant import make_invariant, try_fixed_product
 from siglane.nn.cuda.ops import OPS
 from siglane.nn.experts import Mixing, Routing
 from siglane.nn.norm import InputRMSNorm, RMSNorm
@@ -83,12 +84,21 @@ KERNELS: Mapping[type[nn.Module], type[nn.Module]] = MappingProxyType(
 )
 
 
-def optimise_on_cuda(decoder: nn.Module) -> None:
+def optimise_on_cuda(decoder: nn.Module, batch_invariant: bool = False) -> None:
     """Makes a loaded decoder faster on a GPU, where gradients are not wanted; elsewhere nothing happens. The same
-    parameters, another forward, for each kind of module whose kernel passes its trial."""
+    parameters, another forward, for each kind of module whose kernel passes its trial.
+
+    batch_invariant: and whose rows then get the same numbers whatever rows are beside them. UserError for a model, and
+    EngineError on a device, that cannot have it.
+    """
     norm = next(module for module in decoder.modules() if isinstance(module, RMSNorm))
-    if norm.weight.is_cuda:
-        use_kernels(decoder, norm.weight.dtype, norm.weight.device)
+    dtype, device = norm.weight.dtype, norm.weight.device
+    if not norm.weight.is_cuda:
+        return
+    if batch_invariant:
+        make_invariant(decoder)
+        try_fixed_product(dtype, device)
+    use_kernels(decoder, dtype, device, alone=batch_invariant)
 
 
 @torch.no_grad()
@@ -97,15 +107,18 @@ def use_kernels(
     dtype: torch.dtype,
     device: torch.device,
     kernels: Mapping[type[nn.Module], type[nn.Module]] = KERNELS,
+    *,
+    alone: bool = False,
 ) -> None:
-    """kernels: what may stand for each kind of module. dtype, device: of what runs through the decoder."""
+    """kernels: what may stand for each kind of module. dtype, device: of what runs through the decoder. alone: torch's
+    operations, which may go by the number of rows, are not taken; EngineError where they would have to be."""
     chosen: dict[tuple[type[nn.Module], int], type[nn.Module]] = {}
     for module in decoder.modules():
         kind = type(module)
         if kind in kernels:
             key = kind, _width(module)
             if key not in chosen:
-                chosen[key] = _tried(module, kernels[kind], dtype, device)
+                chosen[key] = _tried(module, kernels[kind], dtype, device, alone)
             module.__class__ = chosen[key]
 
 
@@ -124,8 +137,10 @@ def _width(module: nn.Module) -> int:
             return 1500
 
 
-def _tried(module: nn.Module, kernel: type[nn.Module], dtype: torch.dtype, device: torch.device) -> type[nn.Module]:
-    """kernel, or the module's own type where its numbers are not right."""
+def _tried(
+    module: nn.Module, kernel: type[nn.Module], dtype: torch.dtype, device: torch.device, alone: bool
+) -> type[nn.Module]:
+    """kernel, or the module's own type where its numbers are not right, unless it is to stand alone."""
     own = type(module)
     inputs = _inputs(module, dtype, device)
     x = inputs[0]
@@ -139,7 +154,8 @@ def _tried(module: nn.Module, kernel: type[nn.Module], dtype: torch.dtype, devic
 
     wide = [_widened(one) for one in inputs]
     expected = _numbers(copy.deepcopy(module).float()(*wide), x.float())
-    return first_right(f"{own.__name__} of {_width(module)}", {"Triton": kernel, "torch": own}, run, expected)[1]
+    candidates = {"Triton": kernel} if alone else {"Triton": kernel, "torch": own}
+    return first_right(f"{own.__name__} of {_width(module)}", candidates, run, expected)[1]
 
 
 def _widened(value: torch.Tensor | nn.Module) -> torch.Tensor | nn.Module:
