@@ -68,6 +68,7 @@ FAMILIES: dict[str, Callable[[Path], object]] = {
     "causal_lm": write_causal_lm_checkpoint,
     "llama": partial(write_causal_lm_checkpoint, kind="llama"),
     "qwen3": partial(write_causal_lm_checkpoint, kind="qwen3"),
+    "qwen3_moe": partial(write_causal_lm_checkpoint, kind="qwen3_moe"),
 }
 
 

@@ -63,6 +63,9 @@ def sources(dtype: str, head_dim: int) -> Iterator[tuple[Any, dict[str, str], di
         product |= {"out": rows, "rows": "i32", "columns": "i32", "stride": stride}
         shape = {"K": 1536, "BLOCK_M": block_m, "BLOCK_N": block_n, "GROUP": coded.GROUP}
         yield coded.multiply_codes, product, shape | {"FOUR": four, "BIASED": True}
+    placed = {"x": rows, "weight": rows, "order": "*i64", "starts": "*i64", "scales": rows, "out": rows}
+    ordered = {"K": 768, "SHARED": 8, "SCALED": True, "COUNT": 128, "EXPERTS": 128}
+    yield mixing.sorted_product, placed | {"columns": "i32"}, blocks | ordered | {"ROWS": mixing.MANY_ROWS}
     plain = {"x": rows, "weight": rows, "bias": rows, "out": rows, "rows": "i32", "columns": "i32", "stride": stride}
     tiles = {"BLOCK_M": fixed.BLOCK_M, "BLOCK_N": fixed.BLOCK_N, "BLOCK_K": fixed.BLOCK_K}
     yield fixed.multiply_fixed, plain, tiles | {"K": 1536, "BIASED": True}

@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,6 +43,7 @@ from siglane.nn.cuda import paged_decode as decode  # noqa: E402
 from siglane.nn.cuda import pointwise  # noqa: E402
 
 PAGE = 16
+Products = Callable[..., torch.Tensor]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3} | ({torch.bfloat16: 1e-2} if DEVICE.type == "cuda" else {})
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 SCRIPT = Path(__file__).with_name("compiled_kernels.py")
@@ -240,8 +241,9 @@ def test_routing(experts: int, top: int, normalised: bool, dtype: torch.dtype) -
 
 
 @DTYPES
+@pytest.mark.parametrize("products", [mixing.expert_products, mixing.sorted_products])
 @pytest.mark.parametrize(("tokens", "top"), [(1, 1), (20, 1), (7, 3), (64, 4)])
-def test_experts_get_their_tokens(tokens: int, top: int, dtype: torch.dtype) -> None:
+def test_experts_get_their_tokens(tokens: int, top: int, products: Products, dtype: torch.dtype) -> None:
     """All of them to one expert, some to others, none to the last; none of the sizes is a block's."""
     count, size, width = 6, 72, 40
     generator = torch.Generator().manual_seed(0)
@@ -250,8 +252,8 @@ def test_experts_get_their_tokens(tokens: int, top: int, dtype: torch.dtype) -> 
     gate_up, down = gate_up * size**-0.5, down * width**-0.5
     others = torch.rand(tokens, count - 2, generator=generator).argsort(1)[:, : top - 1] + 1
     chosen = torch.cat((torch.zeros(tokens, 1, dtype=torch.int64), others), 1).to(DEVICE)
-    hidden = pointwise.swiglu(mixing.expert_products(x, gate_up, chosen, count))
-    found = mixing.expert_products(hidden, down, chosen, count, weights).view(tokens, top, size).sum(1)
+    hidden = pointwise.swiglu(products(x, gate_up, chosen, count))
+    found = products(hidden, down, chosen, count, weights).view(tokens, top, size).sum(1)
     close(found, Mixing(count)(x, gate_up, down, weights, chosen), dtype, roundings=4)
 
 
@@ -314,7 +316,7 @@ def test_every_kernel_compiles_for_every_gpu(compiled: list[dict[str, Any]]) -> 
     for architecture in (80, 90, 100):
         for dtype in ("fp32", "fp16", "bf16"):
             names = {one["kernel"] for one in compiled if (one["architecture"], one["dtype"]) == (architecture, dtype)}
-            assert names == kernels - {"part_size", "mixed", "gain"}  # which are inlined
+            assert names == kernels - {"part_size", "mixed", "gain", "multiply_pairs"}  # which are inlined
     assert all(one["bytes"] > 0 for one in compiled)
 
 

@@ -155,6 +155,18 @@ def _expert_products(
     return expert_products(x, weight, chosen, experts, scales)
 
 
+@_operator(
+    "sorted_products(Tensor x, Tensor weight, Tensor chosen, int experts, Tensor? scales) -> Tensor",
+    _of_pairs,
+)
+def _sorted_products(
+    x: torch.Tensor, weight: torch.Tensor, chosen: torch.Tensor, experts: int, scales: torch.Tensor | None
+) -> torch.Tensor:
+    from siglane.nn.cuda.experts import sorted_products
+
+    return sorted_products(x, weight, chosen, experts, scales)
+
+
 def _product(x: torch.Tensor, weight: torch.Tensor, *others: object) -> torch.Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 

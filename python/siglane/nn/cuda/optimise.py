@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -18,8 +18,8 @@ from siglane.nn.rope import NormedRotation, Rotation, rotary_tables
 from siglane.nn.trial import first_right
 
 ROWS, HEADS = 3, 5  # of a trial
-MIXED_ROWS, MIXED_SIZE, MIXED_WIDTH = 24, 96, 80
-MOST_ROWS = 64  # of a sparse MLP for which no expert's tokens have to be counted on the host
+MIXED_ROWS, FEW_TRIED, MIXED_SIZE, MIXED_WIDTH = 150, 24, 96, 80
+FEW_ROWS = 64  # of a sparse MLP whose experts find their tokens by themselves; more are sorted
 
 
 class KernelRMSNorm(RMSNorm):
@@ -58,15 +58,14 @@ class KernelRouting(Routing):
 
 
 class KernelMixing(Mixing):
-    """Few rows without a look at what was chosen, so that a step can be captured."""
+    """Without a look at what was chosen, so that nothing waits and a step can be captured."""
 
     def forward(
         self, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor
     ) -> torch.Tensor:
-        if len(x) > MOST_ROWS:
-            return super().forward(x, gate_up, down, weights, chosen)
-        hidden = OPS.swiglu(OPS.expert_products(x, gate_up, chosen, self.count, None))
-        rows = OPS.expert_products(hidden, down, chosen, self.count, weights)
+        products = OPS.expert_products if len(x) <= FEW_ROWS else OPS.sorted_products
+        hidden = OPS.swiglu(products(x, gate_up, chosen, self.count, None))
+        rows = products(hidden, down, chosen, self.count, weights)
         total: torch.Tensor = rows.view(*chosen.shape, -1).sum(1)
         return total
 
@@ -141,19 +140,15 @@ def _tried(
     module: nn.Module, kernel: type[nn.Module], dtype: torch.dtype, device: torch.device, alone: bool
 ) -> type[nn.Module]:
     """kernel, or the module's own type where its numbers are not right, unless it is to stand alone."""
-    own = type(module)
-    inputs = _inputs(module, dtype, device)
-    x = inputs[0]
-    assert isinstance(x, torch.Tensor)
+    own, trials = type(module), _trials(module, dtype, device)
 
     def run(kind: type[nn.Module]) -> torch.Tensor:
         stand_in = copy.copy(module)
         stand_in.__class__ = kind
-        given = [x.clone()] if own is SwiGLU else inputs  # which is written to
-        return _numbers(stand_in(*given), x)
+        return torch.cat([_numbers(stand_in, one) for one in trials])
 
-    wide = [_widened(one) for one in inputs]
-    expected = _numbers(copy.deepcopy(module).float()(*wide), x.float())
+    wide = copy.deepcopy(module).float()
+    expected = torch.cat([_numbers(wide, [_widened(value) for value in one]) for one in trials])
     candidates = {"Triton": kernel} if alone else {"Triton": kernel, "torch": own}
     return first_right(f"{own.__name__} of {_width(module)}", candidates, run, expected)[1]
 
@@ -165,12 +160,24 @@ def _widened(value: torch.Tensor | nn.Module) -> torch.Tensor | nn.Module:
     return value.to(torch.float32, copy=True) if value.is_floating_point() else value
 
 
-def _numbers(result: torch.Tensor | tuple[torch.Tensor, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def _numbers(module: nn.Module, inputs: Sequence[torch.Tensor | nn.Module]) -> torch.Tensor:
     """What is compared: of experts their weights and what they were chosen for, because equals have no order."""
+    x, *others = inputs
+    assert isinstance(x, torch.Tensor)
+    result = module(x.clone() if isinstance(module, SwiGLU) else x, *others)  # which is written to
     if isinstance(result, torch.Tensor):
         return result
     weights, chosen = result
     return torch.cat((weights, x.gather(1, chosen)), 1)
+
+
+def _trials(module: nn.Module, dtype: torch.dtype, device: torch.device) -> list[tuple[torch.Tensor | nn.Module, ...]]:
+    """Experts have a kernel for many rows and one for few."""
+    inputs = _inputs(module, dtype, device)
+    if not isinstance(module, Mixing):
+        return [inputs]
+    x, gate_up, down, weights, chosen = (one for one in inputs if isinstance(one, torch.Tensor))
+    return [inputs, (x[:FEW_TRIED], gate_up, down, weights[:FEW_TRIED], chosen[:FEW_TRIED])]
 
 
 def _inputs(module: nn.Module, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor | nn.Module, ...]:
