@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import random
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -243,10 +244,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(source: Path, nvila_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of a run that nothing stopped, and `summary.json` beside it."""
     folder = tmp_path_factory.mktemp("whole")
-    command = [sys.executable, "-m", "siglane.cli.main", *words(nvila_folder, source, folder / "out.jsonl", "--json")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
-    (folder / "summary.json").write_text(done.stdout)
+    with redirect_stdout(io.StringIO()) as out:
+        assert main(words(nvila_folder, source, folder / "out.jsonl", "--json")) == 0
+    (folder / "summary.json").write_text(out.getvalue())
     return folder / "out.jsonl"
 
 

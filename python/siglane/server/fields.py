@@ -29,16 +29,11 @@ def _whole(value: Any) -> Any:
 WHOLE = BeforeValidator(_whole)
 
 
-def kind_of(value: Any) -> Any:
-    """The type that a part of a request states, before and after it has become a model."""
-    return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-
-
 def of_kinds(what: str, *kinds: str | None) -> BeforeValidator:
     """UserError for an object of another type, before its fields are looked at. what: it is; None: it may have none."""
 
     def check(value: Any) -> Any:
-        if isinstance(value, dict) and kind_of(value) not in kinds:
+        if isinstance(value, dict) and value.get("type") not in kinds:
             message = f"{what} is of type {', '.join(kind for kind in kinds if kind)}; nothing else is read"
             raise UserError(message, code="unsupported_content_type", param="type")
         return value

@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from siglane.errors import UserError
 from siglane.media.tools import read_tools
 from siglane.server.constraints import AskedConstraint, asked_constraint
-from siglane.server.fields import WHOLE, RequestModel, TemplateKwargs, kind_of, needs, not_both
+from siglane.server.fields import WHOLE, RequestModel, TemplateKwargs, needs, not_both
 from siglane.server.generation_fields import MAX_ITEMS, MAX_TOP_LOGPROBS, GenerationFields, bounds, of_length
 from siglane.server.refused import has_no_effect, refuse_fields
 from siglane.server.tool_fields import EarlierCall, FunctionCall, ToolChoice, Tools
@@ -92,6 +92,11 @@ PART_TAGS = {"image_url": "#image_url", "video_url": "#video_url", "refusal": "#
 )
 OTHERS = {"refusal": "refusals are accepted in assistant messages only"}
 OTHERS |= dict.fromkeys(("image_url", "video_url"), "images and videos are accepted in messages of users and tools")
+
+
+def kind_of(value: Any) -> Any:
+    """The type that a part of a request states, before and after it has become a model."""
+    return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
 
 
 def part_tag(part: Any) -> str:

@@ -90,19 +90,17 @@ class ModelRoutes(Generic[Model]):
         examples: dict[str, Any] | None = None,
         *,
         content: dict[str, Any] | None = None,
-        failed: Any = ErrorBody,
+        failed: type[Any] = ErrorBody,
     ) -> None:
         """answer, failed: types of bodies; examples: of requests; content: what a stream's looks like. The last path
         stands in the OpenAPI document."""
         success: dict[str, Any] = {"model": answer} if content is None else {"model": answer, "content": content}
-        responses: dict[int | str, dict[str, Any]] = {200: success}
-        responses |= {status: {**one, "model": failed} for status, one in failures(*OF_A_BODY).items()}
         for path in paths:
             self.app.add_api_route(
                 path,
                 route,
                 methods=["POST"],
-                responses=responses,
+                responses={200: success, **failures(*OF_A_BODY, body=failed)},
                 response_model=None,
                 openapi_extra=examples,
                 include_in_schema=path == paths[-1],

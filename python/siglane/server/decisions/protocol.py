@@ -14,9 +14,9 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, WithJsonSchema,
 
 from siglane.engine.sampling.labels import MOST_LABELS
 from siglane.errors import UserError, blaming
-from siglane.server.fields import WHOLE, RequestModel, TemplateKwargs, kind_of
+from siglane.server.fields import WHOLE, RequestModel, TemplateKwargs
 from siglane.server.generation_fields import CacheSalt
-from siglane.server.protocol import ImageUrl
+from siglane.server.protocol import ImageUrl, kind_of
 from siglane.server.refused import refuse_fields
 from siglane.types import Question
 

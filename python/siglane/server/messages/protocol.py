@@ -10,8 +10,8 @@ from typing_extensions import TypedDict  # pydantic reads no other on Python 3.1
 
 from siglane.errors import UserError
 from siglane.media.tools import MOST_TOOLS, NAME
-from siglane.server.fields import WHOLE, RequestModel, StopStrings, kind_of, of_kinds
-from siglane.server.protocol import MAX_PARTS, PlainText, content_tag
+from siglane.server.fields import WHOLE, RequestModel, StopStrings, of_kinds
+from siglane.server.protocol import MAX_PARTS, PlainText, content_tag, kind_of
 from siglane.server.refused import TranslatedRequest
 from siglane.types import SAMPLING_BOUNDS
 

@@ -10,8 +10,8 @@ from typing_extensions import TypedDict  # pydantic reads no other on Python 3.1
 
 from siglane.errors import UserError
 from siglane.media.tools import MOST_TOOLS, NAME
-from siglane.server.fields import WHOLE, RequestModel, kind_of, of_kinds
-from siglane.server.protocol import MAX_PARTS, TEXTS, Budgets, PlainText, RefusalPart, TextPart, content_tag
+from siglane.server.fields import WHOLE, RequestModel, of_kinds
+from siglane.server.protocol import MAX_PARTS, TEXTS, Budgets, PlainText, RefusalPart, TextPart, content_tag, kind_of
 from siglane.server.refused import TranslatedRequest
 from siglane.server.tool_fields import ChoiceWord, NamedFunction, choice_tag
 from siglane.types import SAMPLING_BOUNDS
