@@ -6,7 +6,8 @@ from functools import partial
 
 from llvmlite import ir
 
-from siglane.nn.cpu.jit.code import FLOAT, I32, LANES, Code, everywhere
+from siglane.nn.cpu.jit.code import Code, everywhere
+from siglane.nn.cpu.jit.types import FLOAT, I32, LANES
 
 WORD = ir.IntType(16)  # one's bits
 SUMS = ir.VectorType(FLOAT, LANES)

@@ -10,10 +10,8 @@ from typing import Any
 
 from llvmlite import binding, ir
 
-ADDRESS, COUNT = ctypes.c_void_p, ctypes.c_int64
-BYTE, I32, I64, FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
-VOID, POINTER = ir.VoidType(), ir.PointerType()
-LANES = 16  # 32-bit numbers of one register
+from siglane.nn.cpu.jit.types import ADDRESS, COUNT, FLOAT, I32, I64, POINTER, VOID
+
 AS_THE_PROCESSOR_ROUNDS = 4
 EXP2 = tuple(math.log(2) ** power / math.factorial(power) for power in range(7))  # between -0.5 and 0.5
 NATIVE: dict[str, Any] = {str(POINTER): ADDRESS, str(I64): COUNT, str(FLOAT): ctypes.c_float}

@@ -13,9 +13,10 @@ from llvmlite import ir
 
 from siglane.nn.cpu.int8_packing import OUTPUTS
 from siglane.nn.cpu.jit.bfloat16 import SUMS, WORD, add_pairs, as_bfloat16
-from siglane.nn.cpu.jit.code import BYTE, FLOAT, I32, I64, LANES, POINTER, VOID, Code, everywhere
+from siglane.nn.cpu.jit.code import Code, everywhere
 from siglane.nn.cpu.jit.product import LAYER, REGISTERS, call_one
 from siglane.nn.cpu.jit.tiles import AHEAD
+from siglane.nn.cpu.jit.types import BYTE, FLOAT, I32, I64, LANES, POINTER, VOID
 
 HALF = OUTPUTS // 2
 BYTES, WORDS = ir.VectorType(BYTE, 4 * LANES), ir.VectorType(WORD, 2 * LANES)

@@ -11,22 +11,9 @@ from __future__ import annotations
 from llvmlite import ir
 
 from siglane.nn.cpu.jit.bfloat16 import SUMS, WORD, add_pairs, rounded
-from siglane.nn.cpu.jit.code import (
-    BYTE,
-    EXP2,
-    FLOAT,
-    I32,
-    I64,
-    LANES,
-    POINTER,
-    VOID,
-    Code,
-    Struct,
-    everywhere,
-    exp2,
-    in_threads,
-)
+from siglane.nn.cpu.jit.code import EXP2, Code, Struct, everywhere, exp2, in_threads
 from siglane.nn.cpu.jit.product import call_one
+from siglane.nn.cpu.jit.types import BYTE, FLOAT, I32, I64, LANES, POINTER, VOID
 
 KEYS = 1024  # that are brought into order together: with their values they stay in a core's cache
 QUERIES = 1024  # of one thread's part

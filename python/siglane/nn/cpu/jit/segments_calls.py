@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import torch
 
-from siglane.nn.cpu.jit.code import ADDRESS, COUNT, Compiled
+from siglane.nn.cpu.jit.code import Compiled
 from siglane.nn.cpu.jit.segments import CALL, QUERIES, room, segments_module
+from siglane.nn.cpu.jit.types import ADDRESS, COUNT
 
 ALONE = 1 << 18  # products of a query and a key from which several threads are faster than one
 
