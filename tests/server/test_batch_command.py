@@ -447,10 +447,9 @@ def test_memory_is_flat_over_thousands_of_rows(tmp_path: Path, forked: Forked) -
 
 
 def memory_of(pid: int) -> int:
-    """Bytes that it has, of what it shares with others its part; 0 when it has ended. Without files' pages: who else on
-    the machine has read them decides whose part they are."""
+    """Bytes of its own and of what it was forked with, 0 when it has ended. Files' pages are the machine's."""
     try:
-        found = re.findall(r"^Pss_(?:Anon|Shmem):\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)
+        found = re.findall(r"^(?:Anonymous|Pss_Shmem):\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)
     except (FileNotFoundError, ProcessLookupError):
         return 0
     return sum(map(int, found)) * 1024
