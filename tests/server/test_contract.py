@@ -238,6 +238,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "http: of public addresses": ("test_limits", "test_a_url_is_fetched_once_for_a_burst"),
     "reasoning tokens": ("test_reasoning", "test_usage_tells_reasoning_from_answer"),
     "a limit of each key": ("test_keys", "test_requests_and_patches_a_minute"),
+    "a bar of what is done": ("test_llm", "test_a_bar_is_shown_where_asked_for_or_on_a_terminal"),
     "commands": ("test_cli", "test_every_command_has_help"),
     "options from flags, variables and their defaults": (
         "test_options",

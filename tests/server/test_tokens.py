@@ -89,6 +89,9 @@ def test_pictures_by_url_by_header_or_by_size(server: RunningServer) -> None:
 
 
 BAD: dict[str, tuple[str, dict[str, Any], str, str]] = {
+    "a number among texts": ("/tokenize", {"prompt": ["a", 3]}, "invalid_value", "prompt[1]"),
+    "a text among ids": ("/detokenize", {"tokens": [[1], ["a"]]}, "invalid_value", "tokens[1][0]"),
+    "an id beyond 64 bits": ("/detokenize", {"tokens": [2**70]}, "invalid_value", "tokens"),
     "nothing": ("/tokenize", {}, "missing_field", "prompt"),
     "both": ("/tokenize", {"prompt": "a", "messages": chat("x")["messages"]}, "missing_field", "prompt"),
     "a number": ("/tokenize", {"prompt": 3}, "invalid_value", "prompt"),
@@ -103,10 +106,10 @@ BAD: dict[str, tuple[str, dict[str, Any], str, str]] = {
     ),
     "a template": ("/tokenize", {"prompt": "a", "chat_template": "x"}, "unsupported_field", "chat_template"),
     "an unknown id": ("/detokenize", {"tokens": [10**9]}, "invalid_value", "tokens"),
-    "a negative id": ("/detokenize", {"tokens": [-1]}, "invalid_value", "tokens"),
+    "a negative id": ("/detokenize", {"tokens": [-1]}, "invalid_value", "tokens[0]"),
     "no ids": ("/detokenize", {"tokens": "a"}, "invalid_value", "tokens"),
     "no size": ("/v1/images/tokens", {"images": [{"width": 3}]}, "missing_field", "images[0].height"),
-    "no width": ("/v1/images/tokens", {"images": [{"width": 0, "height": 4}]}, "invalid_value", "images"),
+    "no width": ("/v1/images/tokens", {"images": [{"width": 0, "height": 4}]}, "invalid_value", "images[0].width"),
     "no pictures": ("/v1/images/tokens", {"images": []}, "invalid_value", "images"),
     "a host": ("/v1/images/tokens", {"images": ["http://127.0.0.1:1/a.png"]}, "image_url_forbidden", "images[0]"),
     "a huge picture": (
@@ -130,7 +133,7 @@ def test_what_cannot_be_counted_is_refused_by_name(name: str, server: RunningSer
     path, body, code, param = BAD[name]
     answer = server.post_to(path, **body)
     error = answer.json()["error"]
-    assert (error["code"], error["param"].startswith(param)) == (code, True), error
+    assert (error["code"], error["param"]) == (code, param), error
     assert answer.status_code in (400, 403, 404)
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from test_paged_attention import language
 
-from siglane.engine.attention.by_rows import PREFILLS_ALIKE, ROWS, STEPS_ALIKE, RowKernels, each_token
+from siglane.engine.attention import by_rows as by_rows_module
+from siglane.engine.attention.by_rows import PREFILLS_ALIKE, STEPS_ALIKE, RowKernels, each_token
 from siglane.engine.attention.cuda import TriedKernels, TritonKernels, packed_slots, tried_kernels
 from siglane.engine.attention.kernels import DecodeAttention, DecodeRows, Kernels, PrefillAttention, PrefillRows
 from siglane.engine.attention.plain import EagerKernels, TorchKernels
@@ -149,12 +150,13 @@ def by_rows(kv: PagedKV) -> Kernels:
 
 
 @DTYPES
-def test_a_prefill_of_tokens_by_themselves_is_a_prefill(dtype: torch.dtype) -> None:
+def test_a_prefill_of_tokens_by_themselves_is_a_prefill(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks that begin a sequence and that go on with one, of more tokens than are computed at a time."""
+    monkeypatch.setattr(by_rows_module, "ROWS", 10)
     wanted = shape(14, 2, 64, dtype)
     for run, expected in (stored(wanted), decoded(wanted), prefilled(wanted)):
         assert fault(lambda run=run: run(by_rows), expected) is None  # type: ignore[misc]
-    assert len(prefilled(wanted)[1]) > ROWS
+    assert len(prefilled(wanted)[1]) > 10
     assert by_rows(wanted.cache(1)).records
 
 

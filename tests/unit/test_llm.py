@@ -244,6 +244,14 @@ def test_log_probabilities(llm: LLM) -> None:
     assert all(len(logprob.top) == 2 for logprob in answer.logprobs)
 
 
+@pytest.mark.parametrize("progress", [True, False, None])
+def test_a_bar_is_shown_where_asked_for_or_on_a_terminal(
+    llm: LLM, progress: bool | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llm.generate(["a", "b"], SamplingParams(max_tokens=2), progress=progress)
+    assert ("2/2" in capsys.readouterr().err) == (progress is True)  # tests have no terminal
+
+
 def test_an_interruption_leaves_the_engine_empty(llm: LLM) -> None:
     def interrupt(number: int, _: str) -> None:
         raise KeyboardInterrupt

@@ -159,6 +159,18 @@ class TestFilters:
         assert len(kept ^ expected) <= 1e-4 * len(logits)  # where float32 and float64 see the border
         assert (len(kept) > WINDOW) == beyond
 
+    @pytest.mark.parametrize(
+        "filters", [{"top_p": 0.8}, {"top_k": 3}, {"top_k": 50}, {"min_p": 0.1}, {"top_p": 0.99999}]
+    )
+    def test_what_a_grammar_leaves_is_filtered_without_the_rest(self, filters: dict[str, float]) -> None:
+        """Five tokens of very many may come."""
+        logits, few = torch.full((50 * WINDOW,), -torch.inf), [3, 700, 701, 30_000, 50 * WINDOW - 1]
+        logits[few] = torch.tensor([1.0, 2.0, 0.5, 1.5, -1.0])
+        expected = defined(
+            logits[few].tolist(), **{"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **filters}
+        )  # type: ignore[arg-type]
+        assert left(logits, **filters).token_ids.tolist() == [few[place] for place in expected]
+
     @pytest.mark.parametrize("top_k", [1, 20, WINDOW, WINDOW + 1, 5000])
     def test_top_k_takes_the_first_of_a_whole_sort(self, top_k: int) -> None:
         logits = torch.randint(0, 400, (50 * WINDOW + 7,), generator=torch.Generator().manual_seed(1)).float()

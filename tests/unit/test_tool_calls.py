@@ -205,7 +205,8 @@ OTHER_FORMS: dict[str, tuple[CallFormat, str, Found]] = {
     "behind a text": (BARE, f"See: {LLAMA}", (f"See: {LLAMA}", [])),
     "before a text": (BARE, f"{LLAMA} It is.", (f"{LLAMA} It is.", [])),
     "another object": (BARE, '{"city": "Bern"} \n', ('{"city": "Bern"} \n', [])),
-    "another key": (BARE, f"{HERMES.head('weather')}{BERN}}}", ("", [("weather", "{}")])),
+    "another key": (BARE, f"{HERMES.head('weather')}{BERN}}}", ("", [("weather", BERN)])),
+    "both keys": (BARE, '{"name": "time", "parameters": {}, "arguments": {"a": 1}}', ("", [("time", '{"a": 1}')])),
     "half of one": (BARE, LLAMA[:-1], (LLAMA[:-1], [])),
     "a bare text": (BARE, " It is.\n", (" It is.\n", [])),
     "nothing": (BARE, " \n", (" \n", [])),
@@ -296,11 +297,21 @@ def test_a_free_answer_is_held_to_nothing() -> None:
 
 
 QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How <tool_call> warm?"}]
-# as Llama's, and one that names each part
-BARE = (
-    "{%- for t in tools or [] %}{{ t | tojson }}{%- endfor %}{{ messages[-1].content }}"
-    + "{{ messages[0].tool_calls }}"
-)
+TOLD = "{%- for t in tools or [] %}{{ t | tojson }}{%- endfor %}{%- for m in messages %}{{ m.role ~ m.content }}"
+TOLD += "{%- for c in m.tool_calls or [] %}CALL{%- endfor %}{%- endfor %}"
+REFUSED = {
+    "no tools": CHATML,
+    "calls left out": TOLD.replace("CALL", ""),
+    "as Python writes them": TOLD.replace("CALL", "{{ c.function }}"),
+    "in XML": TOLD.replace(
+        "CALL",
+        "<tool_call><function={{ c.function.name }}>{%- for key, value in c.function.arguments.items() %}"
+        "<parameter={{ key }}>{{ value }}</parameter>{%- endfor %}</function></tool_call>",
+    ),
+    "JSON behind a text": TOLD.replace(
+        "CALL", 'I call {"name": "{{ c.function.name }}", "parameters": {{ c.function.arguments | tojson }}}'
+    ),
+}
 
 
 def builder(template: str) -> PromptBuilder:
@@ -336,10 +347,18 @@ def test_tools_are_told_as_transformers_tells_of_them() -> None:
         assert list(ids).count(prompts._tokenizer.convert_tokens_to_ids(BEGIN)) == 1  # the template's own
 
 
-@pytest.mark.parametrize("template", [CHATML, BARE], ids=["no tools", "calls in no format"])
-def test_a_template_that_offers_none_refuses_tools(template: str) -> None:
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_form_is_the_one_that_the_template_writes(form: CallFormat) -> None:
+    for template in (TEMPLATES[form], TEMPLATES[form].replace('": ', '":')):
+        found = builder(template).tools
+        assert found is not None
+        assert found.answers == form
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_template_that_offers_none_or_writes_calls_otherwise_refuses_tools(name: str) -> None:
     with pytest.raises(UserError, match="template") as refused:
-        builder(template).chat(read_messages(QUESTION).messages, (), {}, use().tools)
+        builder(REFUSED[name]).chat(read_messages(QUESTION).messages, (), {}, use().tools)
     assert (refused.value.code, refused.value.param) == ("unsupported_field", "tools")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from siglane.errors import UserError
 from siglane.server.fields import RequestModel, one_of
@@ -15,6 +15,10 @@ KINDS = ("json", "json_object", "regex", "choice", "grammar")
 MAX_CHOICES = 10_000
 MAX_CHOICE_CHARACTERS = 1024
 Schema = dict[str, Any]
+SchemaOrText = Annotated[
+    Annotated[Schema, Tag("#schema")] | Annotated[str, Tag("#text")],
+    Discriminator(lambda given: "#text" if isinstance(given, str) else "#schema"),
+]
 Choice = Annotated[str, Field(min_length=1, max_length=MAX_CHOICE_CHARACTERS)]
 
 
@@ -71,7 +75,7 @@ class StructuredOutputs(RequestModel):
 
     model_config = ConfigDict(json_schema_extra=one_of(*KINDS))
 
-    json_: Annotated[Schema | str | None, Field(alias="json")] = None
+    json_: Annotated[SchemaOrText | None, Field(alias="json")] = None
     json_object: Literal[True] | None = None
     regex: Annotated[str, Field(min_length=1)] | None = None
     choice: Annotated[list[Choice], Field(min_length=1, max_length=MAX_CHOICES)] | None = None

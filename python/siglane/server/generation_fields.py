@@ -32,6 +32,18 @@ def bounds(name: str) -> Any:
 
 
 TokenId = Annotated[int, Field(ge=0), WHOLE]
+
+
+def prompt_tag(prompt: Any) -> str:
+    """The tag of a text, several, token ids or lists of them in a union."""
+    if not isinstance(prompt, list):
+        return "#text"
+    first = prompt[0] if prompt else None
+    if isinstance(first, list):
+        return "#lists"
+    return "#ids" if isinstance(first, int | float) else "#texts"  # an integer beyond 64 bits comes as a float
+
+
 CacheSalt = Annotated[str, Field(max_length=MAX_SALT_CHARACTERS)]
 
 

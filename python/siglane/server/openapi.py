@@ -234,9 +234,7 @@ def _state_chat(schemas: Mapping[str, Any], chat: ChatModel) -> None:
     for title, names in (("CompletionRequest", ("prompt",)), ("ScoreRequest", ("query", "items", "label_token_ids"))):
         for name in names:
             _state_largest(schemas[title]["properties"][name], vocabulary - 1)
-    ids, lists = schemas["DetokenizeRequest"]["properties"]["tokens"]["anyOf"]
-    for one in (ids, lists["items"]):
-        one["items"]["maximum"] = len(chat.processor.tokenizer) - 1
+    _state_largest(schemas["DetokenizeRequest"]["properties"]["tokens"], len(chat.processor.tokenizer) - 1)
     if facts.images is not None and facts.images.video is not None:
         limits = (facts.images.video.most_frames, chat.config.max_video_frames)
         most = min(limit for limit in limits if limit is not None)

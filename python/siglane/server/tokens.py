@@ -22,7 +22,7 @@ from siglane.media.tools import read_tools
 from siglane.server.chat import lay_out_prompt
 from siglane.server.context import RequestContext
 from siglane.server.fields import WHOLE, RequestModel, TemplateKwargs, one_of
-from siglane.server.generation_fields import CacheSalt, TokenId
+from siglane.server.generation_fields import CacheSalt, TokenId, prompt_tag
 from siglane.server.protocol import Budgets, ImageUrl, Limit, Messages, plain
 from siglane.server.refused import refuse_fields
 from siglane.server.served import ChatModel
@@ -38,6 +38,14 @@ MAX_SIDE = 1 << 24
 Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_TEXTS)]
 Ids = Annotated[list[TokenId], Field(max_length=MAX_IDS)]
 IdLists = Annotated[list[Ids], Field(min_length=1, max_length=MAX_TEXTS)]
+OneOrMoreTexts = Annotated[
+    Annotated[str, Tag("#text")] | Annotated[Texts, Tag("#texts")],
+    Discriminator(lambda given: "#texts" if isinstance(given, list) else "#text"),
+]
+OneOrMoreIds = Annotated[
+    Annotated[Ids, Tag("#ids")] | Annotated[IdLists, Tag("#lists")],
+    Discriminator(lambda given: "#lists" if prompt_tag(given) == "#lists" else "#ids"),
+]
 
 
 class TokenizeRequest(RequestModel):
@@ -46,7 +54,7 @@ class TokenizeRequest(RequestModel):
     model_config = ConfigDict(json_schema_extra=one_of("prompt", "content", "messages"))
 
     model: str | None = None
-    prompt: str | Texts | None = None
+    prompt: OneOrMoreTexts | None = None
     content: str | None = None
     messages: Messages | None = None
     add_special_tokens: bool | None = None
@@ -73,7 +81,7 @@ class TokenizeRequest(RequestModel):
 
 class DetokenizeRequest(RequestModel):
     model: str | None = None
-    tokens: Ids | IdLists
+    tokens: OneOrMoreIds
     skip_special_tokens: bool | None = None
 
 

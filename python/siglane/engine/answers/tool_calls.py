@@ -150,7 +150,7 @@ class CallStream:
         cut = any(len(rest) < len(tag) and tag.startswith(rest) for tag in tags) if tags else not rest
         if end is None or (cut and not finished):
             return False
-        calls = _calls(held[:end], self._form.arguments) if cut or rest.startswith(tags) else ()
+        calls = _calls(held[:end]) if cut or rest.startswith(tags) else ()
         if not calls or any(name not in self._heads.values() for name, _ in calls):
             return self._no_call(held)
         for name, arguments in calls if self._parallel else calls[:1]:
@@ -228,15 +228,16 @@ def _known_text(text: str, opening: str) -> str:
     return text[: len(text) - tag].rstrip()
 
 
-def _calls(text: str, key: str) -> tuple[tuple[str, str], ...]:
-    """Names and arguments, as they are written, of an object or a list of them; none where one is no call. key: of the
-    arguments."""
+def _calls(text: str) -> tuple[tuple[str, str], ...]:
+    """Names and arguments, as they are written, of an object or a list of them; none where one is no call. Models mix
+    up the keys of arguments that they have seen."""
     try:
         value = read_json(text)
         values, written = (value, elements(text)) if isinstance(value, list) else ([value], [text])
         if not all(isinstance(one, dict) for one in values):
             return ()
-        calls = tuple((json.loads(one["name"]), one.get(key, "{}")) for one in map(members, written))
+        each = [members(one) for one in written]
+        calls = tuple((json.loads(one["name"]), one.get("arguments", one.get("parameters", "{}"))) for one in each)
     except (KeyError, ValueError, RecursionError):
         return ()
     return calls if all(isinstance(name, str) and given.startswith("{") for name, given in calls) else ()

@@ -9,22 +9,13 @@ from typing_extensions import TypedDict  # pydantic reads no other on Python 3.1
 
 from siglane.errors import UserError
 from siglane.server.fields import WHOLE
-from siglane.server.generation_fields import MAX_TOP_LOGPROBS, TokenId
+from siglane.server.generation_fields import MAX_TOP_LOGPROBS, TokenId, prompt_tag
 from siglane.server.protocol import GenerationRequest
 from siglane.server.replies import FinishReason, ReplyPiece, WholeReply
 
 MAX_PROMPTS = 64
 MAX_IDS = 1 << 20
 DEFAULT_TOKENS = 16  # as OpenAI's
-
-
-def prompt_tag(prompt: Any) -> str:
-    if not isinstance(prompt, list):
-        return "#text"
-    first = prompt[0] if prompt else None
-    if isinstance(first, list):
-        return "#lists"
-    return "#ids" if isinstance(first, int) else "#texts"
 
 
 Ids = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_IDS)]

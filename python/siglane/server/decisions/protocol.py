@@ -167,8 +167,14 @@ class PredicateQuestion(_Instructed):
         return Question.yes_no(self.text)
 
 
+LineOrBool = Annotated[
+    Annotated[Line, Tag("#line")] | Annotated[bool, Tag("#bool")],
+    Discriminator(lambda given: "#bool" if isinstance(given, bool) else "#line"),
+]
+
+
 class ChoiceValue(RequestModel):
-    value: Line | bool
+    value: LineOrBool
     description: str | None = None
 
     @property

@@ -13,11 +13,11 @@ from siglane.engine.sampling.labels import MOST_LABELS, Ids, label_ids
 from siglane.errors import UserError, blaming
 from siglane.server.chat import Prepared, answered, usage_reply
 from siglane.server.completions.complete import check_ids
-from siglane.server.completions.protocol import MAX_IDS, prompt_tag
+from siglane.server.completions.protocol import MAX_IDS
 from siglane.server.context import RequestContext
 from siglane.server.decisions.labels import MAX_READS, Put, check_size, decisions_of, requests_of, usage_of
 from siglane.server.fields import RequestModel, one_of
-from siglane.server.generation_fields import CacheSalt, TokenId
+from siglane.server.generation_fields import CacheSalt, TokenId, prompt_tag
 from siglane.server.refused import refuse_fields
 from siglane.server.replies import UsageReply
 from siglane.server.served import ChatModel
@@ -57,11 +57,24 @@ LabelIds = Annotated[
 ]
 
 
+_TEXTS = {"type": "array", "items": {"type": "string"}}
+ALIKE = {  # query and items are both texts or both token ids
+    "allOf": [
+        {
+            "anyOf": [
+                {"properties": {"query": {"type": "string"}, "items": {"anyOf": [{"type": "string"}, _TEXTS]}}},
+                {"properties": {"query": {"type": "array"}, "items": {"type": "array", "items": {"type": "array"}}}},
+            ]
+        }
+    ]
+}
+
+
 class ScoreRequest(RequestModel):
     """query and items are joined, each item with the query; label_token_ids: tokens, for all items or a list for each;
     labels: texts of any number of tokens instead."""
 
-    model_config = ConfigDict(json_schema_extra=one_of("label_token_ids", "labels"))
+    model_config = ConfigDict(json_schema_extra=one_of("label_token_ids", "labels") | ALIKE)
 
     model: str | None = None
     query: TextOrIds
