@@ -105,7 +105,7 @@ def test_it_stays_close(bits: Bits, least: float, tmp_path: Path) -> None:
 
 @EITHER_BITS
 def test_alone_and_beside_others(bits: Bits, tmp_path: Path) -> None:
-    """Whom an expert serves besides changes no answer: a value between two codes, or two of bfloat16, may take either."""
+    """Whom an expert serves besides changes no answer; a value between two codes, or of bfloat16, may take either."""
     write_causal_lm_checkpoint(tmp_path, "qwen3_moe", **EXPERTS)
     llm = LLM(tmp_path, device="cpu", quantization=bits, kv_tokens=2048)
     params = SamplingParams(max_tokens=12, logprobs=5, ignore_eos=True)
