@@ -1,4 +1,4 @@
-"""Every family inside the real vLLM answers as in siglane's own engine, with chunks smaller than most pictures: all
+"""Every family inside the real vLLM answers as in siglane's own engine, with chunks smaller than its pictures: all
 cases at once, streamed, then each alone, when its prompt is known already."""
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from vllm_host import Imported, vllm_server
 from siglane.families.registry import VLM_FAMILIES
 from siglane.llm import Generation
 
-CHUNK = 32  # tokens of a step; a page holds as many
+CHUNK, PAGE = 16, 32  # tokens of a step, and of what the prefix cache keeps or not
 OTHER_NAMES = {"vila": "nvila", "smolvlm2": "idefics3"}  # of two families, by a checkpoint's layout or a model
-OPTIONS = {"max_num_batched_tokens": CHUNK, "block_size": CHUNK, "enable_prompt_tokens_details": True}
+OPTIONS = {"max_num_batched_tokens": CHUNK, "block_size": PAGE, "enable_prompt_tokens_details": True}
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,11 @@ def test_siglane_serves_it(running: Running) -> None:
     assert "warmup failed" not in words
 
 
+def test_a_chunk_is_smaller_than_a_picture(running: Running) -> None:
+    (large,) = (said for name, said in zip(running.cases, running.expected, strict=True) if name == "large")
+    assert large.usage.image_tokens > CHUNK
+
+
 def test_the_answers_tell_pictures_apart(running: Running) -> None:
     check_that_answers_discriminate(running.expected)
 
@@ -82,7 +87,7 @@ def test_each_case_alone_its_prompt_known(running: Running) -> None:
     answers = [running.client.ask(case, TOKENS) for case in running.cases.values()]
     compare(running, answers)
     for answer in answers:
-        assert answer.cached >= (answer.prompt - 1) // CHUNK * CHUNK
+        assert answer.cached >= (answer.prompt - 1) // PAGE * PAGE
 
 
 def test_pictures_of_one_colour_and_of_other_shapes(running: Running) -> None:
