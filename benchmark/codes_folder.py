@@ -2,12 +2,12 @@
 
 python benchmark/codes_folder.py MODEL [--quantization 8bit] [--repeats 5] [--threads 1]
 
-MODEL (a folder, a hub id, or `random`: text-only of Qwen2.5-0.5B's shape) is written as a folder of codes; then the
-original with `--quantization` and that folder are loaded in turn, each in a process of its own whose files are in the
-page cache. Seconds are those of the weights, by the clock and of all cores together; memory is what the process holds
-of its own (RssAnon, mapped files left out) beyond what it held before, once loaded and at most meanwhile; about 20 MB
-of it are compiled loops. Weights are what layers, tables and norms hold, beside what the checkpoint's numbers are in
-float32. Prints JSON; exits with 1 when a bar is missed.
+MODEL (a folder, a hub id, `random`: text-only of Qwen2.5-0.5B's shape, or `experts`: eight layers of 32) is written as
+a folder of codes; then the original with `--quantization` and that folder are loaded in turn, each in a process of its
+own whose files are in the page cache. Seconds are those of the weights, by the clock and of all cores together; memory
+is what the process holds of its own (RssAnon, mapped files left out) beyond what it held before, once loaded and at
+most meanwhile; about 20 MB of it are compiled loops. Weights are what layers, tables and norms hold, beside what the
+checkpoint's numbers are in float32. Prints JSON; exits with 1 when a bar is missed.
 """
 
 from __future__ import annotations
@@ -129,11 +129,12 @@ def main() -> int:
     bits = asked.quantization or "8bit"
     with tempfile.TemporaryDirectory() as place:
         model = asked.model
-        if model == "random":
+        if model in ("random", "experts"):
             from random_decoder import Shape, write_random
 
+            shape = Shape() if model == "random" else Shape(8, 1024, 512, 16, 4, vocab=16_384, experts=32)
             model = f"{place}/original"
-            write_random(Path(model), Shape())
+            write_random(Path(model), shape)
         folder = f"{place}/codes"
         begin = time.perf_counter()
         words = [sys.executable, "-m", "siglane.cli.main", "quantize", model, "-o", folder, "--quantization", bits]

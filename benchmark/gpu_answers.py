@@ -61,6 +61,9 @@ def answers(place: Place) -> None:
         together = answers_of(recorded, hot)
         alone = [answers_of(recorded, [one])[one.request_id] == together[one.request_id] for one in hot]
         say(what="seeds alone and beside others", equal=sum(alone), of=len(alone))
+    if not place.small:
+        with part("batch_invariant"):
+            invariant(place)
     with part("preemption"):  # pages for two of the six: the others are put off and begin anew
         found = answers_of(engine_of(half, 2, 32), MANY)
         say(what="answers after preemption", equal=sum(found[one] == expected[one] for one in found), of=len(found))
@@ -71,6 +74,19 @@ def answers(place: Place) -> None:
     if not place.small:
         with part("capture"):
             cost_of_graphs(recorded)
+
+
+def invariant(place: Place) -> None:
+    """Seeded answers beside others against those alone, behind a cached prefix, and put off and begun anew."""
+    model = tuned(random_model(TINY, place), batch_invariant=True)
+    hot = [request(number, 20 + 9 * number, ANSWER, TINY.vocab_size, temperature=1.0) for number in range(6)]
+    engine = engine_of(model, 8, 128, batch_invariant=True)
+    together = answers_of(engine, hot)
+    alone = {one.request_id: answers_of(engine_of(model, 1, 128, True), [one])[one.request_id] for one in hot}
+    again, squeezed = answers_of(engine, hot), answers_of(engine_of(model, 2, 32, True), hot)
+    for name, found in (("alone", alone), ("behind a prefix", again), ("after preemption", squeezed)):
+        equal = sum(found[one] == together[one] for one in together)
+        goal(f"batch_invariant, answers {name} as beside others", equal, "6", equal == 6)
 
 
 def poison(engine: Engine, expected: dict[str, list[int]]) -> None:

@@ -75,15 +75,15 @@ def random_model(language: LanguageConfig, place: Place, images: ImageFacts | No
     return model
 
 
-def tuned(model: VisionLanguageModel) -> VisionLanguageModel:
+def tuned(model: VisionLanguageModel, batch_invariant: bool = False) -> VisionLanguageModel:
     optimise(model)
-    optimise_on_cuda(model.language)
+    optimise_on_cuda(model.language, batch_invariant)
     return model
 
 
-def engine_of(model: VisionLanguageModel, rows: int, length: int, paged_backend: str = "auto") -> Engine:
-    device = str(model.language.norm.weight.device)
-    config = EngineConfig(device=device, kv_tokens=rows * (length + 64), max_running=rows, paged_backend=paged_backend)
+def engine_of(model: VisionLanguageModel, rows: int, length: int, batch_invariant: bool = False) -> Engine:
+    device, tokens = str(model.language.norm.weight.device), rows * (length + 64)
+    config = EngineConfig(device=device, kv_tokens=tokens, max_running=rows, batch_invariant=batch_invariant)
     return Engine(model, config, ())
 
 

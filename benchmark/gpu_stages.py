@@ -12,11 +12,13 @@ import logging
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
 from gpu_answers import answers, engine
 from gpu_models import QWEN_1_5B, QWEN_7B, SO400M, TINY, TINY_TOWER, engine_of, random_model, request, tuned
@@ -24,13 +26,16 @@ from gpu_place import Place, goal, part, say, share
 from step import BASE
 
 from siglane.config.language import LanguageConfig
+from siglane.engine.attention.by_rows import PREFILLS_ALIKE
 from siglane.engine.attention.cuda import PREFILLS, STEPS
 from siglane.engine.attention.trial import Shape, decoded, prefilled, stored
 from siglane.engine.batch import NextToken, StepBatch
+from siglane.engine.constraints.constraint import Constrained, Words, mask_words
 from siglane.engine.engine import Engine
-from siglane.engine.sampling.cuda import DeviceSampler, best_in_torch, tried_best
+from siglane.engine.sampling.cuda import DeviceSampler, best_in_torch, keep_in_torch, tried_choices
 from siglane.nn.act import SwiGLU
 from siglane.nn.attention import runnable_backends, tried_backend
+from siglane.nn.cuda.invariant import try_fixed_product
 from siglane.nn.cuda.low_bits import low_bit_linear, product_in_torch
 from siglane.nn.cuda.optimise import KERNELS, use_kernels
 from siglane.nn.experts import Mixing, Routing
@@ -45,6 +50,7 @@ SAMPLED = {
     "greedy": SamplingParams(),
     "hot": SamplingParams(temperature=1.0),
     "top-p": SamplingParams(temperature=1.0, top_p=0.9),
+    "under a grammar": SamplingParams(),
 }
 
 
@@ -77,16 +83,23 @@ def kernels(place: Place) -> None:
                 broken += [] if backend == backends[0] else [f"tower, {head_dim}: {backends[0]}"]
         with part(f"small operations in {dtype}"):
             broken += small_operations(place._replace(dtype=dtype))
+        if not place.small:
+            with part(f"products of batch_invariant in {dtype}"):
+                try_fixed_product(dtype, place.device)
         for bits in (8, 4):
             with part(f"{bits} bits in {dtype}"):
                 quick = low_bit_linear(bits, place.device, dtype).args[1] is not product_in_torch
                 name = f"products with weights of {bits} bits"
                 say(kernel=name, dtype=str(dtype), taken="Triton" if quick else "torch")
                 broken += [] if quick else [f"{name} in {dtype}"]
-    with part("noise"):
-        quick = tried_best(place.device, BASE.vocab_size) is not best_in_torch
-        say(kernel="noise over a vocabulary", taken="Triton" if quick else "torch")
-        broken += [] if quick else ["noise over a vocabulary"]
+    with part("choices"):
+        taken = tried_choices(place.device, BASE.vocab_size)
+        for name, quick in (
+            ("noise over a vocabulary", taken.best is not best_in_torch),
+            ("masks of grammars", taken.keep is not keep_in_torch),
+        ):
+            say(kernel=name, taken="Triton" if quick else "torch")
+            broken += [] if quick else [name]
     if not place.small:  # on a CPU none of them runs
         goal("kernels that are meant are right", broken[:3] or "all", "all", not broken)
 
@@ -96,6 +109,7 @@ def attention(shape: Shape) -> list[str]:
     broken = []
     for name, candidates, trial in (
         ("store", STEPS, stored), ("decode", STEPS, decoded), ("prefill", PREFILLS, prefilled),
+        ("prefill of batch_invariant", PREFILLS_ALIKE, prefilled),
     ):  # fmt: skip
         run, expected = trial(shape)
         faults = {kernel: fault(partial(run, made), expected) for kernel, made in candidates.items()}
@@ -196,14 +210,25 @@ def decode_shape(place: Place, name: str, language: LanguageConfig, goals: dict[
         del engine
 
 
+class Half(Constrained):
+    """A grammar's place where every other token may come."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._words = np.full(mask_words(vocab_size), 0x5555555555555555)
+
+    def mask(self, guesses: Sequence[int] = ()) -> Words | None:
+        return self._words
+
+
 def sampler(place: Place, engine: Engine, logits: torch.Tensor) -> None:
     """From logits to what the host has read, for every kind of request."""
     chunks = engine.scheduler.plan().chunks
-    choose = DeviceSampler(len(logits), place.device, tried_best(place.device, logits.shape[1]))
+    choose = DeviceSampler(len(logits), place.device, tried_choices(place.device, logits.shape[1]))
     for kind, sampling in SAMPLED.items():
         rows = list[NextToken]()
         for token in (token for chunk in chunks for token in chunk.next_tokens):
-            rows.append(token._replace(request=replace(token.request, sampling=sampling)))
+            held = Half(logits.shape[1]) if kind == "under a grammar" else None
+            rows.append(token._replace(request=replace(token.request, sampling=sampling), constrained=held))
         call = torch.inference_mode()(lambda rows=rows: choose(logits, rows, frozenset())())
         found = place.milliseconds(call)
         if place.small:

@@ -16,7 +16,7 @@ from recipes.demo.tokenizer import CHAT_TEMPLATE
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a random Qwen2 with tied embeddings."""
+    """Of a random Qwen2 with tied embeddings; with experts, each of `intermediate` columns, a Qwen3-MoE."""
 
     layers: int = 24
     hidden: int = 896
@@ -24,8 +24,18 @@ class Shape:
     heads: int = 14
     kv_heads: int = 2
     vocab: int = 151_936
+    experts: int = 0
 
     def config(self) -> dict[str, Any]:
+        sparse = {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "head_dim": self.hidden // self.heads,
+            "num_experts": self.experts,
+            "num_experts_per_tok": min(8, self.experts),
+            "moe_intermediate_size": self.intermediate,
+            "norm_topk_prob": True,
+        }
         return {
             "architectures": ["Qwen2ForCausalLM"],
             "model_type": "qwen2",
@@ -43,6 +53,7 @@ class Shape:
             "torch_dtype": "bfloat16",
             "bos_token_id": self.vocab - 4,
             "eos_token_id": self.vocab - 2,
+            **(sparse if self.experts else {}),
         }
 
 
@@ -60,15 +71,18 @@ def write_random(folder: Path, shape: Shape) -> None:
         "self_attn.k_proj": (kv_width, width),
         "self_attn.v_proj": (kv_width, width),
         "self_attn.o_proj": (width, width),
-        "mlp.gate_proj": (shape.intermediate, width),
-        "mlp.up_proj": (shape.intermediate, width),
-        "mlp.down_proj": (width, shape.intermediate),
+        **({"mlp.gate": (shape.experts, width)} if shape.experts else {}),
     }
+    for mlp in [f"mlp.experts.{number}" for number in range(shape.experts)] or ["mlp"]:
+        sizes |= {f"{mlp}.{name}_proj": (shape.intermediate, width) for name in ("gate", "up")}
+        sizes[f"{mlp}.down_proj"] = (width, shape.intermediate)
     for layer in range(shape.layers):
         prefix = f"model.layers.{layer}."
         tensors |= {f"{prefix}{name}.weight": matrix(*size) for name, size in sizes.items()}
-        for name in ("q", "k", "v"):
+        for name in ("q", "k", "v") if not shape.experts else ():
             tensors[f"{prefix}self_attn.{name}_proj.bias"] = torch.zeros(sizes[f"self_attn.{name}_proj"][0])
+        for name in ("q_norm", "k_norm") if shape.experts else ():
+            tensors[f"{prefix}self_attn.{name}.weight"] = torch.ones(width // shape.heads)
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{prefix}{name}.weight"] = torch.ones(width)
     folder.mkdir(parents=True)

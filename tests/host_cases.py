@@ -78,16 +78,6 @@ class VideoSize:
         return f"data:image/gif;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-LEFT_BY_A_PROCESSOR = {
-    "processor_class": "LlavaOnevisionProcessor",
-    "image_processor_type": "LlavaOnevisionImageProcessor",
-    "feature_extractor_type": "SiglipFeatureExtractor",
-    "auto_map": {
-        "AutoProcessor": "processing_other.OtherProcessor",
-        "AutoTokenizer": ["tokenization_other.Other", None],
-    },
-}
-
 Case = tuple[str | Picture | Drawn | VideoSize, ...]
 
 
@@ -101,6 +91,23 @@ class Family:
     large_seed: int
     larger: Mapping[str, float] = field(default_factory=lambda: QWEN)
     video: bool = True
+
+
+# as in published folders: classes that a host would look for, some of which only their authors' code has
+CLASSES_NAMED = {
+    "config.json": {"auto_map": {"AutoConfig": "configuration_other.OtherConfig"}},
+    "processor_config.json": {
+        "processor_class": "OtherProcessor", "auto_map": {"AutoProcessor": "processing_other.OtherProcessor"},
+    },
+    "preprocessor_config.json": {"processor_class": "OtherProcessor"},
+    "tokenizer_config.json": {
+        "processor_class": "LlavaOnevisionProcessor", "image_processor_type": "LlavaOnevisionImageProcessor",
+        "feature_extractor_type": "SiglipFeatureExtractor",
+        "auto_map": {
+            "AutoProcessor": "processing_other.OtherProcessor", "AutoTokenizer": ["tokenization_other.Other", None],
+        },
+    },
+}  # fmt: skip
 
 
 FAMILIES = {
@@ -133,6 +140,13 @@ FAMILIES = {
     "bee": Family(
         lambda folder, seed: write_relative(folder, "bee", seed=seed),
         seeds=(0, 1),
+        large_seed=1,
+        larger={"embed_tokens": 4.0, "layers.0.self_attn.q_norm": 3.0, "lm_head": 4.0},
+        video=False,
+    ),
+    "r_4b": Family(
+        lambda folder, seed: write_relative(folder, "r_4b", tied=False, seed=seed),
+        seeds=(5, 6),
         large_seed=1,
         larger={"embed_tokens": 4.0, "layers.0.self_attn.q_norm": 3.0, "lm_head": 4.0},
         video=False,
@@ -199,8 +213,11 @@ def write_checkpoint(name: str, folder: Path, seed: int | None = None) -> None:
     folder.mkdir(parents=True)
     family.write(folder, family.seeds[0] if seed is None else seed)
     enlarge(folder, family.larger)
-    for file in folder.rglob("tokenizer_config.json"):  # as in public folders, whose processors SGLang would look for
-        file.write_text(json.dumps(json.loads(file.read_text()) | LEFT_BY_A_PROCESSOR))
+    if not (processor := folder / "processor_config.json").exists():
+        processor.write_text("{}")
+    for name, stated in CLASSES_NAMED.items():
+        for file in folder.rglob(name):
+            file.write_text(json.dumps(json.loads(file.read_text()) | stated))
 
 
 def enlarge(folder: Path, larger: Mapping[str, float]) -> None:

@@ -9,35 +9,56 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 TAIL_CHARACTERS = 4000
 
 
 class HostError(RuntimeError):
-    """A host did not start, died or did not answer in time; the message ends with what it wrote last."""
+    """A host did not start, died or did not answer in time. words: all that it wrote; the message ends with the last of
+    them."""
+
+    def __init__(self, message: str, words: str = "") -> None:
+        super().__init__(f"{message}; its last words:\n{words[-TAIL_CHARACTERS:]}" if words else message)
+        self.words = words
+
+
+class Process(Protocol):
+    """What is asked of a `subprocess.Popen`, and of a fork that another process made."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self) -> int: ...
+
+
+P = TypeVar("P", bound=Process)
 
 
 @dataclass(frozen=True, slots=True)
 class RunningServer:
     """A host's server. base_url ends without a slash and without /v1. start_seconds: until /health said yes."""
 
-    process: subprocess.Popen[bytes]
+    process: Process
     base_url: str
     log: Path
     start_seconds: float
 
 
 @contextmanager
-def serving(command: Sequence[str], env: Mapping[str, str], port: int, start_seconds: float) -> Iterator[RunningServer]:
-    """A server on this machine, once it is healthy."""
+def serving(
+    session: AbstractContextManager[tuple[Process, Path]], port: int, start_seconds: float
+) -> Iterator[RunningServer]:
+    """A server on this machine, once it is healthy. session: its processes, as `process_group` starts them."""
     base_url, started = f"http://127.0.0.1:{port}", time.monotonic()
-    with process_group(command, env) as (process, log):
+    with session as (process, log):
         while not healthy(base_url):
             watch(process, log, started + start_seconds)
             time.sleep(0.5)
@@ -48,15 +69,26 @@ def serving(command: Sequence[str], env: Mapping[str, str], port: int, start_sec
 def process_group(
     command: Sequence[str], env: Mapping[str, str], pass_fds: tuple[int, ...] = ()
 ) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """A host's command in a session of its own, with a temporary folder of its own, and the file it writes to; leaving
-    kills every process in the session and removes the folder."""
-    with tempfile.TemporaryDirectory(prefix="host-", ignore_cleanup_errors=True) as folder:
-        log = Path(folder) / "log.txt"
+    """A host's command in a session of its own, as `in_session` has it."""
+
+    def start(env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
         with log.open("wb") as output:
-            process = subprocess.Popen(
-                command, env={**env, "TMPDIR": folder}, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            return subprocess.Popen(
+                command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                 pass_fds=pass_fds, start_new_session=True,
             )  # fmt: skip
+
+    with in_session(start, env) as found:
+        yield found
+
+
+@contextmanager
+def in_session(start: Callable[[Mapping[str, str], Path], P], env: Mapping[str, str]) -> Iterator[tuple[P, Path]]:
+    """What `start` starts in a session of its own, with an environment whose temporary folder is its own, and the file
+    it writes to; leaving kills every process in the session and removes the folder."""
+    with tempfile.TemporaryDirectory(prefix="host-", ignore_cleanup_errors=True) as folder:
+        log = Path(folder) / "log.txt"
+        process = start({**env, "TMPDIR": folder}, log)
         try:
             yield process, log
         finally:
@@ -65,26 +97,26 @@ def process_group(
             process.wait()
 
 
-def receive(process: subprocess.Popen[bytes], pipe: Connection, log: Path, seconds: float) -> Any:
+def receive(process: Process, pipe: Connection, log: Path, seconds: float) -> Any:
     deadline = time.monotonic() + seconds
     while not pipe.poll(0.5):
         watch(process, log, deadline)
     try:
         return pipe.recv()
     except EOFError:
-        raise HostError(f"the host closed its pipe; its last words:\n{tail(log)}") from None
+        raise HostError("the host closed its pipe", words_of(log)) from None
 
 
-def watch(process: subprocess.Popen[bytes], log: Path, deadline: float) -> None:
+def watch(process: Process, log: Path, deadline: float) -> None:
     """Raises HostError once the process has ended or the time is over."""
-    if process.poll() is not None:
-        raise HostError(f"the host ended with code {process.returncode}; its last words:\n{tail(log)}")
+    if (code := process.poll()) is not None:
+        raise HostError(f"the host ended with code {code}", words_of(log))
     if time.monotonic() > deadline:
-        raise HostError(f"the host did not answer in time; its last words:\n{tail(log)}")
+        raise HostError("the host did not answer in time", words_of(log))
 
 
-def tail(log: Path) -> str:
-    return log.read_text(errors="replace")[-TAIL_CHARACTERS:]
+def words_of(log: Path) -> str:
+    return log.read_text(errors="replace")
 
 
 def healthy(base_url: str) -> bool:

@@ -24,27 +24,30 @@ from llava_onevision_checkpoint import write_llava_onevision_checkpoint
 from llava_qwen_checkpoint import write_llava_qwen_checkpoint
 from nanovlm_checkpoint import write_nanovlm_checkpoint
 from ovis2_5_checkpoint import write_ovis2_5_checkpoint
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from siglane.engine import words
+from siglane.engine.attention.by_rows import RowKernels
 from siglane.engine.attention.cuda import TriedKernels, TritonKernels, VarlenKernels
 from siglane.engine.batch import Chunk, Sequence, StepBatch
 from siglane.engine.cache import kv as kv_module
 from siglane.engine.cache.kv import PagedKV
+from siglane.engine.constraints.constraint import mask_words
 from siglane.engine.device import Device, finite
 from siglane.engine.edits import Tally
 from siglane.engine.limits import StepLimits
-from siglane.engine.sampling.cuda import DeviceSampler
+from siglane.engine.sampling.cuda import ChoiceKernels, DeviceSampler
 from siglane.families.model import VisionLanguageModel
 from siglane.families.processor import Processor, load_processor
 from siglane.nn import attention, rope
+from siglane.nn.cuda.invariant import make_invariant
 from siglane.nn.cuda.low_bits import LowBitLinear
 from siglane.nn.cuda.ops import OPS
 from siglane.nn.cuda.optimise import KERNELS
 from siglane.nn.quantise import LAYERS, quantised
-from siglane.types import DecodedImage, ImagePart, ImagePatches, Message, Prompt, Request, SamplingParams
+from siglane.types import DecodedImage, ImagePart, ImagePatches, Message, Prompt, Read, Request, SamplingParams
 from siglane.weights.hub import open_checkpoint
 
 pytestmark = [
@@ -65,6 +68,7 @@ FAMILIES: dict[str, Callable[[Path], object]] = {
     "causal_lm": write_causal_lm_checkpoint,
     "llama": partial(write_causal_lm_checkpoint, kind="llama"),
     "qwen3": partial(write_causal_lm_checkpoint, kind="qwen3"),
+    "qwen3_moe": partial(write_causal_lm_checkpoint, kind="qwen3_moe"),
 }
 
 
@@ -135,9 +139,11 @@ class Rig:
         """Everything of a step but its result."""
         with Lists() as lists:
             plan = self.device.plan(StepBatch(chunks))
-            with self.mode, torch.inference_mode(), Seen() as seen:
-                logits = self.device.forward(plan).logits
-        assert lists.count == 0
+            try:
+                with self.mode, torch.inference_mode(), Seen() as seen:
+                    logits = self.device.forward(plan).logits
+            finally:
+                assert lists.count == 0
         return logits, seen
 
 
@@ -167,7 +173,7 @@ def build(folder: Path, write: Callable[[Path], object], records: bool = False) 
             module.__class__ = KERNELS.get(type(module), type(module))
         kv = PagedKV(language.config, language.kv_heads, pages=400, page_size=PAGE, dtype=torch.bfloat16, device=CUDA)
         kernels = TriedKernels(TritonKernels(kv), TritonKernels(kv), VarlenKernels(kv, grouped=False))
-        choose = DeviceSampler(64, CUDA, OPS.best_token)
+        choose = DeviceSampler(64, CUDA, ChoiceKernels(OPS.best_token, OPS.mask_scores))
         device = Device(model, kv, kernels, limits, buckets=(1, 2, 4, 8) if records else (), choose=choose)
     return Rig(mode, processor, device)
 
@@ -245,22 +251,37 @@ SAMPLING = (
 )
 
 
+class Held:
+    """Stands for a place in a grammar."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.words = np.full(mask_words(vocab_size), 5)
+
+    def mask(self, guesses: tuple[int, ...]) -> Any:
+        return self.words
+
+
 def test_choices_copy_their_numbers_and_wait_for_nothing(tmp_path: Path) -> None:
-    """Two copies to the device in a whole step, its own and the sampler's; the result is one tensor there."""
+    """Two copies to the device in a whole step, its own and the sampler's, masks of grammars in it; the result is one
+    tensor there."""
     rig = build(tmp_path / "nvila", write_nvila_checkpoint, records=True)
     chunks = rig.decoding(len(SAMPLING))
     for chunk, sampling in zip(chunks, SAMPLING, strict=True):
         chunk.sequence.request = replace(chunk.sequence.request, sampling=sampling)
         chunk.sequence.tally = Tally.wanted(sampling, chunk.sequence.token_ids)
+    for chunk in chunks[1:]:
+        chunk.sequence.constrained = Held(rig.processor.config.language.vocab_size)  # type: ignore[assignment]
     with Lists() as lists:
         plan = rig.device.plan(StepBatch(tuple(chunks)))
         with rig.mode, torch.inference_mode(), Seen() as seen:
             pending = rig.device(plan)
     assert lists.count == 0
     assert seen.copies == ["aten.copy_.default"] * 2
+    assert seen.operations["siglane.mask_scores.default"] == 1
     assert pending.counts == [1] * len(SAMPLING)
     assert isinstance(pending.choices, partial)
-    packed = pending.choices.args[0]
+    packed, numbers = pending.choices.args[:2]
+    assert numbers.host == []
     assert (packed.device, packed.dtype) == (CUDA, torch.int32)
     assert packed.shape == (2 * len(SAMPLING) + 2 * (3 + 4),)  # two are reported, three likeliest of each
 
@@ -300,3 +321,34 @@ def test_weights_of_fewer_bits_are_no_more_operations(bits: int, tmp_path: Path)
     reading.features, reading.computed = dict(enumerate(rows)), 0
     logits, _ = rig.run(*rig.decoding(2), Chunk(reading, 0, len(reading.token_ids)))
     assert logits.shape == (3, rig.processor.config.language.vocab_size)
+
+
+LIBRARY = ("mm", "bmm", "addmm", "linear", "convolution", "attention", "mean", "softmax")  # of operations' names
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "qwen3"])
+def test_what_goes_by_the_number_of_rows_is_no_part_of_an_invariant_step(kind: Kind, tmp_path: Path) -> None:
+    """Every product, norm and attention of steps that decode, read a prompt or do both is the package's own."""
+    rig = build(tmp_path / kind, partial(write_causal_lm_checkpoint, kind=kind), records=True)
+    device = rig.device
+    with rig.mode, torch.no_grad():
+        make_invariant(device.model.language)
+    device.kernels = RowKernels(TritonKernels(device.kv))
+    reading = [rig.sequence(6, 300), rig.sequence(7, 50)]
+    chunks = Chunk(reading[0], 0, 300), Chunk(reading[1], 20, 50)
+    for step in (rig.decoding(3), chunks, [*rig.decoding(2), *chunks]):
+        logits, seen = rig.run(*step)
+        assert logits.shape[0] == len(step)
+        assert seen.copies == ["aten.copy_.default"]
+        found = [name for name in seen.operations if any(part in name for part in LIBRARY)]
+        assert found == []
+        assert seen.operations["siglane.paged_decode.default"] > 0
+
+
+def test_rows_that_a_request_wants_read_are_no_list_of_the_devices(tmp_path: Path) -> None:
+    """Read back they are, which no fake can: it raises there, behind everything else."""
+    rig = build(tmp_path / "nvila", write_nvila_checkpoint)
+    sequence = rig.sequence(6, 40)
+    sequence.request = replace(sequence.request, reads=(Read(30, (1, 2)), Read(39, (3,))))
+    with pytest.raises(DataDependentOutputException):
+        rig.run(Chunk(sequence, 0, 40))

@@ -16,14 +16,12 @@ from safetensors.torch import load_file, save_file
 from test_visual_vocabulary import Ranks
 from transformers import Qwen3MoeConfig
 
-from siglane.cli.main import main
 from siglane.config.language import ExpertsConfig, LanguageConfig
 from siglane.config.reader import ConfigReader
-from siglane.errors import ConfigError, UserError, WeightError
+from siglane.errors import ConfigError, WeightError
 from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import load_processor
 from siglane.hosts.config import text_config
-from siglane.llm import LLM
 from siglane.lm.experts import SparseMLP, experts_rules
 from siglane.lm.qwen import DecoderMLP, QwenModel, qwen_plan
 from siglane.nn.cpu.product import linear
@@ -212,18 +210,6 @@ class TestFiles:
         (tmp_path / "config.json").write_text(json.dumps(raw | {"num_experts": 4}))
         with pytest.raises(WeightError, match=r"has no parameter to fill|has shape"):
             load(tmp_path)
-
-
-@pytest.mark.parametrize("bits", ["8bit", "4bit"])
-def test_fewer_bits_are_refused_by_name(tmp_path: Path, bits: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    write_causal_lm_checkpoint(tmp_path / "model", "qwen3_moe", **EXPERTS)
-    with pytest.raises(UserError, match="a mixture of experts has no form of fewer bits") as caught:
-        LLM(tmp_path / "model", device="cpu", quantization=bits)
-    assert (caught.value.code, caught.value.param) == ("unsupported_quantization", "quantization")
-    words = ["quantize", str(tmp_path / "model"), "-o", str(tmp_path / "small"), "--quantization", bits]
-    assert main(words) == 2
-    assert "a mixture of experts" in capsys.readouterr().err
-    assert not (tmp_path / "small").exists()
 
 
 def test_a_host_builds_the_same_model(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ovis2_5_checkpoint import write_ovis2_6_checkpoint
 from safetensors.torch import load_file, save_file
 
 from siglane.cli.main import main
@@ -38,6 +39,18 @@ def test_the_shipped_models(model: str, bits: Bits) -> None:
     assert coded.min_cosine is not None
     assert coded.min_cosine < 1 - 1e-6, "it was not quantised"
     assert f"thresholds of its kind for {bits}" in verdict(report)
+
+
+@EITHER_BITS
+def test_experts(bits: Bits, tmp_path: Path) -> None:
+    write_ovis2_6_checkpoint(tmp_path, moe=True)
+    report = verify(tmp_path, random=3, steps=4, quantization=bits)
+    assert report.ok, [one for one in report.comparisons if not one.ok]
+    coded = [one for one in report.comparisons if one.stage.startswith("lm.block.")]
+    assert len(coded) > 1
+    for one in coded:
+        assert one.min_cosine is not None
+        assert one.min_cosine < 1 - 1e-6, "it was not quantised"
 
 
 def test_every_stage_has_its_bars() -> None:

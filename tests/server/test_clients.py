@@ -222,7 +222,8 @@ def saying(*events: bytes, status: int = 200) -> Iterator[str]:
             pass
 
     with ThreadingHTTPServer((HOST, 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        looks_every = 0.01  # seconds, whether it is to end
+        threading.Thread(target=server.serve_forever, args=(looks_every,), daemon=True).start()
         yield f"http://{HOST}:{server.server_port}"
         server.shutdown()
 

@@ -495,7 +495,9 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load_tagger(str(folder), CPU)
 
 
-@pytest.mark.parametrize(("clients", "each"), [(1, 256), (16, 256), (16, 1), (31, 40)])
+@pytest.mark.parametrize(
+    ("clients", "each"), [(1, 256), pytest.param(16, 256, marks=pytest.mark.slow), (16, 1), (31, 40)]
+)
 def test_one_word_waits_for_at_most_two_forwards(
     towers: Any, clients: int, each: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,7 +139,8 @@ class Collector(HTTPServer):
     def __init__(self) -> None:
         super().__init__((HOST, 0), self._handler())
         self.bodies: list[bytes] = []
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        looks_every = 0.01  # seconds, whether it is to end
+        threading.Thread(target=self.serve_forever, args=(looks_every,), daemon=True).start()
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         collector = self

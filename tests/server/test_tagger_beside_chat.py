@@ -150,7 +150,13 @@ def vectors_of(two_tower: TwoTowerModel) -> torch.Tensor:
     return two_tower.embed_texts(torch.randint(0, 40, (3, 64), generator=generator))
 
 
-@pytest.mark.parametrize("few", ["both", "the chat model's folder", "the tagger's folder"])
+@pytest.mark.parametrize(
+    "few",
+    [
+        "the chat model's folder",
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("both", "the tagger's folder")),
+    ],
+)
 def test_fewer_bits_are_not_shared(folders: Folders, few: str, tmp_path: Path) -> None:
     """Each is what it is alone; of a folder of codes and one of floats, each keeps its bits."""
     config, chat, tagger = (

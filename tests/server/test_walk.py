@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from types import FrameType
@@ -56,10 +57,12 @@ class Walk:
         self.url = data_url(self.image)
 
     def __call__(self, frame: FrameType, event: str, argument: object) -> None:
-        file = file_of(frame)
-        if event != "call" or file is None or self.over or id(frame) in self._seen:
+        if event != "call" or self.over:
             return
         code = frame.f_code
+        file = file_of(code.co_filename)
+        if file is None or id(frame) in self._seen:
+            return
         count = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & 4) + bool(code.co_flags & 8)
         arguments = {name: frame.f_locals.get(name) for name in code.co_varnames[:count]}
         if any(self.holds(value) for value in arguments.values()):
@@ -83,8 +86,10 @@ class Walk:
         return isinstance(value, FORMS)
 
 
-def file_of(frame: FrameType) -> str | None:
-    path = Path(frame.f_code.co_filename)
+@cache
+def file_of(filename: str) -> str | None:
+    """Of the package. Asked at every call of every thread."""
+    path = Path(filename)
     return path.relative_to(PACKAGE).as_posix() if path.is_relative_to(PACKAGE) else None
 
 
@@ -92,7 +97,7 @@ def caller_of(frame: FrameType) -> str:
     """The nearest file of the package below on this thread's stack; of a thread's first call there is none."""
     above = frame.f_back
     while above is not None:
-        if (file := file_of(above)) is not None:
+        if (file := file_of(above.f_code.co_filename)) is not None:
             return file
         above = above.f_back
     return ""

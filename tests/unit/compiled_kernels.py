@@ -14,6 +14,8 @@ from triton.compiler import ASTSource
 from siglane.nn.cuda import best_token as choosing
 from siglane.nn.cuda import coded_product as coded
 from siglane.nn.cuda import experts as mixing
+from siglane.nn.cuda import fixed_product as fixed
+from siglane.nn.cuda import mask as masking
 from siglane.nn.cuda import paged_decode as decode
 from siglane.nn.cuda import pointwise
 
@@ -49,6 +51,8 @@ def sources(dtype: str, head_dim: int) -> Iterator[tuple[Any, dict[str, str], di
     chosen = {"scores": "*fp32", "peaks": "*fp32", "temperatures": "*fp32", "keys": "*i64"}
     chosen |= {"values": "*fp32", "token_ids": "*i64", "size": "i32"}
     yield choosing.best_of_block, chosen, {"BLOCK": choosing.BLOCK}
+    masked = {"scores": "*fp32", "masks": "*i32", "rows": "*i64", "size": "i32", "words": "i32"}
+    yield masking.mask_block, masked, {"BLOCK": masking.BLOCK}
     routed = {"logits": rows, "weights": rows, "chosen": "*i64", "experts": "i32"}
     yield mixing.route_token, routed, {"TOP": 8, "NORMALISED": True, "BLOCK": 128, "SLOTS": 8}
     mixed = {"x": rows, "weight": rows, "chosen": "*i64", "scales": rows, "out": rows, "pairs": "i32", "columns": "i32"}
@@ -59,6 +63,12 @@ def sources(dtype: str, head_dim: int) -> Iterator[tuple[Any, dict[str, str], di
         product |= {"out": rows, "rows": "i32", "columns": "i32", "stride": stride}
         shape = {"K": 1536, "BLOCK_M": block_m, "BLOCK_N": block_n, "GROUP": coded.GROUP}
         yield coded.multiply_codes, product, shape | {"FOUR": four, "BIASED": True}
+    placed = {"x": rows, "weight": rows, "order": "*i64", "starts": "*i64", "scales": rows, "out": rows}
+    ordered = {"K": 768, "SHARED": 8, "SCALED": True, "COUNT": 128, "EXPERTS": 128}
+    yield mixing.sorted_product, placed | {"columns": "i32"}, blocks | ordered | {"ROWS": mixing.MANY_ROWS}
+    plain = {"x": rows, "weight": rows, "bias": rows, "out": rows, "rows": "i32", "columns": "i32", "stride": stride}
+    tiles = {"BLOCK_M": fixed.BLOCK_M, "BLOCK_N": fixed.BLOCK_N, "BLOCK_K": fixed.BLOCK_K}
+    yield fixed.multiply_fixed, plain, tiles | {"K": 1536, "BIASED": True}
     yield mixing.expert_product, mixed, blocks | {"K": 768, "SHARED": 1, "SCALED": True, "PAIRS": 512}
 
 

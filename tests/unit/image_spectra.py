@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 from PIL import Image
 
 
+@cache  # a megapixel takes a quarter of a second
 def photograph(width: int, height: int, *, exponent: float = 1.0, seed: int = 0) -> Image.Image:
     """Noise whose amplitudes fall with their frequency to the power of `exponent`, as those of photographs do (Field
     1987: 1 on average, less detail above it); brightness varies most, colours less."""

@@ -227,6 +227,7 @@ def test_a_taken_port_is_a_mistake_reported_at_once(model: str) -> None:
     assert answer.stderr.count("\n") == 1
 
 
+@pytest.mark.slow  # processes are started
 def test_a_process_of_its_own_ends_with_the_same_codes(model: str, pictures: list[str]) -> None:
     answer = run("tokens", model, *pictures, "--json")
     assert answer.returncode == 0

@@ -856,6 +856,19 @@ class TestSizes:
         with pytest.raises(UserError, match="'cuda:2' was asked for, torch finds 2"):
             placement(EngineConfig(device="cuda:2"))
 
+    def test_batch_invariant_is_refused_by_name_where_it_cannot_be_promised(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with pytest.raises(UserError, match="batch_invariant is promised on CUDA only"):
+            placement(EngineConfig(device="cpu", batch_invariant=True))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        assert placement(EngineConfig(batch_invariant=True, dtype="float32"))[0].type == "cuda"
+        for others in ({"quantization": "8bit"}, {"paged_backend": "torch"}, {"attention_backend": "eager"}):
+            (name,) = others
+            with pytest.raises(UserError, match=f"batch_invariant cannot be promised with {name} '{others[name]}'"):
+                EngineConfig(batch_invariant=True, **others)  # type: ignore[arg-type]
+
     @pytest.mark.parametrize("device", ["mps", "meta", "gpu", "cuda:x"])
     def test_a_device_the_engine_cannot_use_is_refused_by_name(self, device: str) -> None:
         with pytest.raises(UserError, match=device):

@@ -97,6 +97,9 @@ def test_a_small_models_cache_is_no_larger_than_what_can_run() -> None:
     two = EngineConfig(max_running=2)
     tokens = 2 * small.max_position_embeddings
     assert two.feature_bytes(small, torch.float32) == tokens * small.hidden_size * 4
+    assert EngineConfig(max_running=64).feature_bytes(small, torch.float32) == 4 * two.feature_bytes(
+        small, torch.float32
+    )
     assert two.feature_bytes(large, torch.bfloat16) == 256 << 20
     assert EngineConfig(feature_cache_bytes=0).feature_bytes(large, torch.bfloat16) == 0
     with pytest.raises(ConfigError, match="feature_cache_bytes must not be negative"):

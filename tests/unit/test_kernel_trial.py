@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import pytest
 import torch
 from test_paged_attention import language
 
+from siglane.engine.attention import by_rows as by_rows_module
+from siglane.engine.attention.by_rows import PREFILLS_ALIKE, STEPS_ALIKE, RowKernels, each_token
 from siglane.engine.attention.cuda import TriedKernels, TritonKernels, packed_slots, tried_kernels
 from siglane.engine.attention.kernels import DecodeAttention, DecodeRows, Kernels, PrefillAttention, PrefillRows
 from siglane.engine.attention.plain import EagerKernels, TorchKernels
@@ -19,6 +21,7 @@ from siglane.engine.cache.kv import PagedKV
 from siglane.errors import EngineError
 from siglane.nn.act import SwiGLU
 from siglane.nn.attention import packed_attention, tried_backend
+from siglane.nn.cuda.invariant import try_fixed_product
 from siglane.nn.cuda.optimise import optimise_on_cuda, use_kernels
 from siglane.nn.experts import Mixing, Routing
 from siglane.nn.norm import InputRMSNorm, RMSNorm
@@ -140,6 +143,48 @@ def test_kernels_of_a_gpu_are_refused_on_a_cpu_and_torch_is_left() -> None:
     chosen = tried_kernels(wanted, wanted.cache(8))
     assert [type(part) for part in (chosen.storing, chosen.decoding, chosen.prefilling)] == [TorchKernels] * 3
     assert TriedKernels(*[TritonKernels(wanted.cache(1))] * 3).records
+
+
+def by_rows(kv: PagedKV) -> Kernels:
+    return RowKernels(TorchKernels(kv, records=True))
+
+
+@DTYPES
+def test_a_prefill_of_tokens_by_themselves_is_a_prefill(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks that begin a sequence and that go on with one, of more tokens than are computed at a time."""
+    monkeypatch.setattr(by_rows_module, "ROWS", 10)
+    wanted = shape(14, 2, 64, dtype)
+    for run, expected in (stored(wanted), decoded(wanted), prefilled(wanted)):
+        assert fault(lambda run=run: run(by_rows), expected) is None  # type: ignore[misc]
+    assert len(prefilled(wanted)[1]) > 10
+    assert by_rows(wanted.cache(1)).records
+
+
+def test_each_token_of_a_prefill_sees_what_stands_before_it() -> None:
+    """Three tokens behind two, one that begins, two behind four."""
+    table, chunks = torch.zeros(9, 4, dtype=torch.int32), [Tokens(3), Tokens(1), Tokens(2)]
+    starts = torch.tensor([0, 3, 4, 6]), torch.tensor([0, 5, 6, 12])
+    rows = PrefillRows(table, torch.tensor([7, 2, 5]), *starts, chunks)  # type: ignore[arg-type]
+    every = each_token(rows)
+    assert every.rows.tolist() == [7, 7, 7, 2, 5, 5]
+    assert every.lengths.tolist() == [3, 4, 5, 1, 5, 6]
+
+
+class Tokens(NamedTuple):
+    """Of a chunk."""
+
+    tokens: int
+
+
+def test_what_goes_by_the_number_of_rows_is_not_taken_where_that_is_not_wanted() -> None:
+    """Here no kernel of a GPU runs, and torch's operations are not among what may stand for them."""
+    wanted = shape()
+    with pytest.raises(EngineError, match=r"^storing keys and values: no kernel .* \(Triton: "):
+        tried_kernels(wanted, wanted.cache(8), STEPS_ALIKE, PREFILLS_ALIKE)
+    with pytest.raises(EngineError, match=r"^RMSNorm of 64: no kernel .* \(Triton: "):
+        use_kernels(torch.nn.ModuleList([RMSNorm(64, 1e-6)]), torch.float32, CPU, alone=True)
+    with pytest.raises(EngineError, match=r"^products that are cut alike: no kernel .* \(Triton: "):
+        try_fixed_product(torch.float32, CPU)
 
 
 def test_no_kernel_left_is_one_line_with_every_reason() -> None:

@@ -14,10 +14,10 @@ import numpy.typing as npt
 import pytest
 from checkpoints import write_nvila_checkpoint, write_siglip_checkpoint
 from idefics3_checkpoint import write_idefics3_checkpoint
-from llava_onevision_checkpoint import write_llava_onevision_checkpoint
+from llava_onevision_checkpoint import write_llava_onevision_checkpoint, write_relative
 from llava_qwen_checkpoint import write_llava_qwen_checkpoint
 from nanovlm_checkpoint import write_nanovlm_checkpoint
-from ovis2_5_checkpoint import write_ovis2_5_checkpoint
+from ovis2_5_checkpoint import write_ovis2_5_checkpoint, write_ovis2_6_checkpoint
 from PIL import Image
 from siglip2_checkpoint import write_siglip2_checkpoint
 from video_llama_3_checkpoint import write_video_llama_3_checkpoint
@@ -306,11 +306,18 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "nvila": write_nvila_checkpoint,
     "nvila s2": lambda folder: write_nvila_checkpoint(folder, lite=False),
     "ovis2.5": write_ovis2_5_checkpoint,
+    "ovis2.6": write_ovis2_6_checkpoint,
+    "ovis2.6 with experts": partial(write_ovis2_6_checkpoint, moe=True),
     "llava-onevision": write_llava_onevision_checkpoint,
     "llava original": write_llava_qwen_checkpoint,
+    "r-4b": partial(write_relative, name="r_4b"),
+    "bee": partial(write_relative, name="bee"),
+    "varco": partial(write_relative, name="varco of patches of 16"),
     "nanovlm": write_nanovlm_checkpoint,
     "smolvlm2": partial(write_idefics3_checkpoint, processor={"video_sampling": {"fps": 10, "max_frames": 12}}),
+    "docling": partial(write_idefics3_checkpoint, kind="docling"),
     "videollama3": partial(write_video_llama_3_checkpoint, videos={"fps": 10, "max_frames": 12}),
+    "videollama3, the authors'": partial(write_video_llama_3_checkpoint, layout="authors"),
 }
 
 
@@ -331,6 +338,7 @@ def test_every_family_looks_at_a_strip(
     ("name", "frames"),
     [
         ("ovis2.5", 8),
+        ("ovis2.6", 8),
         ("llava-onevision", 12),
         ("llava original", 12),
         ("nvila", 8),

@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from two_tower_checkpoint import write_two_tower_checkpoint
 
-from siglane.cli.common import emit_line
 from siglane.cli.main import main
+from siglane.cli.output import emit_line
 from siglane.media.policy import MediaPolicy
 from siglane.media.source import fetch, read_local
 

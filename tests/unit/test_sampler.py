@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from siglane.engine.batch import Sequence as Running
 from siglane.engine.edits import Edits
 from siglane.engine.sampling.noise import gumbel_noise, noise_key
-from siglane.engine.sampling.sampler import WINDOW, Likeliest, SampledToken, draw, filtered, sample
+from siglane.engine.sampling.sampler import WINDOW, Likeliest, SampledToken, contenders, draw, filtered, sample
 from siglane.errors import EngineError
 from siglane.types import SamplingParams
 
@@ -159,6 +159,18 @@ class TestFilters:
         assert len(kept ^ expected) <= 1e-4 * len(logits)  # where float32 and float64 see the border
         assert (len(kept) > WINDOW) == beyond
 
+    @pytest.mark.parametrize(
+        "filters", [{"top_p": 0.8}, {"top_k": 3}, {"top_k": 50}, {"min_p": 0.1}, {"top_p": 0.99999}]
+    )
+    def test_what_a_grammar_leaves_is_filtered_without_the_rest(self, filters: dict[str, float]) -> None:
+        """Five tokens of very many may come."""
+        logits, few = torch.full((50 * WINDOW,), -torch.inf), [3, 700, 701, 30_000, 50 * WINDOW - 1]
+        logits[few] = torch.tensor([1.0, 2.0, 0.5, 1.5, -1.0])
+        expected = defined(
+            logits[few].tolist(), **{"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **filters}
+        )  # type: ignore[arg-type]
+        assert left(logits, **filters).token_ids.tolist() == [few[place] for place in expected]
+
     @pytest.mark.parametrize("top_k", [1, 20, WINDOW, WINDOW + 1, 5000])
     def test_top_k_takes_the_first_of_a_whole_sort(self, top_k: int) -> None:
         logits = torch.randint(0, 400, (50 * WINDOW + 7,), generator=torch.Generator().manual_seed(1)).float()
@@ -206,6 +218,37 @@ class TestDistribution:
             key = noise_key(5, place)
             expected = ((logits - logits.max()) / 2 + gumbel_noise(every, key)).argmax()
             assert draw(logits, params, key) == int(expected)
+
+    @pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 3.0, 8.0])
+    def test_who_wins_is_found_without_all_noise(self, spread: float) -> None:
+        """One, and the first sixteen, as among noise for every token; a third of them are banned."""
+        logits = (torch.randn(40_000, generator=torch.Generator().manual_seed(3)) * spread).to(torch.bfloat16).float()
+        logits[::3] = -torch.inf
+        scores, every = logits - logits.max(), torch.arange(len(logits), dtype=torch.int32)
+        for place in range(20):
+            key = noise_key(6, place)
+            values = scores + gumbel_noise(every, key)
+            assert draw(logits, SamplingParams(temperature=1.0), key) == int(values.argmax())
+            token_ids, found = contenders(scores, key, 16)
+            assert token_ids.tolist() == (values >= found.min()).nonzero()[:, 0].tolist()
+            assert torch.equal(found, values[token_ids])
+            assert len(found) >= 16
+
+    @pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 2.0])
+    @pytest.mark.parametrize(
+        "filters",
+        [{"top_p": 0.9}, {"top_p": 0.1}, {"min_p": 0.01}, {"top_p": 0.7, "min_p": 0.001}, {"top_p": 0.999999}],
+    )
+    def test_filters_that_leave_very_many_need_no_sort(self, spread: float, filters: dict[str, float]) -> None:
+        """The same token as among all that they leave, in their order."""
+        logits = (torch.randn(50 * WINDOW, generator=torch.Generator().manual_seed(4)) * spread).to(torch.bfloat16)
+        scores = logits.float() - logits.float().max()
+        params = SamplingParams(temperature=1.0, **filters)  # type: ignore[arg-type]
+        token_ids, some = filtered(scores, params)
+        for place in range(10):
+            key = noise_key(7, place)
+            expected = token_ids[(some + gumbel_noise(token_ids.int(), key)).argmax()]
+            assert draw(logits.float(), params, key) == int(expected)
 
     def test_noise_is_the_same_on_every_machine_and_day(self) -> None:
         """Words of 32 bits that wrap: a device that computes otherwise would tell other stories."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engine_kit import prompt
@@ -13,13 +14,17 @@ from test_sampler import EOS, running
 
 from siglane.engine.batch import NextToken
 from siglane.engine.batch import Sequence as Running
+from siglane.engine.constraints.constraint import Words, mask_words, unpacked
 from siglane.engine.sampling import cuda as sampler_cuda
-from siglane.engine.sampling.cuda import PAIRS, DeviceSampler, best_in_torch, tried_best
+from siglane.engine.sampling import plan as sampler_plan
+from siglane.engine.sampling.cuda import ChoiceKernels, DeviceSampler, best_in_torch, keep_in_torch, tried_choices
+from siglane.engine.sampling.plan import PAIRS, SamplingPlan
 from siglane.engine.sampling.sampler import WINDOW, Choices, SampledToken, sample
 from siglane.errors import EngineError
 
 VOCABULARY = 20 * WINDOW + 3
 CPU = torch.device("cpu")
+KERNELS = ChoiceKernels(best_in_torch, keep_in_torch)
 
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -56,7 +61,7 @@ def logits(seed: int = 0) -> torch.Tensor:
 
 
 def on_device(logits: torch.Tensor, next_tokens: Sequence[NextToken]) -> Choices:
-    return DeviceSampler(64, CPU, best_in_torch)(logits, next_tokens, EOS)()
+    return DeviceSampler(64, CPU, KERNELS)(logits, next_tokens, EOS)()
 
 
 def equal(ours: SampledToken | EngineError, expected: SampledToken | EngineError) -> None:
@@ -86,13 +91,7 @@ def test_a_row_alone_is_the_same_beside_others() -> None:
 
 
 def test_what_the_host_has_to_do_is_what_cannot_be_done_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-
-    def counted(logits: torch.Tensor, next_tokens: Sequence[NextToken], eos: frozenset[int]) -> Choices:
-        seen.append(len(next_tokens))
-        return sample(logits, next_tokens, eos)
-
-    monkeypatch.setattr(sampler_cuda, "sample", counted)
+    seen = counting(monkeypatch)
     on_device(logits(), [row.next_token() for row in rows()])
     assert seen == [2]  # the last two kinds
     on_device(logits()[:-2], [row.next_token() for row in rows()[:-2]])
@@ -127,7 +126,7 @@ def test_penalties_of_long_prompts_are_the_hosts() -> None:
 
 
 def test_a_sampler_is_used_again_while_its_first_step_waits() -> None:
-    sampler, scores, steps = DeviceSampler(64, CPU, best_in_torch), logits(), [row.next_token() for row in rows()]
+    sampler, scores, steps = DeviceSampler(64, CPU, KERNELS), logits(), [row.next_token() for row in rows()]
     first = sampler(scores, steps, EOS)
     other = [step._replace(seed=step.seed + 100) for step in steps]
     second = sampler(scores, other, EOS)
@@ -148,7 +147,7 @@ def replace_vocabulary(row: Running) -> NextToken:
 
 
 def test_without_a_gpu_torch_is_left() -> None:
-    assert tried_best(CPU, 9_001) is best_in_torch
+    assert tried_choices(CPU, 9_001) == KERNELS
 
 
 def test_sixty_four_hot_rows_have_the_frequencies_of_their_softmax() -> None:
@@ -162,3 +161,99 @@ def test_sixty_four_hot_rows_have_the_frequencies_of_their_softmax() -> None:
             counts[choice.token_id] += 1
     means = scores.softmax(0) * counts.sum()
     assert float(((counts - means) ** 2 / means).sum()) < 24.32  # 99.9 % of true draws stay below
+
+
+@dataclass
+class Held:
+    """Stands for a place in a grammar: the tokens that may come there, or why it cannot say."""
+
+    ids: Sequence[int] | None
+    error: EngineError | None = None
+
+    def mask(self, guesses: Sequence[int] = ()) -> Words | None:
+        if self.error is not None:
+            raise self.error
+        if self.ids is None:
+            return None
+        bits = np.zeros(mask_words(VOCABULARY) * 64, np.uint8)
+        bits[list(self.ids)] = 1
+        return np.packbits(bits, bitorder="little").view(np.int64)
+
+    def allowed(self, guesses: Sequence[int] = ()) -> Any:
+        mask = self.mask(guesses)
+        return None if mask is None else unpacked(mask, VOCABULARY)
+
+
+PLACES = (
+    Held(range(3, VOCABULARY, 7)),
+    Held([VOCABULARY - 1]),
+    Held([0, 63, 64, 127, 128]),
+    Held(None),
+    Held(range(VOCABULARY)),
+    Held([31, 32]),
+)
+
+
+def held(place: Held, step: NextToken) -> NextToken:
+    return step._replace(constrained=place)  # type: ignore[arg-type]
+
+
+def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows that the host is asked about, a number for each time."""
+    seen: list[int] = []
+
+    def counted(logits: torch.Tensor, next_tokens: Sequence[NextToken], eos: frozenset[int]) -> Choices:
+        seen.append(len(next_tokens))
+        return sample(logits, next_tokens, eos)
+
+    monkeypatch.setattr(sampler_cuda, "sample", counted)
+    return seen
+
+
+@pytest.mark.parametrize("place", range(len(PLACES)))
+def test_rows_under_a_grammar_get_the_hosts_choice_without_the_host(
+    place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every kind of request, half of them held; some of what is allowed is banned by the request itself."""
+    kinds = [row.next_token() for row in rows()[:-2]]
+    steps = [held(PLACES[place], step) if number % 2 else step for number, step in enumerate(kinds)]
+    steps += [held(PLACES[place], step) for step in kinds]
+    scores = torch.cat((logits()[:-2], logits(1)[:-2]))
+    expected = sample(scores, steps, EOS)
+    seen = counting(monkeypatch)
+    for ours, other in zip(on_device(scores, steps), expected, strict=True):
+        equal(ours, other)
+    assert seen == []
+
+
+def test_a_place_where_the_request_bans_all_that_may_come_is_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An end is too early, and the grammar has nothing else."""
+    early = running(min_tokens=9, stop_token_ids=(5,), temperature=1.0, seed=1).next_token()
+    steps = [held(Held([3, 5]), early), running().next_token()]
+    expected = sample(logits()[:2], steps, EOS)
+    seen = counting(monkeypatch)
+    for ours, other in zip(on_device(logits()[:2], steps), expected, strict=True):
+        equal(ours, other)
+    assert seen == [1]
+
+
+def test_a_grammar_that_fails_ends_its_own_row() -> None:
+    error = EngineError("the answer's grammar is too complex", code="grammar_too_complex", status=400)
+    steps = [row.next_token() for row in rows()]
+    expected = on_device(logits(), steps)
+    found = on_device(logits(), [held(Held((), error), steps[0]), *steps[1:]])
+    assert found == [error, *expected[1:]]
+
+
+def test_more_masks_than_there_is_room_for_are_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler_plan, "MASK_WORDS", 2 * mask_words(VOCABULARY) + 1)
+    steps = [held(PLACES[0], row.next_token()) for row in rows()[:4]]
+    assert SamplingPlan.of(steps, EOS, VOCABULARY).host == [2, 3]
+    for ours, other in zip(on_device(logits()[:4], steps), sample(logits()[:4], steps, EOS), strict=True):
+        equal(ours, other)
+
+
+def test_a_forced_token_asks_no_grammar() -> None:
+    error = EngineError("is not asked")
+    forced = held(Held((), error), running().next_token())._replace(forced_id=17)
+    equal(*on_device(logits()[:1], [forced]), *sample(logits()[:1], [forced], EOS))

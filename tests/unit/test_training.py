@@ -151,7 +151,7 @@ def small_recipe(kind, **changes) -> Recipe:
     return dataclasses.replace(Recipe(steps=6, seeing_steps=2, warmup=1, kind=kind), **changes)
 
 
-@pytest.mark.parametrize("name", ["nvila", "ovis2_5"])
+@pytest.mark.parametrize("name", ["nvila", pytest.param("ovis2_5", marks=pytest.mark.slow)])
 def test_three_steps_reduce_the_loss(kinds, name):
     kind = kinds[name]
     trainer = Trainer(small_recipe(kind, steps=100, seeing_steps=0), torch.device("cpu"))
@@ -222,6 +222,7 @@ def test_pages_are_looked_at_and_not_asked_about(kinds):
     assert characters > 0.15
 
 
+@pytest.mark.slow  # the one that ships is read by test_demo_native.py
 def test_the_native_model_loads_as_it_was_exported(kinds, tmp_path: Path):
     """siglane's own loader gives the rows that training saw, in half precision's accuracy."""
     from siglane import LLM, VisionEncoder

@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 
+from siglane.engine.sampling.cuda import keep_in_torch
 from siglane.engine.sampling.noise import gumbel_noise, noise_key
 from siglane.nn.act import swiglu
 from siglane.nn.cuda.low_bits import GROUP, eight_bits, four_bits, product_in_torch
@@ -36,10 +37,13 @@ pytest.importorskip("triton", reason="needs Triton, which torch brings for CUDA;
 from siglane.nn.cuda import best_token as choosing  # noqa: E402
 from siglane.nn.cuda import coded_product as coded  # noqa: E402
 from siglane.nn.cuda import experts as mixing  # noqa: E402
+from siglane.nn.cuda import fixed_product as fixed  # noqa: E402
+from siglane.nn.cuda import mask as masking  # noqa: E402
 from siglane.nn.cuda import paged_decode as decode  # noqa: E402
 from siglane.nn.cuda import pointwise  # noqa: E402
 
 PAGE = 16
+Products = Callable[..., torch.Tensor]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3} | ({torch.bfloat16: 1e-2} if DEVICE.type == "cuda" else {})
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 SCRIPT = Path(__file__).with_name("compiled_kernels.py")
@@ -211,6 +215,20 @@ def test_products_with_codes(rows: int, inputs: int, outputs: int, bits: int, dt
 
 
 @DTYPES
+def test_a_row_of_a_product_that_is_cut_alike_is_the_same_beside_others(dtype: torch.dtype) -> None:
+    """Right, and to the bit: alone, at another place, and in tiles that are full or nearly empty."""
+    rows, inputs, outputs = 2 * fixed.BLOCK_M + 5, 200, 70
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, inputs + 8, generator=generator).to(DEVICE, dtype)[:, :inputs]
+    weight = (torch.randn(outputs, inputs, generator=generator) * inputs**-0.5).to(DEVICE, dtype)
+    bias = torch.randn(outputs, generator=generator).to(DEVICE, dtype)
+    whole = fixed.fixed_product(x, weight, bias)
+    close(whole, torch.nn.functional.linear(x.double(), weight.double(), bias.double()).to(dtype), dtype, roundings=3)
+    for first, last in ((0, 1), (7, 8), (rows - 1, rows), (3, 3 + fixed.BLOCK_M), (60, 131)):
+        assert torch.equal(fixed.fixed_product(x[first:last], weight, bias), whole[first:last])
+
+
+@DTYPES
 @pytest.mark.parametrize("normalised", [False, True])
 @pytest.mark.parametrize(("experts", "top"), [(3, 1), (5, 3), (128, 8)])
 def test_routing(experts: int, top: int, normalised: bool, dtype: torch.dtype) -> None:
@@ -223,8 +241,9 @@ def test_routing(experts: int, top: int, normalised: bool, dtype: torch.dtype) -
 
 
 @DTYPES
+@pytest.mark.parametrize("products", [mixing.expert_products, mixing.sorted_products])
 @pytest.mark.parametrize(("tokens", "top"), [(1, 1), (20, 1), (7, 3), (64, 4)])
-def test_experts_get_their_tokens(tokens: int, top: int, dtype: torch.dtype) -> None:
+def test_experts_get_their_tokens(tokens: int, top: int, products: Products, dtype: torch.dtype) -> None:
     """All of them to one expert, some to others, none to the last; none of the sizes is a block's."""
     count, size, width = 6, 72, 40
     generator = torch.Generator().manual_seed(0)
@@ -233,8 +252,8 @@ def test_experts_get_their_tokens(tokens: int, top: int, dtype: torch.dtype) -> 
     gate_up, down = gate_up * size**-0.5, down * width**-0.5
     others = torch.rand(tokens, count - 2, generator=generator).argsort(1)[:, : top - 1] + 1
     chosen = torch.cat((torch.zeros(tokens, 1, dtype=torch.int64), others), 1).to(DEVICE)
-    hidden = pointwise.swiglu(mixing.expert_products(x, gate_up, chosen, count))
-    found = mixing.expert_products(hidden, down, chosen, count, weights).view(tokens, top, size).sum(1)
+    hidden = pointwise.swiglu(products(x, gate_up, chosen, count))
+    found = products(hidden, down, chosen, count, weights).view(tokens, top, size).sum(1)
     close(found, Mixing(count)(x, gate_up, down, weights, chosen), dtype, roundings=4)
 
 
@@ -263,6 +282,22 @@ def test_a_row_of_nan_names_a_token_that_is_there() -> None:
     assert bool(((found >= 0) & (found < scores.shape[1])).all())
 
 
+@pytest.mark.parametrize("size", [1, 31, 64, masking.BLOCK, masking.BLOCK + 65])
+def test_what_a_mask_has_no_bit_for_becomes_the_least(size: int) -> None:
+    """Of two of four rows; scores of the others, and those that are allowed, stay to the bit."""
+    generator = torch.Generator().manual_seed(size)
+    scores, rows = torch.randn(4, size, generator=generator), torch.tensor([3, 0])
+    words = torch.randint(-(2**63), 2**63 - 1, (1 + 2 * -(-size // 64),), generator=generator)
+    masks = words[1:].view(torch.int32).view(2, -1)  # eight bytes behind where memory begins
+    expected = scores.clone()
+    keep_in_torch(expected, masks, rows)
+    found = scores.to(DEVICE)
+    masking.mask_scores(found, words.to(DEVICE)[1:].view(torch.int32).view(2, -1), rows.to(DEVICE))
+    assert torch.equal(found.cpu(), expected)
+    banned = [(int(masks[0, token // 32]) >> token % 32) & 1 == 0 for token in range(size)]
+    assert [value == -torch.inf for value in expected[3].tolist()] == banned
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """In a process of its own: kernels that are interpreted cannot be compiled."""
@@ -275,11 +310,13 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_every_kernel_compiles_for_every_gpu(compiled: list[dict[str, Any]]) -> None:
-    kernels = {name for module in (choosing, coded, decode, mixing, pointwise) for name in kernels_of(module)}
+    kernels = {
+        name for module in (choosing, coded, decode, fixed, masking, mixing, pointwise) for name in kernels_of(module)
+    }
     for architecture in (80, 90, 100):
         for dtype in ("fp32", "fp16", "bf16"):
             names = {one["kernel"] for one in compiled if (one["architecture"], one["dtype"]) == (architecture, dtype)}
-            assert names == kernels - {"part_size", "mixed", "gain"}  # which are inlined
+            assert names == kernels - {"part_size", "mixed", "gain", "multiply_pairs"}  # which are inlined
     assert all(one["bytes"] > 0 for one in compiled)
 
 
@@ -295,6 +332,7 @@ def test_what_lies_anywhere_in_memory_compiles_no_kernel_anew() -> None:
         decode: {"attend_part": {"rows", "lengths"}, "join_parts": {"lengths"}},
         pointwise: {"store_token": {"slots"}},
         choosing: {"best_of_block": {"keys"}},
+        masking: {"mask_block": {"masks", "rows"}},
     }
     for module, kernels in views.items():
         for tree in ast.parse(inspect.getsource(module)).body:
@@ -303,6 +341,19 @@ def test_what_lies_anywhere_in_memory_compiles_no_kernel_anew() -> None:
                 stated = {word.arg: set(ast.literal_eval(word.value)) for word in options.keywords}
                 assert stated == {"do_not_specialize_on_alignment": kernels.pop(tree.name)}
         assert not kernels
+
+
+def test_a_product_that_is_cut_alike_is_compiled_alike() -> None:
+    """For one row, too: Triton would make a kernel of its own for a number that is 1, or a multiple of 16."""
+    (kernel,) = [
+        tree
+        for tree in ast.parse(inspect.getsource(fixed)).body
+        if isinstance(tree, ast.FunctionDef) and tree.decorator_list
+    ]
+    (options,) = [one for one in kernel.decorator_list if isinstance(one, ast.Call)]
+    assert {word.arg: ast.literal_eval(word.value) for word in options.keywords} == {
+        "do_not_specialize": ["rows", "stride"]
+    }
 
 
 def test_both_sides_mean_the_same_groups() -> None:

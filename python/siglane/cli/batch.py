@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
-from siglane.cli.batch_input import InputOptions, open_input
+from siglane.cli.batch_input import BatchCommand, InputOptions, open_input
 from siglane.cli.batch_report import Report
 from siglane.cli.batch_servers import RAY, REMOTE, RemoteOptions, answerer_of
 from siglane.cli.common import MODEL, MODEL_ARGUMENT
@@ -21,6 +21,7 @@ from siglane.errors import EngineError, UserError
 from siglane.settings.engine import EngineConfig
 from siglane.settings.flags import OptionGroup, read_options
 from siglane.settings.media import MediaConfig
+from siglane.settings.options import described, option
 from siglane.settings.server import ServerConfig
 from siglane.tiling.rule import ImageBudget
 
@@ -40,22 +41,18 @@ QUESTION = ("prompt", "body")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BatchOptions(RowOptions):
-    COMMAND = "batch"
-
+class BatchOptions(RowOptions, BatchCommand):
     output: Path = field(
-        metadata={
-            "help": "answers, as OpenAI gives them (.jsonl), with errors and a manifest beside it; or a table "
+        metadata=described(
+            "answers, as OpenAI gives them (.jsonl), with errors and a manifest beside it; or a table "
             "(.parquet), which is made of these when they are complete",
-            "short": "-o",
-        }
+            short="-o",
+        )
     )
-    order: Literal["input", "done"] = field(default="input", metadata={"help": "of the answers in the output"})
-    seed: int = field(default=0, metadata={"help": "with the custom_id, the seed of rows that name none"})
-    window: int = field(
-        default=1024, metadata={"help": "rows read ahead, among which those about equal pictures are asked together"}
-    )
-    json: bool = field(default=False, metadata={"help": "print the summary as one JSON object"})
+    order: Literal["input", "done"] = option("input", "of the answers in the output")
+    seed: int = option(0, "with the custom_id, the seed of rows that name none")
+    window: int = option(1024, "rows read ahead, among which those about equal pictures are asked together")
+    json: bool = option(False, "print the summary as one JSON object")
 
     def __post_init__(self) -> None:
         RowOptions.__post_init__(self)

@@ -13,28 +13,27 @@ from siglane.batch.pictures import ask_pictures, expand
 from siglane.batch.row import URLS, Source
 from siglane.cli.rows import RowOptions, check_alone, check_kept, check_kept_has_table, refuse_columns
 from siglane.errors import UserError
-from siglane.settings.options import CommandOptions
+from siglane.settings.options import CommandOptions, described, option
+
+
+class BatchCommand(CommandOptions):
+    __slots__ = ()
+    COMMAND = "batch"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class InputOptions(CommandOptions):
-    COMMAND = "batch"
-
+class InputOptions(BatchCommand):
     input: str = field(
-        metadata={
-            "help": "OpenAI batch requests (.jsonl); a folder or pattern of pictures; a Parquet table, a folder or "
+        metadata=described(
+            "OpenAI batch requests (.jsonl); a folder or pattern of pictures; a Parquet table, a folder or "
             "pattern of them",
-            "short": "-i",
-        }
+            short="-i",
+        )
     )
-    prompt: str | None = field(
-        default=None,
-        metadata={
-            "help": "what every picture or row of a table is asked, there with {column} where its value stands",
-            "short": "-p",
-        },
+    prompt: str | None = option(
+        None, "what every picture or row of a table is asked, there with {column} where its value stands", short="-p"
     )
-    body: str = field(default="{}", metadata={"help": "further fields of every such request: '{\"max_tokens\": 64}'"})
+    body: str = option("{}", "further fields of every such request: '{\"max_tokens\": 64}'")
 
 
 def open_input(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self, TextIO
 
 from tqdm import tqdm
 
-from siglane.cli.common import emit_json, emit_line
+from siglane.cli.output import emit_json, emit_line
 
 if TYPE_CHECKING:
     from siglane.batch.form import Answer

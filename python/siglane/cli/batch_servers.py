@@ -9,14 +9,15 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from siglane.cli.batch_input import BatchCommand
 from siglane.cli.common import ModelOptions, check_base_url
 from siglane.errors import UserError
 from siglane.settings.engine import EngineConfig
 from siglane.settings.flags import OptionGroup, read_options, stated_in
-from siglane.settings.options import CommandOptions, above_zero, at_least
+from siglane.settings.options import above_zero, at_least, option
 from siglane.settings.server import ServerConfig
 from siglane.tiling.rule import ImageBudget
 
@@ -31,21 +32,14 @@ PATCH_CACHE_BYTES = 32 << 20  # rows about equal pictures are asked one after th
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RemoteOptions(CommandOptions):
-    COMMAND = "batch"
-
-    base_url: str | None = field(
-        default=None,
-        metadata={"help": "ask this OpenAI-compatible server, which calls its model MODEL; none is loaded here"},
+class RemoteOptions(BatchCommand):
+    base_url: str | None = option(
+        None, "ask this OpenAI-compatible server, which calls its model MODEL; none is loaded here"
     )
-    api_key: str | None = field(
-        default=None, repr=False, metadata={"help": "its key; other users of this machine can read it from a flag"}
-    )
-    concurrency: int = field(default=16, metadata={"help": "requests that it gets at one time"})
-    retries: int = field(
-        default=8, metadata={"help": "of a row that it cannot take: 408, 409, 425, 429, 5xx, broken connections"}
-    )
-    answer_timeout: float = field(default=600.0, metadata={"help": "seconds for one answer"})
+    api_key: str | None = option(None, "its key; other users of this machine can read it from a flag", repr=False)
+    concurrency: int = option(16, "requests that it gets at one time")
+    retries: int = option(8, "of a row that it cannot take: 408, 409, 425, 429, 5xx, broken connections")
+    answer_timeout: float = option(600.0, "seconds for one answer")
 
     def __post_init__(self) -> None:
         if self.base_url is not None:
@@ -56,23 +50,17 @@ class RemoteOptions(CommandOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RayOptions(CommandOptions):
-    COMMAND = "batch"
-
-    ray: str | None = field(
-        default=None,
-        metadata={
-            "help": "host:port of a Ray cluster whose workers answer, `auto` for the one that this machine belongs to; "
-            "bare: RAY_ADDRESS, or a Ray of its own on this machine",
-            "bare": "",
-        },
+class RayOptions(BatchCommand):
+    ray: str | None = option(
+        None,
+        "host:port of a Ray cluster whose workers answer, `auto` for the one that this machine belongs to; "
+        "bare: RAY_ADDRESS, or a Ray of its own on this machine",
+        bare="",
     )
-    ray_workers: int | None = field(
-        default=None, metadata={"help": "each with an engine of its own; none: as many as there is room for"}
-    )
-    ray_cpus: float = field(default=1, metadata={"help": "reserved for each worker"})
-    ray_gpus: float = field(default=0, metadata={"help": "reserved for each worker; parts are possible"})
-    ray_timeout: float = field(default=600.0, metadata={"help": "seconds until the first worker has loaded its model"})
+    ray_workers: int | None = option(None, "each with an engine of its own; none: as many as there is room for")
+    ray_cpus: float = option(1, "reserved for each worker")
+    ray_gpus: float = option(0, "reserved for each worker; parts are possible")
+    ray_timeout: float = option(600.0, "seconds until the first worker has loaded its model")
 
     def __post_init__(self) -> None:
         if self.ray_workers is not None:
@@ -118,9 +106,9 @@ def answerer_of(arguments: argparse.Namespace, local: tuple[OptionGroup, ...]) -
 
 def _refuse(arguments: argparse.Namespace, groups: tuple[OptionGroup, ...], why: str) -> None:
     given = {*vars(arguments), *stated_in(arguments)}
-    for option in (option for group in groups for option in group.options):
-        if option.name in given:
-            raise UserError(f"{option.flags[0]} {why}", code="bad_option", param=option.name)
+    for one in (one for group in groups for one in group.options):
+        if one.name in given:
+            raise UserError(f"{one.flags[0]} {why}", code="bad_option", param=one.name)
 
 
 def _other_server(options: RemoteOptions, model: str) -> Answerer:

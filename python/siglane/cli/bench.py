@@ -9,7 +9,8 @@ import sys
 from typing import Any, TextIO
 
 from siglane.cli.bench_options import BenchOptions
-from siglane.cli.common import Argument, check_writable, emit_json, emit_line, writing
+from siglane.cli.common import Argument
+from siglane.cli.output import check_writable, emit_json, emit_line, writing
 from siglane.errors import SiglaneError
 from siglane.settings.flags import OptionGroup, read_options
 

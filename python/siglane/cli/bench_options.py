@@ -9,7 +9,7 @@ from typing import Literal
 
 from siglane.cli.common import check_base_url
 from siglane.errors import ConfigError
-from siglane.settings.options import CommandOptions, above_zero, at_least
+from siglane.settings.options import CommandOptions, above_zero, at_least, described, option
 
 SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 
@@ -18,26 +18,22 @@ SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 class BenchOptions(CommandOptions):
     COMMAND = "bench"
 
-    base_url: str = field(metadata={"help": "an OpenAI-compatible server, with or without /v1"})
-    api_key: str | None = field(
-        default=None, repr=False, metadata={"help": "its key; other users of this machine can read it from a flag"}
-    )
-    requests: int = field(default=64, metadata={"help": "how many are measured", "short": "-n"})
-    warmup: int = field(default=2, metadata={"help": "how many are asked before, and not measured"})
-    concurrency: int = field(default=8, metadata={"help": "requests at one time", "short": "-c"})
-    request_rate: float = field(
-        default=0.0, metadata={"help": "requests a second, at random times (Poisson); 0: as soon as a place is free"}
-    )
-    words: int = field(default=64, metadata={"help": "random words of each prompt"})
-    max_tokens: int = field(default=64, metadata={"help": "tokens of each answer, where the server knows ignore_eos"})
-    images: int = field(default=1, metadata={"help": "pictures of each request, each another one"})
-    sizes: tuple[str, ...] = field(default=("640x480",), metadata={"help": "of the pictures, in turn"})
-    format: Literal["jpeg", "png", "webp"] = field(default="jpeg", metadata={"help": "of the pictures"})
-    seed: int = field(default=0, metadata={"help": "of prompts, pictures and times: equal seeds ask the same"})
-    answer_timeout: float = field(default=600.0, metadata={"help": "seconds of silence after which an answer is lost"})
-    output: Path | None = field(default=None, metadata={"help": "JSON file with every request's times", "short": "-o"})
-    plot: Path | None = field(default=None, metadata={"help": "PNG file of the times; needs matplotlib"})
-    json: bool = field(default=False, metadata={"help": "print the summary as one JSON object"})
+    base_url: str = field(metadata=described("an OpenAI-compatible server, with or without /v1"))
+    api_key: str | None = option(None, "its key; other users of this machine can read it from a flag", repr=False)
+    requests: int = option(64, "how many are measured", short="-n")
+    warmup: int = option(2, "how many are asked before, and not measured")
+    concurrency: int = option(8, "requests at one time", short="-c")
+    request_rate: float = option(0.0, "requests a second, at random times (Poisson); 0: as soon as a place is free")
+    words: int = option(64, "random words of each prompt")
+    max_tokens: int = option(64, "tokens of each answer, where the server knows ignore_eos")
+    images: int = option(1, "pictures of each request, each another one")
+    sizes: tuple[str, ...] = option(("640x480",), "of the pictures, in turn")
+    format: Literal["jpeg", "png", "webp"] = option("jpeg", "of the pictures")
+    seed: int = option(0, "of prompts, pictures and times: equal seeds ask the same")
+    answer_timeout: float = option(600.0, "seconds of silence after which an answer is lost")
+    output: Path | None = option(None, "JSON file with every request's times", short="-o")
+    plot: Path | None = option(None, "PNG file of the times; needs matplotlib")
+    json: bool = option(False, "print the summary as one JSON object")
 
     def __post_init__(self) -> None:
         check_base_url(self.base_url)

@@ -11,15 +11,16 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from siglane.cli.common import Argument, check_base_url, emit_line, printed
+from siglane.cli.common import Argument, check_base_url
+from siglane.cli.output import emit_line, printed
 from siglane.cli.own_server import free_port, own_server
 from siglane.errors import SiglaneError, UserError
 from siglane.settings.flags import OptionGroup, read_options
-from siglane.settings.options import CommandOptions, above_zero, at_least
+from siglane.settings.options import CommandOptions, above_zero, at_least, option
 
 if TYPE_CHECKING:
     from siglane.cli.streaming import StreamingClient
@@ -34,19 +35,13 @@ DIM, PLAIN = "\033[2m", "\033[0m"
 class ChatOptions(CommandOptions):
     COMMAND = "chat"
 
-    base_url: str | None = field(
-        default=None, metadata={"help": "an OpenAI-compatible server, with or without /v1; none: MODEL is served here"}
-    )
-    api_key: str | None = field(
-        default=None, repr=False, metadata={"help": "its key; other users of this machine can read it from a flag"}
-    )
-    image: tuple[str, ...] = field(
-        default=(), metadata={"help": "pictures of the first message: paths or URLs", "short": "-i"}
-    )
-    system: str | None = field(default=None, metadata={"help": "what the model is told before the conversation"})
-    max_tokens: int | None = field(default=None, metadata={"help": "longest answer; none: the server's"})
-    temperature: float | None = field(default=None, metadata={"help": "0 takes the likeliest token"})
-    answer_timeout: float = field(default=600.0, metadata={"help": "seconds of silence after which an answer is lost"})
+    base_url: str | None = option(None, "an OpenAI-compatible server, with or without /v1; none: MODEL is served here")
+    api_key: str | None = option(None, "its key; other users of this machine can read it from a flag", repr=False)
+    image: tuple[str, ...] = option((), "pictures of the first message: paths or URLs", short="-i")
+    system: str | None = option(None, "what the model is told before the conversation")
+    max_tokens: int | None = option(None, "longest answer; none: the server's")
+    temperature: float | None = option(None, "0 takes the likeliest token")
+    answer_timeout: float = option(600.0, "seconds of silence after which an answer is lost")
 
     def __post_init__(self) -> None:
         if self.base_url is not None:

@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -21,7 +21,7 @@ from siglane.cli.common import Argument
 from siglane.cli.own_server import free_port, own_server
 from siglane.errors import SiglaneError
 from siglane.settings.flags import OptionGroup, read_options
-from siglane.settings.options import PREFIX, CommandOptions
+from siglane.settings.options import PREFIX, CommandOptions, option
 
 USUAL_PORT = 8000
 START_SECONDS, ANSWER_SECONDS = 120.0, 60.0
@@ -31,8 +31,8 @@ START_SECONDS, ANSWER_SECONDS = 120.0, 60.0
 class DemoOptions(CommandOptions):
     COMMAND = "demo"
 
-    stay: bool = field(default=False, metadata={"help": "keep the server running and print a curl line to try"})
-    port: int = field(default=0, metadata={"help": "TCP port of the server; 0 takes a free one"})
+    stay: bool = option(False, "keep the server running and print a curl line to try")
+    port: int = option(0, "TCP port of the server; 0 takes a free one")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,16 +10,17 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
-from siglane.cli.common import COMMON, MODEL, Argument, checkpoint_of, emit_json
+from siglane.cli.common import COMMON, MODEL, Argument, checkpoint_of
+from siglane.cli.output import emit_json
 from siglane.errors import SiglaneError, UserError
 from siglane.look.words import counted
 from siglane.settings.flags import OptionGroup, known_variables, read_options
-from siglane.settings.options import PREFIX, CommandOptions
+from siglane.settings.options import PREFIX, CommandOptions, option
 
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
@@ -38,9 +39,9 @@ MEMINFO = Path("/proc/meminfo")
 class DoctorOptions(CommandOptions):
     COMMAND = "doctor"
 
-    json: bool = field(default=False, metadata={"help": "print one JSON object"})
-    host: Literal["sglang", "vllm"] | None = field(
-        default=None, metadata={"help": "examine siglane inside this engine instead, with a short self-test"}
+    json: bool = option(False, "print one JSON object")
+    host: Literal["sglang", "vllm"] | None = option(
+        None, "examine siglane inside this engine instead, with a short self-test"
     )
 
 

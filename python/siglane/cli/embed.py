@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from siglane.batch.form import Answer, PlainForm, failed
 from siglane.batch.row import BadRow, Row
-from siglane.cli.common import (
-    IMAGES,
-    MODEL,
-    MODEL_ARGUMENT,
-    Argument,
-    ModelOptions,
-    check_writable,
-    emit_json,
-    emit_line,
-    write_tensors,
-)
+from siglane.cli.common import IMAGES, MODEL, MODEL_ARGUMENT, Argument, ModelOptions
+from siglane.cli.output import check_writable, emit_json, emit_line, write_tensors
 from siglane.cli.picture_rows import job_of, open_pictures, refuse_without_rows, write_in_order
 from siglane.cli.rows import RowOptions, Task, is_table, write_rows
 from siglane.errors import UserError
 from siglane.settings.flags import OptionGroup, read_options
 from siglane.settings.media import DecodeOptions
+from siglane.settings.options import option
 from siglane.settings.tagging import TagSettings
 
 if TYPE_CHECKING:
@@ -42,19 +34,15 @@ SETTINGS = ("batch_size", "attention", "dtype", "quantization", "device", "max_n
 class EmbedOptions(RowOptions):
     COMMAND = "embed"
 
-    text: tuple[str, ...] = field(default=(), metadata={"help": "texts, embedded as they are"})
-    output: Path | None = field(
-        default=None,
-        metadata={
-            "help": "a safetensors file: images [I, D] and texts [T, D], float32; or rows of pictures, JSON Lines "
-            "(.jsonl), written as it goes and continued by the same command, or a table (.parquet), which is made of "
-            "these when they are complete",
-            "short": "-o",
-        },
+    text: tuple[str, ...] = option((), "texts, embedded as they are")
+    output: Path | None = option(
+        None,
+        "a safetensors file: images [I, D] and texts [T, D], float32; or rows of pictures, JSON Lines "
+        "(.jsonl), written as it goes and continued by the same command, or a table (.parquet), which is made of "
+        "these when they are complete",
+        short="-o",
     )
-    json: bool = field(
-        default=False, metadata={"help": "print the vectors as one JSON list; of rows the summary as one object"}
-    )
+    json: bool = option(False, "print the vectors as one JSON list; of rows the summary as one object")
 
     def __post_init__(self) -> None:
         RowOptions.__post_init__(self)

@@ -8,24 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from siglane.cli.common import (
-    BUDGET,
-    IMAGES,
-    MODEL,
-    MODEL_ARGUMENT,
-    Argument,
-    check_writable,
-    checkpoint_of,
-    emit_json,
-    emit_line,
-    write_tensors,
-)
+from siglane.cli.common import BUDGET, IMAGES, MODEL, MODEL_ARGUMENT, Argument, checkpoint_of
+from siglane.cli.output import check_writable, emit_json, emit_line, write_tensors
 from siglane.errors import UserError
 from siglane.look.words import counted
 from siglane.settings.engine import EngineConfig
 from siglane.settings.flags import OptionGroup, read_options
 from siglane.settings.media import DecodeOptions
-from siglane.settings.options import CommandOptions
+from siglane.settings.options import CommandOptions, described, option
 from siglane.tiling.rule import ImageBudget
 
 if TYPE_CHECKING:
@@ -37,9 +27,9 @@ class EncodeOptions(CommandOptions):
     COMMAND = "encode"
 
     output: Path = field(
-        metadata={"help": 'a safetensors file: "0", "1", ... and, with a projector, "projected.0", ...', "short": "-o"}
+        metadata=described('a safetensors file: "0", "1", ... and, with a projector, "projected.0", ...', short="-o")
     )
-    json: bool = field(default=False, metadata={"help": "print the shapes as one JSON list"})
+    json: bool = option(False, "print the shapes as one JSON list")
 
 
 # the engine's options that a tower has a use for

@@ -8,12 +8,13 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
-from siglane.cli.common import BUDGET, IMAGES, MODEL, MODEL_ARGUMENT, checkpoint_of, emit_json
+from siglane.cli.common import BUDGET, IMAGES, MODEL, MODEL_ARGUMENT, checkpoint_of
+from siglane.cli.output import emit_json
 from siglane.errors import UserError
 from siglane.settings.engine import EngineConfig
 from siglane.settings.flags import OptionGroup, read_options
 from siglane.settings.media import DecodeOptions
-from siglane.settings.options import CommandOptions
+from siglane.settings.options import CommandOptions, described, option
 from siglane.tiling.rule import ImageBudget
 from siglane.types import SamplingParams
 
@@ -45,17 +46,13 @@ SAMPLING_HELP = {
 class GenerateOptions(CommandOptions):
     COMMAND = "generate"
 
-    prompt: str = field(metadata={"help": "the question: one user message, its pictures first", "short": "-p"})
-    image: tuple[str, ...] = field(default=(), metadata={"help": "pictures: paths or URLs", "short": "-i"})
-    video: tuple[str, ...] = field(default=(), metadata={"help": "videos: paths or URLs", "short": "-v"})
-    num_frames: int | None = field(
-        default=None, metadata={"help": "frames of each video that the model sees; none: as its family does"}
-    )
-    thinking: bool | None = field(
-        default=None, metadata={"help": "whether a reasoning model thinks first; none: as its chat template does"}
-    )
-    stream: bool = field(default=False, metadata={"help": "print the answer as it grows"})
-    json: bool = field(default=False, metadata={"help": "print one JSON object"})
+    prompt: str = field(metadata=described("the question: one user message, its pictures first", short="-p"))
+    image: tuple[str, ...] = option((), "pictures: paths or URLs", short="-i")
+    video: tuple[str, ...] = option((), "videos: paths or URLs", short="-v")
+    num_frames: int | None = option(None, "frames of each video that the model sees; none: as its family does")
+    thinking: bool | None = option(None, "whether a reasoning model thinks first; none: as its chat template does")
+    stream: bool = option(False, "print the answer as it grows")
+    json: bool = option(False, "print one JSON object")
 
 
 ARGUMENTS = (MODEL_ARGUMENT,)

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from siglane.cli.common import (
-    BUDGET,
-    IMAGES,
-    MODEL,
-    MODEL_ARGUMENT,
-    Argument,
-    check_writable,
-    checkpoint_of,
-    emit_json,
-    emit_line,
-    load_image_processor,
-    writing,
-)
+from siglane.cli.common import BUDGET, IMAGES, MODEL, MODEL_ARGUMENT, Argument, checkpoint_of, load_image_processor
+from siglane.cli.output import check_writable, emit_json, emit_line, writing
 from siglane.cli.tokens import describe
 from siglane.errors import UserError
 from siglane.settings.flags import OptionGroup, read_options
 from siglane.settings.media import DecodeOptions
-from siglane.settings.options import CommandOptions
+from siglane.settings.options import CommandOptions, option
 from siglane.tiling.rule import ImageBudget
 
 
@@ -32,12 +21,10 @@ from siglane.tiling.rule import ImageBudget
 class LookOptions(CommandOptions):
     COMMAND = "look"
 
-    output: Path = field(default=Path("view.png"), metadata={"help": "the drawing, a PNG file", "short": "-o"})
-    video: bool = field(default=False, metadata={"help": "IMAGE is a video"})
-    num_frames: int | None = field(
-        default=None, metadata={"help": "frames of a video that the model sees; none: as its family does"}
-    )
-    json: bool = field(default=False, metadata={"help": "print the numbers as one JSON object"})
+    output: Path = option(Path("view.png"), "the drawing, a PNG file", short="-o")
+    video: bool = option(False, "IMAGE is a video")
+    num_frames: int | None = option(None, "frames of a video that the model sees; none: as its family does")
+    json: bool = option(False, "print the numbers as one JSON object")
 
 
 ARGUMENTS = (MODEL_ARGUMENT, Argument("image", "IMAGE", "a picture, or a video with --video: path or URL"))

@@ -21,7 +21,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TextIO
 
-from siglane.cli.common import COMMON, CommonOptions, emit_line
+from siglane.cli.common import COMMON, CommonOptions
+from siglane.cli.output import emit_line
 from siglane.errors import SiglaneError, UserError
 from siglane.settings.flags import OptionGroup, Parser, add_options, named, read_file, read_options
 

@@ -7,21 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TextIO
 
-from siglane.cli.common import MODEL, MODEL_ARGUMENT, checkpoint_of, emit_json, emit_line
+from siglane.cli.common import MODEL, MODEL_ARGUMENT, checkpoint_of
+from siglane.cli.output import emit_json, emit_line
 from siglane.errors import UserError
 from siglane.settings.flags import OptionGroup, read_options
-from siglane.settings.options import CommandOptions
+from siglane.settings.options import CommandOptions, described, option
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeOptions(CommandOptions):
     COMMAND = "quantize"
 
-    output: Path = field(metadata={"help": "the folder to write, which is not there yet", "short": "-o"})
-    quantization: Literal["8bit", "4bit"] = field(
-        default="8bit", metadata={"help": "bits that the weights of linear layers are kept in"}
-    )
-    json: bool = field(default=False, metadata={"help": "print folder, bits and bytes as one JSON object"})
+    output: Path = field(metadata=described("the folder to write, which is not there yet", short="-o"))
+    quantization: Literal["8bit", "4bit"] = option("8bit", "bits that the weights of linear layers are kept in")
+    json: bool = option(False, "print folder, bits and bytes as one JSON object")
 
 
 ARGUMENTS = (MODEL_ARGUMENT,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -17,7 +17,7 @@ from siglane.batch.pictures import expand
 from siglane.batch.rows import CannotWrite
 from siglane.cli.batch_report import Report
 from siglane.errors import UserError
-from siglane.settings.options import CommandOptions
+from siglane.settings.options import CommandOptions, option
 
 if TYPE_CHECKING:
     from siglane.batch.row import BadRow, Row, Source
@@ -30,16 +30,12 @@ COLUMNS = ("image_column", "id_column", "keep")
 class RowOptions(CommandOptions):
     """Of whatever reads and writes rows."""
 
-    limit: int | None = field(default=None, metadata={"help": "only the first so many rows of the input"})
-    shard: str | None = field(default=None, metadata={"help": "I/N: every N-th row, from the I-th on"})
-    max_errors: int | None = field(default=None, metadata={"help": "stop when more rows fail; none: never"})
-    image_column: str | None = field(
-        default=None, metadata={"help": "of a table: where its pictures are; default: image, where there is one"}
-    )
-    id_column: str | None = field(
-        default=None, metadata={"help": "of a table: its custom_ids; default: the row's number, from 1"}
-    )
-    keep: tuple[str, ...] = field(default=(), metadata={"help": "columns of a table that a Parquet output has too"})
+    limit: int | None = option(None, "only the first so many rows of the input")
+    shard: str | None = option(None, "I/N: every N-th row, from the I-th on")
+    max_errors: int | None = option(None, "stop when more rows fail; none: never")
+    image_column: str | None = option(None, "of a table: where its pictures are; default: image, where there is one")
+    id_column: str | None = option(None, "of a table: its custom_ids; default: the row's number, from 1")
+    keep: tuple[str, ...] = option((), "columns of a table that a Parquet output has too")
 
     def __post_init__(self) -> None:
         if self.shard is not None:

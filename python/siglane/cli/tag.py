@@ -13,22 +13,14 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from siglane.batch.form import Answer, PlainForm, failed
 from siglane.batch.stream import in_order
-from siglane.cli.common import (
-    IMAGES,
-    MODEL,
-    MODEL_ARGUMENT,
-    Argument,
-    CommonOptions,
-    ModelOptions,
-    emit_json,
-    emit_line,
-)
+from siglane.cli.common import IMAGES, MODEL, MODEL_ARGUMENT, Argument, CommonOptions, ModelOptions
+from siglane.cli.output import emit_json, emit_line
 from siglane.cli.picture_rows import job_of, line_of, open_pictures, refuse_without_rows, write_in_order
 from siglane.cli.rows import RowOptions, Task, write_rows
 from siglane.errors import ConfigError
 from siglane.settings.flags import OptionGroup, read_options, stated_in
 from siglane.settings.media import DecodeOptions
-from siglane.settings.options import at_least, options_of
+from siglane.settings.options import at_least, described, option, options_of
 from siglane.settings.tagging import TEMPLATES, TagSettings, read_settings
 
 if TYPE_CHECKING:
@@ -45,24 +37,18 @@ SETTINGS = ("batch_size", "attention", "dtype", "quantization", "device", "max_t
 class TagOptions(RowOptions):
     COMMAND = "tag"
 
-    labels: Path = field(metadata={"help": "a text file with one label per line"})
-    template: tuple[str, ...] = field(
-        default=TEMPLATES, metadata={"help": "texts around a label; the mean of their embeddings is used"}
+    labels: Path = field(metadata=described("a text file with one label per line"))
+    template: tuple[str, ...] = option(TEMPLATES, "texts around a label; the mean of their embeddings is used")
+    threshold: float | None = option(None, "tags below it are left out; 0.01 where settings do not say otherwise")
+    top_k: int | None = option(None, "so many tags per picture, whatever their confidence")
+    output: Path | None = option(
+        None,
+        "JSON Lines (.jsonl), written as it goes and continued by the same command; or a table (.parquet), "
+        "which is made of these when they are complete",
+        short="-o",
     )
-    threshold: float | None = field(
-        default=None, metadata={"help": "tags below it are left out; 0.01 where settings do not say otherwise"}
-    )
-    top_k: int | None = field(default=None, metadata={"help": "so many tags per picture, whatever their confidence"})
-    output: Path | None = field(
-        default=None,
-        metadata={
-            "help": "JSON Lines (.jsonl), written as it goes and continued by the same command; or a table (.parquet), "
-            "which is made of these when they are complete",
-            "short": "-o",
-        },
-    )
-    json: bool = field(default=False, metadata={"help": "print one JSON list; with --output the summary as one object"})
-    cache: Path | None = field(default=None, metadata={"help": "folder of label matrices; ~/.cache/siglane/labels"})
+    json: bool = option(False, "print one JSON list; with --output the summary as one object")
+    cache: Path | None = option(None, "folder of label matrices; ~/.cache/siglane/labels")
 
     def __post_init__(self) -> None:
         RowOptions.__post_init__(self)

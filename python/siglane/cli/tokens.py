@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-from siglane.cli.common import BUDGET, IMAGES, MODEL, MODEL_ARGUMENT, Argument, checkpoint_of, emit_json, emit_line
+from siglane.cli.common import BUDGET, IMAGES, MODEL, MODEL_ARGUMENT, Argument, checkpoint_of
+from siglane.cli.output import emit_json, emit_line
 from siglane.errors import ImageError, UserError
 from siglane.settings.flags import OptionGroup, read_options
 from siglane.settings.media import DecodeOptions
-from siglane.settings.options import CommandOptions
+from siglane.settings.options import CommandOptions, option
 from siglane.tiling.rule import ImageBudget
 
 if TYPE_CHECKING:
@@ -28,14 +29,9 @@ SIZE = re.compile(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})(?:x([1-9][0-9]{0,3}))?")
 class TokensOptions(CommandOptions):
     COMMAND = "tokens"
 
-    json: bool = field(default=False, metadata={"help": "print one JSON list"})
-    together: bool = field(
-        default=False,
-        metadata={"help": "count all pictures as those of one request; otherwise each is alone in its own"},
-    )
-    sizes: tuple[str, ...] = field(
-        default=(), metadata={"help": "sizes to count besides the pictures, as 640x480, or 640x480x8 for 8 frames"}
-    )
+    json: bool = option(False, "print one JSON list")
+    together: bool = option(False, "count all pictures as those of one request; otherwise each is alone in its own")
+    sizes: tuple[str, ...] = option((), "sizes to count besides the pictures, as 640x480, or 640x480x8 for 8 frames")
 
 
 ARGUMENTS = (

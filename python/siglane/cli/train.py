@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
-from siglane.cli.common import Argument, emit_json, emit_line
+from siglane.cli.common import Argument
+from siglane.cli.output import emit_json, emit_line
 from siglane.errors import UserError
 from siglane.settings.flags import OptionGroup, read_options
-from siglane.settings.options import CommandOptions
+from siglane.settings.options import CommandOptions, described, option
 from siglane.settings.training import TrainConfig
 
 if TYPE_CHECKING:
@@ -25,24 +26,19 @@ if TYPE_CHECKING:
 class RunOptions(CommandOptions):
     COMMAND = "train"
 
-    out: Path = field(metadata={"help": "folder for model/, checkpoint.pt, log.jsonl and loss.png"})
-    model: str | None = field(default=None, metadata={"help": "folder or hub id of a SigLIP with both towers"})
-    revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a hub id"})
-    adapter: str | None = field(
-        default=None, metadata={"help": "folder or hub id of a LoRA adapter (PEFT) to merge into the model first"}
+    out: Path = field(metadata=described("folder for model/, checkpoint.pt, log.jsonl and loss.png"))
+    model: str | None = option(None, "folder or hub id of a SigLIP with both towers")
+    revision: str | None = option(None, "branch, tag or commit of a hub id")
+    adapter: str | None = option(None, "folder or hub id of a LoRA adapter (PEFT) to merge into the model first")
+    from_scratch: Path | None = option(
+        None, "config.json of a SigLIP with fresh weights; files beside it are used, or made where absent"
     )
-    from_scratch: Path | None = field(
-        default=None,
-        metadata={"help": "config.json of a SigLIP with fresh weights; files beside it are used, or made where absent"},
-    )
-    resume: bool = field(default=False, metadata={"help": "go on from the checkpoint in the folder, if there is one"})
-    strict: bool = field(default=False, metadata={"help": "stop at a pair that cannot be used instead of skipping it"})
-    store: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "dtype of the weights in model/"}
-    )
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N"})
-    minutes: float | None = field(default=None, metadata={"help": "stop after this long; --resume continues"})
-    json: bool = field(default=False, metadata={"help": "print one JSON document about the run"})
+    resume: bool = option(False, "go on from the checkpoint in the folder, if there is one")
+    strict: bool = option(False, "stop at a pair that cannot be used instead of skipping it")
+    store: Literal["float32", "bfloat16", "float16"] = option("float32", "dtype of the weights in model/")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    minutes: float | None = option(None, "stop after this long; --resume continues")
+    json: bool = option(False, "print one JSON document about the run")
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.from_scratch is None):

@@ -4,14 +4,15 @@ diverges."""
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
-from siglane.cli.common import MODEL, MODEL_ARGUMENT, ModelOptions, check_writable, checkpoint_of, emit_json, writing
+from siglane.cli.common import MODEL, MODEL_ARGUMENT, ModelOptions, checkpoint_of
+from siglane.cli.output import check_writable, emit_json, writing
 from siglane.settings.engine import Quantization
 from siglane.settings.flags import OptionGroup, read_options
-from siglane.settings.options import CommandOptions
+from siglane.settings.options import CommandOptions, option
 
 if TYPE_CHECKING:
     from siglane.verify import Comparison, Report
@@ -21,38 +22,26 @@ if TYPE_CHECKING:
 class VerifyOptions(CommandOptions):
     COMMAND = "verify"
 
-    images: tuple[str, ...] = field(default=(), metadata={"help": "pictures to compare on: paths or URLs"})
-    random: int | None = field(
-        default=None, metadata={"help": "draw that many pictures of awkward shapes; 3 when no images are given"}
+    images: tuple[str, ...] = option((), "pictures to compare on: paths or URLs")
+    random: int | None = option(None, "draw that many pictures of awkward shapes; 3 when no images are given")
+    threshold: float | None = option(
+        None,
+        "every row's cosine with the reference must be above it; 0.99 when not given, with fewer bits each "
+        "kind of stage then has its own",
     )
-    threshold: float | None = field(
-        default=None,
-        metadata={
-            "help": "every row's cosine with the reference must be above it; 0.99 when not given, with fewer bits each "
-            "kind of stage then has its own"
-        },
+    reference: str = option(
+        "transformers",
+        "transformers (its modules with this checkpoint's tensors), the folder of another checkpoint for "
+        "those modules (an original against its copy), or golden values, FILE.safetensors",
     )
-    reference: str = field(
-        default="transformers",
-        metadata={
-            "help": "transformers (its modules with this checkpoint's tensors), the folder of another checkpoint for "
-            "those modules (an original against its copy), or golden values, FILE.safetensors"
-        },
-    )
-    save_golden: Path | None = field(
-        default=None, metadata={"help": "keep the reference's values and the pictures in this safetensors file"}
-    )
-    prompt: str | None = field(default=None, metadata={"help": "what a language model is asked about the pictures"})
-    steps: int | None = field(default=None, metadata={"help": "greedy tokens to compare; 8 when it is not given"})
-    device: str = field(default="cpu", metadata={"help": "auto, cpu, cuda or cuda:N"})
-    dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "of both sides: float32, bfloat16 or float16"}
-    )
-    quantization: Quantization = field(
-        default="none", metadata={"help": "bits that siglane's side keeps weights of linear layers in"}
-    )
-    json: bool = field(default=False, metadata={"help": "print the numbers as one JSON object"})
-    report: Path | None = field(default=None, metadata={"help": "write an HTML page with plots and pictures"})
+    save_golden: Path | None = option(None, "keep the reference's values and the pictures in this safetensors file")
+    prompt: str | None = option(None, "what a language model is asked about the pictures")
+    steps: int | None = option(None, "greedy tokens to compare; 8 when it is not given")
+    device: str = option("cpu", "auto, cpu, cuda or cuda:N")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "of both sides: float32, bfloat16 or float16")
+    quantization: Quantization = option("none", "bits that siglane's side keeps weights of linear layers in")
+    json: bool = option(False, "print the numbers as one JSON object")
+    report: Path | None = option(None, "write an HTML page with plots and pictures")
 
 
 ARGUMENTS = (MODEL_ARGUMENT,)

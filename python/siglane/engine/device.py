@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from siglane.engine.attention.by_rows import PREFILLS_ALIKE, STEPS_ALIKE
 from siglane.engine.attention.compiled import compiled_kernels
 from siglane.engine.attention.cuda import tried_kernels
 from siglane.engine.attention.kernels import DecodeRows, Kernels, PrefillRows, StepAttention
@@ -26,8 +27,8 @@ from siglane.engine.cache.kv import PagedKV
 from siglane.engine.graphs import Capture, buckets_up_to, capture_on_cuda, record
 from siglane.engine.limits import StepLimits, padded_rows
 from siglane.engine.memory import LargestStep, kv_bytes
-from siglane.engine.sampling.cuda import DeviceSampler, tried_best
-from siglane.engine.sampling.readouts import Readouts, read
+from siglane.engine.sampling.cuda import DeviceSampler, tried_choices
+from siglane.engine.sampling.readouts import Readouts, read, rows_to_read
 from siglane.engine.sampling.sampler import Choices, Choose, SampledToken, choose_on_host
 from siglane.engine.scheduler import StepBudget
 from siglane.engine.words import Held, PageTable, Written
@@ -51,7 +52,7 @@ def build_device(
         torch.backends.cuda.enable_cudnn_sdp(False)
     choose: Choose = choose_on_host
     if on_cuda:
-        choose = DeviceSampler(budget.tokens, device, tried_best(device, language.config.vocab_size))
+        choose = DeviceSampler(budget.tokens, device, tried_choices(device, language.config.vocab_size))
     pages = config.stated_pages
     if pages is None:
         largest = LargestStep(budget.patches, budget.tokens, budget.running)
@@ -61,19 +62,20 @@ def build_device(
         language.config, language.kv_heads, pages=pages, page_size=config.page_size, dtype=dtype, device=device
     )
     limits = StepLimits.of(budget, min(language.config.max_position_embeddings, kv.tokens), config.page_size)
-    kernels = choose_kernels(config.resolve_paged_backend(), kv, language)
+    kernels = choose_kernels(config.resolve_paged_backend(), kv, language, config.batch_invariant)
     buckets = buckets_up_to(budget.running) if on_cuda and kernels.records else ()
-    made = Device(
-        model, kv, kernels, limits, eos_token_ids, packing=config.enable_packing, buckets=buckets, choose=choose
-    )
+    packing = config.enable_packing and not config.batch_invariant
+    made = Device(model, kv, kernels, limits, eos_token_ids, packing=packing, buckets=buckets, choose=choose)
     if buckets:
         with torch.cuda.device(device):  # whose streams a capture uses
             made.record(capture_on_cuda)
     return made
 
 
-def choose_kernels(choice: str, kv: PagedKV, language: QwenModel) -> Kernels:
-    """choice: auto, torch or eager."""
+def choose_kernels(choice: str, kv: PagedKV, language: QwenModel, batch_invariant: bool = False) -> Kernels:
+    """choice: auto, torch or eager. batch_invariant: on CUDA; EngineError where no kernel is that is right."""
+    if batch_invariant:
+        return tried_kernels(Shape.of(language, kv), kv, STEPS_ALIKE, PREFILLS_ALIKE)
     if choice == "eager":
         return EagerKernels(kv)
     if kv.keys.device.type == "cpu":
@@ -225,7 +227,7 @@ class Device:
 
     def forward(self, plan: StepPlan) -> Computed:
         """Writes the step's keys and values."""
-        tokens, positions, slots, rows, lengths, chosen, *others = plan.written.copy_to(self._words)
+        tokens, positions, slots, rows, lengths, chosen, reading, *others = plan.written.copy_to(self._words)
         prefill_rows, cu_seqlens_q, cu_seqlens_k, *news = others
         self._table.put(plan.held, *news)
         if plan.bucket is not None:
@@ -240,7 +242,7 @@ class Device:
             prefills = PrefillRows(table, prefill_rows, cu_seqlens_q.int(), cu_seqlens_k.int(), chunks)
         embeds = splice(self.model.language.embed_turned(tokens), plan.spans, plan.images)
         hidden = self._hidden(embeds, positions, slots, decodes, prefills)
-        readouts = read(self.model.language, hidden, plan.chunks)
+        readouts = read(self.model.language, hidden, reading, plan.chunks)
         return Computed(self.model.language.logits(_rows(hidden, chosen, len(hidden))), readouts)
 
     def _padded_logits(self, bucket: int, chunks: tuple[Chunk, ...] = ()) -> torch.Tensor:
@@ -279,9 +281,9 @@ class Device:
         return self.model.language.decode(embeds, positions, attention)[:rows]
 
     def _numbers(self, chunks: tuple[Chunk, ...], decodes: int, padding: int, held: Sequence[Held]) -> list[list[int]]:
-        """tokens, positions, slots; rows of the table and lengths of what decodes; rows that choose a token; of
-        prefills the table's rows and where their queries and keys begin; what is new in the table: rows, columns,
-        pages."""
+        """tokens, positions, slots; rows of the table and lengths of what decodes; rows that choose a token, rows that
+        are read; of prefills the table's rows and where their queries and keys begin; what is new in the table: rows,
+        columns, pages."""
         zeros = [0] * padding
         places = [range(chunk.start, chunk.stop) for chunk in chunks]
         reading = chunks[decodes:]
@@ -294,6 +296,7 @@ class Device:
             [chunk.sequence.table_row for chunk in chunks[:decodes]] + [self.limits.running] * padding,
             [chunk.stop for chunk in chunks[:decodes]] + [1] * padding,
             _choosing(chunks),
+            rows_to_read(chunks),
             [chunk.sequence.table_row for chunk in reading],
             [*starts_q],
             [*starts_k],

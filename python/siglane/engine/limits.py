@@ -46,6 +46,6 @@ class StepLimits(NamedTuple):
 
     @property
     def numbers(self) -> int:
-        """Of a plan: tokens, positions, slots and chosen rows; rows and lengths of decodes; three of prefills; the
-        whole table, a row, a column and a page each."""
-        return 4 * (self.tokens + self.running) + 5 * (self.running + 1) + 3 * self.running * self.columns
+        """Of a plan: tokens, positions, slots, chosen rows and those that are read; rows and lengths of decodes; three
+        of prefills; the whole table, a row, a column and a page each."""
+        return 5 * (self.tokens + self.running) + 5 * (self.running + 1) + 3 * self.running * self.columns

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from siglane.nn.device import host_memory
@@ -24,7 +24,7 @@ class Written:
         self._numbers = self.memory.numpy()
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
-    def write(self, lists: Sequence[Sequence[int]]) -> None:
+    def write(self, lists: Sequence[Sequence[int] | npt.NDArray[np.int64]]) -> None:
         """RuntimeError when they are more than the memory holds."""
         if self._copied is not None:
             self._copied.synchronize()
@@ -32,7 +32,10 @@ class Written:
         count = sum(self.lengths)
         if count > len(self._numbers):
             raise RuntimeError(f"a step has {count} numbers, {len(self._numbers)} are planned for")
-        self._numbers[:count] = np.fromiter(chain.from_iterable(lists), np.int64, count)
+        first = 0
+        for one, length in zip(lists, self.lengths, strict=True):
+            self._numbers[first : first + length] = one
+            first += length
 
     def copy_to(self, memory: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Enqueues the copy to `memory` i64, as long at least -> each list where it lies there."""

@@ -25,6 +25,7 @@ from siglane.families.stack import VisionEncoderModel, VisionStack
 from siglane.families.stated import log_contradictions
 from siglane.families.weights import ModelWeights, model_sources, model_weights, tower_weights
 from siglane.lm.build import build_language_model
+from siglane.lm.separate_experts import separate
 from siglane.nn.parallel import TensorParallel
 from siglane.nn.plan import WeightPlan
 from siglane.nn.quantise import Bits
@@ -229,7 +230,9 @@ def _rehearsed_codes(
     file = CodesFile(checkpoint)
     language = replace(config.language, tie_embeddings=OWN_HEAD not in file.tensors)
     build = partial(VisionLanguageModel, replace(config, language=language), None, attention_backend)
-    return file, _built(build, len(file.tensors), _depth(config))
+    model = _built(build, len(file.tensors), _depth(config))
+    separate(model.language)
+    return file, model
 
 
 def _rehearsed_tower(

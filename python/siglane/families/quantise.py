@@ -19,7 +19,7 @@ from siglane.weights.load import Stage, allocate
 class Quantiser:
     """Of one model. `stages` of the load, by paths in it: none on CUDA, where everything is replaced at the end.
 
-    UserError when there is no kernel for `kind` here, or for a mixture of experts.
+    UserError when there is no kernel for `kind` here, on CUDA none for a mixture of experts.
     """
 
     def __init__(
@@ -31,14 +31,15 @@ class Quantiser:
         dtype: torch.dtype,
         vision_dtype: torch.dtype,
     ) -> None:
-        if language.config.experts is not None:
-            raise unsupported(kind, "a mixture of experts has no form of fewer bits here; use the model in floats")
+        if language.config.experts is not None and device.type != "cpu":
+            message = f"a mixture of experts has no form of fewer bits on {device.type}"
+            raise unsupported(kind, f"{message}; use the model in floats, or a CPU")
         self._vision, self._language, self._device, self._kind = vision, language, device, kind
         self.stages: dict[str, Stage] = {}
         if device.type != "cpu":
             return
         self._by_block = LanguageQuantiser(language.config, kind)
-        self._tables = self._by_block.begin(language)
+        self._incoming = self._by_block.begin(language)
         self._add("language.blocks", language.blocks, dtype, self._by_block.quantise_block)
         if vision is not None:
             blocks = vision.encoder.tower.blocks
@@ -49,7 +50,7 @@ class Quantiser:
             end(block)
             return_freed()
 
-        stage = Stage(partial(allocate, device=self._device, dtype=dtype), replace)
+        stage = Stage(partial(allocate, device=self._device, dtype=dtype, later=self._incoming), replace)
         self.stages |= {f"{path}.{number}": stage for number in range(len(blocks))}
 
     def _replace(self, part: nn.Module) -> None:
@@ -63,7 +64,7 @@ class Quantiser:
             return []
         return [
             self._language.blocks,
-            *self._tables,
+            *self._incoming,
             *([] if self._vision is None else [self._vision.encoder.tower.blocks]),
         ]
 

@@ -59,12 +59,16 @@ class Experts(ShardedModule):
 
     def load_part(self, name: str, part: str, tensor: torch.Tensor) -> None:
         number, _, kind = part.partition(".")
-        wide = (self.hidden_size, self.experts.size)
-        check_shape(tensor, *(wide if kind == "down" else wide[::-1]))
-        shard = self.tp.shard(tensor, 1 if kind == "down" else 0)
+        share = self.share(part, tensor)
         place = int(number) if kind == "down" else 2 * int(number) + (kind == "up")
         with torch.no_grad():
-            self.get_parameter(name).narrow(0, place * len(shard), len(shard)).copy_(shard)
+            self.get_parameter(name).narrow(0, place * len(share), len(share)).copy_(share)
+
+    def share(self, part: str, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's of a part, a view of the whole one."""
+        wide, down = (self.hidden_size, self.experts.size), part.endswith(".down")
+        check_shape(tensor, *(wide if down else wide[::-1]))
+        return self.tp.shard(tensor, 1 if down else 0)
 
 
 def experts_rules(experts: ExpertsConfig) -> tuple[Rule, ...]:

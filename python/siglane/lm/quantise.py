@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from siglane.config.language import LanguageConfig
+from siglane.lm.experts import SparseMLP
 from siglane.lm.qwen import DecoderAttention, DecoderBlock, DecoderMLP, QwenModel
 from siglane.lm.rotation import head_turn, random_basis, rotate_block
+from siglane.lm.separate_experts import IncomingExperts, SeparateExperts, separated
 from siglane.lm.tables import IncomingTable, QuantisedHead, QuantisedTable, TiedCodes, TiedTable
 from siglane.nn.cpu.int4 import GROUP_SIZE, Int4Linear
 from siglane.nn.cpu.int8 import CentredInt8Linear, Int8Codes, WideInt8Linear, int8_codes
@@ -18,13 +20,13 @@ from siglane.nn.cpu.memory import return_freed
 from siglane.nn.embedding import VocabTable
 from siglane.nn.quantise import Bits, Given, MakeLinear, kernel, own, quantised
 
-FOUR_BITS = ("attention.o_proj", "mlp.gate_up", "mlp.down_proj")  # of a block, the layers that `4bit` means
+FOUR_BITS = ("attention.o_proj", ".gate_up", ".down_proj")  # of a block, the layers that `4bit` means
 ABSORBED = ("input_norm", "post_attention_norm")  # of a block, what goes into the layers behind it
 
 
 class LanguageQuantiser:
     """Replaces the layers of a decoder on a CPU, block by block, as each is loaded, its tables as they are read and its
-    head at last.
+    head at last; experts, one by one.
 
     In the turned basis (`rotation.py`) rows have no outliers, so 8 bits around zero suffice; but behind the product of
     SwiGLU, which no turn of weights can reach, they take 16 (`WideInt8Linear`). With 4 bits some keep 8: q, k and v, a
@@ -34,14 +36,17 @@ class LanguageQuantiser:
 
     def __init__(self, config: LanguageConfig, kind: Bits, group_size: int = GROUP_SIZE) -> None:
         kernel(kind, torch.device("cpu"))
-        self._kind, self._group_size = kind, group_size
+        self._config, self._kind, self._group_size = config, kind, group_size
         self._basis, self._head_basis = random_basis(config.hidden_size), random_basis(config.head_dim)
         self._tied: IncomingTable[TiedCodes] | None = None
         self._table: IncomingTable[Int8Codes] | None = None
         self._head: IncomingTable[torch.Tensor] | None = None
 
     def begin(self, model: QwenModel) -> list[nn.Module]:
-        """Before anything is loaded. Returns what then stands for the tables and needs no memory of its own."""
+        """Before anything is loaded. Returns what then stands for tables and experts and needs no memory of its own."""
+        return [*self._begin_tables(model), *_begin_experts(model)]
+
+    def _begin_tables(self, model: QwenModel) -> list[nn.Module]:
         table, head = model.embed_tokens, model.lm_head
         if not isinstance(head, VocabTable):
             self._tied = model.embed_tokens = IncomingTable(table, lambda weight: TiedCodes(self._turned(weight)))
@@ -56,9 +61,10 @@ class LanguageQuantiser:
 
     def quantise_block(self, block: nn.Module) -> None:
         assert isinstance(block, DecoderBlock)
+        given = separated(block, self._config, self._basis) if isinstance(block.mlp, SparseMLP) else own
         rotate_block(block, self._basis, self._head_basis)
         return_freed()
-        _quantise_block(block, self._kind, self._group_size)
+        _quantise_block(block, self._kind, self._group_size, given)
 
     def finish(self, model: QwenModel) -> None:
         """Once all is loaded."""
@@ -93,7 +99,19 @@ def restore(model: QwenModel, kind: Bits, given: Given, values: Callable[[str], 
         model.embed_tokens = TiedTable(table, TiedCodes(codes), columns, values("gain"))
     for block in model.blocks:
         assert isinstance(block, DecoderBlock)
+        if isinstance(mlp := block.mlp, SeparateExperts):
+            mlp.router = nn.Parameter(torch.empty(mlp.router.shape), requires_grad=False)  # float32, not yet filled
         _quantise_block(block, kind, GROUP_SIZE, given)
+
+
+def _begin_experts(model: QwenModel) -> list[nn.Module]:
+    incoming: list[nn.Module] = []
+    for block in model.blocks:
+        assert isinstance(block, DecoderBlock)
+        if isinstance(block.mlp, SparseMLP):
+            block.mlp.stacked = IncomingExperts(block.mlp.stacked)
+            incoming.append(block.mlp.stacked)
+    return incoming
 
 
 def _table_codes(given: Given, table: nn.Module) -> Int8Codes:
@@ -106,15 +124,18 @@ def _quantise_block(block: DecoderBlock, kind: Bits, group_size: int, given: Giv
     """The norms, which have no gain any more, become scales of the layers behind them. given: as of `quantise`."""
     attention, mlp = block.attention, block.mlp
     assert isinstance(attention, DecoderAttention)
-    assert isinstance(mlp, DecoderMLP)
+    assert isinstance(mlp, DecoderMLP | SeparateExperts)
     small = partial(Int4Linear, group_size=group_size)
     centred, wide = (CentredInt8Linear, WideInt8Linear) if kind == "8bit" else (small, small)  # FOUR_BITS
-    layers: tuple[tuple[nn.Module, str, MakeLinear], ...] = (
+    layers: list[tuple[nn.Module, str, MakeLinear]] = [
         (attention, "qkv", partial(CentredInt8Linear, eps=block.input_norm.eps)),
         (attention, "o_proj", centred),
-        (mlp, "gate_up", partial(centred, eps=block.post_attention_norm.eps)),
-        (mlp, "down_proj", wide),
-    )
+    ]
+    for expert in mlp.experts if isinstance(mlp, SeparateExperts) else ():  # their rows are scaled already
+        layers += [(expert, "gate_up", centred), (expert, "down_proj", wide)]
+    if isinstance(mlp, DecoderMLP):
+        gate_up = partial(centred, eps=block.post_attention_norm.eps)
+        layers += [(mlp, "gate_up", gate_up), (mlp, "down_proj", wide)]
     for parent, name, make in layers:
         setattr(parent, name, quantised(getattr(parent, name), make, given))
         return_freed()

@@ -35,6 +35,12 @@ class TurnedTable(Protocol):
     def turned(self, ids: torch.Tensor) -> torch.Tensor: ...
 
 
+class BlockMLP(Protocol):
+    """Of a block, what follows its attention."""
+
+    def added(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor: ...
+
+
 class DecoderAttention(nn.Module):
     """Grouped-query attention with rotary positions; Qwen3 normalises each head of q and k before the rotation."""
 
@@ -87,7 +93,7 @@ class DecoderBlock(nn.Module):
         self.attention = DecoderAttention(config, layer, tp, norm)
         self.post_attention_norm = norm(config.hidden_size, config.rms_norm_eps)
         if config.experts is not None and config.experts.at(layer):
-            self.mlp: SparseMLP | DecoderMLP = SparseMLP(config.hidden_size, config.experts, tp)
+            self.mlp: BlockMLP = SparseMLP(config.hidden_size, config.experts, tp)
         else:
             self.mlp = DecoderMLP(config, tp)
 

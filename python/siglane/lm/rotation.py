@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from siglane.lm.qwen import DecoderAttention, DecoderBlock, DecoderMLP
+from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from siglane.nn.norm import RMSNorm
 
 ROWS = COLUMNS = 256  # that are turned at a time, in float64
@@ -28,33 +29,47 @@ def random_basis(size: int) -> torch.Tensor:
 
 @torch.no_grad()
 def rotate_block(block: DecoderBlock, basis: torch.Tensor, head_basis: torch.Tensor) -> None:
-    """The stream comes and goes as `x @ basis`. The block's parameters are loaded and its own."""
+    """The stream comes and goes as `x @ basis`. The block's parameters are loaded and its own, but for experts, whose
+    weights are turned one by one (`separate_experts.py`)."""
     attention, mlp = block.attention, block.mlp
     assert isinstance(attention, DecoderAttention)
-    assert isinstance(mlp, DecoderMLP)
-    _rotate_reader(block.input_norm, attention.qkv.weight, basis)
-    _rotate_reader(block.post_attention_norm, mlp.gate_up.weight, basis)
+    _rotate_reader(block.input_norm, attention.qkv, basis)
     _rotate_values(attention, head_basis)
-    for writer in (attention.o_proj, mlp.down_proj):
-        for columns in writer.weight.split(COLUMNS, dim=1):
-            columns.copy_(basis.T @ columns.double())
-        if writer.bias is not None:
-            writer.bias.copy_(writer.bias.double() @ basis)
+    _rotate_writer(attention.o_proj, basis)
+    if isinstance(mlp, DecoderMLP):
+        _rotate_reader(block.post_attention_norm, mlp.gate_up, basis)
+        _rotate_writer(mlp.down_proj, basis)
+
+
+def turned_reader(weight: torch.Tensor, gain: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """f64: a weight `[N, hidden_size]` that reads the stream behind a norm, whose `gain` moves into it."""
+    return (weight.double() * gain.double()) @ basis
+
+
+def turned_writer(weight: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """f64: a weight `[hidden_size, K]` whose results are added to the stream."""
+    return basis.T @ weight.double()
 
 
 @torch.no_grad()
 def head_turn(norm: RMSNorm, basis: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """What turns rows `[N, hidden_size]` of the output head behind `norm`, whose gain moves into it."""
-    gain = norm.weight.double()
+    gain = norm.weight.clone()
     norm.weight.fill_(1)
-    return lambda rows: (rows.double() * gain) @ basis
+    return lambda rows: turned_reader(rows, gain, basis)
 
 
-def _rotate_reader(norm: RMSNorm, weight: torch.Tensor, basis: torch.Tensor) -> None:
-    """`weight` reads the stream behind `norm`."""
-    for rows in weight.split(ROWS):
-        rows.copy_((rows.double() * norm.weight.double()) @ basis)
+def _rotate_reader(norm: RMSNorm, reader: ColumnParallelLinear | QKVParallelLinear, basis: torch.Tensor) -> None:
+    for rows in reader.weight.split(ROWS):
+        rows.copy_(turned_reader(rows, norm.weight, basis))
     norm.weight.fill_(1)
+
+
+def _rotate_writer(writer: RowParallelLinear, basis: torch.Tensor) -> None:
+    for columns in writer.weight.split(COLUMNS, dim=1):
+        columns.copy_(turned_writer(columns, basis))
+    if writer.bias is not None:
+        writer.bias.copy_(writer.bias.double() @ basis)
 
 
 def _rotate_values(attention: DecoderAttention, basis: torch.Tensor) -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from siglane.errors import ConfigError, EngineError
-from siglane.nn.cpu.attention import LONG, attention_by_head
+from siglane.nn.cpu.attention import LONG, attention_by_head, compiled_attention
 from siglane.nn.cpu.product import uses_onednn
 from siglane.nn.cuda.varlen import Packed, attend_packed
 from siglane.nn.trial import first_right
@@ -139,6 +139,8 @@ def eager(
 
 
 def _onednn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float) -> torch.Tensor:
+    if (compiled := compiled_attention(q, k, v)) is not None:
+        return compiled(q, k, v, segments.lengths, scale)
     by_head = uses_onednn(q, k, v)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,8 @@ other kernels may stand."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -40,13 +42,28 @@ class Mixing(nn.Module):
     def forward(
         self, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor
     ) -> torch.Tensor:
-        order = chosen.flatten().argsort(stable=True)  # places of `chosen`, expert after expert
-        counts = chosen.flatten().bincount(minlength=self.count).tolist()
         gates, downs = gate_up.unflatten(0, (self.count, -1)), down.unflatten(0, (self.count, -1))
-        y = torch.zeros_like(x)
-        for expert, places in enumerate(order.split(counts)):
-            if len(places):
-                tokens = places // chosen.shape[1]
-                rows = linear(swiglu(linear(x[tokens], gates[expert])), downs[expert])
-                y = y.index_add(0, tokens, (rows * weights.flatten()[places, None]).to(y.dtype))
-        return y
+
+        def expert(number: int, rows: torch.Tensor) -> torch.Tensor:
+            return linear(swiglu(linear(rows, gates[number])), downs[number])
+
+        return mixed(x, expert, self.count, weights, chosen)
+
+
+def mixed(
+    x: torch.Tensor,
+    expert: Callable[[int, torch.Tensor], torch.Tensor],
+    count: int,
+    weights: torch.Tensor,
+    chosen: torch.Tensor,
+) -> torch.Tensor:
+    """x `[T, K]` -> the same: of each token's experts the sum of `weight * expert(number, x)`, one expert after the
+    other. weights and chosen as of `Routing`, of `count` experts."""
+    order = chosen.flatten().argsort(stable=True)  # places of `chosen`, expert after expert
+    counts = chosen.flatten().bincount(minlength=count).tolist()
+    y = torch.zeros_like(x)
+    for number, places in enumerate(order.split(counts)):
+        if len(places):
+            tokens = places // chosen.shape[1]
+            y = y.index_add(0, tokens, (expert(number, x[tokens]) * weights.flatten()[places, None]).to(y.dtype))
+    return y

@@ -47,7 +47,7 @@ def quantise(model: nn.Module, kind: Bits, device: torch.device | str, given: Gi
     """
     device = torch.device(device)
     make = kernel(kind, device)
-    layers = _float_layers(model)
+    layers = float_layers(model)
     if not layers:
         raise ConfigError(f"there is nothing to quantise to {kind}: the model has no float linear layers in its blocks")
     if device.type == "cpu" and given is own:
@@ -61,11 +61,11 @@ def quantise(model: nn.Module, kind: Bits, device: torch.device | str, given: Gi
 
 def has_float_layers(model: nn.Module) -> bool:
     """Whether `quantise` finds something to replace."""
-    return bool(_float_layers(model))
+    return bool(float_layers(model))
 
 
-def _float_layers(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Each with its parent and its name there."""
+def float_layers(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Those that `quantise` replaces, each with its parent and its name there."""
     return [
         (parent, name, layer)
         for parent in model.modules()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -12,23 +11,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
 
-from siglane.batch.row import CHAT, CLASSIFY, EMBEDDINGS, OF_CHAT, PAIRS, SCORE
+from siglane.batch.row import CLASSIFY, EMBEDDINGS, OF_CHAT, PAIRS, SCORE
 from siglane.errors import EngineError, UserError
 from siglane.server.abort import ABORT, add_abort
-from siglane.server.chat import complete, prepare
 from siglane.server.context import context_of
-from siglane.server.embedding.embed import classify, embed
-from siglane.server.embedding.protocol import (
-    ClassificationList,
-    ClassificationRequest,
-    EmbeddingList,
-    EmbeddingRequest,
-)
 from siglane.server.errors import JsonResponse, error_response, from_validation
 from siglane.server.messages.blocks import AnthropicShape
 from siglane.server.messages.routes import COUNT_TOKENS, MESSAGES, add_messages
@@ -43,49 +33,30 @@ from siglane.server.middleware import (
     UnderRoot,
     shutting_down,
 )
-from siglane.server.openapi import (
-    OF_A_BODY,
-    STREAM,
-    chat_examples,
-    classification_examples,
-    document,
-    embedding_examples,
-    failures,
-)
+from siglane.server.openapi import document, failures
 from siglane.server.playground import PATH as PLAYGROUND
 from siglane.server.playground import add_playground
-from siglane.server.protocol import ChatCompletionRequest, ignored_fields
-from siglane.server.replies import ChatCompletion, Health, ModelCard, ModelList, Ready
+from siglane.server.replies import Health, ModelCard, ModelList, Ready
 from siglane.server.responses.routes import RESPONSES, STORED_RESPONSES, add_responses
-from siglane.server.served import ChatModel, EmbedModel, Served
+from siglane.server.routes import (
+    IGNORED_FIELDS,
+    TOKENS,
+    ModelRoutes,
+    add_chat,
+    add_completions,
+    add_decisions,
+    add_embeddings,
+    add_pairs,
+    add_scores,
+    add_tokens,
+)
+from siglane.server.served import Served
 from siglane.server.stored.batch_runner import BatchRunner
 from siglane.server.stored.batches import BATCHES, add_batches
 from siglane.server.stored.files import FILES, add_files
 from siglane.server.stored.store import Store
-from siglane.server.stream import ChatStream
-from siglane.server.text_routes import add_completions, add_decisions, add_pairs, add_scores
-from siglane.server.tokens import (
-    DetokenizedText,
-    DetokenizeRequest,
-    ImageTokens,
-    ImageTokensRequest,
-    TokenizeRequest,
-    TokenList,
-    detokenize,
-    image_tokens,
-    tokenize,
-)
 from siglane.server.traces import Traces
 from siglane.server.view import IMAGE_VIEW, add_view
-
-logger = logging.getLogger(__name__)
-
-IGNORED_FIELDS = "x-siglane-ignored-fields"
-TOKENIZE, DETOKENIZE = ("/v1/tokenize", "/tokenize"), ("/v1/detokenize", "/detokenize")  # SGLang's, and everybody's
-IMAGE_TOKENS = "/v1/images/tokens"
-TOKENS = (*TOKENIZE, *DETOKENIZE, IMAGE_TOKENS)
-
-Responses = dict[int | str, dict[str, Any]]
 
 
 class _OrjsonRequest(Request):
@@ -139,11 +110,10 @@ def _add_routes_of_chats(app: FastAPI, served: Served) -> None:
         message = f"{served.name!r} embeds and classifies; its prompts are single texts"
         _add_refusals(app, (*TOKENS, IMAGE_VIEW), message)
         return
-    _add_chat(app, served, served.chat)
-    for add in (add_completions, add_decisions, add_scores, add_responses, add_messages):
-        add(app, served, served.chat, _ignored_noter())
+    routes = ModelRoutes(app, served, served.chat)
+    for add in (add_chat, add_completions, add_decisions, add_scores, add_responses, add_messages, add_tokens):
+        add(routes)
     _add_refusals(app, STORED_RESPONSES, "responses are not stored; send the conversation with each request")
-    _add_tokens(app, served, served.chat)
     add_view(app, served, served.chat)
 
 
@@ -152,8 +122,9 @@ def _add_routes_of_towers(app: FastAPI, served: Served) -> None:
         reason = f"{served.name!r} chats; embeddings need a SigLIP with both towers beside it (siglane serve --tagger)"
         _add_refusals(app, (EMBEDDINGS, CLASSIFY), reason)
         return
-    _add_embeddings(app, served, served.embed)
-    add_pairs(app, served, served.embed, _ignored_noter())
+    routes = ModelRoutes(app, served, served.embed)
+    add_embeddings(routes)
+    add_pairs(routes)
 
 
 def _add_middleware(app: FastAPI, served: Served, traces: Traces | None) -> None:
@@ -237,91 +208,6 @@ def _add_models(app: FastAPI, served: Served) -> None:
     @app.get("/v1/models/{name:path}", responses=failures(401, 404))
     async def get_model(name: str) -> ModelCard:
         return served.card(name)
-
-
-def _ignored_noter() -> Callable[[BaseModel], dict[str, str]]:
-    """Tells the client in a header which of its fields have no effect, and the log once."""
-    warned: set[str] = set()
-
-    def note_ignored(body: BaseModel) -> dict[str, str]:
-        fields = ignored_fields(body)
-        new = [name for name in fields if name not in warned]
-        if new and len(warned) < 1000:  # names come from clients
-            warned.update(new)
-            logger.warning("requests set fields that have no effect here: %s", ", ".join(new))
-        return {IGNORED_FIELDS: ",".join(fields)} if fields else {}
-
-    return note_ignored
-
-
-def _add_chat(app: FastAPI, served: Served, model: ChatModel) -> None:
-    note_ignored = _ignored_noter()
-    answers: Responses = {200: {"model": ChatCompletion, "content": STREAM}, **failures(*OF_A_BODY)}
-
-    @app.post(CHAT, responses=answers, response_model=None, openapi_extra=chat_examples(model))
-    async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Any:
-        context = context_of(request.scope)
-        headers = note_ignored(body)
-        served.check_name(body.model, model)
-        if not body.stream:
-            return JsonResponse(await complete(body, context, model), headers=headers)
-        prepared = await prepare(body, context, model)
-        return ChatStream(body, prepared, context, model, headers)
-
-
-def _add_tokens(app: FastAPI, served: Served, model: ChatModel) -> None:
-    note_ignored = _ignored_noter()
-
-    async def count_tokens(body: TokenizeRequest, request: Request) -> Response:
-        headers = note_ignored(body)
-        served.check_name(body.model, model)
-        return JsonResponse(await tokenize(body, context_of(request.scope), model), headers=headers)
-
-    async def join_tokens(body: DetokenizeRequest) -> Response:
-        headers = note_ignored(body)
-        served.check_name(body.model, model)
-        return JsonResponse(await detokenize(body, model), headers=headers)
-
-    async def count_image_tokens(body: ImageTokensRequest, request: Request) -> Response:
-        headers = note_ignored(body)
-        served.check_name(body.model, model)
-        return JsonResponse(await image_tokens(body, context_of(request.scope), model), headers=headers)
-
-    routes: dict[Callable[..., Any], tuple[Any, Sequence[str]]] = {
-        count_tokens: (TokenList, TOKENIZE),
-        join_tokens: (DetokenizedText, DETOKENIZE),
-        count_image_tokens: (ImageTokens, (IMAGE_TOKENS,)),
-    }
-    for route, (answer, paths) in routes.items():
-        responses: Responses = {200: {"model": answer}, **failures(*OF_A_BODY)}
-        for path in paths:
-            app.add_api_route(
-                path,
-                route,
-                methods=["POST"],
-                responses=responses,
-                response_model=None,
-                include_in_schema=path == paths[-1],
-            )
-
-
-def _add_embeddings(app: FastAPI, served: Served, model: EmbedModel) -> None:
-    note_ignored = _ignored_noter()
-
-    vectors: Responses = {200: {"model": EmbeddingList}, **failures(*OF_A_BODY)}
-    tags: Responses = {200: {"model": ClassificationList}, **failures(*OF_A_BODY)}
-
-    @app.post(EMBEDDINGS, responses=vectors, response_model=None, openapi_extra=embedding_examples(model.name))
-    async def create_embeddings(body: EmbeddingRequest, request: Request) -> Any:
-        headers = note_ignored(body)
-        served.check_name(body.model, model)
-        return JsonResponse(await embed(body, context_of(request.scope), model), headers=headers)
-
-    @app.post(CLASSIFY, responses=tags, response_model=None, openapi_extra=classification_examples(model.name))
-    async def create_classification(body: ClassificationRequest, request: Request) -> Any:
-        headers = note_ignored(body)
-        served.check_name(body.model, model)
-        return JsonResponse(await classify(body, context_of(request.scope), model), headers=headers)
 
 
 def _add_refusals(app: FastAPI, paths: Sequence[str], reason: str) -> None:

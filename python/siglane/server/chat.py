@@ -18,7 +18,15 @@ from siglane.media.messages import read_messages
 from siglane.server.choices import ChoiceDelta, Choices, finish_reason
 from siglane.server.context import RequestContext
 from siglane.server.protocol import AnyMessage, ChatCompletionRequest, GenerationRequest, plain
-from siglane.server.replies import ChatCompletion, Choice, ReplyMessage, SiglaneReport, UsageReply
+from siglane.server.replies import (
+    ChatCompletion,
+    Choice,
+    ReplyMessage,
+    ReplyPiece,
+    SiglaneReport,
+    UsageReply,
+    WholeReply,
+)
 from siglane.server.served import ChatModel
 from siglane.server.stopwatch import Stopwatch
 from siglane.server.tool_fields import call_replies, with_tools
@@ -174,16 +182,8 @@ async def complete(body: ChatCompletionRequest, context: RequestContext, model: 
     async with context.turn:
         prepared = await prepare(body, context, model)
     choices = await answered(prepared, context, model)
-    return {
-        "id": prepared.request_id,
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": model.name,
-        "system_fingerprint": model.fingerprint,
-        "choices": [choice_reply(index, answer, model) for index, answer in enumerate(choices.answers)],
-        "usage": usage_reply(choices.usage),
-        "siglane": siglane_report(body, prepared, choices),
-    }
+    told = [choice_reply(index, answer, model) for index, answer in enumerate(choices.answers)]
+    return {"object": "chat.completion", "choices": told, **whole_reply(body, prepared, choices, model)}
 
 
 async def answered(
@@ -202,6 +202,25 @@ async def answered(
         model.release(choices)
     note_answer(choices, prepared, context, model)
     return choices
+
+
+def reply_of(prepared: Prepared, model: ChatModel, created: int) -> ReplyPiece:
+    """What an answer and all its pieces have. created: seconds since 1970."""
+    return {
+        "id": prepared.request_id,
+        "created": created,
+        "model": model.name,
+        "system_fingerprint": model.fingerprint,
+    }
+
+
+def whole_reply(body: Reported, prepared: Prepared, choices: Choices, model: ChatModel) -> WholeReply:
+    """All but what its choices say."""
+    return {
+        **reply_of(prepared, model, int(time.time())),
+        "usage": usage_reply(choices.usage),
+        "siglane": siglane_report(body, prepared, choices),
+    }
 
 
 def choice_reply(index: int, answer: Answer, model: ChatModel) -> Choice:

@@ -29,6 +29,18 @@ def _whole(value: Any) -> Any:
 WHOLE = BeforeValidator(_whole)
 
 
+def of_kinds(what: str, *kinds: str | None) -> BeforeValidator:
+    """UserError for an object of another type, before its fields are looked at. what: it is; None: it may have none."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and value.get("type") not in kinds:
+            message = f"{what} is of type {', '.join(kind for kind in kinds if kind)}; nothing else is read"
+            raise UserError(message, code="unsupported_content_type", param="type")
+        return value
+
+    return BeforeValidator(check)
+
+
 def only(field: str, *others: str) -> dict[str, Any]:
     """A JSON schema: `field` is there and not null, `others` say nothing."""
     silent: dict[str, Any] = {other: {"enum": [None, ""]} for other in others}

@@ -94,9 +94,13 @@ OTHERS = {"refusal": "refusals are accepted in assistant messages only"}
 OTHERS |= dict.fromkeys(("image_url", "video_url"), "images and videos are accepted in messages of users and tools")
 
 
+def kind_of(value: Any) -> Any:
+    """The type that a part of a request states, before and after it has become a model."""
+    return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+
+
 def part_tag(part: Any) -> str:
-    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
-    return PART_TAGS.get(str(kind), "#text")
+    return PART_TAGS.get(str(kind_of(part)), "#text")
 
 
 def of_types(*kinds: str, others: Mapping[str, str] = OTHERS) -> BeforeValidator:

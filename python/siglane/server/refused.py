@@ -72,6 +72,8 @@ class TranslatedRequest(RequestModel):
 
     NOT_SERVED: ClassVar[Mapping[str, tuple[object, ...]]]
 
+    model: str | None = None
+
     @model_validator(mode="after")
     def _refuse(self) -> Self:
         refuse_fields(self.model_extra or {}, self.NOT_SERVED)

@@ -86,15 +86,30 @@ class Choice(TypedDict):
     matched_stop: str | int | None
 
 
-class ChatCompletion(TypedDict):
+class Reply(TypedDict):
+    """What every answer of a language model has, and every piece of one."""
+
     id: str
-    object: Literal["chat.completion"]
     created: int
     model: str
     system_fingerprint: str
-    choices: list[Choice]
+
+
+class WholeReply(Reply):
     usage: UsageReply
     siglane: SiglaneReport
+
+
+class ReplyPiece(Reply):
+    """One event of a stream. usage: null until the last one when it was asked for, else absent."""
+
+    usage: NotRequired[UsageReply | None]
+    siglane: NotRequired[SiglaneReport]
+
+
+class ChatCompletion(WholeReply):
+    object: Literal["chat.completion"]
+    choices: list[Choice]
 
 
 class FunctionDelta(TypedDict):
@@ -126,17 +141,9 @@ class ChunkChoice(TypedDict):
     matched_stop: NotRequired[str | int | None]
 
 
-class ChatCompletionChunk(TypedDict):
-    """One event of a stream. usage: null until the last chunk when it was asked for, else absent."""
-
-    id: str
+class ChatCompletionChunk(ReplyPiece):
     object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[ChunkChoice]
-    usage: NotRequired[UsageReply | None]
-    siglane: NotRequired[SiglaneReport]
 
 
 class ModelCard(TypedDict):

@@ -24,12 +24,12 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from siglane.errors import EngineError, UserError
-from siglane.server.chat import Prepared, note_answer, siglane_report, usage_reply
+from siglane.server.chat import Prepared, note_answer, prepare, reply_of, siglane_report, usage_reply
 from siglane.server.choices import ChoiceDelta, Choices
 from siglane.server.context import RequestContext
 from siglane.server.errors import as_api_error, error_body
 from siglane.server.generation_fields import StreamOptions
-from siglane.server.protocol import GenerationRequest
+from siglane.server.protocol import ChatCompletionRequest, GenerationRequest
 from siglane.server.replies import ChatCompletionChunk, ChunkChoice
 from siglane.server.served import ChatModel
 from siglane.server.tool_fields import call_deltas
@@ -69,7 +69,7 @@ class EventStream(StreamingResponse):
         super().__init__((), headers={**HEADERS, **(headers or {})}, media_type="text/event-stream")
         self._request, self._prepared, self._context, self._model = request, prepared, context, model
         self._options = request.stream_options or StreamOptions()
-        self._created = int(time.time())
+        self._reply = reply_of(prepared, model, int(time.time()))
         self._spoken: set[int] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -171,14 +171,14 @@ class ChatStream(EventStream):
         return self._with_report(self._frame([choice]), choices)
 
     def _frame(self, choices: list[ChunkChoice]) -> ChatCompletionChunk:
-        return {
-            "id": self._prepared.request_id,
-            "object": "chat.completion.chunk",
-            "created": self._created,
-            "model": self._model.name,
-            "system_fingerprint": self._model.fingerprint,
-            "choices": choices,
-        }
+        return {**self._reply, "object": "chat.completion.chunk", "choices": choices}
+
+
+async def stream_chat(
+    body: ChatCompletionRequest, context: RequestContext, model: ChatModel, headers: Mapping[str, str]
+) -> ChatStream:
+    """`complete` as it comes."""
+    return ChatStream(body, await prepare(body, context, model), context, model, headers)
 
 
 async def _write(send: Send, data: bytes) -> None:

@@ -156,7 +156,7 @@ def _texts_of(model: ChatModel, ids: Sequence[int]) -> list[str]:
     return [model.token_texts.bytes_of(token_id).decode(errors="replace") for token_id in ids]
 
 
-async def detokenize(body: DetokenizeRequest, model: ChatModel) -> DetokenizedText:
+async def detokenize(body: DetokenizeRequest, context: RequestContext, model: ChatModel) -> DetokenizedText:
     several = bool(body.tokens) and isinstance(body.tokens[0], list)
     lists: list[list[int]] = body.tokens if several else [body.tokens]  # type: ignore[assignment, list-item]
     known = len(model.processor.tokenizer)

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
+from fastapi import Request
+
+from siglane.engine.answers.tool_calls import CallDelta
 from siglane.errors import UserError
-from siglane.server.chat import Prepared, prepare
-from siglane.server.context import RequestContext
+from siglane.server.chat import Prepared, answered, prepare
+from siglane.server.choices import ChoiceDelta, Choices
+from siglane.server.context import RequestContext, context_of
 from siglane.server.errors import validated
 from siglane.server.protocol import ChatCompletionRequest
+from siglane.server.refused import TranslatedRequest
+from siglane.server.routes import ModelRoutes
 from siglane.server.served import ChatModel
+from siglane.server.stream import EventStream
 
 _MESSAGE = re.compile(r"messages\[(\d+)\](?:\.(content|tool_calls)\[(\d+)\])?")
 _TOOL = re.compile(r"(tools\[\d+\])(?:\.function)?(.*)")
+
+Body = TypeVar("Body", bound=TranslatedRequest)
+Event = dict[str, Any]
 
 
 class Translation:
@@ -61,12 +73,6 @@ class Translation:
             message = error.message.replace(error.param, param)
             raise UserError(message, code=error.code, param=param, status=error.status) from error
 
-    async def prepared(self, chat: ChatCompletionRequest, context: RequestContext, model: ChatModel) -> Prepared:
-        """What `chat` gave, ready for the engine. UserError names the client's field."""
-        with self.telling():
-            async with context.turn:
-                return await prepare(chat, context, model)
-
     def _param(self, param: str) -> str:
         if (found := _MESSAGE.match(param)) and int(found[1]) < len(self._places):
             place, inner = self._places[int(found[1])]
@@ -76,3 +82,64 @@ class Translation:
             return found[1] + self._tool_field(found[2])
         known = max((name for name in self._names if param.startswith(name)), key=len, default="")
         return self._names.get(known, "") + param[len(known) :]
+
+
+class AnswerParts(ABC):
+    """An answer as another API's list of parts, made of a chat's deltas, and the events that tell how it grows."""
+
+    def take(self, delta: ChoiceDelta) -> Iterator[Event]:
+        if delta.reasoning:
+            yield from self._grow("reasoning", delta.reasoning)
+        if delta.text:
+            yield from self._grow("text", delta.text)
+        for call in delta.calls:
+            yield from self._take_call(call)
+
+    @abstractmethod
+    def _grow(self, said: Literal["reasoning", "text"], text: str) -> Iterator[Event]:
+        """By some text, in a new part where another kind was growing."""
+
+    @abstractmethod
+    def _take_call(self, call: CallDelta) -> Iterator[Event]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TranslatedChat:
+    """Another API's request as a chat, ready for the engine. headers: of its answer."""
+
+    request: ChatCompletionRequest
+    prepared: Prepared
+    context: RequestContext
+    model: ChatModel
+    headers: Mapping[str, str]
+
+    async def answered(self, parts: AnswerParts) -> Choices:
+        """Once they have ended and `parts` have taken them."""
+        return await answered(self.prepared, self.context, self.model, lambda delta: list(parts.take(delta)))
+
+
+async def translated(
+    body: Body,
+    request: Request,
+    translate: Callable[[Body], tuple[Translation, ChatCompletionRequest]],
+    routes: ModelRoutes[ChatModel],
+) -> TranslatedChat:
+    """UserError names the client's field."""
+    context = context_of(request.scope)
+    routes.check_name(body.model)
+    translation, chat = translate(body)
+    headers = routes.told(chat)
+    with translation.telling():
+        async with context.turn:
+            prepared = await prepare(chat, context, routes.model)
+    return TranslatedChat(chat, prepared, context, routes.model, headers)
+
+
+class TranslatedStream(EventStream):
+    """An answer as another API's events."""
+
+    def __init__(self, chat: TranslatedChat) -> None:
+        super().__init__(chat.request, chat.prepared, chat.context, chat.model, chat.headers)
+
+    def _says_something(self, delta: ChoiceDelta) -> bool:
+        return bool(delta.text or delta.reasoning or delta.calls or delta.finish_reason)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from siglane.config.language import LanguageConfig
 from siglane.errors import ConfigError
-from siglane.settings.options import at_least
+from siglane.settings.options import at_least, option
 from siglane.types import BackendChoice
 
 if TYPE_CHECKING:  # flags are read and wrong ones reported before torch's second of import
@@ -18,71 +18,58 @@ QUANTIZATION_HELP = "bits that the weights of linear layers are kept in; none: a
 Quantization = Literal["none", "8bit", "4bit"]
 DTYPE_HELP = "dtype of the weights and what is computed with them; auto: float32, on CUDA bfloat16"
 PAGED_BACKENDS = ("auto", "torch", "eager")
-FEATURE_CACHE_BYTES = 256 << 20
+FEATURE_CACHE_BYTES, FEATURE_CACHE_CONTEXTS = 256 << 20, 8
 ENGINE_TIMEOUT = {"cpu": 60.0, "cuda": 300.0}  # a first step on CUDA may compile kernels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N"})
-    dtype: Dtype = field(default="auto", metadata={"help": DTYPE_HELP})
-    vision_dtype: Dtype = field(default="auto", metadata={"help": "dtype of the vision tower; auto: as dtype"})
-    quantization: Quantization = field(default="none", metadata={"help": QUANTIZATION_HELP})
-    attention_backend: BackendChoice = field(
-        default="auto",
-        metadata={
-            "help": "packed vision attention: auto, sdpa, onednn, torch_varlen, flash_attn, flashinfer; eager: plain "
-            "products and a softmax, also in the language model, for who debugs numbers"
-        },
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    dtype: Dtype = option("auto", DTYPE_HELP)
+    vision_dtype: Dtype = option("auto", "dtype of the vision tower; auto: as dtype")
+    quantization: Quantization = option("none", QUANTIZATION_HELP)
+    attention_backend: BackendChoice = option(
+        "auto",
+        "packed vision attention: auto, sdpa, onednn, torch_varlen, flash_attn, flashinfer; eager: plain "
+        "products and a softmax, also in the language model, for who debugs numbers",
     )
-    paged_backend: str = field(
-        default="auto", metadata={"help": "paged attention of the language model: auto, torch or eager"}
+    paged_backend: str = option("auto", "paged attention of the language model: auto, torch or eager")
+    page_size: int = option(16, "tokens per KV page")
+    kv_tokens: int = option(0, "tokens the KV cache holds; 0 sizes it by the free memory")
+    max_running: int = option(64, "requests that are computed at the same time")
+    max_batch_tokens: int = option(0, "tokens of one step, longer prompts are chunked; 0: 512 on CPU, 4096 on CUDA")
+    max_batch_patches: int = option(
+        0,
+        "patches of one packed forward (a larger image runs alone); 0: 1024 on CPU, 16384 on CUDA",
+        alias="max_seq_len",
     )
-    page_size: int = field(default=16, metadata={"help": "tokens per KV page"})
-    kv_tokens: int = field(default=0, metadata={"help": "tokens the KV cache holds; 0 sizes it by the free memory"})
-    max_running: int = field(default=64, metadata={"help": "requests that are computed at the same time"})
-    max_batch_tokens: int = field(
-        default=0, metadata={"help": "tokens of one step, longer prompts are chunked; 0: 512 on CPU, 4096 on CUDA"}
+    enable_packing: bool = option(True, "encode images of all requests together; off: one forward for each image")
+    feature_cache_bytes: int | None = option(
+        None,
+        "bytes of encoded images kept, so that a known image is not encoded again; none: 256M, or what eight "
+        "running requests can hold where that is less",
     )
-    max_batch_patches: int = field(
-        default=0,
-        metadata={
-            "help": "patches of one packed forward (a larger image runs alone); 0: 1024 on CPU, 16384 on CUDA",
-            "alias": "max_seq_len",
-        },
+    prefix_cache: bool = option(True, "reuse the KV pages of prompts that begin alike")
+    num_speculative_tokens: int = option(
+        0,
+        "tokens of an answer that one step guesses at most, from what followed its last words where prompt "
+        "or answer has them already; checked, so answers stay the same; 0: none",
     )
-    enable_packing: bool = field(
-        default=True, metadata={"help": "encode images of all requests together; off: one forward for each image"}
+    batch_invariant: bool = option(
+        False,
+        "on CUDA: the same request gets the same tokens alone and beside any others, by slower products; refused where "
+        "that cannot be promised",
     )
-    feature_cache_bytes: int | None = field(
-        default=None,
-        metadata={
-            "help": "bytes of encoded images kept, so that a known image is not encoded again; none: 256M, or what all "
-            "running requests can hold where that is less"
-        },
+    threads: int = option(0, "CPU threads of the engine; 0 leaves torch's choice")
+    engine_timeout: float = option(
+        0.0,
+        "seconds without progress (each layer is some) after which an engine counts as hung and a server "
+        "starts it again, LLM and generate end with an error; 0: 60 on CPU, 300 on CUDA; inf: never",
     )
-    prefix_cache: bool = field(default=True, metadata={"help": "reuse the KV pages of prompts that begin alike"})
-    num_speculative_tokens: int = field(
-        default=0,
-        metadata={
-            "help": "tokens of an answer that one step guesses at most, from what followed its last words where prompt "
-            "or answer has them already; checked, so answers stay the same; 0: none"
-        },
-    )
-    threads: int = field(default=0, metadata={"help": "CPU threads of the engine; 0 leaves torch's choice"})
-    engine_timeout: float = field(
-        default=0.0,
-        metadata={
-            "help": "seconds without progress (each layer is some) after which an engine counts as hung and a server "
-            "starts it again, LLM and generate end with an error; 0: 60 on CPU, 300 on CUDA; inf: never"
-        },
-    )
-    load_timeout: float = field(
-        default=300.0,
-        metadata={
-            "help": "seconds in which a process that loads models neither computes nor reads, after which it counts as "
-            "hung and the command ends; inf: never"
-        },
+    load_timeout: float = option(
+        300.0,
+        "seconds in which a process that loads models neither computes nor reads, after which it counts as "
+        "hung and the command ends; inf: never",
     )
 
     def __post_init__(self) -> None:
@@ -103,6 +90,19 @@ class EngineConfig:
         if self.paged_backend not in PAGED_BACKENDS:
             known = ", ".join(PAGED_BACKENDS)
             raise ConfigError(f"paged_backend {self.paged_backend!r} is not known; use {known}")
+
+        if self.batch_invariant:
+            self._check_invariant()
+
+    def _check_invariant(self) -> None:
+        """ConfigError for another option that would break its promise."""
+        plain = "its kernels go by the number of rows"
+        choices = (("quantization", self.quantization, "none"), ("paged_backend", self.paged_backend, "auto"))
+        for name, chosen, only in choices:
+            if chosen != only:
+                raise ConfigError(f"batch_invariant cannot be promised with {name} {chosen!r}: {plain}; use {only!r}")
+        if self.attention_backend == "eager":
+            raise ConfigError(f"batch_invariant cannot be promised with attention_backend 'eager': {plain}; use 'auto'")
 
     def resolve_device(self) -> torch.device:
         """ConfigError when the device is not known or not there."""
@@ -144,7 +144,7 @@ class EngineConfig:
         """Of the feature cache. dtype: of its rows, of which a token of the context is one at most."""
         if self.feature_cache_bytes is not None:
             return self.feature_cache_bytes
-        contexts = self.max_running * language.max_position_embeddings
+        contexts = min(self.max_running, FEATURE_CACHE_CONTEXTS) * language.max_position_embeddings
         return min(FEATURE_CACHE_BYTES, contexts * language.hidden_size * dtype.itemsize)
 
     def pages_within(self, available: int, language: LanguageConfig, kv_heads: int, dtype: torch.dtype) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from siglane.config.preprocess import LOCAL_DECODE, MAX_IMAGE_PIXELS, DecodeConfig
-from siglane.settings.options import above_zero, at_least
+from siglane.settings.options import above_zero, at_least, option
 
 MIB = 1 << 20
 
@@ -17,62 +17,47 @@ ImageFormat = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]
 class DecodeOptions:
     """How pictures are decoded, for every command; the meaning of each is `DecodeConfig`'s."""
 
-    image_alpha: Literal["white", "drop"] = field(
-        default="white", metadata={"help": "transparent pixels: composed on white, or drop the alpha channel"}
+    image_alpha: Literal["white", "drop"] = option(
+        "white", "transparent pixels: composed on white, or drop the alpha channel"
     )
-    image_16bit: Literal["scale", "clip"] = field(
-        default="scale", metadata={"help": "16-bit pictures: scale to 8 bit, or clip as Pillow's convert does"}
+    image_16bit: Literal["scale", "clip"] = option(
+        "scale", "16-bit pictures: scale to 8 bit, or clip as Pillow's convert does"
     )
-    image_decode: Literal["exact", "fast"] = field(
-        default="exact",
-        metadata={
-            "help": "JPEGs: decoded whole, or (fast) at a fraction of their size where the model sees them small"
-        },
+    image_decode: Literal["exact", "fast"] = option(
+        "exact", "JPEGs: decoded whole, or (fast) at a fraction of their size where the model sees them small"
     )
-    max_image_pixels: int = field(
-        default=MAX_IMAGE_PIXELS, metadata={"help": "pixels of one image, and of one request to a server"}
-    )
+    max_image_pixels: int = option(MAX_IMAGE_PIXELS, "pixels of one image, and of one request to a server")
 
     @property
     def local(self) -> DecodeConfig:
         """The contract for pictures that a local caller names."""
-        return replace(
-            LOCAL_DECODE,
-            alpha=self.image_alpha,
-            depth16=self.image_16bit,
-            jpeg=self.image_decode,
-            max_pixels=self.max_image_pixels,
-        )
+        return self._decoding(LOCAL_DECODE)
+
+    def _decoding(self, config: DecodeConfig) -> DecodeConfig:
+        alpha, depth16, jpeg = self.image_alpha, self.image_16bit, self.image_decode
+        return replace(config, alpha=alpha, depth16=depth16, jpeg=jpeg, max_pixels=self.max_image_pixels)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaConfig(DecodeOptions):
-    max_images: int = field(default=16, metadata={"help": "images per request"})
-    max_videos: int = field(default=1, metadata={"help": "videos per request; 0: none"})
-    max_image_bytes: int = field(default=20 * MIB, metadata={"help": "largest image file"})
-    max_video_bytes: int = field(default=100 * MIB, metadata={"help": "largest video file"})
-    max_image_patches: int = field(
-        default=1 << 16, metadata={"help": "patches of one image or video, whatever budget a client asks for"}
+    max_images: int = option(16, "images per request")
+    max_videos: int = option(1, "videos per request; 0: none")
+    max_image_bytes: int = option(20 * MIB, "largest image file")
+    max_video_bytes: int = option(100 * MIB, "largest video file")
+    max_image_patches: int = option(1 << 16, "patches of one image or video, whatever budget a client asks for")
+    max_video_pixels: int = option(1 << 27, "pixels of all frames shown of one video")
+    max_video_frames: int | None = option(
+        None, "frames that a client may have shown of one video; none: the model's own limit"
     )
-    max_video_pixels: int = field(default=1 << 27, metadata={"help": "pixels of all frames shown of one video"})
-    max_video_frames: int | None = field(
-        default=None, metadata={"help": "frames that a client may have shown of one video; none: the model's own limit"}
+    video_seconds: float = option(20.0, "seconds that decoding one video may take")
+    image_formats: tuple[ImageFormat, ...] = option(("JPEG", "PNG", "WEBP", "GIF", "BMP"), "accepted image formats")
+    allowed_local_media_path: str | None = option(
+        None, "folder whose files requests may name by file:// URLs; none by default"
     )
-    video_seconds: float = field(default=20.0, metadata={"help": "seconds that decoding one video may take"})
-    image_formats: tuple[ImageFormat, ...] = field(
-        default=("JPEG", "PNG", "WEBP", "GIF", "BMP"), metadata={"help": "accepted image formats"}
-    )
-    allowed_local_media_path: str | None = field(
-        default=None, metadata={"help": "folder whose files requests may name by file:// URLs; none by default"}
-    )
-    allow_http_images: bool = field(default=True, metadata={"help": "fetch images and videos from http and https URLs"})
-    allow_private_addresses: bool = field(
-        default=False, metadata={"help": "fetch images and videos from private and loopback addresses too"}
-    )
-    image_timeout: float = field(
-        default=10.0, metadata={"help": "seconds to fetch one image or video, with its name look-up"}
-    )
-    image_redirects: int = field(default=3, metadata={"help": "redirects followed for one image or video"})
+    allow_http_images: bool = option(True, "fetch images and videos from http and https URLs")
+    allow_private_addresses: bool = option(False, "fetch images and videos from private and loopback addresses too")
+    image_timeout: float = option(10.0, "seconds to fetch one image or video, with its name look-up")
+    image_redirects: int = option(3, "redirects followed for one image or video")
 
     def __post_init__(self) -> None:
         for name in ("max_image_bytes", "max_image_pixels", "max_video_bytes", "max_video_pixels", "max_image_patches"):
@@ -86,12 +71,8 @@ class MediaConfig(DecodeOptions):
 
     @property
     def decode(self) -> DecodeConfig:
-        return DecodeConfig(
-            alpha=self.image_alpha,
-            depth16=self.image_16bit,
-            jpeg=self.image_decode,
-            max_pixels=self.max_image_pixels,
-            formats=self.image_formats,
-            max_video_pixels=self.max_video_pixels,
-            video_seconds=self.video_seconds,
+        """The contract for what requests bring."""
+        of_media = DecodeConfig(
+            formats=self.image_formats, max_video_pixels=self.max_video_pixels, video_seconds=self.video_seconds
         )
+        return self._decoding(of_media)

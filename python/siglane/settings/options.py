@@ -1,8 +1,6 @@
 """Settings as frozen dataclasses: what a field is called on the command line and in the environment, how it is read.
 
-A field `max_tokens: int | None = field(default=None, metadata={"help": "..."})` is `--max-tokens N` and
-`SIGLANE_MAX_TOKENS`. Metadata: `help`, `short` for a one-letter flag, `alias` for an older name that is still read,
-`bare` for the value of a text whose flag is given without one.
+A field `max_tokens: int | None = option(None, "...")` is `--max-tokens N` and `SIGLANE_MAX_TOKENS`.
 Types: bool, int, float, str, Path, Literal, `X | None`, and tuples of them for settings that take several values.
 
 Settings of a deployment (engine, server, media, sampling) have one variable for all commands. What only one command has
@@ -24,10 +22,33 @@ from typing import Any, ClassVar, Literal, TypeVar
 from siglane.errors import ConfigError, UserError
 
 Config = TypeVar("Config")
+T = TypeVar("T")
 
 PREFIX = "SIGLANE_"
 WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def option(
+    default: T,
+    help: str,
+    *,
+    short: str | None = None,
+    alias: str | None = None,
+    bare: str | None = None,
+    repr: bool = True,
+) -> T:
+    """A dataclass's field that is an option; `described` has the others."""
+    described_as = described(help, short=short, alias=alias, bare=bare)
+    return dataclasses.field(default=default, metadata=described_as, repr=repr)
+
+
+def described(
+    help: str, *, short: str | None = None, alias: str | None = None, bare: str | None = None
+) -> dict[str, str | None]:
+    """Metadata of a field that is an option. short: a one-letter flag; alias: an older name that is still read; bare:
+    the value of a text whose flag is given without one."""
+    return {"help": help, "short": short, "alias": alias, "bare": bare}
 
 
 class CommandOptions:

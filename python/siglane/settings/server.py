@@ -6,14 +6,14 @@ Light on purpose: no torch, no web framework, so that a bad port or a missing mo
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from siglane.errors import ConfigError
 from siglane.settings.keys import is_key
 from siglane.settings.media import MIB, MediaConfig
-from siglane.settings.options import above_zero, at_least
+from siglane.settings.options import above_zero, at_least, option
 from siglane.types import SAMPLING_BOUNDS
 
 ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
@@ -21,115 +21,76 @@ ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig(MediaConfig):
-    host: str = field(default="127.0.0.1", metadata={"help": "address to listen on; 0.0.0.0 lets others in"})
-    port: int = field(default=8000, metadata={"help": "TCP port; 0 takes a free one"})
-    api_key: str | None = field(
-        default=None,
-        repr=False,
-        metadata={"help": "key that clients must send as a bearer token, except to /health, /ready and /metrics"},
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 lets others in")
+    port: int = option(8000, "TCP port; 0 takes a free one")
+    api_key: str | None = option(
+        None, "key that clients must send as a bearer token, except to /health, /ready and /metrics", repr=False
     )
-    api_keys: Path | None = field(
-        default=None,
-        metadata={
-            "help": "file of further keys, one a line, or a .toml with limits for each; clients of different keys "
-            "share no files, batches and caches"
-        },
+    api_keys: Path | None = option(
+        None,
+        "file of further keys, one a line, or a .toml with limits for each; clients of different keys "
+        "share no files, batches and caches",
     )
-    uds: Path | None = field(default=None, metadata={"help": "Unix socket to listen on in place of host and port"})
-    ssl_certfile: Path | None = field(default=None, metadata={"help": "certificate chain (PEM): serve HTTPS"})
-    ssl_keyfile: Path | None = field(
-        default=None, metadata={"help": "private key (PEM) of the certificate; none: it is in the same file"}
+    uds: Path | None = option(None, "Unix socket to listen on in place of host and port")
+    ssl_certfile: Path | None = option(None, "certificate chain (PEM): serve HTTPS")
+    ssl_keyfile: Path | None = option(None, "private key (PEM) of the certificate; none: it is in the same file")
+    root_path: str = option("", "path under which a proxy shows the server, as /siglane; read with and without it")
+    served_model_name: str | None = option(
+        None, "name of the model in the API; default: MODEL as given (a folder: its name)"
     )
-    root_path: str = field(
-        default="",
-        metadata={"help": "path under which a proxy shows the server, as /siglane; read with and without it"},
+    model_aliases: tuple[str, ...] = option((), "further names the model answers to")
+    tagger: str | None = option(
+        None,
+        "SigLIP with both towers for /v1/embeddings and /v1/classify beside the chat; an image tower that "
+        "is the chat model's own is loaded once",
     )
-    served_model_name: str | None = field(
-        default=None, metadata={"help": "name of the model in the API; default: MODEL as given (a folder: its name)"}
+    playground: bool = option(True, "a page at / to try the model; it asks no other server")
+    cors_origins: tuple[str, ...] = option((), "web origins whose pages may call the server; none by default")
+    sampling_defaults: Literal["model", "openai"] = option(
+        "model",
+        "what requests get that name no temperature, top_p and so on: model: what the checkpoint's "
+        "generation_config.json states, OpenAI's defaults for the rest; openai: those alone",
     )
-    model_aliases: tuple[str, ...] = field(default=(), metadata={"help": "further names the model answers to"})
-    tagger: str | None = field(
-        default=None,
-        metadata={
-            "help": "SigLIP with both towers for /v1/embeddings and /v1/classify beside the chat; an image tower that "
-            "is the chat model's own is loaded once"
-        },
-    )
-    playground: bool = field(default=True, metadata={"help": "a page at / to try the model; it asks no other server"})
-    cors_origins: tuple[str, ...] = field(
-        default=(), metadata={"help": "web origins whose pages may call the server; none by default"}
-    )
-    sampling_defaults: Literal["model", "openai"] = field(
-        default="model",
-        metadata={
-            "help": "what requests get that name no temperature, top_p and so on: model: what the checkpoint's "
-            "generation_config.json states, OpenAI's defaults for the rest; openai: those alone"
-        },
-    )
-    default_temperature: float | None = field(
-        default=None, metadata={"help": "temperature of requests that name none; none: as sampling_defaults says"}
+    default_temperature: float | None = option(
+        None, "temperature of requests that name none; none: as sampling_defaults says"
     )
 
-    max_queue: int = field(
-        default=256, metadata={"help": "requests being read, waiting or running at one time; more are answered 503"}
+    max_queue: int = option(256, "requests being read, waiting or running at one time; more are answered 503")
+    max_body_bytes: int = option(64 * MIB, "largest request body")
+    max_inflight_bytes: int = option(
+        4096 * MIB, "bodies, files and patches of all requests together; a request beyond it is answered 503"
     )
-    max_body_bytes: int = field(default=64 * MIB, metadata={"help": "largest request body"})
-    max_inflight_bytes: int = field(
-        default=4096 * MIB,
-        metadata={"help": "bodies, files and patches of all requests together; a request beyond it is answered 503"},
+    text_cache_bytes: int = option(
+        128 * MIB,  # 16,384 labels, the most of one request, have 85 MB at width 1152
+        "bytes of embedded texts kept, so that labels that come again are not embedded again",
     )
-    text_cache_bytes: int = field(
-        default=128 * MIB,  # 16,384 labels, the most of one request, have 85 MB at width 1152
-        metadata={"help": "bytes of embedded texts kept, so that labels that come again are not embedded again"},
+    patch_cache_bytes: int | None = option(
+        None,
+        "bytes of decoded images and videos kept, so that equal files are decoded once; 0: nothing is; "
+        "none: 128M, in `siglane batch`, which asks about equal ones one after the other, 32M",
     )
-    patch_cache_bytes: int | None = field(
-        default=None,
-        metadata={
-            "help": "bytes of decoded images and videos kept, so that equal files are decoded once; 0: nothing is; "
-            "none: 128M, in `siglane batch`, which asks about equal ones one after the other, 32M"
-        },
-    )
-    max_label_texts: int = field(
-        default=16384, metadata={"help": "labels x templates of one classification; more are answered 400"}
-    )
-    body_timeout: float = field(default=30.0, metadata={"help": "seconds a client has to send its request body"})
-    idle_timeout: int = field(
-        default=30, metadata={"help": "seconds a connection may stay without a (whole) request header"}
-    )
-    stall_timeout: float = field(
-        default=30.0, metadata={"help": "seconds a client may leave its answer unread before it is dropped"}
-    )
-    sse_keep_alive: float = field(
-        default=15.0, metadata={"help": "seconds of silence after which a stream gets a comment line; 0: never"}
-    )
-    drain_timeout: float = field(
-        default=30.0, metadata={"help": "seconds that running requests get to finish after SIGTERM"}
-    )
+    max_label_texts: int = option(16384, "labels x templates of one classification; more are answered 400")
+    body_timeout: float = option(30.0, "seconds a client has to send its request body")
+    idle_timeout: int = option(30, "seconds a connection may stay without a (whole) request header")
+    stall_timeout: float = option(30.0, "seconds a client may leave its answer unread before it is dropped")
+    sse_keep_alive: float = option(15.0, "seconds of silence after which a stream gets a comment line; 0: never")
+    drain_timeout: float = option(30.0, "seconds that running requests get to finish after SIGTERM")
 
-    data_dir: Path | None = field(
-        default=None, metadata={"help": "folder of /v1/files and /v1/batches; none: they are not served"}
-    )
-    max_file_bytes: int = field(default=512 * MIB, metadata={"help": "largest uploaded file"})
-    max_stored_bytes: int = field(
-        default=16384 * MIB, metadata={"help": "files of one API key, uploaded and written; more uploads are refused"}
-    )
-    max_batch_rows: int = field(default=50_000, metadata={"help": "requests in one batch"})
-    max_queued_rows: int = field(
-        default=200_000, metadata={"help": "requests that all batches of one API key have before them"}
-    )
-    file_expiry: float = field(
-        default=30 * 86400.0, metadata={"help": "seconds after which files are deleted; 0: never"}
-    )
+    data_dir: Path | None = option(None, "folder of /v1/files and /v1/batches; none: they are not served")
+    max_file_bytes: int = option(512 * MIB, "largest uploaded file")
+    max_stored_bytes: int = option(16384 * MIB, "files of one API key, uploaded and written; more uploads are refused")
+    max_batch_rows: int = option(50_000, "requests in one batch")
+    max_queued_rows: int = option(200_000, "requests that all batches of one API key have before them")
+    file_expiry: float = option(30 * 86400.0, "seconds after which files are deleted; 0: never")
 
-    fetch_threads: int = field(default=16, metadata={"help": "images fetched at one time"})
-    decode_threads: int = field(default=0, metadata={"help": "images decoded at one time; 0: one per core, at most 8"})
+    fetch_threads: int = option(16, "images fetched at one time")
+    decode_threads: int = option(0, "images decoded at one time; 0: one per core, at most 8")
 
-    otlp_traces_endpoint: str | None = field(
-        default=None,
-        metadata={"help": "where OpenTelemetry traces go, as http://127.0.0.1:4318/v1/traces; needs siglane[otel]"},
+    otlp_traces_endpoint: str | None = option(
+        None, "where OpenTelemetry traces go, as http://127.0.0.1:4318/v1/traces; needs siglane[otel]"
     )
-    log_format: Literal["text", "json"] = field(default="text", metadata={"help": "log lines as text or as JSON"})
-    log_level: Literal["debug", "info", "warning", "error"] = field(default="info", metadata={"help": "log threshold"})
+    log_format: Literal["text", "json"] = option("text", "log lines as text or as JSON")
+    log_level: Literal["debug", "info", "warning", "error"] = option("info", "log threshold")
 
     def __post_init__(self) -> None:
         MediaConfig.__post_init__(self)

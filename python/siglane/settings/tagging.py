@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from siglane.errors import ConfigError, UserError
 from siglane.settings.engine import DTYPE_HELP, QUANTIZATION_HELP, Dtype, Quantization
-from siglane.settings.options import at_least, options_of, resolve
+from siglane.settings.options import at_least, option, options_of, resolve
 from siglane.settings.tables import read_table
 
 logger = logging.getLogger(__name__)
@@ -28,27 +28,25 @@ MAX_TAGS = 50
 class TagSettings:
     """`[plugins.siglip]` of a TOML file. ConfigError names a field that cannot be."""
 
-    enabled: bool = field(default=True, metadata={"help": "off: tagging is refused"})
-    model: str | None = field(default=None, metadata={"help": "a checkpoint folder or a hub id"})
-    batch_size: int = field(default=0, metadata={"help": "pictures of one forward; 0: 8 on CPU, 32 on CUDA"})
-    attention: Attention = field(default="auto", metadata={"help": "attention of both towers; auto: what is fastest"})
-    dtype: Dtype = field(default="auto", metadata={"help": DTYPE_HELP})
-    quantization: Quantization = field(default="none", metadata={"help": QUANTIZATION_HELP})
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N"})
-    confidence_threshold: float = field(
-        default=CONFIDENCE_THRESHOLD, metadata={"help": "tags below it are left out; sigmoid scores are low"}
-    )
-    max_tags: int = field(default=MAX_TAGS, metadata={"help": "tags of one picture"})
+    enabled: bool = option(True, "off: tagging is refused")
+    model: str | None = option(None, "a checkpoint folder or a hub id")
+    batch_size: int = option(0, "pictures of one forward; 0: 8 on CPU, 32 on CUDA")
+    attention: Attention = option("auto", "attention of both towers; auto: what is fastest")
+    dtype: Dtype = option("auto", DTYPE_HELP)
+    quantization: Quantization = option("none", QUANTIZATION_HELP)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    confidence_threshold: float = option(CONFIDENCE_THRESHOLD, "tags below it are left out; sigmoid scores are low")
+    max_tags: int = option(MAX_TAGS, "tags of one picture")
     # without it what the checkpoint says
-    max_num_patches: int | None = field(default=None, metadata={"help": "patches of a picture, for NaFlex models"})
+    max_num_patches: int | None = option(None, "patches of a picture, for NaFlex models")
 
     def __post_init__(self) -> None:
         if self.batch_size < 0:
             raise ConfigError(f"batch_size must not be negative, got {self.batch_size}")
-        for option in options_of(type(self)):
-            value = getattr(self, option.name)
-            if option.choices and value not in option.choices:
-                raise ConfigError(f"{option.name} {value!r} is not known; use {', '.join(option.choices)}")
+        for one in options_of(type(self)):
+            value = getattr(self, one.name)
+            if one.choices and value not in one.choices:
+                raise ConfigError(f"{one.name} {value!r} is not known; use {', '.join(one.choices)}")
         if self.max_num_patches is not None:
             at_least("max_num_patches", self.max_num_patches, 1)
         check_limits(self.confidence_threshold, self.max_tags, threshold_name="confidence_threshold")

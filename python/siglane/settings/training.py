@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from siglane.errors import UserError
-from siglane.settings.options import CommandOptions
+from siglane.settings.options import CommandOptions, option
 
 INITIAL_BIAS = -10.0  # arXiv:2303.15343: at first almost every pair is told to be none
 CHUNK = 1024
@@ -19,24 +19,24 @@ class TrainConfig(CommandOptions):
 
     COMMAND = "train"
 
-    steps: int | None = field(default=None, metadata={"help": "of the optimiser; default: what `epochs` need"})
-    epochs: int = field(default=1, metadata={"help": "times the pairs are seen"})
-    batch_size: int = field(default=256, metadata={"help": "pairs that are compared with each other"})
-    accumulate: int = field(default=1, metadata={"help": "batches of one step"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "after the warm-up; it falls to 0 as a cosine"})
-    warmup: int = field(default=100, metadata={"help": "steps in which the learning rate rises"})
-    weight_decay: float = field(default=1e-4, metadata={"help": "AdamW's, of matrices and tables"})
-    clip: float = field(default=1.0, metadata={"help": "largest norm of a step's gradients"})
-    lock_image: bool = field(default=False, metadata={"help": "train the text tower alone (SigLiT)"})
-    fresh_text: bool = field(default=False, metadata={"help": "begin with a text tower of fresh weights"})
-    initial_bias: float = field(default=INITIAL_BIAS, metadata={"help": "b beside fresh weights"})
-    chunk: int = field(default=CHUNK, metadata={"help": "texts compared at a time; bounds the loss' memory"})
-    precision: Literal["auto", "float32", "bfloat16"] = field(
-        default="auto", metadata={"help": "of the products; auto: bfloat16 where the device has it"}
+    steps: int | None = option(None, "of the optimiser; default: what `epochs` need")
+    epochs: int = option(1, "times the pairs are seen")
+    batch_size: int = option(256, "pairs that are compared with each other")
+    accumulate: int = option(1, "batches of one step")
+    learning_rate: float = option(1e-3, "after the warm-up; it falls to 0 as a cosine")
+    warmup: int = option(100, "steps in which the learning rate rises")
+    weight_decay: float = option(1e-4, "AdamW's, of matrices and tables")
+    clip: float = option(1.0, "largest norm of a step's gradients")
+    lock_image: bool = option(False, "train the text tower alone (SigLiT)")
+    fresh_text: bool = option(False, "begin with a text tower of fresh weights")
+    initial_bias: float = option(INITIAL_BIAS, "b beside fresh weights")
+    chunk: int = option(CHUNK, "texts compared at a time; bounds the loss' memory")
+    precision: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "of the products; auto: bfloat16 where the device has it"
     )
-    seed: int = field(default=0, metadata={"help": "of fresh weights and of the order of the pairs"})
-    workers: int = field(default=1, metadata={"help": "processes that read pictures; 0: none"})
-    save_seconds: float = field(default=60.0, metadata={"help": "between checkpoints"})
+    seed: int = option(0, "of fresh weights and of the order of the pairs")
+    workers: int = option(1, "processes that read pictures; 0: none")
+    save_seconds: float = option(60.0, "between checkpoints")
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate", "chunk", "learning_rate", "clip"):

@@ -138,5 +138,6 @@ def sglang_server(
     launch = [sys.executable, "-m", "sglang.launch_server"]
     named = [str(model)] if form == "positional" else ["--model-path", str(model)]
     command = [*(launch if form == "module" else serve), *named, *flags(options)]
-    with serving(command, environment(options, env or {}), options["port"], start_seconds) as server:
+    session = process_group(command, environment(options, env or {}))
+    with serving(session, options["port"], start_seconds) as server:
         yield server

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from host_cases import Picture, ask_siglane, rewrite, write_checkpoint
+from host_broken import BROKEN, break_behind_view
+from host_cases import Picture, ask_siglane, write_checkpoint
 from safetensors.torch import load_file, save_file
 from sglang_cases import ask_sglang, compare, serve, served
 from sglang_host import HostError, sglang_engine
@@ -22,47 +22,11 @@ from siglane.hosts.weights import full_names, language_tensors
 from siglane.weights.hub import Checkpoint
 from siglane.weights.load import StrictLoad
 
-State = dict[str, torch.Tensor]
-Change = Callable[[State], State]
-
-
-def without(name: str) -> Change:
-    return lambda state: {key: value for key, value in state.items() if key != name}
-
-
-def cut(name: str) -> Change:
-    return lambda state: state | {name: state[name][:-1].clone()}
-
-
-def with_another(name: str) -> Change:
-    return lambda state: state | {name: torch.ones(2)}
-
-
-# part of the checkpoint, what becomes of it, what SGLang says at last
-BROKEN: dict[str, tuple[str, Change, str]] = {
-    "missing": (
-        "vision_tower",
-        without("vision_model.encoder.layers.0.mlp.fc1.bias"),
-        "the checkpoint fills 71 of 72 parameters; missing: vision.encoder.tower.blocks.0.mlp.fc1.bias",
-    ),
-    "of another shape": (
-        "mm_projector",
-        cut("layers.1.weight"),
-        "tensor mm_projector.layers.1.weight has shape [287], the model needs [288]",
-    ),
-    "unknown": (
-        "llm",
-        with_another("model.layers.0.surprise"),
-        "tensor llm.model.layers.0.surprise is not known to this model",
-    ),
-}
-
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_checkpoint_broken_behind_its_view_stops_the_start(what: str, tmp_path: Path) -> None:
-    part, change, message = BROKEN[what]
     served = serve("vila", tmp_path)
-    rewrite(served.folder / part / "model.safetensors", change)
+    message = break_behind_view(served.folder, what)
     with pytest.raises(HostError) as stopped, sglang_engine(served.view, env=served.env):
         pass
     assert message in str(stopped.value)
@@ -105,7 +69,7 @@ def test_a_tensor_that_sglang_leaves_out_is_missed(tmp_path: Path) -> None:
     tensors = {tensor.key: load_file(tensor.file)[tensor.key] for tensor in model_tensors(checkpoint)}
     left_out = "model.layers.1.self_attn.q_proj.weight"
 
-    def read(weights: State, *, whole: bool) -> dict[str, torch.Tensor]:
+    def read(weights: dict[str, torch.Tensor], *, whole: bool) -> dict[str, torch.Tensor]:
         load = StrictLoad(family.vision_plan(config.images), VisionStack(config.images))
         return dict(language_tensors(weights.items(), names, load, family, config, whole=whole))
 

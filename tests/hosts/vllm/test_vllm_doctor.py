@@ -11,16 +11,15 @@ from typing import Any
 
 import pytest
 from checkpoints import write_nvila_checkpoint
+from host_broken import BROKEN, break_behind_view
 from host_process import HostError
 from nanovlm_checkpoint import write_nanovlm_checkpoint
 from ovis2_5_checkpoint import write_ovis2_5_checkpoint
 from safetensors.torch import load_file, save_file
-from vllm_host import HERE, PYTHON, READY, environment, vllm_server
+from vllm_host import HERE, PYTHON, Imported, environment, vllm_server
 
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(not READY.exists(), reason="vLLM has an environment of its own: make test-vllm builds it"),
-]
+from siglane.hosts.view import write_view
+from siglane.weights.hub import Checkpoint
 
 SECONDS = 600  # for one command, with everybody else on the same two cores
 REPLY = "@@ "
@@ -165,7 +164,8 @@ def test_what_becomes_of_media(scenarios: Mapping[str, Any]) -> None:
 def test_every_option_that_the_page_names_exists(scenarios: Mapping[str, Any]) -> None:
     inline = {word for part in PAGE.read_text().split("`")[1::2] for word in part.split() if word.startswith("--")}
     assert len(inline) > 4
-    assert inline - {"--host"} <= set(scenarios["options"])  # --host is the doctor's
+    others = {"--host", "--no-deps", "--target"}  # the doctor's and pip's
+    assert inline - others <= set(scenarios["options"])
 
 
 def test_the_command_and_its_self_test() -> None:
@@ -183,3 +183,13 @@ def test_vllm_serve_stops_at_a_broken_checkpoint(models: Mapping[str, str], tmp_
     words = str(caught.value)
     assert "siglane.errors.WeightError: " in words
     assert "vision.projector.layers.0.weight" in words
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_checkpoint_broken_behind_its_view_stops_the_start(what: str, tmp_path: Path, imported: Imported) -> None:
+    write_nvila_checkpoint(tmp_path / "vila", layout="folders", lite=True)
+    view = write_view(Checkpoint(tmp_path / "vila"), tmp_path / "views")
+    message = break_behind_view(tmp_path / "vila", what)
+    with pytest.raises(HostError, match="ended with code") as caught, vllm_server(view, env={}, imported=imported):
+        pass
+    assert message in caught.value.words

@@ -8,15 +8,11 @@ from pathlib import Path
 
 import pytest
 from checkpoints import large_heads
-from host_cases import FAMILIES, QUESTION, Case, Picture, VideoSize, ask_siglane, conversation, write_checkpoint
-from vllm_host import READY, vllm_engine
+from host_cases import FAMILIES, QUESTION, Case, Picture, VideoSize, ask_siglane, write_checkpoint
+from vllm_client import TokenClient
+from vllm_host import Imported, vllm_server
 
 from siglane.llm import Generation
-
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(not READY.exists(), reason="vLLM has an environment of its own: make test-vllm builds it"),
-]
 
 TOKENS = 32
 CASES: Sequence[Case] = (
@@ -41,12 +37,15 @@ def expected(folder: Path) -> list[Generation]:
 
 
 @pytest.mark.parametrize(("mode", "share"), [("weights", "encoder tp, "), ("data", "encoder dp, ")])
-def test_two_ranks(folder: Path, expected: list[Generation], tmp_path: Path, mode: str, share: str) -> None:
+def test_two_ranks(
+    folder: Path, expected: list[Generation], tmp_path: Path, imported: Imported, mode: str, share: str
+) -> None:
     cores = sorted(os.sched_getaffinity(0))
     bind = "|".join(str(cores[rank % len(cores)]) for rank in range(2))
     env = {"SIGLANE_VLLM_VIEWS": str(tmp_path / "views"), "VLLM_CPU_OMP_THREADS_BIND": bind}
-    with vllm_engine(folder, env=env, tensor_parallel_size=2, mm_encoder_tp_mode=mode) as engine:
-        answers = engine.chat([conversation(case) for case in CASES], TOKENS)
-        words = engine.log.read_text()
-    assert [one["token_ids"] for one in answers] == [list(one.output_token_ids) for one in expected]
+    options = {"tensor_parallel_size": 2, "mm_encoder_tp_mode": mode, "enable_prompt_tokens_details": True}
+    with vllm_server(folder, env=env, imported=imported, **options) as server:
+        answers = TokenClient(server, str(folder)).stream_at_once(CASES, TOKENS)
+        words = server.log.read_text()
+    assert [one.token_ids for one in answers] == [list(one.output_token_ids) for one in expected]
     assert all(f"{share}rank {rank} of 2 holds" in words for rank in range(2))

@@ -30,14 +30,9 @@ from host_clients import (
     user,
     video,
 )
-from vllm_host import READY, vllm_server
+from vllm_host import vllm_server
 
 from siglane.weights.demo import FOLDERS, demo_folder
-
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(not READY.exists(), reason="vLLM has an environment of its own: make test-vllm builds it"),
-]
 
 FILE = (demo_folder() / "pictures" / "cafe.png").read_bytes()
 NO_SCHEME = "the media URL must start with data:, https://, http:// or file://"

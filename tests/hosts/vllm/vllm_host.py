@@ -1,5 +1,5 @@
 """The real vLLM on a machine without a GPU, in its own environment: its own classes' answers to the cases of a family,
-and its engine and server with siglane inside, each in a process group of its own."""
+and its server with siglane inside, in a process group of its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import subprocess
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from host_process import RunningServer, flags, process_group, receive, serving
+from host_process import Process, RunningServer, flags, in_session, process_group, receive, serving
 from ports import free_port
 from vllm_cases import TOKENS, Answer, Case, Picture, Video, rendered
 
@@ -25,7 +25,7 @@ PYTHON = HERE.parents[2] / ".venv-vllm/bin/python"
 READY = HERE.parents[2] / ".venv-vllm/.ready"
 SECONDS = 600
 START_SECONDS = 300.0
-ANSWER_SECONDS = 240.0
+ANSWER_SECONDS = 60.0
 ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "HF_HUB_OFFLINE": "1",
@@ -84,44 +84,57 @@ def environment(env: Mapping[str, str]) -> dict[str, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class RunningEngine:
-    """`vllm.LLM` in its worker process."""
+class Imported:
+    """A process that has imported vLLM (`vllm_forks.py`)."""
 
-    process: subprocess.Popen[bytes]
+    process: Process
     pipe: Connection
     log: Path
 
-    def chat(
-        self, conversations: Sequence[Any], tokens: int, seconds: float = ANSWER_SECONDS, **more: Any
-    ) -> list[dict[str, Any]]:
-        """vLLM's greedy answers (prompt_tokens, token_ids, cached_tokens) to conversations submitted at once; each is
-        {"error": message} when one is refused. more: for `LLM.chat`."""
-        self.pipe.send((list(conversations), tokens, more))
-        answers: list[dict[str, Any]] = receive(self.process, self.pipe, self.log, seconds)
-        return answers
+    def ask(self, *job: Any) -> Any:
+        self.pipe.send(job)
+        return receive(self.process, self.pipe, self.log, ANSWER_SECONDS)
+
+    def server(self, arguments: Sequence[str], env: Mapping[str, str]) -> AbstractContextManager[tuple[Forked, Path]]:
+        def start(env: Mapping[str, str], log: Path) -> Forked:
+            return Forked(self, self.ask(arguments, env, str(log)))
+
+        return in_session(start, env)
+
+
+@dataclass(frozen=True, slots=True)
+class Forked:
+    """A server. parent: the only one that is told how it ended."""
+
+    parent: Imported
+    pid: int
+
+    def poll(self) -> int | None:
+        return self.parent.ask(self.pid, os.WNOHANG)
+
+    def wait(self) -> int:
+        return self.parent.ask(self.pid, 0)
 
 
 @contextmanager
-def vllm_engine(model: Path | str, *, env: Mapping[str, str], **more: Any) -> Iterator[RunningEngine]:
-    """An offline engine; `more` are vLLM's arguments over `engine_options`."""
+def vllm_imported() -> Iterator[Imported]:
     ours, theirs = Pipe()
-    command = [str(PYTHON), str(HERE / "vllm_worker.py"), str(theirs.fileno())]
-    with process_group(command, environment(env), (theirs.fileno(),)) as (process, log):
+    command = [str(PYTHON), str(HERE / "vllm_forks.py"), str(theirs.fileno())]
+    with ours, process_group(command, environment({}), (theirs.fileno(),)) as (process, log):
         theirs.close()
-        with ours:
-            ours.send(engine_options(model=str(model), **more))
-            receive(process, ours, log, START_SECONDS)
-            yield RunningEngine(process, ours, log)
-            with suppress(OSError, subprocess.TimeoutExpired):  # already dead, or does not want to end: killed below
-                ours.send(None)
-                process.wait(timeout=20)
+        receive(process, ours, log, START_SECONDS)
+        yield Imported(process, ours, log)
 
 
 @contextmanager
-def vllm_server(model: Path | str, *, env: Mapping[str, str], **more: Any) -> Iterator[RunningServer]:
+def vllm_server(
+    model: Path | str, *, env: Mapping[str, str], imported: Imported | None = None, **more: Any
+) -> Iterator[RunningServer]:
     """What `vllm serve` starts, once it is healthy. The command itself looks for a distribution called vllm, and the
-    wheel for CPUs has another name."""
+    wheel for CPUs has another name. imported: to fork it from; more: vLLM's arguments over `engine_options`."""
     options = engine_options(host="127.0.0.1", port=free_port(), **more)
-    command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *flags(options)]
-    with serving(command, environment(env), options["port"], START_SECONDS) as server:
+    arguments, env = ["--model", str(model), *flags(options)], environment(env)
+    command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", *arguments]
+    session = process_group(command, env) if imported is None else imported.server(arguments, env)
+    with serving(session, options["port"], START_SECONDS) as server:
         yield server

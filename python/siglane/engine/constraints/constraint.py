@@ -70,6 +70,7 @@ JSON_OPTIONS = {
 DEAD_END = "NoExtension"  # how llguidance says that nothing may follow
 MATCHED_BY_NONE = "is matched by no answer"
 Bits = npt.NDArray[np.bool_]
+Words = npt.NDArray[np.int64]  # of a vocabulary, a bit for each token, the first of 64 in the lowest
 
 
 def check_constraint(constraint: Constraint) -> None:
@@ -163,8 +164,13 @@ class Constrained:
             self._matcher.try_consume_tokens([token_id])
 
     def allowed(self, guesses: Sequence[int] = ()) -> Bits | None:
-        """bool `[vocab_size]`: which tokens may follow the answer, were `guesses` its last ones. None where all may: in
-        its thinking, and behind guesses that may not follow themselves, which nobody will choose.
+        """`mask`, bool `[vocab_size]`."""
+        mask = self.mask(guesses)
+        return None if mask is None else unpacked(mask, self._vocab_size)
+
+    def mask(self, guesses: Sequence[int] = ()) -> Words | None:
+        """Which tokens may follow the answer, were `guesses` its last ones, `[mask_words(vocab_size)]`. None where all
+        may: in its thinking, and behind guesses that may not follow themselves, which nobody will choose.
 
         EngineError when the grammar needs more than its allowance.
         """
@@ -178,20 +184,24 @@ class Constrained:
                     consumed += 1
             if part == "thinking":
                 return None
-            bits = self._bits()
+            mask = self._mask()
         finally:
             if consumed:
                 self._matcher.rollback(consumed)
         if part == "free" and self._thinking is not None:
-            bits[self._thinking.start] = True
-        return bits
+            word, bit = divmod(self._thinking.start, 8)
+            mask.view(np.uint8)[word] |= 1 << bit
+        return mask
 
-    def _bits(self) -> Bits:
+    def _mask(self) -> Words:
         packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
             message = f"the answer's grammar is too complex ({_first_line(self._matcher.get_error())})"
             raise EngineError(message, code="grammar_too_complex", status=400)
-        return np.unpackbits(packed, count=self._vocab_size, bitorder="little").view(np.bool_)
+        mask = np.zeros(mask_words(self._vocab_size), "<i8")
+        own = packed[: mask.nbytes]  # media's ids may lie behind the model's
+        mask.view(np.uint8)[: len(own)] = own
+        return mask
 
     def _step(self, part: str, token_id: int) -> tuple[bool, Literal["thinking", "answer"]]:
         """Whether a token belongs to the answer's text, and the part that the next one is in."""
@@ -201,6 +211,14 @@ class Constrained:
         if thinking is not None and part == "free" and token_id == thinking.start:
             return False, "thinking"
         return True, "answer"
+
+
+def mask_words(vocab_size: int) -> int:
+    return -(-vocab_size // 64)
+
+
+def unpacked(mask: Words, vocab_size: int) -> Bits:
+    return np.unpackbits(mask.view(np.uint8), count=vocab_size, bitorder="little").view(np.bool_)
 
 
 def _check_tools(calls: Calls, check: Callable[[Schema], None]) -> None:

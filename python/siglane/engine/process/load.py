@@ -9,6 +9,7 @@ import torch
 
 from siglane.engine.constraints.constraint import Grammars
 from siglane.engine.engine import Engine
+from siglane.errors import ConfigError
 from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import Processor, load_processor
 from siglane.families.two_tower import LoadedTwoTower, load_two_tower
@@ -101,7 +102,7 @@ def _load(checkpoint: Checkpoint, processor: Processor, config: EngineConfig) ->
 
 def _started(model: VisionLanguageModel, processor: Processor, config: EngineConfig) -> Engine:
     optimise(model)
-    optimise_on_cuda(model.language)
+    optimise_on_cuda(model.language, config.batch_invariant)
     grammars = Grammars(processor.tokenizer, processor.config.language.vocab_size, processor.eos_token_ids)
     return Engine(model, config, processor.eos_token_ids, processor.config.thinking, grammars)
 
@@ -114,6 +115,11 @@ def placement(config: EngineConfig) -> tuple[torch.device, torch.dtype, torch.dt
     device = config.resolve_device()
     if device.type == "cuda":  # tensors know their device by number
         device = torch.device("cuda", device.index or 0)
+    if config.batch_invariant and device.type != "cuda":
+        raise ConfigError(
+            "batch_invariant is promised on CUDA only: a CPU's products round by their number of rows; for the same "
+            "there, leave it out and compute one request at a time (max_running 1, no prefix_cache)"
+        )
     dtype, vision_dtype = config.resolve_dtypes(device)
     runnable_backends(config.attention_backend, device, vision_dtype)
     return device, dtype, vision_dtype

@@ -8,141 +8,43 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from siglane.engine.batch import NextToken
-from siglane.engine.edits import Edits, Pairs, PairTensors, edit
+from siglane.engine.constraints.constraint import mask_words
+from siglane.engine.edits import edit
 from siglane.engine.sampling.noise import gumbel_noise, noise_key
-from siglane.engine.sampling.sampler import SMALLEST_TEMPERATURE, WINDOW, Choices, SampledToken, sample
+from siglane.engine.sampling.plan import Filters, Numbers, SamplingPlan, most_numbers
+from siglane.engine.sampling.sampler import WINDOW, Choices, SampledToken, sample
 from siglane.engine.words import Written
 from siglane.nn.cuda.ops import OPS
 from siglane.nn.trial import first_right
 from siglane.types import TokenLogprob
 
-PAIRS = 1 << 16  # of all rows of a step: with more, a row is the host's
-ROW_NUMBERS = 9  # that a row has at most, beside its pairs
-
 # (scores float32 `[N, vocab_size]`, their peaks, temperatures float32 `[N]`, keys i64 `[2, N]`) -> token ids i64 `[N]`
 Best = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# (scores float32 `[N, vocab_size]`, masks i32 `[M, words]`, rows i64 `[M]`): what a mask has no bit for becomes -inf
+Keep = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
-@dataclass(slots=True)
-class SamplingPlan:
-    """A step's rows in numbers of the host. Each: both keys of its noise, temperature, the id that is forced, else -1;
-    filtered: rows with top-k, top-p or min-p, and those; reported: rows whose log-probabilities are wanted, and of how
-    many tokens, `top` at most; host: rows that are not chosen here."""
+class ChoiceKernels(NamedTuple):
+    """What looks at whole vocabularies."""
 
-    first_keys: list[int] = field(default_factory=list)
-    second_keys: list[int] = field(default_factory=list)
-    temperatures: list[float] = field(default_factory=list)
-    forced: list[int] = field(default_factory=list)
-    filtered: list[int] = field(default_factory=list)
-    top_k: list[int] = field(default_factory=list)
-    top_p: list[float] = field(default_factory=list)
-    min_p: list[float] = field(default_factory=list)
-    reported: list[int] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
-    pairs: Pairs = field(default_factory=Pairs)
-    host: list[int] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, next_tokens: Sequence[NextToken], eos_token_ids: frozenset[int], vocab_size: int) -> SamplingPlan:
-        plan, room = cls(), PAIRS
-        for row, one in enumerate(next_tokens):
-            params = one.request.sampling
-            edits = Edits.of(params, one.answered, one.tally, eos_token_ids) if one.forced_id is None else None
-            pairs = 0 if edits is None else edits.most
-            first, second = noise_key(one.seed, one.answered)
-            plan.first_keys.append(first)
-            plan.second_keys.append(second)
-            plan.temperatures.append(max(params.temperature, SMALLEST_TEMPERATURE) if params.temperature else 0.0)
-            plan.forced.append(-1 if one.forced_id is None else one.forced_id)
-            if one.constrained is not None or max(params.top_k, params.logprobs or 0) > WINDOW or pairs > room:
-                plan.host.append(row)
-                continue
-            room -= pairs
-            if edits is not None:
-                edits.note(plan.pairs, row, vocab_size)
-            if params.temperature and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0):
-                plan.filtered.append(row)
-                plan.top_k.append(params.top_k)
-                plan.top_p.append(params.top_p)
-                plan.min_p.append(params.min_p)
-            if params.logprobs is not None:
-                plan.reported.append(row)
-                plan.counts.append(params.logprobs)
-        return plan
-
-    @property
-    def top(self) -> int:
-        return max(self.counts, default=0)
-
-    def words(self) -> list[Sequence[int]]:
-        """As `Numbers.of` takes them apart."""
-        pairs = self.pairs
-        return [
-            self.first_keys + self.second_keys, _bits(self.temperatures), self.forced,
-            self.filtered, self.top_k, _bits(self.top_p), _bits(self.min_p), self.reported,
-            pairs.biased, _bits(pairs.biases), pairs.banned, pairs.repeated, _bits(pairs.penalties),
-            pairs.counted, _bits(pairs.amounts),
-        ]  # fmt: skip
-
-
-class Filters(NamedTuple):
-    """rows i64 `[F]`; top_k i64, top_p float64, min_p float32 `[F, 1]`."""
-
-    rows: torch.Tensor
-    top_k: torch.Tensor
-    top_p: torch.Tensor
-    min_p: torch.Tensor
-
-
-class Numbers(NamedTuple):
-    """`SamplingPlan` on the device: keys i64 `[2, N]`, temperatures float32, forced i64 `[N]`; reported i64
-    `[R]`."""
-
-    keys: torch.Tensor
-    temperatures: torch.Tensor
-    forced: torch.Tensor
-    filters: Filters
-    reported: torch.Tensor
-    pairs: PairTensors
-
-    @classmethod
-    def of(cls, words: Sequence[torch.Tensor]) -> Numbers:
-        keys, temperatures, forced, rows, top_k, top_p, min_p, reported, *pairs = words
-        filters = Filters(rows, top_k[:, None], _floats(top_p)[:, None], _floats(min_p)[:, None].float())
-        biased, biases, banned, repeated, penalties, counted, amounts = pairs
-        edits = PairTensors(
-            biased, _floats(biases).float(), banned, repeated, _floats(penalties).float(), counted,
-            _floats(amounts).float(),
-        )  # fmt: skip
-        return cls(keys.view(2, -1), _floats(temperatures).float(), forced, filters, reported, edits)
-
-
-def _bits(numbers: Sequence[float]) -> list[int]:
-    """As integers that the same memory would hold."""
-    found: list[int] = np.asarray(numbers, np.float64).view(np.int64).tolist()
-    return found
-
-
-def _floats(words: torch.Tensor) -> torch.Tensor:
-    return words.view(torch.float64)
+    best: Best
+    keep: Keep
 
 
 class DeviceSampler:
     """`Choose` for logits of `device`, at most `rows` of them in a step."""
 
-    def __init__(self, rows: int, device: torch.device, best: Best) -> None:
-        capacity = ROW_NUMBERS * rows + 2 * PAIRS
+    def __init__(self, rows: int, device: torch.device, kernels: ChoiceKernels) -> None:
+        capacity = most_numbers(rows)
         self._words = torch.zeros(capacity, dtype=torch.int64, device=device)
         self._turns = itertools.cycle([Written(capacity, device) for _ in range(2)])
-        self._best = best
+        self._kernels = kernels
 
     def __call__(
         self, logits: torch.Tensor, next_tokens: Sequence[NextToken], eos_token_ids: frozenset[int]
@@ -150,22 +52,24 @@ class DeviceSampler:
         plan = SamplingPlan.of(next_tokens, eos_token_ids, logits.shape[1])
         written = next(self._turns)
         written.write(plan.words())
-        packed = choose(logits, Numbers.of(written.copy_to(self._words)), plan.top, self._best)
+        packed = choose(logits, Numbers.of(written.copy_to(self._words)), plan.top, self._kernels)
         return partial(_read, packed, plan, logits, next_tokens, eos_token_ids)
 
 
-def choose(logits: torch.Tensor, numbers: Numbers, top: int, best: Best) -> torch.Tensor:
+def choose(logits: torch.Tensor, numbers: Numbers, top: int, kernels: ChoiceKernels) -> torch.Tensor:
     """logits `[N, vocab_size]` -> i32, flat: the chosen ids `[N]`; whether each is sure `[N]`; of reported rows the ids
     of the `top` likeliest `[R, top]`, log-probabilities of the chosen one and those `[R, 1 + top]`, floats as bits."""
     wide = logits.float()
     low, peaks = wide.aminmax(dim=-1)
     sure, scores = low.isfinite() & peaks.isfinite(), wide
-    if any(map(len, numbers.pairs)):
+    if numbers.edited:
         scores = wide.clone(memory_format=torch.contiguous_format)
         edit(scores.view(-1), numbers.pairs)
+        if len(numbers.masked):
+            kernels.keep(scores, numbers.masks, numbers.masked)
         peaks = scores.amax(-1)
-        sure &= peaks > -torch.inf
-    token_ids = best(scores.contiguous(), peaks, numbers.temperatures, numbers.keys)
+        sure &= peaks > -torch.inf  # else nothing is left: the host knows what then
+    token_ids = kernels.best(scores.contiguous(), peaks, numbers.temperatures, numbers.keys)
     rows = numbers.filters.rows
     if len(rows):
         own, peak, temperature = (x.index_select(0, rows) for x in (scores, peaks, numbers.temperatures))
@@ -270,8 +174,18 @@ def best_in_torch(
     return with_noise(scores, peaks, temperatures, keys).argmax(-1)
 
 
+def keep_in_torch(scores: torch.Tensor, masks: torch.Tensor, rows: torch.Tensor) -> None:
+    bits = masks[:, :, None] >> torch.arange(32, dtype=torch.int32, device=masks.device)
+    banned = (bits & 1 == 0).flatten(1)[:, : scores.shape[1]]
+    scores.index_copy_(0, rows, scores.index_select(0, rows).masked_fill_(banned, -torch.inf))
+
+
+def tried_choices(device: torch.device, vocab_size: int) -> ChoiceKernels:
+    """The quickest that are right there. A kernel is compiled for the size meanwhile."""
+    return ChoiceKernels(tried_best(device, vocab_size), tried_keep(device, vocab_size))
+
+
 def tried_best(device: torch.device, vocab_size: int) -> Best:
-    """The quickest whose noise and order are right there. A kernel is compiled for the size meanwhile."""
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(6, vocab_size, generator=generator).mul_(3).to(torch.bfloat16).float()  # with equals
     keys = torch.tensor([noise_key(seed, 5) for seed in range(6)]).T
@@ -285,3 +199,20 @@ def tried_best(device: torch.device, vocab_size: int) -> Best:
 
     candidates: dict[str, Best] = {"Triton": OPS.best_token, "torch": best_in_torch}
     return first_right("noise over a vocabulary", candidates, run, exact.amax(-1, keepdim=True))[1]
+
+
+def tried_keep(device: torch.device, vocab_size: int) -> Keep:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(3, vocab_size, generator=generator)
+    words = torch.randint(-(2**63), 2**63 - 1, (2 * mask_words(vocab_size),), generator=generator)
+    masks, rows = words.view(torch.int32).view(2, -1), torch.tensor([2, 0])
+
+    def run(keep: Keep) -> torch.Tensor:
+        made = scores.to(device, copy=True)
+        keep(made, masks.to(device), rows.to(device))
+        return made.clamp_min(-100.0)  # infinities have no difference
+
+    expected = scores.clone()
+    keep_in_torch(expected, masks, rows)
+    candidates: dict[str, Keep] = {"Triton": OPS.mask_scores, "torch": keep_in_torch}
+    return first_right("masks of grammars", candidates, run, expected.clamp_min(-100.0))[1]

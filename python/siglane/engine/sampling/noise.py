@@ -6,11 +6,14 @@ logits and taking the greatest draws from their softmax (Gumbel 1954; arXiv:1411
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 MASK64 = (1 << 64) - 1
 NOISE_BITS = 23  # with one more, the number next to 1 would round to it and its noise be infinite
 MOST_NOISE = 16.64  # no noise of so few bits is greater: -log(-log(1 - 2^-24)) is 16.6355
+LUCKY = 0xFF000000  # a token of 256 has such a hash or a greater one, and more noise than all others:
+LUCK = 5.545  # theirs is smaller: -log(-log(255 / 256)) is 5.5432
 
 
 def noise_key(seed: int, position: int) -> tuple[int, int]:
@@ -21,10 +24,18 @@ def noise_key(seed: int, position: int) -> tuple[int, int]:
 
 def gumbel_noise(token_ids: torch.Tensor, key: tuple[int, int] | tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """token_ids i32 -> float32 of the same shape; with keys of several rows, i32 `[N, 1]`, `[N, tokens]`."""
-    mixed = _mix32(_mix32(token_ids ^ key[0]).add_(key[1]))
-    bits = mixed.bitwise_right_shift_(32 - NOISE_BITS).bitwise_and_((1 << NOISE_BITS) - 1)
+    bits = _hash(token_ids, key).bitwise_right_shift_(32 - NOISE_BITS).bitwise_and_((1 << NOISE_BITS) - 1)
     uniform = bits.float().add_(0.5).mul_(2.0**-NOISE_BITS)
     return uniform.log_().neg_().log_().neg_()
+
+
+def lucky_tokens(token_ids: torch.Tensor, key: tuple[int, int]) -> torch.Tensor:
+    """token_ids i32 -> places i64 of those whose noise may be `LUCK` or more, one of 256: found without a logarithm."""
+    return torch.from_numpy(np.flatnonzero(_hash(token_ids, key).numpy().view(np.uint32) >= np.uint32(LUCKY)))
+
+
+def _hash(token_ids: torch.Tensor, key: tuple[int, int] | tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return _mix32(_mix32(token_ids ^ key[0]).add_(key[1]))
 
 
 def _mix32(x: torch.Tensor) -> torch.Tensor:

@@ -17,24 +17,27 @@ READ_ROWS = 64  # whose logits are held at one time: those of a whole chunk woul
 Readouts = tuple[Readout, ...]
 
 
-def read(language: QwenModel, hidden: torch.Tensor, chunks: Sequence[Chunk]) -> list[Readouts]:
-    """hidden `[T, hidden_size]`, of all chunks one after another -> what each wants of its rows. Waits for the device,
-    where anything is wanted."""
-    wanted: list[tuple[int, Read]] = []
-    first = 0
+def rows_to_read(chunks: Sequence[Chunk]) -> list[int]:
+    """Those of all chunks, one after another, that are wanted."""
+    rows, first = list[int](), 0
     for chunk in chunks:
-        wanted += [(first + one.position - chunk.start, one) for one in chunk.wanted]
+        rows += [first + one.position - chunk.start for one in chunk.wanted]
         first += chunk.tokens
-    some = (wanted[start : start + READ_ROWS] for start in range(0, len(wanted), READ_ROWS))
-    found = itertools.chain.from_iterable(_read_some(language, hidden, one) for one in some)
+    return rows
+
+
+def read(language: QwenModel, hidden: torch.Tensor, rows: torch.Tensor, chunks: Sequence[Chunk]) -> list[Readouts]:
+    """hidden `[T, hidden_size]`, of all chunks one after another; rows i64: `rows_to_read`, where hidden lies -> what
+    each chunk wants. Waits for the device, where anything is wanted."""
+    wanted = [one for chunk in chunks for one in chunk.wanted]
+    some = (slice(start, start + READ_ROWS) for start in range(0, len(wanted), READ_ROWS))
+    found = itertools.chain.from_iterable(_read_some(language, hidden, rows[one], wanted[one]) for one in some)
     return [tuple(itertools.islice(found, len(chunk.wanted))) for chunk in chunks]
 
 
-def _read_some(language: QwenModel, hidden: torch.Tensor, wanted: Sequence[tuple[int, Read]]) -> list[Readout]:
-    """wanted: rows of `hidden`, and what to tell of each."""
-    rows = torch.tensor([row for row, _ in wanted], device=hidden.device)
-    logprobs = language.logits(hidden[rows]).float().cpu().log_softmax(-1)
-    return [_readout(row, one) for row, (_, one) in zip(logprobs, wanted, strict=True)]
+def _read_some(language: QwenModel, hidden: torch.Tensor, rows: torch.Tensor, wanted: Sequence[Read]) -> list[Readout]:
+    logprobs = language.logits(hidden.index_select(0, rows)).float().cpu().log_softmax(-1)
+    return [_readout(row, one) for row, one in zip(logprobs, wanted, strict=True)]
 
 
 def _readout(logprobs: torch.Tensor, wanted: Read) -> Readout:

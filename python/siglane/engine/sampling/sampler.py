@@ -16,16 +16,18 @@ import torch
 from siglane.engine.batch import NextToken
 from siglane.engine.constraints.constraint import Bits
 from siglane.engine.edits import Edits
-from siglane.engine.sampling.noise import MOST_NOISE, gumbel_noise, noise_key
+from siglane.engine.sampling.noise import LUCK, MOST_NOISE, gumbel_noise, lucky_tokens, noise_key
 from siglane.errors import EngineError
 from siglane.types import SamplingParams, TokenLogprob
 
 logger = logging.getLogger(__name__)
 
 SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny
+LOWEST = torch.finfo(torch.float32).min  # of scores that can be chosen
 WINDOW = 1024  # likeliest tokens among which filters look first
 BLOCK = 32  # tokens whose greatest score stands for them
-FEW = 0.25  # of a vocabulary: to find so many tokens first costs less than noise for all
+FEW = 1 / 16  # of a vocabulary: to compute the noise of so many tokens costs less than to find who may win
+CANDIDATES = 16  # that filters are asked about one by one, where they leave more than a window
 
 
 class SampledToken(NamedTuple):
@@ -116,14 +118,44 @@ def draw(scores: torch.Tensor, params: SamplingParams, key: tuple[int, int]) -> 
     if params.temperature != 1:
         scores /= max(params.temperature, SMALLEST_TEMPERATURE)
     if params.top_k > 0 or params.top_p < 1 or params.min_p > 0:
-        token_ids, scores = filtered(scores, params)
-        return int(token_ids[_first_greatest(scores + gumbel_noise(token_ids.int(), key))])
-    every = _token_ids(len(scores))
-    reach = float(gumbel_noise(every[best : best + 1], key)) - MOST_NOISE  # what is below cannot overtake the best
-    if _count(scores, reach) <= FEW * len(scores):
+        return _draw_filtered(scores, params, key)
+    reach = float(_noise(torch.tensor([best]), key)) - MOST_NOISE  # what is below cannot overtake the best
+    if _count(scores, reach) > FEW * len(scores):
+        token_ids, values = contenders(scores, key, 1)
+    else:
         token_ids = _places(scores, reach)
-        return int(token_ids[_first_greatest(scores[token_ids] + gumbel_noise(token_ids.int(), key))])
-    return _first_greatest(gumbel_noise(every, key).add_(scores))
+        values = scores[token_ids] + _noise(token_ids, key)
+    return int(token_ids[_first_greatest(values)])
+
+
+def contenders(scores: torch.Tensor, key: tuple[int, int], count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """At least the `count` tokens whose scores are the greatest with their noise, and all with equal ones: ids i64 in
+    order, and those sums. Noise is computed of the lucky ones, and of those who could reach them without luck."""
+    token_ids = lucky_tokens(_token_ids(len(scores)), key)
+    values = scores[token_ids] + _noise(token_ids, key)
+    least = float(values.topk(count).values[-1]) if len(values) >= count else -math.inf
+    token_ids = torch.from_numpy(np.union1d(token_ids.numpy(), _places(scores, least - LUCK).numpy()))
+    values = scores[token_ids] + _noise(token_ids, key)
+    there = values >= least
+    return token_ids[there], values[there]
+
+
+def _noise(token_ids: torch.Tensor, key: tuple[int, int]) -> torch.Tensor:
+    return gumbel_noise(token_ids.int(), key)
+
+
+def _draw_filtered(scores: torch.Tensor, params: SamplingParams, key: tuple[int, int]) -> int:
+    """A token of `filtered`. Of very many it is quicker to ask whether they hold one who would win among all."""
+    left = _within_window(scores, params)
+    if left is None:
+        token_ids, values = contenders(scores, key, CANDIDATES)
+        inside = partial(_is_left, scores, scores.exp(), params)
+        order = np.lexsort((-scores[token_ids].numpy(), -values.numpy()))  # as of `filtered`, where noise makes equals
+        found = next((token_id for token_id in token_ids[order].tolist() if inside(token_id)), None)
+        if found is not None:
+            return found
+        left = _among_all(scores, params)
+    return int(left.token_ids[_first_greatest(left.scores + _noise(left.token_ids, key))])
 
 
 def filtered(scores: torch.Tensor, params: SamplingParams) -> Likeliest:
@@ -132,12 +164,31 @@ def filtered(scores: torch.Tensor, params: SamplingParams) -> Likeliest:
 
     top-p keeps the smallest set of likeliest tokens whose probabilities reach top_p; ties break by token id.
     """
+    return _within_window(scores, params) or _among_all(scores, params)
+
+
+def _within_window(scores: torch.Tensor, params: SamplingParams) -> Likeliest | None:
+    """None where more than a window is left."""
     some = likeliest(scores, max(WINDOW, params.top_k))
     kept = _kept(scores, some, params)
-    if kept == len(some.scores) < len(scores) and params.top_k <= 0:
-        some = likeliest(scores, len(scores))
-        kept = _kept(scores, some, params)
+    if WINDOW <= kept == len(some.scores) < len(scores) and params.top_k <= 0:
+        return None
     return Likeliest(some.token_ids[:kept], some.scores[:kept])
+
+
+def _among_all(scores: torch.Tensor, params: SamplingParams) -> Likeliest:
+    some = likeliest(scores, len(scores))
+    kept = _kept(scores, some, params)
+    return Likeliest(some.token_ids[:kept], some.scores[:kept])
+
+
+def _is_left(scores: torch.Tensor, powers: torch.Tensor, params: SamplingParams, token_id: int) -> bool:
+    """Whether `_among_all` has it, without top-k, by the same numbers. powers: of all scores."""
+    own, power = scores[token_id], powers[token_id]
+    if power < params.min_p:
+        return False
+    before = powers[scores > own].sum(dtype=torch.float64) + power.double() * (scores[:token_id] == own).sum()
+    return params.top_p >= 1 or bool((before + power).float() - power < params.top_p * powers.sum())
 
 
 def _kept(scores: torch.Tensor, some: Likeliest, params: SamplingParams) -> int:
@@ -151,11 +202,11 @@ def _kept(scores: torch.Tensor, some: Likeliest, params: SamplingParams) -> int:
 
 
 def likeliest(scores: torch.Tensor, count: int) -> Likeliest:
-    """All tokens from some score on that at least `count` reach, or all there are."""
+    """All tokens from some score on that at least `count` reach, or all there are above -inf."""
     blocks = len(scores) // BLOCK
     if 0 < count < blocks:
         least = scores[: blocks * BLOCK].view(blocks, BLOCK).amax(-1).topk(count).values[-1]
-        token_ids = _places(scores, float(least))
+        token_ids = _places(scores, max(float(least), LOWEST))
         scores = scores[token_ids]
     else:
         token_ids = torch.arange(len(scores))

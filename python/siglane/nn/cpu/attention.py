@@ -1,17 +1,32 @@
-"""Attention by plain products: less time than torch's fused one for long segments on CPUs, without gradients."""
+"""Attention on CPUs, without gradients, in less time than torch's: float32 of long segments by plain products, bfloat16
+by a compiled loop."""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
-from siglane.nn.cpu.product import linear
+from siglane.nn.cpu.jit.entrance import segments
+from siglane.nn.cpu.product import linear, wants_gradient
+
+if TYPE_CHECKING:
+    from siglane.nn.cpu.jit.segments_calls import SegmentAttention
 
 LONG = 320  # rows of a segment from which two plain products beat a CPU's fused attention
 SCORES = 1 << 20  # of one head that a CPU's cache takes
 LOG2_E = math.log2(math.e)
 SAFE_SUMS = (1e-25, 1e30)  # of a row's exponentials: no weight that counts is lost to float32's range
+
+
+def compiled_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> SegmentAttention | None:
+    """What attends to them, `[N, heads, head_dim]`; None where another kernel has to."""
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape != k.shape:
+        return None
+    if torch.compiler.is_compiling() or wants_gradient(q, k, v):
+        return None
+    return segments(q.shape[-1])
 
 
 def attention_by_head(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:

@@ -35,15 +35,15 @@ def uses_onednn(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
     on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
     if not on_cpu or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
-    return not _wants_gradient(x, *others)
+    return not wants_gradient(x, *others)
 
 
-def _wants_gradient(*tensors: torch.Tensor | None) -> bool:
+def wants_gradient(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _dense(packed: torch.Tensor) -> torch.Tensor:
     """A packed weight as every other product reads it: behind it a gradient may flow, or autocast choose the dtype."""
-    if _wants_gradient(packed):
+    if wants_gradient(packed):
         raise RuntimeError("a packed weight cannot be trained; load the model again and leave out optimise")
     return packed.to_dense()

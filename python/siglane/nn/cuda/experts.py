@@ -1,7 +1,9 @@
-"""Sparse MLPs of few tokens: Triton kernels that start the same programs whatever a router chooses, so that a step that
-decodes can be captured.
+"""Sparse MLPs: Triton kernels that start the same programs whatever a router chooses, so that nothing is read on the
+host and a step that decodes can be captured.
 
-A program takes one expert and finds the tokens that chose it by itself; an expert that nobody chose ends at once.
+Of few tokens a program takes one expert and finds those that chose it by itself; an expert that nobody chose ends at
+once. Of many, tokens are sorted by expert, and a program takes a piece of one expert's, or ends because there are fewer
+pieces than there could be.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import triton
 import triton.language as tl
 
 ROWS = 16  # of a product of matrices, the fewest
+MANY_ROWS = 64  # the same where tokens are sorted
 BLOCK_N, BLOCK_K = 64, 64
 
 
@@ -36,6 +39,23 @@ def expert_products(
         x, weight, chosen, chosen if scales is None else scales, out, pairs, columns,
         K=inner, SHARED=pairs // x.shape[0], SCALED=scales is not None, PAIRS=triton.next_power_of_2(pairs),
         ROWS=ROWS, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
+    )  # fmt: skip
+    return out
+
+
+def sorted_products(
+    x: torch.Tensor, weight: torch.Tensor, chosen: torch.Tensor, experts: int, scales: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`expert_products` of many tokens."""
+    pairs, columns, inner = chosen.numel(), weight.shape[0] // experts, weight.shape[1]
+    numbers, order = chosen.flatten().sort(stable=True)
+    starts = torch.searchsorted(numbers, torch.arange(experts + 1, device=x.device))
+    out = torch.empty((pairs, columns), dtype=x.dtype, device=x.device)
+    pieces = triton.cdiv(pairs, MANY_ROWS) + experts - 1  # at most: each expert's last one may be a part
+    sorted_product[(triton.cdiv(columns, BLOCK_N), pieces)](
+        x, weight, order, starts, starts if scales is None else scales, out, columns,
+        K=inner, SHARED=pairs // x.shape[0], SCALED=scales is not None, COUNT=experts,
+        EXPERTS=triton.next_power_of_2(experts), ROWS=MANY_ROWS, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
     )  # fmt: skip
     return out
 
@@ -71,27 +91,59 @@ def expert_product(
 ):  # fmt: skip
     """SHARED: pairs of token and expert that have one row of x."""
     expert, every = tl.program_id(1).to(tl.int64), tl.arange(0, PAIRS)
-    kind = out.dtype.element_ty
     mine = (tl.load(chosen + every, mask=every < pairs, other=-1) == expert).to(tl.int32)
     count, rank = tl.sum(mine, 0), tl.cumsum(mine, 0)
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     for first in range(0, count, ROWS):
         wanted = first + 1 + tl.arange(0, ROWS)
         hits = (rank[None, :] == wanted[:, None]) & (mine[None, :] == 1)
         pair = tl.sum(tl.where(hits, every[None, :], 0), 1).to(tl.int64)
-        there = wanted <= count
-        total = tl.zeros([ROWS, BLOCK_N], tl.float32)
-        for start in range(0, K, BLOCK_K):
-            inner = start + tl.arange(0, BLOCK_K)
-            inside = inner < K
-            sources = x + (pair // SHARED)[:, None] * K + inner[None, :]
-            rows = tl.load(sources, mask=there[:, None] & inside[None, :], other=0.0)
-            places = (expert * columns + column)[None, :] * K + inner[:, None]
-            part = tl.load(weight + places, mask=(column < columns)[None, :] & inside[:, None], other=0.0)
-            total += tl.dot(rows, part, input_precision="tf32x3")
-        result = total.to(kind)
-        if SCALED:
-            shares = tl.load(scales + pair, mask=there, other=0.0).to(tl.float32)
-            result = (result.to(tl.float32) * shares[:, None]).to(kind)
-        targets = out + pair[:, None] * columns + column[None, :]
-        tl.store(targets, result, mask=there[:, None] & (column < columns)[None, :])
+        multiply_pairs(
+            x, weight, scales, out, pair, wanted <= count, expert, columns, K, SHARED, SCALED, ROWS, BLOCK_N, BLOCK_K
+        )
+
+
+@triton.jit
+def sorted_product(
+    x, weight, order, starts, scales, out, columns,
+    K: tl.constexpr, SHARED: tl.constexpr, SCALED: tl.constexpr, COUNT: tl.constexpr, EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """order: pairs, expert after expert; starts `[COUNT + 1]`: where each expert's begin in it."""
+    piece, every = tl.program_id(1), tl.arange(0, EXPERTS)
+    first = tl.load(starts + every, mask=every < COUNT, other=0)
+    last = tl.load(starts + every + 1, mask=every < COUNT, other=0)
+    pieces = tl.cdiv(last - first, ROWS)
+    before = tl.cumsum(pieces, 0) - pieces
+    mine = (before <= piece) & (piece < before + pieces)
+    if tl.sum(mine.to(tl.int32), 0) > 0:
+        expert = tl.sum(tl.where(mine, every, 0), 0).to(tl.int64)
+        places = tl.sum(tl.where(mine, first + (piece - before) * ROWS, 0), 0) + tl.arange(0, ROWS)
+        there = places < tl.sum(tl.where(mine, last, 0), 0)
+        pair = tl.load(order + places, mask=there, other=0)
+        multiply_pairs(x, weight, scales, out, pair, there, expert, columns, K, SHARED, SCALED, ROWS, BLOCK_N, BLOCK_K)
+
+
+@triton.jit
+def multiply_pairs(
+    x, weight, scales, out, pair, there, expert, columns,
+    K: tl.constexpr, SHARED: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Some pairs of one expert, as many as are there."""
+    kind = out.dtype.element_ty
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        inner = start + tl.arange(0, BLOCK_K)
+        inside = inner < K
+        sources = x + (pair // SHARED)[:, None] * K + inner[None, :]
+        rows = tl.load(sources, mask=there[:, None] & inside[None, :], other=0.0)
+        places = (expert * columns + column)[None, :] * K + inner[:, None]
+        part = tl.load(weight + places, mask=(column < columns)[None, :] & inside[:, None], other=0.0)
+        total += tl.dot(rows, part, input_precision="tf32x3")
+    result = total.to(kind)
+    if SCALED:
+        shares = tl.load(scales + pair, mask=there, other=0.0).to(tl.float32)
+        result = (result.to(tl.float32) * shares[:, None]).to(kind)
+    targets = out + pair[:, None] * columns + column[None, :]
+    tl.store(targets, result, mask=there[:, None] & (column < columns)[None, :])

@@ -96,19 +96,10 @@ def _store(k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.T
     "float scale) -> Tensor",
     _like_first,
 )
-def _paged_decode(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    table: torch.Tensor,
-    rows: torch.Tensor,
-    lengths: torch.Tensor,
-    page_size: int,
-    scale: float,
-) -> torch.Tensor:
+def _paged_decode(*operands: Any) -> torch.Tensor:  # in the order of the schema
     from siglane.nn.cuda.paged_decode import paged_decode
 
-    return paged_decode(q, keys, values, table, rows, lengths, page_size, scale)
+    return paged_decode(*operands)
 
 
 def _of_rows(scores: torch.Tensor, *others: object) -> torch.Tensor:
@@ -125,6 +116,13 @@ def _best_token(
     from siglane.nn.cuda.best_token import best_token
 
     return best_token(scores, peaks, temperatures, keys)
+
+
+@_operator("mask_scores(Tensor(a!) scores, Tensor masks, Tensor rows) -> ()", lambda *args: None)
+def _mask_scores(scores: torch.Tensor, masks: torch.Tensor, rows: torch.Tensor) -> None:
+    from siglane.nn.cuda.mask import mask_scores
+
+    mask_scores(scores, masks, rows)
 
 
 def _routed(logits: torch.Tensor, top: int, *others: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,8 +155,27 @@ def _expert_products(
     return expert_products(x, weight, chosen, experts, scales)
 
 
-def _product(x: torch.Tensor, codes: torch.Tensor, *others: object) -> torch.Tensor:
-    return x.new_empty(x.shape[0], codes.shape[0])
+@_operator(
+    "sorted_products(Tensor x, Tensor weight, Tensor chosen, int experts, Tensor? scales) -> Tensor",
+    _of_pairs,
+)
+def _sorted_products(
+    x: torch.Tensor, weight: torch.Tensor, chosen: torch.Tensor, experts: int, scales: torch.Tensor | None
+) -> torch.Tensor:
+    from siglane.nn.cuda.experts import sorted_products
+
+    return sorted_products(x, weight, chosen, experts, scales)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, *others: object) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@_operator("fixed_product(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _product)
+def _fixed_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    from siglane.nn.cuda.fixed_product import fixed_product
+
+    return fixed_product(x, weight, bias)
 
 
 @_operator(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import torch
 from torch import nn
 
 from siglane.nn.act import SwiGLU
+from siglane.nn.cuda.invariant import make_invariant, try_fixed_product
 from siglane.nn.cuda.ops import OPS
 from siglane.nn.experts import Mixing, Routing
 from siglane.nn.norm import InputRMSNorm, RMSNorm
@@ -17,8 +18,8 @@ from siglane.nn.rope import NormedRotation, Rotation, rotary_tables
 from siglane.nn.trial import first_right
 
 ROWS, HEADS = 3, 5  # of a trial
-MIXED_ROWS, MIXED_SIZE, MIXED_WIDTH = 24, 96, 80
-MOST_ROWS = 64  # of a sparse MLP for which no expert's tokens have to be counted on the host
+MIXED_ROWS, FEW_TRIED, MIXED_SIZE, MIXED_WIDTH = 150, 24, 96, 80
+FEW_ROWS = 64  # of a sparse MLP whose experts find their tokens by themselves; more are sorted
 
 
 class KernelRMSNorm(RMSNorm):
@@ -57,15 +58,14 @@ class KernelRouting(Routing):
 
 
 class KernelMixing(Mixing):
-    """Few rows without a look at what was chosen, so that a step can be captured."""
+    """Without a look at what was chosen, so that nothing waits and a step can be captured."""
 
     def forward(
         self, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor
     ) -> torch.Tensor:
-        if len(x) > MOST_ROWS:
-            return super().forward(x, gate_up, down, weights, chosen)
-        hidden = OPS.swiglu(OPS.expert_products(x, gate_up, chosen, self.count, None))
-        rows = OPS.expert_products(hidden, down, chosen, self.count, weights)
+        products = OPS.expert_products if len(x) <= FEW_ROWS else OPS.sorted_products
+        hidden = OPS.swiglu(products(x, gate_up, chosen, self.count, None))
+        rows = products(hidden, down, chosen, self.count, weights)
         total: torch.Tensor = rows.view(*chosen.shape, -1).sum(1)
         return total
 
@@ -83,12 +83,21 @@ KERNELS: Mapping[type[nn.Module], type[nn.Module]] = MappingProxyType(
 )
 
 
-def optimise_on_cuda(decoder: nn.Module) -> None:
+def optimise_on_cuda(decoder: nn.Module, batch_invariant: bool = False) -> None:
     """Makes a loaded decoder faster on a GPU, where gradients are not wanted; elsewhere nothing happens. The same
-    parameters, another forward, for each kind of module whose kernel passes its trial."""
+    parameters, another forward, for each kind of module whose kernel passes its trial.
+
+    batch_invariant: and whose rows then get the same numbers whatever rows are beside them. UserError for a model, and
+    EngineError on a device, that cannot have it.
+    """
     norm = next(module for module in decoder.modules() if isinstance(module, RMSNorm))
-    if norm.weight.is_cuda:
-        use_kernels(decoder, norm.weight.dtype, norm.weight.device)
+    dtype, device = norm.weight.dtype, norm.weight.device
+    if not norm.weight.is_cuda:
+        return
+    if batch_invariant:
+        make_invariant(decoder)
+        try_fixed_product(dtype, device)
+    use_kernels(decoder, dtype, device, alone=batch_invariant)
 
 
 @torch.no_grad()
@@ -97,15 +106,18 @@ def use_kernels(
     dtype: torch.dtype,
     device: torch.device,
     kernels: Mapping[type[nn.Module], type[nn.Module]] = KERNELS,
+    *,
+    alone: bool = False,
 ) -> None:
-    """kernels: what may stand for each kind of module. dtype, device: of what runs through the decoder."""
+    """kernels: what may stand for each kind of module. dtype, device: of what runs through the decoder. alone: torch's
+    operations, which may go by the number of rows, are not taken; EngineError where they would have to be."""
     chosen: dict[tuple[type[nn.Module], int], type[nn.Module]] = {}
     for module in decoder.modules():
         kind = type(module)
         if kind in kernels:
             key = kind, _width(module)
             if key not in chosen:
-                chosen[key] = _tried(module, kernels[kind], dtype, device)
+                chosen[key] = _tried(module, kernels[kind], dtype, device, alone)
             module.__class__ = chosen[key]
 
 
@@ -124,22 +136,21 @@ def _width(module: nn.Module) -> int:
             return 1500
 
 
-def _tried(module: nn.Module, kernel: type[nn.Module], dtype: torch.dtype, device: torch.device) -> type[nn.Module]:
-    """kernel, or the module's own type where its numbers are not right."""
-    own = type(module)
-    inputs = _inputs(module, dtype, device)
-    x = inputs[0]
-    assert isinstance(x, torch.Tensor)
+def _tried(
+    module: nn.Module, kernel: type[nn.Module], dtype: torch.dtype, device: torch.device, alone: bool
+) -> type[nn.Module]:
+    """kernel, or the module's own type where its numbers are not right, unless it is to stand alone."""
+    own, trials = type(module), _trials(module, dtype, device)
 
     def run(kind: type[nn.Module]) -> torch.Tensor:
         stand_in = copy.copy(module)
         stand_in.__class__ = kind
-        given = [x.clone()] if own is SwiGLU else inputs  # which is written to
-        return _numbers(stand_in(*given), x)
+        return torch.cat([_numbers(stand_in, one) for one in trials])
 
-    wide = [_widened(one) for one in inputs]
-    expected = _numbers(copy.deepcopy(module).float()(*wide), x.float())
-    return first_right(f"{own.__name__} of {_width(module)}", {"Triton": kernel, "torch": own}, run, expected)[1]
+    wide = copy.deepcopy(module).float()
+    expected = torch.cat([_numbers(wide, [_widened(value) for value in one]) for one in trials])
+    candidates = {"Triton": kernel} if alone else {"Triton": kernel, "torch": own}
+    return first_right(f"{own.__name__} of {_width(module)}", candidates, run, expected)[1]
 
 
 def _widened(value: torch.Tensor | nn.Module) -> torch.Tensor | nn.Module:
@@ -149,12 +160,24 @@ def _widened(value: torch.Tensor | nn.Module) -> torch.Tensor | nn.Module:
     return value.to(torch.float32, copy=True) if value.is_floating_point() else value
 
 
-def _numbers(result: torch.Tensor | tuple[torch.Tensor, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def _numbers(module: nn.Module, inputs: Sequence[torch.Tensor | nn.Module]) -> torch.Tensor:
     """What is compared: of experts their weights and what they were chosen for, because equals have no order."""
+    x, *others = inputs
+    assert isinstance(x, torch.Tensor)
+    result = module(x.clone() if isinstance(module, SwiGLU) else x, *others)  # which is written to
     if isinstance(result, torch.Tensor):
         return result
     weights, chosen = result
     return torch.cat((weights, x.gather(1, chosen)), 1)
+
+
+def _trials(module: nn.Module, dtype: torch.dtype, device: torch.device) -> list[tuple[torch.Tensor | nn.Module, ...]]:
+    """Experts have a kernel for many rows and one for few."""
+    inputs = _inputs(module, dtype, device)
+    if not isinstance(module, Mixing):
+        return [inputs]
+    x, gate_up, down, weights, chosen = (one for one in inputs if isinstance(one, torch.Tensor))
+    return [inputs, (x[:FEW_TRIED], gate_up, down, weights[:FEW_TRIED], chosen[:FEW_TRIED])]
 
 
 def _inputs(module: nn.Module, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor | nn.Module, ...]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import secrets
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +14,7 @@ from siglane.server.chat import (
     answered,
     resolve_max_tokens,
     sampling_of,
-    siglane_report,
-    usage_reply,
+    whole_reply,
 )
 from siglane.server.choices import ChoiceDelta, Choices, finish_reason
 from siglane.server.completions.logprobs import Columns
@@ -169,16 +167,8 @@ async def complete_texts(body: CompletionRequest, context: RequestContext, model
         prepared, given = await prepare_completion(body, context, model)
     choices = await answered(prepared, context, model)
     texts = Texts(body, given, model)
-    return {
-        "id": prepared.request_id,
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": model.name,
-        "system_fingerprint": model.fingerprint,
-        "choices": [_choice(index, answer, texts) for index, answer in enumerate(choices.answers)],
-        "usage": usage_reply(choices.usage),
-        "siglane": siglane_report(body, prepared, choices),
-    }
+    told = [_choice(index, answer, texts) for index, answer in enumerate(choices.answers)]
+    return {"object": "text_completion", "choices": told, **whole_reply(body, prepared, choices, model)}
 
 
 def _choice(index: int, answer: Answer, texts: Texts) -> CompletionChoice:
@@ -228,11 +218,12 @@ class CompletionStream(EventStream):
         return self._with_report(self._frame([choice]), choices)
 
     def _frame(self, choices: list[CompletionChunkChoice]) -> CompletionChunk:
-        return {
-            "id": self._prepared.request_id,
-            "object": "text_completion",
-            "created": self._created,
-            "model": self._model.name,
-            "system_fingerprint": self._model.fingerprint,
-            "choices": choices,
-        }
+        return {**self._reply, "object": "text_completion", "choices": choices}
+
+
+async def stream_texts(
+    body: CompletionRequest, context: RequestContext, model: ChatModel, headers: Mapping[str, str]
+) -> CompletionStream:
+    """`complete_texts` as they come."""
+    prepared, given = await prepare_completion(body, context, model)
+    return CompletionStream(body, prepared, given, context, model, headers)

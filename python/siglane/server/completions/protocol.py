@@ -11,7 +11,7 @@ from siglane.errors import UserError
 from siglane.server.fields import WHOLE
 from siglane.server.generation_fields import MAX_TOP_LOGPROBS, TokenId, prompt_tag
 from siglane.server.protocol import GenerationRequest
-from siglane.server.replies import FinishReason, SiglaneReport, UsageReply
+from siglane.server.replies import FinishReason, ReplyPiece, WholeReply
 
 MAX_PROMPTS = 64
 MAX_IDS = 1 << 20
@@ -79,15 +79,9 @@ class CompletionChoice(TypedDict):
     matched_stop: str | int | None
 
 
-class Completion(TypedDict):
-    id: str
+class Completion(WholeReply):
     object: Literal["text_completion"]
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[CompletionChoice]
-    usage: UsageReply
-    siglane: SiglaneReport
 
 
 class CompletionChunkChoice(TypedDict):
@@ -98,14 +92,6 @@ class CompletionChunkChoice(TypedDict):
     matched_stop: NotRequired[str | int | None]
 
 
-class CompletionChunk(TypedDict):
-    """One event of a stream. usage: null until the last chunk when it was asked for, else absent."""
-
-    id: str
+class CompletionChunk(ReplyPiece):
     object: Literal["text_completion"]
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[CompletionChunkChoice]
-    usage: NotRequired[UsageReply | None]
-    siglane: NotRequired[SiglaneReport]

@@ -16,7 +16,7 @@ from siglane.engine.sampling.labels import MOST_LABELS
 from siglane.errors import UserError, blaming
 from siglane.server.fields import WHOLE, RequestModel, TemplateKwargs
 from siglane.server.generation_fields import CacheSalt
-from siglane.server.protocol import ImageUrl
+from siglane.server.protocol import ImageUrl, kind_of
 from siglane.server.refused import refuse_fields
 from siglane.types import Question
 
@@ -78,6 +78,12 @@ def check_options(names: Iterable[str]) -> None:
         seen.add(alike)
 
 
+def _choice(question: str, options: Sequence[tuple[str, str]]) -> Question:
+    """options: names and descriptions. UserError as `check_options`."""
+    check_options(name for name, _ in options)
+    return Question.choice(question, dict(options))
+
+
 class Option(RequestModel):
     name: Line
     description: Content = None
@@ -106,9 +112,7 @@ class ChoiceQuestion(_WithId):
 
     @property
     def asked(self) -> Question:
-        check_options(option.name for option in self.options)
-        options = {option.name: rendered(option.description) for option in self.options}
-        return Question.choice(rendered(self.question), options)
+        return _choice(rendered(self.question), [(one.name, rendered(one.description)) for one in self.options])
 
 
 class ScoreQuestion(_WithId):
@@ -186,8 +190,7 @@ class ValuesQuestion(_Instructed):
 
     @property
     def asked(self) -> Question:
-        check_options(choice.name for choice in self.choices)
-        return Question.choice(self.text, {choice.name: choice.description or "" for choice in self.choices})
+        return _choice(self.text, [(choice.name, choice.description or "") for choice in self.choices])
 
 
 class Level(RequestModel):
@@ -222,7 +225,7 @@ def by_type(*kinds: str) -> Discriminator:
     """A question's tag is its type; the first one's where it has none."""
 
     def tag(question: Any) -> str:
-        kind = question.get("type") if isinstance(question, dict) else getattr(question, "type", None)
+        kind = kind_of(question)
         return f"#{kind if kind in kinds else kinds[0]}"
 
     return Discriminator(tag)

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from siglane.server.choices import ChoiceDelta
+from siglane.engine.answers.tool_calls import CallDelta
 from siglane.server.messages.protocol import AnthropicFailure, ReplyBlock
+from siglane.server.translated import AnswerParts, Event
 
-Event = dict[str, Any]
 ERRORS = {
     401: "authentication_error",
     403: "permission_error",
@@ -23,26 +23,13 @@ ERRORS = {
 }
 
 
-class Blocks:
-    """Made of the deltas of a chat's answer."""
+class Blocks(AnswerParts):
+    """Of a message's answer."""
 
     def __init__(self) -> None:
         self.content: list[ReplyBlock] = []
         self._arguments: str | None = None  # of the tool_use that is growing
         self._growing = False
-
-    def take(self, delta: ChoiceDelta) -> Iterator[Event]:
-        if delta.reasoning:
-            yield from self._grow("thinking", delta.reasoning)
-        if delta.text:
-            yield from self._grow("text", delta.text)
-        for call in delta.calls:
-            if call.name:
-                yield from self._begin({"type": "tool_use", "id": call.call_id, "name": call.name, "input": {}})
-                self._arguments = ""
-            if call.arguments:
-                self._arguments = (self._arguments or "") + call.arguments
-                yield self._delta({"type": "input_json_delta", "partial_json": call.arguments})
 
     def end(self) -> Iterator[Event]:
         """An answer that says nothing has one empty text."""
@@ -50,7 +37,16 @@ class Blocks:
             yield from self._begin({"type": "text", "text": ""})
         yield from self._close()
 
-    def _grow(self, kind: Literal["text", "thinking"], text: str) -> Iterator[Event]:
+    def _take_call(self, call: CallDelta) -> Iterator[Event]:
+        if call.name:
+            yield from self._begin({"type": "tool_use", "id": call.call_id, "name": call.name, "input": {}})
+            self._arguments = ""
+        if call.arguments:
+            self._arguments = (self._arguments or "") + call.arguments
+            yield self._delta({"type": "input_json_delta", "partial_json": call.arguments})
+
+    def _grow(self, said: Literal["reasoning", "text"], text: str) -> Iterator[Event]:
+        kind: Literal["text", "thinking"] = "text" if said == "text" else "thinking"
         if not self._growing or self.content[-1]["type"] != kind:
             empty: ReplyBlock = {"type": "text", "text": ""}
             if kind == "thinking":

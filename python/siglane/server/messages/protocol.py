@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from typing_extensions import TypedDict  # pydantic reads no other on Python 3.11
 
 from siglane.errors import UserError
 from siglane.media.tools import MOST_TOOLS, NAME
-from siglane.server.fields import WHOLE, RequestModel, StopStrings
-from siglane.server.protocol import MAX_PARTS, PlainText, content_tag
+from siglane.server.fields import WHOLE, RequestModel, StopStrings, of_kinds
+from siglane.server.protocol import MAX_PARTS, PlainText, content_tag, kind_of
 from siglane.server.refused import TranslatedRequest
 from siglane.types import SAMPLING_BOUNDS
 
@@ -49,30 +49,16 @@ class UrlSource(RequestModel):
     url: Annotated[str, Field(json_schema_extra={"format": "uri"})]
 
 
-def _kind(value: Any) -> Any:
-    return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-
-
-def _known(what: str, *kinds: str) -> BeforeValidator:
-    def check(value: Any) -> Any:
-        if isinstance(value, dict) and _kind(value) not in kinds:
-            message = f"{what} is of type {', '.join(kinds)}; nothing else is read"
-            raise UserError(message, code="unsupported_content_type", param="type")
-        return value
-
-    return BeforeValidator(check)
-
-
 def _tagged(otherwise: str, *others: str) -> Discriminator:
     """By their type; what has none is read as `otherwise`, so that it is told what it lacks."""
     known = {name: name for name in others} | ({"redacted_thinking": "thinking"} if "thinking" in others else {})
-    return Discriminator(lambda value: f"#{known.get(str(_kind(value)), otherwise)}")
+    return Discriminator(lambda value: f"#{known.get(str(kind_of(value)), otherwise)}")
 
 
 Source = Annotated[
     Annotated[Base64Source, Tag("#base64")] | Annotated[UrlSource, Tag("#url")],
     _tagged("base64", "url"),
-    _known("an image's source", "base64", "url"),
+    of_kinds("an image's source", "base64", "url"),
 ]
 
 
@@ -88,7 +74,7 @@ class ToolUseBlock(RequestModel):
     input: dict[str, Any]
 
 
-OnlyText = Annotated[TextBlock, _known("a block here", "text")]
+OnlyText = Annotated[TextBlock, of_kinds("a block here", "text")]
 Texts = Annotated[
     PlainText | Annotated[list[OnlyText], Field(min_length=1, max_length=MAX_PARTS), Tag("#parts")],
     Discriminator(content_tag),
@@ -97,7 +83,7 @@ Texts = Annotated[
 ToolContentBlock = Annotated[
     Annotated[TextBlock, Tag("#text")] | Annotated[ImageBlock, Tag("#image")],
     _tagged("text", "image"),
-    _known("a tool's block", "text", "image"),
+    of_kinds("a tool's block", "text", "image"),
 ]
 ToolContent = Annotated[
     PlainText | Annotated[list[ToolContentBlock], Field(min_length=1, max_length=MAX_PARTS), Tag("#parts")],
@@ -123,14 +109,14 @@ UserBlock = Annotated[
     | Annotated[ImageBlock, Tag("#image")]
     | Annotated[ToolResultBlock, Tag("#tool_result")],
     _tagged("text", "image", "tool_result"),
-    _known("a user's block", "text", "image", "tool_result"),
+    of_kinds("a user's block", "text", "image", "tool_result"),
 ]
 AnswerBlock = Annotated[
     Annotated[TextBlock, Tag("#text")]
     | Annotated[ToolUseBlock, Tag("#tool_use")]
     | Annotated[ThinkingBlock, Tag("#thinking")],
     _tagged("text", "tool_use", "thinking"),
-    _known("an answer's block", "text", "tool_use", "thinking", "redacted_thinking"),
+    of_kinds("an answer's block", "text", "tool_use", "thinking", "redacted_thinking"),
 ]
 
 
@@ -204,7 +190,6 @@ class OutputConfig(RequestModel):
 class CountRequest(TranslatedRequest):
     NOT_SERVED = REFUSED
 
-    model: str | None = None
     messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES)]
     system: Texts | None = None
     tools: Annotated[list[CustomTool], Field(max_length=MOST_TOOLS)] | None = None

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi import FastAPI, Request
-from pydantic import BaseModel
+from fastapi import Request
+from starlette.responses import Response
 
-from siglane.server.chat import Prepared, answered, lay_out_prompt, note_answer
-from siglane.server.choices import ChoiceDelta, Choices
+from siglane.server.chat import lay_out_prompt, note_answer
+from siglane.server.choices import Choices
 from siglane.server.context import RequestContext, context_of
 from siglane.server.errors import JsonResponse, error_body
 from siglane.server.messages.blocks import Blocks, failure
@@ -39,12 +39,13 @@ from siglane.server.messages.protocol import (
     ToolUseBlock,
     UserTurn,
 )
-from siglane.server.openapi import OF_A_BODY, events_of, examples, failures
+from siglane.server.openapi import events_of, examples
 from siglane.server.protocol import ChatCompletionRequest, plain
-from siglane.server.served import ChatModel, Served
+from siglane.server.routes import ModelRoutes
+from siglane.server.served import ChatModel
 from siglane.server.stopwatch import Stopwatch
-from siglane.server.stream import EventStream, named_event
-from siglane.server.translated import Translation
+from siglane.server.stream import named_event
+from siglane.server.translated import TranslatedChat, TranslatedStream, Translation, translated
 
 MESSAGES, COUNT_TOKENS = "/v1/messages", "/v1/messages/count_tokens"
 NAMES = {
@@ -145,8 +146,7 @@ class Asked:
     """A message that can be asked for. blocks: of its answer so far."""
 
     body: MessagesRequest
-    prepared: Prepared
-    model: ChatModel
+    chat: TranslatedChat
     message_id: str = field(default_factory=lambda: f"msg_{secrets.token_hex(12)}")
     blocks: Blocks = field(default_factory=Blocks)
 
@@ -156,7 +156,7 @@ class Asked:
             "id": self.message_id,
             "type": "message",
             "role": "assistant",
-            "model": self.model.name,
+            "model": self.chat.model.name,
             "content": self.blocks.content if ended else [],
             "stop_reason": reason,
             "stop_sequence": str(choices.answers[0].matched_stop) if reason == "stop_sequence" else None,
@@ -183,20 +183,18 @@ def usage_of(choices: Choices) -> MessageUsage:
     }
 
 
-async def answer_message(asked: Asked, context: RequestContext) -> MessageReply:
+async def answer_message(asked: Asked) -> MessageReply:
     """The whole answer at once."""
-    choices = await answered(asked.prepared, context, asked.model, lambda delta: list(asked.blocks.take(delta)))
+    choices = await asked.chat.answered(asked.blocks)
     list(asked.blocks.end())
     return asked.reply(choices, ended=True)
 
 
-class MessageStream(EventStream):
+class MessageStream(TranslatedStream):
     """The same as events."""
 
-    def __init__(
-        self, chat: ChatCompletionRequest, asked: Asked, context: RequestContext, headers: Mapping[str, str]
-    ) -> None:
-        super().__init__(chat, asked.prepared, context, asked.model, headers)
+    def __init__(self, asked: Asked) -> None:
+        super().__init__(asked.chat)
         self._asked = asked
 
     async def _events(self, choices: Choices) -> AsyncIterator[bytes]:
@@ -221,9 +219,6 @@ class MessageStream(EventStream):
         told = failure(reason.status, error_body(reason)["error"], self._context.request_id)
         return named_event("error", told)
 
-    def _says_something(self, delta: ChoiceDelta) -> bool:
-        return bool(delta.text or delta.reasoning or delta.calls or delta.finish_reason)
-
 
 def _event(content: Mapping[str, Any]) -> bytes:
     return named_event(content["type"], content)
@@ -241,27 +236,22 @@ async def count_tokens(body: CountRequest, context: RequestContext, model: ChatM
     return {"input_tokens": len(prompt.token_ids)}
 
 
-def add_messages(
-    app: FastAPI, served: Served, model: ChatModel, note_ignored: Callable[[BaseModel], dict[str, str]]
-) -> None:
-    refused = {status: {**one, "model": AnthropicFailure} for status, one in failures(*OF_A_BODY).items()}
-    answers = {200: {"model": MessageReply, "content": events_of("an event of a message")}, **refused}
-    question = {"model": model.name, "messages": [{"role": "user", "content": "What can you do?"}]}
+def add_messages(routes: ModelRoutes[ChatModel]) -> None:
+    question = {"model": routes.model.name, "messages": [{"role": "user", "content": "What can you do?"}]}
     shown = examples(a_question=question | {"max_tokens": 16}, a_stream=question | {"max_tokens": 16, "stream": True})
-    counted: Any = {200: {"model": InputTokens}, **refused}
 
-    @app.post(MESSAGES, responses=answers, response_model=None, openapi_extra=shown)
     async def create_message(body: MessagesRequest, request: Request) -> Any:
-        context = context_of(request.scope)
-        served.check_name(body.model, model)
-        translation, chat = translate(body)
-        headers = note_ignored(chat)
-        asked = Asked(body, await translation.prepared(chat, context, model), model)
+        asked = Asked(body, await translated(body, request, translate, routes))
         if body.stream:
-            return MessageStream(chat, asked, context, headers)
-        return JsonResponse(await answer_message(asked, context), headers=headers)
+            return MessageStream(asked)
+        return JsonResponse(await answer_message(asked), headers=asked.chat.headers)
 
-    @app.post(COUNT_TOKENS, responses=counted, response_model=None, openapi_extra=examples(a_question=question))
-    async def count_message_tokens(body: CountRequest, request: Request) -> Any:
-        served.check_name(body.model, model)
-        return JsonResponse(await count_tokens(body, context_of(request.scope), model))
+    async def count_message_tokens(body: CountRequest, request: Request) -> Response:
+        routes.check_name(body.model)
+        return JsonResponse(await count_tokens(body, context_of(request.scope), routes.model))
+
+    events = events_of("an event of a message")
+    routes.post((MESSAGES,), create_message, MessageReply, shown, content=events, failed=AnthropicFailure)
+    routes.post(
+        (COUNT_TOKENS,), count_message_tokens, InputTokens, examples(a_question=question), failed=AnthropicFailure
+    )

@@ -6,42 +6,36 @@ import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from siglane.server.choices import ChoiceDelta
+from siglane.engine.answers.tool_calls import CallDelta
 from siglane.server.responses.protocol import OutputItem
+from siglane.server.translated import AnswerParts, Event
 
 ItemKind = Literal["message", "function_call", "reasoning"]
 PREFIXES: Mapping[ItemKind, str] = {"message": "msg", "function_call": "fc", "reasoning": "rs"}
-Event = dict[str, Any]
 
 
-class Output:
-    """The items of a response, made of the deltas of a chat's answer, and the events that tell of them."""
+class Output(AnswerParts):
+    """The items of a response."""
 
     def __init__(self) -> None:
         self.items: list[OutputItem] = []
         self._open: OutputItem | None = None
 
-    def take(self, delta: ChoiceDelta) -> Iterator[Event]:
-        if delta.reasoning:
-            yield from self._grow("reasoning", delta.reasoning)
-        if delta.text:
-            yield from self._grow("message", delta.text)
-        for call in delta.calls:
-            if call.name:
-                yield from self._begin("function_call", call_id=call.call_id, name=call.name, arguments="")
-            item = self.items[-1]
-            item["arguments"] += call.arguments
-            if call.arguments:
-                yield self._event("response.function_call_arguments.delta", delta=call.arguments)
-
     def end(self, status: Literal["completed", "incomplete"]) -> Iterator[Event]:
         """A response that says nothing says so in a message."""
         if all(item["type"] == "reasoning" for item in self.items):
-            yield from self._grow("message", "")
+            yield from self._grow("text", "")
         yield from self._close(status)
 
-    def _grow(self, kind: Literal["message", "reasoning"], text: str) -> Iterator[Event]:
-        """By some text, in a new item where another kind was growing."""
+    def _take_call(self, call: CallDelta) -> Iterator[Event]:
+        if call.name:
+            yield from self._begin("function_call", call_id=call.call_id, name=call.name, arguments="")
+        self.items[-1]["arguments"] += call.arguments
+        if call.arguments:
+            yield self._event("response.function_call_arguments.delta", delta=call.arguments)
+
+    def _grow(self, said: Literal["reasoning", "text"], text: str) -> Iterator[Event]:
+        kind: ItemKind = "message" if said == "text" else said
         if self._open is None or self._open["type"] != kind:
             fields: dict[str, Any] = {"summary": []} if kind == "reasoning" else {"role": "assistant"}
             yield from self._begin(kind, content=[], **fields)

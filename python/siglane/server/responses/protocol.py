@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from typing_extensions import TypedDict  # pydantic reads no other on Python 3.11
 
 from siglane.errors import UserError
 from siglane.media.tools import MOST_TOOLS, NAME
-from siglane.server.fields import WHOLE, RequestModel
-from siglane.server.protocol import MAX_PARTS, TEXTS, Budgets, PlainText, RefusalPart, TextPart, content_tag
+from siglane.server.fields import WHOLE, RequestModel, of_kinds
+from siglane.server.protocol import MAX_PARTS, TEXTS, Budgets, PlainText, RefusalPart, TextPart, content_tag, kind_of
 from siglane.server.refused import TranslatedRequest
 from siglane.server.tool_fields import ChoiceWord, NamedFunction, choice_tag
 from siglane.types import SAMPLING_BOUNDS
@@ -46,28 +46,14 @@ class ItemImage(Budgets):
     image_url: Annotated[str, Field(json_schema_extra={"format": "uri"})]
 
 
-def _kind(value: Any) -> Any:
-    return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-
-
 def _part_tag(part: Any) -> str:
-    return {"input_image": "#image", "refusal": "#refusal"}.get(str(_kind(part)), "#text")
-
-
-def _known(what: str, *kinds: object) -> BeforeValidator:
-    def check(value: Any) -> Any:
-        if isinstance(value, dict) and _kind(value) not in kinds:
-            message = f"{what} is of type {', '.join(str(kind) for kind in kinds if kind)}; nothing else is read"
-            raise UserError(message, code="unsupported_content_type", param="type")
-        return value
-
-    return BeforeValidator(check)
+    return {"input_image": "#image", "refusal": "#refusal"}.get(str(kind_of(part)), "#text")
 
 
 Part = Annotated[
     Annotated[TextPart, Tag("#text")] | Annotated[ItemImage, Tag("#image")] | Annotated[RefusalPart, Tag("#refusal")],
     Discriminator(_part_tag),
-    _known("a content part", *TEXTS, "input_image", "refusal"),
+    of_kinds("a content part", *TEXTS, "input_image", "refusal"),
 ]
 
 
@@ -77,7 +63,7 @@ Content = Annotated[
 OutputPart = Annotated[
     Annotated[TextPart, Tag("#text")] | Annotated[ItemImage, Tag("#image")],
     Discriminator(_part_tag),
-    _known("an output part", *TEXTS, "input_image"),
+    of_kinds("an output part", *TEXTS, "input_image"),
 ]
 Output = Annotated[
     PlainText | Annotated[list[OutputPart], Field(max_length=MAX_PARTS), Tag("#parts")], Discriminator(content_tag)
@@ -112,7 +98,7 @@ class ItemReasoning(RequestModel):
 
 
 def _item_tag(item: Any) -> str:
-    kind = str(_kind(item))
+    kind = str(kind_of(item))
     return f"#{kind}" if kind in ("function_call", "function_call_output", "reasoning") else "#message"
 
 
@@ -122,7 +108,7 @@ Item = Annotated[
     | Annotated[ItemCallOutput, Tag("#function_call_output")]
     | Annotated[ItemReasoning, Tag("#reasoning")],
     Discriminator(_item_tag),
-    _known("an input item", None, "message", "function_call", "function_call_output", "reasoning"),
+    of_kinds("an input item", None, "message", "function_call", "function_call_output", "reasoning"),
 ]
 
 
@@ -162,7 +148,6 @@ class TextConfig(RequestModel):
 class ResponsesRequest(TranslatedRequest):
     NOT_SERVED = REFUSED
 
-    model: str | None = None
     input: Annotated[
         Annotated[str, Field(min_length=1), Tag("#string")]
         | Annotated[list[Item], Field(min_length=1, max_length=MAX_ITEMS), Tag("#parts")],

@@ -11,20 +11,18 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal
 
-from fastapi import FastAPI, Request
-from pydantic import BaseModel
+from fastapi import Request
 
 from siglane.errors import EngineError, UserError
-from siglane.server.chat import Prepared, answered, note_answer
-from siglane.server.choices import ChoiceDelta, Choices
-from siglane.server.context import RequestContext, context_of
+from siglane.server.chat import note_answer
+from siglane.server.choices import Choices
 from siglane.server.errors import JsonResponse
-from siglane.server.openapi import OF_A_BODY, events_of, examples, failures
+from siglane.server.openapi import events_of, examples
 from siglane.server.protocol import ChatCompletionRequest, plain
 from siglane.server.responses.items import Output
 from siglane.server.responses.protocol import (
@@ -36,9 +34,10 @@ from siglane.server.responses.protocol import (
     ResponsesRequest,
     ResponseUsage,
 )
-from siglane.server.served import ChatModel, Served
-from siglane.server.stream import KEEP_ALIVE, EventStream, named_event
-from siglane.server.translated import Translation
+from siglane.server.routes import ModelRoutes
+from siglane.server.served import ChatModel
+from siglane.server.stream import KEEP_ALIVE, named_event
+from siglane.server.translated import TranslatedChat, TranslatedStream, Translation, translated
 from siglane.types import Usage
 
 RESPONSES = "/v1/responses"
@@ -119,15 +118,14 @@ class Asked:
     """A response that can be asked for, and what is told of it. output: of it so far."""
 
     body: ResponsesRequest
-    prepared: Prepared
-    model: ChatModel
+    chat: TranslatedChat
     response_id: str = field(default_factory=lambda: f"resp_{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
     output: Output = field(default_factory=Output)
 
     def reply(self, choices: Choices | None = None, error: UserError | EngineError | None = None) -> ResponseReply:
         """choices: once they have ended; error: why they never will."""
-        body, sampling = self.body, self.prepared.requests[0].sampling
+        body, sampling = self.body, self.chat.prepared.requests[0].sampling
         status = "failed" if error else "in_progress" if choices is None else ending(choices)
         code = "server_error" if error is None or error.status >= 500 else "invalid_prompt"
         return {
@@ -142,7 +140,7 @@ class Asked:
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "metadata": body.metadata or {},
-            "model": self.model.name,
+            "model": self.chat.model.name,
             "output": [] if choices is None else self.output.items,
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
@@ -171,20 +169,18 @@ def usage_of(usage: Usage) -> ResponseUsage:
     }
 
 
-async def respond(asked: Asked, context: RequestContext) -> ResponseReply:
+async def respond(asked: Asked) -> ResponseReply:
     """The whole response at once."""
-    choices = await answered(asked.prepared, context, asked.model, lambda delta: list(asked.output.take(delta)))
+    choices = await asked.chat.answered(asked.output)
     list(asked.output.end(ending(choices)))
     return asked.reply(choices)
 
 
-class ResponseStream(EventStream):
+class ResponseStream(TranslatedStream):
     """The same as events."""
 
-    def __init__(
-        self, chat: ChatCompletionRequest, asked: Asked, context: RequestContext, headers: Mapping[str, str]
-    ) -> None:
-        super().__init__(chat, asked.prepared, context, asked.model, headers)
+    def __init__(self, asked: Asked) -> None:
+        super().__init__(asked.chat)
         self._asked, self._numbers = asked, count()
 
     async def _events(self, choices: Choices) -> AsyncIterator[bytes]:
@@ -204,9 +200,6 @@ class ResponseStream(EventStream):
     def _failure(self, error: Exception) -> bytes:
         return self._event({"type": "response.failed", "response": self._asked.reply(error=self._failed(error))})
 
-    def _says_something(self, delta: ChoiceDelta) -> bool:
-        return bool(delta.text or delta.reasoning or delta.calls or delta.finish_reason)
-
     def _of_all(self, kind: str, choices: Choices | None = None) -> bytes:
         return self._event({"type": kind, "response": self._asked.reply(choices)})
 
@@ -214,26 +207,16 @@ class ResponseStream(EventStream):
         return named_event(content["type"], {**content, "sequence_number": next(self._numbers)})
 
 
-def add_responses(
-    app: FastAPI, served: Served, model: ChatModel, note_ignored: Callable[[BaseModel], dict[str, str]]
-) -> None:
-    answers: dict[int | str, dict[str, Any]] = {
-        200: {"model": ResponseReply, "content": events_of("an event of a response")},
-        **failures(*OF_A_BODY),
-    }
-    shown = examples(
-        a_question={"model": model.name, "input": "What can you do?", "max_output_tokens": 16},
-        a_stream={"model": model.name, "input": "What can you do?", "max_output_tokens": 16, "stream": True},
-    )
+def add_responses(routes: ModelRoutes[ChatModel]) -> None:
+    question = {"model": routes.model.name, "input": "What can you do?", "max_output_tokens": 16}
+    shown = examples(a_question=question, a_stream=question | {"stream": True})
 
-    @app.post(RESPONSES, responses=answers, response_model=None, openapi_extra=shown)
     async def create_response(body: ResponsesRequest, request: Request) -> Any:
         """Nothing is stored, whether `store` says so or is absent."""
-        context = context_of(request.scope)
-        served.check_name(body.model, model)
-        translation, chat = translate(body)
-        headers = note_ignored(chat)
-        asked = Asked(body, await translation.prepared(chat, context, model), model)
+        asked = Asked(body, await translated(body, request, translate, routes))
         if body.stream:
-            return ResponseStream(chat, asked, context, headers)
-        return JsonResponse(await respond(asked, context), headers=headers)
+            return ResponseStream(asked)
+        return JsonResponse(await respond(asked), headers=asked.chat.headers)
+
+    events = events_of("an event of a response")
+    routes.post((RESPONSES,), create_response, ResponseReply, shown, content=events)

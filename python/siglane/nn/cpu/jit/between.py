@@ -14,8 +14,9 @@ from llvmlite import ir
 
 from siglane.nn.cpu.codes import STEPS
 from siglane.nn.cpu.few_rows import LEAST, WHOLE
-from siglane.nn.cpu.jit.code import BYTE, EXP2, FLOAT, I32, I64, POINTER, VOID, Code, Struct, in_threads
-from siglane.nn.cpu.jit.four import as_bfloat16
+from siglane.nn.cpu.jit.bfloat16 import as_bfloat16
+from siglane.nn.cpu.jit.code import EXP2, Code, Struct, in_threads
+from siglane.nn.cpu.jit.types import BYTE, FLOAT, I32, I64, POINTER, VOID
 
 # x: rows `[rows, width]`; table: a norm's gain `[width]`, or a layer's corrections `[2, width]`;
 # marks: scale and shift `[rows, 2]` of the codes that were multiplied; codes u8 `[rows, width]` and their own marks

@@ -9,7 +9,8 @@ import torch
 from siglane.nn.cpu.between import Between
 from siglane.nn.cpu.codes import Codes
 from siglane.nn.cpu.jit.between import CALL, SIGMOIDS, between_module
-from siglane.nn.cpu.jit.code import ADDRESS, COUNT, Compiled
+from siglane.nn.cpu.jit.code import Compiled
+from siglane.nn.cpu.jit.types import ADDRESS, COUNT
 from siglane.types import Activation
 
 ALONE = 1 << 14  # values below which one thread is faster than several

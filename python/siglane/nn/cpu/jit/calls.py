@@ -6,9 +6,10 @@ import ctypes
 
 import torch
 
-from siglane.nn.cpu.jit.code import ADDRESS, COUNT, Compiled
+from siglane.nn.cpu.jit.code import Compiled
 from siglane.nn.cpu.jit.heads import STEP, heads_module
 from siglane.nn.cpu.jit.limits import GROUP
+from siglane.nn.cpu.jit.types import ADDRESS, COUNT
 
 LOG2_E = 1.4426950408889634
 ALONE = 1 << 14  # keys' values below which one thread is faster than several

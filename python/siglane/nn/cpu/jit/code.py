@@ -10,10 +10,8 @@ from typing import Any
 
 from llvmlite import binding, ir
 
-ADDRESS, COUNT = ctypes.c_void_p, ctypes.c_int64
-BYTE, I32, I64, FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
-VOID, POINTER = ir.VoidType(), ir.PointerType()
-LANES = 16  # 32-bit numbers of one register
+from siglane.nn.cpu.jit.types import ADDRESS, COUNT, FLOAT, I32, I64, POINTER, VOID
+
 AS_THE_PROCESSOR_ROUNDS = 4
 EXP2 = tuple(math.log(2) ** power / math.factorial(power) for power in range(7))  # between -0.5 and 0.5
 NATIVE: dict[str, Any] = {str(POINTER): ADDRESS, str(I64): COUNT, str(FLOAT): ctypes.c_float}
@@ -150,16 +148,16 @@ def everywhere(kind: ir.Type, value: float) -> ir.Constant:
     return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
 
 
-def exp2(code: Code, x: ir.Value) -> ir.Value:
+def exp2(code: Code, x: ir.Value, series: tuple[float, ...] = EXP2) -> ir.Value:
     """2^x within 2e-7 of it, of a register of float32, between 2^-126 and 2^126: the whole part goes into a float's
-    exponent, the rest into a series. What is undefined stays so."""
+    exponent, the rest into a series. What is undefined stays so. series: EXP2 or its beginning."""
     kind = x.type
     for bound, beyond in ((126, ">"), (-126, "<")):
         limit = everywhere(kind, bound)
         x = code.select(code.fcmp_ordered(beyond, x, limit), limit, x)
     whole = code.intrinsic("llvm.rint", kind, x)
-    rest, value = code.fsub(x, whole), everywhere(kind, EXP2[-1])
-    for factor in reversed(EXP2[:-1]):
+    rest, value = code.fsub(x, whole), everywhere(kind, series[-1])
+    for factor in reversed(series[:-1]):
         value = code.intrinsic("llvm.fma", kind, value, rest, everywhere(kind, factor))
     scale = code.declared("llvm.x86.avx512.mask.scalef.ps.512", kind, *[kind] * 3, ir.IntType(16), I32)
     return code.call(scale, [value, whole, value, ir.IntType(16)(-1), I32(AS_THE_PROCESSOR_ROUNDS)])

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from siglane.nn.cpu.jit.between_calls import CompiledBetween
     from siglane.nn.cpu.jit.calls import Heads
     from siglane.nn.cpu.jit.layer import CompiledLayer
+    from siglane.nn.cpu.jit.segments_calls import SegmentAttention
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,22 @@ def between() -> CompiledBetween | None:
     from siglane.nn.cpu.jit.between_calls import CompiledBetween
 
     return CompiledBetween()
+
+
+@functools.cache
+def segments(head_dim: int) -> SegmentAttention | None:
+    """Attention over packed segments of bfloat16; None where the processor does not multiply it, where it has tiles
+    (AMX), which torch's own attention uses, and for heads that are no whole groups of eight."""
+    if head_dim % 8 or not compiles():
+        return None
+    from siglane.nn.cpu.jit.processor import this_processor
+
+    processor = this_processor()
+    if processor.tiles or not processor.bfloat16:
+        return None
+    from siglane.nn.cpu.jit.segments_calls import SegmentAttention
+
+    return SegmentAttention(head_dim)
 
 
 @functools.cache

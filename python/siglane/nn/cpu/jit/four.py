@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from functools import partial
 
 from llvmlite import ir
 
 from siglane.nn.cpu.int8_packing import OUTPUTS
-from siglane.nn.cpu.jit.code import BYTE, FLOAT, I32, I64, LANES, POINTER, VOID, Code, everywhere
+from siglane.nn.cpu.jit.bfloat16 import SUMS, WORD, add_pairs, as_bfloat16
+from siglane.nn.cpu.jit.code import Code, everywhere
 from siglane.nn.cpu.jit.product import LAYER, REGISTERS, call_one
 from siglane.nn.cpu.jit.tiles import AHEAD
+from siglane.nn.cpu.jit.types import BYTE, FLOAT, I32, I64, LANES, POINTER, VOID
 
 HALF = OUTPUTS // 2
-WORD = ir.IntType(16)
 BYTES, WORDS = ir.VectorType(BYTE, 4 * LANES), ir.VectorType(WORD, 2 * LANES)
-NUMBERS, SUMS = ir.VectorType(I32, LANES), ir.VectorType(FLOAT, LANES)
+NUMBERS = ir.VectorType(I32, LANES)
 TILE = 4  # rows that are multiplied together
 CODE_MIDDLE = 8.0  # that the stored middle counts from
 GROUPS_AHEAD = 2  # whose scales are called from memory
@@ -110,8 +110,7 @@ def _narrow(code: Code, pairs: ir.Value) -> list[ir.Value]:
 
 
 def _multiply_narrow(code: Code, weights: ir.Value, both: ir.Value, total: ir.Value) -> ir.Value:
-    dot = code.declared("llvm.x86.avx512bf16.dpbf16ps.512", SUMS, SUMS, NARROW, NARROW)
-    return code.call(dot, [total, code.bitcast(weights, NARROW), code.bitcast(both, NARROW)])
+    return add_pairs(code, total, weights, both)
 
 
 def _wide(code: Code, pairs: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
@@ -165,24 +164,6 @@ def write_rounded(module: ir.Module, name: str) -> ir.Function:
     return made
 
 
-def as_bfloat16(code: Code, x: ir.Value) -> ir.Value:
-    """Float32 rounded to a number of bfloat16, the even one of two that are as near."""
-    kind = ir.VectorType(I32, x.type.count) if isinstance(x.type, ir.VectorType) else I32
-    bits, number = code.bitcast(x, kind), partial(everywhere, kind)
-    even = code.add(code.and_(code.lshr(bits, number(16)), number(1)), number(2**15 - 1))
-    return code.bitcast(code.and_(code.add(bits, even), number(-(1 << 16))), x.type)
-
-
 def _bits(value: int) -> int:
     """Of a small whole number in bfloat16."""
     return int.from_bytes(struct.pack(">f", value)[:2], "big")
-
-
-class _Bfloat(ir.Type):  # type: ignore[misc]
-    """Which llvmlite has no name for."""
-
-    def __str__(self) -> str:
-        return "bfloat"
-
-
-NARROW = ir.VectorType(_Bfloat(), 2 * LANES)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from siglane.nn.cpu.jit.code import FLOAT, I32, I64, LANES, POINTER, VOID, Code, Struct, everywhere, exp2, in_threads
+from siglane.nn.cpu.jit.code import Code, Struct, everywhere, exp2, in_threads
 from siglane.nn.cpu.jit.limits import GROUP
+from siglane.nn.cpu.jit.types import FLOAT, I32, I64, LANES, POINTER, VOID
 
 CHUNK = 32  # tokens that are seen together: their keys and values fit into the nearest cache
 LINE = ir.VectorType(FLOAT, LANES)  # a register, and what memory gives at a time

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from siglane.nn.cpu.int8_packing import INPUTS, OUTPUTS
-from siglane.nn.cpu.jit.code import ADDRESS, COUNT, Compiled
+from siglane.nn.cpu.jit.code import Compiled
 from siglane.nn.cpu.jit.processor import Processor, this_processor
 from siglane.nn.cpu.jit.product import LAYER
 from siglane.nn.cpu.jit.rows import FOURS, KINDS, MOST, Kind, rows_module
 from siglane.nn.cpu.jit.tiles import TILE_ROWS
+from siglane.nn.cpu.jit.types import ADDRESS, COUNT
 
 THREAD_VALUES = 1 << 17  # of weights from which several threads are faster than one
 MOST_OF_FOUR = 32  # rows: of more a product of unpacked weights takes less time

@@ -6,8 +6,9 @@ from __future__ import annotations
 from llvmlite import ir
 
 from siglane.nn.cpu.int8_packing import OUTPUTS, TOGETHER
-from siglane.nn.cpu.jit.code import BYTE, FLOAT, I32, I64, LANES, POINTER, VOID, Code, Struct, everywhere
+from siglane.nn.cpu.jit.code import Code, Struct, everywhere
 from siglane.nn.cpu.jit.tiles import AHEAD, LEAST_ROWS, LINE, write_tiles
+from siglane.nn.cpu.jit.types import BYTE, FLOAT, I32, I64, LANES, POINTER, VOID
 
 REGISTERS = OUTPUTS // LANES  # of one row of a block
 TILE = 6  # rows that are multiplied together, as many as registers allow

@@ -5,7 +5,8 @@ from __future__ import annotations
 from llvmlite import ir
 
 from siglane.nn.cpu.int8_packing import INPUTS, OUTPUTS, TOGETHER
-from siglane.nn.cpu.jit.code import BYTE, I32, I64, LANES, POINTER, VOID, Code
+from siglane.nn.cpu.jit.code import Code
+from siglane.nn.cpu.jit.types import BYTE, I32, I64, LANES, POINTER, VOID
 
 TILE_ROWS = 16  # rows of a tile, and outputs of a tile of weights
 LEAST_ROWS = 3  # of fewer rows the registers' instructions take less time
