@@ -128,6 +128,16 @@ BAD: dict[str, tuple[str, dict[str, Any], str, str]] = {
 }
 
 
+def test_an_empty_text_beside_another_says_nothing(server: RunningServer) -> None:
+    text = asked(server, "/tokenize", prompt="a")
+    assert (
+        asked(server, "/tokenize", prompt="", content="a") == asked(server, "/tokenize", prompt="a", content="") == text
+    )
+    talk = chat("x")["messages"]
+    assert asked(server, "/tokenize", prompt="", messages=talk) == asked(server, "/tokenize", messages=talk)
+    assert asked(server, "/tokenize", prompt="", content="")["count"] == asked(server, "/tokenize", prompt="")["count"]
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_what_cannot_be_counted_is_refused_by_name(name: str, server: RunningServer) -> None:
     path, body, code, param = BAD[name]

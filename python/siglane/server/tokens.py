@@ -66,7 +66,8 @@ class TokenizeRequest(RequestModel):
     @model_validator(mode="after")
     def _check(self) -> TokenizeRequest:
         refuse_fields(self.model_extra or {})
-        if sum(value is not None for value in (self.prompt, self.content, self.messages)) != 1:
+        given = [value for value in (self.prompt, self.content, self.messages) if value is not None]
+        if len([value for value in given if value != ""] or given[:1]) != 1:  # as documented, "" says nothing
             raise UserError("send either prompt or messages", code="missing_field", param="prompt")
         if self.tools and self.messages is None:
             raise UserError("tools are only accepted together with messages", code="invalid_value", param="tools")
@@ -109,8 +110,7 @@ class DetokenizedText(TypedDict):
 async def tokenize(body: TokenizeRequest, context: RequestContext, model: ChatModel) -> TokenList:
     if body.messages is not None:
         return await _conversation(body, context, model)
-    given = body.content if body.prompt is None else body.prompt
-    assert given is not None
+    given = body.prompt or body.content or ""
     lists = await ids_of([given] if isinstance(given, str) else given, body.add_special_tokens is not False, model)
     words = await model.aside(lambda: [_texts_of(model, ids) for ids in lists]) if body.return_token_strs else None
     if isinstance(given, str):
