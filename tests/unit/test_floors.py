@@ -57,8 +57,12 @@ ON_DEMAND = (  # imported by the function that fetches a URL, and by the operato
         "nn/cuda/paged_decode.py",
         "nn/cuda/pointwise.py",
         "nn/cuda/best_token.py",
+        "nn/cuda/fixed_product.py",
+        "nn/cuda/mask.py",
         "nn/cuda/experts.py",
         "nn/cuda/coded_product.py",
+        "nn/cuda/fixed_product.py",
+        "nn/cuda/mask.py",
     ),
 )
 EXTRAS = (

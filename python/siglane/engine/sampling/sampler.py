@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 from collections.abc import Callable
@@ -131,13 +130,17 @@ def draw(scores: torch.Tensor, params: SamplingParams, key: tuple[int, int]) -> 
 def contenders(scores: torch.Tensor, key: tuple[int, int], count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """At least the `count` tokens whose scores are the greatest with their noise, and all with equal ones: ids i64 in
     order, and those sums. Noise is computed of the lucky ones, and of those who could reach them without luck."""
-    token_ids = lucky_tokens(_token_ids(len(scores)), key)
-    values = scores[token_ids] + _noise(token_ids, key)
+    lucky = lucky_tokens(len(scores), key)
+    values = scores[lucky] + _noise(lucky, key)
     least = float(values.topk(count).values[-1]) if len(values) >= count else -math.inf
-    token_ids = torch.from_numpy(np.union1d(token_ids.numpy(), _places(scores, least - LUCK).numpy()))
-    values = scores[token_ids] + _noise(token_ids, key)
+    others = np.setdiff1d(_places(scores, least - LUCK).numpy(), lucky.numpy(), assume_unique=True)
+    if len(others):
+        rest = torch.from_numpy(others)
+        values = torch.cat((values, scores[rest] + _noise(rest, key)))
+        lucky, order = torch.cat((lucky, rest)).sort()
+        values = values[order]
     there = values >= least
-    return token_ids[there], values[there]
+    return lucky[there], values[there]
 
 
 def _noise(token_ids: torch.Tensor, key: tuple[int, int]) -> torch.Tensor:
@@ -187,7 +190,7 @@ def _is_left(scores: torch.Tensor, powers: torch.Tensor, params: SamplingParams,
     own, power = scores[token_id], powers[token_id]
     if power < params.min_p:
         return False
-    before = powers[scores > own].sum(dtype=torch.float64) + power.double() * (scores[:token_id] == own).sum()
+    before = powers.where(scores > own, 0).sum(dtype=torch.float64) + power.double() * (scores[:token_id] == own).sum()
     return params.top_p >= 1 or bool((before + power).float() - power < params.top_p * powers.sum())
 
 
@@ -234,8 +237,3 @@ def _count(scores: torch.Tensor, least: float) -> int:
 
 def _places(scores: torch.Tensor, least: float) -> torch.Tensor:
     return torch.from_numpy(np.flatnonzero(scores.numpy() >= np.float32(least)))
-
-
-@functools.cache
-def _token_ids(count: int) -> torch.Tensor:
-    return torch.arange(count, dtype=torch.int32)
