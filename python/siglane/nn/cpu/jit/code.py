@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import binding, ir
+from llvmlite.utils import get_library_name
+
+from siglane.nn.cpu.memory import return_freed, return_pages_of
 
 ADDRESS, COUNT = ctypes.c_void_p, ctypes.c_int64
 BYTE, I32, I64, FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -184,6 +187,9 @@ class Compiled:
         passes.getModulePassManager().run(parsed, passes)
         self._engine = binding.create_mcjit_compiler(parsed, machine)
         self._engine.finalize_object()
+        del passes, tuning
+        return_pages_of(get_library_name())  # 70 MB of LLVM itself
+        return_freed()
 
     def function(self, name: str, *arguments: Any) -> Callable[..., None]:
         """arguments: their ctypes."""
