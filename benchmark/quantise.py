@@ -184,8 +184,7 @@ def print_peak(shape: Shape, batch: int, peer: Path | None) -> None:
 
 def siglane_alone(shape: Shape, batch: int) -> tuple[int, Run]:
     """Resident bytes before there is a tower; its forward."""
-    towers_of(Shape(1, 64, 96, 2), FIXED, "channel_first", "never")  # imports what they need
-    before = resident_bytes()
+    before = resident_bytes()  # LLVM is not loaded yet: what it needs counts, as OpenVINO's plugin does
     tower = towers_of(shape, FIXED, "channel_first", "never").in_8_bits
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # gives back the float32 weights that it was made of

@@ -41,10 +41,10 @@ class ChunkedBlock(EncoderBlock):
             return self.together(x, segments, backend, rotary)
         sizes = [sum(lengths) for lengths in groups]
         tables = [None] * len(sizes) if rotary is None else list(zip(*(t.split(sizes) for t in rotary), strict=True))
-        outputs = []
-        for rows, lengths, table in zip(x.split(sizes), groups, tables, strict=True):
-            outputs.append(self.together(rows, Segments.of(lengths, x.device), backend, table))
-        return torch.cat(outputs)
+        y = torch.empty_like(x)
+        for rows, into, lengths, table in zip(x.split(sizes), y.split(sizes), groups, tables, strict=True):
+            into.copy_(self.together(rows, Segments.of(lengths, x.device), backend, table))
+        return y
 
     def together(
         self, x: torch.Tensor, segments: Segments, backend: AttentionBackend, rotary: Rotary | None = None

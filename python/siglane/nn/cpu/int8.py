@@ -21,7 +21,7 @@ from siglane.nn.act import swiglu
 from siglane.nn.cpu.codes import STEPS, Codes, corrected, row_codes
 from siglane.nn.cpu.few_rows import FEW, LEAST, LEVELS, MIDDLE, WIDE_LEVELS, offset, peak_of, scratch_of
 from siglane.nn.cpu.int8_packing import pack_codes, sums
-from siglane.nn.cpu.jit.entrance import compiled_layer
+from siglane.nn.cpu.jit.entrance import compiled_layer, native_layer
 from siglane.nn.cpu.memory import in_large_pages
 from siglane.nn.cpu.sealed import Sealed
 
@@ -154,6 +154,8 @@ class Int8Linear(Int8Weight):
         shift = torch.zeros(self.outputs) if self.bias is None else self.bias
         # what a row's zero point adds to its sums, and the bias: one product with [zero point, 1] adds both
         self.corrections = torch.stack((self.sums, shift))
+        made = native_layer() if self._ordered else None  # for a block's compiled loops, where this machine can
+        self.native = None if made is None else made.eight(self.packed, self.scale, self.bias, self.inputs)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         rows = row_codes(x)

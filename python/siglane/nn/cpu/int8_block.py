@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,11 +15,14 @@ from siglane.nn.attention import Segments
 from siglane.nn.cpu.between import Between
 from siglane.nn.cpu.chunks import ChunkedBlock
 from siglane.nn.cpu.int8 import Int8Linear, refuse_gradient
-from siglane.nn.cpu.jit.entrance import between
+from siglane.nn.cpu.jit.entrance import between, coded_block
 from siglane.nn.rope import Rotary
-from siglane.types import AttentionBackend
+from siglane.types import Activation, AttentionBackend
 
-PRODUCT_ROWS = 192  # whose sums a core's cache holds
+if TYPE_CHECKING:
+    from siglane.nn.cpu.jit.coded_calls import CompiledBlock
+
+PRODUCT_ROWS = 288  # whose sums a cache holds: fewer rows take more calls
 
 
 class CodedBlock(ChunkedBlock):
@@ -30,29 +34,48 @@ class CodedBlock(ChunkedBlock):
     ) -> torch.Tensor:
         """x of any float dtype, which the result has too; inside there are float32 and `attention_dtype`."""
         refuse_gradient(x)
-        passes, stream = between() or Between(), x.float().contiguous()
-        attention, rows = self.attention, self._qkv(passes, stream, attention_dtype(x.dtype))
-        heads = rows.unflatten(-1, (3, attention.qkv.heads, attention.qkv.head_dim)).unbind(1)
-        attended = attention.attend(heads, segments, backend, rotary)
-        return self._rest(passes, attended, stream).to(x.dtype)
+        stream, attention = x.float().contiguous(), self.attention
+        qkv, *rest = (own(layer) for layer in (attention.qkv, attention.out_proj, self.mlp.fc1, self.mlp.fc2))
+        passes = self.passes(attention_dtype(x.dtype), qkv, *rest)
+        rows = passes.heads(stream, self.norm1, qkv)
+        q, k, v = rows.unflatten(-1, (3, attention.qkv.heads, attention.qkv.head_dim)).unbind(1)
+        attended = attention.attend((q, k, v), segments, backend, rotary).contiguous()
+        del rows, q, k, v  # as large as all that follows
+        return passes.rest(attended, stream, self.norm2, *rest).to(x.dtype)
 
-    def _qkv(self, passes: Between, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        linear = own(self.attention.qkv)
-        y = torch.empty(len(x), linear.outputs, dtype=dtype)
+    def passes(self, dtype: torch.dtype, *layers: Int8Linear) -> CompiledBlock | ByParts:
+        """What computes with `layers`, its own. dtype: of what attention reads."""
+        compiled = coded_block(self.mlp.activation) if dtype == torch.bfloat16 else None
+        return compiled if compiled is not None and compiled.takes(*layers) else ByParts(self.mlp.activation, dtype)
+
+
+class ByParts:
+    """What a block does but for its attention: some rows at a time, product by product. `jit/coded_calls.py` has the
+    same in two calls."""
+
+    def __init__(self, activation: Activation, dtype: torch.dtype) -> None:
+        """dtype: of what attention reads."""
+        self._passes, self._activation, self._dtype = between() or Between(), activation, dtype
+
+    def heads(self, x: torch.Tensor, norm: nn.LayerNorm, qkv: Int8Linear) -> torch.Tensor:
+        """qkv of a norm without shift: x float32 `[N, K]` -> `[N, outputs]`."""
+        y = torch.empty(len(x), qkv.outputs, dtype=self._dtype)
         for part, into in parts(x, y):
-            rows = passes.normed(part, self.norm1.weight.float(), self.norm1.eps)
-            passes.finished(linear.sums_of(rows), rows, linear.corrections, into)
+            rows = self._passes.normed(part, norm.weight.float(), norm.eps)
+            self._passes.finished(qkv.sums_of(rows), rows, qkv.corrections, into)
         return y
 
-    def _rest(self, passes: Between, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """What follows attention."""
-        out_proj, fc1, fc2 = (own(layer) for layer in (self.attention.out_proj, self.mlp.fc1, self.mlp.fc2))
-        y = torch.empty_like(x)
+    def rest(
+        self, attended: torch.Tensor, x: torch.Tensor, norm: nn.LayerNorm, out_proj: Int8Linear, fc1: Int8Linear,
+        fc2: Int8Linear,
+    ) -> torch.Tensor:  # fmt: skip
+        """What follows attention: x float32 `[N, K]` -> the same."""
+        passes, y = self._passes, torch.empty_like(x)
         for part, residual, into in parts(attended, x, y):
-            rows = passes.coded(part.contiguous())
+            rows = passes.coded(part)
             passes.added(out_proj.sums_of(rows), rows, out_proj.corrections, residual, into)
-            rows = passes.normed(into, self.norm2.weight.float(), self.norm2.eps)
-            hidden = passes.activated(fc1.sums_of(rows), rows, fc1.corrections, self.mlp.activation)
+            rows = passes.normed(into, norm.weight.float(), norm.eps)
+            hidden = passes.activated(fc1.sums_of(rows), rows, fc1.corrections, self._activation)
             passes.added(fc2.sums_of(hidden), hidden, fc2.corrections, into, into)
         return y
 

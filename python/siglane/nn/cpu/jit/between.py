@@ -14,8 +14,8 @@ from llvmlite import ir
 
 from siglane.nn.cpu.codes import STEPS
 from siglane.nn.cpu.few_rows import LEAST, WHOLE
-from siglane.nn.cpu.jit.bfloat16 import as_bfloat16
-from siglane.nn.cpu.jit.code import EXP2, Code, Struct, in_threads
+from siglane.nn.cpu.jit.bfloat16 import WORD, as_bfloat16, as_float
+from siglane.nn.cpu.jit.code import EXP2, Code, Struct, everywhere, in_threads
 from siglane.nn.cpu.jit.types import BYTE, FLOAT, I32, I64, POINTER, VOID
 
 # x: rows `[rows, width]`; table: a norm's gain `[width]`, or a layer's corrections `[2, width]`;
@@ -25,7 +25,6 @@ CALL = Struct(
     x=POINTER, table=POINTER, marks=POINTER, codes=POINTER, made=POINTER, y=POINTER, residual=POINTER,
     rows=I64, width=I64, eps=FLOAT, next=I64,
 )  # fmt: skip
-HALF = ir.IntType(16)  # a bfloat16's bits
 SIGN = I32(-(1 << 31))
 GELU = math.sqrt(2 / math.pi), 0.044715  # of its tanh
 QUICK = 1.702
@@ -40,7 +39,7 @@ def between_module() -> ir.Module:
     those that are x times a sigmoid; `_half` are those that read or write bfloat16."""
     module = ir.Module("between")
     _normed(module)
-    for name, get in (("coded", _float), ("coded_half", _half)):
+    for name, get in (("coded", _float), ("coded_half", as_float)):
         with _rows(module, name) as row:
             row.encode(row.of("x", get))
     _finished(module)
@@ -61,19 +60,13 @@ class _Row:
         return self.code.at(CALL.get(self.code, self.call, name), self.first, kind)
 
     def of(self, name: str, get: Callable[[Code, ir.Value, ir.Value], ir.Value]) -> Value:
-        line = self.address(name, HALF if get is _half else FLOAT)
+        line = self.address(name, WORD if get is as_float else FLOAT)
         return lambda place: get(self.code, line, place)
 
     def table(self, number: int = 0) -> Value:
         code, start = self.code, self.code.mul(self.width, I64(number))
         line = code.at(CALL.get(code, self.call, "table"), start, FLOAT)
         return lambda place: code.get(line, place, FLOAT)
-
-    def total(self, value: Value) -> ir.Value:
-        code, total = self.code, self.code.variable(FLOAT(0))
-        with code.count(I64(0), self.width) as place:
-            code.store(code.fadd(code.load(total, typ=FLOAT), value(place), flags=("reassoc",)), total)
-        return code.load(total, typ=FLOAT)
 
     def product(self) -> Value:
         """The layer's true results, of sums of codes in `x`."""
@@ -92,34 +85,41 @@ class _Row:
             self.code.put(value(place), into, place)
 
     def encode(self, value: Value, factor: ir.Value | None = None, keep: ir.Value | None = None) -> None:
-        """Codes of `value`, times `factor`. keep: where values are kept, if to compute them again takes long."""
+        """keep: as of `encode`."""
         code = self.code
-        peaks = [code.variable(I32(0)) for _ in range(2)]  # above zero and below it
-        with code.count(I64(0), self.width) as place:
-            found = value(place)
-            if keep is not None:
-                code.put(found, keep, place)
-            bits = code.bitcast(found, I32)  # of positive numbers in order, undefined ones above all; of others below 0
-            for some, peak in ((bits, peaks[0]), (code.xor(bits, SIGN), peaks[1])):
-                code.store(code.most(some, code.load(peak, typ=I32)), peak)
-        high, low = (code.bitcast(code.load(peak, typ=I32), FLOAT) for peak in peaks)
-        span = code.fadd(high, low)
-        span = code.select(code.fcmp_ordered("<", span, FLOAT(LEAST)), FLOAT(LEAST), span)
-        steps, scale = code.fdiv(FLOAT(STEPS), span), code.fdiv(span, FLOAT(STEPS))
-        zero = code.intrinsic("llvm.rint", FLOAT, code.fmul(low, steps))
-        if factor is not None:
-            scale = code.fmul(scale, factor)
-        made = CALL.get(code, self.call, "made")
-        for number, mark in enumerate((scale, code.fneg(code.fmul(zero, scale)))):
-            code.put(mark, made, code.add(code.mul(self.place, I64(2)), I64(number)))
-        offset, codes = code.fadd(zero, FLOAT(WHOLE + 256)), self.address("codes", BYTE)
-        again = value if keep is None else lambda place: code.get(keep, place, FLOAT)
-        self.write(
-            lambda place: code.trunc(
-                code.bitcast(code.intrinsic("llvm.fma", FLOAT, again(place), steps, offset), I32), BYTE
-            ),
-            codes,
-        )
+        marks = code.at(CALL.get(code, self.call, "made"), code.mul(self.place, I64(2)), FLOAT)
+        encode(code, self.width, value, self.address("codes", BYTE), marks, factor, keep)
+
+
+def encode(
+    code: Code, width: ir.Value, value: Value, codes: ir.Value, marks: ir.Value, factor: ir.Value | None = None,
+    keep: ir.Value | None = None,
+) -> None:  # fmt: skip
+    """A row's codes of `value`, and its scale, times `factor`, and shift. keep: where values are kept, if to compute
+    them again takes long."""
+    peaks = [code.variable(I32(0)) for _ in range(2)]  # above zero and below it
+    with code.count(I64(0), width) as place:
+        found = value(place)
+        if keep is not None:
+            code.put(found, keep, place)
+        bits = code.bitcast(found, I32)  # of positive numbers in order, undefined ones above all; of others below 0
+        for some, peak in ((bits, peaks[0]), (code.xor(bits, SIGN), peaks[1])):
+            code.store(code.most(some, code.load(peak, typ=I32)), peak)
+    high, low = (code.bitcast(code.load(peak, typ=I32), FLOAT) for peak in peaks)
+    span = code.fadd(high, low)
+    span = code.select(code.fcmp_ordered("<", span, FLOAT(LEAST)), FLOAT(LEAST), span)
+    steps, scale = code.fdiv(FLOAT(STEPS), span), code.fdiv(span, FLOAT(STEPS))
+    zero = code.intrinsic("llvm.rint", FLOAT, code.fmul(low, steps))
+    if factor is not None:
+        scale = code.fmul(scale, factor)
+    for number, mark in enumerate((scale, code.fneg(code.fmul(zero, scale)))):
+        code.put(mark, marks, I64(number))
+    offset, again = code.fadd(zero, FLOAT(WHOLE + 256)), value
+    if keep is not None:
+        again = lambda place: code.get(keep, place, FLOAT)  # noqa: E731
+    with code.count(I64(0), width) as place:
+        whole = code.bitcast(code.intrinsic("llvm.fma", FLOAT, again(place), steps, offset), I32)
+        code.put(code.trunc(whole, BYTE), codes, place)
 
 
 @contextmanager
@@ -139,23 +139,30 @@ def _float(code: Code, line: ir.Value, place: ir.Value) -> ir.Value:
     return code.get(line, place, FLOAT)
 
 
-def _half(code: Code, line: ir.Value, place: ir.Value) -> ir.Value:
-    return code.bitcast(code.shl(code.zext(code.get(line, place, HALF), I32), I32(16)), FLOAT)
-
-
 def _normed(module: ir.Module) -> None:
-    """Codes of a LayerNorm without shift; its divisor only changes a row's scale."""
     with _rows(module, "normed") as row:
-        code, x, gain = row.code, row.of("x", _float), row.table()
-        width = code.sitofp(row.width, FLOAT)
-        mean = code.fdiv(row.total(x), width)
+        eps, gain = (CALL.get(row.code, row.call, name) for name in ("eps", "table"))
+        row.encode(*normed(row.code, row.of("x", _float), gain, row.width, eps))
 
-        def centred(place: ir.Value) -> ir.Value:
-            return code.fsub(x(place), mean)
 
-        variance = code.fdiv(row.total(lambda place: code.fmul(centred(place), centred(place))), width)
-        length = code.intrinsic("llvm.sqrt", FLOAT, code.fadd(variance, CALL.get(code, row.call, "eps")))
-        row.encode(lambda place: code.fmul(centred(place), gain(place)), code.fdiv(FLOAT(1), length))
+def normed(code: Code, x: Value, gain: ir.Value, width: ir.Value, eps: ir.Value) -> tuple[Value, ir.Value]:
+    """A LayerNorm without shift, of a row; its divisor only changes the scale of codes, and is the factor."""
+
+    def total(value: Value) -> ir.Value:
+        into = code.variable(FLOAT(0))
+        with code.count(I64(0), width) as place:
+            code.store(code.fadd(code.load(into, typ=FLOAT), value(place), flags=("reassoc",)), into)
+        return code.load(into, typ=FLOAT)
+
+    count = code.sitofp(width, FLOAT)
+    mean = code.fdiv(total(x), count)
+
+    def centred(place: ir.Value) -> ir.Value:
+        return code.fsub(x(place), mean)
+
+    variance = code.fdiv(total(lambda place: code.fmul(centred(place), centred(place))), count)
+    length = code.intrinsic("llvm.sqrt", FLOAT, code.fadd(variance, eps))
+    return lambda place: code.fmul(centred(place), code.get(gain, place, FLOAT)), code.fdiv(FLOAT(1), length)
 
 
 def _finished(module: ir.Module) -> None:
@@ -164,11 +171,11 @@ def _finished(module: ir.Module) -> None:
     with _rows(module, "finished_half") as row:
         code, result = row.code, row.product()
 
-        def half(place: ir.Value) -> ir.Value:
+        def narrow(place: ir.Value) -> ir.Value:
             bits = code.bitcast(as_bfloat16(code, result(place)), I32)
-            return code.trunc(code.lshr(bits, I32(16)), HALF)
+            return code.trunc(code.lshr(bits, I32(16)), WORD)
 
-        row.write(half, row.address("y", HALF))
+        row.write(narrow, row.address("y", WORD))
     with _rows(module, "added") as row:
         code, result, residual = row.code, row.product(), row.of("residual", _float)
         row.write(lambda place: code.fadd(residual(place), result(place)), row.address("y", FLOAT))
@@ -176,13 +183,13 @@ def _finished(module: ir.Module) -> None:
 
 def _gelu_slope(code: Code, x: ir.Value) -> ir.Value:
     """(1 + tanh(z)) / 2 is the sigmoid of 2 z."""
-    cube = code.fmul(FLOAT(GELU[1]), code.fmul(x, x))
-    return code.fmul(FLOAT(2 * GELU[0]), code.intrinsic("llvm.fma", FLOAT, cube, x, x))
+    cube = code.fmul(everywhere(x.type, GELU[1]), code.fmul(x, x))
+    return code.fmul(everywhere(x.type, 2 * GELU[0]), code.intrinsic("llvm.fma", x.type, cube, x, x))
 
 
 SIGMOIDS: dict[str, Callable[[Code, ir.Value], ir.Value]] = {  # x times the sigmoid of this
     "gelu_tanh": _gelu_slope,
-    "quick_gelu": lambda code, x: code.fmul(FLOAT(QUICK), x),
+    "quick_gelu": lambda code, x: code.fmul(everywhere(x.type, QUICK), x),
     "silu": lambda _, x: x,
 }
 

@@ -42,3 +42,8 @@ def as_bfloat16(code: Code, x: ir.Value) -> ir.Value:
     bits, number = code.bitcast(x, kind), partial(everywhere, kind)
     even = code.add(code.and_(code.lshr(bits, number(16)), number(1)), number(2**15 - 1))
     return code.bitcast(code.and_(code.add(bits, even), number(-(1 << 16))), x.type)
+
+
+def as_float(code: Code, line: ir.Value, place: ir.Value) -> ir.Value:
+    """The number of bfloat16 in a place of a row."""
+    return code.bitcast(code.shl(code.zext(code.get(line, place, WORD), I32), I32(16)), FLOAT)

@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import binding, ir
+from llvmlite.utils import get_library_name
 
 from siglane.nn.cpu.jit.types import ADDRESS, COUNT, FLOAT, I32, I64, POINTER, VOID
+from siglane.nn.cpu.memory import return_freed, return_pages_of
 
 AS_THE_PROCESSOR_ROUNDS = 4
 EXP2 = tuple(math.log(2) ** power / math.factorial(power) for power in range(7))  # between -0.5 and 0.5
@@ -182,6 +184,9 @@ class Compiled:
         passes.getModulePassManager().run(parsed, passes)
         self._engine = binding.create_mcjit_compiler(parsed, machine)
         self._engine.finalize_object()
+        del passes, tuning
+        return_pages_of(get_library_name())  # 70 MB of LLVM itself
+        return_freed()
 
     def function(self, name: str, *arguments: Any) -> Callable[..., None]:
         """arguments: their ctypes."""

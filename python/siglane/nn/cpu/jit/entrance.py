@@ -8,10 +8,13 @@ import importlib.util
 import logging
 from typing import TYPE_CHECKING
 
+from siglane.types import Activation
+
 if TYPE_CHECKING:
     from siglane.nn.cpu.jit.between_calls import CompiledBetween
     from siglane.nn.cpu.jit.calls import Heads
-    from siglane.nn.cpu.jit.layer import CompiledLayer
+    from siglane.nn.cpu.jit.coded_calls import CompiledBlock
+    from siglane.nn.cpu.jit.layer import CompiledLayer, NativeLayer
     from siglane.nn.cpu.jit.segments_calls import SegmentAttention
 
 logger = logging.getLogger(__name__)
@@ -46,6 +49,27 @@ def between() -> CompiledBetween | None:
     from siglane.nn.cpu.jit.between_calls import CompiledBetween
 
     return CompiledBetween()
+
+
+def native_layer() -> type[NativeLayer] | None:
+    """An 8-bit layer as the next one reads it."""
+    if not compiles():
+        return None
+    from siglane.nn.cpu.jit.layer import NativeLayer
+
+    return NativeLayer
+
+
+@functools.cache
+def coded_block(activation: Activation) -> CompiledBlock | None:
+    """All of an encoder block but its attention, which reads bfloat16; None for other activations too."""
+    if not compiles():
+        return None
+    from siglane.nn.cpu.jit.between import SIGMOIDS
+    from siglane.nn.cpu.jit.coded_calls import CompiledBlock
+    from siglane.nn.cpu.jit.processor import this_processor
+
+    return CompiledBlock(activation) if activation in SIGMOIDS and this_processor().bfloat16 else None
 
 
 @functools.cache

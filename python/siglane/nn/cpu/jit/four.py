@@ -12,7 +12,7 @@ from collections.abc import Callable
 from llvmlite import ir
 
 from siglane.nn.cpu.int8_packing import OUTPUTS
-from siglane.nn.cpu.jit.bfloat16 import SUMS, WORD, add_pairs, as_bfloat16
+from siglane.nn.cpu.jit.bfloat16 import SUMS, WORD, add_pairs, as_bfloat16, as_float
 from siglane.nn.cpu.jit.code import Code, everywhere
 from siglane.nn.cpu.jit.product import LAYER, REGISTERS, call_one
 from siglane.nn.cpu.jit.tiles import AHEAD
@@ -157,7 +157,7 @@ def write_rounded(module: ir.Module, name: str) -> ir.Function:
     with code.count(I64(0), code.sdiv(filled, group)) as number:
         share, first = code.variable(FLOAT(0)), code.mul(number, group)
         with code.count(first, code.add(first, group)) as place:
-            value = code.bitcast(code.shl(code.zext(code.get(into, place, WORD), I32), I32(16)), FLOAT)
+            value = as_float(code, into, place)
             code.store(code.fadd(code.load(share, typ=FLOAT), value, flags=("reassoc",)), share)
         code.put(code.load(share, typ=FLOAT), into, code.add(code.sdiv(filled, I64(2)), number))
     code.ret(FLOAT(1))

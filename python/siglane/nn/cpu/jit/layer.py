@@ -41,6 +41,32 @@ class Facts(NamedTuple):
     most: int = MOST
 
 
+class NativeLayer:
+    """A layer as compiled loops read it."""
+
+    def __init__(self, facts: Facts, held: tuple[torch.Tensor, ...]) -> None:
+        """held: whose addresses `facts` has."""
+        scale = None if facts.scale is None else _whole_blocks(facts.scale)
+        bias = _whole_blocks(torch.zeros(facts.outputs) if facts.bias is None else facts.bias)
+        self._held = (scale, bias, *held)
+        self._native = LAYER.native(
+            facts.packed, facts.tail, None if scale is None else scale.data_ptr(), bias.data_ptr(),
+            facts.outputs, facts.inputs, facts.stride, _whole(facts.outputs, OUTPUTS) // OUTPUTS,
+            facts.eps is not None, facts.eps or 0.0, facts.group,
+        )  # fmt: skip
+        self.address, self.facts = ctypes.addressof(self._native), facts
+
+    @classmethod
+    def eight(
+        cls, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, inputs: int, eps: float | None = None
+    ) -> NativeLayer:
+        """packed: codes of a weight `[N, K]` in the order that `int8_packing` knows; scale `[N]`, bias `[N]` or None;
+        eps: of an RMSNorm without gain that stands before the layer."""
+        outputs, stride = len(scale), -(-inputs // INPUTS) * INPUTS
+        first, size = torch.ops.mkldnn.data_ptr(packed), -(-outputs // OUTPUTS) * OUTPUTS * stride
+        return cls(Facts(first, first + size, scale, bias, outputs, inputs, stride, eps), (packed,))
+
+
 class CompiledLayer:
     """Rows float32 `[M, K]`, at most `most` -> `[M, N]`: what a product takes, the product, and what comes after it, in
     one call. `eight` and `four` make it of weights of so many bits.
@@ -48,37 +74,24 @@ class CompiledLayer:
     most: rows of a call; gates: whether SwiGLU can be what comes after.
     """
 
-    def __init__(
-        self, functions: _Functions, multiply: str, gate: str | None, facts: Facts, held: tuple[torch.Tensor, ...]
-    ) -> None:
-        """multiply, gate: names of functions; held: whose addresses `facts` has."""
-        by_name, self.most = functions.by_name, facts.most
+    def __init__(self, functions: _Functions, multiply: str, gate: str | None, native: NativeLayer) -> None:
+        """multiply, gate: names of functions."""
+        by_name, facts = functions.by_name, native.facts
+        self.most = facts.most
         self._multiply, self._gate = by_name[multiply], None if gate is None else by_name[gate]
         self.gates = gate is not None and facts.outputs % (2 * OUTPUTS) == 0
         self._outputs, self._stride = facts.outputs, facts.stride
         self._threaded = facts.outputs * facts.inputs >= THREAD_VALUES
-        scale = None if facts.scale is None else _whole_blocks(facts.scale)
-        bias = torch.zeros(facts.outputs) if facts.bias is None else facts.bias
-        bias = _whole_blocks(bias)
-        self._held = (functions, scale, bias, *held)
-        self._native = LAYER.native(
-            facts.packed, facts.tail, None if scale is None else scale.data_ptr(), bias.data_ptr(),
-            facts.outputs, facts.inputs, facts.stride, _whole(facts.outputs, OUTPUTS) // OUTPUTS,
-            facts.eps is not None, facts.eps or 0.0, facts.group,
-        )  # fmt: skip
-        self._address = ctypes.addressof(self._native)
+        self._held, self._address = (functions, native), native.address
 
     @classmethod
     def eight(
         cls, rows: Rows, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, inputs: int,
         eps: float | None,
     ) -> CompiledLayer:  # fmt: skip
-        """packed: codes of a weight `[N, K]` in the order that `int8_packing` knows; scale `[N]`, bias `[N]` or None;
-        eps: of an RMSNorm without gain that stands before the layer."""
-        outputs, stride = len(scale), -(-inputs // INPUTS) * INPUTS
-        first, size = torch.ops.mkldnn.data_ptr(packed), -(-outputs // OUTPUTS) * OUTPUTS * stride
-        facts = Facts(first, first + size, scale, bias, outputs, inputs, stride, eps)
-        return cls(_functions(KINDS, this_processor()), rows, "gated" if rows == "centred" else None, facts, (packed,))
+        """As `NativeLayer.eight`."""
+        native = NativeLayer.eight(packed, scale, bias, inputs, eps)
+        return cls(_functions(KINDS, this_processor()), rows, "gated" if rows == "centred" else None, native)
 
     @classmethod
     def four(
@@ -100,7 +113,7 @@ class CompiledLayer:
             filled // len(scales),
             MOST_OF_FOUR,
         )
-        return cls(_functions(FOURS, this_processor()), "four", "four_gated", facts, (codes, scales))
+        return cls(_functions(FOURS, this_processor()), "four", "four_gated", NativeLayer(facts, (codes, scales)))
 
     def takes(self, *rows: torch.Tensor) -> bool:
         return all(x.ndim == 2 and x.dtype == torch.float32 and x.shape[0] <= self.most for x in rows)
