@@ -1,6 +1,7 @@
 """The Triton kernels as operators of torch, which knows their results by shape: a step runs on fake tensors, too.
 
 Triton is imported by the first call. A fake knows no memory, so it says itself that all tensors are on one device.
+Where operands are many, the schema alone names them.
 """
 
 from __future__ import annotations
@@ -63,18 +64,10 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     "rotate_normed(Tensor x, Tensor cos, Tensor sin, Tensor q_norm, Tensor k_norm, int heads, float eps) -> Tensor",
     _like_first,
 )
-def _rotate_normed(
-    x: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    q_norm: torch.Tensor,
-    k_norm: torch.Tensor,
-    heads: int,
-    eps: float,
-) -> torch.Tensor:
+def _rotate_normed(*operands: Any) -> torch.Tensor:
     from siglane.nn.cuda.pointwise import rotate
 
-    return rotate(x, cos, sin, q_norm, k_norm, heads, eps)
+    return rotate(*operands)
 
 
 @_operator("swiglu(Tensor gate_up) -> Tensor", lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)))
@@ -96,7 +89,7 @@ def _store(k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.T
     "float scale) -> Tensor",
     _like_first,
 )
-def _paged_decode(*operands: Any) -> torch.Tensor:  # in the order of the schema
+def _paged_decode(*operands: Any) -> torch.Tensor:
     from siglane.nn.cuda.paged_decode import paged_decode
 
     return paged_decode(*operands)
@@ -110,12 +103,10 @@ def _of_rows(scores: torch.Tensor, *others: object) -> torch.Tensor:
     "best_token(Tensor scores, Tensor peaks, Tensor temperatures, Tensor keys) -> Tensor",
     _of_rows,
 )
-def _best_token(
-    scores: torch.Tensor, peaks: torch.Tensor, temperatures: torch.Tensor, keys: torch.Tensor
-) -> torch.Tensor:
+def _best_token(*operands: Any) -> torch.Tensor:
     from siglane.nn.cuda.best_token import best_token
 
-    return best_token(scores, peaks, temperatures, keys)
+    return best_token(*operands)
 
 
 @_operator("mask_scores(Tensor(a!) scores, Tensor masks, Tensor rows) -> ()", lambda *args: None)
@@ -147,24 +138,20 @@ def _of_pairs(
     "expert_products(Tensor x, Tensor weight, Tensor chosen, int experts, Tensor? scales) -> Tensor",
     _of_pairs,
 )
-def _expert_products(
-    x: torch.Tensor, weight: torch.Tensor, chosen: torch.Tensor, experts: int, scales: torch.Tensor | None
-) -> torch.Tensor:
+def _expert_products(*operands: Any) -> torch.Tensor:
     from siglane.nn.cuda.experts import expert_products
 
-    return expert_products(x, weight, chosen, experts, scales)
+    return expert_products(*operands)
 
 
 @_operator(
     "sorted_products(Tensor x, Tensor weight, Tensor chosen, int experts, Tensor? scales) -> Tensor",
     _of_pairs,
 )
-def _sorted_products(
-    x: torch.Tensor, weight: torch.Tensor, chosen: torch.Tensor, experts: int, scales: torch.Tensor | None
-) -> torch.Tensor:
+def _sorted_products(*operands: Any) -> torch.Tensor:
     from siglane.nn.cuda.experts import sorted_products
 
-    return sorted_products(x, weight, chosen, experts, scales)
+    return sorted_products(*operands)
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, *others: object) -> torch.Tensor:
@@ -182,9 +169,7 @@ def _fixed_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     "coded_product(Tensor x, Tensor codes, Tensor scales, Tensor? lows, Tensor? bias) -> Tensor",
     _product,
 )
-def _coded_product(
-    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, lows: torch.Tensor | None, bias: torch.Tensor | None
-) -> torch.Tensor:
+def _coded_product(*operands: Any) -> torch.Tensor:
     from siglane.nn.cuda.coded_product import coded_product
 
-    return coded_product(x, codes, scales, lows, bias)
+    return coded_product(*operands)
