@@ -61,8 +61,6 @@ ON_DEMAND = (  # imported by the function that fetches a URL, and by the operato
         "nn/cuda/mask.py",
         "nn/cuda/experts.py",
         "nn/cuda/coded_product.py",
-        "nn/cuda/fixed_product.py",
-        "nn/cuda/mask.py",
     ),
 )
 EXTRAS = (
