@@ -231,11 +231,14 @@ def test_every_line_of_a_server_s_log_is_json(nvila_folder: Path, tmp_path: Path
         assert failures(server.lines) == []
 
         assert_error(server.ask(max_tokens=7, request_id="the-failing-one"), 500)
-        (failure,) = failures(server.lines)
-        assert failure["request_id"] == "the-failing-one"
+
+        def lines_of_it() -> list[dict[str, Any]]:
+            return [line for line in server.lines if line.get("request_id") == "the-failing-one"]
+
+        eventually(lambda: len(lines_of_it()) == 2)  # and its access line, behind its answer
+        (failure,) = failures(lines_of_it())
         assert failure["logger"] == "siglane.engine.engine"
         assert "two\nlines" in failure["exception"]
-        assert sum(line.get("request_id") == "the-failing-one" for line in server.lines) == 2  # and its access line
 
         assert server.ask(max_tokens=9).status_code == 200
         eventually(lambda: "raw words of a library" in [line["message"] for line in server.lines])

@@ -29,6 +29,7 @@ Serving = Callable[[], AbstractContextManager["AbstractAsyncContextManager[Serve
 
 RESTARTS = 50  # of the engine in a few minutes: every row may kill it twice
 PATCH_CACHE_BYTES = 32 << 20  # rows about equal pictures are asked one after the other
+CPU_STEP_PATCHES = 4096  # nobody waits for a first token, so that several pictures and more answers share a step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +158,9 @@ def _local_server(
     from siglane.server.launch import serving
     from siglane.server.local import LocalServer
 
+    engine = spec.config
+    if not engine.max_batch_patches and engine.resolve_device().type == "cpu":
+        spec = dataclasses.replace(spec, config=dataclasses.replace(engine, max_batch_patches=CPU_STEP_PATCHES))
     with serving(config, spec, limits, RESTARTS) as served:
         served.engine.wait_ready()
         yield nullcontext(LocalServer(served, spec.config.max_running))
