@@ -92,6 +92,10 @@ class Code(ir.IRBuilder):  # type: ignore[misc]
     def most(self, one: ir.Value, other: ir.Value) -> ir.Value:
         return self.select(self.icmp_signed(">", one, other), one, other)
 
+    def greater(self, one: ir.Value, other: ir.Value) -> ir.Value:
+        """Of floats; `other` where one of them is undefined."""
+        return self.select(self.fcmp_ordered(">", one, other), one, other)
+
     def intrinsic(self, name: str, kind: ir.Type, *values: ir.Value) -> ir.Value:
         """One that maps values of `kind` to the same."""
         return self.call(self.declared(f"{name}.{_suffix(kind)}", kind, *[kind] * len(values)), values)

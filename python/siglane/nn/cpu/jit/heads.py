@@ -165,11 +165,11 @@ class _Seen:
             score = _lanes_of_sums(code, [_product(code, query, token) for token in self._rows(keys, some)])
             score = code.select(self._real(some), score, everywhere(LINE, -math.inf))
             code.store(score, code.at(scores, some, FLOAT))
-            code.store(_greater(code, score, code.load(most, typ=LINE)), most)
+            code.store(code.greater(score, code.load(most, typ=LINE)), most)
         values = code.load(most, typ=LINE)
         for width in (LANES >> power for power in range(1, LANES.bit_length())):
             turned = [(lane + width) % LANES for lane in range(LANES)]
-            values = _greater(code, code.shuffle_vector(values, values, ir.Constant(NUMBERS, turned)), values)
+            values = code.greater(code.shuffle_vector(values, values, ir.Constant(NUMBERS, turned)), values)
         return values
 
     def means(
@@ -202,10 +202,6 @@ class _Seen:
         """Of LANES tokens from `some` on whether they are no copies."""
         left = self.code.trunc(self.code.sub(self.count, some), I32)
         return self.code.icmp_signed("<", ir.Constant(NUMBERS, list(range(LANES))), self.code.spread(left, LANES))
-
-
-def _greater(code: Code, one: ir.Value, other: ir.Value) -> ir.Value:
-    return code.select(code.fcmp_ordered(">", one, other), one, other)
 
 
 def _product(code: Code, query: list[ir.Value], token: ir.Value) -> ir.Value:

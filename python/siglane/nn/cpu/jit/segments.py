@@ -267,9 +267,9 @@ def _soften(module: ir.Module, width: int) -> ir.Function:
     before = code.load(peak, typ=FLOAT)
     most = code.variable(everywhere(SUMS, NOTHING))
     with code.count(I64(0), registers) as n:
-        code.store(greater(code, code.get(scores, n, SUMS, 4), code.load(most, typ=SUMS)), most)
+        code.store(code.greater(code.get(scores, n, SUMS, 4), code.load(most, typ=SUMS)), most)
     reduce = code.declared("llvm.vector.reduce.fmax.v16f32", FLOAT, SUMS)
-    top = greater(code, before, code.fmul(code.call(reduce, [code.load(most, typ=SUMS)]), scale))
+    top = code.greater(before, code.fmul(code.call(reduce, [code.load(most, typ=SUMS)]), scale))
     code.store(top, peak)
     factor, away = code.spread(scale, LANES), code.spread(code.fneg(top), LANES)
     added = code.variable(everywhere(SUMS, 0.0))
@@ -284,10 +284,6 @@ def _soften(module: ir.Module, width: int) -> ir.Function:
     code.store(code.fadd(earlier, code.total(code.load(added, typ=SUMS))), total)
     code.ret_void()
     return made
-
-
-def greater(code: Code, one: ir.Value, other: ir.Value) -> ir.Value:
-    return code.select(code.fcmp_ordered(">", one, other), one, other)
 
 
 def _finish(module: ir.Module, head_dim: int) -> ir.Function:
