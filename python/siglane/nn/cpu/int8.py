@@ -8,9 +8,7 @@ layers differ in.
 
 from __future__ import annotations
 
-import functools
 import math
-import platform
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -18,11 +16,12 @@ import numpy as np
 import torch
 
 from siglane.nn.act import swiglu
-from siglane.nn.cpu.codes import STEPS, Codes, corrected, row_codes
+from siglane.nn.cpu.codes import Codes, corrected, row_codes
 from siglane.nn.cpu.few_rows import FEW, LEAST, LEVELS, MIDDLE, WIDE_LEVELS, offset, peak_of, scratch_of
-from siglane.nn.cpu.int8_packing import pack_codes, sums
-from siglane.nn.cpu.jit.entrance import compiled_layer, native_layer
+from siglane.nn.cpu.int8_packing import pack_codes, sums, unpack_codes
+from siglane.nn.cpu.jit.entrance import compiled_layer, compiles, native_layer
 from siglane.nn.cpu.memory import in_large_pages
+from siglane.nn.cpu.onednn import integer_product, is_exact
 from siglane.nn.cpu.sealed import Sealed
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ class Int8Weight(Sealed):
     @property
     def stored(self) -> Int8Codes:
         """What it was made of; the codes are a copy."""
-        return Int8Codes(self.packed.to_dense().T.contiguous(), self.scale)
+        return Int8Codes(unpack_codes(self.packed, self.outputs, self.inputs), self.scale)
 
     @property
     def nbytes(self) -> int:
@@ -116,6 +115,8 @@ class Int8Weight(Sealed):
         count = x.shape[0]
         if self.compiled is not None and count <= self.compiled.most:
             return self.compiled(x)
+        if self.compiled is not None and not self.packed.is_mkldnn:
+            return torch.cat([self.compiled(part) for part in x.split(self.compiled.most)])
         if count <= ROWS:
             return self._multiply_few(x) if count <= FEW else self._multiply(x)
         y = torch.empty(count, self.outputs)
@@ -156,6 +157,8 @@ class Int8Linear(Int8Weight):
         self.corrections = torch.stack((self.sums, shift))
         made = native_layer() if self._ordered else None  # for a block's compiled loops, where this machine can
         self.native = None if made is None else made.eight(self.packed, self.scale, self.bias, self.inputs)
+        kind = None if self.packed.is_mkldnn else compiled_layer()
+        self._coded = None if kind is None else kind.coded(self.packed, self.scale, self.inputs)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         rows = row_codes(x)
@@ -163,7 +166,9 @@ class Int8Linear(Int8Weight):
 
     def sums_of(self, rows: Codes) -> torch.Tensor:
         """The product of codes, times the outputs' scales alone: float32 `[M, N]`, for `corrected`."""
-        return self._product(rows.codes)
+        if self._coded is None:
+            return self._product(rows.codes)
+        return torch.cat([self._coded(part) for part in rows.codes.split(self._coded.most)])
 
 
 class CentredInt8Linear(Int8Weight):
@@ -248,32 +253,6 @@ def _whole(x: torch.Tensor, steps: torch.Tensor, zero: int, levels: int) -> torc
     return torch.addcmul(offset(zero), x, steps, value=levels).view(torch.int32)
 
 
-def integer_product(
-    codes: torch.Tensor,
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    zero_points: torch.Tensor,
-    zero: int = 0,
-    rows_scale: float = 1.0,
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`(codes - zero) W^T`, times the outputs' `scale` and `rows_scale`, plus `bias`, float32. oneDNN has fast kernels
-    for unsigned rows and signed weights only."""
-    product: torch.Tensor = torch.ops.onednn.qlinear_pointwise.default(
-        codes, rows_scale, zero, packed, scale, zero_points, bias, 1.0, 0, torch.float32, "none", [], ""
-    )
-    return product
-
-
-@functools.cache
 def has_integer_products() -> bool:
-    """Whether int8 products are integer products here: oneDNN's kernels for processors without VNNI add neighbours up
-    in 16 bits, which overflow in silence, and on other architectures it has none that are fast."""
-    if not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):
-        return False
-    inputs = 64
-    weight = torch.full((16, inputs), LEVELS, dtype=torch.int8)
-    codes = torch.full((16, inputs), STEPS, dtype=torch.uint8)
-    packed = torch.ops.onednn.qlinear_prepack(weight, None)
-    product = integer_product(codes, packed, torch.ones(16), torch.zeros(16, dtype=torch.int64))
-    return bool((product == inputs * STEPS * LEVELS).all())
+    """Whether int8 products are integer products here, oneDNN's or compiled ones."""
+    return is_exact() or compiles()

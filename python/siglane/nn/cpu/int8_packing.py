@@ -1,9 +1,10 @@
-"""Codes of 8 bits in the order in which oneDNN reads them.
+"""Codes of 8 bits in the order in which products read them.
 
-oneDNN lays them out slowly, at less than 100 MB/s of a core. For processors with VNNI the order is known: blocks of 64
-outputs and 64 inputs, filled up with zeros, in which four inputs of one output lie together, then the same four of the
-next output; behind all blocks each output's negative sum, 32 bits. So oneDNN packs one weight of each shape, and where
-its bytes are the ones expected, the next of that shape are written over a copy of it.
+Blocks of 64 outputs and 64 inputs, filled up with zeros, in which four inputs of one output lie together, then the
+same four of the next output; behind all blocks each output's negative sum, 32 bits. That is oneDNN's order for
+processors with VNNI. It lays codes out slowly, at less than 100 MB/s of a core, so it packs one weight of each shape,
+and where its bytes are the ones expected, the next of that shape are written over a copy of it. Where its products are
+not exact all are compiled loops', and codes lie in a tensor of bytes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from weakref import WeakValueDictionary
 import torch
 import torch.nn.functional as F
 
+from siglane.nn.cpu.memory import span
+from siglane.nn.cpu.onednn import is_exact
+
 OUTPUTS, INPUTS, TOGETHER = 64, 64, 4
 ROWS = 64 * OUTPUTS  # that are brought into order at a time
 
@@ -22,14 +26,18 @@ _known: WeakValueDictionary[tuple[int, ...], torch.Tensor] = WeakValueDictionary
 
 
 def pack_codes(codes: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """int8 `[N, K]` -> what `qlinear_pointwise` multiplies with, and whether it is in the order that is known here."""
+    """int8 `[N, K]` -> what products read, oneDNN's or bytes, and whether it is in the order that is known here."""
+    if not is_exact():
+        packed = torch.empty(_size(*codes.shape), dtype=torch.uint8)
+        _write(packed, codes)
+        return packed, True
     known = _known.get(tuple(codes.shape))
     if known is not None:
         packed = known.clone()
         _write(packed, codes)
         return packed, True
     packed = torch.ops.onednn.qlinear_prepack(codes, None)
-    ordered = holds(packed, codes) and torch.equal(_tail(packed, codes), -sums(packed, *codes.shape))
+    ordered = holds(packed, codes) and torch.equal(_tail(packed, *codes.shape), -sums(packed, *codes.shape))
     if ordered:
         _known[tuple(codes.shape)] = packed
     return packed, ordered
@@ -50,13 +58,20 @@ def blocks(packed: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
 
 def has_size(packed: torch.Tensor, outputs: int, inputs: int) -> bool:
     """Whether it is as large as blocks and sums are."""
-    rows = _filled(outputs, OUTPUTS)
-    size: int = torch.ops.mkldnn._nbytes(packed)
-    return size == rows * (_filled(inputs, INPUTS) + 4)
+    return span(packed)[1] == _size(outputs, inputs)
+
+
+def unpack_codes(packed: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
+    """The reverse of `pack_codes`: int8 `[N, K]`, a copy."""
+    if packed.is_mkldnn:
+        return packed.to_dense().T.contiguous()
+    return blocks(packed, outputs, inputs).transpose(1, 2).flatten(2).flatten(0, 1)[:outputs, :inputs].contiguous()
 
 
 def sums(packed: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
     """Of each output's codes, i32 `[N]`: a product with ones reads them at the memory's speed."""
+    if not packed.is_mkldnn:
+        return -_tail(packed, outputs, inputs)
     ones = torch.ones(1, inputs, dtype=torch.uint8)
     scale, zero_points = torch.ones(outputs), torch.zeros(outputs, dtype=torch.int64)
     product: torch.Tensor = torch.ops.onednn.qlinear_pointwise.default(
@@ -68,7 +83,8 @@ def sums(packed: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
 def _write(packed: torch.Tensor, codes: torch.Tensor) -> None:
     for into, part in zip(*_parts(packed, codes), strict=True):
         into.copy_(part)
-    _tail(packed, codes).copy_(-sums(packed, *codes.shape))  # which the product with zero points reads
+    tail = _tail(packed, *codes.shape)  # which the product with zero points reads
+    tail.copy_(-sums(packed, *codes.shape) if packed.is_mkldnn else codes.sum(1, dtype=torch.int32).neg_())
 
 
 def _parts(packed: torch.Tensor, codes: torch.Tensor) -> tuple[Iterator[torch.Tensor], Iterator[torch.Tensor]]:
@@ -88,15 +104,18 @@ def _ordered(codes: torch.Tensor) -> torch.Tensor:
     return filled.view(torch.int32).unflatten(0, (-1, OUTPUTS)).transpose(1, 2)
 
 
-def _tail(packed: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    outputs, inputs = codes.shape
+def _tail(packed: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
     rows = _filled(outputs, OUTPUTS)
     return _memory(packed, rows * _filled(inputs, INPUTS), rows * 4, torch.int32)[:outputs]
 
 
 def _memory(packed: torch.Tensor, offset: int, size: int, dtype: torch.dtype) -> torch.Tensor:
-    memory = (ctypes.c_char * size).from_address(torch.ops.mkldnn.data_ptr(packed) + offset)
+    memory = (ctypes.c_char * size).from_address(span(packed)[0] + offset)
     return torch.frombuffer(memory, dtype=dtype)
+
+
+def _size(outputs: int, inputs: int) -> int:
+    return _filled(outputs, OUTPUTS) * (_filled(inputs, INPUTS) + 4)
 
 
 def _filled(count: int, step: int) -> int:

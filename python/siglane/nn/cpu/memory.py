@@ -55,15 +55,19 @@ def in_large_pages(memory: torch.Tensor, *, filled: bool = True) -> None:
     """
     if sys.platform != "linux":
         return
-    if memory.is_mkldnn:
-        first, size = torch.ops.mkldnn.data_ptr(memory), torch.ops.mkldnn._nbytes(memory)
-    else:
-        first, size = memory.data_ptr(), memory.nbytes
+    first, size = span(memory)
     if size < LARGE:
         return
     begin, end = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, (first + size) // mmap.PAGESIZE * mmap.PAGESIZE
     for advice in (ADVISE_LARGE, COLLAPSE) if filled else (ADVISE_LARGE,):
         _advise(begin, end, advice)
+
+
+def span(memory: torch.Tensor) -> tuple[int, int]:
+    """First address and bytes of a tensor, dense or packed by oneDNN."""
+    if memory.is_mkldnn:
+        return torch.ops.mkldnn.data_ptr(memory), torch.ops.mkldnn._nbytes(memory)
+    return memory.data_ptr(), memory.nbytes
 
 
 def _advise(begin: int, end: int, advice: int) -> None:

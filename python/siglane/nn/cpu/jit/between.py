@@ -15,7 +15,8 @@ from llvmlite import ir
 from siglane.nn.cpu.codes import STEPS
 from siglane.nn.cpu.few_rows import LEAST, WHOLE
 from siglane.nn.cpu.jit.bfloat16 import WORD, as_bfloat16, as_float
-from siglane.nn.cpu.jit.code import EXP2, Code, Struct, everywhere, in_threads
+from siglane.nn.cpu.jit.code import EXP2, Code, Module, Struct, everywhere, in_threads
+from siglane.nn.cpu.jit.processor import Processor
 from siglane.nn.cpu.jit.types import BYTE, FLOAT, I32, I64, POINTER, VOID
 
 # x: rows `[rows, width]`; table: a norm's gain `[width]`, or a layer's corrections `[2, width]`;
@@ -34,10 +35,10 @@ LOG2_E = math.log2(math.e)
 Value = Callable[[ir.Value], ir.Value]  # of a row, at a place
 
 
-def between_module() -> ir.Module:
+def between_module(processor: Processor) -> Module:
     """Functions of (call, threads): normed, coded, coded_half, finished, finished_half, added, and `<activation>` for
     those that are x times a sigmoid; `_half` are those that read or write bfloat16."""
-    module = ir.Module("between")
+    module = Module("between", processor)
     _normed(module)
     for name, get in (("coded", _float), ("coded_half", as_float)):
         with _rows(module, name) as row:
@@ -123,7 +124,7 @@ def encode(
 
 
 @contextmanager
-def _rows(module: ir.Module, name: str) -> Iterator[_Row]:
+def _rows(module: Module, name: str) -> Iterator[_Row]:
     """What a function does with each row; a thread takes one after another."""
     code, work = Code.begin(module, f"each_{name}", VOID, POINTER)
     (call,) = work.args
@@ -139,7 +140,7 @@ def _float(code: Code, line: ir.Value, place: ir.Value) -> ir.Value:
     return code.get(line, place, FLOAT)
 
 
-def _normed(module: ir.Module) -> None:
+def _normed(module: Module) -> None:
     with _rows(module, "normed") as row:
         eps, gain = (CALL.get(row.code, row.call, name) for name in ("eps", "table"))
         row.encode(*normed(row.code, row.of("x", _float), gain, row.width, eps))
@@ -165,7 +166,7 @@ def normed(code: Code, x: Value, gain: ir.Value, width: ir.Value, eps: ir.Value)
     return lambda place: code.fmul(centred(place), code.get(gain, place, FLOAT)), code.fdiv(FLOAT(1), length)
 
 
-def _finished(module: ir.Module) -> None:
+def _finished(module: Module) -> None:
     with _rows(module, "finished") as row:
         row.write(row.product(), row.address("y", FLOAT))
     with _rows(module, "finished_half") as row:
@@ -194,7 +195,7 @@ SIGMOIDS: dict[str, Callable[[Code, ir.Value], ir.Value]] = {  # x times the sig
 }
 
 
-def _activated(module: ir.Module, name: str, slope: Callable[[Code, ir.Value], ir.Value]) -> None:
+def _activated(module: Module, name: str, slope: Callable[[Code, ir.Value], ir.Value]) -> None:
     """Codes of the activation of a product, whose place its values take."""
     with _rows(module, name) as row:
         code, result = row.code, row.product()

@@ -10,6 +10,7 @@ from siglane.nn.cpu.between import Between
 from siglane.nn.cpu.codes import Codes
 from siglane.nn.cpu.jit.between import CALL, SIGMOIDS, between_module
 from siglane.nn.cpu.jit.code import Compiled
+from siglane.nn.cpu.jit.processor import this_processor
 from siglane.nn.cpu.jit.types import ADDRESS, COUNT
 from siglane.types import Activation
 
@@ -20,7 +21,7 @@ class CompiledBetween(Between):
     """One pass over each row, by all threads."""
 
     def __init__(self) -> None:
-        owner = self._owner = Compiled(between_module())
+        owner = self._owner = Compiled(between_module(this_processor()))
         names = ("normed", "coded", "coded_half", "finished", "finished_half", "added", *SIGMOIDS)
         self._functions = {name: owner.function(name, ADDRESS, COUNT) for name in names}
 

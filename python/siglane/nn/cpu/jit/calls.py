@@ -9,6 +9,7 @@ import torch
 from siglane.nn.cpu.jit.code import Compiled
 from siglane.nn.cpu.jit.heads import STEP, heads_module
 from siglane.nn.cpu.jit.limits import GROUP
+from siglane.nn.cpu.jit.processor import this_processor
 from siglane.nn.cpu.jit.types import ADDRESS, COUNT
 
 LOG2_E = 1.4426950408889634
@@ -19,7 +20,7 @@ class Heads:
     """For heads of `head_dim` values."""
 
     def __init__(self, head_dim: int) -> None:
-        self._head_dim, self._owner = head_dim, Compiled(heads_module(head_dim))
+        self._head_dim, self._owner = head_dim, Compiled(heads_module(head_dim, this_processor()))
         function = self._owner.function
         self._attend = function("attend", ADDRESS, ADDRESS, COUNT, COUNT, *[ADDRESS] * 3, COUNT)
         self._store = function("store", ADDRESS, ADDRESS, COUNT, COUNT, *[ADDRESS] * 3, COUNT, COUNT)

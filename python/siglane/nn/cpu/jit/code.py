@@ -11,19 +11,30 @@ from typing import Any
 from llvmlite import binding, ir
 from llvmlite.utils import get_library_name
 
+from siglane.nn.cpu.jit.processor import Processor
 from siglane.nn.cpu.jit.types import ADDRESS, COUNT, FLOAT, I32, I64, POINTER, VOID
 from siglane.nn.cpu.memory import return_freed, return_pages_of
 
 AS_THE_PROCESSOR_ROUNDS = 4
+EVERY_ONE = 1.5 * 2**23  # adding it rounds to whole numbers, which then are the lowest bits
+MANTISSA_BITS, EXPONENT = 23, 127  # of a float, and its exponent's of 1
 EXP2 = tuple(math.log(2) ** power / math.factorial(power) for power in range(7))  # between -0.5 and 0.5
 NATIVE: dict[str, Any] = {str(POINTER): ADDRESS, str(I64): COUNT, str(FLOAT): ctypes.c_float}
+
+
+class Module(ir.Module):  # type: ignore[misc]
+    """Functions for a processor."""
+
+    def __init__(self, name: str, processor: Processor) -> None:
+        super().__init__(name)
+        self.processor = processor
 
 
 class Code(ir.IRBuilder):  # type: ignore[misc]
     """Instructions of one function. Places are i64, addresses are untyped."""
 
     @classmethod
-    def begin(cls, module: ir.Module, name: str, result: ir.Type, *arguments: ir.Type) -> tuple[Code, Any]:
+    def begin(cls, module: Module, name: str, result: ir.Type, *arguments: ir.Type) -> tuple[Code, Any]:
         """The instructions of a new function, and the function."""
         made = ir.Function(module, ir.FunctionType(result, arguments), name)
         return cls(made.append_basic_block()), made
@@ -121,6 +132,19 @@ def _suffix(kind: ir.Type) -> str:
     return f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
 
 
+def call_one(code: Code, functions: dict[int, ir.Function], rows: ir.Value, arguments: list[ir.Value]) -> None:
+    """The function for `rows` of them, or the one for the most."""
+    after = code.append_basic_block()
+    fork = code.switch(code.least(rows, I64(max(functions))), after)
+    for count, function in functions.items():
+        case = code.append_basic_block()
+        fork.add_case(I64(count), case)
+        code.position_at_end(case)
+        code.call(function, arguments)
+        code.branch(after)
+    code.position_at_end(after)
+
+
 class Struct:
     """Named values that lie together. native: the same for ctypes."""
 
@@ -161,12 +185,29 @@ def exp2(code: Code, x: ir.Value, series: tuple[float, ...] = EXP2) -> ir.Value:
     for bound, beyond in ((126, ">"), (-126, "<")):
         limit = everywhere(kind, bound)
         x = code.select(code.fcmp_ordered(beyond, x, limit), limit, x)
+    if code.module.processor.dot != "avx512":
+        return _scaled(code, x, series)
     whole = code.intrinsic("llvm.rint", kind, x)
-    rest, value = code.fsub(x, whole), everywhere(kind, series[-1])
-    for factor in reversed(series[:-1]):
-        value = code.intrinsic("llvm.fma", kind, value, rest, everywhere(kind, factor))
+    value = _series(code, code.fsub(x, whole), series)
     scale = code.declared("llvm.x86.avx512.mask.scalef.ps.512", kind, *[kind] * 3, ir.IntType(16), I32)
     return code.call(scale, [value, whole, value, ir.IntType(16)(-1), I32(AS_THE_PROCESSOR_ROUNDS)])
+
+
+def _scaled(code: Code, x: ir.Value, series: tuple[float, ...]) -> ir.Value:
+    """The same where no instruction scales by a power: the lowest bits of the whole part are an exponent's."""
+    kind, numbers = x.type, ir.VectorType(I32, x.type.count)
+    offset = everywhere(kind, EVERY_ONE + EXPONENT)
+    whole = code.fadd(x, offset)
+    value = _series(code, code.fsub(x, code.fsub(whole, offset)), series)
+    power = code.shl(code.bitcast(whole, numbers), everywhere(numbers, MANTISSA_BITS))
+    return code.fmul(value, code.bitcast(power, kind))
+
+
+def _series(code: Code, rest: ir.Value, series: tuple[float, ...]) -> ir.Value:
+    value = everywhere(rest.type, series[-1])
+    for factor in reversed(series[:-1]):
+        value = code.intrinsic("llvm.fma", rest.type, value, rest, everywhere(rest.type, factor))
+    return value
 
 
 class Compiled:

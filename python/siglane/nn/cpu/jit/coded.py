@@ -17,7 +17,8 @@ from llvmlite import ir
 from siglane.nn.cpu.int8_packing import OUTPUTS
 from siglane.nn.cpu.jit.between import SIGMOIDS, encode, normed
 from siglane.nn.cpu.jit.bfloat16 import SUMS, WORD, as_float, rounded
-from siglane.nn.cpu.jit.code import EXP2, Code, Struct, everywhere, exp2, in_threads
+from siglane.nn.cpu.jit.code import EXP2, Code, Module, Struct, everywhere, exp2, in_threads
+from siglane.nn.cpu.jit.processor import Processor
 from siglane.nn.cpu.jit.product import LAYER, MIDDLE_BITS, NUMBERS, REGISTERS, write_eight
 from siglane.nn.cpu.jit.types import BYTE, FLOAT, I32, I64, LANES, POINTER, VOID
 
@@ -39,11 +40,11 @@ def room_size(stride: int, hidden: int) -> int:
     return GROUP * (stride + 4 * hidden + 8)
 
 
-def coded_module(activation: str, *, tiles: bool) -> ir.Module:
+def coded_module(activation: str, processor: Processor) -> Module:
     """Functions of (call, threads). heads: codes of a norm of x, times `first`; rest: x plus codes of `attended` times
     `first`, and to that the two layers of an MLP behind a norm."""
-    module = ir.Module("coded")
-    multiply = write_eight(module, tiles=tiles)
+    module = Module("coded", processor)
+    multiply = write_eight(module)
     sigmoid = functools.partial(_activated, slope=SIGMOIDS[activation])
     narrowed = _product(module, multiply, "narrowed", _narrowed, WORD)
     added = _product(module, multiply, "added", _added, FLOAT)
@@ -100,7 +101,7 @@ class _Some:
 
 
 @contextmanager
-def _groups(module: ir.Module, name: str) -> Iterator[_Some]:
+def _groups(module: Module, name: str) -> Iterator[_Some]:
     code, work = Code.begin(module, f"work_{name}", VOID, POINTER)
     (call,) = work.args
     thread = code.atomic_rmw("add", CALL.address(code, call, "entered"), I64(1), "monotonic")
@@ -116,7 +117,7 @@ def _groups(module: ir.Module, name: str) -> Iterator[_Some]:
     code.ret_void()
 
 
-def _norm(module: ir.Module) -> ir.Function:
+def _norm(module: Module) -> ir.Function:
     """layer, codes, marks, rows, x float32, a norm's gain and eps."""
     code, made = Code.begin(module, "norm", VOID, *[POINTER] * 3, I64, *[POINTER] * 2, FLOAT)
     layer, codes, marks, rows, x, gain, eps = made.args
@@ -129,7 +130,7 @@ def _norm(module: ir.Module) -> ir.Function:
     return made
 
 
-def _narrow(module: ir.Module) -> ir.Function:
+def _narrow(module: Module) -> ir.Function:
     """layer, codes, marks, rows, x bfloat16."""
     code, made = Code.begin(module, "narrow", VOID, *[POINTER] * 3, I64, POINTER)
     layer, codes, marks, rows, x = made.args
@@ -141,7 +142,7 @@ def _narrow(module: ir.Module) -> ir.Function:
     return made
 
 
-def _wide(module: ir.Module) -> ir.Function:
+def _wide(module: Module) -> ir.Function:
     """layer, codes, marks, rows, x float32 in whole blocks, as a product in the room leaves it."""
     code, made = Code.begin(module, "wide", VOID, *[POINTER] * 3, I64, POINTER)
     layer, codes, marks, rows, x = made.args
@@ -164,7 +165,7 @@ def _each(
 
 
 def _product(
-    module: ir.Module, multiply: ir.Function, name: str, finish: Finish, kind: ir.Type, *, in_blocks: bool = False
+    module: Module, multiply: ir.Function, name: str, finish: Finish, kind: ir.Type, *, in_blocks: bool = False
 ) -> ir.Function:
     """layer, codes, marks, rows, into, add: `finish` of the results, block by block. in_blocks: rows of `into` are as
     wide as whole blocks, not as the layer's outputs."""

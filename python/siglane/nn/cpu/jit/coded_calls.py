@@ -33,10 +33,10 @@ class CompiledBlock:
     """What an encoder block does but for its attention, in two calls."""
 
     def __init__(self, activation: Activation) -> None:
-        tiles = this_processor().tiles
-        self._owner = Compiled(coded_module(activation, tiles=tiles))
+        processor = this_processor()
+        self._owner = Compiled(coded_module(activation, processor))
         self._heads, self._rest = (self._owner.function(name, ADDRESS, COUNT) for name in ("heads", "rest"))
-        self._step, self._most = (TILE_ROWS, GROUP) if tiles else (TILE, MOST)
+        self._step, self._most = (TILE_ROWS, GROUP) if processor.tiles else (TILE, MOST)
 
     @staticmethod
     def takes(qkv: EightBits, out_proj: EightBits, fc1: EightBits, fc2: EightBits) -> bool:

@@ -90,13 +90,15 @@ def segments(head_dim: int) -> SegmentAttention | None:
 
 @functools.cache
 def compiles() -> bool:
-    """Whether llvmlite, the processor's AVX512-VNNI and torch's threads (OpenMP's) are there."""
+    """Whether llvmlite, AVX2 and torch's threads (OpenMP's) are there."""
     if importlib.util.find_spec("llvmlite") is None:
         logger.info("small loops: by torch; compiled ones are faster: pip install 'siglane[cpu]'")
         return False
     from llvmlite import binding
 
-    if not binding.get_host_cpu_features().get("avx512vnni") or not _has_threads():
+    from siglane.nn.cpu.jit.processor import found_processor
+
+    if found_processor() is None or not _has_threads():
         logger.info("small loops: by torch")
         return False
     logger.info("small loops: compiled by LLVM %s", binding.llvm_version_info[0])

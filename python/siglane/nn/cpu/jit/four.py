@@ -13,8 +13,8 @@ from llvmlite import ir
 
 from siglane.nn.cpu.int8_packing import OUTPUTS
 from siglane.nn.cpu.jit.bfloat16 import SUMS, WORD, add_pairs, as_bfloat16, as_float
-from siglane.nn.cpu.jit.code import Code, everywhere
-from siglane.nn.cpu.jit.product import LAYER, REGISTERS, call_one
+from siglane.nn.cpu.jit.code import Code, Module, call_one, everywhere
+from siglane.nn.cpu.jit.product import LAYER, REGISTERS
 from siglane.nn.cpu.jit.tiles import AHEAD
 from siglane.nn.cpu.jit.types import BYTE, FLOAT, I32, I64, LANES, POINTER, VOID
 
@@ -28,10 +28,10 @@ GROUPS_AHEAD = 2  # whose scales are called from memory
 Multiply = Callable[[Code, ir.Value, ir.Value, ir.Value], ir.Value]
 
 
-def write_four(module: ir.Module, *, bfloat16: bool) -> ir.Function:
+def write_four(module: Module) -> ir.Function:
     """`function(layer, block, x, rows, sums)`: x as `write_rounded` leaves it, `[rows, stride]` -> sums float32
-    `[rows, 64]`. bfloat16: the processor multiplies it."""
-    functions = {rows: _tile(module, rows, bfloat16=bfloat16) for rows in range(1, TILE + 1)}
+    `[rows, 64]`."""
+    functions = {rows: _tile(module, rows) for rows in range(1, TILE + 1)}
     code, made = Code.begin(module, "four_block", VOID, POINTER, I64, POINTER, I64, POINTER)
     layer, block, x, rows, into = made.args
     stride = LAYER.get(code, layer, "stride")
@@ -42,7 +42,7 @@ def write_four(module: ir.Module, *, bfloat16: bool) -> ir.Function:
     return made
 
 
-def _tile(module: ir.Module, rows: int, *, bfloat16: bool) -> ir.Function:
+def _tile(module: Module, rows: int) -> ir.Function:
     code, made = Code.begin(module, f"four_tile{rows}", VOID, POINTER, I64, POINTER, I64, POINTER)
     layer, block, x, stride, into = made.args
     inputs, group = code.sdiv(stride, I64(4)), LAYER.get(code, layer, "group")
@@ -52,7 +52,7 @@ def _tile(module: ir.Module, rows: int, *, bfloat16: bool) -> ir.Function:
     lines = [code.at(x, code.mul(stride, I64(row)), BYTE) for row in range(rows)]
     zero = everywhere(SUMS, 0.0)
     totals = [[code.variable(zero) for _ in range(REGISTERS)] for _ in range(rows)]
-    unpack, multiply = (_narrow, _multiply_narrow) if bfloat16 else (_wide, _multiply_wide)
+    unpack, multiply = (_narrow, _multiply_narrow) if module.processor.bfloat16 else (_wide, _multiply_wide)
     with code.count(I64(0), code.sdiv(inputs, group)) as number:
         sums = [[code.variable(zero) for _ in range(REGISTERS)] for _ in range(rows)]
         first = code.sdiv(code.mul(number, group), I64(2))
@@ -134,7 +134,7 @@ def _multiply_wide(code: Code, weights: tuple[ir.Value, ir.Value], both: ir.Valu
     return total
 
 
-def write_rounded(module: ir.Module, name: str) -> ir.Function:
+def write_rounded(module: Module, name: str) -> ir.Function:
     """A row as the product takes it, normed and rounded to bfloat16, then each group's sum: layer, row, into, (nothing)
     -> 1."""
     code, made = Code.begin(module, f"encode_{name}", FLOAT, *[POINTER] * 4)

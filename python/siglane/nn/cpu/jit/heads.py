@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from siglane.nn.cpu.jit.code import Code, Struct, everywhere, exp2, in_threads
+from siglane.nn.cpu.jit.code import Code, Module, Struct, everywhere, exp2, in_threads
 from siglane.nn.cpu.jit.limits import GROUP
+from siglane.nn.cpu.jit.processor import Processor
 from siglane.nn.cpu.jit.types import FLOAT, I32, I64, LANES, POINTER, VOID
 
 CHUNK = 32  # tokens that are seen together: their keys and values fit into the nearest cache
@@ -26,21 +27,21 @@ STEP = Struct(
 CALL = Struct(step=POINTER, q=POINTER, stride=I64, group=I64, keys=POINTER, values=POINTER, out=POINTER, next=I64)
 
 
-def heads_module(head_dim: int) -> ir.Module:
+def heads_module(head_dim: int, processor: Processor) -> Module:
     """Three functions of float32, in this order of arguments.
 
     attend: step, q, values from row to row of q, query heads of a key head, keys, values, out `[count, heads,
     head_dim]`, threads. store: k, v, values from row to row of each, slots i64 `[rows]`, keys, values, rows, values of
     a token. turn: x, values from row to row, cos, sin, out `[rows, heads, head_dim]`, rows, heads.
     """
-    module = ir.Module("heads")
+    module = Module("heads", processor)
     _attend(module, _work(module, head_dim, _see(module, head_dim)))
     _store(module)
     _turn(module, head_dim)
     return module
 
 
-def _attend(module: ir.Module, work: ir.Function) -> None:
+def _attend(module: Module, work: ir.Function) -> None:
     code, made = Code.begin(module, "attend", VOID, POINTER, POINTER, I64, I64, *[POINTER] * 3, I64)
     *given, threads = made.args
     call = code.room(CALL.kind, 1)
@@ -50,7 +51,7 @@ def _attend(module: ir.Module, work: ir.Function) -> None:
     code.ret_void()
 
 
-def _work(module: ir.Module, head_dim: int, see: ir.Function) -> ir.Function:
+def _work(module: Module, head_dim: int, see: ir.Function) -> ir.Function:
     """What each thread does: the query heads of one key head of one row, until none is left."""
     code, made = Code.begin(module, "work", VOID, POINTER)
     (call,) = made.args
@@ -80,7 +81,7 @@ def _work(module: ir.Module, head_dim: int, see: ir.Function) -> ir.Function:
     return made
 
 
-def _see(module: ir.Module, head_dim: int) -> ir.Function:
+def _see(module: Module, head_dim: int) -> ir.Function:
     """Adds a CHUNK of tokens from `start` on to what a group of heads has seen: call, head, q, out, peaks, totals,
     pages, start, how many tokens there are from there on. Sums are kept relative to the greatest score so far
     (arXiv:1805.02867)."""
@@ -225,7 +226,7 @@ def _lanes_of_sums(code: Code, registers: list[ir.Value]) -> ir.Value:
     return registers[0]
 
 
-def _store(module: ir.Module) -> None:
+def _store(module: Module) -> None:
     code, made = Code.begin(module, "store", VOID, POINTER, POINTER, I64, I64, *[POINTER] * 3, I64, I64)
     k, v, k_stride, v_stride, slots, keys, values, rows, width = made.args
     with code.count(I64(0), rows) as row:
@@ -237,7 +238,7 @@ def _store(module: ir.Module) -> None:
     code.ret_void()
 
 
-def _turn(module: ir.Module, head_dim: int) -> None:
+def _turn(module: Module, head_dim: int) -> None:
     code, made = Code.begin(module, "turn", VOID, POINTER, I64, *[POINTER] * 3, I64, I64)
     x, stride, cos, sin, out, rows, heads = made.args
     half = ir.VectorType(FLOAT, head_dim // 2)

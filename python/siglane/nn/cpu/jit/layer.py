@@ -15,9 +15,10 @@ from siglane.nn.cpu.int8_packing import INPUTS, OUTPUTS
 from siglane.nn.cpu.jit.code import Compiled
 from siglane.nn.cpu.jit.processor import Processor, this_processor
 from siglane.nn.cpu.jit.product import LAYER
-from siglane.nn.cpu.jit.rows import FOURS, KINDS, MOST, Kind, rows_module
+from siglane.nn.cpu.jit.rows import CODED, FOURS, KINDS, MOST, Kind, rows_module
 from siglane.nn.cpu.jit.tiles import TILE_ROWS
 from siglane.nn.cpu.jit.types import ADDRESS, COUNT
+from siglane.nn.cpu.memory import span
 
 THREAD_VALUES = 1 << 17  # of weights from which several threads are faster than one
 MOST_OF_FOUR = 32  # rows: of more a product of unpacked weights takes less time
@@ -62,8 +63,8 @@ class NativeLayer:
     ) -> NativeLayer:
         """packed: codes of a weight `[N, K]` in the order that `int8_packing` knows; scale `[N]`, bias `[N]` or None;
         eps: of an RMSNorm without gain that stands before the layer."""
-        outputs, stride = len(scale), -(-inputs // INPUTS) * INPUTS
-        first, size = torch.ops.mkldnn.data_ptr(packed), -(-outputs // OUTPUTS) * OUTPUTS * stride
+        outputs, stride = len(scale), _whole(inputs, INPUTS)
+        first, size = span(packed)[0], _whole(outputs, OUTPUTS) * stride
         return cls(Facts(first, first + size, scale, bias, outputs, inputs, stride, eps), (packed,))
 
 
@@ -92,6 +93,12 @@ class CompiledLayer:
         """As `NativeLayer.eight`."""
         native = NativeLayer.eight(packed, scale, bias, inputs, eps)
         return cls(_functions(KINDS, this_processor()), rows, "gated" if rows == "centred" else None, native)
+
+    @classmethod
+    def coded(cls, packed: torch.Tensor, scale: torch.Tensor, inputs: int) -> CompiledLayer:
+        """As `eight`, of rows that are codes u8 already: `(codes * scale) W^T`."""
+        native = NativeLayer.eight(packed, scale, None, inputs)
+        return cls(_functions(CODED, this_processor()), "coded", None, native)
 
     @classmethod
     def four(

@@ -1,12 +1,14 @@
 """The product of codes with one block of an 8-bit weight, in the order of `int8_packing.py`: 64 outputs, in which four
-inputs of one output lie together. VNNI's instruction multiplies those with four codes of a row and adds them up."""
+inputs of one output lie together. VNNI's instruction multiplies those with four codes of a row and adds them up; what
+stands for it elsewhere is in `avx2.py`."""
 
 from __future__ import annotations
 
 from llvmlite import ir
 
 from siglane.nn.cpu.int8_packing import OUTPUTS, TOGETHER
-from siglane.nn.cpu.jit.code import Code, Struct, everywhere
+from siglane.nn.cpu.jit.avx2 import write_dots, write_words
+from siglane.nn.cpu.jit.code import Code, Module, Struct, call_one, everywhere
 from siglane.nn.cpu.jit.tiles import AHEAD, LEAST_ROWS, LINE, write_tiles
 from siglane.nn.cpu.jit.types import BYTE, FLOAT, I32, I64, LANES, POINTER, VOID
 
@@ -25,23 +27,29 @@ LAYER = Struct(
 )  # fmt: skip
 
 
-def write_eight(module: ir.Module, *, tiles: bool) -> ir.Function:
-    """`function(layer, block, codes, rows, sums)`: codes u8 `[rows, stride]` around 128 -> sums i32 `[rows, 64]`.
-    tiles: the processor multiplies tiles, so of LEAST_ROWS or more both are filled up to whole tiles."""
+def write_eight(module: Module) -> ir.Function:
+    """`function(layer, block, codes, rows, sums)`: codes u8 `[rows, stride]` around 128 -> sums i32 `[rows, 64]`. Where
+    the processor multiplies tiles, of LEAST_ROWS or more both are filled up to whole tiles."""
+    processor = module.processor
     code, made = Code.begin(module, "eight_block", VOID, POINTER, I64, POINTER, I64, POINTER)
     layer, block, codes, rows, into = made.args
     first, stride = code.mul(block, I64(OUTPUTS)), LAYER.get(code, layer, "stride")
     weights = code.at(LAYER.get(code, layer, "packed"), code.mul(first, stride), BYTE)
+    if processor.dot == "avx2":
+        code.call(write_words(module, wide=False), [weights, codes, stride, rows, into])
+        code.ret_void()
+        return made
     tail = code.at(LAYER.get(code, layer, "tail"), first, I32)
     zeros = [code.shl(code.get(tail, I64(n), NUMBERS, 4), everywhere(NUMBERS, MIDDLE_BITS)) for n in range(REGISTERS)]
-    if tiles:
+    if processor.tiles:
         with code.if_then(code.icmp_signed(">=", rows, I64(LEAST_ROWS))):
             code.call(write_tiles(module), [weights, codes, stride, rows, into, *zeros])
             code.ret_void()
     with code.count(I64(0), rows) as row:
         for number, zero in enumerate(zeros):
             code.put(zero, into, code.add(code.mul(row, I64(REGISTERS)), I64(number)), 4)
-    functions = {count: _tile(module, count) for count in range(1, TILE + 1)}
+    tile = _tile if processor.dot == "avx512" else write_dots
+    functions = {count: tile(module, count) for count in range(1, TILE + 1)}
     with code.count(I64(0), stride, PART) as start, code.count(I64(0), rows, TILE) as row:
         part = code.at(weights, code.mul(start, I64(OUTPUTS)), BYTE)
         these = code.at(codes, code.add(code.mul(row, stride), start), BYTE)
@@ -52,20 +60,19 @@ def write_eight(module: ir.Module, *, tiles: bool) -> ir.Function:
     return made
 
 
-def call_one(code: Code, functions: dict[int, ir.Function], rows: ir.Value, arguments: list[ir.Value]) -> None:
-    """The function for `rows` of them, or the one for the most."""
-    after = code.append_basic_block()
-    fork = code.switch(code.least(rows, I64(max(functions))), after)
-    for count, function in functions.items():
-        case = code.append_basic_block()
-        fork.add_case(I64(count), case)
-        code.position_at_end(case)
-        code.call(function, arguments)
-        code.branch(after)
-    code.position_at_end(after)
+def write_sixteen(module: Module) -> ir.Function:
+    """The same of rows of two bytes a value: codes u8 `[2 * rows, stride]`, all high ones and then all low ones -> sums
+    i32 `[2 * rows, 64]`, whose first half, times 256, and second are to be added. It takes words (AVX2)."""
+    code, made = Code.begin(module, "sixteen_block", VOID, POINTER, I64, POINTER, I64, POINTER)
+    layer, block, codes, rows, into = made.args
+    stride = LAYER.get(code, layer, "stride")
+    weights = code.at(LAYER.get(code, layer, "packed"), code.mul(code.mul(block, I64(OUTPUTS)), stride), BYTE)
+    code.call(write_words(module, wide=True), [weights, codes, stride, rows, into])
+    code.ret_void()
+    return made
 
 
-def _tile(module: ir.Module, rows: int) -> ir.Function:
+def _tile(module: Module, rows: int) -> ir.Function:
     """Adds `size` inputs' products to `into`."""
     code, made = Code.begin(module, f"eight_tile{rows}", VOID, POINTER, POINTER, I64, I64, POINTER)
     weights, codes, stride, size, into = made.args

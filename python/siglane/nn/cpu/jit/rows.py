@@ -14,10 +14,10 @@ from llvmlite import ir
 from siglane.nn.cpu.few_rows import LEAST, LEVELS, MIDDLE, WHOLE, WIDE_LEVELS
 from siglane.nn.cpu.int8_packing import OUTPUTS
 from siglane.nn.cpu.jit.bfloat16 import as_bfloat16
-from siglane.nn.cpu.jit.code import Code, Struct, everywhere, exp2, in_threads
+from siglane.nn.cpu.jit.code import Code, Module, Struct, everywhere, exp2, in_threads
 from siglane.nn.cpu.jit.four import write_four, write_rounded
 from siglane.nn.cpu.jit.processor import Processor
-from siglane.nn.cpu.jit.product import LAYER, NUMBERS, REGISTERS, write_eight
+from siglane.nn.cpu.jit.product import LAYER, MIDDLE_BITS, NUMBERS, REGISTERS, write_eight, write_sixteen
 from siglane.nn.cpu.jit.types import BYTE, FLOAT, I32, I64, LANES, POINTER, VOID
 
 MOST = 1024  # rows of one call
@@ -33,33 +33,40 @@ CALL = Struct(
 @dataclass(frozen=True)
 class Kind:
     """wide: rows of two bytes a value, all high ones and then all low ones; gated: the first half of the results goes
-    through SiLU and is multiplied with the second; four: weights of 4 bits, rows of floats."""
+    through SiLU and is multiplied with the second; four: weights of 4 bits, rows of floats; coded: rows are codes,
+    which count from 0."""
 
     name: str
     four: bool = False
     wide: bool = False
     gated: bool = False
+    coded: bool = False
 
 
 KINDS = (Kind("centred"), Kind("wide", wide=True), Kind("gated", gated=True))
+CODED = (Kind("coded", coded=True),)
 FOURS = (Kind("four", four=True), Kind("four_gated", four=True, gated=True))
 
 
-def rows_module(kinds: Sequence[Kind], processor: Processor) -> ir.Module:
-    """For each kind, all of as many bits, a function of its name: layer, x float32 `[rows, K]`, y, residual like y or
-    null, room for codes `[2 * rows, stride]`, filled up to whole tiles, rows, threads."""
-    module = ir.Module("rows")
-    if kinds[0].four:
-        multiply = write_four(module, bfloat16=processor.bfloat16)
-    else:
-        multiply = write_eight(module, tiles=processor.tiles)
+def rows_module(kinds: Sequence[Kind], processor: Processor) -> Module:
+    """For each kind, all of as many bits, a function of its name: layer, x float32 or codes u8 `[rows, K]`, y, residual
+    like y or null, room for codes `[2 * rows, stride]`, filled up to whole tiles, rows, threads."""
+    module = Module("rows", processor)
+    multiply = write_four(module) if kinds[0].four else write_eight(module)
     for kind in kinds:
-        encode = write_rounded(module, kind.name) if kind.four else _encode(module, kind)
-        _layer(module, kind, _encode_all(module, kind, encode), _work(module, kind, multiply, _finish(module, kind)))
+        encode = _encode_all(module, kind, _encoder(module, kind))
+        both = write_sixteen(module) if kind.wide and processor.dot == "avx2" else None
+        _layer(module, kind, encode, _work(module, kind, multiply, both, _finish(module, kind)))
     return module
 
 
-def _layer(module: ir.Module, kind: Kind, encode: ir.Function, work: ir.Function) -> None:
+def _encoder(module: Module, kind: Kind) -> ir.Function:
+    if kind.four:
+        return write_rounded(module, kind.name)
+    return _copy(module, kind) if kind.coded else _encode(module, kind)
+
+
+def _layer(module: Module, kind: Kind, encode: ir.Function, work: ir.Function) -> None:
     code, made = Code.begin(module, kind.name, VOID, *[POINTER] * 5, I64, I64)
     layer, x, y, residual, codes, rows, threads = made.args
     call = code.room(CALL.kind, 1)
@@ -73,7 +80,7 @@ def _layer(module: ir.Module, kind: Kind, encode: ir.Function, work: ir.Function
     code.ret_void()
 
 
-def _encode_all(module: ir.Module, kind: Kind, encode: ir.Function) -> ir.Function:
+def _encode_all(module: Module, kind: Kind, encode: ir.Function) -> ir.Function:
     """What each thread does first with a call: rows, until none is left. Those that are multiplied together
     lie together: their high bytes, then their low ones."""
     code, made = Code.begin(module, f"encode_all_{kind.name}", VOID, POINTER)
@@ -85,13 +92,13 @@ def _encode_all(module: ir.Module, kind: Kind, encode: ir.Function) -> ir.Functi
         first = code.sub(row, place)
         high = code.at(codes, code.mul(code.add(code.mul(first, I64(2)), place), stride), BYTE)
         low = code.at(high, code.mul(code.least(code.sub(rows, first), I64(ROWS)), stride), BYTE)
-        line = code.at(x, code.mul(row, inputs), FLOAT)
+        line = code.at(x, code.mul(row, inputs), BYTE if kind.coded else FLOAT)
         code.put(code.call(encode, [layer, line, high, low]), scales, row)
     code.ret_void()
     return made
 
 
-def _encode(module: ir.Module, kind: Kind) -> ir.Function:
+def _encode(module: Module, kind: Kind) -> ir.Function:
     """Writes a row's codes and returns its scale: layer, row, codes (the high ones), low codes."""
     code, made = Code.begin(module, f"encode_{kind.name}", FLOAT, *[POINTER] * 4)
     layer, x, codes, low = made.args
@@ -121,8 +128,21 @@ def _encode(module: ir.Module, kind: Kind) -> ir.Function:
     return made
 
 
-def _work(module: ir.Module, kind: Kind, multiply: ir.Function, finish: ir.Function) -> ir.Function:
-    """What each thread does with a call: blocks, some rows at a time, until none is left."""
+def _copy(module: Module, kind: Kind) -> ir.Function:
+    """The same of codes."""
+    code, made = Code.begin(module, f"encode_{kind.name}", FLOAT, *[POINTER] * 4)
+    layer, x, codes, _ = made.args
+    with code.count(I64(0), LAYER.get(code, layer, "inputs")) as place:
+        code.put(code.get(x, place, BYTE), codes, place)
+    code.ret(FLOAT(1))
+    return made
+
+
+def _work(
+    module: Module, kind: Kind, multiply: ir.Function, both: ir.Function | None, finish: ir.Function
+) -> ir.Function:
+    """What each thread does with a call: blocks, some rows at a time, until none is left. both: what multiplies rows of
+    two bytes, where that is not two products."""
     code, made = Code.begin(module, f"work_{kind.name}", VOID, POINTER)
     (call,) = made.args
     layer, codes, rows = (CALL.get(code, call, name) for name in ("layer", "codes", "rows"))
@@ -135,7 +155,10 @@ def _work(module: ir.Module, kind: Kind, multiply: ir.Function, finish: ir.Funct
         block, first = code.sdiv(item, groups), code.mul(code.srem(item, groups), I64(ROWS))
         count, these = code.least(code.sub(rows, first), I64(ROWS)), code.mul(code.mul(first, I64(2)), stride)
         these, others = code.at(codes, these, BYTE), code.at(sums, code.mul(count, I64(OUTPUTS)), I32)
-        code.call(multiply, [layer, block, these, code.mul(count, I64(2)) if kind.wide else count, sums])
+        if both is not None:
+            code.call(both, [layer, block, these, count, sums])
+        else:
+            code.call(multiply, [layer, block, these, code.mul(count, I64(2)) if kind.wide else count, sums])
         if kind.gated:
             code.call(multiply, [layer, code.add(block, blocks), these, count, others])
         code.call(finish, [call, block, first, count, sums, others])
@@ -143,7 +166,7 @@ def _work(module: ir.Module, kind: Kind, multiply: ir.Function, finish: ir.Funct
     return made
 
 
-def _finish(module: ir.Module, kind: Kind) -> ir.Function:
+def _finish(module: Module, kind: Kind) -> ir.Function:
     """Writes the results of a block and some rows: call, block, the first row, how many, sums, the others: of the low
     bytes, or of what a gate is multiplied with."""
     code, made = Code.begin(module, f"finish_{kind.name}", VOID, POINTER, I64, I64, I64, POINTER, POINTER)
@@ -186,18 +209,20 @@ def _finish(module: ir.Module, kind: Kind) -> ir.Function:
 
 @dataclass(frozen=True)
 class _Scaled:
-    """Results of a block. scale, bias: addresses of its own."""
+    """Results of a block. scale, bias, tail: addresses of its own."""
 
     code: Code
     kind: Kind
     scale: ir.Value
     bias: ir.Value
+    tail: ir.Value | None
 
     @classmethod
     def of(cls, code: Code, kind: Kind, layer: ir.Value, first: ir.Value) -> _Scaled:
         """first: the block's first output."""
         scale, bias = (code.at(LAYER.get(code, layer, name), first, FLOAT) for name in ("scale", "bias"))
-        return cls(code, kind, scale, bias)
+        tail = code.at(LAYER.get(code, layer, "tail"), first, I32) if kind.coded else None
+        return cls(code, kind, scale, bias, tail)
 
     def __call__(self, factor: ir.Value, sums: ir.Value, low: ir.Value, number: int) -> ir.Value:
         """A register of results of a row, whose scale is `factor`."""
@@ -205,7 +230,11 @@ class _Scaled:
         bias = code.get(self.bias, place, SUMS, 4)
         if self.kind.four:
             return code.fadd(as_bfloat16(code, code.get(sums, place, SUMS, 4)), bias)  # as many rows come out
-        total = code.sitofp(code.get(sums, place, NUMBERS, 4), SUMS)
+        whole = code.get(sums, place, NUMBERS, 4)
+        if self.kind.coded:
+            negative = code.get(self.tail, place, NUMBERS, 4)
+            whole = code.sub(whole, code.shl(negative, everywhere(NUMBERS, MIDDLE_BITS)))
+        total = code.sitofp(whole, SUMS)
         if self.kind.wide:
             rest = code.sitofp(code.get(low, place, NUMBERS, 4), SUMS)
             total = code.intrinsic("llvm.fma", SUMS, total, everywhere(SUMS, 256), rest)

@@ -11,8 +11,8 @@ from __future__ import annotations
 from llvmlite import ir
 
 from siglane.nn.cpu.jit.bfloat16 import SUMS, WORD, add_pairs, rounded
-from siglane.nn.cpu.jit.code import EXP2, Code, Struct, everywhere, exp2, in_threads
-from siglane.nn.cpu.jit.product import call_one
+from siglane.nn.cpu.jit.code import EXP2, Code, Module, Struct, call_one, everywhere, exp2, in_threads
+from siglane.nn.cpu.jit.processor import Processor
 from siglane.nn.cpu.jit.types import BYTE, FLOAT, I32, I64, LANES, POINTER, VOID
 
 KEYS = 1024  # that are brought into order together: with their values they stay in a core's cache
@@ -54,9 +54,9 @@ def room(head_dim: int) -> dict[str, int]:
     return {**places, "end": end}
 
 
-def segments_module(head_dim: int) -> ir.Module:
+def segments_module(head_dim: int, processor: Processor) -> Module:
     """attend: (call, threads), for heads of `head_dim` values, a multiple of 8."""
-    module = ir.Module("segments")
+    module = Module("segments", processor)
     code, work = Code.begin(module, "work", VOID, POINTER)
     (call,) = work.args
     places = room(head_dim)
@@ -77,7 +77,7 @@ def _spots(code: Code, own: ir.Value, head_dim: int) -> dict[str, ir.Value]:
     return {name: code.at(own, I64(place), BYTE) for name, place in room(head_dim).items()}
 
 
-def _item(module: ir.Module, head_dim: int) -> ir.Function:
+def _item(module: Module, head_dim: int) -> ir.Function:
     """A head of some queries of a segment: call, the thread's room, the item's number."""
     code, made = Code.begin(module, "item", VOID, *[POINTER] * 2, I64)
     call, own, number = made.args
@@ -108,7 +108,7 @@ def _item(module: ir.Module, head_dim: int) -> ir.Function:
     return made
 
 
-def _reset(module: ir.Module, head_dim: int) -> ir.Function:
+def _reset(module: Module, head_dim: int) -> ir.Function:
     """Queries that have met no key: room, how many."""
     code, made = Code.begin(module, "reset", VOID, POINTER, I64)
     own, rows = made.args
@@ -122,7 +122,7 @@ def _reset(module: ir.Module, head_dim: int) -> ir.Function:
     return made
 
 
-def _pack_keys(module: ir.Module, head_dim: int) -> ir.Function:
+def _pack_keys(module: Module, head_dim: int) -> ir.Function:
     """keys, values from row to row, how many, into: panels of PANEL registers, in each of a head's pairs one number a
     key. What is missing is zero."""
     code, made = Code.begin(module, "pack_keys", VOID, POINTER, I64, I64, POINTER)
@@ -143,7 +143,7 @@ def _pack_keys(module: ir.Module, head_dim: int) -> ir.Function:
     return made
 
 
-def _pack_values(module: ir.Module, head_dim: int) -> ir.Function:
+def _pack_values(module: Module, head_dim: int) -> ir.Function:
     """values, values from row to row, how many, into: of each pair of keys one number a value of a head, up to whole
     registers of values and of keys."""
     code, made = Code.begin(module, "pack_values", VOID, POINTER, I64, I64, POINTER)
@@ -174,7 +174,7 @@ def _pack_values(module: ir.Module, head_dim: int) -> ir.Function:
     return made
 
 
-def _see(module: ir.Module, head_dim: int) -> ir.Function:
+def _see(module: Module, head_dim: int) -> ir.Function:
     """Some queries meet the keys that are in order: call, room, queries, the first one's number, how many, keys."""
     code, made = Code.begin(module, "see", VOID, *[POINTER] * 3, *[I64] * 3)
     call, own, queries, first, rows, count = made.args
@@ -212,7 +212,7 @@ def _see(module: ir.Module, head_dim: int) -> ir.Function:
 class _Products:
     """Rows of pairs times `registers` registers of columns: functions of up to `tile` rows. add: to what is there."""
 
-    def __init__(self, module: ir.Module, name: str, registers: int, tile: int, *, add: bool) -> None:
+    def __init__(self, module: Module, name: str, registers: int, tile: int, *, add: bool) -> None:
         self.tile = tile
         self.functions = {rows: self._function(module, name, rows, registers, add) for rows in range(1, tile + 1)}
 
@@ -227,7 +227,7 @@ class _Products:
             call_one(code, self.functions, code.sub(rows, row), arguments)
 
     @staticmethod
-    def _function(module: ir.Module, name: str, rows: int, registers: int, add: bool) -> ir.Function:
+    def _function(module: Module, name: str, rows: int, registers: int, add: bool) -> ir.Function:
         name = f"{name}_{rows}"
         if name in module.globals:
             return module.globals[name]
@@ -256,7 +256,7 @@ class _Products:
         return made
 
 
-def _soften(module: ir.Module, width: int) -> ir.Function:
+def _soften(module: Module, width: int) -> ir.Function:
     """Scores of a query become weights bfloat16 in their place, up to whole registers: scores, how many, scale, and its
     peak, total and sums so far, which are written to."""
     code, made = Code.begin(module, "soften", VOID, POINTER, I64, FLOAT, *[POINTER] * 3)
@@ -286,7 +286,7 @@ def _soften(module: ir.Module, width: int) -> ir.Function:
     return made
 
 
-def _finish(module: ir.Module, head_dim: int) -> ir.Function:
+def _finish(module: Module, head_dim: int) -> ir.Function:
     """Means of values: room, rows, into, values from row to row."""
     code, made = Code.begin(module, "finish", VOID, POINTER, I64, POINTER, I64)
     own, rows, into, step = made.args

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from siglane.nn.cpu.jit.code import Compiled
+from siglane.nn.cpu.jit.processor import this_processor
 from siglane.nn.cpu.jit.segments import CALL, QUERIES, room, segments_module
 from siglane.nn.cpu.jit.types import ADDRESS, COUNT
 
@@ -20,7 +21,7 @@ class SegmentAttention:
     """For heads of `head_dim` values, a multiple of 8."""
 
     def __init__(self, head_dim: int) -> None:
-        self._owner, self._room = Compiled(segments_module(head_dim)), room(head_dim)["end"]
+        self._owner, self._room = Compiled(segments_module(head_dim, this_processor())), room(head_dim)["end"]
         self._attend = self._owner.function("attend", ADDRESS, COUNT)
 
     def __call__(
