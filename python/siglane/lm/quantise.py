@@ -29,9 +29,10 @@ class LanguageQuantiser:
     head at last; experts, one by one.
 
     In the turned basis (`rotation.py`) rows have no outliers, so 8 bits around zero suffice; but behind the product of
-    SwiGLU, which no turn of weights can reach, they take 16 (`WideInt8Linear`). With 4 bits some keep 8: q, k and v, a
-    small part of the weights that causes half of the error, tables, and the head, because a head of 4 writes bfloat16,
-    in which likely tokens are ties. UserError when there is no kernel here.
+    SwiGLU, which no turn of weights can reach, they take 16 (`WideInt8Linear`), and so they do in front of q, k and v
+    and of the head, small products whose rows' rounding would cause a quarter of the error. With 4 bits some weights
+    keep 8: q, k and v, a small part that causes half of the error, tables, and the head, because a head of 4 writes
+    bfloat16, in which likely tokens are ties. UserError when there is no kernel here.
     """
 
     def __init__(self, config: LanguageConfig, kind: Bits, group_size: int = GROUP_SIZE) -> None:
@@ -78,7 +79,7 @@ class LanguageQuantiser:
         if self._table is not None:
             model.embed_tokens = QuantisedTable(self._table, *self._table.take(), basis)
         if self._head is not None:
-            model.lm_head = QuantisedHead(CentredInt8Linear(self._head.take(), None, turn), self._head.tp)
+            model.lm_head = QuantisedHead(WideInt8Linear(self._head.take(), None, turn), self._head.tp)
 
 
 def restore(model: QwenModel, kind: Bits, given: Given, values: Callable[[str], torch.Tensor]) -> None:
@@ -94,7 +95,7 @@ def restore(model: QwenModel, kind: Bits, given: Given, values: Callable[[str], 
     codes = _table_codes(given, table)
     if isinstance(head, VocabTable):
         model.embed_tokens = QuantisedTable(table, codes.codes.clone(), codes.scale, columns)  # no view of a file
-        model.lm_head = QuantisedHead(CentredInt8Linear(_table_codes(given, head), None), head.tp)
+        model.lm_head = QuantisedHead(WideInt8Linear(_table_codes(given, head), None), head.tp)
     else:
         model.embed_tokens = TiedTable(table, TiedCodes(codes), columns, values("gain"))
     for block in model.blocks:
@@ -128,7 +129,7 @@ def _quantise_block(block: DecoderBlock, kind: Bits, group_size: int, given: Giv
     small = partial(Int4Linear, group_size=group_size)
     centred, wide = (CentredInt8Linear, WideInt8Linear) if kind == "8bit" else (small, small)  # FOUR_BITS
     layers: list[tuple[nn.Module, str, MakeLinear]] = [
-        (attention, "qkv", partial(CentredInt8Linear, eps=block.input_norm.eps)),
+        (attention, "qkv", partial(WideInt8Linear, eps=block.input_norm.eps)),
         (attention, "o_proj", centred),
     ]
     for expert in mlp.experts if isinstance(mlp, SeparateExperts) else ():  # their rows are scaled already
