@@ -30,7 +30,7 @@ class LanguageQuantiser:
 
     In the turned basis (`rotation.py`) rows have no outliers, so 8 bits around zero suffice; but behind the product of
     SwiGLU, which no turn of weights can reach, they take 16 (`WideInt8Linear`), and so they do in front of q, k and v
-    and of the head, small products whose rows' rounding would cause a quarter of the error. With 4 bits some weights
+    and of the head, small products whose rows' rounding would cause a fifth of the error. With 4 bits some weights
     keep 8: q, k and v, a small part that causes half of the error, tables, and the head, because a head of 4 writes
     bfloat16, in which likely tokens are ties. UserError when there is no kernel here.
     """
