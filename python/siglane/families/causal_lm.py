@@ -44,7 +44,6 @@ def model_class(root: RawConfig) -> str | None:
 class CausalLm(VlmFamily):
     name = "causal_lm"
     known_as = tuple(READERS)
-    language_prefix = ""
 
     def matches(self, root: RawConfig, checkpoint: Checkpoint) -> bool:
         return model_class(root) is not None

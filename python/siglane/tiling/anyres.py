@@ -12,7 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from siglane.errors import ConfigError, UserError
-from siglane.tiling.rule import MOST_TILES, Budgeted, ImageBudget, ImageContext, LayoutRule, PatchGeometry, whole_tile
+from siglane.tiling.rule import (
+    MOST_TILES,
+    Budgeted,
+    ImageBudget,
+    ImageContext,
+    LayoutRule,
+    PatchGeometry,
+    shown_in,
+    whole_tile,
+)
 from siglane.tiling.vila import square
 from siglane.types import (
     AnyRes,
@@ -82,8 +91,7 @@ class AnyResTiling(LayoutRule):
     def video(self, video: VideoSize, geometry: PatchGeometry) -> ImageLayout:
         """Every frame is squashed to one tile and keeps a quarter of its rows; newlines end them as `newlines` says."""
         whole = whole_tile(self.tile, self.frame_resample, geometry)
-        tiles = tuple(replace(whole, frame=frame) for frame in range(video.frames))
-        rows = geometry.projected(whole.grid)
+        rows, tiles = geometry.projected(whole.grid), shown_in(whole, video.frames)
         up = int(self.pooling == "bilinear")  # the others leave out what is over
         pooled = Grid((rows.h + up) // 2, (rows.w + up) // 2)
         assembly, projected = Newline(pooled, self.pooling, self.newlines), (rows,) * video.frames

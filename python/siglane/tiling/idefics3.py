@@ -7,11 +7,11 @@ The quotients are floats there and here: their rounding decides how many tiles a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 
 from siglane.errors import ConfigError
-from siglane.tiling.rule import ImageContext, PatchGeometry, TiledRule, no_video, split
+from siglane.tiling.rule import ImageContext, PatchGeometry, TiledRule, no_video, shown_in, split
 from siglane.tiling.spoken import in_words, minutes
 from siglane.types import Grid, ImageLayout, ImagePlaceholder, Marker, Piece, Resample, Resize, Size, Token, VideoSize
 
@@ -71,8 +71,7 @@ class LongestEdge(TiledRule):
         pieces.append(Marker("\n\n", isolated=False))
         before = (Resize(_fitted(video.size, self.frame_longest), self.resample),)
         (whole,) = split(Grid(1, 1), self.tile, geometry, self.resample, before)
-        tiles = tuple(replace(whole, frame=frame) for frame in range(video.frames))
-        projected = (geometry.projected(whole.grid),) * len(tiles)
+        tiles, projected = shown_in(whole, video.frames), (geometry.projected(whole.grid),) * video.frames
         return ImageLayout(video.size, tiles, tuple(pieces), Grid(1, 1), frames=video.frames, projected=projected)
 
     def arrangement(self, size: Size, longest: int) -> Grid:

@@ -188,6 +188,11 @@ def whole_tile(pixels: Size, resample: Resample, geometry: PatchGeometry, before
     return Tile((*before, Resize(pixels, resample)), Box(0, 0, pixels.width, pixels.height), geometry.grid(pixels))
 
 
+def shown_in(tile: Tile, frames: int) -> tuple[Tile, ...]:
+    """The same tile of each frame of a video."""
+    return tuple(replace(tile, frame=frame) for frame in range(frames))
+
+
 def split(
     arrangement: Grid, tile: Size, geometry: PatchGeometry, resample: Resample, before: tuple[Step, ...] = ()
 ) -> tuple[Tile, ...]:

@@ -16,6 +16,7 @@ from siglane.tiling.rule import (
     ImageContext,
     LayoutRule,
     PatchGeometry,
+    shown_in,
     split,
     whole_tile,
 )
@@ -80,7 +81,7 @@ class VilaTiling(LayoutRule):
 
     def video(self, video: VideoSize, geometry: PatchGeometry) -> ImageLayout:
         """Every frame is one tile with a line feed behind it."""
-        tiles = tuple(replace(self._whole(video.size, geometry), frame=frame) for frame in range(video.frames))
+        tiles = shown_in(self._whole(video.size, geometry), video.frames)
         rows = geometry.projected(tiles[0].grid)
         pieces = (ImagePlaceholder(rows.area), LINE_FEED) * video.frames
         projected = (rows,) * video.frames
