@@ -11,7 +11,7 @@ from siglane.config.images import ImageFacts
 from siglane.config.language import LanguageConfig
 from siglane.config.reader import RawConfig
 from siglane.config.vlm import Thinking, VlmConfig
-from siglane.families.files import END_OF_DOCUMENT, end_of_answer, stated_sampling
+from siglane.families.files import END_OF_DOCUMENT, end_of_answer, stated_sampling, thinking_of
 from siglane.families.stated import stated_classes
 from siglane.lm.qwen import qwen_plan
 from siglane.nn.plan import WeightPlan
@@ -92,7 +92,8 @@ class VlmFamily(Family):
     tower_prefix, projector_prefix, language_prefix: what the names of each part's tensors start with; decoder: and,
     behind that, of the language model's but for its head; one_table: a tied head has no values of its own in the
     original's code, so that a file in which it has is refused; tied_at_root: `tie_word_embeddings` of a section of
-    config.json counts for nothing.
+    config.json counts for nothing; eos_ends: answers end with the tokenizer's `eos_token`, else with `END_OF_TURN`;
+    thinks: as Qwen3 does, where the tokenizer has the tokens.
     """
 
     tower_prefix: ClassVar[str] = ""
@@ -101,6 +102,8 @@ class VlmFamily(Family):
     decoder: ClassVar[str] = "model."
     one_table: ClassVar[bool] = False
     tied_at_root: ClassVar[bool] = False
+    eos_ends: ClassVar[bool] = False
+    thinks: ClassVar[bool] = False
 
     def matches(self, root: RawConfig, checkpoint: Checkpoint) -> bool:
         return root.get("model_type") == self.name or not set(self.known_as).isdisjoint(stated_classes(root))
@@ -161,10 +164,10 @@ class VlmFamily(Family):
 
     def ends(self, tokenizer: PreTrainedTokenizerFast) -> Sequence[str | None]:
         """The tokens that end an answer beside those of generation_config.json."""
-        return (END_OF_TURN,)
+        return (tokenizer.eos_token if self.eos_ends else END_OF_TURN,)
 
     def thinking(self, tokenizer: PreTrainedTokenizerFast) -> Thinking | None:
-        return None
+        return thinking_of(tokenizer) if self.thinks else None
 
     def language_folder(self, checkpoint: Checkpoint) -> Checkpoint:
         """Where the language model's own files lie."""

@@ -5,8 +5,7 @@ Source: transformers 5.19 `models/idefics3` and `models/smolvlm`, which differ i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 from siglane.config.images import ImageFacts
 from siglane.config.language import LanguageConfig
@@ -24,9 +23,6 @@ from siglane.tiling.idefics3 import LongestEdge
 from siglane.types import Size
 from siglane.weights.hub import Checkpoint
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
 SIDE, FRAMES, FPS = 364, 64, 1.0  # pixels of a tile, of which a picture is four long; of a video; where no file says so
 
 # `SmolVLMProcessor` takes its own for every request with a video: those of checkpoints have no place for one
@@ -42,7 +38,7 @@ class Idefics3(CompositeFamily):
     name = "idefics3"
     known_as = ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration")
     tower_prefix, projector_prefix, decoder = "[model.]vision_model.", "[model.]connector.", "[model.]text_model."
-    tied_at_root = True
+    tied_at_root = eos_ends = True
     image_token_default = 128257
 
     def matches(self, root: RawConfig, checkpoint: Checkpoint) -> bool:
@@ -55,49 +51,46 @@ class Idefics3(CompositeFamily):
             tower.raw, feature_layer=-1, post_norm=True, head=False, defaults=IDEFICS3_SIZES,
             position_resize="bucketised", name=tower.name,
         )  # fmt: skip
-        media, videos = media_files(checkpoint, IDEFICS3), root.raw["model_type"] == "smolvlm"
-        rule = self.rule(checkpoint, media, videos=videos)
+        media = media_files(checkpoint, IDEFICS3)
+        rule, video = self.rule(checkpoint, media), None
         side = rule.tile.width // vision.patch_size
         check_rows(side, factor, "config.json: scale_factor", media.processor, "image_seq_len")
         width, name = self.language(checkpoint).hidden_size, "modality_projection.proj"
         projector = pixel_shuffle_projector(factor, input_size=vision.hidden_size, output_size=width, name=name)
-        preprocess, video = PreprocessConfig.of(rule, media.pixels), self.video(checkpoint, media) if videos else None
+        if root.raw["model_type"] == "smolvlm":
+            rule, video = self.videos(checkpoint, media.frames, rule)
+        preprocess = PreprocessConfig.of(rule, media.pixels)
         return ImageFacts(vision=vision, projector=projector, preprocess=preprocess, newline=False, video=video)
 
-    def rule(self, checkpoint: Checkpoint, media: MediaFiles, *, videos: bool) -> LongestEdge:
+    def rule(self, checkpoint: Checkpoint, media: MediaFiles) -> LongestEdge:
         file, frames = media.pictures, media.frames
         tile, of_frames = (longest_edge(one, "max_image_size", SIDE) for one in (file, frames))
         if tile != of_frames:
             raise ConfigError(f"{frames.name}: max_image_size {of_frames} of frames is not the {tile} of pictures")
-        longest = longest_edge(frames, "size", longest_edge(_sampling(frames), "video_size", 4 * SIDE))
         return LongestEdge(
             longest=longest_edge(file, "size", 4 * SIDE),
             tile=Size(tile, tile),
             splits=file.value("do_image_splitting", bool, True),
             resample=media.pixels.resample,
-            frame_longest=longest if videos else None,
+            frame_longest=None,
             around=media_token(checkpoint, "fake_image_token", "<fake_token_around_image>"),
             whole=media_token(checkpoint, "global_image_token", "<global-img>"),
         )
 
-    def video(self, checkpoint: Checkpoint, media: MediaFiles) -> VideoRule:
-        frames, sampling = media.frames, _sampling(media.frames)
+    def videos(self, checkpoint: Checkpoint, frames: ConfigReader, rule: LongestEdge) -> tuple[LongestEdge, VideoRule]:
+        """The rule with frames, and which are shown."""
+        sampling = frames.section("video_sampling", frames.raw)
+        longest = longest_edge(frames, "size", longest_edge(sampling, "video_size", 4 * SIDE))
         most = sampling.size("max_frames", frames.size("num_frames", FRAMES))
-        return VideoRule(
+        video = VideoRule(
             self.video_token(checkpoint), most, max(most, FRAMES), spread="paced", with_images=False,
             fps=sampling.value("fps", float, frames.value("fps", float, FPS)), timed=True,
         )  # fmt: skip
+        return replace(rule, frame_longest=longest), video
 
     def text(self, section: ConfigReader) -> LanguageConfig:
         section.only("model_type", "llama")
         return LanguageConfig.from_llama(section.raw, section.name)
 
-    def ends(self, tokenizer: PreTrainedTokenizerFast) -> Sequence[str | None]:
-        return (tokenizer.eos_token,)
-
     def prompt_rules(self, checkpoint: Checkpoint) -> PromptRules:
         return PromptRules(default_template=CHAT_TEMPLATE, strip_messages=False, video_template=CHAT_TEMPLATE)
-
-
-def _sampling(frames: ConfigReader) -> ConfigReader:
-    return frames.section("video_sampling", frames.raw)

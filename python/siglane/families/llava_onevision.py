@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from siglane.config.images import ImageFacts
 from siglane.config.language import LanguageConfig
@@ -18,19 +18,15 @@ from siglane.config.projector import llava_projector
 from siglane.config.reader import ConfigReader, RawConfig
 from siglane.config.video import VideoRule
 from siglane.config.vision import ACTIVATIONS
-from siglane.config.vlm import Thinking
 from siglane.errors import ConfigError
 from siglane.families.composite import CompositeFamily
 from siglane.families.family import PromptRules, chatml
-from siglane.families.files import llava_tower, thinking_of
+from siglane.families.files import llava_tower
 from siglane.families.stated import media_token, required_image_processor, video_processor, video_processors
 from siglane.lm.qwen import qwen_plan
 from siglane.nn.plan import Rule, WeightPlan
 from siglane.tiling.anyres import AnyResTiling, Pinpoint
 from siglane.weights.hub import Checkpoint
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +54,7 @@ class LlavaOnevision(CompositeFamily):
     known_as = ("LlavaOnevisionForConditionalGeneration",)
     tower_prefix, projector_prefix = "[model.]vision_tower.", "[model.]multi_modal_projector."
     language_prefix = "language_model."
+    thinks = True
     text_defaults: ClassVar[RawConfig] = {"model_type": "qwen2"}
     image_token_default: ClassVar[int | None] = 151646
     reads_videos: ClassVar[bool] = True
@@ -89,9 +86,6 @@ class LlavaOnevision(CompositeFamily):
             newline=True,
             video=video if self.reads_videos else None,
         )
-
-    def thinking(self, tokenizer: PreTrainedTokenizerFast) -> Thinking | None:
-        return thinking_of(tokenizer)
 
     def prompt_rules(self, checkpoint: Checkpoint) -> PromptRules:
         return PromptRules(default_template=CHAT_TEMPLATE, strip_messages=False)

@@ -5,7 +5,7 @@ Sources: AIDC-AI/Ovis (ovis/model, ovis/model/vit), vLLM 0.32 models/ovis2_5.py 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from siglane.config.images import ImageFacts
 from siglane.config.language import LanguageConfig
@@ -14,15 +14,11 @@ from siglane.config.projector import vocabulary_projector
 from siglane.config.reader import ConfigReader, RawConfig
 from siglane.config.video import VideoRule
 from siglane.config.vision import VisionConfig
-from siglane.config.vlm import Thinking
 from siglane.families.family import CHATML, PromptRules, VlmFamily
-from siglane.families.files import THINK_END, thinking_of
+from siglane.families.files import THINK_END
 from siglane.families.stated import PREPROCESSOR, image_processor, stated_classes
 from siglane.tiling.navit import NativeResolution
 from siglane.weights.hub import Checkpoint
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 ARCHITECTURE = "Ovis2_5"
 MODEL_TYPES = ("ovis", "ovis2_5")
@@ -51,6 +47,7 @@ class Ovis2_5(VlmFamily):
     name = "ovis2_5"
     known_as: ClassVar[tuple[str, ...]] = (ARCHITECTURE,)
     tower_prefix, language_prefix = "visual_tokenizer.vit.", "llm."
+    thinks = True
     max_pixels: ClassVar[int | None] = MAX_PIXELS
 
     def matches(self, root: RawConfig, checkpoint: Checkpoint) -> bool:
@@ -95,9 +92,6 @@ class Ovis2_5(VlmFamily):
         language = LanguageConfig.from_hf(section.raw, section.name)
         root.agree("hidden_size", language.hidden_size, f"{named}'s")
         return language
-
-    def thinking(self, tokenizer: PreTrainedTokenizerFast) -> Thinking | None:
-        return thinking_of(tokenizer)
 
     def prompt_rules(self, checkpoint: Checkpoint) -> PromptRules:
         """ConfigError for a conversation format that is not known."""

@@ -20,9 +20,9 @@ from siglane.tiling.rule import (
     LayoutRule,
     PatchGeometry,
     shown_in,
+    square,
     whole_tile,
 )
-from siglane.tiling.vila import square
 from siglane.types import (
     AnyRes,
     Box,

@@ -18,6 +18,7 @@ from siglane.tiling.rule import (
     PatchGeometry,
     shown_in,
     split,
+    square,
     whole_tile,
 )
 from siglane.types import (
@@ -26,7 +27,6 @@ from siglane.types import (
     ImagePlaceholder,
     Marker,
     MergedScales,
-    Pad,
     Piece,
     Resample,
     Size,
@@ -135,12 +135,6 @@ class VilaTiling(LayoutRule):
     def _repeated(self) -> MergedScales | None:
         """A single tile of a model that joins scales on the channel axis shows the same scale in all of them."""
         return MergedScales((), len(self.s2_scales)) if self.s2_scales else None
-
-
-def square(size: Size, fill: tuple[int, int, int]) -> Pad:
-    """The picture in the middle of the smallest square that holds it."""
-    side = max(size)
-    return Pad(Size(side, side), (side - size.width) // 2, (side - size.height) // 2, fill)
 
 
 def closest_tile_grid(size: Size, rule: VilaTiling) -> Size:
