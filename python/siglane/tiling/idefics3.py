@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from siglane.errors import ConfigError
-from siglane.tiling.rule import ImageContext, PatchGeometry, TiledRule, no_video, shown_in, split
+from siglane.tiling.rule import ImageContext, PatchGeometry, TiledRule, no_video, split
 from siglane.tiling.spoken import in_words, minutes
 from siglane.types import Grid, ImageLayout, ImagePlaceholder, Marker, Piece, Resample, Resize, Size, Token, VideoSize
 
@@ -71,7 +71,7 @@ class LongestEdge(TiledRule):
         pieces.append(Marker("\n\n", isolated=False))
         before = (Resize(_fitted(video.size, self.frame_longest), self.resample),)
         (whole,) = split(Grid(1, 1), self.tile, geometry, self.resample, before)
-        tiles, projected = shown_in(whole, video.frames), (geometry.projected(whole.grid),) * video.frames
+        tiles, projected = whole.in_frames(video.frames), (geometry.projected(whole.grid),) * video.frames
         return ImageLayout(video.size, tiles, tuple(pieces), Grid(1, 1), frames=video.frames, projected=projected)
 
     def arrangement(self, size: Size, longest: int) -> Grid:

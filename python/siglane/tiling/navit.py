@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from siglane.errors import ConfigError
 from siglane.tiling.bounds import Bounds, bounds_within, fitted, multiples
-from siglane.tiling.rule import Budgeted, ImageBudget, ImageContext, LayoutRule, PatchGeometry, shown_in, whole_tile
+from siglane.tiling.rule import Budgeted, ImageBudget, ImageContext, LayoutRule, PatchGeometry, whole_tile
 from siglane.types import Grid, ImageLayout, ImagePlaceholder, Indicator, Resample, Size, Tile, VideoSize
 
 LONGEST_ASPECT = 200
@@ -45,7 +45,7 @@ class NativeResolution(LayoutRule):
     def video(self, video: VideoSize, geometry: PatchGeometry) -> ImageLayout:
         """All frames in one run between the two indicators of a video, each at the first one's size."""
         whole = self._whole(video.size, geometry)
-        rows, tiles = geometry.projected(whole.grid), shown_in(whole, video.frames)
+        rows, tiles = geometry.projected(whole.grid), whole.in_frames(video.frames)
         pieces = (VIDEO_START, ImagePlaceholder(video.frames * rows.area), VIDEO_END)
         projected = (rows,) * video.frames
         return ImageLayout(video.size, tiles, pieces, Grid(1, 1), frames=video.frames, projected=projected)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from siglane.errors import ConfigError, UserError
 from siglane.tiling.merge import PatchMerge, projected_grid
-from siglane.types import Box, Detail, Grid, ImageLayout, Medium, Pad, Resample, Resize, Size, Step, Tile, VideoSize
+from siglane.types import Box, Detail, Grid, ImageLayout, Medium, Resample, Resize, Size, Step, Tile, VideoSize
 
 LIMITS = ("max_pixels", "min_pixels", "max_num_patches", "max_tiles", "grid_pinpoints")
 MOST_TILES = 1024  # of one picture; more is a mistake, and every candidate grid is looked at for every image
@@ -186,17 +186,6 @@ def known_limits(rule: LayoutRule) -> list[str]:
 def whole_tile(pixels: Size, resample: Resample, geometry: PatchGeometry, before: tuple[Step, ...] = ()) -> Tile:
     """The whole image resized to `pixels`, aspect ignored. before: the steps in front of that."""
     return Tile((*before, Resize(pixels, resample)), Box(0, 0, pixels.width, pixels.height), geometry.grid(pixels))
-
-
-def square(size: Size, fill: tuple[int, int, int]) -> Pad:
-    """The picture in the middle of the smallest square that holds it."""
-    side = max(size)
-    return Pad(Size(side, side), (side - size.width) // 2, (side - size.height) // 2, fill)
-
-
-def shown_in(tile: Tile, frames: int) -> tuple[Tile, ...]:
-    """The same tile of each frame of a video."""
-    return tuple(replace(tile, frame=frame) for frame in range(frames))
 
 
 def split(

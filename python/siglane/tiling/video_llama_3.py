@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from siglane.tiling.bounds import Bounds, fitted, multiples
-from siglane.tiling.rule import Budgeted, ImageBudget, ImageContext, LayoutRule, PatchGeometry, shown_in, whole_tile
+from siglane.tiling.rule import Budgeted, ImageBudget, ImageContext, LayoutRule, PatchGeometry, whole_tile
 from siglane.types import Grid, ImageLayout, ImagePlaceholder, Marker, Medium, MergedFirst, Resample, Size, VideoSize
 
 
@@ -48,7 +48,7 @@ class NativeFrames(LayoutRule):
         texts = [f"{',' * bool(n)}Time {second:.1f}s:" for n, second in enumerate(video.seconds or range(video.frames))]
         pieces = tuple(piece for text in texts for piece in (Marker(text, isolated=False), *one.pieces))
         return replace(
-            one, tiles=shown_in(one.tiles[0], video.frames), pieces=pieces, assembly=MergedFirst(self.drops_still),
+            one, tiles=one.tiles[0].in_frames(video.frames), pieces=pieces, assembly=MergedFirst(self.drops_still),
             frames=video.frames, projected=one.projected * video.frames,
         )  # fmt: skip
 

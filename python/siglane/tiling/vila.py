@@ -16,9 +16,7 @@ from siglane.tiling.rule import (
     ImageContext,
     LayoutRule,
     PatchGeometry,
-    shown_in,
     split,
-    square,
     whole_tile,
 )
 from siglane.types import (
@@ -27,6 +25,7 @@ from siglane.types import (
     ImagePlaceholder,
     Marker,
     MergedScales,
+    Pad,
     Piece,
     Resample,
     Size,
@@ -81,7 +80,7 @@ class VilaTiling(LayoutRule):
 
     def video(self, video: VideoSize, geometry: PatchGeometry) -> ImageLayout:
         """Every frame is one tile with a line feed behind it."""
-        tiles = shown_in(self._whole(video.size, geometry), video.frames)
+        tiles = self._whole(video.size, geometry).in_frames(video.frames)
         rows = geometry.projected(tiles[0].grid)
         pieces = (ImagePlaceholder(rows.area), LINE_FEED) * video.frames
         projected = (rows,) * video.frames
@@ -129,7 +128,7 @@ class VilaTiling(LayoutRule):
         return Grid(rows, columns)
 
     def _whole(self, size: Size, geometry: PatchGeometry) -> Tile:
-        padding = (square(size, self.fill),) if self.tiling == "pad" and size.width != size.height else ()
+        padding = (Pad.square(size, self.fill),) if self.tiling == "pad" and size.width != size.height else ()
         return whole_tile(self.tile, self.resample, geometry, padding)
 
     def _repeated(self) -> MergedScales | None:
