@@ -65,7 +65,7 @@ class LanguageQuantiser:
         assert isinstance(block, DecoderBlock)
         given: Given = own
         if isinstance(block.mlp, SparseMLP):
-            reader = partial(turned_reader, gain=block.post_attention_norm.weight, basis=self._basis)
+            reader = partial(turned_reader, gain=block.post_attention_norm.weight.detach(), basis=self._basis)
             given = block.mlp.separated(self._config, reader, partial(turned_writer, basis=self._basis))
         rotate_block(block, self._basis, self._head_basis)
         return_freed()
