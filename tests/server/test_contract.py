@@ -10,17 +10,9 @@ from typing import Any
 
 import pytest
 from calling import BOTH
-from serving import (
-    CHAT,
-    MODEL,
-    RunningServer,
-    assert_error,
-    chat,
-    image_part,
-    image_url,
-    picture,
-    stream,
-)
+from serving import CHAT, MODEL, RunningServer, assert_error, chat, image_part, image_url, picture, stream
+
+from siglane.cli.main import COMMANDS
 
 TESTS = Path(__file__).parents[1]
 SAMPLED: dict[str, Any] = {
@@ -229,13 +221,14 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "aliases": ("test_chat", "test_models_are_listed_by_their_names"),
     "a stream that is silent": ("test_lifecycle", "test_a_silent_stream_says_that_it_lives"),
     "an error within a stream": ("test_lifecycle", "test_a_failed_stream_raises_in_openai_s_client"),
-    "keys": ("test_observe", "test_everything_but_the_probes_needs_the_key"),
+    "keys": ("faults_clients", "no_key"),
     "CORS": ("test_observe", "test_other_origins_are_closed_unless_opened"),
     "SIGTERM": ("test_lifecycle", "test_draining_lets_requests_finish_and_refuses_new_ones"),
     "a full queue": ("test_limits", "test_a_full_server_says_when_to_try_again_and_stays_healthy"),
-    "logs": ("test_observe", "test_the_log_names_requests_and_holds_nothing_of_theirs"),
+    "logs": ("faults_clients", "no_forged_line"),
+    "logs as JSON lines": ("test_supervision", "test_every_line_of_a_server_s_log_is_json"),
     "an abort of an answer that runs": ("test_keys", "test_a_stream_is_aborted_by_the_id_of_its_answer"),
-    "http: of public addresses": ("test_limits", "test_a_url_is_fetched_once_for_a_burst"),
+    "http: of public addresses": ("faults_urls", "one_fetch_for_a_burst"),
     "reasoning tokens": ("test_reasoning", "test_usage_tells_reasoning_from_answer"),
     "a limit of each key": ("test_keys", "test_requests_and_patches_a_minute"),
     "a bar of what is done": ("test_llm", "test_a_bar_is_shown_where_asked_for_or_on_a_terminal"),
@@ -258,6 +251,10 @@ def test_its_test_is_there(feature: str) -> None:
     stem, name = ELSEWHERE[feature]
     (file,) = TESTS.rglob(f"{stem}.py")
     assert re.search(rf"def {name}\(", file.read_text())
+
+
+def test_its_commands_are_there() -> None:
+    assert {"serve", "generate", "chat", "batch", "tag", "bench", "doctor"} <= COMMANDS.keys()
 
 
 def test_a_model_without_tools_refuses_them_by_name(server: RunningServer) -> None:
