@@ -29,7 +29,7 @@ from siglane.server.logs import TextFormatter
 TABLE = Table()
 
 
-@TABLE.row(28, "clients that send slowly", idle_timeout=1, body_timeout=0.5)
+@TABLE.row(28, "clients that send slowly", idle_timeout=2, body_timeout=2.0)
 def slow_senders(stage: Stage) -> None:
     """Clients that open a connection and send nothing, or a byte at a time."""
     server = stage.server
@@ -110,7 +110,7 @@ def leave_nothing(stage: Stage) -> None:
     assert stats.pages_free + stats.pages_cached == stats.pages_total
 
 
-@TABLE.row(30, "a client that does not read", stall_timeout=1.5)
+@TABLE.row(30, "a client that does not read", stall_timeout=2.0)
 def does_not_read(stage: Stage) -> None:
     """The answer is far larger than what sockets buffer, which is little here."""
     server = stage.server
