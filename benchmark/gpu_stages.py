@@ -35,14 +35,16 @@ from siglane.engine.engine import Engine
 from siglane.engine.sampling.cuda import DeviceSampler, best_in_torch, keep_in_torch, tried_choices
 from siglane.nn.act import SwiGLU
 from siglane.nn.attention import runnable_backends, tried_backend
+from siglane.nn.cuda.fp8 import CAPABILITY, Fp8Linear, fp8_layers
 from siglane.nn.cuda.invariant import try_fixed_product
 from siglane.nn.cuda.low_bits import low_bit_linear, product_in_torch
 from siglane.nn.cuda.optimise import KERNELS, use_kernels
 from siglane.nn.experts import Mixing, Routing
 from siglane.nn.norm import InputRMSNorm, RMSNorm
+from siglane.nn.quantise import quantise
 from siglane.nn.rope import NormedRotation, Rotation
 from siglane.nn.trial import fault
-from siglane.types import PackedPatches, SamplingParams
+from siglane.types import Grid, PackedPatches, SamplingParams
 from siglane.vision.tower import SiglipVisionModel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,6 +88,9 @@ def kernels(place: Place) -> None:
         if not place.small:
             with part(f"products of batch_invariant in {dtype}"):
                 try_fixed_product(dtype, place.device)
+        if has_fp8(place):
+            with part(f"products of 8-bit floats in {dtype}"):
+                broken += fp8_products(place._replace(dtype=dtype))
         for bits in (8, 4):
             with part(f"{bits} bits in {dtype}"):
                 quick = low_bit_linear(bits, place.device, dtype).args[1] is not product_in_torch
@@ -118,6 +123,22 @@ def attention(shape: Shape) -> list[str]:
         first = next(iter(faults))
         broken += [f"{name}, {shape}: {faults[first]}"] if faults[first] else []
     return broken
+
+
+def has_fp8(place: Place) -> bool:
+    return not place.small and torch.cuda.get_device_capability(place.device) >= CAPABILITY
+
+
+def fp8_products(place: Place) -> list[str]:
+    """Shapes of so400m whose layers stay in floats, because products are wrong or no faster; the log says which."""
+    make, wide, inner = fp8_layers(place.device), SO400M.hidden_size, SO400M.intermediate_size
+    left = []
+    for shape in ((3 * wide, wide), (wide, wide), (inner, wide), (wide, inner)):
+        weight = torch.randn(shape, device=place.device, dtype=place.dtype) * shape[1] ** -0.5
+        taken = isinstance(make(weight, None), Fp8Linear)
+        say(kernel="products of 8-bit floats", weight=shape, dtype=str(place.dtype), taken="fp8" if taken else "floats")
+        left += [] if taken else [f"products of 8-bit floats with {list(shape)} in {place.dtype}"]
+    return left
 
 
 @torch.no_grad()
@@ -158,20 +179,31 @@ def tower(place: Place) -> None:
         model = SiglipVisionModel(replace(config, position_resize="bicubic")).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.normal_(std=0.02)
-    rate, wide, own = place.matmul_rate(), config.hidden_size, config.position_grid
+    rate, own = place.matmul_rate(), config.position_grid
     mixed = tuple(own.__class__(*sides) for sides in ((16, 40), (27, 27), (12, 20), (32, 32), (8, 60)))
     packs = {f"{count} images": ((own,) * count, least) for count, least in ((1, 30), (2, 0), (8, 50), (64, 0))}
     if place.small:
         packs = {"1 images": ((own,), 0)}
     for name, (grids, least) in (packs | {"mixed grids": (mixed, 0)}).items():
         with part(f"tower, {name}"):
-            patches = sum(grid.area for grid in grids)
-            pixels = torch.randn(patches, config.patch_dim, device=place.device, dtype=place.dtype)
-            block = 4 * wide**2 + 2 * wide * config.intermediate_size
-            flops = 2 * patches * (config.patch_dim * wide + config.depth * block)
-            flops += 4 * wide * config.depth * sum(grid.area**2 for grid in grids)
-            packed = PackedPatches(pixels, grids)
-            share(f"tower, {name}", place.milliseconds(partial(model, packed)), 1e3 * flops / rate, least)
+            tower_share(place, model, f"tower, {name}", grids, rate, least)
+    if has_fp8(place):
+        with part("tower, fp8"):
+            quantise(model, "fp8", place.device)
+            for count in (1, 8):  # of the floor of the same products in halves
+                tower_share(place, model, f"tower, {count} images, fp8", (own,) * count, rate, 0)
+
+
+def tower_share(
+    place: Place, model: SiglipVisionModel, name: str, grids: tuple[Grid, ...], rate: float, least: float
+) -> None:
+    config, wide, patches = model.config, model.config.hidden_size, sum(grid.area for grid in grids)
+    pixels = torch.randn(patches, config.patch_dim, device=place.device, dtype=place.dtype)
+    block = 4 * wide**2 + 2 * wide * config.intermediate_size
+    flops = 2 * patches * (config.patch_dim * wide + config.depth * block)
+    flops += 4 * wide * config.depth * sum(grid.area**2 for grid in grids)
+    packed = PackedPatches(pixels, grids)
+    share(name, place.milliseconds(partial(model, packed)), 1e3 * flops / rate, least)
 
 
 def decode(place: Place) -> None:

@@ -20,13 +20,14 @@ import torch
 from causal_lm_checkpoint import Kind, write_causal_lm_checkpoint
 from checkpoints import write_nvila_checkpoint
 from idefics3_checkpoint import write_idefics3_checkpoint
-from llava_onevision_checkpoint import write_llava_onevision_checkpoint
+from llava_onevision_checkpoint import write_llava_onevision_checkpoint, write_relative
 from llava_qwen_checkpoint import write_llava_qwen_checkpoint
 from nanovlm_checkpoint import write_nanovlm_checkpoint
-from ovis2_5_checkpoint import write_ovis2_5_checkpoint
+from ovis2_5_checkpoint import write_ovis2_5_checkpoint, write_ovis2_6_checkpoint
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from video_llama_3_checkpoint import write_video_llama_3_checkpoint
 
 from siglane.engine import words
 from siglane.engine.attention.by_rows import RowKernels
@@ -41,7 +42,9 @@ from siglane.engine.limits import StepLimits
 from siglane.engine.sampling.cuda import ChoiceKernels, DeviceSampler
 from siglane.families.model import VisionLanguageModel
 from siglane.families.processor import Processor, load_processor
+from siglane.families.registry import CHAT_FAMILIES, vlm_family
 from siglane.nn import attention, rope
+from siglane.nn.cuda.fp8 import Fp8Linear
 from siglane.nn.cuda.invariant import make_invariant
 from siglane.nn.cuda.low_bits import LowBitLinear
 from siglane.nn.cuda.ops import OPS
@@ -58,17 +61,24 @@ pytestmark = [
 CUDA = torch.device("cuda", 0)
 PAGE = 16
 LAUNCHES: dict[Kind, int] = {"qwen2": 13, "llama": 13, "qwen3": 13, "qwen3_moe": 16}  # of a layer that decodes
-FAMILIES: dict[str, Callable[[Path], object]] = {
+FAMILIES: dict[str, Callable[[Path], object]] = {  # a family, and what else is to be told of its checkpoint
     "nvila": write_nvila_checkpoint,
+    "r_4b": partial(write_relative, name="r_4b"),
+    "bee": partial(write_relative, name="bee"),
+    "llava_onevision, varco": partial(write_relative, name="varco"),
     "ovis2_5": write_ovis2_5_checkpoint,
+    "ovis2_6": write_ovis2_6_checkpoint,
+    "ovis2_6, experts": partial(write_ovis2_6_checkpoint, moe=True),
     "nanovlm": write_nanovlm_checkpoint,
     "llava_onevision": write_llava_onevision_checkpoint,
     "llava_qwen": write_llava_qwen_checkpoint,
     "idefics3": write_idefics3_checkpoint,
+    "video_llama_3": write_video_llama_3_checkpoint,
+    "videollama3_qwen2": partial(write_video_llama_3_checkpoint, layout="authors"),
     "causal_lm": write_causal_lm_checkpoint,
-    "llama": partial(write_causal_lm_checkpoint, kind="llama"),
-    "qwen3": partial(write_causal_lm_checkpoint, kind="qwen3"),
-    "qwen3_moe": partial(write_causal_lm_checkpoint, kind="qwen3_moe"),
+    "causal_lm, llama": partial(write_causal_lm_checkpoint, kind="llama"),
+    "causal_lm, qwen3": partial(write_causal_lm_checkpoint, kind="qwen3"),
+    "causal_lm, experts": partial(write_causal_lm_checkpoint, kind="qwen3_moe"),
 }
 
 
@@ -207,13 +217,15 @@ def picture(processor: Processor, seed: int, count: int) -> ImagePatches:
 def test_tower_prefill_and_decode_stay_on_the_device(family: str, tmp_path: Path) -> None:
     """Two prompts, each in a chunk, one behind a prefix; answers beside them."""
     rig = build(tmp_path / family, FAMILIES[family])
+    assert vlm_family(open_checkpoint(tmp_path / family)).name == family.split(",")[0]
     vocabulary = rig.processor.config.language.vocab_size
     images = []
     if rig.processor.config.images is not None:
         images = [picture(rig.processor, seed, 2) for seed in range(2)]
-    with rig.mode, torch.inference_mode():
+    with rig.mode, torch.inference_mode(), Lists() as lists:
         rows = rig.device.encode(images) if images else ()
         flags = finite(rows)
+    assert lists.count == 0
     assert [tuple(one.shape) for one in rows] == [
         (image.layout.rows, rig.processor.config.language.hidden_size) for image in images
     ]
@@ -229,6 +241,10 @@ def test_tower_prefill_and_decode_stay_on_the_device(family: str, tmp_path: Path
     ]
     logits, _ = rig.run(*chunks)
     assert (logits.device, tuple(logits.shape)) == (CUDA, (2 + 1 + 1 + 3, vocabulary))
+
+
+def test_no_family_is_left_out() -> None:
+    assert {name.split(",")[0] for name in FAMILIES} == {family.name for family in CHAT_FAMILIES}
 
 
 def test_a_decode_step_copies_its_numbers_and_nothing_else(tmp_path: Path) -> None:
@@ -321,6 +337,23 @@ def test_weights_of_fewer_bits_are_no_more_operations(bits: int, tmp_path: Path)
     reading.features, reading.computed = dict(enumerate(rows)), 0
     logits, _ = rig.run(*rig.decoding(2), Chunk(reading, 0, len(reading.token_ids)))
     assert logits.shape == (3, rig.processor.config.language.vocab_size)
+
+
+def test_a_tower_in_8_bit_floats_keeps_to_torchs_contract(tmp_path: Path) -> None:
+    """Its own check, which knows no numbers: dtypes, strides, scales and multiples of 16. Two launches a product."""
+    rig = build(tmp_path / "nvila", write_nvila_checkpoint)
+    vision, images = rig.device.model.vision, [picture(rig.processor, seed, 2) for seed in range(2)]
+    assert vision is not None
+    found = [(parent, *child) for parent in vision.modules() for child in parent.named_children()]
+    found = [(parent, name, layer) for parent, name, layer in found if isinstance(layer, LAYERS)]
+    with rig.mode, torch.no_grad():
+        for parent, name, layer in found:
+            setattr(parent, name, quantised(layer, partial(Fp8Linear, OPS.fp8_rows)))
+    with rig.mode, torch.inference_mode(), Seen() as seen:
+        rows = rig.device.encode(images)
+    assert [len(one) for one in rows] == [image.layout.rows for image in images]
+    assert all((one.device, one.dtype) == (CUDA, torch.bfloat16) for one in rows)
+    assert seen.operations["aten._scaled_mm.default"] == seen.operations["siglane.fp8_rows.default"] == len(found)
 
 
 LIBRARY = ("mm", "bmm", "addmm", "linear", "convolution", "attention", "mean", "softmax")  # of operations' names

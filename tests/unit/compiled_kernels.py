@@ -15,15 +15,17 @@ from siglane.nn.cuda import best_token as choosing
 from siglane.nn.cuda import coded_product as coded
 from siglane.nn.cuda import experts as mixing
 from siglane.nn.cuda import fixed_product as fixed
+from siglane.nn.cuda import fp8_rows as narrowing
 from siglane.nn.cuda import mask as masking
 from siglane.nn.cuda import paged_decode as decode
 from siglane.nn.cuda import pointwise
 
 HEAD_DIMS = (72, 128)
+FP8 = 89  # the first that has 8-bit floats
 QUICK = re.compile(r"\b\w+\.approx\b")  # instructions that round as they like
 
 
-def sources(dtype: str, head_dim: int) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
+def sources(architecture: int, dtype: str, head_dim: int) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     """Each kernel with the types of its arguments and its constants."""
     rows, stride = f"*{dtype}", "i32"
     sizes = {"HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "PARTS": decode.PARTS}
@@ -69,6 +71,9 @@ def sources(dtype: str, head_dim: int) -> Iterator[tuple[Any, dict[str, str], di
     plain = {"x": rows, "weight": rows, "bias": rows, "out": rows, "rows": "i32", "columns": "i32", "stride": stride}
     tiles = {"BLOCK_M": fixed.BLOCK_M, "BLOCK_N": fixed.BLOCK_N, "BLOCK_K": fixed.BLOCK_K}
     yield fixed.multiply_fixed, plain, tiles | {"K": 1536, "BIASED": True}
+    if architecture >= FP8:
+        narrowed = {"x": rows, "codes": "*fp8e4nv", "scales": "*fp32", "stride": stride, "size": "i32", "width": "i32"}
+        yield narrowing.code_row, narrowed, {"BLOCK": 8192}
     yield mixing.expert_product, mixed, blocks | {"K": 768, "SHARED": 1, "SCALED": True, "PAIRS": 512}
 
 
@@ -76,7 +81,7 @@ def main() -> None:
     for architecture in (80, 90, 100):
         for dtype in ("fp32", "fp16", "bf16"):
             for head_dim in HEAD_DIMS if dtype == "bf16" else HEAD_DIMS[1:]:
-                for kernel, arguments, constants in sources(dtype, head_dim):
+                for kernel, arguments, constants in sources(architecture, dtype, head_dim):
                     signature = arguments | dict.fromkeys(constants, "constexpr")
                     target = GPUTarget("cuda", architecture, 32)
                     code = triton.compile(ASTSource(kernel, signature, constants), target=target)

@@ -61,6 +61,7 @@ ON_DEMAND = (  # imported by the function that fetches a URL, and by the operato
         "nn/cuda/mask.py",
         "nn/cuda/experts.py",
         "nn/cuda/coded_product.py",
+        "nn/cuda/fp8_rows.py",
     ),
 )
 EXTRAS = (

@@ -55,7 +55,10 @@ class Quantiser:
 
     def _replace(self, part: nn.Module) -> None:
         # a tower has many rows at a time, for which 4 bits cost time and, in the mean of its rows, most of the error
-        quantise(part, "8bit" if self.stages else self._kind, self._device)
+        kind = "8bit" if self.stages else self._kind
+        if kind == "fp8" and part is self._language:  # a step that decodes takes as long as its weights are read
+            kind = "8bit"
+        quantise(part, kind, self._device)
 
     @property
     def later(self) -> list[nn.Module]:

@@ -1,7 +1,8 @@
 """Linear layers with fewer bits in the place of those that a checkpoint filled.
 
 On CPUs products of 8 bits are those of integers (`cpu/int8.py`) and weights of 4 bits are unpacked for theirs
-(`cpu/int4.py`); on CUDA weights are widened where they are read (`cuda/low_bits.py`).
+(`cpu/int4.py`); on CUDA weights are widened where they are read (`cuda/low_bits.py`), or both sides are 8-bit floats
+(`cuda/fp8.py`).
 """
 
 from __future__ import annotations
@@ -12,18 +13,19 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from siglane.errors import ConfigError, UserError
+from siglane.errors import ConfigError, EngineError, UserError
 from siglane.nn.act import SwiGLU, activate
 from siglane.nn.cpu.few_rows import LEAST
 from siglane.nn.cpu.int4 import Int4Codes, Int4Linear, has_packed_products
 from siglane.nn.cpu.int8 import Int8Codes, Int8Linear, Int8Weight, has_integer_products
 from siglane.nn.cpu.int8_block import CodedBlock
+from siglane.nn.cuda.fp8 import fp8_layers
 from siglane.nn.cuda.low_bits import low_bit_linear
 from siglane.nn.encoder import EncoderBlock
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from siglane.types import Activation
 
-Bits = Literal["8bit", "4bit"]
+Bits = Literal["8bit", "4bit", "fp8"]
 LAYERS = (ColumnParallelLinear, RowParallelLinear, QKVParallelLinear)  # that have a quantised form
 Weight = torch.Tensor | Int8Codes | Int4Codes  # [N, K]
 MakeLinear = Callable[[Any, torch.Tensor | None], nn.Module]  # `Weight`, bias [N] -> x W^T + b
@@ -186,6 +188,8 @@ def kernel(kind: Bits, device: torch.device) -> MakeLinear:
     """UserError, naming the reason, when there is none here."""
     if kind not in get_args(Bits):
         raise ConfigError(f"quantization {kind!r} is not known; use none, {', '.join(get_args(Bits))}")
+    if kind == "fp8":
+        return _fp8(device)
     if device.type != "cpu":
         return low_bit_linear({"8bit": 8, "4bit": 4}[kind], device)
     if not has_integer_products():
@@ -197,3 +201,12 @@ def kernel(kind: Bits, device: torch.device) -> MakeLinear:
     if not has_packed_products():
         raise unsupported(kind, "torch has no 4-bit products for this processor (it takes AVX2); use '8bit'")
     return Int4Linear
+
+
+def _fp8(device: torch.device) -> MakeLinear:
+    if device.type == "cpu":
+        raise unsupported("fp8", "CPUs have no products of 8-bit floats; use '8bit'")
+    try:
+        return fp8_layers(device)
+    except EngineError as error:
+        raise unsupported("fp8", f"{error}; use '8bit'") from error

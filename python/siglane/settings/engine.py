@@ -14,8 +14,11 @@ if TYPE_CHECKING:  # flags are read and wrong ones reported before torch's secon
     import torch
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-QUANTIZATION_HELP = "bits that the weights of linear layers are kept in; none: as the model's files have them"
-Quantization = Literal["none", "8bit", "4bit"]
+QUANTIZATION_HELP = (
+    "bits that the weights of linear layers are kept in; fp8: 8, and on GPUs that have them towers compute in 8-bit "
+    "floats; none: as the model's files have them"
+)
+Quantization = Literal["none", "8bit", "4bit", "fp8"]
 DTYPE_HELP = "dtype of the weights and what is computed with them; auto: float32, on CUDA bfloat16"
 PAGED_BACKENDS = ("auto", "torch", "eager")
 FEATURE_CACHE_BYTES, FEATURE_CACHE_CONTEXTS = 256 << 20, 8
@@ -118,7 +121,7 @@ class EngineConfig:
         return language, language if self.vision_dtype == "auto" else resolve_dtype(self.vision_dtype, device)
 
     @property
-    def bits(self) -> Literal["8bit", "4bit"] | None:
+    def bits(self) -> Literal["8bit", "4bit", "fp8"] | None:
         """What `quantization` asks for."""
         return None if self.quantization == "none" else self.quantization
 

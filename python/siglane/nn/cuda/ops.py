@@ -173,3 +173,15 @@ def _coded_product(*operands: Any) -> torch.Tensor:
     from siglane.nn.cuda.coded_product import coded_product
 
     return coded_product(*operands)
+
+
+def _coded_rows(x: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = x.shape[0]
+    return x.new_empty((rows, width), dtype=torch.float8_e4m3fn), x.new_empty((rows, 1), dtype=torch.float32)
+
+
+@_operator("fp8_rows(Tensor x, int width) -> (Tensor, Tensor)", _coded_rows)
+def _fp8_rows(x: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    from siglane.nn.cuda.fp8_rows import fp8_rows
+
+    return fp8_rows(x, width)
