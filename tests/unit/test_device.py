@@ -167,12 +167,15 @@ def test_every_step_has_the_bits_of_a_dynamic_one(
     for request in requests:
         engine.add(request)
     said: dict[str, list[int]] = {request.request_id: [] for request in requests}
+    known = 0
     for step in range(400):
         if step == 6:
             engine.abort("tiles 0")
             engine.abort("image 1")
         for delta in engine.step() if engine.has_work else []:
             said[delta.request_id] += [] if delta.token_id is None else [delta.token_id]
+            known += 0 if delta.finished is None else delta.finished.cached_tokens
+    assert bool(known) == options.get("prefix_cache", True)
     assert bool(put_back) == ("kv_tokens" in options)
     sizes = {*buckets} - {None}
     assert (kernels is None) == (sizes == set())

@@ -57,6 +57,21 @@ def test_a_part_that_raises_is_said_and_the_next_one_runs(monkeypatch: pytest.Mo
     assert "error" not in end
 
 
+def test_stages_are_those_that_are_asked_for() -> None:
+    names = [one.name for one in gpu_report.planned(quick=True, names=None)]
+    assert names == ["machine", "kernels", "answers"]
+    assert [one.name for one in gpu_report.planned(quick=False, names=["tests", "tower"])] == ["tests", "tower"]
+    assert gpu_report.planned(quick=False, names=None) == list(gpu_report.PLAN)
+
+
+def test_a_stage_imports_the_package_of_this_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where another one, or none, is installed."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "siglane").mkdir()
+    said, _ = stage(monkeypatch, tmp_path, "import siglane\nprint(json.dumps({'file': siglane.__file__}))")
+    assert said["file"] == str(REPORT.resolve().parents[1] / "python" / "siglane" / "__init__.py")
+
+
 def test_the_verdict_is_of_every_goal() -> None:
     met = {"stage": "tower", "goal": "tower of 8", "value": "61 %", "wanted": "at least 50 %", "passed": True}
     assert verdict([met], on_gpu=True) == ("ok     tower of 8: 61 % (at least 50 %)", 0)

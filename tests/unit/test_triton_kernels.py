@@ -121,6 +121,23 @@ def test_decode_is_attention_over_pages(group: int, head_dim: int, dtype: torch.
     close(cache.attend(q, range(len(lengths))), cache.expected(q), dtype)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
+@DTYPES
+def test_a_row_of_padding_sees_slot_0_and_harms_nobody(dtype: torch.dtype) -> None:
+    """It has length 1 and a row of the table that is all zeros; what earlier padding left there may be NaN."""
+    lengths = [PAGE + 1, 1]
+    cache = Cache(lengths, 2, 72, dtype)
+    q = spread(2, 12, 72, dtype=dtype)
+    alone = cache.attend(q[:1], [0])
+    cache.table[1] = 0
+    for left in (torch.nan, 3.0):
+        cache.values[:PAGE], cache.keys[:PAGE] = left, left
+        cache.keys[1:PAGE], cache.values[1:PAGE] = torch.nan, torch.nan
+        found = cache.attend(q, [0, 1])
+        assert torch.equal(found[:1], alone)
+        assert torch.equal(found[1], torch.full_like(found[1], left)) or left != left
+
+
 @DTYPES
 def test_parts_grow_with_the_sequence(dtype: torch.dtype) -> None:
     """From 8,192 tokens on; the last part of one is a single token."""
@@ -150,7 +167,7 @@ def test_rotation(heads: int, head_dim: int, dtype: torch.dtype) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("head_dim", [32, 72, 128])
+@pytest.mark.parametrize("head_dim", [32, 64, 72, 128])
 def test_rotation_behind_norms(head_dim: int, dtype: torch.dtype) -> None:
     """Five heads of queries, two of keys, each kind with gains of its own."""
     module, norms = NormedRotation(head_dim, 5), [RMSNorm(head_dim, 1e-6).to(DEVICE, dtype) for _ in range(2)]
@@ -188,11 +205,12 @@ def test_rms_norm(kind: type[RMSNorm], heads: int, dtype: torch.dtype) -> None:
 
 
 @DTYPES
-def test_store_writes_its_slots_alone(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("head_dim", [32, 64, 72, 128])
+def test_store_writes_its_slots_alone(head_dim: int, dtype: torch.dtype) -> None:
     """Padding shares slot 0, whatever is left there."""
-    k, v = spread(4, 3, 72, dtype=dtype), spread(4, 3, 72, dtype=dtype, seed=1)
+    k, v = spread(4, 3, head_dim, dtype=dtype), spread(4, 3, head_dim, dtype=dtype, seed=1)
     slots = torch.tensor([17, 5, 0, 0], device=DEVICE)
-    keys, values = torch.full((2, 20, 3, 72), 9.0, dtype=dtype, device=DEVICE)
+    keys, values = torch.full((2, 20, 3, head_dim), 9.0, dtype=dtype, device=DEVICE)
     pointwise.store(k, v, keys, values, slots)
     for cache, rows in ((keys, k), (values, v)):
         assert torch.equal(cache[[17, 5]], rows[:2])
