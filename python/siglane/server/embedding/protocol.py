@@ -165,7 +165,6 @@ class ImageItem(RequestModel):
 
 
 ImageItems = Annotated[list[Url | ImageItem], Field(min_length=1, max_length=MAX_INPUTS)]
-ImageInputs = Url | ImageItem | ImageItems
 Images = Annotated[list[Image], Field(min_length=1, max_length=MAX_INPUTS)]
 
 
