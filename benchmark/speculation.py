@@ -95,7 +95,7 @@ def main() -> None:
     config = EngineConfig(
         device="cpu", quantization=options.quantization, threads=options.threads, kv_tokens=8192, prefix_cache=False
     )
-    engine = build_engine(checkpoint, processor, config)
+    engine = build_engine(checkpoint, processor.config, processor.tokenizer, config)
 
     def request(number: int, traffic: Traffic, guessed: int) -> Request:
         prompt = processor.prompt([Message("user", (traffic.questions[number],))], [])

@@ -100,8 +100,8 @@ def test_a_call_that_has_to_come_matches_its_schema(caller: Caller, name: str) -
         assert called in names
         assert arguments_fit(called, arguments)
         assert (said["message"]["content"], said["finish_reason"]) == (None, "tool_calls")
-        message, reason = joined(stream(caller.server, body))
-        assert (message["content"], of(message), reason) == (None, [(called, arguments)], "tool_calls")
+    message, reason = joined(stream(caller.server, body))
+    assert (message["content"], of(message), reason) == (None, [(called, arguments)], "tool_calls")
 
 
 def test_a_history_is_written_in_the_models_form(caller: Caller) -> None:

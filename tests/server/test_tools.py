@@ -110,12 +110,12 @@ def test_a_call_that_has_to_come_matches_its_schema(caller: RunningServer, name:
         assert called in names
         assert arguments_fit(called, arguments)
         assert (said["message"]["content"], said["finish_reason"]) == (None, "tool_calls")
-        told = stream(caller, body)
-        message, reason = joined(told)
-        assert (message["content"], of(message), reason) == (None, [(called, arguments)], "tool_calls")
-        if called == "weather":  # it comes in pieces
-            deltas = [one["delta"].get("tool_calls", []) for chunk in told.chunks for one in chunk["choices"]]
-            assert sum(map(bool, deltas)) > 2
+    told = stream(caller, body)
+    message, reason = joined(told)
+    assert (message["content"], of(message), reason) == (None, [(called, arguments)], "tool_calls")
+    if called == "weather":  # it comes in pieces
+        deltas = [one["delta"].get("tool_calls", []) for chunk in told.chunks for one in chunk["choices"]]
+        assert sum(map(bool, deltas)) > 2
 
 
 def test_strict_functions_are_called_as_their_schema_says(caller: RunningServer) -> None:

@@ -191,7 +191,7 @@ def test_an_engines_prompt_is_siglanes(processors: dict[str, Processor], name: s
     processor = processors[name]
 
     @given(conversation=conversations(thoughts=name in THINKS), pictures_first=st.booleans())
-    @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @example(Conversation((("user", "Hello"),)), True)
     @example(Conversation((("user", [IMAGE]),)), True)
     @example(Conversation((("user", ["What?", IMAGE]), ("assistant", "A cat."), ("user", [" ", IMAGE, "\n"]))), True)

@@ -10,6 +10,7 @@ import struct
 import zlib
 from io import BytesIO
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
-from siglane.config.preprocess import FORMATS, OPTIONAL_FORMATS, DecodeConfig
+from siglane.config.preprocess import FORMATS, DecodeConfig
 from siglane.errors import ImageError
 from siglane.image.decode import decode, from_pil, pil_size, read_size
+from siglane.settings.media import ImageFormat
 from siglane.types import Size
 
 pytestmark = [
@@ -29,7 +31,8 @@ pytestmark = [
 
 CONFIG = DecodeConfig()
 REFERENCE = DecodeConfig(alpha="drop", depth16="clip")
-EVERYTHING = DecodeConfig(formats=FORMATS + OPTIONAL_FORMATS)
+EVERYTHING = DecodeConfig(formats=get_args(ImageFormat))
+OPTIONAL_FORMATS = [name for name in EVERYTHING.formats if name not in FORMATS]
 LEAKS = re.compile(r"0x|Traceback|<_io|/home|/tmp|/usr|\.py")
 
 

@@ -7,6 +7,7 @@ import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
+from typing import get_args
 
 import av
 import numpy as np
@@ -31,14 +32,15 @@ from picture_files import (
 from PIL import Image, ImageFile, PngImagePlugin
 
 import siglane
-from siglane.config.preprocess import FORMATS, OPTIONAL_FORMATS, DecodeConfig
+from siglane.config.preprocess import DecodeConfig
 from siglane.errors import ImageError
 from siglane.image.decode import decode, from_pil, pil_size, read_size
+from siglane.settings.media import ImageFormat
 from siglane.types import Size
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
-CONFIG = DecodeConfig(formats=FORMATS + OPTIONAL_FORMATS)
+CONFIG = DecodeConfig(formats=get_args(ImageFormat))
 CASES = corpus()
 MOST_TO_CUT = 10_000  # bytes; larger files are large because of their metadata
 av.logging.set_level(av.logging.PANIC)

@@ -27,6 +27,7 @@ from siglane.engine.process.load import load_engine
 from siglane.engine.process.supervisor import EngineProcess
 from siglane.errors import EngineError, UserError
 from siglane.families.processor import load_processor
+from siglane.families.prompt.renderers import Renderers
 from siglane.settings.engine import EngineConfig
 from siglane.types import DecodedImage, Finished, ImagePart, Message, Prompt, Request, SamplingParams, TokenDelta
 from siglane.weights.hub import open_checkpoint
@@ -311,6 +312,17 @@ class TestStarting:
             ask(engine, request("a"))
         assert (refused.value.code, refused.value.status) == ("engine_down", 503)
         engine.close()
+
+    def test_no_template_is_rendered(self, spec: EngineSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Prompts are written elsewhere: an engine starts no process that would write them."""
+
+        def render(self: Renderers, template: str, variables: object) -> NoReturn:
+            raise AssertionError(template)
+
+        monkeypatch.setattr(Renderers, "render", render)
+        with pytest.raises(AssertionError, match="message"):
+            load_processor(open_checkpoint(spec.model))
+        load_engine(spec.model, spec.config)
 
     @pytest.mark.parametrize("kv_tokens", [10**13, 10**17])
     def test_a_cache_that_no_memory_holds_is_one_sentence(self, spec: EngineSpec, kv_tokens: int) -> None:

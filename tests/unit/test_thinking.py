@@ -394,7 +394,7 @@ def test_the_engine_takes_the_facts_from_its_processor(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path)
     processor = load_processor(checkpoint)
     processor.config = replace(processor.config, thinking=THINKING)
-    engine = build_engine(checkpoint, processor, EngineConfig(device="cpu", kv_tokens=256))
+    engine = build_engine(checkpoint, processor.config, processor.tokenizer, EngineConfig(device="cpu", kv_tokens=256))
     answer = run(engine, request(thinking_budget=3, max_tokens=8, ignore_eos=True))["a"]
     assert answer.tokens[3:] == list(FORCED)
 

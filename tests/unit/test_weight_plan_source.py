@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -81,10 +81,22 @@ def language_names(reference: Any) -> set[str]:
     return names - {"lm_head.weight"} if tied else names
 
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_every_language_tensor_has_transformers_name(tmp_path: Path, name: str) -> None:
-    expected = language_names(WRITERS[name](tmp_path))
-    checkpoint = Checkpoint(tmp_path)
+class Written(NamedTuple):
+    """One of `WRITERS`' checkpoints, and transformers' names of its language model's tensors."""
+
+    name: str
+    checkpoint: Checkpoint
+    language_names: set[str]
+
+
+@pytest.fixture(scope="module", params=WRITERS)
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Written:
+    folder = tmp_path_factory.mktemp("written")
+    return Written(request.param, Checkpoint(folder), language_names(WRITERS[request.param](folder)))
+
+
+def test_every_language_tensor_has_transformers_name(written: Written) -> None:
+    checkpoint = written.checkpoint
     config = load_processor(checkpoint).config
     ours, theirs = vlm_family(checkpoint).language_plan(config.language), qwen_plan(config.language)
     sources: dict[str, str] = {}
@@ -97,30 +109,29 @@ def test_every_language_tensor_has_transformers_name(tmp_path: Path, name: str) 
         assert theirs.find(source) == destination
         assert source not in sources or destination.twin, f"{tensor.name} and {sources[source]} are both {source}"
         sources[source] = tensor.name
-    assert set(sources) == expected
+    assert set(sources) == written.language_names
 
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_every_model_is_written_back_as_it_was_read(tmp_path: Path, name: str) -> None:
-    WRITERS[name](tmp_path)
-    checkpoint = Checkpoint(tmp_path)
+def test_every_model_is_written_back_as_it_was_read(written: Written) -> None:
+    checkpoint = written.checkpoint
     config, family = load_processor(checkpoint).config, vlm_family(checkpoint)
     plan = family.plan(config)
     model = load_model(checkpoint, config, device="cpu", dtype=torch.float32)
     tensors = checkpoint_tensors(model, plan)
     again = VisionLanguageModel(config)
     with StrictLoad(plan, again) as load:
-        for written, tensor in tensors.items():
-            load.take(written, tensor)
+        for stored, tensor in tensors.items():
+            load.take(stored, tensor)
     assert not load.ignored
     state = again.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     shapes = {plan.find(tensor.name): tensor.shape for tensor in model_tensors(checkpoint)}
     flat = ("vision.encoder.tower.position_embedding.weight",)  # nanoVLM stores it with an axis in front
-    for written, tensor in tensors.items():
-        destination = plan.find(written)
+    for stored, tensor in tensors.items():
+        destination = plan.find(stored)
         assert isinstance(destination, Destination)
-        assert shapes[destination] == tensor.shape or (destination.parameter in flat and name.startswith("nanovlm"))
+        nanovlm = written.name.startswith("nanovlm")
+        assert shapes[destination] == tensor.shape or (destination.parameter in flat and nanovlm)
 
 
 def language_config(model_type: str, **facts: Any) -> LanguageConfig:

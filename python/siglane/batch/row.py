@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from siglane.batch.keys import DiskSet
-from siglane.image.decode import format_of
+from siglane.image.signature import format_of
 from siglane.media.source import URL, naming, read_file
 
 CHAT, COMPLETIONS, DECISIONS, SYSTEMONE = "/v1/chat/completions", "/v1/completions", "/v1/decisions", "/v1/systemone"

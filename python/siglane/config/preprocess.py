@@ -17,7 +17,6 @@ JpegRule = Literal["exact", "fast"]
 
 MAX_IMAGE_PIXELS = 33_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-OPTIONAL_FORMATS = ("TIFF", "AVIF")
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")  # by which FORMATS are found in folders and tars
 
 

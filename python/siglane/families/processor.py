@@ -150,10 +150,18 @@ class Processor(ImageProcessor):
 
 
 def load_processor(checkpoint: Checkpoint, config: VlmConfig | None = None) -> Processor:
-    """The processor of a vision-language checkpoint. ConfigError when its family or one of its facts is not known.
+    """The processor of a vision-language checkpoint. ConfigError when its family or one of its facts is not known, or
+    its chat template cannot be used.
 
     config: facts to use instead of the checkpoint's (VILA1.5 in column order: `Nvila.images(column_major=True)`).
     """
+    stated, tokenizer = load_facts(checkpoint)
+    return Processor(config or stated, tokenizer, vlm_family(checkpoint).prompt_rules(checkpoint))
+
+
+def load_facts(checkpoint: Checkpoint) -> tuple[VlmConfig, PreTrainedTokenizerFast]:
+    """What a vision-language checkpoint states, and its tokenizer: all that an engine asks for, which writes no prompts
+    and so needs no process that renders them. ConfigError when its family or a fact is not known."""
     family = vlm_family(checkpoint)
     processor, folder = family.has_processor(checkpoint), family.tokenizer_folder(checkpoint)
     adapter, added = _with_adapter(checkpoint), family.added_tokens(checkpoint)
@@ -162,7 +170,7 @@ def load_processor(checkpoint: Checkpoint, config: VlmConfig | None = None) -> P
         tokenizer.chat_template = load_tokenizer(folder, added, processor=processor).chat_template
     parts = [source.folder for source in (*family.vision_sources(checkpoint), *family.language_sources(checkpoint))]
     log_contradictions([checkpoint, folder, *parts], processor=processor, tied_at_root=family.tied_at_root)
-    return Processor(config or family.config(checkpoint, tokenizer), tokenizer, family.prompt_rules(checkpoint))
+    return family.config(checkpoint, tokenizer), tokenizer
 
 
 def _with_adapter(checkpoint: Checkpoint) -> Checkpoint | None:

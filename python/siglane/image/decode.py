@@ -6,8 +6,6 @@ any pixel exists.
 
 from __future__ import annotations
 
-import re
-from base64 import urlsafe_b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -23,6 +21,7 @@ from siglane.errors import ImageError
 from siglane.image import bmp, gif, jpeg, png, webp
 from siglane.image.header import UPRIGHT, Header, orientation_of
 from siglane.image.reduce import reduced_size, region_of, shrink_of
+from siglane.image.signature import MARKUP, SIGNATURE_BYTES, format_in_base64, format_of, kind_of
 from siglane.types import DecodedImage, ImageLayout, ReducedImage, Size
 
 # EXIF orientation -> what makes the picture upright
@@ -39,42 +38,6 @@ _TURNS = {
 # each finds in a file what makes its picture; TIFF and AVIF are Pillow's alone
 _READERS = {"JPEG": jpeg, "PNG": png, "WEBP": webp, "GIF": gif, "BMP": bmp}
 
-# (offset, bytes) that give a format away; Pillow alone decides what is decoded
-_SIGNATURES = (
-    (0, b"\xff\xd8\xff", "JPEG"),
-    (0, b"\x89PNG", "PNG"),
-    (8, b"WEBP", "WEBP"),
-    (0, b"GIF8", "GIF"),
-    (0, b"BM", "BMP"),
-    (0, b"II*\0", "TIFF"),
-    (0, b"MM\0*", "TIFF"),
-    (4, b"ftypavi", "AVIF"),
-    (4, b"ftyphei", "HEIC"),
-    (4, b"ftypmif1", "HEIF"),
-    (0, b"\xff\x0a", "JPEG XL"),
-    (4, b"JXL ", "JPEG XL"),
-    (4, b"jP  ", "JPEG 2000"),
-    (0, b"\0\0\1\0", "ICO"),
-    (0, b"%PDF", "PDF"),
-    (0, b"%!PS", "EPS"),
-    (0, b"\xc5\xd0\xd3\xc6", "EPS"),
-    (0, b"8BPS", "PSD"),
-    (0, b"SIMPLE  =", "FITS"),
-    (0, b"\xd7\xcd\xc6\x9a", "WMF"),
-    (40, b" EMF", "EMF"),
-)
-_SIGNATURE_BYTES = 64
-_BASE64 = re.compile(r"[A-Za-z0-9+/_-]+={0,2}")
-# what is sent or stored in a picture's place
-_NO_PICTURES = (
-    (0, b"version https://git-lfs", "a Git LFS pointer, not the picture: run `git lfs pull`"),
-    (0, b"data:", "a data URL written into a file: decode it first"),
-    (4, b"ftyp", "a video, or another picture format"),
-    (0, b"\x1aE\xdf\xa3", "a video"),
-    (8, b"AVI ", "a video"),
-    (0, b"\x1f\x8b", "compressed by gzip"),
-    (0, b"PK\x03\x04", "a ZIP archive"),
-)
 _MIN_IS_WHITE = 0  # of a grey TIFF; Pillow turns 8 bits round, 16 not
 
 
@@ -113,7 +76,7 @@ def decode(data: bytes, config: DecodeConfig) -> DecodedImage:
 
 def decode_for(data: bytes, layout: ImageLayout, config: DecodeConfig) -> DecodedImage | ReducedImage:
     """The same for `layout`, where `config` allows it at a fraction of the size."""
-    fast = config.jpeg == "fast" and "JPEG" in config.formats and format_of(data[:_SIGNATURE_BYTES]) == "JPEG"
+    fast = config.jpeg == "fast" and "JPEG" in config.formats and format_of(data[:SIGNATURE_BYTES]) == "JPEG"
     shrink = shrink_of(layout) if fast else 1
     if shrink == 1:
         return decode(data, config)
@@ -160,7 +123,7 @@ def _undecodable() -> ImageError:
 
 def _read_header(file: BinaryIO, config: DecodeConfig) -> tuple[str | None, Header]:
     """The format, None for one that Pillow alone reads, and what the file says of the picture; its size is checked."""
-    name = format_of(file.read(_SIGNATURE_BYTES))
+    name = format_of(file.read(SIGNATURE_BYTES))
     file.seek(0)
     if name in _READERS and name in config.formats:
         header = _READERS[name].read_header(file)
@@ -188,35 +151,20 @@ def _pil_header(image: Image.Image) -> Header:
     return Header(Size(*image.size), orientation)
 
 
-def format_of(head: bytes) -> str | None:
-    """What a file is, by its first 64 bytes: JPEG, PNG and so on; None for what is not known."""
-    return next((name for at, magic, name in _SIGNATURES if head.startswith(magic, at)), None)
-
-
-def format_in_base64(text: str) -> str | None:
-    """What a file is whose bytes `text` holds in base64, without a data URL's head; None for a text of any other kind,
-    too short for a picture or with white space."""
-    text = text.strip()
-    if len(text) < _SIGNATURE_BYTES or not _BASE64.fullmatch(text):
-        return None
-    return format_of(urlsafe_b64decode(text[:_SIGNATURE_BYTES].replace("+", "-").replace("/", "_")))
-
-
 def _unidentified(file: BinaryIO, config: DecodeConfig) -> ImageError:
     file.seek(0)
-    head = file.read(_SIGNATURE_BYTES)
-    name = format_of(head)
-    if name is None and head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
-        name = "SVG or HTML"
-    allowed = ", ".join(config.formats)
-    if name is None:
-        what = next((f" ({what})" for at, magic, what in _NO_PICTURES if head.startswith(magic, at)), "")
-        if not what and (inside := format_in_base64(head.decode("latin-1"))):
-            what = f" ({inside} in base64: decode it once more)"
-        return ImageError(f"not an image{what}; accepted formats: {allowed}", code="image_decode_failed")
-    if name in config.formats:
+    head = file.read(SIGNATURE_BYTES)
+    kind, allowed = kind_of(head), ", ".join(config.formats)
+    if kind is None and head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+        kind = MARKUP
+    if kind is None or not kind.picture:
+        inside = format_in_base64(head.decode("latin-1"))
+        what = kind.name if kind else inside and f"{inside} in base64: decode it once more"
+        told = f" ({what})" if what else ""
+        return ImageError(f"not an image{told}; accepted formats: {allowed}", code="image_decode_failed")
+    if kind.name in config.formats:
         return _undecodable()
-    return ImageError(f"{name} is not accepted; accepted formats: {allowed}", code="image_format_not_allowed")
+    return ImageError(f"{kind.name} is not accepted; accepted formats: {allowed}", code="image_format_not_allowed")
 
 
 def _check_size(size: Size, config: DecodeConfig) -> None:

@@ -73,7 +73,7 @@ class LLM:
         self.processor: Processor = load_processor(checkpoint)
         self.sampling_defaults = sampling_defaults(self.processor.config, SamplingParams())
         self._media = MediaPipeline(self.processor.config.images, budget, media, decode)
-        self._engine = build_engine(checkpoint, self.processor, config)
+        self._engine = build_engine(checkpoint, self.processor.config, self.processor.tokenizer, config)
         self._stepper = Stepper(self._engine)
         self._one_caller = threading.Lock()
         self._request_ids = (f"offline-{number}" for number in count())

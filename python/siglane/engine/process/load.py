@@ -6,12 +6,14 @@ import logging
 import time
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
+from siglane.config.vlm import VlmConfig
 from siglane.engine.constraints.constraint import Grammars
 from siglane.engine.engine import Engine
 from siglane.errors import ConfigError
 from siglane.families.model import VisionLanguageModel, load_model
-from siglane.families.processor import Processor, load_processor
+from siglane.families.processor import load_facts
 from siglane.families.two_tower import LoadedTwoTower, load_two_tower
 from siglane.nn.attention import runnable_backends
 from siglane.nn.cpu.optimise import optimise
@@ -28,12 +30,14 @@ logger = logging.getLogger(__name__)
 def load_engine(model: str | Checkpoint, config: EngineConfig) -> Engine:
     """The engine of a folder, a hub id or "demo". UserError when it cannot be used here, naming the reason."""
     checkpoint = opened(model)
-    return build_engine(checkpoint, load_processor(checkpoint), config)
+    return build_engine(checkpoint, *load_facts(checkpoint), config)
 
 
-def build_engine(checkpoint: Checkpoint, processor: Processor, config: EngineConfig) -> Engine:
-    """Loads the weights; `processor` is the checkpoint's own."""
-    return _started(_load(checkpoint, processor, config), processor, config)
+def build_engine(
+    checkpoint: Checkpoint, stated: VlmConfig, tokenizer: PreTrainedTokenizerFast, config: EngineConfig
+) -> Engine:
+    """Loads the weights. stated, tokenizer: the checkpoint's own."""
+    return _started(_load(checkpoint, stated, config), stated, tokenizer, config)
 
 
 def load_with_tagger(
@@ -42,14 +46,16 @@ def load_with_tagger(
     """`load_engine`, and both towers of the SigLIP `tagger`: its image tower is the chat model's own where their
     weights are equal. Layers of fewer bits are never shared, because codes do not tell whether they are."""
     checkpoint, siglip = opened(model), opened(tagger)
-    processor = load_processor(checkpoint)
-    loaded = _load(checkpoint, processor, config)
+    stated, tokenizer = load_facts(checkpoint)
+    loaded = _load(checkpoint, stated, config)
     fewer_bits = config.bits is not None or any(map(codes_format, (checkpoint, siglip)))
     shared = None if loaded.vision is None or fewer_bits else loaded.vision.encoder.tower
     two_tower = _load_towers(siglip, config, shared)
     if fewer_bits:
         two_tower = two_tower._replace(not_shared_because="layers of fewer bits are not shared")
-    engine = _started(loaded, processor, config)  # optimises it, after which its layers can no longer be loaded into
+    engine = _started(
+        loaded, stated, tokenizer, config
+    )  # optimises it, after which its layers can no longer be loaded into
     optimise(two_tower.model)
     return engine, two_tower
 
@@ -80,14 +86,14 @@ def _load_towers(
     return two_tower
 
 
-def _load(checkpoint: Checkpoint, processor: Processor, config: EngineConfig) -> VisionLanguageModel:
+def _load(checkpoint: Checkpoint, stated: VlmConfig, config: EngineConfig) -> VisionLanguageModel:
     begin = time.monotonic()
     device, dtype, vision_dtype = placement(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     model = load_model(
         checkpoint,
-        processor.config,
+        stated,
         device=device,
         dtype=dtype,
         vision_dtype=vision_dtype,
@@ -100,11 +106,13 @@ def _load(checkpoint: Checkpoint, processor: Processor, config: EngineConfig) ->
     return model
 
 
-def _started(model: VisionLanguageModel, processor: Processor, config: EngineConfig) -> Engine:
+def _started(
+    model: VisionLanguageModel, stated: VlmConfig, tokenizer: PreTrainedTokenizerFast, config: EngineConfig
+) -> Engine:
     optimise(model)
     optimise_on_cuda(model.language, config.batch_invariant)
-    grammars = Grammars(processor.tokenizer, processor.config.language.vocab_size, processor.eos_token_ids)
-    return Engine(model, config, processor.eos_token_ids, processor.config.thinking, grammars)
+    grammars = Grammars(tokenizer, stated.language.vocab_size, stated.eos_token_ids)
+    return Engine(model, config, stated.eos_token_ids, stated.thinking, grammars)
 
 
 def placement(config: EngineConfig) -> tuple[torch.device, torch.dtype, torch.dtype]:

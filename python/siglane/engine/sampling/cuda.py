@@ -134,13 +134,13 @@ def _read(
     host = packed.cpu()
     token_ids, sure, ids, values = host.split([rows, rows, reported * top, reported * (1 + top)])
     logprobs = values.view(torch.float32).view(reported, 1 + top).tolist()
-    told = zip(ids.view(reported, top).tolist(), logprobs, plan.counts, strict=True)
+    told = zip(ids.view(reported, top).tolist(), logprobs, strict=True)
     reports = dict(zip(plan.reported, told, strict=True))
     choices: Choices = []
     for row, token_id in enumerate(token_ids.tolist()):
         report = None
         if row in reports:
-            likely, (own, *others), count = reports[row]
+            (likely, (own, *others)), count = reports[row], plan.reported[row]
             report = TokenLogprob(token_id, own, tuple(zip(likely[:count], others[:count], strict=True)))
         choices.append(SampledToken(token_id, report))
     again = sorted({*plan.host, *(row for row, good in enumerate(sure.tolist()) if not good)})

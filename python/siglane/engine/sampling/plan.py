@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,26 +26,34 @@ def most_numbers(rows: int) -> int:
     return ROW_NUMBERS * rows + 2 * PAIRS + MASK_WORDS
 
 
+class Row(NamedTuple):
+    """Both keys of its noise; forced: the id that is chosen, else -1."""
+
+    first_key: int
+    second_key: int
+    temperature: float
+    forced: int
+
+
+class Filter(NamedTuple):
+    """Of a row with top-k, top-p or min-p."""
+
+    row: int
+    top_k: int
+    top_p: float
+    min_p: float
+
+
 @dataclass(slots=True)
 class SamplingPlan:
-    """A step's rows in numbers of the host. Each: both keys of its noise, temperature, the id that is forced, else -1;
-    filtered: rows with top-k, top-p or min-p, and those; reported: rows whose log-probabilities are wanted, and of how
-    many tokens, `top` at most; masked: rows that are held to a grammar, and their masks; host: rows that are not chosen
-    here."""
+    """A step's rows in numbers of the host. reported: rows whose log-probabilities are wanted, and of how many tokens,
+    `top` at most; masked: rows that are held to a grammar, and their masks; host: rows that are not chosen here."""
 
-    first_keys: list[int] = field(default_factory=list)
-    second_keys: list[int] = field(default_factory=list)
-    temperatures: list[float] = field(default_factory=list)
-    forced: list[int] = field(default_factory=list)
-    filtered: list[int] = field(default_factory=list)
-    top_k: list[int] = field(default_factory=list)
-    top_p: list[float] = field(default_factory=list)
-    min_p: list[float] = field(default_factory=list)
-    reported: list[int] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    filters: list[Filter] = field(default_factory=list)
+    reported: dict[int, int] = field(default_factory=dict)
+    masked: dict[int, Words] = field(default_factory=dict)
     pairs: Pairs = field(default_factory=Pairs)
-    masked: list[int] = field(default_factory=list)
-    masks: list[Words] = field(default_factory=list)
     host: list[int] = field(default_factory=list)
 
     @classmethod
@@ -55,44 +63,39 @@ class SamplingPlan:
             params = one.request.sampling
             edits = Edits.of(params, one.answered, one.tally, eos_token_ids) if one.forced_id is None else None
             pairs = 0 if edits is None else edits.most
-            first, second = noise_key(one.seed, one.answered)
-            plan.first_keys.append(first)
-            plan.second_keys.append(second)
-            plan.temperatures.append(max(params.temperature, SMALLEST_TEMPERATURE) if params.temperature else 0.0)
-            plan.forced.append(-1 if one.forced_id is None else one.forced_id)
+            temperature = max(params.temperature, SMALLEST_TEMPERATURE) if params.temperature else 0.0
+            forced = -1 if one.forced_id is None else one.forced_id
+            plan.rows.append(Row(*noise_key(one.seed, one.answered), temperature, forced))
             held, mask = _mask(one)
-            crowded = pairs > room or (mask is not None and len(plan.masks) == most_masks)
+            crowded = pairs > room or (mask is not None and len(plan.masked) == most_masks)
             if not held or crowded or max(params.top_k, params.logprobs or 0) > WINDOW:
                 plan.host.append(row)
                 continue
             room -= pairs
             if mask is not None:
-                plan.masked.append(row)
-                plan.masks.append(mask)
+                plan.masked[row] = mask
             if edits is not None:
                 edits.note(plan.pairs, row, vocab_size)
             if params.temperature and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0):
-                plan.filtered.append(row)
-                plan.top_k.append(params.top_k)
-                plan.top_p.append(params.top_p)
-                plan.min_p.append(params.min_p)
+                plan.filters.append(Filter(row, params.top_k, params.top_p, params.min_p))
             if params.logprobs is not None:
-                plan.reported.append(row)
-                plan.counts.append(params.logprobs)
+                plan.reported[row] = params.logprobs
         return plan
 
     @property
     def top(self) -> int:
-        return max(self.counts, default=0)
+        return max(self.reported.values(), default=0)
 
     def words(self) -> list[Sequence[int] | Words]:
         """As `Numbers.of` takes them apart."""
+        first_keys, second_keys, temperatures, forced = _columns(self.rows, len(Row._fields))
+        filtered, top_k, top_p, min_p = _columns(self.filters, len(Filter._fields))
         pairs = self.pairs
         return [
-            self.first_keys + self.second_keys, _bits(self.temperatures), self.forced,
-            self.filtered, self.top_k, _bits(self.top_p), _bits(self.min_p), self.reported,
+            first_keys + second_keys, _bits(temperatures), forced,
+            filtered, top_k, _bits(top_p), _bits(min_p), [*self.reported],
             pairs.biased, _bits(pairs.biases), pairs.banned, pairs.repeated, _bits(pairs.penalties),
-            pairs.counted, _bits(pairs.amounts), self.masked, np.concatenate([*self.masks, NO_WORDS]),
+            pairs.counted, _bits(pairs.amounts), [*self.masked], np.concatenate([*self.masked.values(), NO_WORDS]),
         ]  # fmt: skip
 
 
@@ -145,6 +148,11 @@ class Numbers(NamedTuple):
         )  # fmt: skip
         masks = masks.view(torch.int32).view(len(masked), -1) if len(masked) else masks
         return cls(keys.view(2, -1), _floats(temperatures).float(), forced, filters, reported, edits, masked, masks)
+
+
+def _columns(rows: Sequence[tuple[Any, ...]], width: int) -> list[tuple[Any, ...]]:
+    """rows of `width` numbers each -> `width` columns, empty ones where there are no rows."""
+    return [*zip(*rows, strict=True)] or [()] * width
 
 
 def _bits(numbers: Sequence[float]) -> list[int]:

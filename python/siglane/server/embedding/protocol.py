@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from siglane.errors import UserError
 from siglane.families.report import ImageReport
-from siglane.image.decode import format_in_base64
+from siglane.image.signature import format_in_base64
 from siglane.media.item import MediaItem
 from siglane.media.messages import url_item
 from siglane.server.fields import WHOLE, RequestModel, not_both, one_of
@@ -165,7 +165,6 @@ class ImageItem(RequestModel):
 
 
 ImageItems = Annotated[list[Url | ImageItem], Field(min_length=1, max_length=MAX_INPUTS)]
-ImageInputs = Url | ImageItem | ImageItems
 Images = Annotated[list[Image], Field(min_length=1, max_length=MAX_INPUTS)]
 
 
