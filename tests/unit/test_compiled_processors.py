@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -64,7 +65,7 @@ def test_a_block_multiplies_as_the_processor_does(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROCESSORS)
-@pytest.mark.parametrize("make", [lambda processor: heads_module(64, processor), between_module], ids=["heads", "between"])
+@pytest.mark.parametrize("make", [partial(heads_module, 64), between_module], ids=["heads", "between"])
 def test_passes_between_products(make: Callable[[Processor], Module], name: str) -> None:
     written = assembly(make(PROCESSORS[name]), name)
     assert_runs_on(written, PROCESSORS[name])
