@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from siglane.families.model import load_model
 from siglane.families.processor import load_processor
 from siglane.lm.attention import SegmentAttention
 from siglane.lm.qwen import QwenModel
-from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from siglane.nn.embedding import VocabParallelEmbedding
+from siglane.nn.quantise import Weight, float_layers, quantised
 from siglane.weights.demo import open_model
 
 GROUP, LEVELS = 32, 127
@@ -38,19 +41,28 @@ def in_groups(x: torch.Tensor) -> torch.Tensor:
     return ((groups / scale).round() * scale).flatten(-2)
 
 
+class GroupsLinear(nn.Module):
+    """`y = x W^T + b` of a weight and of rows in groups."""
+
+    def __init__(self, weight: Weight, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        assert isinstance(weight, torch.Tensor)
+        self.weight, self.bias = in_groups(weight), bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(in_groups(x), self.weight, self.bias)
+
+
 @torch.inference_mode()
 def round_in_groups(model: QwenModel) -> None:
-    """Weights at once, rows as they come to a layer; the head is the last layer."""
-
-    def hook(_: torch.nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (in_groups(given[0]), *given[1:])
-
-    for layer in model.modules():
-        if isinstance(layer, ColumnParallelLinear | RowParallelLinear | QKVParallelLinear):
-            layer.weight.copy_(in_groups(layer.weight))
-            layer.register_forward_pre_hook(hook)
-    head = in_groups((model.lm_head or model.embed_tokens).weight)  # type: ignore[union-attr]
-    model.logits = lambda hidden: in_groups(hidden) @ head.T  # type: ignore[method-assign]
+    """Every linear layer, the table and the head, which is the last layer."""
+    for parent, name, layer in float_layers(model):
+        setattr(parent, name, quantised(layer, GroupsLinear))
+    for table in {model.embed_tokens, model.lm_head or model.embed_tokens}:
+        assert isinstance(table, VocabParallelEmbedding)
+        head = GroupsLinear(table.weight, None)
+        table.weight.copy_(head.weight)
+        table.logits = head  # type: ignore[method-assign]
 
 
 def main() -> None:

@@ -23,7 +23,8 @@ from siglane.families.model import VisionLanguageModel, load_model
 from siglane.families.processor import load_processor
 from siglane.hosts.config import text_config
 from siglane.lm.experts import SparseMLP, experts_rules
-from siglane.lm.qwen import DecoderMLP, QwenModel, qwen_plan
+from siglane.lm.mlp import DecoderMLP
+from siglane.lm.qwen import QwenModel, qwen_plan
 from siglane.nn.cpu.product import linear
 from siglane.nn.parallel import TensorParallel
 from siglane.nn.plan import WeightPlan
@@ -106,8 +107,8 @@ def test_a_weight_multiplies_what_its_expert_gives() -> None:
     config = experts(num_experts=3, moe_intermediate_size=2)
     ours = SparseMLP(1, config, TensorParallel.single())
     ours.router.copy_(torch.tensor([[0.0], [1.0], [2.0]]))
-    ours.stacked.gate_up.fill_(1.0)
-    ours.stacked.down.copy_(torch.tensor([[0.5], [5.0], [50.0]]).expand(3, 2))
+    ours.experts.gate_up.fill_(1.0)
+    ours.experts.down.copy_(torch.tensor([[0.5], [5.0], [50.0]]).expand(3, 2))
     silu = torch.nn.functional.silu(torch.tensor(1.0)).item()
     first, second = torch.tensor([1.0, 2.0]).softmax(0).tolist()
     assert ours(torch.ones(1, 1)).item() == pytest.approx(silu * (10 * first + 100 * second), rel=1e-5)
@@ -122,7 +123,7 @@ def test_ranks_share_the_width_of_every_expert(size: int) -> None:
     def work(tp: TensorParallel) -> torch.Tensor:
         with torch.no_grad():  # of the thread
             ours = filled(reference, config, tp)
-            assert ours.stacked.down.shape == (5 * HIDDEN, 24 // (1 if size == 5 else size))
+            assert ours.experts.down.shape == (5 * HIDDEN, 24 // (1 if size == 5 else size))
             return ours(x)
 
     for found in Ranks(size).run(work):
@@ -184,7 +185,7 @@ class TestFiles:
             mine = model.language.blocks[number].mlp
             assert isinstance(mine, SparseMLP)
             theirs = state[f"model.layers.{number}.mlp.experts.down_proj"]
-            assert torch.equal(mine.stacked.down.unflatten(0, (5, -1)), theirs)
+            assert torch.equal(mine.experts.down.unflatten(0, (5, -1)), theirs)
 
     def test_a_stack_that_lies_on_its_side_is_refused(self, tmp_path: Path) -> None:
         """As Qwen3-VL's files have it."""
@@ -200,7 +201,7 @@ class TestFiles:
         state = load_file(tmp_path / "model.safetensors")
         del state["model.layers.2.mlp.experts.3.up_proj.weight"]
         save_file(state, tmp_path / "model.safetensors")
-        with pytest.raises(WeightError, match=r"missing: language\.blocks\.2\.mlp\.stacked\.gate_up \(3\.up\)"):
+        with pytest.raises(WeightError, match=r"missing: language\.blocks\.2\.mlp\.experts\.gate_up \(3\.up\)"):
             load(tmp_path)
 
     def test_one_expert_too_many_is_named(self, tmp_path: Path) -> None:

@@ -345,7 +345,7 @@ class TestFacts:
             ("preprocessor_config.json", {"do_image_splitting": 1}, "do_image_splitting must be bool"),
             ("preprocessor_config.json", {"video_sampling": [1]}, "video_sampling must be an object"),
             ("preprocessor_config.json", {"video_sampling": {"fps": -1}}, "-1 frames of a video's second"),
-            ("video_preprocessor_config.json", {"image_mean": [0, 0, 0]}, "frames differ from those of pictures"),
+            ("video_preprocessor_config.json", {"image_mean": [0, 0, 0]}, "normalisation of frames differs"),
         ],
     )  # fmt: skip
     def test_what_is_refused(self, tmp_path: Path, file: str, keys: dict[str, Any], message: str) -> None:

@@ -418,7 +418,7 @@ class TestFacts:
             ({"llm_config": None}, {}, "section 'llm_config' is missing"),
             ({"vit_config": None}, {}, "section 'vit_config' is missing"),
             ({}, {"model_type": "aimv2"}, "'aimv2' is not known"),
-            ({}, {"temporal_patch_size": 2}, "temporal_patch_size 2 is not supported"),
+            ({}, {"temporal_patch_size": 2}, "temporal_patch_size 2 is not known; siglane knows 1"),
             ({}, {"preserve_original_pe": False}, "preserve_original_pe false"),
             ({}, {"fullatt_block_indexes": "1|2"}, r"fullatt_block_indexes '1\|2' .* is not supported"),
             ({}, {"fullatt_block_indexes": [1]}, "fullatt_block_indexes must be str"),

@@ -179,14 +179,13 @@ def test_ten_thousand_sizes(name: str) -> None:
     """Between 1 and 8,192 pixels along a side, small ones as often as large ones."""
     facts, count = image_facts(Checkpoint(EXAMPLES / name)), COUNTS[family_of(name)](EXAMPLES / name)
     chance, compared = random.Random(name), 0
-    for _ in range(SIZES):
+    while compared < SIZES:
         width, height = (round(2 ** chance.uniform(0, 13)) for _ in range(2))
         expected = count(width, height)
         if expected is not None:
             (layout,) = facts.layouts([Size(width, height)])
             assert layout.image_tokens == expected, (width, height)
             compared += 1
-    assert compared > 0.8 * SIZES
 
 
 def test_every_family_with_eyes_is_counted() -> None:

@@ -17,6 +17,9 @@ from siglane.server.choices import Choices
 from siglane.settings.engine import EngineConfig
 from siglane.weights.hub import open_checkpoint
 
+TABLES = ("images", "urls", "requests", "clients", "engine", "files")
+pytest.register_assert_rewrite("faults", *(f"faults_{table}" for table in TABLES))
+
 
 @pytest.fixture(scope="session")
 def processor(nvila_folder: Path) -> Processor:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 from pydantic import BaseModel
-from serving import RunningServer, Told, assert_error, assert_unharmed, chat, image_part, picture, stream
+from serving import RunningServer, assert_error, chat, image_part, picture, stream
 
 SCHEMA = {
     "type": "object",
@@ -163,32 +163,3 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
 def test_what_is_refused_names_its_field(name: str, server: RunningServer) -> None:
     fields, code, param = REFUSED[name]
     assert_error(server.post(chat("x", **fields)), 400, code, param)
-
-
-def test_what_is_refused_harms_nobody(server: RunningServer, alone: Told) -> None:
-    def ask() -> None:
-        for fields, code, param in REFUSED.values():
-            assert_error(server.post(chat("x", **fields)), 400, code, param)
-
-    assert_unharmed(server, alone, ask)
-
-
-COSTLY = {
-    "expressions that others go back in": {"regex": "(a+)+b"},
-    "many repeats": {"regex": "((a{1,100}){1,100}){1,100}"},
-    "ten thousand values": {"guided_choice": [f"value {number}" for number in range(10_000)]},
-    "a wide schema": schema_of({"properties": {f"name {number}": {"type": "string"} for number in range(2000)}}),
-    "many states": {"regex": "(.*a.{200}b.{200}a.*){30}"},
-}
-
-
-def test_what_costs_much_costs_nobody_else(server: RunningServer, alone: Told) -> None:
-    """It is answered, or refused in a sentence: a random model may run into the allowance."""
-
-    def ask() -> None:
-        for fields in COSTLY.values():
-            answer = server.post(chat("x", max_tokens=10, temperature=1.0, seed=1, **fields))
-            if answer.status_code != 200:
-                assert_error(answer, 400, "grammar_too_complex")
-
-    assert_unharmed(server, alone, ask)

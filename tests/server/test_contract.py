@@ -3,24 +3,38 @@ of what no request shows."""
 
 from __future__ import annotations
 
+import base64
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from calling import BOTH
+from calling import BOTH, of, question
 from serving import (
     CHAT,
     MODEL,
     RunningServer,
     assert_error,
     chat,
+    config_of,
+    data_url,
     image_part,
     image_url,
+    listening,
     picture,
+    run_batch,
+    running,
     stream,
 )
+from two_tower_checkpoint import write_two_tower_checkpoint
+
+from siglane.cli.main import COMMANDS
+from siglane.engine.process.child import EngineSpec
+from siglane.server.launch import serving
+from siglane.settings.engine import EngineConfig
 
 TESTS = Path(__file__).parents[1]
 SAMPLED: dict[str, Any] = {
@@ -191,6 +205,100 @@ def aborts(server: RunningServer) -> None:
         assert server.post_to(path, **body).status_code in (200, 404)
 
 
+@contextmanager
+def with_options(server: RunningServer, **options: Any) -> Iterator[RunningServer]:
+    """Another server of the same model, before the same engine."""
+    assert server.served.chat is not None
+    with running(server.served.chat.processor, server.served.engine, **options) as one:
+        yield one
+
+
+def decisions(server: RunningServer) -> None:
+    asked = {"input": "A picture.", "images": [data_url(picture())]}
+    questions = [{"id": "a", "type": "yes_no", "question": "Red?"}, {"id": "b", "type": "labels", "labels": ["x", "y"]}]
+    questions[1]["question"] = "Which?"
+    for answer in server.post_to("/v1/decisions", **asked, questions=questions).json()["answers"].values():
+        assert sum(answer["probabilities"].values()) == pytest.approx(1.0)
+
+
+def responses(server: RunningServer) -> None:
+    answer = server.post_to("/v1/responses", input="Hello", max_output_tokens=4).json()
+    assert answer["output"][0]["content"][0]["text"]
+
+
+def messages_of_anthropic(server: RunningServer) -> None:
+    said = [{"role": "user", "content": "Hello"}]
+    counted = server.post_to("/v1/messages/count_tokens", messages=said).json()["input_tokens"]
+    answer = server.post_to("/v1/messages", messages=said, max_tokens=4).json()
+    assert answer["content"][0]["text"]
+    assert answer["usage"]["input_tokens"] + answer["usage"]["cache_read_input_tokens"] == counted
+
+
+def other_names(server: RunningServer) -> None:
+    with with_options(server, model_aliases=("other",)) as one:
+        assert message(one, chat("x", model="other"))
+
+
+def files_below_a_folder(server: RunningServer) -> None:
+    with TemporaryDirectory() as folder, with_options(server, allowed_local_media_path=folder) as one:
+        (Path(folder) / "a.png").write_bytes(picture())
+        assert message(one, chat(image_url(f"file://{folder}/a.png"), "x"))
+
+
+def keys(server: RunningServer) -> None:
+    with with_options(server, api_key="right") as one, one.http() as client:
+        assert_error(client.get("/v1/models"), 401, "invalid_api_key")
+        assert client.get("/v1/models", headers={"authorization": "Bearer right"}).status_code == 200
+        assert client.get("/health").status_code == 200
+
+
+def a_full_queue(server: RunningServer) -> None:
+    with with_options(server, max_queue=1) as one:
+        refused = list[Any]()
+
+        def ask() -> None:
+            if not refused:
+                refused.append(one.post(chat("x")))
+
+        assert stream(one, chat("x", max_tokens=30, ignore_eos=True), ask).done
+    assert_error(refused[0], 503, "server_overloaded")
+    assert refused[0].headers["retry-after"] == "1"
+
+
+def batches(stored: RunningServer) -> None:
+    done = run_batch(stored.openai(), CHAT, [chat("x"), chat("x", n=0)])
+    assert set(done.answers) == {"0"}
+    assert "invalid_value" in done.errors
+
+
+def tools(caller: RunningServer) -> None:
+    answer = caller.post(question(caller, "<tool_call>", tool_choice="required")).json()["choices"][0]
+    assert answer["finish_reason"] == "tool_calls"
+    assert of(answer["message"])
+
+
+def embeddings(towers: RunningServer) -> None:
+    """Three shapes of a picture, numbers and base64."""
+    part = image_part(picture())
+    shapes: list[dict[str, Any]] = [
+        {"input": [{"text": "", "image": data_url(picture())}]},
+        {"input": [{"content": [part]}]},
+        {"messages": [{"role": "user", "content": [part]}]},
+    ]
+    found = [towers.post_to("/v1/embeddings", **shape).json()["data"][0]["embedding"] for shape in shapes]
+    assert found[0] == found[1] == found[2]
+    (coded,) = towers.openai().embeddings.create(model=MODEL, input="a cat", encoding_format="base64").data
+    (plain,) = towers.openai().embeddings.create(model=MODEL, input="a cat", encoding_format="float").data
+    assert len(base64.b64decode(str(coded.embedding))) == 4 * len(plain.embedding)
+
+
+def tags(towers: RunningServer) -> None:
+    pictured = {"images": [data_url(picture())], "labels": ["a cat", "a dog"], "threshold": 0}
+    assert len(towers.post_to("/v1/classify", **pictured).json()["data"][0]["tags"]) == 2
+    pair = {"text_1": {"content": [image_part(picture())]}, "text_2": ["a cat", "a dog"]}
+    assert len(towers.post_to("/v1/score", model=MODEL, **pair).json()["data"]) == 2
+
+
 ASKED: dict[str, Callable[[RunningServer], None]] = {
     "/v1/models and one of them, with its root": models,
     "a model that is not there": another_model,
@@ -212,30 +320,32 @@ ASKED: dict[str, Callable[[RunningServer], None]] = {
     "stream_options, [DONE], the role beside the first token": streams,
     "x-request-id, system_fingerprint, closed CORS": headers,
     "errors in OpenAI's shape": errors,
+    "/v1/decisions": decisions,
+    "/v1/responses": responses,
+    "/v1/messages": messages_of_anthropic,
+    "aliases": other_names,
+    "file: below a folder": files_below_a_folder,
+    "keys": keys,
+    "a full queue": a_full_queue,
 }
-# what takes a model, an option or a process of its own
+ASKED_OF_OTHERS: dict[str, tuple[str, Callable[[RunningServer], None]]] = {
+    "/v1/files, /v1/batches": ("stored", batches),
+    "tools, tool_choice": ("caller", tools),
+    "/v1/embeddings in three shapes, float and base64": ("towers", embeddings),
+    "/v1/classify, /v1/score": ("towers", tags),
+}
+# what takes a process of its own, a fault or figures to compare with
 ELSEWHERE: dict[str, tuple[str, str]] = {
-    "/v1/embeddings in three shapes, float and base64": ("test_embeddings", "test_the_three_shapes_agree"),
     "towers as embedder": ("test_embeddings", "test_vectors_are_transformers"),
-    "/v1/classify": ("test_embeddings", "test_scores_are_transformers"),
-    "/v1/score": ("test_embeddings", "test_pairs_are_scored_as_vllm_does"),
-    "/v1/decisions": ("test_decisions", "test_as_openai_asks"),
-    "/v1/files, /v1/batches": ("test_batches", "test_from_upload_to_download"),
-    "/v1/responses": ("test_responses", "test_what_was_said_before_is_read_as_in_a_chat"),
-    "/v1/messages": ("test_messages", "test_what_was_said_before_is_read_as_in_a_chat"),
-    "tools, tool_choice": ("test_tools", "test_calls_streamed_or_not"),
     "reasoning_content": ("test_reasoning", "test_an_openai_client_gets_both_apart_streamed_or_not"),
-    "file: below a folder": ("test_chat", "test_images_come_from_files_below_the_allowed_folder"),
-    "aliases": ("test_chat", "test_models_are_listed_by_their_names"),
     "a stream that is silent": ("test_lifecycle", "test_a_silent_stream_says_that_it_lives"),
     "an error within a stream": ("test_lifecycle", "test_a_failed_stream_raises_in_openai_s_client"),
-    "keys": ("test_observe", "test_everything_but_the_probes_needs_the_key"),
     "CORS": ("test_observe", "test_other_origins_are_closed_unless_opened"),
     "SIGTERM": ("test_lifecycle", "test_draining_lets_requests_finish_and_refuses_new_ones"),
-    "a full queue": ("test_limits", "test_a_full_server_says_when_to_try_again_and_stays_healthy"),
-    "logs": ("test_observe", "test_the_log_names_requests_and_holds_nothing_of_theirs"),
+    "logs": ("faults_clients", "no_forged_line"),
+    "logs as JSON lines": ("test_supervision", "test_every_line_of_a_server_s_log_is_json"),
     "an abort of an answer that runs": ("test_keys", "test_a_stream_is_aborted_by_the_id_of_its_answer"),
-    "http: of public addresses": ("test_limits", "test_a_url_is_fetched_once_for_a_burst"),
+    "http: of public addresses": ("faults_urls", "one_fetch_for_a_burst"),
     "reasoning tokens": ("test_reasoning", "test_usage_tells_reasoning_from_answer"),
     "a limit of each key": ("test_keys", "test_requests_and_patches_a_minute"),
     "a bar of what is done": ("test_llm", "test_a_bar_is_shown_where_asked_for_or_on_a_terminal"),
@@ -248,9 +358,25 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    folder = tmp_path_factory.mktemp("towers") / "siglip2"
+    write_two_tower_checkpoint(folder, "siglip2")
+    spec = EngineSpec(str(folder), EngineConfig(device="cpu", threads=1))
+    with serving(config_of(), spec) as served, listening(served) as server:
+        served.engine.wait_ready()
+        yield server
+
+
 @pytest.mark.parametrize("feature", ASKED)
 def test_it_is_served(feature: str, server: RunningServer) -> None:
     ASKED[feature](server)
+
+
+@pytest.mark.parametrize("feature", ASKED_OF_OTHERS)
+def test_another_serves_it(feature: str, request: pytest.FixtureRequest) -> None:
+    server, ask = ASKED_OF_OTHERS[feature]
+    ask(request.getfixturevalue(server))
 
 
 @pytest.mark.parametrize("feature", ELSEWHERE)
@@ -258,6 +384,10 @@ def test_its_test_is_there(feature: str) -> None:
     stem, name = ELSEWHERE[feature]
     (file,) = TESTS.rglob(f"{stem}.py")
     assert re.search(rf"def {name}\(", file.read_text())
+
+
+def test_its_commands_are_there() -> None:
+    assert {"serve", "generate", "chat", "batch", "tag", "bench", "doctor"} <= COMMANDS.keys()
 
 
 def test_a_model_without_tools_refuses_them_by_name(server: RunningServer) -> None:

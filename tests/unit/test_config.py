@@ -105,6 +105,34 @@ class TestReader:
             refusal(lambda: reader.section("vision_config")) == "config.json.vision_config must be an object, got list"
         )
 
+    def test_an_absent_section_reads_as_its_default(self) -> None:
+        reader = ConfigReader({"size": {"a": 1}, "rope": None}, "config.json")
+        assert reader.section("size", {"a": 2}).size("a") == 1
+        for key in ("rope", "video"):
+            assert reader.section(key, {"a": 2}).size("a") == 2
+            assert refusal(lambda key=key: reader.section(key, {}).size("a")) == "config.json: key 'a' is missing"
+
+    def test_only_what_is_known(self) -> None:
+        reader = ConfigReader({"kind": "other", "patches": 2, "same": "one"}, "config.json")
+        reader.only("same", "one")
+        reader.only("absent", "one")
+        assert (
+            refusal(lambda: reader.only("kind", "one")) == "config.json: kind 'other' is not known; siglane knows one"
+        )
+        assert refusal(lambda: reader.only("patches", 1)) == "config.json: patches 2 is not known; siglane knows 1"
+        assert refusal(lambda: reader.only("patches", "1")) == "config.json: patches must be str, got 2"
+
+    def test_what_two_files_say_agrees(self) -> None:
+        reader = ConfigReader({"patch_size": 14}, "config.json")
+        reader.agree("patch_size", 14, "the tower's")
+        reader.agree("width", 7, "the tower's")
+        assert refusal(lambda: reader.agree("patch_size", 16, "the tower's", 14)) == (
+            "config.json: patch_size 14 is not the tower's 16"
+        )
+        assert refusal(lambda: reader.agree("width", 16, "the tower's", 14)) == (
+            "config.json: width 14 is not the tower's 16"
+        )
+
     @pytest.mark.parametrize(
         ("content", "complaint"),
         [

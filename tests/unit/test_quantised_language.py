@@ -21,7 +21,7 @@ from siglane.lm.qwen import QwenModel
 from siglane.lm.rotation import head_turn, random_basis, rotate_block
 from siglane.lm.tables import QuantisedHead, TiedTable
 from siglane.nn.cpu.int4 import Int4Linear
-from siglane.nn.cpu.int8 import CentredInt8Linear, Int8Weight, WideInt8Linear
+from siglane.nn.cpu.int8 import CentredInt8Linear, Int8Weight, NormedInt8Linear, WideInt8Linear
 from siglane.nn.cpu.table import PackedRows
 from siglane.nn.quantise import Bits
 from siglane.types import SamplingParams
@@ -107,8 +107,9 @@ def test_eight_bits_stay_close(kind: dict[str, Any]) -> None:
     plain, small = language(kind), quantised(language(kind))
     expected, found = logits(plain), logits(small)
     assert F.cosine_similarity(found, expected).min() > 0.998
-    assert isinstance(small.blocks[0].attention.qkv.linear, CentredInt8Linear)
-    assert isinstance(small.blocks[0].mlp.down_proj.linear, WideInt8Linear)
+    attention, mlp = small.blocks[0].attention, small.blocks[0].mlp
+    assert all(isinstance(layer.linear, WideInt8Linear) for layer in (attention.qkv, mlp.down_proj))
+    assert all(isinstance(layer.linear, CentredInt8Linear) for layer in (attention.o_proj, mlp.gate_up))
     tied = plain.config.tie_embeddings
     assert isinstance(small.embed_tokens if tied else small.lm_head, TiedTable if tied else QuantisedHead)
     rows = small.embed(IDS)
@@ -134,7 +135,7 @@ def test_four_bits_stay_near(kind: dict[str, Any]) -> None:
     plain, small = language(kind), quantised(language(kind), "4bit")
     assert F.cosine_similarity(logits(small), logits(plain)).mean() > 0.98
     first = small.blocks[0]
-    assert isinstance(first.attention.qkv.linear, CentredInt8Linear)
+    assert isinstance(first.attention.qkv.linear, WideInt8Linear)
     for layer in (first.attention.o_proj, first.mlp.gate_up, first.mlp.down_proj):
         assert isinstance(layer.linear, Int4Linear)
 
@@ -193,11 +194,16 @@ def test_each_row_has_its_own_codes(layer: type[Int8Weight], bound: float, with_
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rows", [1, 5])
-def test_a_norm_before_a_layer_is_a_scale(rows: int) -> None:
+@pytest.mark.parametrize("layer", [CentredInt8Linear, WideInt8Linear])
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_a_norm_before_a_layer_is_a_scale(rows: int, layer: type[NormedInt8Linear]) -> None:
     x, weight, bias = drawn(rows, 96) * 3, drawn(64, 96, seed=1), drawn(64, seed=2)
-    normed = CentredInt8Linear(weight, bias)(F.rms_norm(x, (96,), eps=0.3))
-    assert torch.allclose(CentredInt8Linear(weight, bias, eps=0.3)(x), normed, atol=1e-3)
+    normed = layer(weight, bias)(F.rms_norm(x, (96,), eps=0.3))
+    made = layer(weight, bias, eps=0.3)
+    assert torch.allclose(made(x), normed, atol=1e-3)
+    if made.packed.is_mkldnn:  # by torch's calls too, as where nothing can be compiled
+        made.compiled = None
+        assert torch.allclose(made(x), normed, atol=1e-3)
 
 
 @torch.no_grad()
@@ -218,7 +224,7 @@ def test_an_answer_of_eight_bits(nvila_folder: Path) -> None:
     (alone,) = small.generate("Why is the sky blue?", params)
     beside = small.generate(["Name a colour.", "Why is the sky blue?", "What is a river?"], params)[1]
     assert alone.text == beside.text
-    assert [one.logprob for one in alone.logprobs] == pytest.approx([one.logprob for one in beside.logprobs], abs=1e-5)
+    assert [one.logprob for one in alone.logprobs] == pytest.approx([one.logprob for one in beside.logprobs], abs=3e-5)
     (exact,) = plain.generate("Why is the sky blue?", replace(params, max_tokens=1))
     first = alone.logprobs[0]
     assert abs(first.logprob - exact.logprobs[0].logprob) < 0.05

@@ -171,7 +171,7 @@ class PreprocessConfig:
 
 def longest_edge(reader: ConfigReader, key: str, default: int) -> int:
     """Of a size that states nothing else: pixels of the longer side."""
-    return reader.section(key).size("longest_edge") if reader.has(key) else default
+    return reader.section(key, {"longest_edge": default}).size("longest_edge")
 
 
 def _size(reader: ConfigReader, key: str, defaults: ProcessorClass) -> Size:

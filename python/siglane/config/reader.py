@@ -20,8 +20,8 @@ LARGEST_SIZE = 1 << 24  # no width, depth or vocabulary of a real model is large
 class ConfigReader:
     """One JSON object with a name for messages.
 
-    `size` reads positive integers, `value` anything else. A key that is absent takes `default`; without a default
-    its absence is a ConfigError, and so are null and a value of another type.
+    `size` reads positive integers, `value` anything else. A key that is absent or null takes `default`; without a
+    default its absence is a ConfigError, and so is a value of another type.
     """
 
     def __init__(self, raw: RawConfig, name: str) -> None:
@@ -56,13 +56,26 @@ class ConfigReader:
             raise ConfigError(f"{self.name}: {key} {found!r} is not known; siglane knows {', '.join(sorted(allowed))}")
         return allowed[found]
 
+    def only(self, key: str, known: T) -> None:
+        """ConfigError where it states anything but `known`, which its absence means too."""
+        if (found := self.value(key, type(known), known)) != known:
+            raise ConfigError(f"{self.name}: {key} {found!r} is not known; siglane knows {known}")
+
+    def agree(self, key: str, fact: int, whose: str, default: int | None = None) -> None:
+        """ConfigError where it states another size than `fact`. whose: the fact is, for the message; default: what its
+        absence means, None for the fact itself."""
+        if (found := self.size(key, default or fact)) != fact:
+            raise ConfigError(f"{self.name}: {key} {found} is not {whose} {fact}")
+
     def has(self, key: str) -> bool:
         return self.raw.get(key) is not None
 
-    def section(self, key: str) -> ConfigReader:
-        if not self.has(key):
+    def section(self, key: str, default: RawConfig | None = None) -> ConfigReader:
+        if self.has(key):
+            return ConfigReader(self.raw[key], f"{self.name}.{key}")
+        if default is None:
             raise ConfigError(f"{self.name}: section {key!r} is missing")
-        return ConfigReader(self.raw[key], f"{self.name}.{key}")
+        return ConfigReader(default, self.name)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -136,11 +136,8 @@ class VisionConfig:
         """A `Siglip2NavitConfig` of AIDC-AI/Ovis; absent keys take that class's defaults. Features are the last
         block's output, without `post_layernorm`, which the checkpoint stores and nothing uses."""
         reader = ConfigReader(raw, name)
-        reader.choice("model_type", {"siglip2_navit": None}, "siglip2_navit")
-        if reader.size("temporal_patch_size", 1) != 1:
-            raise ConfigError(
-                f"{name}: temporal_patch_size {raw['temporal_patch_size']} is not supported; siglane knows 1"
-            )
+        reader.only("model_type", "siglip2_navit")
+        reader.only("temporal_patch_size", 1)
         if not reader.value("preserve_original_pe", bool, True):
             raise ConfigError(f"{name}: preserve_original_pe false (no learned positions) is not supported")
         if reader.value("fullatt_block_indexes", str, ""):  # null and "" mean that every block is full

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from siglane.config.images import ImageFacts
 from siglane.config.language import LanguageConfig
 from siglane.config.reader import RawConfig
-from siglane.config.vlm import Thinking
 from siglane.families.family import PromptRules, VlmFamily
-from siglane.families.files import THINK_END, thinking_of
+from siglane.families.files import THINK_END
 from siglane.families.stated import stated_classes
 from siglane.nn.plan import WeightPlan
 from siglane.weights.hub import Checkpoint, Source
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 READERS: dict[str, Callable[[RawConfig, str], LanguageConfig]] = {
     "Qwen2ForCausalLM": LanguageConfig.from_hf,
@@ -44,7 +39,7 @@ def model_class(root: RawConfig) -> str | None:
 class CausalLm(VlmFamily):
     name = "causal_lm"
     known_as = tuple(READERS)
-    language_prefix = ""
+    eos_ends = thinks = True
 
     def matches(self, root: RawConfig, checkpoint: Checkpoint) -> bool:
         return model_class(root) is not None
@@ -55,12 +50,6 @@ class CausalLm(VlmFamily):
     def language(self, checkpoint: Checkpoint) -> LanguageConfig:
         root = checkpoint.json("config.json")
         return READERS[str(model_class(root))](root, "config.json")
-
-    def ends(self, tokenizer: PreTrainedTokenizerFast) -> Sequence[str | None]:
-        return (tokenizer.eos_token,)
-
-    def thinking(self, tokenizer: PreTrainedTokenizerFast) -> Thinking | None:
-        return thinking_of(tokenizer)
 
     def prompt_rules(self, checkpoint: Checkpoint) -> PromptRules:
         """The template is the tokenizer's: without one nobody knows how this model is spoken to."""

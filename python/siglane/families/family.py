@@ -11,22 +11,31 @@ from siglane.config.images import ImageFacts
 from siglane.config.language import LanguageConfig
 from siglane.config.reader import RawConfig
 from siglane.config.vlm import Thinking, VlmConfig
-from siglane.families.files import END_OF_DOCUMENT, end_of_answer, stated_sampling
+from siglane.families.files import END_OF_DOCUMENT, end_of_answer, stated_sampling, thinking_of
+from siglane.families.stated import stated_classes
 from siglane.lm.qwen import qwen_plan
 from siglane.nn.plan import WeightPlan
+from siglane.projector.build import projector_plan
+from siglane.vision.tower import tower_plan
 from siglane.weights.hub import Checkpoint, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# the turns of Qwen's models and of those trained after them
 END_OF_TURN = "<|im_end|>"
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' ~ message['role'] ~ '\n' ~ message['content'] ~ '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+
+
+def chatml(content: str) -> str:
+    """The turns of Qwen's models and of those trained after them. content: Jinja code that writes a message's."""
+    return (
+        "{% for message in messages %}{{ '<|im_start|>' ~ message['role'] ~ '\n' }}"
+        + content
+        + "{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+
+
+CHATML = chatml("{{ message['content'] }}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +45,8 @@ class PromptRules:
     message, its images written out, is dropped; joint: what stands between the parts of a message when the template
     takes one text; thinking_end: of an assistant's turn only what follows it is kept ("": everything); video_template:
     used for conversations with a video ("": the same as for all others); prologue: Jinja code in front of whichever is
-    used, which ends with a line feed.
+    used, which ends with a line feed; video_text: what a template gets as a text where a message has a video ("": a
+    part that says so).
     """
 
     default_template: str
@@ -47,6 +57,7 @@ class PromptRules:
     thinking_end: str = ""
     video_template: str = ""
     prologue: str = ""
+    video_text: str = ""
 
 
 class Family(ABC):
@@ -78,14 +89,24 @@ class TowerFamily(Family):
 class VlmFamily(Family):
     """Models that answer. What most families share is written here; a family states its difference.
 
-    language_prefix: what the names of the language model's tensors start with; one_table: a tied head has no values of
-    its own in the original's code, so that a file in which it has is refused; tied_at_root: `tie_word_embeddings` of a
-    section of config.json counts for nothing.
+    tower_prefix, projector_prefix, language_prefix: what the names of each part's tensors start with; decoder: and,
+    behind that, of the language model's but for its head; one_table: a tied head has no values of its own in the
+    original's code, so that a file in which it has is refused; tied_at_root: `tie_word_embeddings` of a section of
+    config.json counts for nothing; eos_ends: answers end with the tokenizer's `eos_token`, else with `END_OF_TURN`;
+    thinks: as Qwen3 does, where the tokenizer has the tokens.
     """
 
-    language_prefix: ClassVar[str]
+    tower_prefix: ClassVar[str] = ""
+    projector_prefix: ClassVar[str] = ""
+    language_prefix: ClassVar[str] = ""
+    decoder: ClassVar[str] = "model."
     one_table: ClassVar[bool] = False
     tied_at_root: ClassVar[bool] = False
+    eos_ends: ClassVar[bool] = False
+    thinks: ClassVar[bool] = False
+
+    def matches(self, root: RawConfig, checkpoint: Checkpoint) -> bool:
+        return root.get("model_type") == self.name or not set(self.known_as).isdisjoint(stated_classes(root))
 
     @abstractmethod
     def images(self, checkpoint: Checkpoint) -> ImageFacts | None:
@@ -100,13 +121,14 @@ class VlmFamily(Family):
     def prompt_rules(self, checkpoint: Checkpoint) -> PromptRules:
         """How messages become text."""
 
-    @abstractmethod
     def vision_plan(self, images: ImageFacts) -> WeightPlan:
         """Checkpoint names -> `VisionStack`."""
+        tower = tower_plan(images.vision).under(self.tower_prefix, "encoder.tower.")
+        return tower + projector_plan(images.projector).under(self.projector_prefix, "projector.")
 
     def language_plan(self, language: LanguageConfig) -> WeightPlan:
         """Checkpoint names -> `QwenModel`."""
-        return qwen_plan(language).under(self.language_prefix, "")
+        return qwen_plan(language, self.decoder).under(self.language_prefix, "")
 
     def config(self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast) -> VlmConfig:
         """All facts. ConfigError as `images`, and for a tokenizer that is not the model's."""
@@ -142,10 +164,10 @@ class VlmFamily(Family):
 
     def ends(self, tokenizer: PreTrainedTokenizerFast) -> Sequence[str | None]:
         """The tokens that end an answer beside those of generation_config.json."""
-        return (END_OF_TURN,)
+        return (tokenizer.eos_token if self.eos_ends else END_OF_TURN,)
 
     def thinking(self, tokenizer: PreTrainedTokenizerFast) -> Thinking | None:
-        return None
+        return thinking_of(tokenizer) if self.thinks else None
 
     def language_folder(self, checkpoint: Checkpoint) -> Checkpoint:
         """Where the language model's own files lie."""

@@ -48,7 +48,7 @@ FORCED_END = (
 def llava_tower(reader: ConfigReader, feature_layer: int) -> VisionConfig:
     """A `SiglipVisionConfig` whose features are read at a layer, without the last norm and the head, as LLaVA and VILA
     do. ConfigError for another tower."""
-    reader.choice("model_type", {TOWER_TYPE: None}, TOWER_TYPE)
+    reader.only("model_type", TOWER_TYPE)
     return VisionConfig.from_hf(reader.raw, feature_layer=feature_layer, post_norm=False, head=False, name=reader.name)
 
 

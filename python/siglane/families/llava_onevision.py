@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from siglane.config.images import ImageFacts
 from siglane.config.language import LanguageConfig
@@ -18,24 +18,18 @@ from siglane.config.projector import llava_projector
 from siglane.config.reader import ConfigReader, RawConfig
 from siglane.config.video import VideoRule
 from siglane.config.vision import ACTIVATIONS
-from siglane.config.vlm import Thinking
 from siglane.errors import ConfigError
-from siglane.families.family import PromptRules, VlmFamily
-from siglane.families.files import llava_tower, thinking_of
+from siglane.families.composite import CompositeFamily
+from siglane.families.family import PromptRules, chatml
+from siglane.families.files import llava_tower
 from siglane.families.stated import media_token, required_image_processor, video_processor, video_processors
 from siglane.lm.qwen import qwen_plan
 from siglane.nn.plan import Rule, WeightPlan
-from siglane.projector.build import projector_plan
 from siglane.tiling.anyres import AnyResTiling, Pinpoint
-from siglane.vision.tower import tower_plan
 from siglane.weights.hub import Checkpoint
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
-MODEL_TYPE = "llava_onevision"
 VIDEO_TOKEN = "<video>"
 
 # `LlavaOnevisionImageProcessor`'s where its file states none
@@ -45,34 +39,27 @@ PINPOINTS: tuple[Pinpoint, ...] = tuple((384 * rows, 384 * columns) for rows in 
 FRAMES, MOST_FRAMES = 32, 128
 
 # what the conversion script gives: all images of a message, then its videos, then its texts; no default system turn
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' ~ message['role'] ~ '\n' }}"
+CHAT_TEMPLATE = chatml(
     "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
     "{% for part in message['content'] if part['type'] == 'video' %}{{ '<video>\n' }}{% endfor %}"
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
-    "{{ '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
-class LlavaOnevision(VlmFamily):
-    """text_defaults, image_token_default: what the class of its configuration takes for absent keys; reads_videos:
-    whether its processor does; pre_norm, widening: of the projector, the eps of a norm in front of it, and the width
-    between its layers as a multiple of the language model's."""
+class LlavaOnevision(CompositeFamily):
+    """reads_videos: whether its processor does; pre_norm, widening: of the projector, the eps of a norm in front of it,
+    and the width between its layers as a multiple of the language model's."""
 
-    name = MODEL_TYPE
+    name = "llava_onevision"
     known_as = ("LlavaOnevisionForConditionalGeneration",)
+    tower_prefix, projector_prefix = "[model.]vision_tower.", "[model.]multi_modal_projector."
     language_prefix = "language_model."
+    thinks = True
     text_defaults: ClassVar[RawConfig] = {"model_type": "qwen2"}
     image_token_default: ClassVar[int | None] = 151646
     reads_videos: ClassVar[bool] = True
     pre_norm: ClassVar[float | None] = None
     widening: ClassVar[int] = 1
-
-    def matches(self, root: RawConfig, checkpoint: Checkpoint) -> bool:
-        return root.get("model_type") == MODEL_TYPE
 
     def images(self, checkpoint: Checkpoint) -> ImageFacts:
         root = checkpoint.reader()
@@ -100,38 +87,12 @@ class LlavaOnevision(VlmFamily):
             video=video if self.reads_videos else None,
         )
 
-    def language(self, checkpoint: Checkpoint) -> LanguageConfig:
-        root = checkpoint.reader()
-        section = root.section("text_config")
-        language = LanguageConfig.from_hf({**self.text_defaults, **section.raw}, section.name)
-        tied = language.tie_embeddings or root.value("tie_word_embeddings", bool, False)
-        return replace(language, tie_embeddings=tied)
-
-    def image_token_id(
-        self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast, language: LanguageConfig
-    ) -> int:
-        root = checkpoint.reader()
-        older = root.value("image_token_index", int, self.image_token_default)
-        return root.value("image_token_id", int, older)
-
-    def image_token(self, checkpoint: Checkpoint) -> str:
-        return media_token(checkpoint, "image_token", super().image_token(checkpoint))
-
-    def thinking(self, tokenizer: PreTrainedTokenizerFast) -> Thinking | None:
-        return thinking_of(tokenizer)
-
     def prompt_rules(self, checkpoint: Checkpoint) -> PromptRules:
         return PromptRules(default_template=CHAT_TEMPLATE, strip_messages=False)
 
-    def has_processor(self, checkpoint: Checkpoint) -> bool:
-        return True
-
     def vision_plan(self, images: ImageFacts) -> WeightPlan:
         """A tensor's name may start with `model.`, as transformers has it in memory."""
-        tower = tower_plan(images.vision).under("vision_tower.", "encoder.tower.")
-        projector = projector_plan(images.projector).under("multi_modal_projector.", "projector.")
-        newline = WeightPlan((Rule("image_newline", "newline"),))
-        return (tower + projector + newline).under("[model.]", "")
+        return super().vision_plan(images) + WeightPlan((Rule("[model.]image_newline", "newline"),))
 
     def language_plan(self, language: LanguageConfig) -> WeightPlan:
         """`language_model.` in front of Qwen's names on disk; `model.language_model.` and `lm_head.` in memory."""

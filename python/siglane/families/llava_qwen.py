@@ -14,15 +14,13 @@ from siglane.config.images import ImageFacts
 from siglane.config.language import LanguageConfig
 from siglane.config.preprocess import ImageProcessorConfig, PreprocessConfig
 from siglane.config.projector import llava_projector
-from siglane.config.reader import ConfigReader, RawConfig
+from siglane.config.reader import ConfigReader
 from siglane.config.video import VideoRule
 from siglane.errors import ConfigError, UserError
 from siglane.families.family import PromptRules, VlmFamily
 from siglane.families.files import llava_tower
 from siglane.families.llava_onevision import CHAT_TEMPLATE, FRAMES, MOST_FRAMES, VIDEO_TOKEN, max_maps
-from siglane.families.stated import stated_classes
 from siglane.nn.plan import Ignore, Rule, WeightPlan
-from siglane.projector.build import projector_plan
 from siglane.tiling.anyres import AnyResTiling, Pinpoint
 from siglane.tiling.rule import MOST_TILES
 from siglane.types import NewlinePlace, Pooling
@@ -55,10 +53,7 @@ TEMPLATE = "{% if messages[0]['role'] != 'system' %}{{ '" + SYSTEM + "' }}{% end
 class LlavaQwen(VlmFamily):
     name = "llava_qwen"
     known_as = ("LlavaQwenForCausalLM",)
-    language_prefix = ""
-
-    def matches(self, root: RawConfig, checkpoint: Checkpoint) -> bool:
-        return self.known_as[0] in stated_classes(root) or root.get("model_type") == self.name
+    tower_prefix, projector_prefix = INSIDE, "model.mm_projector."
 
     def images(self, checkpoint: Checkpoint) -> ImageFacts:
         root = checkpoint.reader()
@@ -67,9 +62,7 @@ class LlavaQwen(VlmFamily):
         # the code deletes the last block and reads what is left, without the last norm, whatever mm_vision_select_layer
         # and mm_vision_select_feature say
         vision = llava_tower(tower, -2)
-        if root.size("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
-            stated = root.size("mm_hidden_size")
-            raise ConfigError(f"config.json: mm_hidden_size {stated} is not the tower's {vision.hidden_size}")
+        root.agree("mm_hidden_size", vision.hidden_size, "the tower's")
         rule, processor = _rule(root, tower.size("image_size", 224))
         return ImageFacts(
             vision=vision,
@@ -92,13 +85,11 @@ class LlavaQwen(VlmFamily):
         return PromptRules(default_template=TEMPLATE, template=TEMPLATE, strip_messages=False)
 
     def vision_plan(self, images: ImageFacts) -> WeightPlan:
-        tower = tower_plan(images.vision)
-        inside, beside = (tower.under(place, "encoder.tower.") for place in (INSIDE, BESIDE))
-        projector = projector_plan(images.projector).under("model.mm_projector.", "projector.")
+        beside = tower_plan(images.vision).under(BESIDE, "encoder.tower.")
         texts = "a SigLIP's text tower and scores, which a language model does not need"
         unused = (Ignore(f"{BESIDE}{name}", texts) for name in ("text_model.{rest}", "logit_scale", "logit_bias"))
         newline = Rule("model.image_newline", "newline")
-        return inside + projector + WeightPlan((newline, *unused)) + beside
+        return super().vision_plan(images) + WeightPlan((newline, *unused)) + beside
 
     def vision_sources(self, checkpoint: Checkpoint) -> tuple[Source, ...]:
         """The checkpoint, and the tower's own folder where the checkpoint does not hold the tower."""

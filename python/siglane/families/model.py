@@ -25,7 +25,7 @@ from siglane.families.stack import VisionEncoderModel, VisionStack
 from siglane.families.stated import log_contradictions
 from siglane.families.weights import ModelWeights, model_sources, model_weights, tower_weights
 from siglane.lm.build import build_language_model
-from siglane.lm.separate_experts import separate
+from siglane.lm.quantise import separate
 from siglane.nn.parallel import TensorParallel
 from siglane.nn.plan import WeightPlan
 from siglane.nn.quantise import Bits

@@ -14,7 +14,6 @@ absence means that release's behaviour, not the newest one's:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -85,7 +84,7 @@ class NanoVlm(VlmFamily):
     name = "nanovlm"
     known_as = ("nanoVLM (vit_hidden_dim and lm_hidden_dim, no architectures)",)
     language_prefix = "decoder."
-    one_table = True
+    one_table = eos_ends = True
 
     def matches(self, root: RawConfig, checkpoint: Checkpoint) -> bool:
         named = root.get("architectures") or root.get("model_type")
@@ -160,9 +159,6 @@ class NanoVlm(VlmFamily):
         if not extra:
             return super().image_token_id(checkpoint, tokenizer, language)
         return vocabulary[extra["image_token"]]
-
-    def ends(self, tokenizer: PreTrainedTokenizerFast) -> Sequence[str | None]:
-        return (tokenizer.eos_token,)
 
     def added_tokens(self, checkpoint: Checkpoint) -> tuple[str, ...]:
         return tuple(_extra_tokens(checkpoint.reader()).values())

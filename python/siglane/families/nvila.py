@@ -23,7 +23,6 @@ from siglane.families.family import CHATML, END_OF_TURN, PromptRules, VlmFamily
 from siglane.families.files import llava_tower
 from siglane.families.stated import PREPROCESSOR, image_processor, stated_classes
 from siglane.nn.plan import WeightPlan
-from siglane.projector.build import projector_plan
 from siglane.tiling.rule import MOST_TILES
 from siglane.tiling.vila import Tiling, VilaTiling
 from siglane.types import Grid, Size
@@ -88,7 +87,7 @@ def layout_of(checkpoint: Checkpoint) -> Layout | None:
 class Nvila(VlmFamily):
     name = "nvila"
     known_as = (*HF_FACTS, "VILAForConditionalGeneration", f"VILA folders ({LANGUAGE}/, {TOWER}/, {PROJECTOR}/)")
-    language_prefix = f"{LANGUAGE}."
+    tower_prefix, projector_prefix, language_prefix = f"{TOWER}.", f"{PROJECTOR}.", f"{LANGUAGE}."
 
     def matches(self, root: RawConfig, checkpoint: Checkpoint) -> bool:
         return layout_of(checkpoint) is not None
@@ -104,9 +103,7 @@ class Nvila(VlmFamily):
                 "column_major belongs to VILA1.5, whose pictures are one tile; this checkpoint stitches tiles"
             )
         channels = vision.hidden_size * max(1, len(facts.scales))
-        if root.has("mm_hidden_size") and root.size("mm_hidden_size") != channels:
-            stated = root.size("mm_hidden_size")
-            raise ConfigError(f"config.json: mm_hidden_size {stated} is not the tower's {channels}")
+        root.agree("mm_hidden_size", channels, "the tower's")
         width = self.language(checkpoint).hidden_size
         return ImageFacts(
             vision=vision,
@@ -146,9 +143,7 @@ class Nvila(VlmFamily):
 
     def vision_plan(self, images: ImageFacts) -> WeightPlan:
         """In VILA's memory, and so in its adapters, the tower's names have its own twice in front."""
-        tower = tower_plan(images.vision)
-        parts = [tower.under(f"{TOWER}.", "encoder.tower."), tower.under(f"{TOWER}.{TOWER}.", "encoder.tower.")]
-        return parts[0] + projector_plan(images.projector).under(f"{PROJECTOR}.", "projector.") + parts[1]
+        return super().vision_plan(images) + tower_plan(images.vision).under(f"{TOWER}.{TOWER}.", "encoder.tower.")
 
     def vision_sources(self, checkpoint: Checkpoint) -> tuple[Source, ...]:
         return _sources(checkpoint, TOWER, PROJECTOR)
@@ -259,7 +254,7 @@ def _preprocess(checkpoint: Checkpoint, facts: Facts, vision: VisionConfig) -> P
 
 def _video(root: ConfigReader) -> VideoRule | None:
     """None for an encoder that pools over time (TSP), which siglane does not have: such a model reads images only."""
-    encoder = root.section("video_encoder").value("_target_", str) if root.has("video_encoder") else VIDEO_ENCODER
+    encoder = root.section("video_encoder", {"_target_": VIDEO_ENCODER}).value("_target_", str)
     if encoder.rpartition(".")[2] != VIDEO_ENCODER:
         return None
     if root.value("fps", float, 0.0) > 0:

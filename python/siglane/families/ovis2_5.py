@@ -5,7 +5,7 @@ Sources: AIDC-AI/Ovis (ovis/model, ovis/model/vit), vLLM 0.32 models/ovis2_5.py 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from siglane.config.images import ImageFacts
 from siglane.config.language import LanguageConfig
@@ -14,19 +14,11 @@ from siglane.config.projector import vocabulary_projector
 from siglane.config.reader import ConfigReader, RawConfig
 from siglane.config.video import VideoRule
 from siglane.config.vision import VisionConfig
-from siglane.config.vlm import Thinking
-from siglane.errors import ConfigError
 from siglane.families.family import CHATML, PromptRules, VlmFamily
-from siglane.families.files import THINK_END, thinking_of
+from siglane.families.files import THINK_END
 from siglane.families.stated import PREPROCESSOR, image_processor, stated_classes
-from siglane.nn.plan import WeightPlan
-from siglane.projector.build import projector_plan
 from siglane.tiling.navit import NativeResolution
-from siglane.vision.tower import tower_plan
 from siglane.weights.hub import Checkpoint
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 ARCHITECTURE = "Ovis2_5"
 MODEL_TYPES = ("ovis", "ovis2_5")
@@ -54,7 +46,8 @@ class Ovis2_5(VlmFamily):
 
     name = "ovis2_5"
     known_as: ClassVar[tuple[str, ...]] = (ARCHITECTURE,)
-    language_prefix = "llm."
+    tower_prefix, language_prefix = "visual_tokenizer.vit.", "llm."
+    thinks = True
     max_pixels: ClassVar[int | None] = MAX_PIXELS
 
     def matches(self, root: RawConfig, checkpoint: Checkpoint) -> bool:
@@ -97,21 +90,10 @@ class Ovis2_5(VlmFamily):
         named = "text_config" if root.has("text_config") else "llm_config"
         section = root.section(named)
         language = LanguageConfig.from_hf(section.raw, section.name)
-        if root.has("hidden_size") and root.size("hidden_size") != language.hidden_size:
-            raise ConfigError(
-                f"config.json: hidden_size {root.size('hidden_size')} is not {named}'s {language.hidden_size}"
-            )
+        root.agree("hidden_size", language.hidden_size, f"{named}'s")
         return language
-
-    def thinking(self, tokenizer: PreTrainedTokenizerFast) -> Thinking | None:
-        return thinking_of(tokenizer)
 
     def prompt_rules(self, checkpoint: Checkpoint) -> PromptRules:
         """ConfigError for a conversation format that is not known."""
-        formatter = "Qwen3ConversationFormatter"
-        checkpoint.reader().choice("conversation_formatter_class", {formatter: None}, formatter)
+        checkpoint.reader().only("conversation_formatter_class", "Qwen3ConversationFormatter")
         return PromptRules(default_template=CHAT_TEMPLATE, strip_messages=False, joint="\n", thinking_end=THINK_END)
-
-    def vision_plan(self, images: ImageFacts) -> WeightPlan:
-        tower = tower_plan(images.vision).under("visual_tokenizer.vit.", "encoder.tower.")
-        return tower + projector_plan(images.projector).under("", "projector.")

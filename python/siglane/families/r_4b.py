@@ -11,7 +11,6 @@ from siglane.config.reader import RawConfig
 from siglane.families.family import PromptRules
 from siglane.families.files import THINK_END
 from siglane.families.llava_onevision import LlavaOnevision
-from siglane.families.stated import stated_classes
 from siglane.weights.hub import Checkpoint
 
 NORM_EPS = 1e-6
@@ -26,9 +25,6 @@ class R4B(LlavaOnevision):
     image_token_default = None
     reads_videos = False
     pre_norm = NORM_EPS
-
-    def matches(self, root: RawConfig, checkpoint: Checkpoint) -> bool:
-        return self.known_as[0] in stated_classes(root)
 
     def prompt_rules(self, checkpoint: Checkpoint) -> PromptRules:
         return PromptRules(default_template="", strip_messages=False, thinking_end=THINK_END)

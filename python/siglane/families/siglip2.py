@@ -31,11 +31,7 @@ class Siglip2(Siglip):
         if side * side != patches:
             raise ConfigError(f"{reader.name}: num_patches {patches} is not a square; the positions' grid is one")
         processor = image_processor(checkpoint) or ConfigReader({}, PREPROCESSOR)
-        if processor.size("patch_size", 16) != vision.patch_size:
-            raise ConfigError(
-                f"{processor.name}: patch_size {processor.size('patch_size', 16)} is not the tower's "
-                f"{vision.patch_size}"
-            )
+        processor.agree("patch_size", vision.patch_size, "the tower's", 16)
         pixels = ImageProcessorConfig.from_hf(processor.raw, SIGLIP2, name=processor.name)
         rule = NaFlex(
             patch_size=vision.patch_size,

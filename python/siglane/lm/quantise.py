@@ -9,19 +9,20 @@ import torch
 from torch import nn
 
 from siglane.config.language import LanguageConfig
-from siglane.lm.experts import SparseMLP
-from siglane.lm.qwen import DecoderAttention, DecoderBlock, DecoderMLP, QwenModel
-from siglane.lm.rotation import head_turn, random_basis, rotate_block
-from siglane.lm.separate_experts import IncomingExperts, SeparateExperts, separated
+from siglane.lm.experts import Experts, SeparateExperts, SparseMLP
+from siglane.lm.mlp import DecoderMLP
+from siglane.lm.qwen import DecoderAttention, DecoderBlock, QwenModel
+from siglane.lm.rotation import head_turn, random_basis, rotate_block, turned_reader, turned_writer
 from siglane.lm.tables import IncomingTable, QuantisedHead, QuantisedTable, TiedCodes, TiedTable
 from siglane.nn.cpu.int4 import GROUP_SIZE, Int4Linear
 from siglane.nn.cpu.int8 import CentredInt8Linear, Int8Codes, WideInt8Linear, int8_codes
 from siglane.nn.cpu.memory import return_freed
 from siglane.nn.embedding import VocabTable
+from siglane.nn.norm import GainlessRMSNorm
 from siglane.nn.quantise import Bits, Given, MakeLinear, kernel, own, quantised
 
+ABSORBED = ("input_norm", "post_attention_norm")  # of a block, whose gains go into the layers behind them
 FOUR_BITS = ("attention.o_proj", ".gate_up", ".down_proj")  # of a block, the layers that `4bit` means
-ABSORBED = ("input_norm", "post_attention_norm")  # of a block, what goes into the layers behind it
 
 
 class LanguageQuantiser:
@@ -29,9 +30,10 @@ class LanguageQuantiser:
     head at last; experts, one by one.
 
     In the turned basis (`rotation.py`) rows have no outliers, so 8 bits around zero suffice; but behind the product of
-    SwiGLU, which no turn of weights can reach, they take 16 (`WideInt8Linear`). With 4 bits some keep 8: q, k and v, a
-    small part of the weights that causes half of the error, tables, and the head, because a head of 4 writes bfloat16,
-    in which likely tokens are ties. UserError when there is no kernel here.
+    SwiGLU, which no turn of weights can reach, they take 16 (`WideInt8Linear`), and so they do in front of q, k and v
+    and of the head, small products whose rows' rounding would cause a fifth of the error. With 4 bits some weights
+    keep 8: q, k and v, a small part that causes half of the error, tables, and the head, because a head of 4 writes
+    bfloat16, in which likely tokens are ties. UserError when there is no kernel here.
     """
 
     def __init__(self, config: LanguageConfig, kind: Bits, group_size: int = GROUP_SIZE) -> None:
@@ -61,7 +63,10 @@ class LanguageQuantiser:
 
     def quantise_block(self, block: nn.Module) -> None:
         assert isinstance(block, DecoderBlock)
-        given = separated(block, self._config, self._basis) if isinstance(block.mlp, SparseMLP) else own
+        given: Given = own
+        if isinstance(block.mlp, SparseMLP):
+            reader = partial(turned_reader, gain=block.post_attention_norm.weight.detach(), basis=self._basis)
+            given = block.mlp.separated(self._config, reader, partial(turned_writer, basis=self._basis))
         rotate_block(block, self._basis, self._head_basis)
         return_freed()
         _quantise_block(block, self._kind, self._group_size, given)
@@ -78,7 +83,7 @@ class LanguageQuantiser:
         if self._table is not None:
             model.embed_tokens = QuantisedTable(self._table, *self._table.take(), basis)
         if self._head is not None:
-            model.lm_head = QuantisedHead(CentredInt8Linear(self._head.take(), None, turn), self._head.tp)
+            model.lm_head = QuantisedHead(WideInt8Linear(self._head.take(), None, turn), self._head.tp)
 
 
 def restore(model: QwenModel, kind: Bits, given: Given, values: Callable[[str], torch.Tensor]) -> None:
@@ -94,24 +99,30 @@ def restore(model: QwenModel, kind: Bits, given: Given, values: Callable[[str], 
     codes = _table_codes(given, table)
     if isinstance(head, VocabTable):
         model.embed_tokens = QuantisedTable(table, codes.codes.clone(), codes.scale, columns)  # no view of a file
-        model.lm_head = QuantisedHead(CentredInt8Linear(_table_codes(given, head), None), head.tp)
+        model.lm_head = QuantisedHead(WideInt8Linear(_table_codes(given, head), None), head.tp)
     else:
         model.embed_tokens = TiedTable(table, TiedCodes(codes), columns, values("gain"))
     for block in model.blocks:
         assert isinstance(block, DecoderBlock)
-        if isinstance(mlp := block.mlp, SeparateExperts):
+        if isinstance(mlp := block.mlp, SparseMLP):
             mlp.router = nn.Parameter(torch.empty(mlp.router.shape), requires_grad=False)  # float32, not yet filled
         _quantise_block(block, kind, GROUP_SIZE, given)
 
 
+def separate(model: QwenModel) -> None:
+    """The experts of a model on the meta device, as those of fewer bits are."""
+    for mlp in model.modules():
+        if isinstance(mlp, SparseMLP):
+            mlp.separate(model.config)
+
+
 def _begin_experts(model: QwenModel) -> list[nn.Module]:
-    incoming: list[nn.Module] = []
-    for block in model.blocks:
-        assert isinstance(block, DecoderBlock)
-        if isinstance(block.mlp, SparseMLP):
-            block.mlp.stacked = IncomingExperts(block.mlp.stacked)
-            incoming.append(block.mlp.stacked)
-    return incoming
+    """A block's experts are never whole in memory: what comes of them stays the file's own pages until all of the block
+    is there, its norm's gain among it."""
+    stacked = [module for module in model.modules() if isinstance(module, Experts)]
+    for one in stacked:
+        one.kept = {}
+    return [*stacked]
 
 
 def _table_codes(given: Given, table: nn.Module) -> Int8Codes:
@@ -121,23 +132,28 @@ def _table_codes(given: Given, table: nn.Module) -> Int8Codes:
 
 
 def _quantise_block(block: DecoderBlock, kind: Bits, group_size: int, given: Given = own) -> None:
-    """The norms, which have no gain any more, become scales of the layers behind them. given: as of `quantise`."""
+    """The norms, which have no gain any more, become scales of the layers behind them, but for the one in front of
+    experts, whose rows serve their router too. given: as of `quantise`."""
     attention, mlp = block.attention, block.mlp
     assert isinstance(attention, DecoderAttention)
-    assert isinstance(mlp, DecoderMLP | SeparateExperts)
+    assert isinstance(mlp, DecoderMLP | SparseMLP)
     small = partial(Int4Linear, group_size=group_size)
     centred, wide = (CentredInt8Linear, WideInt8Linear) if kind == "8bit" else (small, small)  # FOUR_BITS
     layers: list[tuple[nn.Module, str, MakeLinear]] = [
-        (attention, "qkv", partial(CentredInt8Linear, eps=block.input_norm.eps)),
+        (attention, "qkv", partial(WideInt8Linear, eps=block.input_norm.eps)),
         (attention, "o_proj", centred),
     ]
-    for expert in mlp.experts if isinstance(mlp, SeparateExperts) else ():  # their rows are scaled already
-        layers += [(expert, "gate_up", centred), (expert, "down_proj", wide)]
+    norm: nn.Module = nn.Identity()
     if isinstance(mlp, DecoderMLP):
         gate_up = partial(centred, eps=block.post_attention_norm.eps)
         layers += [(mlp, "gate_up", gate_up), (mlp, "down_proj", wide)]
+    else:
+        assert isinstance(mlp.experts, SeparateExperts)
+        norm = GainlessRMSNorm(block.post_attention_norm.eps)
+        for expert in mlp.experts:
+            layers += [(expert, "gate_up", centred), (expert, "down_proj", wide)]
     for parent, name, make in layers:
         setattr(parent, name, quantised(getattr(parent, name), make, given))
         return_freed()
-    for name in ABSORBED:
-        setattr(block, name, nn.Identity())
+    for name, left in zip(ABSORBED, (nn.Identity(), norm), strict=True):
+        setattr(block, name, left)

@@ -12,10 +12,10 @@ from torch import nn
 from siglane.config.language import LanguageConfig
 from siglane.lm.attention import LayerAttention
 from siglane.lm.experts import SparseMLP, experts_rules
-from siglane.nn.act import SwiGLU
+from siglane.lm.mlp import BlockMLP, DecoderMLP
 from siglane.nn.cpu.product import linear
 from siglane.nn.embedding import VocabParallelEmbedding, VocabTable
-from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear, attention_parallel
+from siglane.nn.linear import QKVParallelLinear, RowParallelLinear, attention_parallel
 from siglane.nn.norm import RMSNorm
 from siglane.nn.parallel import TensorParallel
 from siglane.nn.plan import Ignore, Rule, WeightPlan, parts
@@ -33,12 +33,6 @@ class TurnedTable(Protocol):
     """An embedding table whose rows are kept in the basis of the blocks."""
 
     def turned(self, ids: torch.Tensor) -> torch.Tensor: ...
-
-
-class BlockMLP(Protocol):
-    """Of a block, what follows its attention."""
-
-    def added(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor: ...
 
 
 class DecoderAttention(nn.Module):
@@ -64,24 +58,6 @@ class DecoderAttention(nn.Module):
         norms = () if self.q_norm is None else (self.q_norm, self.k_norm)
         q, k = self.rotation(turning, *rotary, *norms).split([heads, kv_heads], 1)
         return self.o_proj.added(attention(self.layer, q, k, v).flatten(1), residual)
-
-
-class DecoderMLP(nn.Module):
-    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
-
-    def __init__(self, config: LanguageConfig, tp: TensorParallel) -> None:
-        super().__init__()
-        sections = {"gate": config.intermediate_size, "up": config.intermediate_size}
-        self.gate_up = ColumnParallelLinear(config.hidden_size, sections, bias=config.mlp_bias, tp=tp)
-        self.swiglu = SwiGLU()
-        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias, tp=tp)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.gate_up.gated(x, self.swiglu))
-
-    def added(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """`residual + self(x)`"""
-        return self.down_proj.added(self.gate_up.gated(x, self.swiglu), residual)
 
 
 class DecoderBlock(nn.Module):

@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 import torch
 
-from siglane.lm.qwen import DecoderAttention, DecoderBlock, DecoderMLP
+from siglane.lm.mlp import DecoderMLP
+from siglane.lm.qwen import DecoderAttention, DecoderBlock
 from siglane.nn.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from siglane.nn.norm import RMSNorm
 
@@ -30,7 +31,7 @@ def random_basis(size: int) -> torch.Tensor:
 @torch.no_grad()
 def rotate_block(block: DecoderBlock, basis: torch.Tensor, head_basis: torch.Tensor) -> None:
     """The stream comes and goes as `x @ basis`. The block's parameters are loaded and its own, but for experts, whose
-    weights are turned one by one (`separate_experts.py`)."""
+    weights are turned one by one (`experts.py: SeparateExperts.given`)."""
     attention, mlp = block.attention, block.mlp
     assert isinstance(attention, DecoderAttention)
     _rotate_reader(block.input_norm, attention.qkv, basis)

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import nn
 
-from siglane.nn.cpu.int8 import CentredInt8Linear, Int8Codes
+from siglane.nn.cpu.int8 import Int8Codes, WideInt8Linear
 from siglane.nn.cpu.product import linear
 from siglane.nn.cpu.table import PackedRows
 from siglane.nn.embedding import VocabTable
@@ -77,14 +77,14 @@ class TiedCodes:
     """The codes of a table, in memory once: those of the head's product."""
 
     def __init__(self, codes: Int8Codes) -> None:
-        self.head = CentredInt8Linear(codes, None)
+        self.head = WideInt8Linear(codes, None)
         self.rows = PackedRows(self.head, codes.codes)
 
 
 class QuantisedHead(nn.Module):
     """An output head of its own: `[T, hidden_size]` -> logits `[T, vocab_size]`, whole on every rank."""
 
-    def __init__(self, linear: CentredInt8Linear, tp: TensorParallel) -> None:
+    def __init__(self, linear: WideInt8Linear, tp: TensorParallel) -> None:
         super().__init__()
         self.linear, self.tp = linear, tp
 

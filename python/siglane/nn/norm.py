@@ -29,6 +29,17 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
+class GainlessRMSNorm(nn.Module):
+    """`x / rms(x)` in float32, whatever the dtype of x."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
+
+
 class InputRMSNorm(RMSNorm):
     """`x / rms(x) * weight`, all of it in the dtype of x (nanoVLM models/language_model.py `RMSNorm`)."""
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 from siglane.errors import ConfigError, UserError
 from siglane.tiling.rule import MOST_TILES, Budgeted, ImageBudget, ImageContext, LayoutRule, PatchGeometry, whole_tile
-from siglane.tiling.vila import square
 from siglane.types import (
     AnyRes,
     Box,
@@ -73,7 +72,7 @@ class AnyResTiling(LayoutRule):
         alone = context.alone and not self.always_padded
         if alone and not self.base_only:
             return self._tiled(size, geometry)
-        padding = () if alone or size.width == size.height else (square(size, self.fill),)
+        padding = () if alone or size.width == size.height else (Pad.square(size, self.fill),)
         whole = whole_tile(self.tile, self.resample, geometry, padding)
         rows = geometry.projected(whole.grid)
         pieces = (ImagePlaceholder(rows.area + 1),)
@@ -82,8 +81,7 @@ class AnyResTiling(LayoutRule):
     def video(self, video: VideoSize, geometry: PatchGeometry) -> ImageLayout:
         """Every frame is squashed to one tile and keeps a quarter of its rows; newlines end them as `newlines` says."""
         whole = whole_tile(self.tile, self.frame_resample, geometry)
-        tiles = tuple(replace(whole, frame=frame) for frame in range(video.frames))
-        rows = geometry.projected(whole.grid)
+        rows, tiles = geometry.projected(whole.grid), whole.in_frames(video.frames)
         up = int(self.pooling == "bilinear")  # the others leave out what is over
         pooled = Grid((rows.h + up) // 2, (rows.w + up) // 2)
         assembly, projected = Newline(pooled, self.pooling, self.newlines), (rows,) * video.frames

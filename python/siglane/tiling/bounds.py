@@ -25,13 +25,20 @@ class Bounds:
         if self.most is not None and not self.factor**2 <= self.most:
             raise ConfigError(f"at most {self.most} pixels are less than one block of {self.factor}x{self.factor}")
 
-    def allows(self, size: Size) -> bool:
-        return self.limit is None or size.width * size.height <= self.limit
+    def limited(self, found: Size, size: Size) -> Size:
+        """`found`, or where a caller allows less than it what `size` is fitted to by that alone."""
+        if self.limit is None or found.width * found.height <= self.limit:
+            return found
+        return _fitted(size, replace(self, least=0), self.limit)
 
-    def within(self, budget: ImageBudget) -> Bounds:
-        """With a caller's lower bound and limit (`bounds_within`)."""
-        least, limit, _ = bounds_within(budget, self.factor, self.least, None)
-        return replace(self, least=least, limit=limit)
+    def within(self, budget: ImageBudget, *, together: bool) -> tuple[Bounds, Detail]:
+        """With a caller's wishes, and the detail that is applied (`bounds_within`). together: `most` is that of several
+        pictures or frames, and stays."""
+        least, limit, detail = bounds_within(budget, self.factor, self.least, None)
+        if together:
+            return replace(self, least=least, limit=limit), detail
+        least, most, detail = bounds_within(budget, self.factor, self.least, self.most)
+        return replace(self, least=least, most=most, limit=limit), detail
 
     def upper(self, share: int) -> int | None:
         """Pixels of one of `share` that have `most` together."""
@@ -66,12 +73,18 @@ def bounds_within(budget: ImageBudget, factor: int, least: int, most: int | None
     return least, most, detail
 
 
-def fitted(size: Size, bounds: Bounds, most: int | None, *, again: bool = False) -> Size:
-    """The size a picture is resized to: multiples of the factor, about its aspect, between the bounds.
+def fitted(size: Size, bounds: Bounds, share: int = 1, *, again: bool = False) -> Size:
+    """The size a picture is resized to, one of `share` that have `most` together: multiples of the factor, about its
+    aspect, between the bounds.
 
-    Rounds half to even, enlarges upwards and shrinks downwards, as the references do; a long strip may pass `most`.
-    again: what was shrunk is enlarged where it falls below the lower bound, as the authors' code does.
+    Qwen2-VL's `smart_resize`, which others have taken over: rounds half to even, enlarges upwards and shrinks
+    downwards; a long strip may pass `most`, but no caller's limit. again: what was shrunk is enlarged where it falls
+    below the lower bound, as VideoLLaMA3's authors do.
     """
+    return bounds.limited(_fitted(size, bounds, bounds.upper(share), again=again), size)
+
+
+def _fitted(size: Size, bounds: Bounds, most: int | None, *, again: bool = False) -> Size:
     (width, height), factor = size, bounds.factor
     found = multiples(size, factor, lambda side: round(side / factor), fewest=0)
     if most is not None and found.width * found.height > most:

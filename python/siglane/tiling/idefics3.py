@@ -7,7 +7,7 @@ The quotients are floats there and here: their rounding decides how many tiles a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 
 from siglane.errors import ConfigError
@@ -71,8 +71,7 @@ class LongestEdge(TiledRule):
         pieces.append(Marker("\n\n", isolated=False))
         before = (Resize(_fitted(video.size, self.frame_longest), self.resample),)
         (whole,) = split(Grid(1, 1), self.tile, geometry, self.resample, before)
-        tiles = tuple(replace(whole, frame=frame) for frame in range(video.frames))
-        projected = (geometry.projected(whole.grid),) * len(tiles)
+        tiles, projected = whole.in_frames(video.frames), (geometry.projected(whole.grid),) * video.frames
         return ImageLayout(video.size, tiles, tuple(pieces), Grid(1, 1), frames=video.frames, projected=projected)
 
     def arrangement(self, size: Size, longest: int) -> Grid:

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, replace
 
 from siglane.errors import ConfigError
-from siglane.tiling.bounds import bounds_within
+from siglane.tiling.bounds import Bounds, bounds_within, fitted, multiples
 from siglane.tiling.rule import Budgeted, ImageBudget, ImageContext, LayoutRule, PatchGeometry, whole_tile
 from siglane.types import Grid, ImageLayout, ImagePlaceholder, Indicator, Resample, Size, Tile, VideoSize
 
@@ -45,8 +45,7 @@ class NativeResolution(LayoutRule):
     def video(self, video: VideoSize, geometry: PatchGeometry) -> ImageLayout:
         """All frames in one run between the two indicators of a video, each at the first one's size."""
         whole = self._whole(video.size, geometry)
-        tiles = tuple(replace(whole, frame=frame) for frame in range(video.frames))
-        rows = geometry.projected(whole.grid)
+        rows, tiles = geometry.projected(whole.grid), whole.in_frames(video.frames)
         pieces = (VIDEO_START, ImagePlaceholder(video.frames * rows.area), VIDEO_END)
         projected = (rows,) * video.frames
         return ImageLayout(video.size, tiles, pieces, Grid(1, 1), frames=video.frames, projected=projected)
@@ -62,25 +61,20 @@ class NativeResolution(LayoutRule):
 
 
 def smart_resize(size: Size, *, factor: int, min_pixels: int, max_pixels: int | None) -> Size:
-    """The size a picture of `size` is resized to: multiples of `factor`, between the bounds, its aspect nearly kept.
+    """The size a picture of `size` is resized to: `fitted`, of sides that are long enough for it.
 
-    Rounds half to even, enlarges upwards and shrinks downwards as the reference does. Where the reference would leave
-    a side of 0 pixels (a strip that is far too long) or pass max_pixels while it enlarges, the sides are rounded
-    down, each at least `factor`, and max_pixels is kept.
+    Where the reference would leave a side of 0 pixels (a strip that is far too long) or pass max_pixels while it
+    enlarges, the sides are rounded down, each at least `factor`, and max_pixels is kept.
     """
-    width, height = _at_least(size, factor)
-    rounded = Size(round(width / factor) * factor, round(height / factor) * factor)
-    pixels = rounded.width * rounded.height
-    if max_pixels is not None and pixels > max_pixels:
-        shrink = math.sqrt((height * width) / max_pixels)
-        return _rounded_down(width / shrink, height / shrink, factor, max_pixels)
-    if pixels < min_pixels:
-        enlarge = math.sqrt(min_pixels / (height * width))
-        enlarged = Size(math.ceil(width * enlarge / factor) * factor, math.ceil(height * enlarge / factor) * factor)
-        if max_pixels is not None and enlarged.width * enlarged.height > max_pixels:
-            return _rounded_down(width * enlarge, height * enlarge, factor, max_pixels)
-        return enlarged
-    return rounded
+    (width, height), bounds = _at_least(size, factor), Bounds(factor, min_pixels, max_pixels)
+    found = fitted(Size(width, height), bounds)
+    if max_pixels is None or found.width * found.height <= max_pixels:
+        return found
+    scale = math.sqrt(min(max(width * height, min_pixels), max_pixels) / (width * height))
+    down = multiples(Size(width, height), factor, lambda side: math.floor(side * scale / factor))
+    blocks, rows = max_pixels // factor**2, down.height // factor
+    columns = min(down.width // factor, max(1, blocks // rows))
+    return Size(columns * factor, min(rows, blocks // columns) * factor)
 
 
 def _at_least(size: Size, factor: int) -> Size:
@@ -91,10 +85,3 @@ def _at_least(size: Size, factor: int) -> Size:
             return Size(round(factor / height * width), factor)
         return Size(factor, round(factor / width * height))
     return Size(min(width, LONGEST_ASPECT * height), min(height, LONGEST_ASPECT * width))
-
-
-def _rounded_down(width: float, height: float, factor: int, max_pixels: int) -> Size:
-    blocks = max_pixels // factor**2
-    rows = max(1, math.floor(height / factor))
-    columns = min(max(1, math.floor(width / factor)), max(1, blocks // rows))
-    return Size(columns * factor, min(rows, blocks // columns) * factor)

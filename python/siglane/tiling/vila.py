@@ -80,7 +80,7 @@ class VilaTiling(LayoutRule):
 
     def video(self, video: VideoSize, geometry: PatchGeometry) -> ImageLayout:
         """Every frame is one tile with a line feed behind it."""
-        tiles = tuple(replace(self._whole(video.size, geometry), frame=frame) for frame in range(video.frames))
+        tiles = self._whole(video.size, geometry).in_frames(video.frames)
         rows = geometry.projected(tiles[0].grid)
         pieces = (ImagePlaceholder(rows.area), LINE_FEED) * video.frames
         projected = (rows,) * video.frames
@@ -128,18 +128,12 @@ class VilaTiling(LayoutRule):
         return Grid(rows, columns)
 
     def _whole(self, size: Size, geometry: PatchGeometry) -> Tile:
-        padding = (square(size, self.fill),) if self.tiling == "pad" and size.width != size.height else ()
+        padding = (Pad.square(size, self.fill),) if self.tiling == "pad" and size.width != size.height else ()
         return whole_tile(self.tile, self.resample, geometry, padding)
 
     def _repeated(self) -> MergedScales | None:
         """A single tile of a model that joins scales on the channel axis shows the same scale in all of them."""
         return MergedScales((), len(self.s2_scales)) if self.s2_scales else None
-
-
-def square(size: Size, fill: tuple[int, int, int]) -> Pad:
-    """The picture in the middle of the smallest square that holds it."""
-    side = max(size)
-    return Pad(Size(side, side), (side - size.width) // 2, (side - size.height) // 2, fill)
 
 
 def closest_tile_grid(size: Size, rule: VilaTiling) -> Size:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
@@ -84,6 +84,12 @@ class Pad:
     top: int
     fill: tuple[int, int, int]
 
+    @classmethod
+    def square(cls, size: Size, fill: tuple[int, int, int]) -> Pad:
+        """A picture of `size` in the middle of the smallest square that holds it."""
+        side = max(size)
+        return cls(Size(side, side), (side - size.width) // 2, (side - size.height) // 2, fill)
+
 
 Step = Resize | Pad
 
@@ -102,6 +108,10 @@ class Tile:
     def canvas(self) -> Size:
         """Size of what the box is cut from."""
         return self.steps[-1].size
+
+    def in_frames(self, count: int) -> tuple[Tile, ...]:
+        """The same of each frame of a video."""
+        return tuple(replace(self, frame=frame) for frame in range(count))
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from siglane.families.prompt.messages import Parts, parts_of, without_trailing_s
 from siglane.families.prompt.probe import roles_with_parts
 from siglane.families.prompt.renderers import renderers
 from siglane.families.prompt.reserved import ReservedStrings, new_mark
-from siglane.families.prompt.template import checkpoint_template, self_contained, with_video
+from siglane.families.prompt.template import checkpoint_template, self_contained, video_part, with_video
 from siglane.families.prompt.tools import ToolFormat, check_tools, each_text, tool_format
 from siglane.families.prompt.writer import PlainTokenizer, PromptWriter
 from siglane.tiling.rule import no_video
@@ -201,10 +201,11 @@ class PromptBuilder:
                 self._reserved.broken(part, mark) if isinstance(part, str) else placeholders[part.image]
                 for part in parts
             )
+        video = video_part(self._rules)
         return [
             {"type": "text", "text": self._reserved.broken(part, mark)}
             if isinstance(part, str)
-            else {"type": "image" if placeholders[part.image] == self._image_token else "video"}
+            else ({"type": "image"} if placeholders[part.image] == self._image_token else video)
             for part in parts or ("",)  # templates look at the first part
         ]
 

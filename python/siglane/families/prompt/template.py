@@ -18,22 +18,6 @@ from siglane.types import Role
 
 ROLES = frozenset(get_args(Role)) - {"tool"}
 
-# Any content -> a list of parts. What a loop sets is forgotten behind it, only attributes of a namespace stay; the name
-# `siglane` cannot clash with a template's own.
-_PARTS = (
-    "{%- set siglane.parts = [] -%}"
-    "{%- if message['content'] is string -%}"
-    "{%- set siglane.parts = [{'type': 'text', 'text': message['content']}] -%}"
-    "{%- elif message['content'] -%}"
-    "{%- for part in message['content'] -%}"
-    "{%- if part['type'] in ['image', 'image_url'] -%}{%- set siglane.parts = siglane.parts + [{'type': 'image'}] -%}"
-    "{%- elif part['type'] in ['video', 'video_url'] -%}{%- set siglane.parts = siglane.parts + [{'type': 'video'}] -%}"
-    "{%- elif part['type'] == 'text' -%}"
-    "{%- set siglane.parts = siglane.parts + [{'type': 'text', 'text': part['text'] or ''}] -%}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- endif -%}"
-)
 _MEDIA_FIRST = (
     "{%- set siglane.parts = (siglane.parts | rejectattr('type', 'equalto', 'text') | list)"
     " + (siglane.parts | selectattr('type', 'equalto', 'text') | list) -%}"
@@ -53,6 +37,11 @@ def checkpoint_template(found: str | dict[str, str] | None, default: str) -> str
             "into the folder as chat_template.jinja"
         )
     return found or default
+
+
+def video_part(rules: PromptRules) -> dict[str, str]:
+    """What a template gets where a message has a video."""
+    return {"type": "text", "text": rules.video_text} if rules.video_text else {"type": "video"}
 
 
 def with_video(template: str, video_template: str) -> str:
@@ -83,7 +72,7 @@ def self_contained(
     return (
         "{%- set siglane = namespace(messages=[], parts=[], kept=[], content='') -%}"
         "{%- for message in messages -%}"
-        + _PARTS
+        + _parts(_quoted(video_part(rules)))
         + _thoughts(rules.thinking_end)
         + (_MEDIA_FIRST if rules.images_first else "")
         + (_stripped("lstrip()") + _stripped("rstrip()", " | reverse | list") if rules.strip_messages else "")
@@ -93,6 +82,27 @@ def self_contained(
         "{%- endfor -%}"
         # Jinja drops one line feed behind a block, and `template` still begins a line, as it does alone
         "{%- set messages = siglane.messages %}\n" + template
+    )
+
+
+def _parts(video: str) -> str:
+    """Any content -> a list of parts. What a loop sets is forgotten behind it, only attributes of a namespace stay; the
+    name `siglane` cannot clash with a template's own. video: of the list, where the content has one."""
+    return (
+        "{%- set siglane.parts = [] -%}"
+        "{%- if message['content'] is string -%}"
+        "{%- set siglane.parts = [{'type': 'text', 'text': message['content']}] -%}"
+        "{%- elif message['content'] -%}"
+        "{%- for part in message['content'] -%}"
+        "{%- if part['type'] in ['image', 'image_url'] -%}"
+        "{%- set siglane.parts = siglane.parts + [{'type': 'image'}] -%}"
+        "{%- elif part['type'] in ['video', 'video_url'] -%}"
+        f"{{%- set siglane.parts = siglane.parts + [{video}] -%}}"
+        "{%- elif part['type'] == 'text' -%}"
+        "{%- set siglane.parts = siglane.parts + [{'type': 'text', 'text': part['text'] or ''}] -%}"
+        "{%- endif -%}"
+        "{%- endfor -%}"
+        "{%- endif -%}"
     )
 
 

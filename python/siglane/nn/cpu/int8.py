@@ -171,11 +171,13 @@ class Int8Linear(Int8Weight):
         return torch.cat([self._coded(part) for part in rows.codes.split(self._coded.most)])
 
 
-class CentredInt8Linear(Int8Weight):
-    """Rows of 8 bits around zero: for rows without outliers, whose values lie alike on both sides.
+class NormedInt8Linear(Int8Weight):
+    """Rows of integers around zero, whose scale takes in a norm.
 
     eps: of an RMSNorm without gain that stands before the layer. It is a scale of the row and changes no code.
     """
+
+    rows: Literal["centred", "wide"]
 
     def __init__(
         self,
@@ -187,15 +189,32 @@ class CentredInt8Linear(Int8Weight):
     ) -> None:
         super().__init__(weight, bias, turn)
         self.eps = eps
-        self._compile("centred", eps)
+        self._compile(self.rows, eps)
+
+    def _normed(self, scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """`scale` `[M, 1]` of rows x, written to."""
+        if self.eps is not None:
+            length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            scale /= length.square_().div_(self.inputs).add_(self.eps).sqrt_()
+        return scale
+
+    def _normed_one(self, scale: float, x: torch.Tensor) -> float:
+        """The same of one row `[1, K]`, in fewer calls."""
+        if self.eps is None:
+            return scale
+        row = x.numpy()[0]
+        return scale / math.sqrt(float(np.dot(row, row)) / self.inputs + self.eps)
+
+
+class CentredInt8Linear(NormedInt8Linear):
+    """Rows of 8 bits around zero: for rows without outliers, whose values lie alike on both sides."""
+
+    rows = "centred"
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         scale = x.abs().amax(-1, keepdim=True).clamp_min_(LEAST)
         codes = _whole(x, scale.reciprocal(), MIDDLE, LEVELS).to(torch.uint8)
-        if self.eps is not None:
-            length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-            scale /= length.square_().div_(self.inputs).add_(self.eps).sqrt_()
-        return self._scaled(self._product(codes, MIDDLE, 1 / LEVELS), scale)
+        return self._scaled(self._product(codes, MIDDLE, 1 / LEVELS), self._normed(scale, x))
 
     def _multiply_few(self, x: torch.Tensor) -> torch.Tensor:
         if len(x) == 1:
@@ -203,49 +222,40 @@ class CentredInt8Linear(Int8Weight):
         scratch = scratch_of(x.shape)
         scale = scratch.peaks(x)
         codes = scratch.codes.copy_(scratch.whole(x, LEVELS / scale, MIDDLE))
-        if self.eps is not None:
-            length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-            scale *= length.square_().add_(self.eps * self.inputs).rsqrt_()
-        share = 1 if self.eps is None else math.sqrt(self.inputs)
-        return self._scaled(self._product(codes, MIDDLE, share / LEVELS), scale)
+        return self._scaled(self._product(codes, MIDDLE, 1 / LEVELS), self._normed(scale, x))
 
     def _multiply_one(self, x: torch.Tensor) -> torch.Tensor:
         scratch, peak = scratch_of(x.shape), peak_of(x)
         codes = scratch.codes.copy_(scratch.whole_of_one(x, LEVELS / peak, MIDDLE))
-        scale = peak / LEVELS
-        if self.eps is not None:
-            row = x.numpy()[0]
-            scale /= math.sqrt(float(np.dot(row, row)) / self.inputs + self.eps)
-        return self._product(codes, MIDDLE, scale, self.bias)
+        return self._product(codes, MIDDLE, self._normed_one(peak / LEVELS, x), self.bias)
 
 
-class WideInt8Linear(Int8Weight):
+class WideInt8Linear(NormedInt8Linear):
     """Rows of 16 bits, as two products, of their high and their low bytes: few rows cost as much as one, because the
     weights are read once, and what remains of the error is the weights'."""
 
-    def __init__(self, weight: torch.Tensor | Int8Codes, bias: torch.Tensor | None, turn: Turn | None = None) -> None:
-        super().__init__(weight, bias, turn)
-        self._compile("wide")
+    rows = "wide"
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         scale = x.abs().amax(-1, keepdim=True).clamp_min_(LEAST)
         codes = _whole(x, scale.reciprocal(), MIDDLE * 256 + MIDDLE, WIDE_LEVELS)
         product = self._product(torch.cat((codes >> 8, codes)).to(torch.uint8), MIDDLE, 1 / WIDE_LEVELS)
         high, low = product.chunk(2)
-        return self._scaled(low.add_(high, alpha=256), scale)
+        return self._scaled(low.add_(high, alpha=256), self._normed(scale, x))
 
     def _multiply_few(self, x: torch.Tensor) -> torch.Tensor:
         scratch = scratch_of(x.shape)
         if len(x) == 1:
             peak = peak_of(x)
             whole = scratch.whole_of_one(x, WIDE_LEVELS / peak, MIDDLE * 256 + MIDDLE)
-            high, low = self._product(scratch.bytes(whole), MIDDLE, peak / WIDE_LEVELS).chunk(2)
+            scale = self._normed_one(peak / WIDE_LEVELS, x)
+            high, low = self._product(scratch.bytes(whole), MIDDLE, scale).chunk(2)
             y = low.add_(high, alpha=256)
             return y if self.bias is None else y.add_(self.bias)
-        scale = scratch.peaks(x)
-        whole = scratch.whole(x, WIDE_LEVELS / scale, MIDDLE * 256 + MIDDLE)
+        peaks = scratch.peaks(x)
+        whole = scratch.whole(x, WIDE_LEVELS / peaks, MIDDLE * 256 + MIDDLE)
         high, low = self._product(scratch.bytes(whole), MIDDLE, 1 / WIDE_LEVELS).chunk(2)
-        return self._scaled(low.add_(high, alpha=256), scale)
+        return self._scaled(low.add_(high, alpha=256), self._normed(peaks, x))
 
 
 def _whole(x: torch.Tensor, steps: torch.Tensor, zero: int, levels: int) -> torch.Tensor:
