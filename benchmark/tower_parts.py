@@ -5,7 +5,7 @@
 SigLIP-so400m's width, a picture of 24x24 patches, random weights. Each part is called by itself, in all blocks in a
 row, so that weights come from where they come from in a forward; parts take turns. Milliseconds of the clock for one
 block: the least and the median. "all" is the whole block, of which the next three are the parts; the last is what
-oneDNN takes for the products of the same codes, with nothing around them.
+the products of the same codes take, with nothing around them: oneDNN's, or compiled loops' where those are not exact.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def parts_of(block: CodedBlock, shape: Shape) -> dict[str, Part]:
     qkv, *rest = layers = [
         own(block.get_submodule(name)) for name in ("attention.qkv", "attention.out_proj", "mlp.fc1", "mlp.fc2")
     ]
-    x, dtype = torch.randn(FIXED.area, shape.hidden), attention_dtype(torch.float32)
+    x, dtype = torch.randn(FIXED.area, shape.hidden), attention_dtype()
     attended = torch.randn(FIXED.area, shape.hidden).to(dtype)
     q, k, v = torch.randn(FIXED.area, 3, shape.heads, shape.hidden // shape.heads).to(dtype).unbind(1)
     given = [(layer, row_codes(torch.randn(FIXED.area, layer.inputs))) for layer in layers]
@@ -46,7 +46,7 @@ def parts_of(block: CodedBlock, shape: Shape) -> dict[str, Part]:
         "norm to q, k, v": lambda: passes.heads(x, block.norm1, qkv),
         "attention": lambda: block.attention.attend((q, k, v), SEGMENTS, "onednn", None),
         "projection, norm, MLP": lambda: passes.rest(attended, x, block.norm2, *rest),
-        "oneDNN's products alone": lambda: [layer.sums_of(codes) for layer, codes in given],
+        "products alone": lambda: [layer.sums_of(codes) for layer, codes in given],
     }
 
 

@@ -21,7 +21,7 @@ LENGTHS = (1, 16, 33, 200)
 @pytest.fixture(autouse=True)
 def compiled() -> None:
     if compiled_layer() is None:
-        pytest.skip("needs llvmlite and AVX512-VNNI")
+        pytest.skip("needs llvmlite and AVX2")
 
 
 def cache(kv_heads: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -26,6 +26,7 @@ from siglane.nn.attention import (
     packed_attention,
     runnable_backends,
 )
+from siglane.nn.cpu import attention as cpu_attention
 from siglane.nn.cpu.attention import LONG
 from siglane.nn.cpu.chunks import CHUNK_ROWS, ChunkedBlock, ChunkedMLP, groups_of
 from siglane.nn.cpu.optimise import optimise
@@ -156,6 +157,12 @@ HEADS = [(4, 16), (6, 12), (2, 72), (9, 5)]
 GROUPED = [*((heads, heads, head_dim) for heads, head_dim in HEADS), (4, 2, 8), (6, 1, 12), (9, 3, 5)]
 
 
+@pytest.fixture(params=[True, False], ids=["AVX2", "others"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long segments are attended to as on a processor of AVX2, or of others."""
+    monkeypatch.setattr(cpu_attention, "_is_avx2", lambda: request.param)
+
+
 class TestAttention:
     @pytest.mark.parametrize("backend", ["eager", "sdpa", "onednn"])
     @pytest.mark.parametrize(("heads", "head_dim"), HEADS)
@@ -167,6 +174,7 @@ class TestAttention:
         ours = packed_attention(q, k, v, Segments.of(lengths, CPU), scale=0.37, backend=backend)
         torch.testing.assert_close(ours, dense(q, k, v, lengths, 0.37, causal=False), atol=1e-5, rtol=0)
 
+    @pytest.mark.usefixtures("processor")
     @pytest.mark.parametrize(("heads", "head_dim"), [(4, 16), (2, 72)])
     @pytest.mark.parametrize("lengths", [[LONG], [LONG - 1, LONG + 1], [1100, 40, 1100, 1100], [3000]])
     def test_long_segments_too(self, lengths: list[int], heads: int, head_dim: int) -> None:
@@ -179,6 +187,7 @@ class TestAttention:
             assert ours.requires_grad == x.requires_grad
             torch.testing.assert_close(ours.detach(), expected, atol=1e-5, rtol=0)
 
+    @pytest.mark.usefixtures("processor")
     @pytest.mark.parametrize("spread", [1, 30, 1000])
     @pytest.mark.parametrize("shift", [-1000, -80, -50, 0, 50, 80, 1000])
     def test_scores_of_any_size(self, shift: int, spread: int) -> None:

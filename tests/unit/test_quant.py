@@ -395,7 +395,7 @@ def passes(request: pytest.FixtureRequest) -> Between:
     """What stands between two products here, with and without compiled loops."""
     made: Between | None = PASSES[request.param]()
     if made is None:
-        pytest.skip("needs llvmlite and AVX512-VNNI")
+        pytest.skip("needs llvmlite and AVX2")
     return made
 
 

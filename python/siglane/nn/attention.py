@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from siglane.errors import ConfigError, EngineError
-from siglane.nn.cpu.attention import LONG, attention_by_head, compiled_attention
+from siglane.nn.cpu.attention import attention_by_head, compiled_attention, takes_heads_alone
 from siglane.nn.cpu.product import uses_onednn
 from siglane.nn.cuda.varlen import Packed, attend_packed
 from siglane.nn.trial import first_right
@@ -144,7 +144,7 @@ def _onednn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segment
     by_head = uses_onednn(q, k, v)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        long = by_head and q.shape[1] >= LONG
+        long = by_head and takes_heads_alone(q.shape[1])
         return attention_by_head(q, k, v, scale) if long else sdpa(q, k, v, scale=scale)
 
     return by_runs(attend, q, k, v, segments)

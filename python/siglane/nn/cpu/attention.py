@@ -3,6 +3,7 @@ by a compiled loop."""
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,17 @@ def compiled_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Seg
     if torch.compiler.is_compiling() or wants_gradient(q, k, v):
         return None
     return segments(q.shape[-1])
+
+
+def takes_heads_alone(length: int) -> bool:
+    """Whether segments of so many rows are better off by `attention_by_head`. Under AVX2 torch's fused attention is the
+    faster one at every length."""
+    return length >= LONG and not _is_avx2()
+
+
+@functools.cache
+def _is_avx2() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def attention_by_head(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:

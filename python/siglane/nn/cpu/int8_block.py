@@ -36,7 +36,7 @@ class CodedBlock(ChunkedBlock):
         refuse_gradient(x)
         stream, attention = x.float().contiguous(), self.attention
         qkv, *rest = (own(layer) for layer in (attention.qkv, attention.out_proj, self.mlp.fc1, self.mlp.fc2))
-        passes = self.passes(attention_dtype(x.dtype), qkv, *rest)
+        passes = self.passes(attention_dtype(), qkv, *rest)
         rows = passes.heads(stream, self.norm1, qkv)
         q, k, v = rows.unflatten(-1, (3, attention.qkv.heads, attention.qkv.head_dim)).unbind(1)
         attended = attention.attend((q, k, v), segments, backend, rotary).contiguous()
@@ -45,8 +45,10 @@ class CodedBlock(ChunkedBlock):
 
     def passes(self, dtype: torch.dtype, *layers: Int8Linear) -> CompiledBlock | ByParts:
         """What computes with `layers`, its own. dtype: of what attention reads."""
-        compiled = coded_block(self.mlp.activation) if dtype == torch.bfloat16 else None
-        return compiled if compiled is not None and compiled.takes(*layers) else ByParts(self.mlp.activation, dtype)
+        compiled = coded_block(self.mlp.activation)
+        if compiled is not None and compiled.dtype == dtype and compiled.takes(*layers):
+            return compiled
+        return ByParts(self.mlp.activation, dtype)
 
 
 class ByParts:
@@ -92,8 +94,7 @@ def parts(*rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 
 
 @functools.cache
-def attention_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of what attention reads behind codes in a tower of `dtype`: bfloat16 where the processor multiplies it, since the
-    codes' own error is larger."""
-    half = dtype == torch.bfloat16 or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if half else torch.float32
+def attention_dtype() -> torch.dtype:
+    """Of what attention reads behind codes: bfloat16 where the processor multiplies it, since the codes' own error is
+    larger; elsewhere it is slower than float32."""
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32

@@ -40,7 +40,7 @@ def between_module(processor: Processor) -> Module:
     those that are x times a sigmoid; `_half` are those that read or write bfloat16."""
     module = Module("between", processor)
     _normed(module)
-    for name, get in (("coded", _float), ("coded_half", as_float)):
+    for name, get in (("coded", as_it_is), ("coded_half", as_float)):
         with _rows(module, name) as row:
             row.encode(row.of("x", get))
     _finished(module)
@@ -71,7 +71,7 @@ class _Row:
 
     def product(self) -> Value:
         """The layer's true results, of sums of codes in `x`."""
-        code, sums, shares, bias = self.code, self.of("x", _float), self.table(0), self.table(1)
+        code, sums, shares, bias = self.code, self.of("x", as_it_is), self.table(0), self.table(1)
         marks = CALL.get(code, self.call, "marks")
         scale, shift = (code.get(marks, code.add(code.mul(self.place, I64(2)), I64(n)), FLOAT) for n in (0, 1))
 
@@ -136,14 +136,14 @@ def _rows(module: Module, name: str) -> Iterator[_Row]:
     code.ret_void()
 
 
-def _float(code: Code, line: ir.Value, place: ir.Value) -> ir.Value:
+def as_it_is(code: Code, line: ir.Value, place: ir.Value) -> ir.Value:
     return code.get(line, place, FLOAT)
 
 
 def _normed(module: Module) -> None:
     with _rows(module, "normed") as row:
         eps, gain = (CALL.get(row.code, row.call, name) for name in ("eps", "table"))
-        row.encode(*normed(row.code, row.of("x", _float), gain, row.width, eps))
+        row.encode(*normed(row.code, row.of("x", as_it_is), gain, row.width, eps))
 
 
 def normed(code: Code, x: Value, gain: ir.Value, width: ir.Value, eps: ir.Value) -> tuple[Value, ir.Value]:
@@ -178,7 +178,7 @@ def _finished(module: Module) -> None:
 
         row.write(narrow, row.address("y", WORD))
     with _rows(module, "added") as row:
-        code, result, residual = row.code, row.product(), row.of("residual", _float)
+        code, result, residual = row.code, row.product(), row.of("residual", as_it_is)
         row.write(lambda place: code.fadd(residual(place), result(place)), row.address("y", FLOAT))
 
 

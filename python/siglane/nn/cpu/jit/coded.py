@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from siglane.nn.cpu.int8_packing import OUTPUTS
-from siglane.nn.cpu.jit.between import SIGMOIDS, encode, normed
+from siglane.nn.cpu.jit.between import SIGMOIDS, as_it_is, encode, normed
 from siglane.nn.cpu.jit.bfloat16 import SUMS, WORD, as_float, rounded
 from siglane.nn.cpu.jit.code import EXP2, Code, Module, Struct, everywhere, exp2, in_threads
 from siglane.nn.cpu.jit.processor import Processor
@@ -25,9 +25,10 @@ from siglane.nn.cpu.jit.types import BYTE, FLOAT, I32, I64, LANES, POINTER, VOID
 GROUP = 48  # rows of one item at most, whole tiles
 NEAR = EXP2[:6]  # enough for codes
 
-# x: rows float32 `[rows, width]`; gain: a norm's; attended: bfloat16 `[rows, width]`; y: bfloat16 `[rows, outputs of
-# first]`, or float32 like x; first, second, third: layers, whose outputs are whole registers; room: of `size` bytes for
-# each thread; group: rows of an item; next, entered: items and threads so far
+# x: rows float32 `[rows, width]`; gain: a norm's; attended: `[rows, width]`; y: `[rows, outputs of first]`, or float32
+# like x; what attention reads and writes is bfloat16 where the processor multiplies it, and float32 elsewhere; first,
+# second, third: layers, whose outputs are whole registers; room: of `size` bytes for each thread; group: rows of an
+# item; next, entered: items and threads so far
 CALL = Struct(
     x=POINTER, gain=POINTER, attended=POINTER, y=POINTER, first=POINTER, second=POINTER, third=POINTER, room=POINTER,
     size=I64, rows=I64, group=I64, next=I64, entered=I64, eps=FLOAT,
@@ -46,16 +47,17 @@ def coded_module(activation: str, processor: Processor) -> Module:
     module = Module("coded", processor)
     multiply = write_eight(module)
     sigmoid = functools.partial(_activated, slope=SIGMOIDS[activation])
-    narrowed = _product(module, multiply, "narrowed", _narrowed, WORD)
+    number, keep = (WORD, _narrowed) if processor.bfloat16 else (FLOAT, _kept)  # as attention reads and writes it
+    kept = _product(module, multiply, "kept", keep, number)
     added = _product(module, multiply, "added", _added, FLOAT)
     activated = _product(module, multiply, "activated", sigmoid, FLOAT, in_blocks=True)
-    norm, narrow, wide = _norm(module), _narrow(module), _wide(module)
+    norm, attended, wide = _norm(module), _attended(module, number), _wide(module)
     with _groups(module, "heads") as some:
         some.codes(norm, "first", some.rows_of("x", FLOAT), some.get("gain"), some.get("eps"))
-        some.product(narrowed, "first", some.rows_of("y", WORD, "outputs"))
+        some.product(kept, "first", some.rows_of("y", number, "outputs"))
     with _groups(module, "rest") as some:
         y, hidden = some.rows_of("y", FLOAT), some.hidden()
-        some.codes(narrow, "first", some.rows_of("attended", WORD))
+        some.codes(attended, "first", some.rows_of("attended", number))
         some.product(added, "first", y, some.rows_of("x", FLOAT))
         some.codes(norm, "second", y, some.get("gain"), some.get("eps"))
         some.product(activated, "second", hidden)
@@ -130,14 +132,14 @@ def _norm(module: Module) -> ir.Function:
     return made
 
 
-def _narrow(module: Module) -> ir.Function:
-    """layer, codes, marks, rows, x bfloat16."""
-    code, made = Code.begin(module, "narrow", VOID, *[POINTER] * 3, I64, POINTER)
+def _attended(module: Module, number: ir.Type) -> ir.Function:
+    """layer, codes, marks, rows, x of `number`s."""
+    code, made = Code.begin(module, "attended", VOID, *[POINTER] * 3, I64, POINTER)
     layer, codes, marks, rows, x = made.args
-    width = LAYER.get(code, layer, "inputs")
+    width, get = LAYER.get(code, layer, "inputs"), as_float if number is WORD else as_it_is
     with _each(code, layer, codes, marks, rows) as (row, into, own):
-        line = code.at(x, code.mul(row, width), WORD)
-        encode(code, width, lambda place: as_float(code, line, place), into, own)
+        line = code.at(x, code.mul(row, width), number)
+        encode(code, width, lambda place: get(code, line, place), into, own)
     code.ret_void()
     return made
 
@@ -202,6 +204,10 @@ def _columns(code: Code, layer: ir.Value, first: ir.Value, number: int) -> tuple
     )
     negative = code.load(code.at(LAYER.get(code, layer, "tail"), place, I32), typ=NUMBERS, align=4)
     return code.fneg(code.fmul(code.sitofp(negative, SUMS), scale)), scale, bias
+
+
+def _kept(code: Code, result: ir.Value, into: ir.Value, _: ir.Value) -> None:
+    code.store(result, into, align=4)
 
 
 def _narrowed(code: Code, result: ir.Value, into: ir.Value, _: ir.Value) -> None:

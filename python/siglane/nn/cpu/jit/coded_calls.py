@@ -30,10 +30,11 @@ class EightBits(Protocol):
 
 
 class CompiledBlock:
-    """What an encoder block does but for its attention, in two calls."""
+    """What an encoder block does but for its attention, in two calls. dtype: of what attention reads and writes."""
 
     def __init__(self, activation: Activation) -> None:
         processor = this_processor()
+        self.dtype = torch.bfloat16 if processor.bfloat16 else torch.float32
         self._owner = Compiled(coded_module(activation, processor))
         self._heads, self._rest = (self._owner.function(name, ADDRESS, COUNT) for name in ("heads", "rest"))
         self._step, self._most = (TILE_ROWS, GROUP) if processor.tiles else (TILE, MOST)
@@ -44,8 +45,8 @@ class CompiledBlock:
         return known and all(layer.outputs % LANES == 0 for layer in (qkv, out_proj, fc2))  # which leave a call
 
     def heads(self, x: torch.Tensor, norm: nn.LayerNorm, qkv: EightBits) -> torch.Tensor:
-        """qkv of a norm without shift: x float32 `[N, K]` -> bfloat16 `[N, outputs]`."""
-        y = torch.empty(len(x), qkv.outputs, dtype=torch.bfloat16)
+        """qkv of a norm without shift: x float32 `[N, K]` -> `[N, outputs]` of `dtype`."""
+        y = torch.empty(len(x), qkv.outputs, dtype=self.dtype)
         self._run(self._heads, x, norm, None, y, qkv)
         return y
 
@@ -53,7 +54,7 @@ class CompiledBlock:
         self, attended: torch.Tensor, x: torch.Tensor, norm: nn.LayerNorm, out_proj: EightBits, fc1: EightBits,
         fc2: EightBits,
     ) -> torch.Tensor:  # fmt: skip
-        """What follows attention: bfloat16, and x float32 `[N, K]` -> float32 like x."""
+        """What follows attention: of `dtype`, and x float32 `[N, K]` -> float32 like x."""
         y = torch.empty_like(x)
         self._run(self._rest, x, norm, attended, y, out_proj, fc1, fc2)
         return y

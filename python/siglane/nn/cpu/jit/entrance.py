@@ -62,14 +62,13 @@ def native_layer() -> type[NativeLayer] | None:
 
 @functools.cache
 def coded_block(activation: Activation) -> CompiledBlock | None:
-    """All of an encoder block but its attention, which reads bfloat16; None for other activations too."""
+    """All of an encoder block but its attention; None for other activations too."""
     if not compiles():
         return None
     from siglane.nn.cpu.jit.between import SIGMOIDS
     from siglane.nn.cpu.jit.coded_calls import CompiledBlock
-    from siglane.nn.cpu.jit.processor import this_processor
 
-    return CompiledBlock(activation) if activation in SIGMOIDS and this_processor().bfloat16 else None
+    return CompiledBlock(activation) if activation in SIGMOIDS else None
 
 
 @functools.cache
