@@ -37,7 +37,7 @@ def test_the_shipped_model_is_served_in_8_bits(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
-def test_a_processor_without_vnni_gets_one_sentence(
+def test_a_processor_without_products_gets_one_sentence(
     bits: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("siglane.nn.quantise.has_integer_products", lambda: False)
@@ -45,6 +45,6 @@ def test_a_processor_without_vnni_gets_one_sentence(
     told = capsys.readouterr()
     assert told.out == ""
     assert told.err == (
-        f"siglane: error: quantization '{bits}': this processor has no exact 8-bit products (VNNI or AMX); use the "
-        "original model in floats\n"
+        f"siglane: error: quantization '{bits}': this processor and system have no exact 8-bit products (VNNI, AMX, or "
+        "AVX2 on Linux); use the original model in floats\n"
     )

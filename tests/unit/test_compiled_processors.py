@@ -17,6 +17,7 @@ from siglane.nn.cpu.jit.code import Module
 from siglane.nn.cpu.jit.coded import coded_module
 from siglane.nn.cpu.jit.heads import heads_module
 from siglane.nn.cpu.jit.processor import Processor, dot_of
+from siglane.nn.cpu.jit.rows import CODED, FOURS, KINDS, Kind, rows_module
 from siglane.nn.cpu.jit.segments import segments_module
 
 TRIPLE = "x86_64-unknown-linux-gnu"
@@ -61,6 +62,19 @@ def test_a_block_multiplies_as_the_processor_does(name: str) -> None:
     assert re.search(PRODUCTS[processor.dot], written)
     assert ("tdpbusd" in written) == processor.tiles
     assert ("vcvtneps2bf16" in written) == processor.bfloat16
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("kinds", [KINDS, CODED, FOURS], ids=lambda kinds: kinds[0].name)
+def test_rows_multiply_as_the_processor_does(kinds: tuple[Kind, ...], name: str) -> None:
+    processor = PROCESSORS[name]
+    written = assembly(rows_module(kinds, processor), name)
+    assert_runs_on(written, processor)
+    product = PRODUCTS[processor.dot]
+    if kinds is FOURS:
+        product = r"vdpbf16ps\s.*%zmm" if processor.bfloat16 else r"vfmadd\d+ps\s"
+    assert re.search(product, written)
+    assert ("tdpbusd" in written) == (processor.tiles and kinds is not FOURS)
 
 
 @pytest.mark.slow

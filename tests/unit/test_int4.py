@@ -25,7 +25,8 @@ def values(codes: Int4Codes) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(64, 32), (640, 96), (1024, 32)])
-def test_codes_are_packed_as_torch_packs_them(outputs: int, inputs: int) -> None:
+def test_codes_are_packed_as_torch_packs_them(outputs: int, inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int4, "_run", int4._torch_run)  # of loops' order on AVX2 torch knows nothing
     codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8)
     assert torch.equal(int4.pack_pairs(int4.paired(codes)), int4.pack_codes(codes))
 

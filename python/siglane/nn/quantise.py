@@ -19,6 +19,7 @@ from siglane.nn.cpu.few_rows import LEAST
 from siglane.nn.cpu.int4 import Int4Codes, Int4Linear, has_packed_products
 from siglane.nn.cpu.int8 import Int8Codes, Int8Linear, Int8Weight, has_integer_products
 from siglane.nn.cpu.int8_block import CodedBlock
+from siglane.nn.cpu.jit.entrance import missing_products
 from siglane.nn.cuda.fp8 import fp8_layers
 from siglane.nn.cuda.low_bits import low_bit_linear
 from siglane.nn.encoder import EncoderBlock
@@ -193,9 +194,7 @@ def kernel(kind: Bits, device: torch.device) -> MakeLinear:
     if device.type != "cpu":
         return low_bit_linear({"8bit": 8, "4bit": 4}[kind], device)
     if not has_integer_products():
-        raise unsupported(
-            kind, "this processor has no exact 8-bit products (VNNI or AMX); use the original model in floats"
-        )
+        raise unsupported(kind, f"{missing_products()}; use the original model in floats")
     if kind == "8bit":
         return Int8Linear
     if not has_packed_products():

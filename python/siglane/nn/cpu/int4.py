@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from siglane.nn.act import swiglu
 from siglane.nn.cpu.few_rows import LEAST
 from siglane.nn.cpu.int8 import Turn
-from siglane.nn.cpu.jit.entrance import compiled_layer
+from siglane.nn.cpu.jit.entrance import compiled_layer, compiles
 from siglane.nn.cpu.memory import in_large_pages
 from siglane.nn.cpu.sealed import Sealed
 
@@ -144,7 +144,8 @@ class Int4Linear(Sealed):
         narrow = rows.bfloat16()
         if padding := len(self.scales) * self.group_size - self.inputs:
             narrow = F.pad(narrow, (0, padding))
-        y = (self._few if len(narrow) < FEW_ROWS else self._many)(narrow)[:, : self.outputs].float()
+        few = len(narrow) < FEW_ROWS and _run() == _torch_run()
+        y = (self._few if few else self._many)(narrow)[:, : self.outputs].float()
         if self.bias is not None:
             y += self.bias
         return y.to(x.dtype).reshape(*x.shape[:-1], self.outputs)
@@ -249,9 +250,15 @@ def unpacked(packed: torch.Tensor, scales: torch.Tensor, group_size: int) -> tor
     return weights.flatten(2).flatten(0, 1)
 
 
-@functools.cache
 def _run() -> int:
-    """Outputs of one run: 32 with AVX-512, 16 with AVX2. 0: this machine keeps codes in another order."""
+    """Outputs of one run: 32 where loops are compiled. 0: torch, whose kernel is used elsewhere, keeps codes in another
+    order here."""
+    return RUN if compiles() else _torch_run()
+
+
+@functools.cache
+def _torch_run() -> int:
+    """Of torch's kernel: 32 with AVX-512, 16 with AVX2, 0 where it keeps codes in another order."""
     codes = torch.arange(BLOCK * 32, dtype=torch.int32).remainder_(TOP + 1).mul_(7).remainder_(13).view(BLOCK, 32)
     packed = pack_codes(codes)
     for run in (RUN, 16):
@@ -261,8 +268,8 @@ def _run() -> int:
 
 
 def has_packed_products() -> bool:
-    """Whether torch has a fast product of 4-bit weights here."""
-    return torch.backends.mkldnn.is_available() and _run() > 0
+    """Whether there is a fast product of 4-bit weights here, a compiled one or torch's."""
+    return compiles() or (torch.backends.mkldnn.is_available() and _torch_run() > 0)
 
 
 @functools.cache

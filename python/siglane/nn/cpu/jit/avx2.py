@@ -85,6 +85,7 @@ def _widen(module: Module, name: str) -> ir.Function:
     codes, low, stride, rows, size, into = made.args
 
     def around_zero(line: ir.Value, place: ir.Value) -> ir.Value:
+        code.prefetch(code.at(line, code.add(place, I64(PART)), BYTE))  # the next ones, of a row somewhere else
         some = code.load(code.at(line, place, BYTE), typ=BYTES, align=1)
         return code.sext(code.xor(some, everywhere(BYTES, MIDDLE)), WORDS)
 

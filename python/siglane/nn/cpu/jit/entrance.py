@@ -104,6 +104,13 @@ def compiles() -> bool:
     return True
 
 
+def missing_products() -> str:
+    """Why there are no exact products of 8 bits, where neither oneDNN nor loops have them, and what to do."""
+    if importlib.util.find_spec("llvmlite") is None:
+        return "8-bit products of this processor take compiled loops: pip install 'siglane[cpu]'"
+    return "this processor and system have no exact 8-bit products (VNNI, AMX, or AVX2 on Linux)"
+
+
 def _has_threads() -> bool:
     try:
         ctypes.CDLL(None).GOMP_parallel  # noqa: B018 - looked up, not called

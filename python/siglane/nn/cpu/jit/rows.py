@@ -6,7 +6,7 @@ A thread takes one block of outputs after another, so that none waits for one th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llvmlite import ir
@@ -16,12 +16,13 @@ from siglane.nn.cpu.int8_packing import OUTPUTS
 from siglane.nn.cpu.jit.bfloat16 import as_bfloat16
 from siglane.nn.cpu.jit.code import Code, Module, Struct, everywhere, exp2, in_threads
 from siglane.nn.cpu.jit.four import write_four, write_rounded
-from siglane.nn.cpu.jit.processor import Processor
+from siglane.nn.cpu.jit.processor import Dot, Processor
 from siglane.nn.cpu.jit.product import LAYER, MIDDLE_BITS, NUMBERS, REGISTERS, write_eight, write_sixteen
 from siglane.nn.cpu.jit.types import BYTE, FLOAT, I32, I64, LANES, POINTER, VOID
 
 MOST = 1024  # rows of one call
-ROWS = 32  # rows that a thread takes through a block at a time
+# rows that a thread takes through a block at a time: whole tiles
+ROWS: Mapping[Dot, int] = {"avx512": 32, "avxvnni": 48, "avx2": 48}
 ALONE = 1 << 15  # values of rows below which one thread is faster than several
 SUMS = ir.VectorType(FLOAT, LANES)
 BITS = {False: MIDDLE, True: MIDDLE * 256 + MIDDLE}  # of the code of zero, by `wide`
@@ -88,10 +89,11 @@ def _encode_all(module: Module, kind: Kind, encode: ir.Function) -> ir.Function:
     layer, x, codes, scales, rows = (CALL.get(code, call, name) for name in ("layer", "x", "codes", "scales", "rows"))
     inputs, stride = LAYER.get(code, layer, "inputs"), LAYER.get(code, layer, "stride")
     with code.taken(CALL.address(code, call, "next"), rows) as row:
-        place = code.srem(row, I64(ROWS))
+        most = I64(ROWS[module.processor.dot])
+        place = code.srem(row, most)
         first = code.sub(row, place)
         high = code.at(codes, code.mul(code.add(code.mul(first, I64(2)), place), stride), BYTE)
-        low = code.at(high, code.mul(code.least(code.sub(rows, first), I64(ROWS)), stride), BYTE)
+        low = code.at(high, code.mul(code.least(code.sub(rows, first), most), stride), BYTE)
         line = code.at(x, code.mul(row, inputs), BYTE if kind.coded else FLOAT)
         code.put(code.call(encode, [layer, line, high, low]), scales, row)
     code.ret_void()
@@ -149,11 +151,12 @@ def _work(
     blocks, stride = LAYER.get(code, layer, "blocks"), LAYER.get(code, layer, "stride")
     if kind.gated:
         blocks = code.sdiv(blocks, I64(2))
-    groups = code.sdiv(code.add(rows, I64(ROWS - 1)), I64(ROWS))
-    sums = code.room(I32, 2 * ROWS * OUTPUTS)
+    most = ROWS[module.processor.dot]
+    groups = code.sdiv(code.add(rows, I64(most - 1)), I64(most))
+    sums = code.room(I32, 2 * most * OUTPUTS)
     with code.taken(CALL.address(code, call, "next"), code.mul(blocks, groups)) as item:
-        block, first = code.sdiv(item, groups), code.mul(code.srem(item, groups), I64(ROWS))
-        count, these = code.least(code.sub(rows, first), I64(ROWS)), code.mul(code.mul(first, I64(2)), stride)
+        block, first = code.sdiv(item, groups), code.mul(code.srem(item, groups), I64(most))
+        count, these = code.least(code.sub(rows, first), I64(most)), code.mul(code.mul(first, I64(2)), stride)
         these, others = code.at(codes, these, BYTE), code.at(sums, code.mul(count, I64(OUTPUTS)), I32)
         if both is not None:
             code.call(both, [layer, block, these, count, sums])
