@@ -105,7 +105,8 @@ def calls_of(engine: Engine) -> dict[str, Callable[[], object]]:
     }
     if layers:
         parts["layers"] = lambda: [layer(rows[layer.inputs]) for layer in layers]
-        parts["products"] = lambda: [layer._product(codes[layer.inputs]) for layer in layers]
+        if layers[0].packed.is_mkldnn:  # else no product is alone
+            parts["products"] = lambda: [layer._product(codes[layer.inputs]) for layer in layers]
     return parts
 
 
