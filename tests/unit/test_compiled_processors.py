@@ -52,6 +52,7 @@ def unknown_calls(module: Module, text: str) -> set[str]:
     return called - set(module.globals) - {"GOMP_parallel", "memset", "memcpy", "memmove"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cpu", CPUS)
 def test_products_of_bytes(cpu: str) -> None:
     processor = CPUS[cpu]
@@ -63,6 +64,7 @@ def test_products_of_bytes(cpu: str) -> None:
     assert ("tdpbusd" in text) == processor.tiles
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cpu", CPUS)
 def test_products_of_four_bits(cpu: str) -> None:
     module = rows_module(FOURS, CPUS[cpu])
