@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from siglane.cli import demo, doctor, tokens
 from siglane.cli.main import COMMANDS, main
 from siglane.llm import LLM, VisionEncoder
+from siglane.nn.cpu.int8 import has_integer_products
 from siglane.types import SamplingParams
 
 HEADERS = 1000
@@ -329,8 +330,11 @@ def test_doctor_reports_and_its_exit_code_follows(
     printed = capsys.readouterr()
     found = json.loads(printed.out)
     checks = {check["name"]: check for check in found["checks"]}
-    assert {"python", "torch", "transformers", "cpu", "memory", "model cache", "vision attention"} <= set(checks)
+    assert {"python", "torch", "transformers", "cpu", "memory", "model cache", "vision attention", "fewer bits"} <= set(
+        checks
+    )
     assert all(checks[name]["status"] == "ok" for name in ("python", "torch", "pillow", "vision attention"))
+    assert checks["fewer bits"]["status"] == ("ok" if has_integer_products() else "note")
     assert checks["SIGLANE_MAX_TOKEN"] == {
         "name": "SIGLANE_MAX_TOKEN",
         "status": "note",

@@ -94,7 +94,7 @@ def _asked(arguments: argparse.Namespace, options: DoctorOptions) -> tuple[Calla
         return (model,)
     if options.host is not None:
         return (_python, _sglang if options.host == "sglang" else _vllm)
-    return (_python, _packages, _extras, _devices, _attention, _memory, _disk, _files, _environment, _demo)
+    return (_python, _packages, _extras, _devices, _attention, _fewer_bits, _memory, _disk, _files, _environment, _demo)
 
 
 def _examined(examine: Callable[[], Iterator[Check]]) -> Iterator[Check]:
@@ -215,6 +215,17 @@ def _attention() -> Iterator[Check]:
     for name, package in (("flash_attn", "flash-attn"), ("flashinfer", "flashinfer-python")):
         if importlib.util.find_spec(name) is not None:
             yield Check(package, "ok", _version(package) or "installed")
+
+
+def _fewer_bits() -> Iterator[Check]:
+    """Whether `--quantization` can be had on this CPU."""
+    from siglane.nn.cpu.int8 import has_integer_products
+    from siglane.nn.cpu.jit.entrance import compiles, missing_products
+
+    if has_integer_products():
+        yield Check("fewer bits", "ok", f"8bit and 4bit on cpu, by {'compiled loops' if compiles() else 'oneDNN'}")
+    else:
+        yield Check("fewer bits", "note", missing_products())
 
 
 def _memory() -> Iterator[Check]:
