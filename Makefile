@@ -47,7 +47,7 @@ test: $(READY)  ## everything but the long tests
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not vllm and not real and not clients"
 
 test-slow: $(READY)  ## the tests that take seconds each
-	@$(BIN)/python -m pytest -q -m slow
+	@$(BIN)/python -m pytest -q -rs -m slow
 
 test-oldest: END := .venv-oldest
 test-oldest: $(READY)  ## parity, and the unit tests that import transformers, with the oldest transformers allowed
