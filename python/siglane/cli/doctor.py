@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Status = Literal["ok", "note", "broken"]
 MARKS: dict[Status, str] = {"ok": "ok", "note": "--", "broken": "BROKEN"}
 PYTHON = (3, 11)
+FEWER_BITS: tuple[Literal["8bit", "4bit"], ...] = ("8bit", "4bit")  # that a CPU may have
 GEMM_SIDE = {"cpu": 1024, "cuda": 8192}
 GEMM_SECONDS = 0.3
 LITTLE_MEMORY, LITTLE_DISK, FEW_FILES = 4 << 30, 5 << 30, 1024
@@ -219,13 +220,17 @@ def _attention() -> Iterator[Check]:
 
 def _fewer_bits() -> Iterator[Check]:
     """Whether `--quantization` can be had on this CPU."""
-    from siglane.nn.cpu.int8 import has_integer_products
-    from siglane.nn.cpu.jit.entrance import compiles, missing_products
+    import torch
 
-    if has_integer_products():
-        yield Check("fewer bits", "ok", f"8bit and 4bit on cpu, by {'compiled loops' if compiles() else 'oneDNN'}")
+    from siglane.nn.quantise import kernel
+
+    try:
+        for kind in FEWER_BITS:
+            kernel(kind, torch.device("cpu"))
+    except UserError as error:
+        yield Check("fewer bits", "note", error.message)
     else:
-        yield Check("fewer bits", "note", missing_products())
+        yield Check("fewer bits", "ok", f"{' and '.join(FEWER_BITS)} on cpu")
 
 
 def _memory() -> Iterator[Check]:
