@@ -19,6 +19,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from siglane.verify.references.files import unset
+
 Kind = Literal["qwen2", "qwen3", "qwen3_moe", "llama"]
 CLASSES: dict[Kind, tuple[Any, Any]] = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
@@ -71,7 +73,7 @@ def write_causal_lm_checkpoint(
 ) -> Written:
     """facts: of the transformers configuration, over SIZES."""
     config_class, model_class = CLASSES[kind]
-    model = model_class(config_class(**SIZES | {"tie_word_embeddings": tied} | facts)).eval()
+    model = unset(lambda: model_class(config_class(**SIZES | {"tie_word_embeddings": tied} | facts))).eval()
     randomise(model, seed=3)
     model.generation_config.eos_token_id = None
     folder.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from siglane.verify.references.files import unset
 from siglane.verify.references.nvila import build_projector
 
 PreTrainedConfig.__repr__ = object.__repr__  # an eighth of parity's time: transformers formats it for logs that are off
@@ -129,7 +130,7 @@ def preprocessor_of(kind: str, resample: int, **facts: Any) -> dict[str, Any]:
 def tower_of(seed: int, **facts: Any) -> SiglipVisionModel:
     """facts: of SiglipVisionConfig."""
     sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 2}
-    tower = SiglipVisionModel(SiglipVisionConfig(**sizes | facts)).eval()
+    tower: SiglipVisionModel = unset(lambda: SiglipVisionModel(SiglipVisionConfig(**sizes | facts))).eval()
     randomise(tower, seed)
     return tower
 
@@ -154,7 +155,8 @@ def decoder_of(kind: str, seed: int, **facts: Any) -> Any:
         "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }  # fmt: skip
-    decoder: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | facts | instead)).eval()
+    config = AutoConfig.for_model(kind, **sizes | facts | instead)
+    decoder: Any = unset(lambda: AutoModelForCausalLM.from_config(config)).eval()
     randomise(decoder, seed)
     return decoder
 
@@ -286,7 +288,7 @@ def write_siglip_checkpoint(
             "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
             "num_attention_heads": 2,
         }  # fmt: skip
-        model = SiglipModel(SiglipConfig(vision_config=tower.config.to_dict(), text_config=text))
+        model = unset(lambda: SiglipModel(SiglipConfig(vision_config=tower.config.to_dict(), text_config=text)))
         randomise(model, seed + 1)
         model.vision_model.load_state_dict(tower.state_dict())
         state, raw = model.state_dict(), {**model.config.to_dict(), "model_type": "siglip"}

@@ -22,6 +22,8 @@ from transformers import (
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 
+from siglane.verify.references.files import unset
+
 Kind = Literal["smolvlm", "smolvlm2", "2.2b", "docling"]
 KINDS: tuple[Kind, ...] = ("smolvlm", "smolvlm2", "2.2b", "docling")
 
@@ -83,7 +85,7 @@ def write_idefics3_checkpoint(
     tokenizer = _tokenizer(kind)
     template = (DOCLING_TEMPLATE if kind == "docling" else SMOLVLM_TEMPLATE) if template == "" else template
     config = _config(kind, tokenizer, tied, keys or {})
-    model: Any = CLASSES[config.model_type][1](config).eval()
+    model: Any = unset(lambda: CLASSES[config.model_type][1](config)).eval()
     randomise(model, seed)
     vision = config.vision_config
     pictures = merged(_pictures(kind, vision.image_size), processor)

@@ -26,6 +26,7 @@ from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGener
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
+from siglane.verify.references.files import unset
 from siglane.verify.references.r_4b import PreNormProjector
 
 Names = Literal["hub", "saved", "memory"]
@@ -132,7 +133,7 @@ def write_llava_onevision_checkpoint(
         tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in THINKING])
     pinpoints = [[image_size * i, image_size * j] for i in range(1, most + 1) for j in range(1, most + 1)]
     config = _config(tokenizer, image_size, pinpoints, patch, text or {}, tied=tied, bias=bias, keys=keys or {})
-    model: Any = LlavaOnevisionForConditionalGeneration(config).eval()
+    model: Any = unset(lambda: LlavaOnevisionForConditionalGeneration(config)).eval()
     if relative is not None:
         model.model.multi_modal_projector = PreNormProjector(config, relative[1])
     randomise(model, seed)

@@ -13,6 +13,7 @@ from checkpoints import config_of, preprocessor_of, randomise, write_checkpoint
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import Siglip2Config, Siglip2Model, SiglipConfig, SiglipModel, SiglipVisionModel
 
+from siglane.verify.references.files import unset
 from siglane.verify.references.siglip2 import resize_one_column_exactly
 
 Kind = Literal["siglip", "siglip2", "naflex"]
@@ -56,14 +57,14 @@ def write_two_tower_checkpoint(
     model: TwoTowerReference
     if kind == "naflex":
         vision = sizes | {"patch_size": 16, "num_patches": 16}
-        model = Siglip2Model(Siglip2Config(vision_config=vision, text_config=text))
+        model = unset(lambda: Siglip2Model(Siglip2Config(vision_config=vision, text_config=text)))
         resize_one_column_exactly(model.vision_model.embeddings)
         preprocessor = preprocessor_of("Siglip2ImageProcessor", 2, patch_size=16, max_num_patches=max_num_patches)
     else:
         vision = sizes | {"patch_size": patch_size, "image_size": image_size}
         if tower is not None:
             vision = tower.config.to_dict()
-        model = SiglipModel(SiglipConfig(vision_config=vision, text_config=text))
+        model = unset(lambda: SiglipModel(SiglipConfig(vision_config=vision, text_config=text)))
         size = {"height": image_size, "width": image_size}
         preprocessor = preprocessor_of("SiglipImageProcessor", 3 if kind == "siglip" else 2, size=size)
     model.eval()

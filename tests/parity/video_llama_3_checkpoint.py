@@ -14,6 +14,8 @@ from checkpoints import build_tokenizer, instead, merged, preprocessor_of, rando
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast, VideoLlama3Config, VideoLlama3ForConditionalGeneration
 
+from siglane.verify.references.files import unset
+
 Layout = Literal["hf", "authors"]
 LAYOUTS: tuple[Layout, ...] = ("hf", "authors")
 PATCH = 4
@@ -79,7 +81,7 @@ def write_video_llama_3_checkpoint(
     tokenizer = build_tokenizer((*MEDIA, "<tool_call>", "</tool_call>"))
     tokenizer.eos_token = AddedToken("<|im_end|>", special=True)
     config: Any = VideoLlama3Config(**_parts(tokenizer, tied), architectures=["VideoLlama3ForConditionalGeneration"])
-    model: Any = VideoLlama3ForConditionalGeneration(config).eval()
+    model: Any = unset(lambda: VideoLlama3ForConditionalGeneration(config)).eval()
     randomise(model, seed)
     state = {name: one for name, one in model.state_dict().items() if not (tied and name.startswith("lm_head"))}
     raw, pictures = config.to_dict(), _pictures(layout, bounds)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from siglane.errors import ConfigError
-from siglane.verify.references.files import Raw, Tensors, chat_template, ready
+from siglane.verify.references.files import Raw, Tensors, chat_template, ready, unset
 from siglane.verify.references.tapping import rows_of, tapping
 from siglane.verify.stages import LOGIT_ROWS, TOKENS, Trace
 
@@ -43,7 +43,7 @@ class Decoder:
             elif HEAD in tensors:
                 tensors = Tensors({**tensors.readers, TABLE: tensors.reader(HEAD)})
         from_config: Any = AutoModelForCausalLM.from_config
-        model = from_config(AutoConfig.for_model(raw["model_type"], **facts))
+        model = unset(lambda: from_config(AutoConfig.for_model(raw["model_type"], **facts)))
         ready(model, _stacked(model, tensors), device, dtype)
         return cls(model, model.model.layers)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers.initialization import no_init_weights
 
 from siglane.errors import ConfigError, WeightError
 
@@ -150,6 +151,15 @@ def _opened(file: Path) -> Iterator[Any]:
             yield handle
     except (SafetensorError, OSError) as error:
         raise WeightError(f"{file} is not a usable safetensors file: {error}") from error
+
+
+def unset(build: Callable[[], Any]) -> Any:
+    """The model of transformers that `build` makes, without its random numbers, which take as long as reading the
+    weights that `ready` puts in their places."""
+    with no_init_weights():
+        model = build()
+    model.tie_weights()
+    return model
 
 
 def ready(module: nn.Module, tensors: Tensors, device: torch.device, dtype: torch.dtype) -> None:

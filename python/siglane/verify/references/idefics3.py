@@ -19,7 +19,7 @@ from transformers import (
 
 from siglane.verify.references.adapter import tensors_of
 from siglane.verify.references.decoder import PLACE, Decoder, load_tokenizer, rendered
-from siglane.verify.references.files import Raw, Tensors, media_token, processor_json, read_json, ready
+from siglane.verify.references.files import Raw, Tensors, media_token, processor_json, read_json, ready, unset
 from siglane.verify.references.pixels import Processing, patches_of, squares_of
 from siglane.verify.references.reference import ReferenceFamily, Seen, VisionLanguageReference
 from siglane.verify.references.tapping import tapping
@@ -48,7 +48,7 @@ class Idefics3(VisionLanguageReference):
         tensors = tensors_of(folder, adapter)
         if TABLE in tensors and HEAD in tensors and not torch.equal(tensors[TABLE], tensors[HEAD]):
             self.config.tie_word_embeddings = False  # then each is used
-        self.model: Any = model(self.config)
+        self.model: Any = unset(lambda: model(self.config))
         ready(self.model, _named(self.model, tensors), device, dtype)
         self.tower: Any = self.model.model.vision_model
         if dtype != torch.float32:

@@ -14,7 +14,7 @@ from transformers.image_processing_utils import select_best_resolution
 
 from siglane.verify.references.adapter import tensors_of
 from siglane.verify.references.decoder import PLACE, Decoder, filled, load_tokenizer, rendered
-from siglane.verify.references.files import Tensors, media_token, processor_json, read_json, ready
+from siglane.verify.references.files import Tensors, media_token, processor_json, read_json, ready, unset
 from siglane.verify.references.pixels import CLIP_MEAN, CLIP_STD, Processing, patches_of, squares_of
 from siglane.verify.references.reference import ReferenceFamily, Seen, VisionLanguageReference
 from siglane.verify.references.tapping import tapping
@@ -40,7 +40,7 @@ class LlavaOnevision(VisionLanguageReference):
         stored = [tensors[name] for name in tensors.readers if name.endswith(("lm_head.weight", "embed_tokens.weight"))]
         if len(stored) == 2 and not torch.equal(*stored):  # then each is used, tied or not
             self.config.tie_word_embeddings = self.config.text_config.tie_word_embeddings = False
-        self.model = self.built()
+        self.model = unset(self.built)
         ready(self.model, _named(self.model, tensors), device, dtype)
         self.language = Decoder(self.model, self.model.model.language_model.layers)
         self.processing = Processing.of(processor, 384, Image.Resampling.BICUBIC, mean=CLIP_MEAN, std=CLIP_STD)

@@ -22,7 +22,7 @@ from transformers.models.siglip.modeling_siglip import SiglipAttention
 
 from siglane.verify.references.adapter import tensors_of
 from siglane.verify.references.decoder import CHATML, PLACE, Decoder, load_tokenizer, rendered
-from siglane.verify.references.files import Raw, classes_in, processor_json, read_json, ready
+from siglane.verify.references.files import Raw, classes_in, processor_json, read_json, ready, unset
 from siglane.verify.references.pixels import Processing
 from siglane.verify.references.reference import ReferenceFamily, Seen, VisionLanguageReference
 from siglane.verify.references.tapping import tapping
@@ -83,7 +83,7 @@ class Ovis2_5(VisionLanguageReference):
         self.device, self.dtype = device, dtype
         config: Any = SiglipVisionConfig(**{name: self.raw[name] for name in VIT_FACTS if name in self.raw})
         config.vision_use_head = False
-        self.tower: Any = SiglipVisionModel(config)
+        self.tower: Any = unset(lambda: SiglipVisionModel(config))
         for layer in self.tower.encoder.layers:
             layer.self_attn = RotaryAttention(config)
         vit = tensors.under("visual_tokenizer.vit.vision_model.", "visual_tokenizer.vit.")

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
 from siglane.verify.references.adapter import tensors_of
-from siglane.verify.references.files import processor_json, read_json, ready
+from siglane.verify.references.files import processor_json, read_json, ready, unset
 from siglane.verify.references.pixels import Processing
 from siglane.verify.references.reference import ReferenceFamily
 from siglane.verify.references.tapping import tapping
@@ -28,7 +28,7 @@ class Siglip2:
         raw = root["vision_config"] if root["model_type"] == "siglip2" else root
         self.config: Any = Siglip2VisionConfig.from_dict(raw)
         self.device, self.dtype = device, dtype
-        self.model: Any = Siglip2VisionModel(self.config)
+        self.model: Any = unset(lambda: Siglip2VisionModel(self.config))
         ready(self.model, tensors_of(folder, adapter).under("vision_model.", ""), device, dtype)
         resize_one_column_exactly(self.model.embeddings)
         self.most = processor.get("max_num_patches", 256)

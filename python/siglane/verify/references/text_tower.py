@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from transformers import Siglip2TextConfig, Siglip2TextModel, SiglipTextConfig, SiglipTextModel, SiglipTokenizer
 
 from siglane.verify.references.adapter import tensors_of
-from siglane.verify.references.files import read_json, ready
+from siglane.verify.references.files import read_json, ready, unset
 from siglane.verify.references.tapping import tapping
 from siglane.verify.stages import Trace
 
@@ -35,7 +35,7 @@ class TextTower:
         config, model = CLASSES[root["model_type"]]
         self.config: Any = config.from_dict(root.get("text_config") or {})
         self.folder, self.device = folder, device
-        self.model: Any = model(self.config)
+        self.model: Any = unset(lambda: model(self.config))
         ready(self.model, tensors.under("text_model."), device, dtype)
         self.calibration = {
             "calibration.0": tensors["logit_scale"].float().exp().reshape(1, 1),

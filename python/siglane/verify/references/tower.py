@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from siglane.verify.references.files import Raw, Tensors, ready
+from siglane.verify.references.files import Raw, Tensors, ready, unset
 from siglane.verify.references.pixels import patches_of
 from siglane.verify.references.tapping import tapping
 from siglane.verify.stages import Trace
@@ -42,7 +42,7 @@ class SiglipTower:
         self.side: int = self.config.image_size  # pixels along a side
         self.grid = self.side // self.config.patch_size  # patches along a side
         self.device, self.dtype = device, dtype
-        self.model: Any = SiglipVisionModel(self.config)
+        self.model: Any = unset(lambda: SiglipVisionModel(self.config))
         ready(self.model, tensors.under("vision_model.", ""), device, dtype)
 
     def run(self, pixels: torch.Tensor) -> Trace:

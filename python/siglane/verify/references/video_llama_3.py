@@ -25,6 +25,7 @@ from siglane.verify.references.files import (
     processor_json,
     read_json,
     ready,
+    unset,
 )
 from siglane.verify.references.pixels import Processing
 from siglane.verify.references.reference import ReferenceFamily, Seen, VisionLanguageReference
@@ -52,7 +53,7 @@ class VideoLlama3(VisionLanguageReference):
         known = {"vision_config": self.raw[self.vision_key()], "text_config": self.text_config}
         config: Any = VideoLlama3Config.from_dict(known)
         self.vision_config = config.vision_config
-        self.tower: Any = VideoLlama3VisionModel(config.vision_config)
+        self.tower: Any = unset(lambda: VideoLlama3VisionModel(config.vision_config))
         self.projector: Any = VideoLlama3Projector(config)
         names = tensors_of(folder, adapter).readers
         tensors = Tensors({name.removeprefix("model."): read for name, read in names.items()})
