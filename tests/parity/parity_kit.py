@@ -24,6 +24,7 @@ from siglane.weights.hub import open_checkpoint
 from siglane.weights.load import StrictLoad
 
 MAX_ABS, MIN_COSINE = 2e-4, 0.99999
+ROUND = 64
 
 Written = TypeVar("Written")
 Family = TypeVar("Family")
@@ -118,10 +119,13 @@ def logits(
 
 
 def greedy(model: VisionLanguageModel, embeds: torch.Tensor, steps: int) -> list[int]:
-    chosen: list[int] = []
-    for _ in range(steps):
-        chosen.append(int(logits(model, embeds)[-1].argmax()))
-        embeds = torch.cat([embeds, model.language.embed(torch.tensor(chosen[-1:]))])
+    """Rows of zeros behind the last token change none before it: with them all steps, and most prompts, have as many
+    rows, for each number of which oneDNN compiles its products anew."""
+    first, chosen = len(embeds), list[int]()
+    embeds = torch.cat([embeds, embeds.new_zeros(ROUND - (first + steps) % ROUND + steps, embeds.shape[1])])
+    for place in range(first, first + steps):
+        chosen.append(int(logits(model, embeds)[place - 1].argmax()))
+        embeds[place] = model.language.embed(torch.tensor(chosen[-1:]))[0]
     return chosen
 
 
