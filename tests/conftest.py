@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import re
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -25,6 +26,24 @@ def pytest_collection() -> Generator[None, object, object]:
     finally:
         gc.enable()
         gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test's many cases that check the same, those that `few` names (* stands for anything) run in `make test`;
+    the others are slow."""
+    named, found = set[tuple[str, str]](), set[tuple[str, str]]()
+    for item in items:
+        if (mark := item.get_closest_marker("few")) is None:
+            continue
+        test, _, case = item.nodeid.removesuffix("]").partition("[")
+        matching = {name for name in mark.args if re.fullmatch(re.escape(name).replace(r"\*", ".*"), case)}
+        named |= {(test, name) for name in mark.args}
+        found |= {(test, name) for name in matching}
+        if not matching:
+            item.add_marker(pytest.mark.slow)
+    if named - found and not any("::" in given for given in config.args):
+        raise pytest.UsageError(f"few names cases that do not exist: {sorted(named - found)}")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -86,6 +86,10 @@ def edit_tensors(folder: Path, change: Callable[[State], State]) -> None:
     save_file({name: one.contiguous() for name, one in change(load_file(file)).items()}, file)
 
 
+@pytest.mark.few(
+    "NVILA, folders", "LLaVA-OneVision, names in memory", "nanoVLM, fused qkv", "Ovis2.5",
+    "VideoLLaMA3, the authors'", "Qwen2 alone", "SigLIP, both towers",
+)  # fmt: skip
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layer_of_every_family_is_what_peft_merges(family: str, tmp_path: Path) -> None:
     """All linear layers, convolutions and tables; whole, and on the second of two ranks; verify's own code agrees."""
@@ -139,6 +143,7 @@ OF_THE_ENDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.few("*-False", "the head-True", "table and head kept alike-True")
 @pytest.mark.parametrize(
     ("case", "tied"), [*((case, False) for case in CASES), *((case, True) for case in OF_THE_ENDS)]
 )

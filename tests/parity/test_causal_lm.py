@@ -205,6 +205,7 @@ class TestRefused:
         assert "reads text only" in capsys.readouterr().err
 
 
+@pytest.mark.few("qwen2", "qwen3 tied, biased", "qwen3 moe", "llama 3")
 @EVERY_VARIANT
 def test_verify_agrees_and_names_the_first_wrong_stage(tmp_path: Path, name: str) -> None:
     model, golden = tmp_path / "model", tmp_path / "golden.safetensors"

@@ -328,6 +328,7 @@ def test_killed_half_way(nvila_folder: Path, tmp_path: Path) -> None:
     write_folder(open_checkpoint(nvila_folder), tmp_path / "small", "8bit")  # what is left is in nobody's way
 
 
+@pytest.mark.few("8bit-LLaVA-OneVision, tied", "8bit-Ovis2.5", "4bit-Ovis2.6 with experts")
 @pytest.mark.parametrize("family", ["LLaVA-OneVision, tied", "Ovis2.5", "Ovis2.6 with experts"])
 @EITHER_BITS
 def test_fewer_bits_over_ranks(family: str, bits: Bits, tmp_path: Path) -> None:

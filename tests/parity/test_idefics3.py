@@ -107,11 +107,13 @@ def check_whole_path(pair: SmolPair, images: list[Image.Image], steps: int = 32)
         assert greedy(model, ours, steps) == chosen
 
 
+@pytest.mark.few("*-[]", "*-[(130, 70)]", "smolvlm2-*")
 @pytest.mark.parametrize("sizes", [[], [WIDE], [SMALL], [TALL, SMALL, WIDE]], ids=str)
 def test_the_whole_path(pair: SmolPair, sizes: list[tuple[int, int]]) -> None:
     check_whole_path(pair, [picture(*size, seed=seed) for seed, size in enumerate(sizes)])
 
 
+@pytest.mark.few("(1, 1)", "(17, 4000)", "(33, 32)")
 @pytest.mark.parametrize("size", AWKWARD, ids=str)
 def test_awkward_pictures(pairs: dict[Kind, SmolPair], size: tuple[int, int]) -> None:
     check_whole_path(pairs["smolvlm"], [picture(*size)], steps=0)

@@ -117,6 +117,7 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.few("hub-70", "hub-56", "saved-60_0", "memory-60_1")
 @pytest.mark.parametrize("options", CASES, ids=lambda options: f"{options['names']}-{options['image_size']}")
 def test_every_layout_of_a_checkpoint(tmp_path: Path, options: dict[str, Any]) -> None:
     check_whole_path(built(tmp_path, **options), [picture(*WIDE)])
@@ -127,6 +128,7 @@ def test_one_image_and_several(pair: LlavaPair, sizes: list[tuple[int, int]]) ->
     check_whole_path(pair, [picture(*size, seed=seed) for seed, size in enumerate(sizes)])
 
 
+@pytest.mark.few("56-(1, 1)", "56-(4000, 17)", "70-(17, 4000)", "70-(61, 1)")
 @pytest.mark.parametrize("size", AWKWARD, ids=str)
 @pytest.mark.parametrize("image_size", [56, 70])  # maps of an even and of an odd number of rows
 def test_awkward_images(tmp_path: Path, image_size: int, size: tuple[int, int]) -> None:

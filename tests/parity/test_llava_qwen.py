@@ -58,6 +58,7 @@ def change_config(folder: Path, **keys: Any) -> None:
     (folder / "config.json").write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
 
 
+@pytest.mark.few("inside-*", "beside-[(130, 70)]")
 @pytest.mark.parametrize("sizes", [[], [WIDE], [LARGE], [(1, 1)], [(17, 400)], [WIDE, TALL]], ids=str)
 def test_the_whole_path(pair: QwenPair, sizes: list[tuple[int, int]]) -> None:
     """Rows, logits and greedy tokens are those of transformers' model; the prompt has a system turn."""
@@ -118,6 +119,10 @@ def test_facts_that_change_the_rows_are_read(tmp_path: Path, keys: dict[str, Any
         check_rows(one, images)
 
 
+@pytest.mark.few(
+    "60-one_token-bilinear", "60-grid-average", "60-frame-max", "70-no_token-bilinear", "70-grid-max",
+    "70-one_token-average",
+)  # fmt: skip
 @pytest.mark.parametrize("mode", ["bilinear", "average", "max"])
 @pytest.mark.parametrize("newlines", ["one_token", "grid", "frame", "no_token"])
 @pytest.mark.parametrize("image_size", [60, 70])  # maps of 4 and 5 rows

@@ -44,6 +44,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     )
 
 
+@pytest.mark.few("*-[]", "*-[(130, 70)]", "r_4b-*")
 @torch.no_grad()
 @pytest.mark.parametrize("sizes", [[], [(130, 70)], [(17, 400)], [(1, 1)], [(50, 171), (60, 60)]], ids=str)
 def test_the_whole_path(pair: LlavaPair, sizes: list[tuple[int, int]]) -> None:

@@ -108,6 +108,7 @@ def test_budgets_change_what_they_say_and_are_reported(models: dict[str, LLM], n
         ask(llm, images=[{"image": picture(1), "max_num_patches": 10}])
 
 
+@pytest.mark.few("nvila", "llava_onevision", "nanovlm", "video_llama_3")
 @pytest.mark.parametrize("name", WRITERS)
 def test_an_image_beyond_the_patch_budget_runs_alone_and_packing_changes_no_token(
     models: dict[str, LLM], name: str, tmp_path: Path

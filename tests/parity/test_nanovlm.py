@@ -98,6 +98,7 @@ def test_the_whole_path(pair: NanoPair, sizes: list[tuple[int, int]]) -> None:
     check_whole_path(pair, [picture(*size, seed=seed) for seed, size in enumerate(sizes)])
 
 
+@pytest.mark.few("current-*", "0.1-(1, 1)", "0.2-(17, 4000)", "grid-(33, 32)")
 @pytest.mark.parametrize("size", AWKWARD, ids=str)
 def test_awkward_pictures(pair: NanoPair, size: tuple[int, int]) -> None:
     check_whole_path(pair, [picture(*size)], steps=0)
@@ -425,6 +426,7 @@ def test_videos_are_refused(pair: NanoPair) -> None:
         pair.processor.layouts([VideoSize(Size(64, 64), 4)])
 
 
+@pytest.mark.few("0.1", "current")
 def test_the_offline_api_answers_as_the_reference(pair: NanoPair, tmp_path: Path) -> None:
     image = picture(*WIDE)
     image.save(tmp_path / "picture.png")
@@ -440,6 +442,7 @@ def test_the_offline_api_answers_as_the_reference(pair: NanoPair, tmp_path: Path
     assert answer.usage.image_tokens == len(seen.blocks[0])
 
 
+@pytest.mark.few("0.1-1", "current-7")
 @pytest.mark.parametrize(("era", "tiles"), [("0.1", 1), ("0.2", 1), ("grid", 6), ("current", 7)])
 def test_the_command_line(
     pairs: dict[Era, NanoPair], tmp_path: Path, capsys: pytest.CaptureFixture[str], era: Era, tiles: int

@@ -61,6 +61,7 @@ CASES: list[tuple[Layout, bool, bool, bool, bool, int]] = [  # layout, lite, qwe
 ]
 
 
+@pytest.mark.few("folders-True-True-True-False-70", "hf-False-False-False-False-56", "vila-True-False-True-True-56")
 @torch.no_grad()
 @pytest.mark.parametrize(("layout", "lite", "qwen3", "tied", "infix", "image_size"), CASES)
 def test_features_rows_logits_and_tokens(

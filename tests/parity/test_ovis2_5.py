@@ -277,6 +277,7 @@ class TestPrompts:
             either.processor.prompt([Message("user", (ImagePart(0), ImagePart(1)))], [one.layout for one in media])
 
 
+@pytest.mark.few("*-pair", "sizes2-tied")
 @torch.no_grad()
 @pytest.mark.parametrize("which", ["pair", "tied"])
 @pytest.mark.parametrize("sizes", [(), (SIZES[0],), (SIZES[1],), SIZES])

@@ -27,6 +27,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return build(folder, write_ovis2_6_checkpoint, Ovis2_5, moe=request.param)
 
 
+@pytest.mark.few("experts-*", "dense-[]", "dense-[(50, 30)]")
 @torch.no_grad()
 @pytest.mark.parametrize("sizes", [[], [(50, 30)], [(1, 1)], [(17, 400)], [(31, 77), (64, 64)]], ids=str)
 def test_the_whole_path(pair: OvisPair, sizes: list[tuple[int, int]]) -> None:

@@ -96,6 +96,10 @@ def test_logits_and_every_block_are_the_references(variant: dict[str, Any], seed
         assert_parity(f"lm.block.{number}", taps[f"lm.block.{number}"], blocks)
 
 
+@pytest.mark.few(
+    "qwen2 tied, one key/value head", "qwen2 with its own head_dim", "qwen3 head_dim above hidden/heads",
+    "qwen3 tied, biased",
+)  # fmt: skip
 @EVERY_VARIANT
 @torch.no_grad()
 def test_32_greedy_tokens_are_the_references(variant: dict[str, Any]) -> None:

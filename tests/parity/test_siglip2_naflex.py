@@ -42,6 +42,7 @@ def reference_outputs(tower, images, budget):
     )
 
 
+@pytest.mark.few("False-64", "True-16", "True-256")
 @pytest.mark.parametrize("budget", [16, 64, 256])
 @pytest.mark.parametrize("full", [False, True])
 def test_features_and_pooled_vectors_are_the_references(tmp_path: Path, budget: int, full: bool) -> None:

@@ -97,6 +97,7 @@ TIED: dict[str, tuple[Callable[[Path], Any], str, str, str]] = {
 
 
 class TestAHead:
+    @pytest.mark.few("Llama", "NVILA, folders", "LLaVA-OneVision, names in memory", "Ovis2.5")
     @pytest.mark.parametrize("family", TIED)
     def test_that_differs_is_used(self, family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         write, file, head, table = TIED[family]
@@ -116,6 +117,7 @@ class TestAHead:
         assert report.ok
         assert report.first_inexact is None
 
+    @pytest.mark.few("Qwen2", "NVILA, hf", "LLaVA-OneVision")
     @pytest.mark.parametrize("family", TIED)
     def test_that_is_equal_is_tied(self, family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         write, file, head, table = TIED[family]
@@ -126,6 +128,7 @@ class TestAHead:
         assert model.config.language.tie_embeddings
         assert not [one for one in caplog.messages if "has other values" in one]
 
+    @pytest.mark.few("Llama", "NVILA, folders", "LLaVA-OneVision, names in memory", "Ovis2.5")
     @pytest.mark.parametrize("family", TIED)
     def test_alone_is_the_table_too(self, family: str, tmp_path: Path) -> None:
         """As transformers, which ties the one that is missing to the one that is there."""
@@ -316,6 +319,7 @@ PREFIXES = {
 
 
 class TestNames:
+    @pytest.mark.few("Qwen2-*", "SmolVLM2-_orig_mod.", "SmolVLM2-a trainer's attribute")
     @pytest.mark.parametrize("prefix", PREFIXES)
     @pytest.mark.parametrize("family", ["Qwen2", "SmolVLM2"])  # the others below, with two of the prefixes at once
     def test_without_a_wrapper(
@@ -330,6 +334,10 @@ class TestNames:
         assert all(torch.equal(found[key], expected[key]) for key in expected)
         assert len([one for one in caplog.messages if "without a wrapper's name" in one]) == 1
 
+    @pytest.mark.few(
+        "Qwen2", "NVILA, folders", "LLaVA-OneVision, names in memory", "Ovis2.5", "nanoVLM", "VideoLLaMA3, tied",
+        "NaFlex, both towers",
+    )  # fmt: skip
     @pytest.mark.parametrize("family", WRITERS)
     def test_in_every_family(self, family: str, tmp_path: Path) -> None:
         write, file = WRITERS[family]

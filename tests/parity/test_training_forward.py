@@ -233,6 +233,7 @@ def test_loss_and_every_gradient_are_the_references(
 SMOOTH = {name: write for name, write in WRITERS.items() if "experts" not in name}  # a step may send a token elsewhere
 
 
+@pytest.mark.few("nanovlm", "nvila", "ovis 2.5", "smolvlm")
 @pytest.mark.parametrize("write", SMOOTH.values(), ids=SMOOTH)
 def test_gradients_are_the_slope_of_the_loss(tmp_path: Path, write: Write) -> None:
     """A step along a random direction in each part changes the loss as its gradient says."""
@@ -269,6 +270,7 @@ def test_gradients_are_the_slope_of_the_loss(tmp_path: Path, write: Write) -> No
         assert measured == pytest.approx(slope, rel=2e-3)
 
 
+@pytest.mark.few("nanovlm", "nvila", "ovis 2.6 with experts", "video llama 3")
 @EVERY_FAMILY
 def test_packed_samples_are_the_mean_of_their_tokens(tmp_path: Path, write: Write) -> None:
     write(tmp_path)
@@ -308,6 +310,7 @@ def test_the_forward_is_the_one_that_serves(tmp_path: Path, write: Write) -> Non
     assert answer_loss(model, [example]).logits is None
 
 
+@pytest.mark.few("nanovlm", "nvila lite", "llava onevision", "ovis 2.6 with experts", "video llama 3")
 @EVERY_FAMILY
 def test_it_learns_one_sample_and_a_frozen_tower_stays(tmp_path: Path, write: Write) -> None:
     write(tmp_path)

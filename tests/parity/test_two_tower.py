@@ -81,6 +81,7 @@ def written(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, TwoTo
     return tmp_path, write_two_tower_checkpoint(tmp_path, kind, **options)
 
 
+@pytest.mark.few("SigLIP, spiece.model", "SigLIP, tokenizer.json", "SigLIP2, 24x24 patches", "NaFlex, 64 patches")
 @torch.no_grad()
 def test_embeddings_logits_and_scores(written: tuple[Path, TwoTowerReference]) -> None:
     folder, model = written

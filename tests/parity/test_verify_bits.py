@@ -24,6 +24,7 @@ from siglane.weights.demo import FOLDERS, demo_folder
 EITHER_BITS = pytest.mark.parametrize("bits", ["8bit", "4bit"])
 
 
+@pytest.mark.few("demo-8bit", "demo-native-4bit", "demo-siglip-8bit")
 @EITHER_BITS
 @pytest.mark.parametrize("model", FOLDERS)
 def test_the_shipped_models(model: str, bits: Bits) -> None:
@@ -72,6 +73,7 @@ def damaged(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tens
     return folder
 
 
+@pytest.mark.few("vision_model.encoder.layers.1.mlp.fc2.weight-*", "model.norm.weight-*")
 @pytest.mark.parametrize(
     ("name", "change", "stage"),
     [

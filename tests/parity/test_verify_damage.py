@@ -103,6 +103,10 @@ def test_an_unchanged_copy_agrees(nvila_folder: Path, tmp_path: Path) -> None:
     assert report.first_inexact is None
 
 
+@pytest.mark.few(
+    "std alone, which no cosine shows", "blue for red", "shuffled positions", "one layer too early",
+    "projector rows", "rope_theta", "chat template",
+)  # fmt: skip
 @pytest.mark.parametrize(("damage", "stage"), [case[1:] for case in NVILA], ids=[case[0] for case in NVILA])
 def test_the_stage_of_the_damage_is_named(nvila_folder: Path, tmp_path: Path, damage: Damage, stage: str) -> None:
     report = checked(damaged(nvila_folder, tmp_path, damage), nvila_folder)

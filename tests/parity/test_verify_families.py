@@ -100,6 +100,12 @@ CHECKPOINTS: dict[str, Write] = {
 }  # fmt: skip
 
 
+@pytest.mark.few(
+    "siglip with its text tower", "siglip2 naflex", "nvila lite", "nvila s2, hf", "vila, padded", "ovis2.5",
+    "llava-onevision", "r-4b", "bee, without a template", "varco-vision", "ovis2.6 with experts", "llava original",
+    "nanovlm", "nanovlm 0.1", "smolvlm", "smolvlm2, saved", "docling", "video llama 3, hf",
+    "video llama 3, authors, its template",
+)  # fmt: skip
 @pytest.mark.parametrize("write", CHECKPOINTS.values(), ids=CHECKPOINTS)
 def test_a_family_agrees_with_its_reference(tmp_path: Path, write: Write) -> None:
     write(tmp_path / "model")
@@ -237,6 +243,11 @@ FAULTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.few(
+    "naflex: channel-first patches", "ovis2.5: indicators exchanged", "llava-onevision: the newline",
+    "r-4b: the norm in front of the projector", "llava original: a block more of the tower",
+    "nanovlm: channels of the shuffle", "smolvlm: fewer tiles", "video llama 3: another normalisation",
+)  # fmt: skip
 @pytest.mark.parametrize(("name", "damage", "stage"), FAULTS.values(), ids=FAULTS)
 def test_a_fault_is_found_where_it_is(tmp_path: Path, name: str, damage: Callable[[Path], None], stage: str) -> None:
     CHECKPOINTS[name](tmp_path / "original")

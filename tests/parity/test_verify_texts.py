@@ -70,6 +70,7 @@ DAMAGE: dict[str, tuple[Damage, str]] = {
 }
 
 
+@pytest.mark.few("order of the vocabulary", "query for value", "temperature")
 @pytest.mark.parametrize(("damage", "stage"), DAMAGE.values(), ids=DAMAGE)
 def test_damage_to_the_text_tower_is_named(siglip: Path, tmp_path: Path, damage: Damage, stage: str) -> None:
     copy = shutil.copytree(siglip, tmp_path / "copy")

@@ -164,11 +164,13 @@ def mask_of(patches: torch.Tensor, grid: tuple[int, int, int], merge: int) -> to
     return kept.flatten()
 
 
+@pytest.mark.few("hf-*", "authors-[]", "authors-[(40, 95), (20, 13), (130, 70)]")
 @pytest.mark.parametrize("sizes", [[], [WIDE], [SMALL], [TALL, SMALL, WIDE]], ids=str)
 def test_pictures(pair: VideoPair, sizes: list[tuple[int, int]]) -> None:
     check_whole_path(pair, [picture(*size, seed=seed) for seed, size in enumerate(sizes)])
 
 
+@pytest.mark.few("hf-*", "authors-(1, 1)", "authors-(17, 3000)")
 @pytest.mark.parametrize("size", AWKWARD, ids=str)
 def test_awkward_pictures(pair: VideoPair, size: tuple[int, int]) -> None:
     check_whole_path(pair, [picture(*size)], steps=0)

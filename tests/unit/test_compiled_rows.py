@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from llvmlite import binding
 
 from siglane.nn.cpu import int8_packing, memory
-from siglane.nn.cpu.int4 import Int4Linear, unpacked
+from siglane.nn.cpu.int4 import Int4Codes, Int4Linear, int4_codes, unpacked
 from siglane.nn.cpu.int8 import CentredInt8Linear, Int8Codes, Int8Weight, WideInt8Linear
 from siglane.nn.cpu.jit.entrance import compiled_layer, compiles
 from siglane.nn.cpu.memory import in_large_pages
@@ -73,6 +74,7 @@ def layer(
     return made, codes.double() * scale.double()[:, None]
 
 
+@pytest.mark.few("widest-*", "avx2-*", "*-shape0-*", "*-shape1-*", "*-shape2-*", "*-shape3-*")
 @torch.no_grad()
 @pytest.mark.usefixtures("threads", "instructions")
 @pytest.mark.parametrize("kind", TOP)
@@ -80,11 +82,12 @@ def layer(
 def test_it_is_integer_arithmetic(kind: type[Int8Weight], shape: tuple[int, int]) -> None:
     made, weight = layer(kind, *shape, bias=True)
     assert made.compiled is not None
+    most = numbers(99, shape[1], top=TOP[kind])
+    products = F.linear(most.double(), weight, made.bias.double())  # type: ignore[union-attr]
+    sums = most.double().abs() @ weight.abs().T
     for rows in (0, 1, 2, 4, 7, 40, 99):
-        x = numbers(rows, shape[1], top=TOP[kind])
-        residual = torch.randn(rows, shape[0])
-        expected = F.linear(x.double(), weight, made.bias.double())  # type: ignore[union-attr]
-        tolerance = 1e-6 * (x.double().abs() @ weight.abs().T).amax() if rows else 0.0
+        x, residual, expected = most[:rows], torch.randn(rows, shape[0]), products[:rows]
+        tolerance = 1e-6 * sums[:rows].amax() if rows else 0.0
         assert (made(x) - expected).abs().le(tolerance).all()
         assert (made.added(x, residual) - (residual + expected)).abs().le(tolerance).all()
         wide = torch.stack((x, x), 1)
@@ -139,13 +142,20 @@ def test_several_threads_may_use_one_layer() -> None:
         assert all(map(torch.equal, pool.map(made, inputs), expected))
 
 
+@cache
+def four_bits(shape: tuple[int, int], group_size: int) -> Int4Codes:
+    """The same for all instructions; looking for them takes longer than everything else here."""
+    return int4_codes(torch.randn(shape, generator=torch.Generator().manual_seed(3)), group_size=group_size)
+
+
+@pytest.mark.few("*-shape0-32", "*-shape1-64", "*-shape2-32", "widest-*")
 @torch.no_grad()
 @pytest.mark.usefixtures("threads", "instructions")
 @pytest.mark.parametrize("group_size", [32, 64])
 @pytest.mark.parametrize("shape", [(64, 64), (130, 100), (1024, 544)])
 def test_four_bits_are_a_float_product(shape: tuple[int, int], group_size: int) -> None:
     outputs, inputs = shape
-    made = Int4Linear(torch.randn(shape), torch.randn(outputs), group_size=group_size, eps=0.25)
+    made = Int4Linear(four_bits(shape, group_size), torch.randn(outputs), eps=0.25)
     assert made.compiled is not None
     weight = unpacked(made.codes, made.scales, group_size).double()[:inputs, :outputs]
     for rows in (1, 3, 4, 9, made.compiled.most):

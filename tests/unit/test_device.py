@@ -149,6 +149,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+@pytest.mark.few("*-recorded", "plain-*", "guesses-*", "small chunks-padded")
 @pytest.mark.parametrize(
     "kernels", [None, RunKernels, recorded], ids=["as many rows as there are", "padded", "recorded"]
 )

@@ -199,6 +199,10 @@ class TestGreedyTokens:
         assert answers["a"].tokens == tiny.reference(prompts[kind])
         assert answers["a"].last.encoded_images == len(prompts[kind].images)
 
+    @pytest.mark.few(
+        "False-*", "True-default", "True-max_batch_tokens=7", "True-page_size=1",
+        "True-max_running=2 max_batch_patches=20 max_batch_tokens=11",
+    )  # fmt: skip
     @pytest.mark.parametrize(
         "options",
         [
@@ -450,6 +454,7 @@ class TestGuesses:
         assert tokens(found) == tokens(expected)
         assert any(answer.last.accepted_prediction_tokens for answer in found.values())
 
+    @pytest.mark.few("small steps", "preempted")
     @pytest.mark.usefixtures("oracle")
     @pytest.mark.parametrize(
         "options",

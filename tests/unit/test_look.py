@@ -321,6 +321,10 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
+@pytest.mark.few(
+    "siglip", "naflex", "nvila s2", "ovis2.6 with experts", "llava-onevision", "llava original", "bee", "nanovlm",
+    "smolvlm2", "videollama3, the authors'",
+)  # fmt: skip
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_family_looks_at_a_strip(
     name: str, strip: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -334,6 +338,7 @@ def test_every_family_looks_at_a_strip(
     assert Image.open(tmp_path / "view.png").width > 1000
 
 
+@pytest.mark.few("ovis2.5-8", "llava original-12", "smolvlm2-12", "videollama3-12")
 @pytest.mark.parametrize(
     ("name", "frames"),
     [

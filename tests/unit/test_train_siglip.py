@@ -218,6 +218,7 @@ def test_settings_that_cannot_be_are_refused(options: dict[str, Any], wrong: str
         TrainConfig(**options)
 
 
+@pytest.mark.few("siglip2")
 @pytest.mark.parametrize("kind", ["siglip", "siglip2"])
 def test_a_model_learns_colours_from_scratch(kind: str, tmp_path: Path) -> None:
     config = replace(CONFIG, steps=60, batch_size=8, learning_rate=3e-3, initial_bias=-2.0, warmup=5)
@@ -270,6 +271,7 @@ def test_a_locked_image_tower_stays_and_its_pictures_are_seen_once(tmp_path: Pat
         torch.testing.assert_close(value, after[name], atol=1e-5, rtol=0)
 
 
+@pytest.mark.few("accumulate")
 @pytest.mark.parametrize("options", [{}, {"lock_image": True}, {"accumulate": 2}], ids=["both", "locked", "accumulate"])
 def test_resuming_gives_the_same_weights(options: dict[str, Any], tmp_path: Path) -> None:
     lines, source = write_lines(tmp_path), write_config(tmp_path)
