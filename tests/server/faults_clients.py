@@ -31,9 +31,10 @@ TABLE = Table()
 
 @TABLE.row(28, "clients that send slowly", idle_timeout=2, body_timeout=2.0)
 def slow_senders(stage: Stage) -> None:
-    """Clients that open a connection and send nothing, or a byte at a time."""
+    """Clients that open a connection and send nothing, a byte at a time, or half a body."""
     server = stage.server
-    silent, dribbling, keeping = server.connect(), server.connect(), server.connect()
+    silent, dribbling, keeping, halved = (server.connect() for _ in range(4))
+    halved.sendall(head(content_length=1000) + b"{")
     body = json.dumps(chat("x", max_tokens=1)).encode()
     keeping.sendall(head(content_length=len(body)) + body)
     while not keeping.recv(65536).endswith(b"}}"):
@@ -53,13 +54,11 @@ def slow_senders(stage: Stage) -> None:
             assert connection.recv(65536) == b""
     stop.set()
     thread.join()
-    with server.connect() as slow:
-        slow.sendall(head(content_length=1000) + b"{")
-        answer = read_all(slow)
+    answer = read_all(halved)
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b'"code":"request_timeout"' in answer
     assert b"x-should-retry: false" in answer
-    for connection in (silent, dribbling, keeping):
+    for connection in (silent, dribbling, keeping, halved):
         connection.close()
 
 

@@ -284,6 +284,7 @@ def modules_of(rooms: Collection[str]) -> list[str]:
     return [".".join(("siglane", *path.with_suffix("").parts)).removesuffix(".__init__") for path in wanted]
 
 
+@pytest.mark.slow  # a process imports nearly everything
 def test_vision_and_models_need_no_extra() -> None:
     vision_stack = modules_of(VISION_STACK)
     assert "siglane.vision.tower" in vision_stack

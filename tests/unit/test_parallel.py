@@ -210,15 +210,23 @@ def be_a_rank(rank: int, size: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Told]]:
-    """What every rank of every group says."""
-    groups = {}
-    for size in SIZES:
-        folder = tmp_path_factory.mktemp(f"ranks{size}")
+class Groups(dict[int, list[Told]]):
+    """What every rank of a group says, by the group's size; started by whoever asks first."""
+
+    def __init__(self, folders: pytest.TempPathFactory) -> None:
+        super().__init__()
+        self.folders = folders
+
+    def __missing__(self, size: int) -> list[Told]:
+        folder = self.folders.mktemp(f"ranks{size}")
         start_ranks(be_a_rank, (size, str(folder)), size)
-        groups[size] = [torch.load(folder / str(rank), weights_only=False) for rank in range(size)]
-    return groups
+        self[size] = [torch.load(folder / str(rank), weights_only=False) for rank in range(size)]
+        return self[size]
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Groups:
+    return Groups(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -232,14 +240,12 @@ EVERY_SIZE = pytest.mark.parametrize("size", SIZES)
 
 @EVERY_SIZE
 @pytest.mark.parametrize("case", CASES)
-def test_every_rank_gives_the_answers_of_one(
-    told: dict[int, list[Told]], alone: dict[str, Answers], case: str, size: int
-) -> None:
+def test_every_rank_gives_the_answers_of_one(told: Groups, alone: dict[str, Answers], case: str, size: int) -> None:
     for rank in told[size]:
         torch.testing.assert_close(rank.answers[case], alone[case], atol=1e-5, rtol=0)
 
 
-def share(told: dict[int, list[Told]], case: str, size: int, parameter: str) -> int:
+def share(told: Groups, case: str, size: int, parameter: str) -> int:
     """Elements of `parameter` on a rank; every rank has as many."""
     (elements,) = {rank.shares[case][parameter] for rank in told[size]}
     return elements
@@ -283,7 +289,7 @@ def share(told: dict[int, list[Told]], case: str, size: int, parameter: str) -> 
     ],
 )
 def test_a_rank_holds_only_its_share(
-    told: dict[int, list[Told]], case: str, parameter: str, whole: Sequence[int], cuts: dict[int, int]
+    told: Groups, case: str, parameter: str, whole: Sequence[int], cuts: dict[int, int]
 ) -> None:
     assert {size: share(told, case, size, parameter) for size in SIZES} == {
         size: prod(whole) // cut for size, cut in cuts.items()
@@ -299,14 +305,14 @@ def test_a_rank_holds_only_its_share(
     ],
 )
 def test_key_value_heads_are_repeated_over_ranks_only_where_they_are_too_few(
-    told: dict[int, list[Told]], case: str, heads: dict[int, int]
+    told: Groups, case: str, heads: dict[int, int]
 ) -> None:
     head = 6 * 32
     assert {size: share(told, case, size, "blocks.1.attention.qkv.weight") / head for size in SIZES} == heads
 
 
 @EVERY_SIZE
-def test_collectives_sum_and_concatenate(told: dict[int, list[Told]], size: int) -> None:
+def test_collectives_sum_and_concatenate(told: Groups, size: int) -> None:
     parts = [torch.arange(6.0).reshape(2, 3) + 10 * rank for rank in range(size)]
     for rank in told[size]:
         assert torch.equal(rank.collectives["sum"], torch.stack(parts).sum(0))
