@@ -110,6 +110,7 @@ class TestAnAdapter:
         {"target_modules": ["lm_head", "embed_tokens"]},
     )
 
+    @pytest.mark.few("case0-True", "case1-False", "case2-True")
     @pytest.mark.parametrize("head_stored", [True, False])
     @pytest.mark.parametrize("case", CASES)
     def test_is_merged_while_sglang_reads(self, case: dict[str, Any], head_stored: bool, tmp_path: Path) -> None:

@@ -97,6 +97,11 @@ def assert_equal(found: Trace, expected: Trace) -> None:
         assert torch.equal(found[stage], values), stage
 
 
+@pytest.mark.few(
+    "NVILA, folders, *", "LLaVA-OneVision, tied, 8bit", "Bee, 8bit", "LLaVA, its tower beside it, 8bit",
+    "nanoVLM, 8bit", "SmolVLM2, 8bit", "Ovis2.5, *bit", "VideoLLaMA3, the authors', tied, 8bit", "Qwen2 alone, 4bit",
+    "Llama alone, tied, 8bit", "Ovis2.6 with experts, 8bit", "SigLIP, 8bit", "SigLIP2 NaFlex, 4bit",
+)  # fmt: skip
 @pytest.mark.parametrize(
     ("write", "bits"),
     [

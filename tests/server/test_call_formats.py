@@ -61,6 +61,7 @@ def caller(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield Caller(server, script)
 
 
+@pytest.mark.few("*-simple-True", "*-parallel-True", "listed-*-False")
 @pytest.mark.parametrize("thinks", [True, False])
 @pytest.mark.parametrize("case", ["simple", "multiple", "parallel", "with a word before", "irrelevant"])
 def test_calls_streamed_or_not(caller: Caller, case: str, thinks: bool) -> None:
@@ -89,6 +90,7 @@ def test_calls_streamed_or_not(caller: Caller, case: str, thinks: bool) -> None:
     assert told.usage["completion_tokens"] == answer["usage"]["completion_tokens"]
 
 
+@pytest.mark.few("listed-some", "bare-one")
 @pytest.mark.parametrize("name", REQUIRED)
 def test_a_call_that_has_to_come_matches_its_schema(caller: Caller, name: str) -> None:
     choice, names = REQUIRED[name]

@@ -96,6 +96,7 @@ def arguments_fit(name: str, arguments: str) -> bool:
     return found == {} if name == "time" else found.keys() == {"city"} and found["city"] in ("Bern", "Zürich")
 
 
+@pytest.mark.few("True-some", "False-one")
 @pytest.mark.parametrize("name", REQUIRED)
 @pytest.mark.parametrize("thinks", [True, False])
 def test_a_call_that_has_to_come_matches_its_schema(caller: RunningServer, name: str, thinks: bool) -> None:

@@ -186,6 +186,11 @@ def check(processor: Processor, conversation: Conversation, pictures_first: bool
     assert found.layouts == expected.layouts == found.in_order(layouts)
 
 
+@pytest.mark.few(
+    "nvila folders", "nvila with scales", "nvila hf, parts", "llava_onevision of the hub", "ovis2_5",
+    "ovis2_5, parts", "nanovlm 0.1", "nanovlm current", "idefics3 smolvlm2", "idefics3 docling", "video_llama_3",
+    "authors, its template",
+)  # fmt: skip
 @pytest.mark.parametrize("name", WRITERS)
 def test_an_engines_prompt_is_siglanes(processors: dict[str, Processor], name: str) -> None:
     processor = processors[name]

@@ -39,6 +39,7 @@ def norm(width: int) -> nn.LayerNorm:
     return made
 
 
+@pytest.mark.few("gelu_tanh-*", "quick_gelu-whole-5", "quick_gelu-a part of a block-100", "silu-so400m's MLP-37")
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [1, 5, 37, 100])
 @pytest.mark.parametrize("shape", BLOCKS.values(), ids=list(BLOCKS))

@@ -263,6 +263,7 @@ def check_calls(text: str, form: CallFormat, *, most: int | None = None) -> str:
     return said
 
 
+@pytest.mark.few("True-*", "False-form0", "None-form1")
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("special", [True, False, None])
 def test_calls_are_held_to_their_schemas(form: CallFormat, special: bool | None) -> None:
