@@ -47,6 +47,7 @@ def load(folder: Path) -> Any:
 class TestWhichModelItIs:
     """transformers' `AutoModelForCausalLM` asks `model_type` alone."""
 
+    @pytest.mark.few("None-qwen3", "architectures1-llama", "FSDP-qwen2")
     @pytest.mark.parametrize("kind", TEXT_ONLY)
     @pytest.mark.parametrize("architectures", [None, [], "FSDP"])
     def test_a_config_without_its_class(

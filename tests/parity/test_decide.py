@@ -75,6 +75,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Family(llm, load_model(open_checkpoint(folder), config, device="cpu", dtype=torch.float32), sees)
 
 
+@pytest.mark.few("nvila", "ovis2_5", "llama")
 def test_probabilities_of_labels(family: Family) -> None:
     about: Any = {"prompt": "Look.", "images": PICTURES} if family.sees else "Look."
     decisions = family.llm.decide(about, QUESTIONS)
@@ -86,7 +87,8 @@ def test_probabilities_of_labels(family: Family) -> None:
         assert list(decision.probabilities.values()) == pytest.approx(shares, abs=1e-5)
         assert decision.names == question.meanings
     if family.sees:  # a text of a few tokens fills no page
-        assert [one.cached_tokens > 0 for one in decisions] == [False, *[True] * (len(QUESTIONS) - 1)]
+        first, *others = (one.cached_tokens for one in decisions)  # others have asked this engine without pictures
+        assert all(one > first for one in others)
 
 
 def test_what_cannot_be_decided(family: Family) -> None:

@@ -104,6 +104,7 @@ def test_awkward_pictures(pair: NanoPair, size: tuple[int, int]) -> None:
     check_whole_path(pair, [picture(*size)], steps=0)
 
 
+@pytest.mark.few("{'factor'*", "{'names': 'untied*", "{'own_tokenizer*")
 @pytest.mark.parametrize("options", [
     {"enlarge": True},
     {"factor": 4, "tiles": 2},

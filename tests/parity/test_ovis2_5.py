@@ -115,6 +115,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.few("tied, no head stored", "no rotation", "positions of another size")
 @pytest.mark.parametrize("case", CASES)
 def test_every_tap(tmp_path: Path, case: str) -> None:
     pair = built(tmp_path, seed=len(case), **CASES[case])

@@ -256,6 +256,7 @@ def test_a_fault_is_found_where_it_is(tmp_path: Path, name: str, damage: Callabl
     assert report.first_diverging == stage
 
 
+@pytest.mark.few("bfloat16")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_stays_above_the_bar(tmp_path: Path, dtype: str) -> None:
     write_nvila_checkpoint(tmp_path)
@@ -265,6 +266,7 @@ def test_half_precision_stays_above_the_bar(tmp_path: Path, dtype: str) -> None:
     assert max(one.max_abs_error or 0.0 for one in report.comparisons) > ABSOLUTE
 
 
+@pytest.mark.few("size0", "size3", "size4", "size6")
 @pytest.mark.parametrize("size", [(640, 480), (224, 224), (1920, 1080), (2000, 100), (1, 1), (4000, 17), (17, 4000)])
 def test_naflex_pictures_are_prepared_as_transformers_does(size: tuple[int, int]) -> None:
     image = picture(*size)

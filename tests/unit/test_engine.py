@@ -239,6 +239,7 @@ class TestGreedyTokens:
         answers = run(engine, [greedy(name, prompt) for name, prompt in prompts.items()], apart=apart)
         assert tokens(answers) == {name: tiny.reference(prompt) for name, prompt in prompts.items()}
 
+    @pytest.mark.few("1-True", "4-False", "16-True")
     @pytest.mark.parametrize("prefix_cache", [False, True])
     @pytest.mark.parametrize("page_size", [1, 4, 16])
     def test_preemption_changes_nothing(

@@ -208,7 +208,8 @@ def test_a_chat_model_computes_what_it_sees_in_fp8_and_reads_its_words_as_with_8
     assert asked == [*zip(parts, ("8bit", "fp8"), strict=True), *zip(parts, ("4bit", "4bit"), strict=True)]
 
 
-@pytest.mark.parametrize(("depth", "mean"), [(4, 0.998), pytest.param(27, 0.9955, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("depth", "mean"), [(4, 0.998), (27, 0.9955)])
 def test_a_tower_of_so400ms_width_is_near_its_floats(depth: int, mean: float) -> None:
     """Random weights; of real ones this says nothing but the order."""
     grid = Grid(8, 8)

@@ -102,6 +102,7 @@ def test_the_largest_of_several_tiles_decides() -> None:
     assert shrink_of(both) == 2
 
 
+@pytest.mark.few("0-2-bilinear", "0-8-lanczos", "2-4-bicubic", "2-8-hamming")
 @pytest.mark.parametrize("resample", FILTERS)
 @pytest.mark.parametrize("shrink", [2, 4, 8])
 @pytest.mark.parametrize("subsampling", [0, 2])

@@ -157,6 +157,7 @@ class TestBudgets:
             VisionEncoder(folder, device="cpu", budget=ImageBudget(max_num_patches=1000))
 
 
+@pytest.mark.few("lite-options0", "s2-options1", "s2-options2")
 @pytest.mark.parametrize("options", [{"max_batch_patches": 1}, {"enable_packing": False}, {"max_batch_patches": 40}])
 def test_the_patch_budget_and_packing_change_no_token(folder: Path, llm: LLM, options: dict[str, Any]) -> None:
     """A picture of many tiles is larger than all of these budgets, and still runs, alone."""

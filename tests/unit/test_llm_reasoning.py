@@ -62,6 +62,7 @@ def test_thinking_can_be_turned_off(llm: LLM) -> None:
     assert chat.prompt_token_ids == answer.prompt_token_ids
 
 
+@pytest.mark.few("4")
 @pytest.mark.parametrize("budget", [1, 4, 8])
 def test_a_spent_budget_makes_the_model_answer(llm: LLM, forced: int, budget: int) -> None:
     answer = ask(llm, thinking_budget=budget)
@@ -157,6 +158,7 @@ def command(folder: Path, *words: str) -> list[str]:
     return ["generate", str(folder), "--prompt", "Hi?", "--device", "cpu", "--kv-tokens", "4096", *words]
 
 
+@pytest.mark.few("words0-abcde", "words3-reasoning3")
 @pytest.mark.parametrize(
     ("words", "reasoning"),
     [

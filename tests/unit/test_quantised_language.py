@@ -102,6 +102,7 @@ def test_a_turned_decoder_is_the_same(kind: dict[str, Any]) -> None:
     assert torch.allclose(F.linear(hidden, head), reference, atol=2e-4)
 
 
+@pytest.mark.few("qwen2 tied", "qwen3 biased")
 @EVERY_KIND
 def test_eight_bits_stay_close(kind: dict[str, Any]) -> None:
     plain, small = language(kind), quantised(language(kind))

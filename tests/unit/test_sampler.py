@@ -179,6 +179,7 @@ class TestFilters:
 
 
 class TestDistribution:
+    @pytest.mark.few("params0", "params3", "params5")
     @pytest.mark.parametrize(
         "params", [{}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}, {"temperature": 0.5}, {"temperature": 2.0}]
     )

@@ -95,6 +95,12 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Written(request.param, Checkpoint(folder), language_names(WRITERS[request.param](folder)))
 
 
+@pytest.mark.few(
+    "nvila folders", "nvila hf tied", "nvila vila qwen3 tied", "llava_onevision hub tied", "llava_onevision saved",
+    "llava_onevision memory", "bee", "llava_qwen", "ovis2_5 tied", "ovis2_6", "video_llama_3 hf",
+    "video_llama_3 authors tied", "idefics3 smolvlm2 in memory", "idefics3 docling", "nanovlm grid",
+    "nanovlm current", "nanovlm, untied",
+)  # fmt: skip
 def test_every_language_tensor_has_transformers_name(written: Written) -> None:
     checkpoint = written.checkpoint
     config = load_processor(checkpoint).config
