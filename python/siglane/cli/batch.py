@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import re
 import signal
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from siglane.batch.pool import Server
     from siglane.batch.row import BadRow, Row
 
-SHARD = re.compile(r"([1-9]\d*)/([1-9]\d*)")
 # of the server's options those that a batch has a use for
 SERVER = (
     "served_model_name", "model_aliases", "tagger", "sampling_defaults", "default_temperature", "max_inflight_bytes",

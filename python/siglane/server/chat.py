@@ -21,6 +21,7 @@ from siglane.server.protocol import AnyMessage, ChatCompletionRequest, Generatio
 from siglane.server.replies import (
     ChatCompletion,
     Choice,
+    InputUsage,
     ReplyMessage,
     ReplyPiece,
     SiglaneReport,
@@ -261,6 +262,16 @@ def usage_reply(usage: Usage) -> UsageReply:
             "accepted_prediction_tokens": usage.accepted_prediction_tokens,
             "rejected_prediction_tokens": usage.rejected_prediction_tokens,
         },
+    }
+
+
+def input_usage(usage: Usage) -> InputUsage:
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "total_tokens": usage.total_tokens,
     }
 
 

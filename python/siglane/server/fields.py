@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from siglane.errors import UserError
 
@@ -27,6 +27,12 @@ def _whole(value: Any) -> Any:
 
 
 WHOLE = BeforeValidator(_whole)
+Url = Annotated[str, Field(json_schema_extra={"format": "uri"})]
+
+
+def as_url(value: Any) -> Any:
+    """A URL alone stands for an object that has nothing else."""
+    return {"url": value} if isinstance(value, str) else value
 
 
 def of_kinds(what: str, *kinds: str | None) -> BeforeValidator:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import ParamSpec, TypeVar
 
 from siglane.config.images import ImageFacts
+from siglane.errors import UserError
 from siglane.families.pipeline import MediaPipeline
 from siglane.media.item import MediaItem
 from siglane.media.policy import MediaPolicy
@@ -41,7 +42,8 @@ class MediaLoader:
     """
 
     def __init__(self, config: ServerConfig, facts: ImageFacts | None, image_limits: ImageBudget) -> None:
-        self._pipeline = MediaPipeline.for_clients(config, facts, image_limits)
+        # its stages block: call them on `run`
+        self.pipeline = MediaPipeline.for_clients(config, facts, image_limits)
         self.decode_threads = config.decode_threads or min(8, os.cpu_count() or 1)
         self._fetchers = ThreadPoolExecutor(config.fetch_threads, thread_name_prefix="fetch")
         self._workers = ThreadPoolExecutor(self.decode_threads, thread_name_prefix="decode")
@@ -51,14 +53,12 @@ class MediaLoader:
         # by what they were made from
         self._patches = ByteCache[Hashable, ImagePatches](PATCH_CACHE_BYTES if kept is None else kept)
 
-    @property
-    def pipeline(self) -> MediaPipeline:
-        """Whose stages block: call them on `run`."""
-        return self._pipeline
-
-    def admit(self, items: Sequence[MediaItem]) -> None:
-        """UserError for too many items, or limits that cannot be had."""
-        self._pipeline.admit(items)
+    def admit(self, items: Sequence[MediaItem], whole: str = "messages") -> None:
+        """UserError for too many items, or limits that cannot be had. whole: what to blame for all of them."""
+        try:
+            self.pipeline.admit(items)
+        except UserError as error:
+            raise (error.at(whole) if error.param == "messages" else error) from None
 
     async def fetch(self, items: Sequence[MediaItem], tenant: str, lease: ByteLease) -> None:
         """Reads all files. Raises ImageError that names the first one that cannot be had."""
@@ -67,7 +67,7 @@ class MediaLoader:
 
     async def lay_out(self, items: Sequence[MediaItem]) -> None:
         """What the model will see of each item, from the files' headers."""
-        await self.run(self._pipeline.lay_out, items)
+        await self.run(self.pipeline.lay_out, items)
 
     async def preprocess(self, items: Sequence[MediaItem], tenant: str, lease: ByteLease) -> None:
         """Patches of all items. EngineError (503) when all requests together hold too much already."""
@@ -85,11 +85,11 @@ class MediaLoader:
     async def _fetch(self, item: MediaItem, tenant: str, slots: asyncio.Semaphore, lease: ByteLease) -> None:
         url = str(item.source)
         if url[:5].lower() == "data:":  # computing, not waiting, and its bytes are paid for with the body
-            await self.run(self._pipeline.read, item)
+            await self.run(self.pipeline.read, item)
             return
         async with slots:
-            with self._pipeline.at(item):
-                item.file = data = await self._fly(url, self._pipeline.policy_of(item), tenant)
+            with self.pipeline.at(item):
+                item.file = data = await self._fly(url, self.pipeline.policy_of(item), tenant)
         lease.take(len(data))
 
     async def _fly(self, url: str, policy: MediaPolicy, tenant: str) -> bytes:
@@ -116,7 +116,7 @@ class MediaLoader:
                 file = await self.run(_digest, item.file)
                 await self._preprocess_once((tenant, file, item.video, item.frames, item.layout), item)
             else:
-                await self.run(self._pipeline.preprocess, item)
+                await self.run(self.pipeline.preprocess, item)
         finally:
             lease.give(held)
 
@@ -130,14 +130,14 @@ class MediaLoader:
         if patches is not None:
             item.patches, item.layout, item.file = patches, patches.layout, None
         elif key in self._decodings:
-            await self.run(self._pipeline.preprocess, item)
+            await self.run(self.pipeline.preprocess, item)
         else:
             decoding = self._decodings[key] = asyncio.ensure_future(self.run(self._cut, item))
             decoding.add_done_callback(lambda done: self._keep(key, done))
             await asyncio.shield(decoding)
 
     def _cut(self, item: MediaItem) -> ImagePatches:
-        self._pipeline.preprocess(item)
+        self.pipeline.preprocess(item)
         return item.patches
 
     def _keep(self, key: Hashable, decoding: asyncio.Future[ImagePatches]) -> None:

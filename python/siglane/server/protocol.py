@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from siglane.errors import UserError
 from siglane.media.tools import read_tools
 from siglane.server.constraints import AskedConstraint, asked_constraint
-from siglane.server.fields import WHOLE, RequestModel, TemplateKwargs, needs, not_both
+from siglane.server.fields import WHOLE, RequestModel, TemplateKwargs, Url, as_url, needs, not_both
 from siglane.server.generation_fields import MAX_ITEMS, MAX_TOP_LOGPROBS, GenerationFields, bounds, of_length
 from siglane.server.refused import has_no_effect, refuse_fields
 from siglane.server.tool_fields import EarlierCall, FunctionCall, ToolChoice, Tools
@@ -55,7 +55,10 @@ class Budgets(RequestModel):
 
 
 class ImageUrl(Budgets):
-    url: Annotated[str, Field(json_schema_extra={"format": "uri"})]
+    url: Url
+
+
+UrlOrImage = Annotated[ImageUrl, BeforeValidator(as_url, json_schema_input_type=Url | ImageUrl)]
 
 
 class VideoUrl(ImageUrl):

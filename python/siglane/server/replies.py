@@ -31,6 +31,25 @@ class UsageReply(TypedDict):
     completion_tokens_details: CompletionTokensDetails
 
 
+class InputDetails(TypedDict):
+    cached_tokens: int
+    cache_write_tokens: int
+
+
+class OutputDetails(TypedDict):
+    reasoning_tokens: int
+
+
+class InputUsage(TypedDict):
+    """The same as OpenAI's newer APIs tell it."""
+
+    input_tokens: int
+    input_tokens_details: InputDetails
+    output_tokens: int
+    output_tokens_details: OutputDetails
+    total_tokens: int
+
+
 class TopLogprob(TypedDict):
     token: str
     logprob: float

@@ -58,12 +58,8 @@ class ServedModel:
     """What a model has whatever it is asked for. Lives on one event loop."""
 
     def __init__(self, deployed: Deployment, images: ImageFacts | None) -> None:
-        self.name, self.root, self.config, self.metrics = (
-            deployed.name,
-            deployed.root,
-            deployed.config,
-            deployed.metrics,
-        )
+        self.name, self.root = deployed.name, deployed.root
+        self.config, self.metrics = deployed.config, deployed.metrics
         self.image_limits, self.images = deployed.image_limits, images
         self.media = MediaLoader(self.config, images, deployed.image_limits)
         self._engine = deployed.engine

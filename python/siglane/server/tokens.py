@@ -21,7 +21,7 @@ from siglane.media.messages import read_limits, url_item
 from siglane.media.tools import read_tools
 from siglane.server.chat import lay_out_prompt
 from siglane.server.context import RequestContext
-from siglane.server.fields import WHOLE, RequestModel, TemplateKwargs, one_of
+from siglane.server.fields import WHOLE, RequestModel, TemplateKwargs, Url, as_url, one_of
 from siglane.server.generation_fields import CacheSalt, TokenId, prompt_tag
 from siglane.server.protocol import Budgets, ImageUrl, Limit, Messages, plain
 from siglane.server.refused import refuse_fields
@@ -180,13 +180,6 @@ class PictureSize(Budgets):
     width: Side
     height: Side
     num_frames: Limit | None = None
-
-
-Url = Annotated[str, Field(json_schema_extra={"format": "uri"})]
-
-
-def as_url(value: Any) -> Any:
-    return {"url": value} if isinstance(value, str) else value
 
 
 def _tag(value: Any) -> str:

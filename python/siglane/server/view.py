@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import io
-from typing import Annotated
 
 from fastapi import FastAPI, Request
-from pydantic import BeforeValidator
 from starlette.responses import Response
 
-from siglane.errors import UserError
 from siglane.look.page import draw
 from siglane.look.seen import view_of
 from siglane.media.item import MediaItem
@@ -17,25 +14,21 @@ from siglane.media.messages import url_item
 from siglane.server.context import RequestContext, context_of
 from siglane.server.fields import RequestModel
 from siglane.server.openapi import OF_A_BODY, RED, examples, failures
-from siglane.server.protocol import ImageUrl, plain
+from siglane.server.protocol import UrlOrImage, plain
 from siglane.server.served import ChatModel, Served
-from siglane.server.tokens import Url, as_url
 
 IMAGE_VIEW = "/v1/images/view"
 
 
 class ImageViewRequest(RequestModel):
     model: str | None = None
-    image: Annotated[ImageUrl, BeforeValidator(as_url, json_schema_input_type=Url | ImageUrl)]
+    image: UrlOrImage
 
 
 async def image_view(body: ImageViewRequest, context: RequestContext, model: ChatModel) -> bytes:
     """A PNG. UserError for a picture that a chat would refuse too."""
     item, media, salt = url_item(plain(body.image), "image"), model.media, context.client.salt(None)
-    try:
-        media.admit([item])
-    except UserError as error:  # of all of them together, it blames a chat's messages
-        raise (error.at("image") if error.param == "messages" else error) from None
+    media.admit([item], "image")
     await media.fetch([item], salt, context.lease)
     await media.lay_out([item])
     # the picture, its patches, and what is drawn of both

@@ -14,6 +14,7 @@ from siglane.server.chat import (
     answered,
     resolve_max_tokens,
     sampling_of,
+    too_long,
     whole_reply,
 )
 from siglane.server.choices import ChoiceDelta, Choices, finish_reason
@@ -99,8 +100,7 @@ def check_ids(ids: Sequence[int], model: ChatModel, param: str) -> None:
     if not ids:
         raise UserError("the prompt has no tokens; give it at least one", code="empty_prompt", param=param)
     if len(ids) > model.context_length:
-        message = f"the prompt has {len(ids)} tokens; the model reads at most {model.context_length}"
-        raise UserError(message, code="context_length_exceeded", param=param)
+        raise too_long(len(ids), f"{len(ids)}", model, param)
     for name in () if facts.images is None else _placeholders(model):
         if name in ids:
             word = model.processor.tokenizer.decode([name])

@@ -27,10 +27,6 @@ class Columns:
         for token_id, readout in zip(ids[1:], readouts, strict=True):
             self._add(token_id, readout.logprobs[0], readout.top, text)
 
-    def skip(self, text: str) -> None:
-        """A prompt that is echoed without its log-probabilities."""
-        self._offset += len(text)
-
     def add(self, entries: Sequence[TokenLogprob]) -> None:
         for entry in entries:
             self._add(entry.token_id, entry.logprob, entry.top, None)

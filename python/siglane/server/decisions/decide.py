@@ -18,6 +18,7 @@ from siglane.server.chat import (
     answered,
     check_length,
     decode_media,
+    input_usage,
     lay_out_media,
     siglane_report,
     usage_reply,
@@ -36,7 +37,6 @@ from siglane.server.decisions.protocol import (
 )
 from siglane.server.decisions.replies import (
     DecisionReply,
-    InputUsage,
     OpenaiDecision,
     SystemOneReply,
     openai_answer,
@@ -159,13 +159,3 @@ async def _put(
     prompt = await model.prompt(turns, [item.layout for item in about.media], template)
     check_closed(prompt, processor)
     return Put.of(prompt, labels, question.meanings, model, param)
-
-
-def input_usage(usage: Usage) -> InputUsage:
-    return {
-        "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
-        "output_tokens": 0,
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": usage.prompt_tokens,
-    }

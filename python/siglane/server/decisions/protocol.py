@@ -16,7 +16,7 @@ from siglane.engine.sampling.labels import MOST_LABELS
 from siglane.errors import UserError, blaming
 from siglane.server.fields import WHOLE, RequestModel, TemplateKwargs
 from siglane.server.generation_fields import CacheSalt
-from siglane.server.protocol import ImageUrl, kind_of
+from siglane.server.protocol import UrlOrImage, kind_of
 from siglane.server.refused import refuse_fields
 from siglane.types import Question
 
@@ -263,21 +263,13 @@ Questions = Annotated[
 ]
 
 
-def _as_url(value: Any) -> Any:
-    return {"url": value} if isinstance(value, str) else value
-
-
-Url = Annotated[str, Field(json_schema_extra={"format": "uri"})]
-Image = Annotated[ImageUrl, BeforeValidator(_as_url, json_schema_input_type=Url | ImageUrl)]
-
-
 class Decisions(RequestModel):
     """about_field: what holds what the questions are about."""
 
     about_field: ClassVar[str]
 
     model: str | None = None
-    images: Annotated[list[Image], Field(max_length=MAX_IMAGES)] | None = None
+    images: Annotated[list[UrlOrImage], Field(max_length=MAX_IMAGES)] | None = None
     chat_template_kwargs: TemplateKwargs = None
     cache_salt: CacheSalt | None = None
     include_timings: bool | None = None

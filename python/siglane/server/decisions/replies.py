@@ -9,7 +9,7 @@ from typing import Any, Literal, NotRequired
 from typing_extensions import TypedDict  # pydantic reads no other on Python 3.11
 
 from siglane.server.decisions.protocol import ChoiceValue, LevelsQuestion, PredicateQuestion, ValuesQuestion
-from siglane.server.replies import SiglaneReport, UsageReply
+from siglane.server.replies import InputUsage, SiglaneReport, UsageReply
 from siglane.types import Decision
 
 
@@ -69,23 +69,6 @@ class LevelAnswer(TypedDict):
 
 
 OpenaiAnswer = PredicateAnswer | ValueAnswer | LevelAnswer
-
-
-class InputDetails(TypedDict):
-    cached_tokens: int
-    cache_write_tokens: int
-
-
-class OutputDetails(TypedDict):
-    reasoning_tokens: int
-
-
-class InputUsage(TypedDict):
-    input_tokens: int
-    input_tokens_details: InputDetails
-    output_tokens: int
-    output_tokens_details: OutputDetails
-    total_tokens: int
 
 
 class OpenaiDecision(TypedDict):

@@ -172,7 +172,8 @@ async def _embed(
     event loop for as long as all of its texts take."""
     watch, salt = context.watch, context.client.salt(None)
     watch.start()
-    _admit(images, model)
+    if images:
+        model.media.admit(images, images[0].param.partition("[")[0])
     await model.media.fetch(images, salt, context.lease)
     watch.note("fetch")
     await model.media.lay_out(images)
@@ -225,13 +226,6 @@ async def _vectors(
         model.texts.keep(text, known[text])
     of_images = [Vector(embedding.vector, image.layout.patches) for image, embedding in zip(images, done, strict=False)]
     return of_images, [known[one.text] for one in texts]
-
-
-def _admit(images: Sequence[MediaItem], model: EmbedModel) -> None:
-    try:
-        model.media.admit(images)
-    except UserError as error:  # of all of them together, it blames a chat's messages
-        raise (error.at(images[0].param.partition("[")[0]) if error.param == "messages" else error) from None
 
 
 def _read(texts: Sequence[str], tokens: TextTokens) -> list[_ReadText]:

@@ -20,7 +20,7 @@ from siglane.families.report import ImageReport
 from siglane.image.signature import format_in_base64
 from siglane.media.item import MediaItem
 from siglane.media.messages import url_item
-from siglane.server.fields import WHOLE, RequestModel, not_both, one_of
+from siglane.server.fields import WHOLE, RequestModel, Url, as_url, not_both, one_of
 from siglane.server.protocol import (
     TEXTS,
     ImageUrl,
@@ -53,10 +53,6 @@ class TextInput:
 Input = TextInput | MediaItem
 
 
-def _as_url(value: Any) -> Any:
-    return {"url": value} if isinstance(value, str) else value
-
-
 Words = Annotated[str, Field(json_schema_extra={"minLength": 1})]  # with modality "image" it may be a URL of any length
 
 
@@ -64,8 +60,7 @@ class InputUrl(ImageUrl):
     """The limits of an image are this model's, which may stand beside one that chats."""
 
 
-Url = Annotated[str, Field(json_schema_extra={"format": "uri"})]
-Image = Annotated[InputUrl, BeforeValidator(_as_url, json_schema_input_type=Url | InputUrl)]
+Image = Annotated[InputUrl, BeforeValidator(as_url, json_schema_input_type=Url | InputUrl)]
 
 
 class InputImagePart(ImageUrlPart):

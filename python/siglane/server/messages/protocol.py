@@ -10,7 +10,7 @@ from typing_extensions import TypedDict  # pydantic reads no other on Python 3.1
 
 from siglane.errors import UserError
 from siglane.media.tools import MOST_TOOLS, NAME
-from siglane.server.fields import WHOLE, RequestModel, StopStrings, of_kinds
+from siglane.server.fields import WHOLE, RequestModel, StopStrings, Url, of_kinds
 from siglane.server.protocol import MAX_PARTS, PlainText, content_tag, kind_of
 from siglane.server.refused import TranslatedRequest
 from siglane.types import SAMPLING_BOUNDS
@@ -46,7 +46,7 @@ class Base64Source(RequestModel):
 
 class UrlSource(RequestModel):
     type: Literal["url"]
-    url: Annotated[str, Field(json_schema_extra={"format": "uri"})]
+    url: Url
 
 
 def _tagged(otherwise: str, *others: str) -> Discriminator:

@@ -10,9 +10,10 @@ from typing_extensions import TypedDict  # pydantic reads no other on Python 3.1
 
 from siglane.errors import UserError
 from siglane.media.tools import MOST_TOOLS, NAME
-from siglane.server.fields import WHOLE, RequestModel, of_kinds
+from siglane.server.fields import WHOLE, RequestModel, Url, of_kinds
 from siglane.server.protocol import MAX_PARTS, TEXTS, Budgets, PlainText, RefusalPart, TextPart, content_tag, kind_of
 from siglane.server.refused import TranslatedRequest
+from siglane.server.replies import InputUsage
 from siglane.server.tool_fields import ChoiceWord, NamedFunction, choice_tag
 from siglane.types import SAMPLING_BOUNDS
 
@@ -43,7 +44,7 @@ class ItemImage(Budgets):
     """detail and its neighbours: as in a chat's image_url."""
 
     type: Literal["input_image"]
-    image_url: Annotated[str, Field(json_schema_extra={"format": "uri"})]
+    image_url: Url
 
 
 def _part_tag(part: Any) -> str:
@@ -173,23 +174,6 @@ class ResponsesRequest(TranslatedRequest):
         return self
 
 
-class InputDetails(TypedDict):
-    cached_tokens: int
-    cache_write_tokens: int
-
-
-class OutputDetails(TypedDict):
-    reasoning_tokens: int
-
-
-class ResponseUsage(TypedDict):
-    input_tokens: int
-    input_tokens_details: InputDetails
-    output_tokens: int
-    output_tokens_details: OutputDetails
-    total_tokens: int
-
-
 class OutputItem(TypedDict):
     """A message, a function_call or a reasoning, with the fields of its type."""
 
@@ -238,4 +222,4 @@ class ResponseReply(TypedDict):
     tools: list[dict[str, Any]]
     top_p: float
     truncation: Literal["disabled"]
-    usage: ResponseUsage | None
+    usage: InputUsage | None

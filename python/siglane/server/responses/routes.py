@@ -19,7 +19,7 @@ from typing import Any, Literal
 from fastapi import Request
 
 from siglane.errors import EngineError, UserError
-from siglane.server.chat import note_answer
+from siglane.server.chat import input_usage, note_answer
 from siglane.server.choices import Choices
 from siglane.server.errors import JsonResponse
 from siglane.server.openapi import events_of, examples
@@ -32,13 +32,11 @@ from siglane.server.responses.protocol import (
     ItemMessage,
     ResponseReply,
     ResponsesRequest,
-    ResponseUsage,
 )
 from siglane.server.routes import ModelRoutes
 from siglane.server.served import ChatModel
 from siglane.server.stream import KEEP_ALIVE, named_event
 from siglane.server.translated import TranslatedChat, TranslatedStream, Translation, translated
-from siglane.types import Usage
 
 RESPONSES = "/v1/responses"
 STORED_RESPONSES = (f"{RESPONSES}/{{response_id}}", f"{RESPONSES}/{{response_id}}/{{rest:path}}")
@@ -151,22 +149,12 @@ class Asked:
             "tools": plain(body.tools) or [],
             "top_p": sampling.top_p,
             "truncation": "disabled",
-            "usage": None if choices is None else usage_of(choices.usage),
+            "usage": None if choices is None else input_usage(choices.usage),
         }
 
 
 def ending(choices: Choices) -> Literal["completed", "incomplete"]:
     return "incomplete" if choices.answers[0].finish_reason == "length" else "completed"
-
-
-def usage_of(usage: Usage) -> ResponseUsage:
-    return {
-        "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
-        "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
-        "total_tokens": usage.total_tokens,
-    }
 
 
 async def respond(asked: Asked) -> ResponseReply:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import TypedDict  # pydantic reads no other on Python 3.11
 
 from siglane.server.fields import WHOLE
+from siglane.server.replies import OutputDetails
 from siglane.server.stored.store import Batch, Status, StoredFile
 
 MAX_METADATA = 16
@@ -64,10 +65,6 @@ class RequestCounts(TypedDict):
 
 class InputDetails(TypedDict):
     cached_tokens: int
-
-
-class OutputDetails(TypedDict):
-    reasoning_tokens: int
 
 
 class BatchUsage(TypedDict):
