@@ -44,7 +44,7 @@ def test_a_stop_token_counts_and_is_not_shown() -> None:
 def test_a_stop_string_outlasts_whatever_the_engine_does_next(end: Finished) -> None:
     one = answer("bc")
     said = [one.take(delta(token)) for token in (A, B, C)]
-    assert (said, one.stop_string) == ([TextDelta("a"), TextDelta(), TextDelta()], "bc")
+    assert (said, one.matched_stop) == ([TextDelta("a"), TextDelta(), TextDelta()], "bc")
     assert (one.finished, one.finish_reason) == (None, None)  # until it is aborted
     assert one.take(delta(A)) == one.take(delta(B, end)) == TextDelta()
     assert (one.text, one.token_ids, len(one.logprobs)) == ("a", [A, B, C], 3)
@@ -71,5 +71,5 @@ def test_no_stop_string_ends_the_first_tokens() -> None:
     """As in vLLM: min_tokens come first, whatever they say."""
     one = Answer("r", Prompt((1, 2, 3)), AnswerStream(TOKENIZER, ("b", "ca"), min_tokens=3))
     said = [one.take(delta(token)).text for token in (A, B, C, A, B)]
-    assert (said, one.stop_string, one.text) == (["a", "b", "c", "a", ""], "b", "abca")
+    assert (said, one.matched_stop, one.text) == (["a", "b", "c", "a", ""], "b", "abca")
     assert len(one.token_ids) == 5

@@ -118,7 +118,7 @@ class _Handle:
     """A worker from here: an actor, and another one when it has died."""
 
     def __init__(self, create: Callable[[], Any]) -> None:
-        self._create, self._slots = create, 0
+        self._create, self.slots = create, 0
         self._actor: Any = None  # Ray's handle
         self._failure: SiglaneError | None = None
 
@@ -139,10 +139,6 @@ class _Handle:
         if self._actor is not None:
             ray.kill(self._actor)
 
-    @property
-    def slots(self) -> int:
-        return self._slots
-
     async def ask(self, url: str, body: Mapping[str, Any]) -> Answer:
         import ray
         from ray.exceptions import RayActorError, RayTaskError
@@ -156,7 +152,7 @@ class _Handle:
         except RayActorError as error:
             if actor is self._actor:
                 logger.warning("a Ray worker died, another one takes its place: %s", _first_line(error))
-                self._actor, self._slots = None, 0
+                self._actor, self.slots = None, 0
                 self._died.set()
                 ray.kill(actor)  # one that was only out of reach
             raise EngineDied from error
@@ -170,7 +166,7 @@ class _Handle:
             try:
                 await self._start()
             except SiglaneError as error:
-                self._failure, self._slots = error, 1  # so that it is asked, and says so
+                self._failure, self.slots = error, 1  # so that it is asked, and says so
                 if not self.settled.done():
                     self.settled.set_exception(error)
                 return
@@ -196,7 +192,7 @@ class _Handle:
             if found.version != version("siglane"):
                 message = f"a Ray worker has siglane {found.version}, this is {version('siglane')}; install the same"
                 raise UserError(message, code="bad_option")
-            self._actor, self._slots = actor, found.slots
+            self._actor, self.slots = actor, found.slots
             return
 
 

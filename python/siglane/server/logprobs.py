@@ -8,6 +8,8 @@ from typing import Protocol
 from siglane.server.replies import ChoiceLogprobs, TopLogprob
 from siglane.types import TokenLogprob
 
+LEAST = -9999.0  # of a token that the request's own bias or filters forbid, which has -inf: JSON cannot say it
+
 
 class Vocabulary(Protocol):
     """The part of a transformers tokenizer that is used here."""
@@ -35,8 +37,7 @@ class TokenTexts:
 
     def _entry(self, token_id: int, logprob: float) -> TopLogprob:
         data = self.bytes_of(token_id)
-        # a token that the request's own bias or filters forbid has -inf, which JSON cannot say
-        return {"token": data.decode("utf-8", "replace"), "logprob": max(logprob, -9999.0), "bytes": list(data)}
+        return {"token": data.decode("utf-8", "replace"), "logprob": max(logprob, LEAST), "bytes": list(data)}
 
     def bytes_of(self, token_id: int) -> bytes:
         if token_id not in self._known:

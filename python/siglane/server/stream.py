@@ -32,7 +32,7 @@ from siglane.server.generation_fields import StreamOptions
 from siglane.server.protocol import ChatCompletionRequest, GenerationRequest
 from siglane.server.replies import ChatCompletionChunk, ChunkChoice
 from siglane.server.served import ChatModel
-from siglane.server.tool_fields import call_deltas
+from siglane.server.tool_fields import call_delta
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ class ChatStream(EventStream):
         elif delta.text or (delta.finish_reason is None and not delta.reasoning and not delta.calls):
             choice["delta"] = {"content": delta.text}
         if delta.calls:
-            choice["delta"]["tool_calls"] = call_deltas(delta.calls)
+            choice["delta"]["tool_calls"] = list(map(call_delta, delta.calls))
         if delta.reasoning:
             choice["delta"]["reasoning_content"] = delta.reasoning
         if delta.logprob is not None:

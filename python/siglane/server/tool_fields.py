@@ -82,11 +82,7 @@ def call_replies(calls: Sequence[ToolCall]) -> list[ToolCallReply]:
     ]
 
 
-def call_deltas(deltas: Sequence[CallDelta]) -> list[ToolCallDelta]:
-    return list(map(_delta, deltas))
-
-
-def _delta(delta: CallDelta) -> ToolCallDelta:
+def call_delta(delta: CallDelta) -> ToolCallDelta:
     if not delta.name:
         return {"index": delta.index, "function": {"arguments": delta.arguments}}
     function: FunctionDelta = {"name": delta.name, "arguments": delta.arguments}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from siglane.config.language import LanguageConfig
 from siglane.errors import ConfigError
-from siglane.settings.options import at_least, option
+from siglane.settings.options import at_least, one_of, option
 from siglane.types import BackendChoice
 
 if TYPE_CHECKING:  # flags are read and wrong ones reported before torch's second of import
@@ -85,15 +85,9 @@ class EngineConfig:
         at_least("num_speculative_tokens", self.num_speculative_tokens, 0)
         at_least("load_timeout", self.load_timeout, 1)
         for name in ("dtype", "vision_dtype"):
-            if getattr(self, name) not in get_args(Dtype):
-                raise ConfigError(f"{name} {getattr(self, name)!r} is not known; use {', '.join(get_args(Dtype))}")
-        if self.quantization not in get_args(Quantization):
-            known = ", ".join(get_args(Quantization))
-            raise ConfigError(f"quantization {self.quantization!r} is not known; use {known}")
-        if self.paged_backend not in PAGED_BACKENDS:
-            known = ", ".join(PAGED_BACKENDS)
-            raise ConfigError(f"paged_backend {self.paged_backend!r} is not known; use {known}")
-
+            one_of(name, getattr(self, name), get_args(Dtype))
+        one_of("quantization", self.quantization, get_args(Quantization))
+        one_of("paged_backend", self.paged_backend, PAGED_BACKENDS)
         if self.batch_invariant:
             self._check_invariant()
 

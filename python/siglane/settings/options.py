@@ -15,7 +15,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -166,6 +166,12 @@ def at_least(name: str, value: float, least: int) -> None:
     """ConfigError when a setting is less."""
     if not value >= least:
         raise ConfigError(f"{name} must be at least {least}, got {value}")
+
+
+def one_of(name: str, value: str, known: Collection[str]) -> None:
+    """ConfigError when a setting is another."""
+    if value not in known:
+        raise ConfigError(f"{name} {value!r} is not known; use {', '.join(known)}")
 
 
 def above_zero(name: str, value: float) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from siglane.errors import ConfigError, UserError
 from siglane.settings.engine import DTYPE_HELP, QUANTIZATION_HELP, Dtype, Quantization
-from siglane.settings.options import at_least, option, options_of, resolve
+from siglane.settings.options import at_least, one_of, option, options_of, resolve
 from siglane.settings.tables import read_table
 
 logger = logging.getLogger(__name__)
@@ -44,9 +44,8 @@ class TagSettings:
         if self.batch_size < 0:
             raise ConfigError(f"batch_size must not be negative, got {self.batch_size}")
         for one in options_of(type(self)):
-            value = getattr(self, one.name)
-            if one.choices and value not in one.choices:
-                raise ConfigError(f"{one.name} {value!r} is not known; use {', '.join(one.choices)}")
+            if one.choices:
+                one_of(one.name, getattr(self, one.name), one.choices)
         if self.max_num_patches is not None:
             at_least("max_num_patches", self.max_num_patches, 1)
         check_limits(self.confidence_threshold, self.max_tags, threshold_name="confidence_threshold")

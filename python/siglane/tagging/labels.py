@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from siglane.errors import UserError
-from siglane.text.tokens import TextTokens
+from siglane.text.tokens import TextTokens, is_unicode
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def check_labels(labels: Sequence[str], places: Sequence[str] | None = None) -> 
     places = places or [f"labels[{number}]" for number in range(len(labels))]
     first: dict[str, str] = {}
     for label, place in zip((label.strip() for label in labels), places, strict=True):
-        if not _is_unicode(label):
+        if not is_unicode(label):
             raise UserError(f"{place} is not Unicode text: {label!r}", code="bad_labels", param="labels")
         if not label:
             raise UserError(f"{place} is empty; remove it", code="bad_labels", param="labels")
@@ -66,14 +66,6 @@ def check_labels(labels: Sequence[str], places: Sequence[str] | None = None) -> 
             raise UserError(message, code="bad_labels", param="labels")
         first[label] = place
     return tuple(first)
-
-
-def _is_unicode(label: str) -> bool:
-    try:
-        label.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return False
-    return True
 
 
 def check_templates(templates: Sequence[str]) -> tuple[str, ...]:

@@ -26,14 +26,8 @@ from siglane.nn.attention import runnable_backends
 from siglane.nn.cpu.optimise import optimise
 from siglane.nn.device import resolve_device, resolve_dtype
 from siglane.settings.engine import Dtype, Quantization
-from siglane.settings.tagging import (
-    CONFIDENCE_THRESHOLD,
-    MAX_TAGS,
-    TEMPLATES,
-    Attention,
-    TagSettings,
-    check_limits,
-)
+from siglane.settings.options import one_of
+from siglane.settings.tagging import CONFIDENCE_THRESHOLD, MAX_TAGS, TEMPLATES, Attention, TagSettings, check_limits
 from siglane.tagging.cache import LabelCache, default_folder, state_of
 from siglane.tagging.labels import check_labels, check_templates, texts_of, warn_of_losses
 from siglane.tagging.scoring import label_vectors, likeliest, sigmoid_scores
@@ -297,8 +291,7 @@ def _patches_of(checkpoint: Checkpoint, patches: int | None) -> int | None:
 
 
 def _backend(attention: Attention, device: torch.device, dtype: torch.dtype) -> BackendChoice:
-    if attention not in BACKENDS:
-        raise ConfigError(f"attention {attention!r} is not known; use {', '.join(BACKENDS)}")
+    one_of("attention", attention, BACKENDS)
     try:
         runnable_backends(BACKENDS[attention], device, dtype)
     except ConfigError as error:

@@ -57,3 +57,12 @@ class TextTokens:
     def _row(self, text: str) -> list[int]:
         ids = [*self.encode(self.prepared(text))[: self.rule.length - 1], self.rule.end_id]
         return ids + [self.rule.pad_id] * (self.rule.length - len(ids))
+
+
+def is_unicode(text: str) -> bool:
+    """Whether `text` can be encoded: half a surrogate pair, as JSON may state one, is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -29,9 +29,10 @@ from siglane.errors import ImageError, UserError
 from siglane.families.processor import ImageProcessor
 from siglane.image.decode import decode
 from siglane.media.source import read_file
+from siglane.text.tokens import is_unicode
 from siglane.training.report import BadRow
 from siglane.training.shards import read_samples
-from siglane.training.texts import is_unicode, read_lines
+from siglane.training.texts import read_lines
 from siglane.types import DecodedImage, ImagePatches
 
 SHARD = ".tar"

@@ -6,6 +6,8 @@ import codecs
 from collections.abc import Iterator
 from pathlib import Path
 
+from siglane.text.tokens import is_unicode
+
 # the longer mark first: UTF-32's begins with UTF-16's
 MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -39,15 +41,6 @@ def read_lines(file: Path) -> Iterator[str | ValueError]:
                 yield line if is_unicode(line) and "\0" not in line else ValueError(_not(encoding))
         except UnicodeDecodeError:
             yield ValueError(f"{_not(encoding)} from here on")
-
-
-def is_unicode(text: str) -> bool:
-    """Whether `text` can be encoded: half a surrogate pair, as JSON may state one, is no character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _encoding(head: bytes) -> str:

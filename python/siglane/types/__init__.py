@@ -14,7 +14,6 @@ from siglane.types.generation import (
     Usage,
 )
 from siglane.types.image import (
-    DIGEST_BYTES,
     DecodedImage,
     DecodedVideo,
     ImagePatches,
@@ -56,7 +55,6 @@ from siglane.types.reading import Read, Readout
 from siglane.types.tools import Tool, ToolUse
 
 __all__ = [
-    "DIGEST_BYTES",
     "SAMPLING_BOUNDS",
     "Activation",
     "AnyRes",

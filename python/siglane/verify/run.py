@@ -16,7 +16,6 @@ from transformers.utils import logging as transformers_logging
 from siglane.errors import ConfigError, SiglaneError, UserError
 from siglane.families.registry import tower_family, vlm_family
 from siglane.nn.device import DTYPES, resolve_device
-from siglane.nn.quantise import Bits
 from siglane.settings.engine import Quantization
 from siglane.tiling.rule import no_images
 from siglane.types import DecodedImage
@@ -80,7 +79,8 @@ def verify(
         if save is not None:
             save_golden(expected, save)
     thresholds = _thresholds(threshold, quantization, expected)
-    ours = _runner(checkpoint, expected, place_of, precision, thresholds.bits)
+    texts = TEXT_TOWER in expected.traces
+    ours = SiglaneRunner(checkpoint, place_of, precision, with_texts=texts, quantization=thresholds.bits)
     return _report(str(model), dtype, ours, expected, thresholds)
 
 
@@ -229,12 +229,6 @@ def _quiet_transformers() -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(before)
-
-
-def _runner(
-    checkpoint: Checkpoint, expected: Golden, device: torch.device, dtype: torch.dtype, bits: Bits | None
-) -> SiglaneRunner:
-    return SiglaneRunner(checkpoint, device, dtype, with_texts=TEXT_TOWER in expected.traces, quantization=bits)
 
 
 def _compared(ours: SiglaneRunner, expected: Golden, thresholds: Thresholds) -> tuple[Comparison, ...]:

@@ -88,14 +88,9 @@ class Answer:
         return self._stream.ended
 
     @property
-    def stop_string(self) -> str | None:
-        """The stop string that ended the text."""
-        return self._stream.stopped
-
-    @property
     def matched_stop(self) -> str | int | None:
         """The stop string or the id of the stop token that ended it."""
-        return self._matched_token if self.stop_string is None else self.stop_string
+        return self._matched_token if self._stream.stopped is None else self._stream.stopped
 
     @property
     def finish_reason(self) -> FinishReason | None:

@@ -6,10 +6,8 @@ from codecs import getincrementaldecoder
 from collections.abc import Collection, Sequence
 
 from siglane.server.completions.protocol import LegacyLogprobs
-from siglane.server.logprobs import TokenTexts
+from siglane.server.logprobs import LEAST, TokenTexts
 from siglane.types import Readout, TokenLogprob
-
-LEAST = -9999.0  # of a token that the request itself forbids, as in a chat: JSON has no infinity
 
 
 class Columns:

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
 ACTIVE: tuple[Status, ...] = ("validating", "in_progress", "finalizing", "cancelling")
+IS_ACTIVE = f"status IN ({', '.join('?' * len(ACTIVE))})"
 Order = Literal["asc", "desc"]
 VERSION = 1
 FILE = "id, owner, purpose, filename, bytes, created_at, expires_at"
@@ -212,8 +213,7 @@ class Store:
 
     def active_batches(self) -> list[Batch]:
         """Those that have not ended, the oldest first."""
-        places = ", ".join("?" * len(ACTIVE))
-        rows = self._all(f"SELECT state FROM batches WHERE status IN ({places}) ORDER BY number", *ACTIVE)
+        rows = self._all(f"SELECT state FROM batches WHERE {IS_ACTIVE} ORDER BY number", *ACTIVE)
         return [Batch(**json.loads(state)) for (state,) in rows]
 
     def update(self, batch_id: str, change: Callable[[Batch], Batch], owner: str | None = None) -> Batch:
@@ -298,8 +298,7 @@ class Store:
         )
 
     def _is_read(self, file_id: str) -> bool:
-        places = ", ".join("?" * len(ACTIVE))
-        query = f"SELECT 1 FROM batches WHERE input_file_id = ? AND status IN ({places})"
+        query = f"SELECT 1 FROM batches WHERE input_file_id = ? AND {IS_ACTIVE}"
         return self._one(query, file_id, *ACTIVE) is not None
 
     def _sweep(self) -> None:

@@ -22,22 +22,11 @@ from siglane.verify.references import (
 )
 from siglane.verify.references.reference import ReferenceFamily
 
-FAMILIES: tuple[ReferenceFamily, ...] = (
-    r_4b.FAMILY,
-    bee.FAMILY,
-    llava_qwen.FAMILY,
-    ovis2_6.FAMILY,
-    siglip.FAMILY,
-    siglip2.FAMILY,
-    nvila.FAMILY,
-    ovis2_5.FAMILY,
-    llava_onevision.FAMILY,
-    nanovlm.FAMILY,
-    idefics3.FAMILY,
-    video_llama_3.FAMILY,
-    videollama3_qwen2.FAMILY,
-    causal_lm.FAMILY,
-)
+MODULES = (
+    r_4b, bee, llava_qwen, ovis2_6, siglip, siglip2, nvila, ovis2_5, llava_onevision, nanovlm, idefics3, video_llama_3,
+    videollama3_qwen2, causal_lm,
+)  # fmt: skip
+FAMILIES: tuple[ReferenceFamily, ...] = tuple(module.FAMILY for module in MODULES)
 
 
 def family_of(folder: Path) -> ReferenceFamily | None:
