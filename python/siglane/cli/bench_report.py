@@ -12,12 +12,7 @@ import numpy as np
 from siglane.cli.bench_load import Taken, Timed
 
 PERCENTILES = (50, 90, 95, 99)
-NAMES = {
-    "ttft": "first token",
-    "itl": "between tokens",
-    "tpot": "a token, on average",
-    "e2e": "whole answer",
-}
+NAMES = {"ttft": "first token", "itl": "between tokens", "tpot": "a token, on average", "e2e": "whole answer"}
 
 
 def summary(taken: Taken) -> dict[str, Any]:

@@ -122,9 +122,7 @@ def _tagger(arguments: argparse.Namespace, settings: TagSettings) -> Tagger:
     from siglane.tagging.tagger import Tagger
 
     return Tagger.from_settings(
-        settings,
-        **asdict(read_options(ModelOptions, arguments)),
-        decode=read_options(DecodeOptions, arguments).local,
+        settings, **asdict(read_options(ModelOptions, arguments)), decode=read_options(DecodeOptions, arguments).local
     )
 
 

@@ -14,14 +14,7 @@ from siglane.batch.pictures import ask_pictures, expand
 from siglane.batch.row import BadRow, Row
 from siglane.batch.stream import in_order
 from siglane.cli.common import ModelOptions
-from siglane.cli.rows import (
-    RowOptions,
-    check_alone,
-    check_kept,
-    check_kept_has_table,
-    is_table,
-    refuse_columns,
-)
+from siglane.cli.rows import RowOptions, check_alone, check_kept, check_kept_has_table, is_table, refuse_columns
 from siglane.errors import UserError
 from siglane.settings.flags import read_options
 from siglane.settings.media import DecodeOptions

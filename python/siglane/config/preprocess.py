@@ -88,12 +88,7 @@ OVIS = ProcessorClass(name="SiglipImageProcessor", resample=2, own_sizes=True)  
 IDEFICS3 = ProcessorClass(name="Idefics3ImageProcessor", twin="SmolVLMImageProcessor", resample=1, own_sizes=True)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 LLAVA_ONEVISION = ProcessorClass(
-    name="LlavaOnevisionImageProcessor",
-    resample=3,
-    size=384,
-    mean=CLIP_MEAN,
-    std=CLIP_STD,
-    cuts_squares=True,
+    name="LlavaOnevisionImageProcessor", resample=3, size=384, mean=CLIP_MEAN, std=CLIP_STD, cuts_squares=True
 )
 VIDEO_LLAMA_3 = ProcessorClass(
     name="VideoLlama3ImageProcessor", twin="VideoLlama3VideoProcessor", resample=3, own_sizes=True

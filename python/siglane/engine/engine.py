@@ -319,11 +319,7 @@ class Engine:
         return deltas if grown.reason is None else [*deltas, self._end(sequence, grown.reason, last)]
 
     def _end(
-        self,
-        sequence: Sequence,
-        reason: FinishReason,
-        last: SampledToken | None = None,
-        error: Exception | None = None,
+        self, sequence: Sequence, reason: FinishReason, last: SampledToken | None = None, error: Exception | None = None
     ) -> TokenDelta:
         request_id, lookup = sequence.request.request_id, sequence.lookup
         del self._sequences[request_id]

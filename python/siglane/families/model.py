@@ -33,16 +33,7 @@ from siglane.types import BackendChoice, ImagePatches, ImageTokens
 from siglane.vision.tower import Taps
 from siglane.weights.checksum import check_files
 from siglane.weights.hub import ADAPTER_WEIGHTS, Checkpoint, Source
-from siglane.weights.load import (
-    NO_STAGES,
-    QUANTISED,
-    Stage,
-    StoredTensor,
-    allocate,
-    fill,
-    rehearse,
-    stored_tensors,
-)
+from siglane.weights.load import NO_STAGES, QUANTISED, Stage, StoredTensor, allocate, fill, rehearse, stored_tensors
 from siglane.weights.merge import adapters_of
 from siglane.weights.quantised import CodesFile, CodesFormat, agreed_format, codes_format
 

@@ -79,8 +79,7 @@ class ParallelStack(nn.Module):
         for share, sizes, held in zip(shares, lengths, gathered, strict=True):
             rows |= dict(zip(share, held[: sum(sizes)].split(sizes), strict=True))
         return ImageTokens(
-            torch.cat([rows[number] for number in range(len(images))]),
-            tuple(image.layout.rows for image in images),
+            torch.cat([rows[number] for number in range(len(images))]), tuple(image.layout.rows for image in images)
         )
 
 

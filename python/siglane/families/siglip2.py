@@ -39,9 +39,6 @@ class Siglip2(Siglip):
             resample=pixels.resample,
         )
         naflex = replace(
-            vision,
-            position_grid=Grid(side, side),
-            position_resize="bilinear_antialias",
-            patch_layout="channel_last",
+            vision, position_grid=Grid(side, side), position_resize="bilinear_antialias", patch_layout="channel_last"
         )
         return naflex, PreprocessConfig.of(rule, pixels)

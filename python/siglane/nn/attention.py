@@ -55,13 +55,7 @@ def runs_of(items: Iterable[T]) -> tuple[tuple[T, int], ...]:
 
 
 def packed_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    segments: Segments,
-    *,
-    scale: float,
-    backend: AttentionBackend,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, *, scale: float, backend: AttentionBackend
 ) -> torch.Tensor:
     """q, k and v `[N, heads, head_dim]` -> `[N, heads, head_dim]`: segment by segment softmax(q k^T * scale) v."""
     match backend:
@@ -119,12 +113,7 @@ def sdpa(
 
 
 def eager(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    scale: float,
-    mask: torch.Tensor | None = None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`sdpa` by two plain products and a float32 softmax between them, as transformers' `eager_attention_forward` has
     it: every number can be looked at, and no kernel chooses another order."""

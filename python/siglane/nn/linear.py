@@ -62,13 +62,7 @@ class ColumnParallelLinear(ShardedModule):
     """
 
     def __init__(
-        self,
-        input_size: int,
-        sections: dict[str, int],
-        *,
-        bias: bool,
-        tp: TensorParallel,
-        gather_output: bool = False,
+        self, input_size: int, sections: dict[str, int], *, bias: bool, tp: TensorParallel, gather_output: bool = False
     ) -> None:
         super().__init__()
         self.tp = tp.divides(*sections.values())

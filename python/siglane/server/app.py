@@ -23,16 +23,7 @@ from siglane.server.errors import JsonResponse, error_response, from_validation
 from siglane.server.messages.blocks import AnthropicShape
 from siglane.server.messages.routes import COUNT_TOKENS, MESSAGES, add_messages
 from siglane.server.metrics import METHODS
-from siglane.server.middleware import (
-    OPEN_PATHS,
-    TIMINGS,
-    Authenticate,
-    Gate,
-    Intake,
-    Observe,
-    UnderRoot,
-    shutting_down,
-)
+from siglane.server.middleware import OPEN_PATHS, TIMINGS, Authenticate, Gate, Intake, Observe, UnderRoot, shutting_down
 from siglane.server.openapi import document, failures
 from siglane.server.playground import PATH as PLAYGROUND
 from siglane.server.playground import add_playground

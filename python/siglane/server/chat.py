@@ -207,12 +207,7 @@ async def answered(
 
 def reply_of(prepared: Prepared, model: ChatModel, created: int) -> ReplyPiece:
     """What an answer and all its pieces have. created: seconds since 1970."""
-    return {
-        "id": prepared.request_id,
-        "created": created,
-        "model": model.name,
-        "system_fingerprint": model.fingerprint,
-    }
+    return {"id": prepared.request_id, "created": created, "model": model.name, "system_fingerprint": model.fingerprint}
 
 
 def whole_reply(body: Reported, prepared: Prepared, choices: Choices, model: ChatModel) -> WholeReply:

@@ -32,14 +32,7 @@ REASONS = {
 GENERATING = ("ChatCompletionRequest", "CompletionRequest")
 DECIDING = ("DecisionRequest", "SystemOneRequest", "ScoreRequest")
 TRANSLATED = ("ResponsesRequest", "MessagesRequest", "CountRequest")
-OF_CHAT = (
-    *GENERATING,
-    *DECIDING,
-    *TRANSLATED,
-    "TokenizeRequest",
-    "DetokenizeRequest",
-    "ImageTokensRequest",
-)
+OF_CHAT = (*GENERATING, *DECIDING, *TRANSLATED, "TokenizeRequest", "DetokenizeRequest", "ImageTokensRequest")
 OF_TOWERS = ("EmbeddingRequest", "ClassificationRequest", "PairsRequest")
 PLACE = "#/components/schemas/"
 FAILURES: tuple[type[Any], ...] = (ErrorBody, AnthropicFailure)

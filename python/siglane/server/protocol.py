@@ -150,16 +150,11 @@ UserContent = Annotated[
     BeforeValidator(_no_content),
 ]
 AnswerContent = Annotated[
-    PlainText | Annotated[list[AnswerPart], Field(max_length=MAX_PARTS), Tag("#parts")],
-    Discriminator(content_tag),
+    PlainText | Annotated[list[AnswerPart], Field(max_length=MAX_PARTS), Tag("#parts")], Discriminator(content_tag)
 ]
-ToolContent = Annotated[
-    PlainText | Annotated[list[UserPart], Parts, Tag("#parts")],
-    Discriminator(content_tag),
-]
+ToolContent = Annotated[PlainText | Annotated[list[UserPart], Parts, Tag("#parts")], Discriminator(content_tag)]
 TextContent = Annotated[
-    PlainText | Annotated[list[Annotated[TextPart, of_types(*TEXTS)]], Parts, Tag("#parts")],
-    Discriminator(content_tag),
+    PlainText | Annotated[list[Annotated[TextPart, of_types(*TEXTS)]], Parts, Tag("#parts")], Discriminator(content_tag)
 ]
 
 

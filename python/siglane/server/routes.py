@@ -24,12 +24,7 @@ from siglane.server.decisions.score import ScoreRequest, Scores, score
 from siglane.server.decisions.system_one import SystemOneRequest
 from siglane.server.embedding.embed import classify, embed, score_pairs
 from siglane.server.embedding.pairs import PairScores, PairsRequest
-from siglane.server.embedding.protocol import (
-    ClassificationList,
-    ClassificationRequest,
-    EmbeddingList,
-    EmbeddingRequest,
-)
+from siglane.server.embedding.protocol import ClassificationList, ClassificationRequest, EmbeddingList, EmbeddingRequest
 from siglane.server.errors import ErrorBody, JsonResponse
 from siglane.server.openapi import (
     OF_A_BODY,

@@ -61,8 +61,7 @@ def choice_tag(choice: Any) -> str:
 Tools = Annotated[list[ToolDefinition], Field(max_length=MOST_TOOLS)]
 ChoiceWord = Literal["none", "auto", "required"]
 ToolChoice = Annotated[
-    Annotated[ChoiceWord, Tag("#word")] | Annotated[NamedTool, Tag("#function")],
-    Discriminator(choice_tag),
+    Annotated[ChoiceWord, Tag("#word")] | Annotated[NamedTool, Tag("#function")], Discriminator(choice_tag)
 ]
 
 

@@ -58,15 +58,13 @@ class ImageBudget:
     """
 
     detail: Detail = field(
-        default="auto",
-        metadata={"help": "of images that name none: low, high, original or auto (the checkpoint's)"},
+        default="auto", metadata={"help": "of images that name none: low, high, original or auto (the checkpoint's)"}
     )
     max_pixels: int | None = field(
         default=None, metadata={"help": "pixels of a picture once resized, for models of native resolution"}
     )
     min_pixels: int | None = field(
-        default=None,
-        metadata={"help": "smaller pictures are enlarged to it, for models of native resolution"},
+        default=None, metadata={"help": "smaller pictures are enlarged to it, for models of native resolution"}
     )
     max_num_patches: int | None = field(default=None, metadata={"help": "patches of a picture, for NaFlex models"})
     max_tiles: int | None = field(

@@ -115,11 +115,7 @@ class StrictLoad:
     """
 
     def __init__(
-        self,
-        plan: WeightPlan,
-        module: nn.Module,
-        held: Collection[str] = (),
-        stages: Mapping[str, Stage] = NO_STAGES,
+        self, plan: WeightPlan, module: nn.Module, held: Collection[str] = (), stages: Mapping[str, Stage] = NO_STAGES
     ) -> None:
         self.plan, self.module, self.held = plan, module, frozenset(held)
         self.ignored: list[tuple[str, str]] = []

@@ -38,12 +38,7 @@ class Answer:
 
     @classmethod
     def of(
-        cls,
-        request_id: str,
-        prompt: Prompt,
-        sampling: SamplingParams,
-        processor: Processor,
-        use: ToolUse | None = None,
+        cls, request_id: str, prompt: Prompt, sampling: SamplingParams, processor: Processor, use: ToolUse | None = None
     ) -> Answer:
         """use: of the tools that the prompt tells of."""
         return cls(request_id, prompt, AnswerStream.of(prompt, sampling, processor, use))

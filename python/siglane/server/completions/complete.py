@@ -9,14 +9,7 @@ from typing import Any
 
 from siglane.engine.answers.answer import Answer
 from siglane.errors import UserError, blaming
-from siglane.server.chat import (
-    Prepared,
-    answered,
-    resolve_max_tokens,
-    sampling_of,
-    too_long,
-    whole_reply,
-)
+from siglane.server.chat import Prepared, answered, resolve_max_tokens, sampling_of, too_long, whole_reply
 from siglane.server.choices import ChoiceDelta, Choices, finish_reason
 from siglane.server.completions.logprobs import Columns
 from siglane.server.completions.protocol import (

@@ -8,14 +8,7 @@ from pydantic import ConfigDict, model_validator
 from typing_extensions import TypedDict  # pydantic reads no other on Python 3.11
 
 from siglane.errors import UserError
-from siglane.server.embedding.protocol import (
-    EncoderReport,
-    EncoderUsage,
-    Input,
-    InputItem,
-    Inputs,
-    read_inputs,
-)
+from siglane.server.embedding.protocol import EncoderReport, EncoderUsage, Input, InputItem, Inputs, read_inputs
 from siglane.server.fields import RequestModel, only
 from siglane.server.refused import refuse_fields
 

@@ -73,8 +73,7 @@ InputPart = Annotated[
     of_types(*TEXTS, "image_url", others={"video_url": "videos are not embedded"}),
 ]
 InputContent = Annotated[
-    Annotated[Words, Tag("#string")] | Annotated[list[InputPart], Parts, Tag("#parts")],
-    Discriminator(content_tag),
+    Annotated[Words, Tag("#string")] | Annotated[list[InputPart], Parts, Tag("#parts")], Discriminator(content_tag)
 ]
 
 

@@ -132,8 +132,7 @@ class UserTurn(RequestModel):
 class AnswerTurn(RequestModel):
     role: Literal["assistant"]
     content: Annotated[
-        PlainText | Annotated[list[AnswerBlock], Field(max_length=MAX_PARTS), Tag("#parts")],
-        Discriminator(content_tag),
+        PlainText | Annotated[list[AnswerBlock], Field(max_length=MAX_PARTS), Tag("#parts")], Discriminator(content_tag)
     ]
 
 

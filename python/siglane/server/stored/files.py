@@ -15,15 +15,7 @@ from siglane.server.context import context_of
 from siglane.server.errors import JsonResponse, overloaded
 from siglane.server.openapi import failures
 from siglane.server.served import Served
-from siglane.server.stored.replies import (
-    LEAST_EXPIRY,
-    MOST_EXPIRY,
-    FileDeleted,
-    FileList,
-    FileObject,
-    file_reply,
-    page,
-)
+from siglane.server.stored.replies import LEAST_EXPIRY, MOST_EXPIRY, FileDeleted, FileList, FileObject, file_reply, page
 from siglane.server.stored.store import Store, StoredFile, new_id, refusing_disk, storage_full
 from siglane.server.stored.upload import Upload, receive, too_large
 
