@@ -23,6 +23,7 @@ from siglane.engine.attention.plain import EagerKernels, TorchKernels
 from siglane.engine.attention.runs import RunKernels
 from siglane.engine.attention.trial import Shape
 from siglane.engine.batch import Chunk, StepBatch
+from siglane.engine.blocks import CompiledBlocks, compiled_blocks
 from siglane.engine.cache.kv import PagedKV
 from siglane.engine.graphs import Capture, buckets_up_to, capture_on_cuda, record
 from siglane.engine.limits import StepLimits, padded_rows
@@ -65,7 +66,10 @@ def build_device(
     kernels = choose_kernels(config.resolve_paged_backend(), kv, language, config.batch_invariant)
     buckets = buckets_up_to(budget.running) if on_cuda and kernels.records else ()
     packing = config.enable_packing and not config.batch_invariant
-    made = Device(model, kv, kernels, limits, eos_token_ids, packing=packing, buckets=buckets, choose=choose)
+    blocks = compiled_blocks(language, kernels)
+    made = Device(
+        model, kv, kernels, limits, eos_token_ids, packing=packing, buckets=buckets, choose=choose, blocks=blocks
+    )
     if buckets:
         with torch.cuda.device(device):  # whose streams a capture uses
             made.record(capture_on_cuda)
@@ -138,6 +142,7 @@ class Device:
 
     buckets: sizes to which steps that only decode are padded; without any, a step has as many rows as there are. With
     kernels that record, every step of a size is the same operations on the same memory. choose: tokens from logits.
+    blocks: what computes steps that only decode in one call, where there is such a thing.
     """
 
     def __init__(
@@ -151,13 +156,14 @@ class Device:
         packing: bool = True,
         buckets: Sequence[int] = (),
         choose: Choose = choose_on_host,
+        blocks: CompiledBlocks | None = None,
     ) -> None:
         self.model, self.kv, self.kernels, self.limits = model, kv, kernels, limits
         self.device, self.dtype = kv.keys.device, kv.keys.dtype
         self.vocab_size = model.language.config.vocab_size
         self.packing, self.eos_token_ids = packing, eos_token_ids
         self.buckets = tuple(sorted(buckets))
-        self.choose = choose
+        self.choose, self._blocks = choose, blocks
         self._table = PageTable(limits.running + 1, limits.columns, self.device)
         self._words = torch.zeros(limits.numbers, dtype=torch.int64, device=self.device)
         self._replays: dict[int, Callable[[], torch.Tensor]] = {}
@@ -267,7 +273,9 @@ class Device:
         decodes: DecodeRows | None,
         prefills: PrefillRows | None,
     ) -> torch.Tensor:
-        kernels = self.kernels
+        kernels, blocks = self.kernels, self._blocks
+        if prefills is None and decodes is not None and blocks is not None and len(embeds) <= blocks.most:
+            return blocks(embeds, positions, slots, decodes)
         attention = StepAttention(
             kernels,
             slots,

@@ -141,14 +141,17 @@ class QwenModel(nn.Module):
         taps: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """`forward` of rows that are `turned` already."""
-        config = self.config
-        rotary = rotary_tables(positions, config.head_dim, config.rope_theta, x.dtype, config.rope_scaling)
+        rotary = self.rotary(positions, x.dtype)
         for number, block in enumerate(self.blocks):
             x = block(x, rotary, attention)
             if taps is not None:
                 taps[f"lm.block.{number}"] = x if self.basis is None else x @ self.basis
         hidden: torch.Tensor = self.norm(x)
         return hidden
+
+    def rotary(self, positions: torch.Tensor, dtype: torch.dtype) -> Rotary:
+        config = self.config
+        return rotary_tables(positions, config.head_dim, config.rope_theta, dtype, config.rope_scaling)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[T, hidden_size]` -> `[T, vocab_size]`, whole on every rank."""

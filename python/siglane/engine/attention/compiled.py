@@ -14,7 +14,7 @@ from siglane.nn.cpu.jit.entrance import heads
 from siglane.nn.cpu.jit.limits import GROUP
 
 if TYPE_CHECKING:
-    from siglane.nn.cpu.jit.calls import Heads
+    from siglane.nn.cpu.jit.calls import Heads, PagedStep
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,11 +25,14 @@ class CompiledKernels(RunKernels):
         self.heads.store(slots, k, v, *self.kv.slots[layer])
 
     def decode(self, rows: DecodeRows) -> DecodeAttention:
+        step, slots, attend = self.seen(rows), self.kv.slots, self.heads.attend
+        return lambda layer, q: attend(step, q, *slots[layer])
+
+    def seen(self, rows: DecodeRows) -> PagedStep:
         from siglane.nn.cpu.jit.calls import PagedStep
 
         _, _, page_size, kv_heads, size = self.kv.keys.shape
-        step, slots, attend = PagedStep(*rows[:3], page_size, kv_heads, size), self.kv.slots, self.heads.attend
-        return lambda layer, q: attend(step, q, *slots[layer])
+        return PagedStep(*rows[:3], page_size, kv_heads, size)
 
 
 def compiled_kernels(kv: PagedKV, query_heads: int) -> CompiledKernels | None:

@@ -10,7 +10,10 @@ from siglane.nn.cpu.jit.code import Compiled
 from siglane.nn.cpu.jit.heads import STEP, heads_module
 from siglane.nn.cpu.jit.limits import GROUP
 from siglane.nn.cpu.jit.processor import this_processor
+from siglane.nn.cpu.jit.program import Call
 from siglane.nn.cpu.jit.types import ADDRESS, COUNT
+
+Cache = tuple[torch.Tensor, torch.Tensor]  # keys and values of a layer, each `[slots, kv_heads, head_dim]`
 
 LOG2_E = 1.4426950408889634
 ALONE = 1 << 14  # keys' values below which one thread is faster than several
@@ -56,6 +59,26 @@ class Heads:
             step.threads,
         )  # fmt: skip
         return out
+
+    def program(self, qkv: torch.Tensor, turned: torch.Tensor, attended: torch.Tensor, cache: Cache) -> list[Call]:
+        """All three of one layer in a `Program`, which is told `rows` and addresses: `cos`, `sin`, `slots`, `step` (of
+        a `PagedStep`) and `seers`, its threads.
+
+        qkv, turned and attended have whole rows: heads of q, k and v, those of q and k turned, those of q `[M, heads,
+        head_dim]`.
+        """
+        size, heads, (keys, values) = self._head_dim, attended.shape[1], cache
+        kv_heads, stride, turning = keys.shape[1], qkv.stride(0), turned.stride(0)
+        k, v = turned[:, heads:].data_ptr(), qkv[:, heads + kv_heads :].data_ptr()
+        own = keys.data_ptr(), values.data_ptr()
+        return [
+            Call(self._turn, (qkv.data_ptr(), stride, "cos", "sin", turned.data_ptr(), "rows", heads + kv_heads)),
+            Call(self._store, (k, v, turning, stride, "slots", *own, "rows", kv_heads * size)),
+            Call(
+                self._attend,
+                ("step", turned.data_ptr(), turning, heads // kv_heads, *own, attended.data_ptr(), "seers"),
+            ),
+        ]
 
     def _together(self, x: torch.Tensor) -> torch.Tensor:
         """x `[T, heads, head_dim]` with all heads of a row one after another."""

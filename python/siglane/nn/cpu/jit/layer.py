@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from siglane.nn.cpu.int8_packing import INPUTS, OUTPUTS
 from siglane.nn.cpu.jit.code import Compiled
 from siglane.nn.cpu.jit.processor import Processor, this_processor
 from siglane.nn.cpu.jit.product import LAYER
+from siglane.nn.cpu.jit.program import Call, Function
 from siglane.nn.cpu.jit.rows import CODED, FOURS, KINDS, MOST, Kind, rows_module
 from siglane.nn.cpu.jit.tiles import TILE_ROWS
 from siglane.nn.cpu.jit.types import ADDRESS, COUNT
@@ -23,7 +23,6 @@ from siglane.nn.cpu.memory import span
 THREAD_VALUES = 1 << 17  # of weights from which several threads are faster than one
 MOST_OF_FOUR = 32  # rows: of more a product of unpacked weights takes less time
 Rows = Literal["centred", "wide"]  # a byte a value, or two
-Function = Callable[..., None]
 
 
 class Facts(NamedTuple):
@@ -72,7 +71,7 @@ class CompiledLayer:
     """Rows float32 `[M, K]`, at most `most` -> `[M, N]`: what a product takes, the product, and what comes after it, in
     one call. `eight` and `four` make it of weights of so many bits.
 
-    most: rows of a call; gates: whether SwiGLU can be what comes after.
+    most: rows of a call; outputs: N; gates: whether SwiGLU can be what comes after.
     """
 
     def __init__(self, functions: _Functions, multiply: str, gate: str | None, native: NativeLayer) -> None:
@@ -81,7 +80,7 @@ class CompiledLayer:
         self.most = facts.most
         self._multiply, self._gate = by_name[multiply], None if gate is None else by_name[gate]
         self.gates = gate is not None and facts.outputs % (2 * OUTPUTS) == 0
-        self._outputs, self._stride = facts.outputs, facts.stride
+        self.outputs, self._stride = facts.outputs, facts.stride
         self._threaded = facts.outputs * facts.inputs >= THREAD_VALUES
         self._held, self._address = (functions, native), native.address
 
@@ -127,7 +126,7 @@ class CompiledLayer:
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """residual: `[M, N]`, is added."""
-        y = torch.empty(x.shape[0], self._outputs)
+        y = torch.empty(x.shape[0], self.outputs)
         if residual is None:
             self._run(self._multiply, x, y, None)
         else:
@@ -138,14 +137,24 @@ class CompiledLayer:
     def gated(self, x: torch.Tensor) -> torch.Tensor:
         """SwiGLU of the results: `[M, N / 2]`. Only where it `gates`."""
         assert self._gate is not None
-        y = torch.empty(x.shape[0], self._outputs // 2)
+        y = torch.empty(x.shape[0], self.outputs // 2)
         self._run(self._gate, x, y, None)
         return y
+
+    def call(self, x: int | str, y: int, codes: int, residual: int | str = 0, *, gated: bool = False) -> Call:
+        """The same in a `Program`, which is told `rows` and `threads`, by addresses; codes: of `room` bytes."""
+        function = self._gate if gated else self._multiply
+        assert function is not None
+        return Call(function, (self._address, x, y, residual, codes, "rows", "threads" if self._threaded else 1))
+
+    def room(self, rows: int) -> int:
+        """Bytes for codes of so many rows."""
+        return _whole(2 * rows, TILE_ROWS) * self._stride
 
     def _run(self, function: Function, x: torch.Tensor, y: torch.Tensor, residual: int | None) -> None:
         x, rows = x.contiguous(), x.shape[0]
         threads = torch.get_num_threads() if self._threaded else 1
-        codes = _room.address(_whole(2 * rows, TILE_ROWS) * self._stride)
+        codes = _room.address(self.room(rows))
         function(self._address, x.data_ptr(), y.data_ptr(), residual, codes, rows, threads)
 
 
