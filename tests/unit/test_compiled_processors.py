@@ -17,6 +17,7 @@ from siglane.nn.cpu.jit.code import Module
 from siglane.nn.cpu.jit.coded import coded_module
 from siglane.nn.cpu.jit.heads import heads_module
 from siglane.nn.cpu.jit.processor import Processor, dot_of
+from siglane.nn.cpu.jit.program import program_module
 from siglane.nn.cpu.jit.rows import CODED, FOURS, KINDS, Kind, rows_module
 from siglane.nn.cpu.jit.segments import segments_module
 
@@ -85,6 +86,14 @@ def test_passes_between_products(make: Callable[[Processor], Module], name: str)
     written = assembly(make(PROCESSORS[name]), name)
     assert_runs_on(written, PROCESSORS[name])
     assert re.search(r"vfn?madd\d+[ps]s\s", written)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_calls_one_after_another(name: str) -> None:
+    written = assembly(program_module(PROCESSORS[name]), name)
+    assert_runs_on(written, PROCESSORS[name])
+    assert re.search(r"callq\s+\*", written)
 
 
 @pytest.mark.slow
