@@ -8,7 +8,7 @@ import torch
 
 from siglane.nn.cpu.jit.code import Compiled
 from siglane.nn.cpu.jit.heads import STEP, heads_module
-from siglane.nn.cpu.jit.limits import GROUP
+from siglane.nn.cpu.jit.limits import GROUP, TOGETHER
 from siglane.nn.cpu.jit.processor import this_processor
 from siglane.nn.cpu.jit.program import Call
 from siglane.nn.cpu.jit.types import ADDRESS, COUNT
@@ -16,6 +16,7 @@ from siglane.nn.cpu.jit.types import ADDRESS, COUNT
 Cache = tuple[torch.Tensor, torch.Tensor]  # keys and values of a layer, each `[slots, kv_heads, head_dim]`
 
 LOG2_E = 1.4426950408889634
+ROWS_OF_A_THREAD = 2  # from which threads take whole rows
 ALONE = 1 << 14  # keys' values below which one thread is faster than several
 
 
@@ -96,10 +97,13 @@ class PagedStep:
     ) -> None:
         """size: head_dim."""
         self._held = [x.contiguous() for x in (table, rows, lengths)]  # whose addresses are used
-        self._facts = STEP.native(
-            *(x.data_ptr() for x in self._held), table.shape[1], len(rows), kv_heads, page_size, kv_heads * size,
-            size**-0.5 * LOG2_E,
-        )  # fmt: skip
-        self.address = ctypes.addressof(self._facts)
         seen = int(lengths.sum()) * kv_heads * size
         self.threads = 1 if seen < ALONE else min(torch.get_num_threads(), len(rows) * kv_heads)
+        # a token's key heads lie together: who reads them all reads one stretch of memory, and what a core calls ahead
+        # is what it needs; few rows are divided among threads by heads
+        whole = kv_heads <= TOGETHER and len(rows) >= ROWS_OF_A_THREAD * self.threads
+        self._facts = STEP.native(
+            *(x.data_ptr() for x in self._held), table.shape[1], len(rows), kv_heads, page_size, kv_heads * size,
+            kv_heads if whole else 1, size**-0.5 * LOG2_E,
+        )  # fmt: skip
+        self.address = ctypes.addressof(self._facts)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from siglane.nn.cpu.jit.code import Code, Module, Struct, everywhere, exp2, in_threads
-from siglane.nn.cpu.jit.limits import GROUP
+from siglane.nn.cpu.jit.limits import GROUP, TOGETHER
 from siglane.nn.cpu.jit.processor import Processor
 from siglane.nn.cpu.jit.types import FLOAT, I32, I64, LANES, POINTER, VOID
 
@@ -19,10 +19,11 @@ NUMBERS = ir.VectorType(I32, LANES)
 MEANS_REGISTERS = 16  # among which sums of values are spread, so that one need not wait for the one before
 
 # of a step. table i32 `[.., columns]`, rows and lengths i64 `[count]`: as in the engine's `DecodeRows`; scale: of
-# products, times log2(e); token: values from one token's keys to the next one's
+# products, times log2(e); token: values from one token's keys to the next one's; together: key heads that a thread
+# takes at a time, which divide all of them
 STEP = Struct(
     table=POINTER, rows=POINTER, lengths=POINTER,
-    columns=I64, count=I64, kv_heads=I64, page_size=I64, token=I64, scale=FLOAT,
+    columns=I64, count=I64, kv_heads=I64, page_size=I64, token=I64, together=I64, scale=FLOAT,
 )  # fmt: skip
 CALL = Struct(step=POINTER, q=POINTER, stride=I64, group=I64, keys=POINTER, values=POINTER, out=POINTER, next=I64)
 
@@ -52,14 +53,17 @@ def _attend(module: Module, work: ir.Function) -> None:
 
 
 def _work(module: Module, head_dim: int, see: ir.Function) -> ir.Function:
-    """What each thread does: the query heads of one key head of one row, until none is left."""
+    """What each thread does: the query heads of some key heads of one row, until none is left."""
     code, made = Code.begin(module, "work", VOID, POINTER)
     (call,) = made.args
     step = CALL.get(code, call, "step")
-    kv_heads, group = STEP.get(code, step, "kv_heads"), CALL.get(code, call, "group")
-    size, kind = I64(head_dim), ir.VectorType(FLOAT, head_dim)
-    with code.taken(CALL.address(code, call, "next"), code.mul(STEP.get(code, step, "count"), kv_heads)) as item:
-        row, head = code.sdiv(item, kv_heads), code.srem(item, kv_heads)
+    kv_heads, together = (STEP.get(code, step, name) for name in ("kv_heads", "together"))
+    group = CALL.get(code, call, "group")
+    size, kind, parts = I64(head_dim), ir.VectorType(FLOAT, head_dim), code.sdiv(kv_heads, together)
+    peaks, totals = code.room(FLOAT, TOGETHER * GROUP), code.room(FLOAT, TOGETHER * GROUP)
+    own = code.mul(together, group)
+    with code.taken(CALL.address(code, call, "next"), code.mul(STEP.get(code, step, "count"), parts)) as item:
+        row, head = code.sdiv(item, parts), code.mul(code.srem(item, parts), together)
         first = code.mul(code.mul(head, group), size)
         q = code.at(CALL.get(code, call, "q"), code.add(code.mul(row, CALL.get(code, call, "stride")), first), FLOAT)
         width = code.mul(code.mul(kv_heads, group), size)
@@ -67,16 +71,19 @@ def _work(module: Module, head_dim: int, see: ir.Function) -> ir.Function:
         pages_row = code.mul(code.get(STEP.get(code, step, "rows"), row, I64), STEP.get(code, step, "columns"))
         pages = code.at(STEP.get(code, step, "table"), pages_row, I32)
         length = code.get(STEP.get(code, step, "lengths"), row, I64)
-        peaks, totals = code.room(FLOAT, GROUP), code.room(FLOAT, GROUP)
-        with code.count(I64(0), group) as own:
-            code.put(FLOAT(-math.inf), peaks, own)
-            code.put(FLOAT(0), totals, own)
-            code.put(ir.Constant(kind, [0.0] * head_dim), out, own, 4)
-        with code.count(I64(0), length, CHUNK) as start:
-            code.call(see, [call, head, q, out, peaks, totals, pages, start, code.sub(length, start)])
-        with code.count(I64(0), group) as own:
-            share = code.spread(code.fdiv(FLOAT(1), code.get(totals, own, FLOAT)), head_dim)
-            code.put(code.fmul(code.get(out, own, kind, 4), share), out, own, 4)
+        with code.count(I64(0), own) as one:
+            code.put(FLOAT(-math.inf), peaks, one)
+            code.put(FLOAT(0), totals, one)
+            code.put(ir.Constant(kind, [0.0] * head_dim), out, one, 4)
+        with code.count(I64(0), length, CHUNK) as start, code.count(I64(0), together) as number:
+            before = code.mul(number, group)
+            queries, into = (code.at(some, code.mul(before, size), FLOAT) for some in (q, out))
+            sums = [code.at(some, before, FLOAT) for some in (peaks, totals)]
+            left = code.sub(length, start)
+            code.call(see, [call, code.add(head, number), queries, into, *sums, pages, start, left])
+        with code.count(I64(0), own) as one:
+            share = code.spread(code.fdiv(FLOAT(1), code.get(totals, one, FLOAT)), head_dim)
+            code.put(code.fmul(code.get(out, one, kind, 4), share), out, one, 4)
     code.ret_void()
     return made
 
