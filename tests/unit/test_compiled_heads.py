@@ -31,7 +31,9 @@ def cache(kv_heads: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("query_heads", "kv_heads", "size"), [(14, 2, 64), (9, 3, 64), (4, 4, 32), (6, 1, 128), (20, 20, 32)])
+@pytest.mark.parametrize(
+    ("query_heads", "kv_heads", "size"), [(14, 2, 64), (9, 3, 64), (4, 4, 32), (6, 1, 128), (20, 20, 32)]
+)
 @pytest.mark.parametrize("factor", [1.0, 40.0])  # scores of one token alone
 def test_attention_over_pages(query_heads: int, kv_heads: int, size: int, factor: float) -> None:
     from siglane.nn.cpu.jit.calls import PagedStep
