@@ -24,6 +24,7 @@ RAY := .venv-ray
 TRITON := .venv-triton
 TRITON_TESTS := tests/unit/test_triton_kernels.py
 RAY_TESTS := tests/server/test_batch_ray.py
+AVX2_TESTS := $(shell grep -lE 'siglane\.nn\.cpu|quantization=' tests/unit/test_*.py)
 REAL := .venv-real
 REAL_TESTS := tests/real
 
@@ -33,7 +34,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # what `make test-oldest` and `make test-newest` take to its end; the rest stays as in $(VENV)
 ENDS := transformers
 
-.PHONY: demo serve test test-slow test-oldest test-newest test-gpu test-fake-cuda test-triton test-sglang test-vllm \
+.PHONY: demo serve test test-slow test-avx2 test-oldest test-newest test-gpu test-fake-cuda test-triton test-sglang test-vllm \
 	test-ray test-clients test-page test-real gpu-report lint bench
 .DEFAULT_GOAL := demo
 
@@ -48,6 +49,9 @@ test: $(READY)  ## everything but the long tests
 
 test-slow: $(READY)  ## the tests that take seconds each
 	@$(BIN)/python -m pytest -q -rs -m slow
+
+test-avx2: $(READY)  ## unit tests of products and fewer bits, as a processor without AVX-512 computes them
+	@PYTHONPATH=tests $(BIN)/python -m pytest -q -rs -n 2 --dist worksteal -p avx2 -m "not slow" $(AVX2_TESTS)
 
 test-oldest: END := .venv-oldest
 test-oldest: $(READY)  ## parity, and the unit tests that import transformers, with the oldest transformers allowed
