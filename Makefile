@@ -45,7 +45,7 @@ serve: $(READY)  ## keep that server running; prints a curl line to try
 	@$(BIN)/siglane demo --stay
 
 test: $(READY)  ## everything but the long tests
-	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not vllm and not real and not clients"
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=3 -m "not slow and not vllm and not real and not clients"
 
 test-slow: $(READY)  ## the tests that take seconds each
 	@$(BIN)/python -m pytest -q -rs -m slow
