@@ -12,7 +12,8 @@ from siglane.config.language import LanguageConfig
 from siglane.engine.attention.compiled import compiled_kernels
 from siglane.engine.cache.kv import PagedKV
 from siglane.nn.cpu.jit.entrance import compiled_layer, heads
-from siglane.nn.rope import rotary_tables, rotate
+from siglane.nn.norm import RMSNorm
+from siglane.nn.rope import NormedRotation, rotary_tables, rotate
 
 PAGE, PAGES = 16, 60
 LENGTHS = (1, 16, 33, 200)
@@ -96,6 +97,34 @@ def test_few_rows_turn_as_many_do(size: int) -> None:
     learning = x[:3].clone().requires_grad_()
     rotate(learning, cos[:3], sin[:3]).sum().backward()
     assert learning.grad is not None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])  # eps counts, or does not
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_heads_are_normed_and_turned(size: int, scale: float) -> None:
+    rotation, norms = NormedRotation(size, 5), [RMSNorm(size, 1e-6) for _ in range(2)]
+    for norm in norms:
+        norm.weight.copy_(torch.randn(size))
+    x = scale * torch.randn(9, 10, size)[:, :8]  # as q and k lie before v
+    cos, sin = rotary_tables(torch.arange(9) * 411, size, 1e6, torch.float32)
+    made = heads(size)
+    assert made is not None
+    found = rotation(x, cos, sin, *norms)
+    assert torch.equal(found, made.turn(x, cos, sin, rotation.norms(*norms)))
+    parts = zip(norms, x.double().split([5, 3], 1), strict=True)
+    own = [F.rms_norm(part, (size,), norm.weight.double(), norm.eps) for norm, part in parts]
+    expected = rotate(torch.cat(own, 1), cos.double(), sin.double())
+    assert torch.allclose(found.double(), expected, rtol=0, atol=3e-6)
+    every = zip(x.split(1), cos.split(1), sin.split(1), strict=True)
+    assert torch.equal(torch.cat([rotation(*one, *norms) for one in every]), found)
+
+
+def test_norms_that_differ_are_left_to_torch() -> None:
+    rotation, norm = NormedRotation(32, 5), RMSNorm(32, 1e-6)
+    assert rotation.norms(norm, RMSNorm(32, 1e-6)) is not None
+    assert rotation.norms(norm, RMSNorm(32, 1e-5)) is None
+    assert rotation.norms(norm, RMSNorm(32, 1e-6).bfloat16()) is None
 
 
 def test_heads_that_are_no_whole_registers_are_left_to_torch() -> None:

@@ -19,9 +19,10 @@ from siglane.lm.qwen import DecoderAttention, DecoderBlock, QwenModel
 from siglane.nn.cpu.int4 import Int4Linear
 from siglane.nn.cpu.int8 import Int8Weight
 from siglane.nn.quantise import QuantisedColumn, QuantisedQKV, QuantisedRow
+from siglane.nn.rope import NormedRotation
 
 if TYPE_CHECKING:
-    from siglane.nn.cpu.jit.calls import Cache
+    from siglane.nn.cpu.jit.calls import Cache, HeadNorms
     from siglane.nn.cpu.jit.layer import CompiledLayer
     from siglane.nn.cpu.jit.program import Call, Program
 
@@ -30,9 +31,10 @@ ROWS = 32  # of a step, at most
 
 @dataclass(frozen=True, slots=True)
 class _Layers:
-    """Of a block. heads: of queries."""
+    """Of a block. heads: of queries; norms: of heads, where it has some."""
 
     heads: int
+    norms: HeadNorms | None
     qkv: CompiledLayer
     o_proj: CompiledLayer
     gate_up: CompiledLayer
@@ -40,23 +42,24 @@ class _Layers:
 
     @classmethod
     def of(cls, block: nn.Module) -> _Layers | None:
-        """None where a block is more than these: norms of its own, experts, several ranks, layers that are not
-        compiled."""
+        """None where a block is more than these: a norm, experts, several ranks, layers that are not compiled."""
         assert isinstance(block, DecoderBlock)
         attention, mlp = block.attention, block.mlp
         assert isinstance(attention, DecoderAttention)
         norms = block.input_norm, block.post_attention_norm
-        if (
-            not isinstance(mlp, DecoderMLP)
-            or attention.q_norm
-            or not all(isinstance(one, nn.Identity) for one in norms)
-        ):
+        if not isinstance(mlp, DecoderMLP) or not all(isinstance(one, nn.Identity) for one in norms):
             return None
+        of_heads = None
+        if isinstance(rotation := attention.rotation, NormedRotation):
+            assert attention.q_norm is not None
+            assert attention.k_norm is not None
+            if (of_heads := rotation.norms(attention.q_norm, attention.k_norm)) is None:
+                return None
         layers = [_compiled(layer) for layer in (attention.qkv, attention.o_proj, mlp.gate_up, mlp.down_proj)]
         qkv, o_proj, gate_up, down_proj = layers
         if qkv is None or o_proj is None or gate_up is None or down_proj is None or not gate_up.gates:
             return None
-        return cls(attention.qkv.heads, qkv, o_proj, gate_up, down_proj)
+        return cls(attention.qkv.heads, of_heads, qkv, o_proj, gate_up, down_proj)
 
     def __iter__(self) -> Iterator[CompiledLayer]:
         return iter((self.qkv, self.o_proj, self.gate_up, self.down_proj))
@@ -77,7 +80,7 @@ class CompiledBlocks:
         self.most = min(ROWS, *(layer.most for block in blocks for layer in block))
         self._model, self._kernels = model, kernels
         room = _Room.of(self.most, blocks, kernels)
-        self._program, self._room = room.program(blocks, kernels), room
+        self._program, self._room, self._blocks = room.program(blocks, kernels), room, blocks  # whose memory it uses
 
     def __call__(
         self, x: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, decodes: DecodeRows
@@ -131,7 +134,7 @@ class _Room:
     def _block(self, block: _Layers, x: int | str, kernels: CompiledKernels, cache: Cache) -> Iterator[Call]:
         codes, middle, gated = (one.data_ptr() for one in (self.codes, self.middle, self.gated))
         yield block.qkv.call(x, self.qkv.data_ptr(), codes)
-        yield from kernels.heads.program(self.qkv, self.turned, self.attended, cache)
+        yield from kernels.heads.program(self.qkv, self.turned, self.attended, cache, block.norms)
         yield block.o_proj.call(self.attended.data_ptr(), middle, codes, x)
         yield block.gate_up.call(middle, gated, codes, gated=True)
         yield block.down_proj.call(gated, self.out.data_ptr(), codes, middle)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,6 +13,9 @@ from torch import nn
 from siglane.nn.cpu.jit.entrance import heads
 from siglane.nn.norm import RMSNorm
 from siglane.types import Grid, RopeScaling
+
+if TYPE_CHECKING:
+    from siglane.nn.cpu.jit.calls import HeadNorms, Heads
 
 FEW = 1024  # rows that one compiled call turns in less time than several of torch
 Rotary = tuple[torch.Tensor, torch.Tensor]  # cos and sin, each `[T, 1, head_dim]`, the first half of sin negated
@@ -70,13 +74,19 @@ def rotary_tables_2d(grids: Sequence[Grid], head_dim: int, theta: float, device:
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x: `[T, heads, head_dim]`; pairs are (i, i + head_dim / 2), cos and sin as in `Rotary`."""
-    if x.shape[0] <= FEW and x.dtype == torch.float32 and _plain(x) and (compiled := heads(x.shape[-1])) is not None:
+    if (compiled := _compiled(x)) is not None:
         return compiled.turn(x, cos, sin)
     first, second = x.chunk(2, -1)
     other = torch.cat((second, first), -1)
     if x.dtype == torch.float32:
         return torch.addcmul(x * cos, other, sin)
     return x * cos + other * sin  # half precision rounds both products, as the models' own code does
+
+
+def _compiled(x: torch.Tensor) -> Heads | None:
+    """What turns heads in one call."""
+    few = x.shape[0] <= FEW and x.dtype == torch.float32 and _plain(x)
+    return heads(x.shape[-1]) if few else None
 
 
 def _plain(x: torch.Tensor) -> bool:
@@ -106,5 +116,16 @@ class NormedRotation(nn.Module):
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, q_norm: RMSNorm, k_norm: RMSNorm
     ) -> torch.Tensor:
+        if (compiled := _compiled(x)) is not None and (norms := self.norms(q_norm, k_norm)) is not None:
+            return compiled.turn(x, cos, sin, norms)
         q, k = x.split([self.heads, x.shape[1] - self.heads], 1)
         return rotate(torch.cat((q_norm(q), k_norm(k)), 1), cos, sin)
+
+    def norms(self, q_norm: RMSNorm, k_norm: RMSNorm) -> HeadNorms | None:
+        """As compiled loops read them; None for gains that are not float32, or two different eps."""
+        from siglane.nn.cpu.jit.calls import HeadNorms
+
+        gains = q_norm.weight, k_norm.weight
+        if q_norm.eps != k_norm.eps or any(gain.dtype != torch.float32 for gain in gains):
+            return None
+        return HeadNorms(*gains, self.heads, q_norm.eps)

@@ -7,10 +7,10 @@ import ctypes
 import torch
 
 from siglane.nn.cpu.jit.code import Compiled
-from siglane.nn.cpu.jit.heads import STEP, heads_module
+from siglane.nn.cpu.jit.heads import NORMS, STEP, heads_module
 from siglane.nn.cpu.jit.limits import GROUP, TOGETHER
 from siglane.nn.cpu.jit.processor import this_processor
-from siglane.nn.cpu.jit.program import Call
+from siglane.nn.cpu.jit.program import Call, Function
 from siglane.nn.cpu.jit.types import ADDRESS, COUNT
 
 Cache = tuple[torch.Tensor, torch.Tensor]  # keys and values of a layer, each `[slots, kv_heads, head_dim]`
@@ -29,15 +29,22 @@ class Heads:
         self._attend = function("attend", ADDRESS, ADDRESS, COUNT, COUNT, *[ADDRESS] * 3, COUNT)
         self._store = function("store", ADDRESS, ADDRESS, COUNT, COUNT, *[ADDRESS] * 3, COUNT, COUNT)
         self._turn = function("turn", ADDRESS, COUNT, *[ADDRESS] * 3, COUNT, COUNT)
+        self._turn_normed = function("turn_normed", ADDRESS, COUNT, *[ADDRESS] * 3, COUNT, COUNT, ADDRESS)
 
-    def turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """`rotate` of x `[T, heads, head_dim]`."""
+    def turn(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norms: HeadNorms | None = None
+    ) -> torch.Tensor:
+        """`rotate` of x `[T, heads, head_dim]`, behind the norms of its heads."""
         x = self._together(x)
         rows, heads, _ = x.shape
         out = torch.empty(rows, heads, self._head_dim)
         cos, sin = cos.contiguous(), sin.contiguous()
-        self._turn(x.data_ptr(), x.stride(0), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), rows, heads)
+        function, *others = self._turning(norms)
+        function(x.data_ptr(), x.stride(0), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), rows, heads, *others)
         return out
+
+    def _turning(self, norms: HeadNorms | None) -> tuple[Function] | tuple[Function, int]:
+        return (self._turn,) if norms is None else (self._turn_normed, norms.address)
 
     def store(
         self, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
@@ -61,7 +68,14 @@ class Heads:
         )  # fmt: skip
         return out
 
-    def program(self, qkv: torch.Tensor, turned: torch.Tensor, attended: torch.Tensor, cache: Cache) -> list[Call]:
+    def program(
+        self,
+        qkv: torch.Tensor,
+        turned: torch.Tensor,
+        attended: torch.Tensor,
+        cache: Cache,
+        norms: HeadNorms | None = None,
+    ) -> list[Call]:
         """All three of one layer in a `Program`, which is told `rows` and addresses: `cos`, `sin`, `slots`, `step` (of
         a `PagedStep`) and `seers`, its threads.
 
@@ -71,9 +85,9 @@ class Heads:
         size, heads, (keys, values) = self._head_dim, attended.shape[1], cache
         kv_heads, stride, turning = keys.shape[1], qkv.stride(0), turned.stride(0)
         k, v = turned[:, heads:].data_ptr(), qkv[:, heads + kv_heads :].data_ptr()
-        own = keys.data_ptr(), values.data_ptr()
+        own, (turn, *others) = (keys.data_ptr(), values.data_ptr()), self._turning(norms)
         return [
-            Call(self._turn, (qkv.data_ptr(), stride, "cos", "sin", turned.data_ptr(), "rows", heads + kv_heads)),
+            Call(turn, (qkv.data_ptr(), stride, "cos", "sin", turned.data_ptr(), "rows", heads + kv_heads, *others)),
             Call(self._store, (k, v, turning, stride, "slots", *own, "rows", kv_heads * size)),
             Call(
                 self._attend,
@@ -84,6 +98,15 @@ class Heads:
     def _together(self, x: torch.Tensor) -> torch.Tensor:
         """x `[T, heads, head_dim]` with all heads of a row one after another."""
         return x if x.stride(2) == 1 and x.stride(1) == self._head_dim else x.contiguous()
+
+
+class HeadNorms:
+    """RMSNorms of the first `heads` heads of a row, those of q, and of all others, those of k: gains `[head_dim]`."""
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, heads: int, eps: float) -> None:
+        self._held = [x.detach().contiguous() for x in (q, k)]  # whose addresses are used
+        self._facts = NORMS.native(*(x.data_ptr() for x in self._held), heads, eps)
+        self.address = ctypes.addressof(self._facts)
 
 
 class PagedStep:

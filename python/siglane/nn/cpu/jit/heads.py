@@ -25,20 +25,23 @@ STEP = Struct(
     table=POINTER, rows=POINTER, lengths=POINTER,
     columns=I64, count=I64, kv_heads=I64, page_size=I64, token=I64, together=I64, scale=FLOAT,
 )  # fmt: skip
+NORMS = Struct(q=POINTER, k=POINTER, heads=I64, eps=FLOAT)  # gains `[head_dim]` of the first `heads` and of the others
 CALL = Struct(step=POINTER, q=POINTER, stride=I64, group=I64, keys=POINTER, values=POINTER, out=POINTER, next=I64)
 
 
 def heads_module(head_dim: int, processor: Processor) -> Module:
-    """Three functions of float32, in this order of arguments.
+    """Four functions of float32, in this order of arguments.
 
     attend: step, q, values from row to row of q, query heads of a key head, keys, values, out `[count, heads,
     head_dim]`, threads. store: k, v, values from row to row of each, slots i64 `[rows]`, keys, values, rows, values of
-    a token. turn: x, values from row to row, cos, sin, out `[rows, heads, head_dim]`, rows, heads.
+    a token. turn: x, values from row to row, cos, sin, out `[rows, heads, head_dim]`, rows, heads. turn_normed: the
+    same and NORMS.
     """
     module = Module("heads", processor)
     _attend(module, _work(module, head_dim, _see(module, head_dim)))
     _store(module)
     _turn(module, head_dim)
+    _turn(module, head_dim, normed=True)
     return module
 
 
@@ -245,9 +248,11 @@ def _store(module: Module) -> None:
     code.ret_void()
 
 
-def _turn(module: Module, head_dim: int) -> None:
-    code, made = Code.begin(module, "turn", VOID, POINTER, I64, *[POINTER] * 3, I64, I64)
-    x, stride, cos, sin, out, rows, heads = made.args
+def _turn(module: Module, head_dim: int, *, normed: bool = False) -> None:
+    """normed: each head is divided by its root mean square and multiplied with its gains first."""
+    arguments = (POINTER, I64, *[POINTER] * 3, I64, I64, *[POINTER] * normed)
+    code, made = Code.begin(module, "turn_normed" if normed else "turn", VOID, *arguments)
+    x, stride, cos, sin, out, rows, heads, *norms = made.args
     half = ir.VectorType(FLOAT, head_dim // 2)
     with code.count(I64(0), rows) as row:
         line, into = code.at(x, code.mul(row, stride), FLOAT), code.mul(row, heads)
@@ -256,9 +261,25 @@ def _turn(module: Module, head_dim: int) -> None:
         ]
         with code.count(I64(0), heads) as head:
             first, second = (code.get(line, code.add(code.mul(head, I64(2)), I64(n)), half, 4) for n in (0, 1))
+            if normed:
+                first, second = _normed(code, norms[0], head, first, second)
             place = code.mul(code.add(into, head), I64(2))
             for number, (own, other) in enumerate(((first, second), (second, first))):
                 turned = code.fmul(own, tables[0][number])
                 turned = code.intrinsic("llvm.fma", half, other, tables[1][number], turned)
                 code.put(turned, out, code.add(place, I64(number)), 4)
     code.ret_void()
+
+
+def _normed(code: Code, norms: ir.Value, head: ir.Value, *halves: ir.Value) -> list[ir.Value]:
+    """The halves of a head behind the norm of q, or of k."""
+    kind = halves[0].type
+    squares = code.intrinsic("llvm.fma", kind, halves[0], halves[0], code.fmul(halves[1], halves[1]))
+    mean = code.fdiv(code.total(squares), FLOAT(2 * kind.count))
+    root = code.intrinsic("llvm.sqrt", FLOAT, code.fadd(mean, NORMS.get(code, norms, "eps")))
+    share = code.spread(code.fdiv(FLOAT(1), root), kind.count)
+    of_q = code.icmp_signed("<", head, NORMS.get(code, norms, "heads"))
+    gains = code.select(of_q, NORMS.get(code, norms, "q"), NORMS.get(code, norms, "k"))
+    return [
+        code.fmul(code.fmul(own, share), code.get(gains, I64(number), kind, 4)) for number, own in enumerate(halves)
+    ]
