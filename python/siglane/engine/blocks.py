@@ -1,6 +1,6 @@
 """A decoder's blocks as one compiled call, for steps that only decode.
 
-Of a small model's step Python was half of the time.
+Of a small model's step Python took two fifths of the time.
 """
 
 from __future__ import annotations
