@@ -14,10 +14,12 @@ from siglane.engine.attention.kernels import DecodeRows, StepAttention
 from siglane.engine.attention.runs import RunKernels
 from siglane.engine.blocks import ROWS, CompiledBlocks, compiled_blocks
 from siglane.engine.cache.kv import PagedKV
+from siglane.engine.process.load import load_engine
 from siglane.llm import LLM
 from siglane.lm.qwen import QwenModel
 from siglane.nn.cpu.jit.entrance import compiled_layer
 from siglane.nn.quantise import Bits
+from siglane.settings.engine import EngineConfig
 from siglane.types import SamplingParams
 
 PAGE, COLUMNS = 4, 5
@@ -51,19 +53,19 @@ class Step(NamedTuple):
         return cls(x, positions, slots, DecodeRows(table, own, positions + 1, ()))
 
 
-def kernels(model: QwenModel) -> CompiledKernels:
+def kernels(model: QwenModel, kept: torch.dtype = torch.float16) -> CompiledKernels:
     """Over a cache whose tokens were drawn."""
     kv = PagedKV(
         model.config,
         model.kv_heads,
         pages=ROWS * COLUMNS,
         page_size=PAGE,
-        dtype=torch.float32,
+        dtype=kept,
         device=torch.device("cpu"),
     )
     for seed, cache in enumerate((kv.keys, kv.values)):
         cache.copy_(drawn(*cache.shape, seed=seed))
-    made = compiled_kernels(kv, model.heads)
+    made = compiled_kernels(kv, model)
     assert made is not None
     return made
 
@@ -78,10 +80,10 @@ def one_by_one(model: QwenModel, own: CompiledKernels, step: Step) -> torch.Tens
 @pytest.mark.parametrize(
     "kind", [{}, {"model_type": "qwen3"}, {"all_biased": True}], ids=["qwen2", "qwen3", "all biased"]
 )
-@pytest.mark.parametrize("bits", ["8bit", "4bit"])
-def test_steps_of_every_size(bits: Bits, kind: dict[str, Any], threads: int) -> None:
+@pytest.mark.parametrize(("bits", "kept"), [("8bit", torch.float16), ("4bit", torch.float16), ("8bit", torch.float32)])
+def test_steps_of_every_size(bits: Bits, kept: torch.dtype, kind: dict[str, Any], threads: int) -> None:
     model = quantised(language(WHOLE | kind), bits)
-    together, alone = kernels(model), kernels(model)
+    together, alone = kernels(model, kept), kernels(model, kept)
     blocks = compiled_blocks(model, together)
     assert isinstance(blocks, CompiledBlocks)
     before = torch.get_num_threads()
@@ -147,3 +149,39 @@ def test_an_engine_answers_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sizes == [1] * (len(found) - 1)
     monkeypatch.setattr("siglane.engine.device.compiled_blocks", lambda model, kernels: None)
     assert answered() == found
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"quantization": "8bit"}, torch.float16),
+        ({"quantization": "8bit", "paged_backend": "torch"}, torch.float32),
+        ({"quantization": "8bit", "attention_backend": "eager"}, torch.float32),
+        ({}, torch.float32),
+    ],
+    ids=["8 bits", "8 bits, torch", "8 bits, eager", "floats"],
+)
+def test_keys_and_values_take_half_beside_fewer_bits(options: dict[str, Any], kept: torch.dtype) -> None:
+    runner = load_engine("demo", EngineConfig(device="cpu", kv_tokens=1024, **options)).runner
+    assert runner.kv.keys.dtype == runner.kv.values.dtype == kept
+    assert runner.dtype == torch.float32
+    assert runner.kv.bytes_per_token == 2 * runner.kv.keys[:, 0, 0].numel() * kept.itemsize
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", [{}, {"model_type": "qwen3"}], ids=["qwen2", "qwen3"])
+def test_halves_change_little(kind: dict[str, Any]) -> None:
+    model, step = quantised(language(WHOLE | kind)), Step.drawn(4)
+    whole, half = (one_by_one(model, kernels(model, kept), step) for kept in (torch.float32, torch.float16))
+    assert 0 < (half - whole).abs().max() < 2e-2 * whole.abs().max()
+
+
+def test_a_prompt_sees_its_keys_as_they_are_kept() -> None:
+    """Its answer is the same whether its beginning was computed with it or read from the cache."""
+    llm = LLM("demo", device="cpu", quantization="8bit", kv_tokens=2048)
+    params = SamplingParams(max_tokens=2, logprobs=4, ignore_eos=True)
+    first, again = (llm.generate("What is this? " * 20, params)[0] for _ in range(2))
+    assert first.usage.cached_tokens == 0
+    assert again.usage.cached_tokens > 32
+    for one, other in zip(first.logprobs, again.logprobs, strict=True):
+        assert other.logprob == pytest.approx(one.logprob, abs=2e-5)

@@ -108,8 +108,8 @@ def test_attention_in_bfloat16() -> None:
     ("features", "dot"),
     [
         ({"avx2", "fma", "avxvnni", "avx512vnni"}, "avx512"),
-        ({"avx2", "fma", "avxvnni"}, "avxvnni"),
-        ({"avx2", "fma"}, "avx2"),
+        ({"avx2", "fma", "f16c", "avxvnni"}, "avxvnni"),
+        ({"avx2", "fma", "f16c"}, "avx2"),
         ({"avx2"}, None),
         ({"neon"}, None),
     ],

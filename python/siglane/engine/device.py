@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from siglane.engine.attention.by_rows import PREFILLS_ALIKE, STEPS_ALIKE
-from siglane.engine.attention.compiled import compiled_kernels
+from siglane.engine.attention.compiled import compiled_kernels, kept_dtype
 from siglane.engine.attention.cuda import tried_kernels
 from siglane.engine.attention.kernels import DecodeRows, Kernels, PrefillRows, StepAttention
 from siglane.engine.attention.plain import EagerKernels, TorchKernels
@@ -54,16 +54,16 @@ def build_device(
     choose: Choose = choose_on_host
     if on_cuda:
         choose = DeviceSampler(budget.tokens, device, tried_choices(device, language.config.vocab_size))
+    backend = config.resolve_paged_backend()
+    kept = kept_dtype(language) if (device.type, backend) == ("cpu", "auto") else dtype
     pages = config.stated_pages
     if pages is None:
         largest = LargestStep(budget.patches, budget.tokens, budget.running)
         available = kv_bytes(model, largest, config.feature_bytes(language.config, dtype), choose)
-        pages = config.pages_within(available, language.config, language.kv_heads, dtype)
-    kv = PagedKV(
-        language.config, language.kv_heads, pages=pages, page_size=config.page_size, dtype=dtype, device=device
-    )
+        pages = config.pages_within(available, language.config, language.kv_heads, kept)
+    kv = PagedKV(language.config, language.kv_heads, pages=pages, page_size=config.page_size, dtype=kept, device=device)
     limits = StepLimits.of(budget, min(language.config.max_position_embeddings, kv.tokens), config.page_size)
-    kernels = choose_kernels(config.resolve_paged_backend(), kv, language, config.batch_invariant)
+    kernels = choose_kernels(backend, kv, language, config.batch_invariant)
     buckets = buckets_up_to(budget.running) if on_cuda and kernels.records else ()
     packing = config.enable_packing and not config.batch_invariant
     blocks = compiled_blocks(language, kernels)
@@ -83,7 +83,7 @@ def choose_kernels(choice: str, kv: PagedKV, language: QwenModel, batch_invarian
     if choice == "eager":
         return EagerKernels(kv)
     if kv.keys.device.type == "cpu":
-        return (compiled_kernels(kv, language.heads) if choice == "auto" else None) or RunKernels(kv)
+        return (compiled_kernels(kv, language) if choice == "auto" else None) or RunKernels(kv)
     return TorchKernels(kv) if choice == "torch" else tried_kernels(Shape.of(language, kv), kv)
 
 
@@ -159,7 +159,7 @@ class Device:
         blocks: CompiledBlocks | None = None,
     ) -> None:
         self.model, self.kv, self.kernels, self.limits = model, kv, kernels, limits
-        self.device, self.dtype = kv.keys.device, kv.keys.dtype
+        self.device, self.dtype = kv.keys.device, model.language.norm.weight.dtype
         self.vocab_size = model.language.config.vocab_size
         self.packing, self.eos_token_ids = packing, eos_token_ids
         self.buckets = tuple(sorted(buckets))

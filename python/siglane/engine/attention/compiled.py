@@ -10,8 +10,10 @@ import torch
 from siglane.engine.attention.kernels import DecodeAttention, DecodeRows
 from siglane.engine.attention.runs import RunKernels
 from siglane.engine.cache.kv import PagedKV
+from siglane.lm.qwen import QwenModel
 from siglane.nn.cpu.jit.entrance import heads
 from siglane.nn.cpu.jit.limits import GROUP
+from siglane.nn.quantise import has_float_layers
 
 if TYPE_CHECKING:
     from siglane.nn.cpu.jit.calls import Heads, PagedStep
@@ -31,13 +33,26 @@ class CompiledKernels(RunKernels):
     def seen(self, rows: DecodeRows) -> PagedStep:
         from siglane.nn.cpu.jit.calls import PagedStep
 
-        _, _, page_size, kv_heads, size = self.kv.keys.shape
-        return PagedStep(*rows[:3], page_size, kv_heads, size)
+        return PagedStep(*rows[:3], self.kv.keys)
 
 
-def compiled_kernels(kv: PagedKV, query_heads: int) -> CompiledKernels | None:
-    """None where keys are not float32, too many query heads share one or `entrance.heads` has nothing for them."""
-    kv_heads, head_dim = kv.keys.shape[-2:]
-    fits = kv.keys.dtype == torch.float32 and query_heads <= GROUP * kv_heads
-    compiled = heads(head_dim) if fits else None
+def compiled_kernels(kv: PagedKV, language: QwenModel) -> CompiledKernels | None:
+    """None where loops are not compiled for such heads, or not for keys and values as they are kept."""
+    kept = torch.float32, torch.float16
+    fits = kv.keys.dtype in kept and language.norm.weight.dtype == torch.float32
+    compiled = _heads_of(language) if fits else None
     return None if compiled is None else CompiledKernels(kv, heads=compiled)
+
+
+def kept_dtype(language: QwenModel) -> torch.dtype:
+    """Of keys and values where `compiled_kernels` is asked for: as the model computes, or float16 beside weights of
+    fewer bits, whose own error is tens of times that of rounding to it. A step of many sequences reads more keys and
+    values than weights."""
+    dtype = language.norm.weight.dtype
+    halves = dtype == torch.float32 and not has_float_layers(language) and _heads_of(language) is not None
+    return torch.float16 if halves else dtype
+
+
+def _heads_of(language: QwenModel) -> Heads | None:
+    few = language.heads <= GROUP * language.kv_heads
+    return heads(language.config.head_dim) if few else None

@@ -126,9 +126,11 @@ class Prefills:
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         attended = []
         for first, last, slots, mask in self.parts:
-            own, past = (k[first:last], v[first:last]), self.kv.slots[layer]
-            ks, vs = own if mask is None else (past[0][slots], past[1][slots])
-            qs, ks, vs = (x.transpose(0, 1)[None] for x in (q[first:last], ks, vs))
+            if mask is None:
+                seen = [_kept(x[first:last], self.kv.keys.dtype) for x in (k, v)]
+            else:
+                seen = [past[slots] for past in self.kv.slots[layer]]
+            qs, ks, vs = (x.to(q.dtype).transpose(0, 1)[None] for x in (q[first:last], *seen))
             rows = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
             attended.append(rows[0].transpose(0, 1))
         return attended[0] if len(attended) == 1 else torch.cat(attended)
@@ -139,6 +141,14 @@ def slots_of(pages: torch.Tensor, length: int, page_size: int) -> torch.Tensor:
     used = pages[: -(-length // page_size)].long()
     offsets = torch.arange(page_size, device=pages.device)
     return (used[:, None] * page_size + offsets).flatten()[:length]
+
+
+def _kept(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Keys or values as the cache keeps them, which is what later tokens see."""
+    if x.dtype == dtype:
+        return x
+    most = torch.finfo(dtype).max
+    return x.clamp(-most, most).to(dtype)
 
 
 def _seen(tokens: int, length: int, device: torch.device) -> torch.Tensor:

@@ -27,7 +27,10 @@ class Heads:
         self._head_dim, self._owner = head_dim, Compiled(heads_module(head_dim, this_processor()))
         function = self._owner.function
         self._attend = function("attend", ADDRESS, ADDRESS, COUNT, COUNT, *[ADDRESS] * 3, COUNT)
-        self._store = function("store", ADDRESS, ADDRESS, COUNT, COUNT, *[ADDRESS] * 3, COUNT, COUNT)
+        self._stores = {
+            dtype: function(name, ADDRESS, ADDRESS, COUNT, COUNT, *[ADDRESS] * 3, COUNT, COUNT)
+            for dtype, name in ((torch.float32, "store"), (torch.float16, "store_half"))
+        }
         self._turn = function("turn", ADDRESS, COUNT, *[ADDRESS] * 3, COUNT, COUNT)
         self._turn_normed = function("turn_normed", ADDRESS, COUNT, *[ADDRESS] * 3, COUNT, COUNT, ADDRESS)
 
@@ -49,9 +52,10 @@ class Heads:
     def store(
         self, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> None:
-        """Keeps k and v `[T, kv_heads, head_dim]` in `slots` i64 `[T]` of keys and values `[S, kv_heads, head_dim]`."""
+        """Keeps k and v `[T, kv_heads, head_dim]` in `slots` i64 `[T]` of keys and values `[S, kv_heads, head_dim]`,
+        float32 or float16."""
         k, v, slots = self._together(k), self._together(v), slots.contiguous()
-        self._store(
+        self._stores[keys.dtype](
             k.data_ptr(), v.data_ptr(), k.stride(0), v.stride(0), slots.data_ptr(), keys.data_ptr(), values.data_ptr(),
             k.shape[0], k.shape[1] * self._head_dim,
         )  # fmt: skip
@@ -88,7 +92,7 @@ class Heads:
         own, (turn, *others) = (keys.data_ptr(), values.data_ptr()), self._turning(norms)
         return [
             Call(turn, (qkv.data_ptr(), stride, "cos", "sin", turned.data_ptr(), "rows", heads + kv_heads, *others)),
-            Call(self._store, (k, v, turning, stride, "slots", *own, "rows", kv_heads * size)),
+            Call(self._stores[keys.dtype], (k, v, turning, stride, "slots", *own, "rows", kv_heads * size)),
             Call(
                 self._attend,
                 ("step", turned.data_ptr(), turning, heads // kv_heads, *own, attended.data_ptr(), "seers"),
@@ -112,13 +116,12 @@ class HeadNorms:
 class PagedStep:
     """What each of B tokens sees, for all layers of a step: the first `lengths` tokens in the pages `table[rows]`.
 
-    table i32 `[R, columns]`, rows and lengths i64 `[B]`.
+    table i32 `[R, columns]`, rows and lengths i64 `[B]`; pages: keys or values of a layer or of all, float32 or
+    float16 `[.., page_size, kv_heads, head_dim]`.
     """
 
-    def __init__(
-        self, table: torch.Tensor, rows: torch.Tensor, lengths: torch.Tensor, page_size: int, kv_heads: int, size: int
-    ) -> None:
-        """size: head_dim."""
+    def __init__(self, table: torch.Tensor, rows: torch.Tensor, lengths: torch.Tensor, pages: torch.Tensor) -> None:
+        page_size, kv_heads, size = pages.shape[-3:]
         self._held = [x.contiguous() for x in (table, rows, lengths)]  # whose addresses are used
         seen = int(lengths.sum()) * kv_heads * size
         self.threads = 1 if seen < ALONE else min(torch.get_num_threads(), len(rows) * kv_heads)
@@ -127,6 +130,6 @@ class PagedStep:
         whole = kv_heads <= TOGETHER and len(rows) >= ROWS_OF_A_THREAD * self.threads
         self._facts = STEP.native(
             *(x.data_ptr() for x in self._held), table.shape[1], len(rows), kv_heads, page_size, kv_heads * size,
-            kv_heads if whole else 1, size**-0.5 * LOG2_E,
+            kv_heads if whole else 1, pages.dtype == torch.float16, size**-0.5 * LOG2_E,
         )  # fmt: skip
         self.address = ctypes.addressof(self._facts)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from llvmlite import ir
@@ -11,35 +13,39 @@ from llvmlite import ir
 from siglane.nn.cpu.jit.code import Code, Module, Struct, everywhere, exp2, in_threads
 from siglane.nn.cpu.jit.limits import GROUP, TOGETHER
 from siglane.nn.cpu.jit.processor import Processor
-from siglane.nn.cpu.jit.types import FLOAT, I32, I64, LANES, POINTER, VOID
+from siglane.nn.cpu.jit.types import FLOAT, HALF, I32, I64, LANES, POINTER, VOID
 
 CHUNK = 32  # tokens that are seen together: their keys and values fit into the nearest cache
 LINE = ir.VectorType(FLOAT, LANES)  # a register, and what memory gives at a time
+HALF_LINE = ir.VectorType(HALF, LANES)  # what becomes one
+HALF_MOST = 65504.0  # of the numbers of 16 bits
+CACHE_LINE = {FLOAT: 16, HALF: 32}  # values
 NUMBERS = ir.VectorType(I32, LANES)
 MEANS_REGISTERS = 16  # among which sums of values are spread, so that one need not wait for the one before
 
 # of a step. table i32 `[.., columns]`, rows and lengths i64 `[count]`: as in the engine's `DecodeRows`; scale: of
 # products, times log2(e); token: values from one token's keys to the next one's; together: key heads that a thread
-# takes at a time, which divide all of them
+# takes at a time, which divide all of them; half: 1 where keys and values are numbers of 16 bits, else 0
 STEP = Struct(
     table=POINTER, rows=POINTER, lengths=POINTER,
-    columns=I64, count=I64, kv_heads=I64, page_size=I64, token=I64, together=I64, scale=FLOAT,
+    columns=I64, count=I64, kv_heads=I64, page_size=I64, token=I64, together=I64, half=I64, scale=FLOAT,
 )  # fmt: skip
 NORMS = Struct(q=POINTER, k=POINTER, heads=I64, eps=FLOAT)  # gains `[head_dim]` of the first `heads` and of the others
 CALL = Struct(step=POINTER, q=POINTER, stride=I64, group=I64, keys=POINTER, values=POINTER, out=POINTER, next=I64)
 
 
 def heads_module(head_dim: int, processor: Processor) -> Module:
-    """Four functions of float32, in this order of arguments.
+    """Five functions of float32, in this order of arguments.
 
     attend: step, q, values from row to row of q, query heads of a key head, keys, values, out `[count, heads,
     head_dim]`, threads. store: k, v, values from row to row of each, slots i64 `[rows]`, keys, values, rows, values of
-    a token. turn: x, values from row to row, cos, sin, out `[rows, heads, head_dim]`, rows, heads. turn_normed: the
-    same and NORMS.
+    a token. store_half: the same, keys and values are float16. turn: x, values from row to row, cos, sin, out
+    `[rows, heads, head_dim]`, rows, heads. turn_normed: the same and NORMS.
     """
     module = Module("heads", processor)
     _attend(module, _work(module, head_dim, _see(module, head_dim)))
-    _store(module)
+    _store(module, "store", LINE)
+    _store(module, "store_half", HALF_LINE)
     _turn(module, head_dim)
     _turn(module, head_dim, normed=True)
     return module
@@ -98,11 +104,10 @@ def _see(module: Module, head_dim: int) -> ir.Function:
     code, made = Code.begin(module, "see", VOID, POINTER, I64, *[POINTER] * 5, I64, I64)
     call, head, q, out, peaks, totals, pages, start, left = made.args
     step, registers = CALL.get(code, call, "step"), head_dim // LANES
-    keys, values = (CALL.get(code, call, name) for name in ("keys", "values"))
+    memory = [CALL.get(code, call, name) for name in ("keys", "values")]
     scores = code.room(FLOAT, CHUNK)
-    seen = _Seen.of(
-        code, _Tokens(code, step, pages, code.mul(head, I64(head_dim)), head_dim), start, left, keys, values
-    )
+    tokens = _Tokens(code, step, pages, code.mul(head, I64(head_dim)), head_dim)
+    seen, (keys, values) = _Seen.of(code, tokens, start, left, memory)
     with code.count(I64(0), CALL.get(code, call, "group")) as own:
         line = code.mul(own, I64(registers))
         queries, into = code.at(q, line, LINE), code.at(out, line, LINE)
@@ -132,18 +137,35 @@ class _Tokens:
     first: ir.Value
     head_dim: int
 
-    def at(self, place: ir.Value) -> ir.Value:
-        """Where the values of the token in that place of the sequence begin."""
+    @contextmanager
+    def each(self, first: ir.Value, last: ir.Value) -> Iterator[tuple[ir.Value, ir.Value]]:
+        """Places of the sequence from `first` on below `last`, and where the values of the token there begin."""
         code, page_size = self.code, STEP.get(self.code, self.step, "page_size")
-        page = code.sext(code.get(self.pages, code.sdiv(place, page_size), I32), I64)
-        slot = code.add(code.mul(page, page_size), code.srem(place, page_size))
-        return code.add(code.mul(slot, STEP.get(code, self.step, "token")), self.first)
+        page, offset = (code.variable(divide(first, page_size)) for divide in (code.sdiv, code.srem))
+        with code.count(first, last) as place:
+            own, within = (code.load(slot, typ=I64) for slot in (page, offset))
+            slot = code.add(code.mul(code.sext(code.get(self.pages, own, I32), I64), page_size), within)
+            yield place, code.add(code.mul(slot, STEP.get(code, self.step, "token")), self.first)
+            behind = code.add(within, I64(1))
+            ended = code.icmp_signed("==", behind, page_size)
+            code.store(code.select(ended, I64(0), behind), offset)
+            code.store(code.add(own, code.zext(ended, I64)), page)
 
-    def prefetch(self, place: ir.Value, *memory: ir.Value) -> None:
-        first = self.at(place)
-        for values in memory:
-            for line in range(0, self.head_dim, LANES):
-                self.code.prefetch(self.code.at(values, self.code.add(first, I64(line)), FLOAT))
+    def prefetch(self, first: ir.Value, last: ir.Value, kind: ir.Type, memory: list[ir.Value]) -> None:
+        code = self.code
+        with self.each(first, last) as (_, begin):
+            for values in memory:
+                for n in range(0, self.head_dim, CACHE_LINE[kind]):
+                    code.prefetch(code.at(values, code.add(begin, I64(n)), kind))
+
+    def widen(self, first: ir.Value, number: ir.Value, memory: list[ir.Value], near: list[ir.Value]) -> None:
+        """A token's numbers of 16 bits from value `first` on become float32, the token with that number near."""
+        code, registers = self.code, self.head_dim // LANES
+        for values, here in zip(memory, near, strict=True):
+            line, there = code.at(values, first, HALF), code.mul(number, I64(registers))
+            for n in range(registers):
+                wide = code.fpext(code.get(line, I64(n), HALF_LINE, 2), LINE)
+                code.put(wide, here, code.add(there, I64(n)))
 
 
 @dataclass(frozen=True)
@@ -157,17 +179,33 @@ class _Seen:
     filled: ir.Value
 
     @classmethod
-    def of(cls, code: Code, tokens: _Tokens, start: ir.Value, left: ir.Value, *memory: ir.Value) -> _Seen:
-        """Those from `start` on of `left`. The next ones are called from memory, to come while these are computed."""
+    def of(
+        cls, code: Code, tokens: _Tokens, start: ir.Value, left: ir.Value, memory: list[ir.Value]
+    ) -> tuple[_Seen, list[ir.Value]]:
+        """Those from `start` on of `left`, and where float32 keys and values are read from `places` on: in memory, or
+        near, where numbers of 16 bits are widened to. The next ones are called from memory, to come while these are
+        computed."""
         count, places = code.least(left, I64(CHUNK)), code.room(I64, CHUNK)
         filled = code.and_(code.add(count, I64(LANES - 1)), I64(-LANES))
-        with code.count(I64(0), filled) as one:
-            own = code.select(code.icmp_signed("<", one, count), one, I64(0))
-            code.put(tokens.at(code.add(start, own)), places, one)
-        soon = code.select(code.icmp_signed("==", start, I64(0)), I64(0), I64(CHUNK))
-        with code.count(soon, code.least(left, I64(2 * CHUNK))) as one:
-            tokens.prefetch(code.add(start, one), *memory)
-        return cls(code, places, count, filled)
+        near = [code.room(LINE, CHUNK * tokens.head_dim // LANES) for _ in memory]
+        soon = code.add(start, code.select(code.icmp_signed("==", start, I64(0)), I64(0), I64(CHUNK)))
+        last = code.add(start, code.least(left, I64(2 * CHUNK)))
+        half = code.icmp_signed("!=", STEP.get(code, tokens.step, "half"), I64(0))
+        with code.if_else(half) as (widened, whole):
+            with widened:
+                tokens.prefetch(soon, last, HALF, memory)
+                with tokens.each(start, code.add(start, count)) as (place, begin):
+                    one = code.sub(place, start)
+                    tokens.widen(begin, one, memory, near)
+                    code.put(code.mul(one, I64(tokens.head_dim)), places, one)
+            with whole:
+                tokens.prefetch(soon, last, FLOAT, memory)
+                with tokens.each(start, code.add(start, count)) as (place, begin):
+                    code.put(begin, places, code.sub(place, start))
+        with code.count(count, filled) as one:
+            code.put(code.load(places, typ=I64), places, one)
+        read = [code.select(half, here, there) for here, there in zip(near, memory, strict=True)]
+        return cls(code, places, count, filled), read
 
     def scores(self, query: list[ir.Value], keys: ir.Value, scores: ir.Value, peak: ir.Value) -> ir.Value:
         """Writes the products of a query, in registers, with the keys; the greatest of them and of `peak`."""
@@ -236,16 +274,25 @@ def _lanes_of_sums(code: Code, registers: list[ir.Value]) -> ir.Value:
     return registers[0]
 
 
-def _store(module: Module) -> None:
-    code, made = Code.begin(module, "store", VOID, POINTER, POINTER, I64, I64, *[POINTER] * 3, I64, I64)
+def _store(module: Module, name: str, kind: ir.Type) -> None:
+    """kind: of a register as it is kept. What 16 bits cannot hold becomes the greatest number they do."""
+    code, made = Code.begin(module, name, VOID, POINTER, POINTER, I64, I64, *[POINTER] * 3, I64, I64)
     k, v, k_stride, v_stride, slots, keys, values, rows, width = made.args
     with code.count(I64(0), rows) as row:
         there = code.mul(code.get(slots, row, I64), width)
         for source, stride, into in ((k, k_stride, keys), (v, v_stride, values)):
-            line, target = code.at(source, code.mul(row, stride), FLOAT), code.at(into, there, FLOAT)
-            with code.count(I64(0), width) as place:
-                code.put(code.get(line, place, FLOAT), target, place)
+            line, target = code.at(source, code.mul(row, stride), FLOAT), code.at(into, there, kind.element)
+            with code.count(I64(0), code.sdiv(width, I64(LANES))) as place:
+                some = code.get(line, place, LINE, 4)
+                code.put(some if kind is LINE else _halved(code, some), target, place, 2)
     code.ret_void()
+
+
+def _halved(code: Code, some: ir.Value) -> ir.Value:
+    for sign, beyond in ((1, ">"), (-1, "<")):
+        most = everywhere(LINE, sign * HALF_MOST)
+        some = code.select(code.fcmp_ordered(beyond, some, most), most, some)
+    return code.fptrunc(some, HALF_LINE)
 
 
 def _turn(module: Module, head_dim: int, *, normed: bool = False) -> None:

@@ -15,8 +15,8 @@ ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA, SYS_ARCH_PRCTL = 0x1023, 18, 158  # Lin
 Dot = Literal["avx512", "avxvnni", "avx2"]
 DOTS: Mapping[Dot, tuple[str, ...]] = {  # what each takes, as LLVM names it; the best first
     "avx512": ("avx512vnni",),
-    "avxvnni": ("avxvnni", "avx2", "fma"),
-    "avx2": ("avx2", "fma"),
+    "avxvnni": ("avxvnni", "avx2", "fma", "f16c"),
+    "avx2": ("avx2", "fma", "f16c"),
 }
 
 
