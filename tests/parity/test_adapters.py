@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -369,6 +370,11 @@ class TestRefused:
             ({"target_modules": 3}, "is not as PEFT writes it"),
             ({"rank_pattern": ["q_proj"]}, "is not as PEFT writes it"),
             ({"rank_pattern": {"q_proj": None}}, "is not as PEFT writes it"),
+            ({"rank_pattern": {"q_proj": "x"}}, "'x' must be a positive int"),
+            ({"rank_pattern": {"q_proj": 0}}, "0 must be a positive int"),
+            ({"alpha_pattern": {"q_proj": math.nan}}, "nan must be a positive float"),
+            ({"alpha_pattern": {"q_proj": 10**400}}, "is not as PEFT writes it"),
+            ({"layers_to_transform": ["x"]}, "['x'] must be whole numbers"),
         ],
     )
     def test_a_configuration(self, trained: Path, adapter: Path, keys: dict[str, Any], named: str) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from siglane.config.reader import ConfigReader, read_json
 from siglane.errors import ConfigError
+
+T = TypeVar("T", int, float)
 
 ALL_LINEAR = "all-linear"
 # initialisations that leave the base as it is; every other one trains beside changed weights (PEFT `LoraLayer`)
@@ -62,18 +65,18 @@ class LoraConfig:
                 rank=reader.size("r", 8),
                 alpha=reader.value("lora_alpha", float, 8.0),
                 rank_stabilised=reader.value("use_rslora", bool, False),
-                ranks={_regex(key): int(one) for key, one in (raw.get("rank_pattern") or {}).items()},
-                alphas={_regex(key): float(one) for key, one in (raw.get("alpha_pattern") or {}).items()},
+                ranks={_regex(key): _positive(one, int) for key, one in (raw.get("rank_pattern") or {}).items()},
+                alphas={_regex(key): _positive(one, float) for key, one in (raw.get("alpha_pattern") or {}).items()},
                 targets=None if everything or targets is None else _names(targets),
                 excluded=_names(raw.get("exclude_modules") or ()),
-                layers=(layers,) if isinstance(layers, int) else tuple(map(int, layers or ())),
+                layers=(layers,) if isinstance(layers, int) else _ids(layers or ()),
                 layers_pattern=_listed(raw.get("layers_pattern") or ()),
                 tokens={"": _ids(tokens)}
                 if isinstance(tokens, list)
                 else {key: _ids(one) for key, one in tokens.items()},
                 keeps_ties=reader.value("ensure_weight_tying", bool, False),
             )
-        except (TypeError, AttributeError, re.error) as error:
+        except (TypeError, AttributeError, OverflowError, re.error) as error:
             raise ConfigError(f"{file} is not as PEFT writes it: {error}") from error
 
     def rank_of(self, module: str) -> int:
@@ -123,8 +126,18 @@ def _listed(stated: Any) -> tuple[str, ...]:
     return (_regex(stated),) if isinstance(stated, str) else tuple(map(_regex, stated))
 
 
+def _positive(stated: Any, kind: type[T]) -> T:
+    """TypeError for what is no such number."""
+    if not isinstance(stated, int | kind) or isinstance(stated, bool) or not 0 < stated < math.inf:
+        raise TypeError(f"{stated!r} must be a positive {kind.__name__}")
+    return kind(stated)
+
+
 def _ids(stated: Any) -> tuple[int, ...]:
-    return tuple(map(int, stated))
+    """TypeError for what are no whole numbers."""
+    if not all(type(one) is int for one in stated):
+        raise TypeError(f"{stated!r} must be whole numbers")
+    return tuple(stated)
 
 
 def _regex(pattern: str) -> str:
