@@ -8,7 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 from openai import APIStatusError, BadRequestError, NotFoundError
-from serving import RunningServer, Told, assert_error, assert_unharmed, chat, image_part, picture, running
+from serving import (
+    CHAT,
+    LEAKS,
+    RunningServer,
+    Told,
+    assert_error,
+    assert_unharmed,
+    chat,
+    image_part,
+    picture,
+    running,
+)
 
 from siglane.engine.process.supervisor import EngineProcess
 from siglane.families.processor import Processor
@@ -20,6 +31,34 @@ def test_the_first_bad_image_is_named(server: RunningServer) -> None:
     assert_error(server.post(body), 400, "image_decode_failed", "messages[0].content[2]")
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hi"}, *body["messages"]]
     assert_error(server.post({**body, "messages": messages}), 400, "image_decode_failed", "messages[2].content[2]")
+
+
+LONG = "iVBORw0KGgo" * 5000  # a picture that stands in the wrong field
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+AT_LENGTH: dict[str, tuple[str, dict[str, Any]]] = {
+    "detail": (CHAT, chat({"type": "image_url", "image_url": {"url": "data:,", "detail": LONG}})),
+    "role": (CHAT, chat(messages=[{"role": LONG, "content": "x"}])),
+    "model": (CHAT, chat("x", model=LONG)),
+    "tool choice": (CHAT, chat("x", tools=[TOOL], tool_choice={"type": "function", "function": {"name": LONG}})),
+    "schema": (CHAT, chat("x", response_format={"type": "json_schema", "json_schema": {"schema": {"type": LONG}}})),
+    "max_tokens": (CHAT, chat("x", max_tokens=1e300)),
+    "token": ("/detokenize", {"tokens": [1e300]}),
+    "prompt": ("/v1/completions", {"prompt": [1e300]}),
+    "label": ("/v1/score", {"query": "x", "items": ["y"], "label_token_ids": [1e300, 1]}),
+    "input": ("/v1/decisions", {"input": "x", "questions": [{"id": LONG, "type": LONG, "question": "x"}]}),
+    "messages": ("/v1/messages", {"max_tokens": 1e300, "messages": [{"role": "user", "content": "x"}]}),
+    "responses": ("/v1/responses", {"input": [{"role": LONG, "content": "x"}]}),
+}
+
+
+@pytest.mark.parametrize("name", AT_LENGTH)
+def test_what_a_client_sends_at_length_is_not_sent_back(server: RunningServer, name: str) -> None:
+    path, body = AT_LENGTH[name]
+    answer = server.post_to(path, **body)
+    assert answer.status_code in (400, 404)
+    message = answer.json()["error"]["message"]
+    assert 0 < len(message) < 500
+    assert not LEAKS.search(answer.text)
 
 
 def test_images_of_one_request_share_its_pixels(processor: Processor, engine: EngineProcess) -> None:

@@ -17,6 +17,10 @@ from siglane.errors import EngineError, UserError
 Body = TypeVar("Body", bound=BaseModel)
 
 
+LONGEST_MESSAGE = 480
+LONG_WORD = re.compile(r"[^\s,]{100,}")
+
+
 class ErrorDetail(TypedDict):
     message: str
     type: str
@@ -57,7 +61,13 @@ def error_body(error: UserError | EngineError) -> ErrorBody:
     if error.status == 429:
         kind = "rate_limit_error"
     param = error.param if isinstance(error, UserError) else None
-    return {"error": {"message": error.message, "type": kind, "param": param, "code": error.code}}
+    return {"error": {"message": message_of(error), "type": kind, "param": param, "code": error.code}}
+
+
+def message_of(error: UserError | EngineError) -> str:
+    """One line. What a client sent at length is only begun: it may be a picture that stands in the wrong field."""
+    line = LONG_WORD.sub(lambda word: f"{word[0][:40]}...", " ".join(error.message.split()))
+    return line if len(line) <= LONGEST_MESSAGE else f"{line[: LONGEST_MESSAGE - 3]}..."
 
 
 def error_response(error: UserError | EngineError, headers: Mapping[str, str] | None = None) -> JsonResponse:

@@ -21,7 +21,7 @@ from fastapi import Request
 from siglane.errors import EngineError, UserError
 from siglane.server.chat import input_usage, note_answer
 from siglane.server.choices import Choices
-from siglane.server.errors import JsonResponse
+from siglane.server.errors import JsonResponse, message_of
 from siglane.server.openapi import events_of, examples
 from siglane.server.protocol import ChatCompletionRequest, plain
 from siglane.server.responses.items import Output
@@ -133,7 +133,7 @@ class Asked:
             "completed_at": int(time.time()) if status == "completed" else None,
             "status": status,
             "background": False,
-            "error": None if error is None else {"code": code, "message": error.message},
+            "error": None if error is None else {"code": code, "message": message_of(error)},
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
