@@ -23,6 +23,7 @@ from siglane.families.files import stated_sampling
 from siglane.families.model import load_model
 from siglane.families.processor import load_processor
 from siglane.families.registry import vlm_family
+from siglane.families.stated import PROCESSOR
 from siglane.families.two_tower import load_two_tower
 from siglane.llm import LLM
 from siglane.server.launch import check_model_exists
@@ -106,6 +107,93 @@ class TestFoldersWithoutAModel:
         (tmp_path / file).write_text("{}")
         with pytest.raises(ConfigError, match=f"has no config.json; {file} is {layout}, which siglane does not read"):
             load(tmp_path)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 17\n"
+
+
+class TestFilesThatAreNotHere:
+    """What they say is not to be guessed."""
+
+    @pytest.mark.parametrize("name", ["preprocessor_config.json", "generation_config.json", "tokenizer_config.json"])
+    def test_a_link_to_nothing(self, tmp_path: Path, name: str) -> None:
+        """The hub's cache, copied without its blobs."""
+        write_idefics3_checkpoint(tmp_path)
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).symlink_to("../../blobs/0123")
+        with pytest.raises(
+            ConfigError, match=rf"{name} is a link to \.\./\.\./blobs/0123, which is not there; download"
+        ):
+            load(tmp_path)
+        assert open_checkpoint(tmp_path).digest()
+
+    @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+    def test_a_pointer(self, tmp_path: Path, name: str) -> None:
+        """A clone without Git LFS."""
+        write_causal_lm_checkpoint(tmp_path)
+        (tmp_path / name).write_text(POINTER)
+        with pytest.raises(ConfigError, match=rf"{name} is a Git LFS pointer, not the file; run `git lfs pull`"):
+            load(tmp_path)
+
+    @pytest.mark.parametrize(("tokenizer", "name"), [("spiece", "spiece.model"), ("json", "tokenizer.json")])
+    def test_a_pointer_of_two_towers(self, tmp_path: Path, tokenizer: Any, name: str) -> None:
+        write_two_tower_checkpoint(tmp_path, tokenizer=tokenizer)
+        (tmp_path / name).write_text(POINTER)
+        with pytest.raises(ConfigError, match=rf"{name} is a Git LFS pointer, not the file"):
+            load_two_tower(Checkpoint(tmp_path), device="cpu")
+
+    @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+    def test_a_byte_order_mark(self, tmp_path: Path, name: str) -> None:
+        """Some editors write one. transformers reads no such file."""
+        write_causal_lm_checkpoint(tmp_path)
+        expected = load(tmp_path).state_dict()
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+        found = load(tmp_path).state_dict()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert verify(tmp_path, steps=1).ok
+
+
+ODD: tuple[Any, ...] = (None, "x", 1.5, -1, 10**30, True, [[1]], {"a": 1})
+
+
+@pytest.mark.few("write_causal_lm_checkpoint-config.json", "write_idefics3_checkpoint-processor_config.json")
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json", PROCESSOR])
+@pytest.mark.parametrize("write", [write_causal_lm_checkpoint, write_idefics3_checkpoint, write_ovis2_5_checkpoint])
+def test_a_value_of_another_type_is_taken_or_refused(
+    tmp_path: Path, write: Callable[[Path], object], name: str
+) -> None:
+    """Of every key: what is refused is refused in a sentence of one line."""
+    write(tmp_path)
+    file = tmp_path / name
+    if not file.exists():
+        pytest.skip("this family has no such file")
+    stated = json.loads(file.read_text())
+    for place in _places(stated):
+        for odd in ODD:
+            file.write_text(json.dumps(_with(stated, place, odd)))
+            assert "\n" not in _refusal(tmp_path), place
+
+
+def _refusal(folder: Path) -> str:
+    """What a load is refused with, empty where it is not."""
+    try:
+        load(folder)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _places(stated: Any) -> list[tuple[Any, ...]]:
+    inner = stated.items() if isinstance(stated, dict) else enumerate(stated) if isinstance(stated, list) else ()
+    return [(key, *rest) for key, value in inner for rest in ((), *_places(value))]
+
+
+def _with(stated: Any, place: tuple[Any, ...], value: Any) -> Any:
+    if not place:
+        return value
+    changed = dict(stated) if isinstance(stated, dict) else list(stated)
+    changed[place[0]] = _with(changed[place[0]], place[1:], value)
+    return changed
 
 
 class TestWeights:

@@ -123,8 +123,9 @@ class LanguageConfig:
             raise ConfigError(
                 f"{name}: use_sliding_window true is not supported; set it to false to attend to everything"
             )
-        if not set(raw.get("layer_types") or ()) <= {"full_attention"}:
-            raise ConfigError(f"{name}: layer_types {raw['layer_types']!r} are not supported; siglane attends to all")
+        kinds = raw.get("layer_types") or []
+        if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+            raise ConfigError(f"{name}: layer_types {kinds!r} are not supported; siglane attends to all")
         attention_bias = reader.value("attention_bias", bool, False) if qwen3 else False
         _check_silu(reader)
         return cls(

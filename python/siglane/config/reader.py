@@ -14,6 +14,7 @@ T = TypeVar("T", int, float, bool, str)
 Choice = TypeVar("Choice")
 
 RawConfig = Mapping[str, Any]
+LFS_POINTER = b"version https://git-lfs"  # what a clone without Git LFS has in a file's place
 LARGEST_SIZE = 1 << 24  # no width, depth or vocabulary of a real model is larger; beyond it the file is corrupt
 
 
@@ -79,13 +80,26 @@ class ConfigReader:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. ConfigError when it is unreadable, not JSON or not an object."""
+    """The JSON object in `path`, behind a byte order mark or none. ConfigError when it is unreadable, not JSON or no
+    object."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
+        refuse_pointer(path)
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{path} must hold a JSON object, got {type(found).__name__}")
     return found
+
+
+def refuse_pointer(path: Path) -> None:
+    """ConfigError where a pointer of Git LFS stands in the place of a file, which cannot be read because of it."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(LFS_POINTER))
+    except OSError:  # which is why, then
+        return
+    if start == LFS_POINTER:
+        raise ConfigError(f"{path} is a Git LFS pointer, not the file; run `git lfs pull` or download it again")

@@ -163,7 +163,7 @@ class VisionConfig:
 def _navit_positions(reader: ConfigReader, patch_size: int) -> Grid:
     """Stated as a number of patches, or (not positive) by the pixels of the pictures it was pretrained on."""
     patches = reader.value("num_patches", int, -1)
-    side = math.isqrt(patches) if patches > 0 else reader.size("image_size", 512) // patch_size
+    side = math.isqrt(reader.size("num_patches")) if patches > 0 else reader.size("image_size", 512) // patch_size
     if side == 0 or (patches > 0 and side * side != patches):
         raise ConfigError(f"{reader.name}: num_patches {patches} and image_size give no square of positions")
     return Grid(side, side)

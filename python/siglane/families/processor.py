@@ -10,6 +10,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from siglane.config.images import ImageFacts
+from siglane.config.reader import ConfigReader, refuse_pointer
 from siglane.config.vlm import VlmConfig
 from siglane.errors import ConfigError, UserError
 from siglane.families.family import PromptRules
@@ -194,7 +195,8 @@ def load_tokenizer(
     added_tokens: those it lacks become special tokens behind its own, in order; processor: whose chat template wins
     (`stated.chat_templates`).
     """
-    if not any(path.is_file() for pattern in VOCABULARIES for path in folder.root.glob(pattern)):
+    vocabularies = [path for pattern in VOCABULARIES for path in folder.root.glob(pattern) if path.is_file()]
+    if not vocabularies:
         reason = "there is no tokenizer.json; was the model copied completely?"
         raise ConfigError(f"{folder.root}: the tokenizer cannot be loaded: {reason}")
     loader: Any = PreTrainedTokenizerFast
@@ -209,9 +211,12 @@ def load_tokenizer(
     try:
         tokenizer = loader.from_pretrained(str(folder.root), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise many kinds, bare Exception among them
+        for path in vocabularies:
+            refuse_pointer(path)
         raise ConfigError(f"{folder.root}: the tokenizer cannot be loaded: {' '.join(str(error).split())}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigError(f"{folder.root}: siglane needs a fast tokenizer (tokenizer.json)")
+    ConfigReader(folder.optional(TOKENIZER_CONFIG), TOKENIZER_CONFIG).value("model_max_length", float, 0.0)
     tokenizer.chat_template = _chat_template(folder, processor=processor)
     known = tokenizer.get_vocab()
     missing = [text for text in added_tokens if text not in known]

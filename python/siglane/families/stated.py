@@ -40,8 +40,12 @@ class Stated(NamedTuple):
 
 
 def stated_classes(root: RawConfig) -> tuple[str, ...]:
-    """`architectures` of a config.json, without what FSDP leaves in front of the name of a class that it shards."""
-    return tuple(str(name).removeprefix(SHARDED) for name in root.get("architectures") or ())
+    """`architectures` of a config.json, without what FSDP leaves in front of the name of a class that it shards.
+    ConfigError for what is no list of names."""
+    found = root.get("architectures") or []
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise ConfigError(f"{CONFIG}: architectures must be a list of names of classes, got {found!r}")
+    return tuple(name.removeprefix(SHARDED) for name in found)
 
 
 def image_processors(folder: Checkpoint) -> list[Stated]:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
+from siglane.config.reader import ConfigReader, refuse_pointer
 from siglane.config.two_tower import TextRule, TextTowerConfig
 from siglane.errors import ConfigError, UserError
 from siglane.families.stated import TOKENIZER, TOKENIZER_CONFIG, special_tokens, tokenizer_classes
@@ -44,9 +45,9 @@ def read_tokens(checkpoint: Checkpoint, text: TextTowerConfig) -> TextTokens:
     end = _end(checkpoint, found)
     first = end == FIRST_END
     stated = checkpoint.optional(TOKENIZER_CONFIG)
-    longest = stated.get("model_max_length")
+    longest = ConfigReader(stated, TOKENIZER_CONFIG).value("model_max_length", float, text.length)
     rule = TextRule(
-        length=min(text.length, longest) if isinstance(longest, int) and longest > 0 else text.length,
+        length=min(text.length, int(longest)) if longest >= 1 else text.length,
         lowercase="characters" if not first else "never" if stated.get("do_lower_case") is False else "text",
         delete_punctuation=first,
         end_id=_number(checkpoint, found, end),
@@ -95,6 +96,7 @@ def _tokenizer_json(checkpoint: Checkpoint) -> _Vocabulary:
     try:
         tokenizer = Tokenizer.from_file(str(checkpoint.path(TOKENIZER)))
     except Exception as error:  # tokenizers raises a bare Exception
+        refuse_pointer(checkpoint.path(TOKENIZER))
         raise ConfigError(f"{checkpoint.root}: tokenizer.json cannot be loaded: {error}") from error
     pad = (tokenizer.padding or {}).get("pad_token")
     tokenizer.no_truncation()
@@ -119,6 +121,7 @@ def _sentencepiece(checkpoint: Checkpoint) -> _Vocabulary:
     try:
         processor = SentencePieceProcessor(model_file=str(checkpoint.path(SENTENCEPIECE)))
     except (RuntimeError, OSError) as error:
+        refuse_pointer(checkpoint.path(SENTENCEPIECE))
         raise ConfigError(f"{checkpoint.root}: spiece.model cannot be loaded: {error}") from error
     size = processor.get_piece_size()
     numbers = {processor.id_to_piece(number): number for number in range(size)}

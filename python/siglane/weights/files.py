@@ -9,19 +9,18 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from siglane.config.reader import read_json
+from siglane.config.reader import LFS_POINTER, read_json
 from siglane.errors import WeightError
 from siglane.weights.hub import ADAPTER_WEIGHTS, Checkpoint
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth")
 SHARD = re.compile(r"(\d{5})-of-(\d{5})")
-LFS_POINTER = b"version https://git-lfs"
 
 
 def weight_files(folder: Checkpoint) -> list[Path]:
     """The safetensors files of `folder`, an adapter's left out. WeightError when there is none, or one is missing."""
-    if folder.has(SINGLE) or folder.path(SINGLE).is_symlink():
+    if folder.path(SINGLE).is_symlink() or folder.has(SINGLE):  # opening it says what is wrong with a link
         return [folder.path(SINGLE)]
     if folder.has(INDEX):
         return _indexed_files(folder)
@@ -53,7 +52,7 @@ def _indexed_files(folder: Checkpoint) -> list[Path]:
         raise WeightError(f"{index}: weight_map must map tensor names to file names")
     files = []
     for name in sorted(set(weight_map.values())):
-        if Path(name).name != name or not folder.has(name):
+        if Path(name).name != name or not folder.path(name).exists():
             raise WeightError(f"{index} lists {name}, which is not in the folder; download the model again")
         listed = {key for key, file in weight_map.items() if file == name}
         with open_weights(folder.path(name)) as handle:

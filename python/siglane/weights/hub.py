@@ -44,11 +44,17 @@ class Checkpoint:
         return self.root / name
 
     def has(self, name: str) -> bool:
-        """Whether there is a file or a folder called `name`. ConfigError when the system does not tell."""
+        """Whether there is a file or a folder called `name`. ConfigError when the system does not tell, and for a link
+        to nothing: the model has the file, and what it says is not to be guessed."""
+        path = self.path(name)
         try:
-            return self.path(name).exists()
+            if path.is_symlink() and not path.exists():
+                raise ConfigError(
+                    f"{path} is a link to {path.readlink()}, which is not there; download the model again"
+                )
+            return path.exists()
         except OSError as error:
-            raise ConfigError(f"cannot read {self.path(name)}: {error.strerror}; see its permissions") from error
+            raise ConfigError(f"cannot read {path}: {error.strerror}; see its permissions") from error
 
     def json(self, name: str) -> dict[str, Any]:
         """The JSON object in file `name`. ConfigError when it is missing, not JSON or not an object."""
@@ -66,7 +72,8 @@ class Checkpoint:
         digest = hashlib.sha256()
         for root in filter(None, (self.root, self.adapter)):
             for path in sorted((*root.glob("*.json"), *root.glob("**/*.safetensors"))):
-                digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
+                size = path.stat().st_size if path.exists() else 0
+                digest.update(f"{path.relative_to(root)} {size}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
     def sub(self, name: str) -> Checkpoint:
