@@ -314,6 +314,12 @@ class TestFactsThatAreNotApplied:
             ),
             ({"min_new_tokens": 3}, "min_new_tokens"),
             ({"num_beams": 4, "typical_p": 0.5}, "num_beams, typical_p"),
+            ({"forced_eos_token_id": 5, "guidance_scale": 2.0}, "forced_eos_token_id, guidance_scale"),
+            (
+                {"min_length": 3, "exponential_decay_length_penalty": [9, 1.1]},
+                "exponential_decay_length_penalty, min_length",
+            ),
+            ({"min_length": 0, "guidance_scale": 1.0, "top_h": None}, None),
             ({"no_repeat_ngram_size": 0, "suppress_tokens": [], "num_beams": 1, "typical_p": 1.0}, None),
             ({"bad_words_ids": None, "top_k": 5, "pad_token_id": 1}, None),
         ],

@@ -30,9 +30,12 @@ SAMPLING: Mapping[str, tuple[str, type[int] | type[float]]] = {
 }
 # what else changes transformers' answers, and the value with which it does not
 UNREAD: Mapping[str, Any] = {
-    "bad_words_ids": [], "begin_suppress_tokens": [], "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "min_new_tokens": 0,
-    "no_repeat_ngram_size": 0, "num_beams": 1, "sequence_bias": {}, "stop_strings": [], "suppress_tokens": [],
-    "typical_p": 1.0,
+    "bad_words_ids": [], "begin_suppress_tokens": [], "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+    "exponential_decay_length_penalty": None, "forced_bos_token_id": None, "forced_eos_token_id": None,
+    "guidance_scale": 1.0, "max_time": None, "min_length": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0,
+    "num_beams": 1, "sequence_bias": {}, "stop_strings": [], "suppress_tokens": [], "token_healing": False,
+    "top_h": None, "typical_p": 1.0, "watermarking_config": {},
 }  # fmt: skip
 TOWER_TYPE = "siglip_vision_model"
 END_OF_DOCUMENT = "</doctag>"  # the tags of a document that a model writes down are special tokens where it has them
