@@ -71,9 +71,17 @@ class WeightPlan:
     """What becomes of every tensor of a checkpoint. The first entry that matches a name decides."""
 
     entries: tuple[Entry, ...]
+    _found: dict[str, Destination | Ignore | Elsewhere | None] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def find(self, name: str) -> Destination | Ignore | Elsewhere | None:
-        """None: the plan does not know `name`."""
+        """None: the plan does not know `name`. A load asks several times, for the tensors of each expert too."""
+        if name not in self._found:
+            self._found[name] = self._match(name)
+        return self._found[name]
+
+    def _match(self, name: str) -> Destination | Ignore | Elsewhere | None:
         for entry in self.entries:
             if isinstance(entry, Elsewhere):
                 if name.startswith(entry.prefix):
