@@ -453,6 +453,18 @@ def test_files_that_cannot_be_had(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="line 1 is not a row with 'custom_id'"):
         Output(tmp_path / "notes.jsonl", JOB)
     assert (tmp_path / "notes.jsonl").read_text() == "my notes\nand more\n"
+    with pytest.raises(UserError, match="it is a folder"):
+        Output(tmp_path, JOB)
+
+
+@pytest.mark.parametrize("line", ["my notes", '{"x": 1}', "[" * 100_000], ids=["words", "another row", "deep"])
+def test_one_whole_line_of_somebody_elses_is_not_cut_off(tmp_path: Path, line: str) -> None:
+    """A row that was half-written has no end, or stands behind others."""
+    file = tmp_path / "notes.jsonl"
+    file.write_text(f"{line}\n")
+    with pytest.raises(UserError, match="line 1 is not a row with 'custom_id'; name another file"):
+        Output(file, JOB)
+    assert file.read_text() == f"{line}\n"
 
 
 def test_a_disk_that_fails(

@@ -276,6 +276,7 @@ class TestOutput:
     ) -> None:
         out = tmp_path / "out.jsonl"
         for content, said in (
+            ('{"x": 1}\n', "line 1 is not a row with 'image'; name another file"),
             ('{"image": "a"}\n{"picture": 1}\n{"image": "b"}\n', "line 2 is not a row with 'image'; name another file"),
             ('{"image": "a", "tags": []}\n', "has rows and no out.manifest.json beside it"),
         ):

@@ -42,6 +42,8 @@ class Output:
     def __init__(
         self, path: Path, job: Mapping[str, Any], form: Form = OPENAI, *, max_errors: int | None = None
     ) -> None:
+        if path.is_dir():
+            raise UserError(f"cannot write {path}: it is a folder", code="cannot_write")
         self.path, self.errors_path = path, path.with_name(f"{path.stem}.errors{path.suffix}")
         self._form, self._max_errors = form, max_errors
         self.failures: Counter[str] = Counter()

@@ -96,12 +96,12 @@ class RowFile:
             return end
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                if bad:
+                found = self._key_of(line)
+                if bad or (found is None and number == 1 and line.endswith(b"\n")):  # a first one is nobody's half row
                     raise UserError(
-                        f"{self.path}, line {bad} is not a row with {self._key!r}; name another file",
+                        f"{self.path}, line {bad or 1} is not a row with {self._key!r}; name another file",
                         code="cannot_write",
                     )
-                found = self._key_of(line)
                 if found is None:
                     bad = number
                     continue
@@ -115,7 +115,7 @@ class RowFile:
             return None
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         found = row.get(self._key) if isinstance(row, dict) else None
         return str(found) if isinstance(found, str | int) else None
