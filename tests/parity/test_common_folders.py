@@ -142,16 +142,6 @@ class TestFilesThatAreNotHere:
         with pytest.raises(ConfigError, match=rf"{name} is a Git LFS pointer, not the file"):
             load_two_tower(Checkpoint(tmp_path), device="cpu")
 
-    @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-    def test_a_byte_order_mark(self, tmp_path: Path, name: str) -> None:
-        """Some editors write one. transformers reads no such file."""
-        write_causal_lm_checkpoint(tmp_path)
-        expected = load(tmp_path).state_dict()
-        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
-        found = load(tmp_path).state_dict()
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
-        assert verify(tmp_path, steps=1).ok
-
 
 ODD: tuple[Any, ...] = (None, "x", 1.5, -1, 10**30, True, [[1]], {"a": 1})
 

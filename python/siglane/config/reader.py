@@ -80,10 +80,9 @@ class ConfigReader:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`, behind a byte order mark or none. ConfigError when it is unreadable, not JSON or no
-    object."""
+    """The JSON object in `path`. ConfigError when it is unreadable, not JSON or not an object."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
