@@ -457,6 +457,18 @@ def test_files_that_cannot_be_had(tmp_path: Path) -> None:
         Output(tmp_path, JOB)
 
 
+def test_the_input_as_the_output_keeps_its_last_line(tmp_path: Path) -> None:
+    """Which has no end in many files."""
+    for before in ("", '{"custom_id": "a"}\n'):
+        file = tmp_path / "requests.jsonl"
+        file.write_text(text := before + '{"custom_id": "b"}')
+        with pytest.raises(
+            UserError, match=rf"line {1 + bool(before)} is not a row with 'custom_id'; name another file"
+        ):
+            Output(file, JOB)
+        assert file.read_text() == text
+
+
 @pytest.mark.parametrize("line", ["my notes", '{"x": 1}', "[" * 100_000], ids=["words", "another row", "deep"])
 def test_one_whole_line_of_somebody_elses_is_not_cut_off(tmp_path: Path, line: str) -> None:
     """A row that was half-written has no end, or stands behind others."""

@@ -50,7 +50,9 @@ class Output:
         self._synced = time.monotonic()
         with ExitStack() as stack:
             # the answers' file first: who has it has the others
-            self._answers = stack.enter_context(RowFile(path, form.key, self._keys(stack)))
+            self._answers = stack.enter_context(
+                RowFile(path, form.key, self._keys(stack), owned=_manifest(path).exists())
+            )
             check_job(path, job, self._answers.rows)
             self._errors = stack.enter_context(RowFile(self.errors_path, "line", self._keys(stack)))
             self._stack = stack.pop_all()
@@ -113,9 +115,13 @@ def _error_of(row: Row | BadRow, answer: Answer | None) -> dict[str, str]:
     return {"code": error["code"], "message": error["message"]}
 
 
+def _manifest(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.manifest.json")
+
+
 def check_job(path: Path, job: Mapping[str, Any], rows: int) -> None:
     """Notes in a file beside the output what the job is. UserError when the output is another's, names what differs."""
-    manifest = path.with_name(f"{path.stem}.manifest.json")
+    manifest = _manifest(path)
     stated = json.loads(json.dumps(job, default=str))
     try:
         before = json.loads(manifest.read_text(encoding="utf-8"))

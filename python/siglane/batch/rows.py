@@ -30,11 +30,13 @@ class RowFile:
     file is opened.
 
     Whenever the run stops, by a signal or a full disk, the file holds whole rows only. known: gets the keys of the
-    rows that are there. UserError when the file is not such a file, or another run is writing it.
+    rows that are there; owned: whether an earlier run has written it, else nothing is cut off. UserError when the file
+    is not such a file, or another run is writing it.
     """
 
-    def __init__(self, path: Path, key: str, known: Keys | None = None) -> None:
+    def __init__(self, path: Path, key: str, known: Keys | None = None, *, owned: bool = True) -> None:
         self.path, self._key, self.known = path, key, set[str]() if known is None else known
+        self._owned = owned
         self.rows = 0
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
@@ -97,9 +99,10 @@ class RowFile:
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 found = self._key_of(line)
-                if bad or (found is None and number == 1 and line.endswith(b"\n")):  # a first one is nobody's half row
+                whole = not self._owned or (number == 1 and line.endswith(b"\n"))  # a first one is nobody's half row
+                if bad or (found is None and whole):
                     raise UserError(
-                        f"{self.path}, line {bad or 1} is not a row with {self._key!r}; name another file",
+                        f"{self.path}, line {bad or number} is not a row with {self._key!r}; name another file",
                         code="cannot_write",
                     )
                 if found is None:
