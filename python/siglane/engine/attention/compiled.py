@@ -46,8 +46,8 @@ def compiled_kernels(kv: PagedKV, language: QwenModel) -> CompiledKernels | None
 
 def kept_dtype(language: QwenModel) -> torch.dtype:
     """Of keys and values where `compiled_kernels` is asked for: as the model computes, or float16 beside weights of
-    fewer bits, whose own error is tens of times that of rounding to it. A step of many sequences reads more keys and
-    values than weights."""
+    fewer bits, whose own error is tens of times that of rounding to it. Weights pass by once a step, keys and values
+    once for each sequence."""
     dtype = language.norm.weight.dtype
     halves = dtype == torch.float32 and not has_float_layers(language) and _heads_of(language) is not None
     return torch.float16 if halves else dtype
